@@ -1,0 +1,68 @@
+# make install | demo | test | lint | types | format | bench | clean
+#
+# PYTHON       the interpreter that .venv is made with (3.11 or newer)
+# TORCH_INDEX  where torch comes from, e.g. https://download.pytorch.org/whl/cpu; empty: pip's own index
+
+TORCH_INDEX ?=
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+BIN := .venv/bin
+PY := $(BIN)/python
+PIP := $(PY) -m pip --disable-pip-version-check
+INSTALLED := .venv/.installed
+SITE := build/site
+SOURCES := $(shell find agentmem policies -name '*.py') pyproject.toml
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install model demo test lint types format bench clean
+
+help:
+	@sed -n '1,4s/^# \{0,1\}//p' Makefile
+
+install: $(INSTALLED)
+
+$(PY):
+	@test -n "$(PYTHON)" || { echo "agentmem needs Python 3.11 or newer; name one: make PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+$(INSTALLED): pyproject.toml constraints.txt | $(PY)
+	$(if $(TORCH_INDEX),$(PIP) install --constraint constraints.txt --index-url $(TORCH_INDEX) torch)
+	$(PIP) install --constraint constraints.txt --editable '.[cli,dev]'
+	@touch $@
+
+model: install
+	$(BIN)/agentmem model fetch
+
+demo: model
+	$(PY) demos/long_thought.py
+
+test: model
+	$(PY) -m pytest
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# The wheel is what users get, and the only place where agentmem.policies is a folder that mypy sees.
+types: $(SITE)/.built
+	cd $(SITE) && ../../$(PY) -m mypy --config-file ../../pyproject.toml -p agentmem
+
+$(SITE)/.built: $(SOURCES) | $(INSTALLED)
+	rm -rf build/lib build/bdist.* $(SITE) dist
+	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	$(PIP) install --quiet --no-deps --target $(SITE) dist/*.whl
+	cd $(SITE) && ../../$(PY) -P -c 'import sys; sys.path.insert(0, "."); import agentmem.policies.am_halving as p; print("wheel:", p.__file__)'
+	@touch $@
+
+bench: install
+	@mkdir -p build
+	$(PY) -m benchmarks.decode
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis out

@@ -1,0 +1,1 @@
+"""Memory-capped long reasoning for Hugging Face models."""

@@ -1,0 +1,242 @@
+"""Storage of slots: the only place that keeps K and V.
+
+A :class:`LayerStore` holds one layer of one row. Its tensors are flat over slots; every KV head owns one contiguous
+run in them, with room to grow at its end, so attention reads without a gather and unequal heads cost unequal bytes.
+A store is replaced as a whole (build the new one, then swap), so any fault leaves the old one in force.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+
+from agentmem.attention import Run
+from agentmem.contracts import HeadSegment
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from agentmem.contracts import Compaction, HeadCompaction
+    from agentmem.ledger import Ledger
+    from agentmem.shape import LayerShape
+
+
+@dataclass(frozen=True, slots=True)
+class SlotSpec:
+    """What one slot of a layer is made of."""
+
+    shape: LayerShape
+    dtype: torch.dtype
+    device: torch.device
+    scores: bool
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot."""
+        rows = (self.shape.key_dim + self.shape.value_dim) * self.dtype.itemsize
+        return rows + 4 + 4 + (4 if self.scores else 0)
+
+
+class LayerStore:
+    """The slots of one layer of one row: ``keys [S, d]``, ``values [S, dv]``, ``bias [S]``, ``positions [S]``.
+
+    ``S`` is the sum of the heads' capacities; head ``h`` owns ``starts[h] .. starts[h] + capacities[h]`` and fills its
+    first ``lengths[h]`` slots, in the order of their positions. β is float32, positions int32, scores float32.
+    Positions of slots that were appended since the store was built are kept by the row (they are the same for all
+    heads); ``settled[h]`` slots have theirs here.
+    """
+
+    __slots__ = (
+        "bias", "biased", "capacities", "keys", "ledger", "lengths", "positions",
+        "scores", "seen", "settled", "spec", "starts", "uniform", "values",
+    )  # fmt: skip
+
+    def __init__(self, spec: SlotSpec, capacities: Sequence[int], ledger: Ledger) -> None:
+        """Allocate the store; the ledger is asked first.
+
+        Raises:
+            MemoryCapExceeded: the bytes do not fit under the cap.
+
+        """
+        self.spec, self.ledger = spec, ledger
+        self.capacities = tuple(capacities)
+        self.starts = (0, *accumulate(self.capacities))[:-1]
+        self.lengths = [0] * len(self.capacities)
+        self.settled = [0] * len(self.capacities)
+        self.uniform = len(set(self.capacities)) == 1
+        self.biased = False
+        self.seen = 0
+        """Tokens ever appended, whatever became of their slots."""
+        total = sum(self.capacities)
+        ledger.hold(total * spec.slot_bytes, "a layer's slots")
+        # A tensor that is born under inference_mode could not be written outside it.
+        with torch.inference_mode(mode=False):
+            options = {"device": spec.device}
+            self.keys = torch.empty(total, spec.shape.key_dim, dtype=spec.dtype, **options)
+            self.values = torch.empty(total, spec.shape.value_dim, dtype=spec.dtype, **options)
+            self.bias = torch.zeros(total, dtype=torch.float32, **options)
+            self.positions = torch.empty(total, dtype=torch.int32, **options)
+            self.scores = torch.zeros(total, dtype=torch.float32, **options) if spec.scores else None
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of the storages, filled or not."""
+        tensors = (self.keys, self.values, self.bias, self.positions, self.scores)
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the slots that are filled."""
+        return sum(self.lengths) * self.spec.slot_bytes
+
+    @property
+    def room(self) -> int:
+        """Tokens that can be appended before some head is full."""
+        return min(capacity - length for capacity, length in zip(self.capacities, self.lengths, strict=True))
+
+    def free(self) -> None:
+        """Give the bytes back; the store must not be used any more."""
+        self.ledger.release(sum(self.capacities) * self.spec.slot_bytes)
+        self.keys = self.values = self.bias = self.positions = torch.empty(0)
+        self.scores = None
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor | None = None) -> None:
+        """Append ``keys [H, q, d]`` and ``values [H, q, dv]`` to every head; the caller has made room."""
+        count = keys.shape[1]
+        self.seen += count
+        if self.uniform:
+            heads, start = len(self.capacities), self.lengths[0]
+            self.keys.view(heads, -1, keys.shape[2])[:, start : start + count] = keys
+            self.values.view(heads, -1, values.shape[2])[:, start : start + count] = values
+            if scores is not None and self.scores is not None:
+                self.scores.view(heads, -1)[:, start : start + count] = scores
+            self.lengths = [start + count] * heads
+            return
+        for head, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
+            span = slice(start + length, start + length + count)
+            self.keys[span] = keys[head]
+            self.values[span] = values[head]
+            if scores is not None and self.scores is not None:
+                self.scores[span] = scores[head]
+            self.lengths[head] = length + count
+
+    def drop_tail(self, count: int) -> None:
+        """Forget the last ``count`` appended slots of every head (their β and scores become zero again)."""
+        for head, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
+            if self.scores is not None:
+                self.scores[start + length - count : start + length] = 0
+            self.lengths[head] = length - count
+        self.seen -= count
+
+    def slide(self, keep: int) -> None:
+        """Keep only the last ``keep`` slots of every head (the fixed-window rule), moving them to the front."""
+        for head, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
+            shift = length - keep
+            if shift <= 0:
+                continue
+            for tensor in (self.keys, self.values, *(() if self.scores is None else (self.scores,))):
+                # Blocks no longer than the shift never overlap with where they are moved from.
+                for begin in range(start, start + keep, shift):
+                    end = min(begin + shift, start + keep)
+                    tensor[begin:end] = tensor[begin + shift : end + shift]
+            self.lengths[head] = keep
+
+    def runs(self, last: int | None = None, *, scored: bool = True) -> list[Run]:
+        """Views for attention: one run where all heads lie alike, else one a head.
+
+        ``last`` cuts to the newest slots (fixed windows, whose heads always lie alike); ``scored=False`` leaves the
+        score accumulators out, so that a transient forward cannot add to them.
+        """
+        if self.uniform:
+            heads, stop = len(self.capacities), self.lengths[0]
+            span = slice(0 if last is None else max(0, stop - last), stop)
+            return [
+                Run(
+                    0,
+                    self.keys.view(heads, self.capacities[0], -1)[:, span],
+                    self.values.view(heads, self.capacities[0], -1)[:, span],
+                    self.bias.view(heads, -1)[:, span] if self.biased else None,
+                    self.scores.view(heads, -1)[:, span] if scored and self.scores is not None else None,
+                )
+            ]
+        return [self._run(head, scored=scored) for head in range(len(self.capacities))]
+
+    def _run(self, head: int, *, scored: bool) -> Run:
+        span = slice(self.starts[head], self.starts[head] + self.lengths[head])
+        return Run(
+            head,
+            self.keys[None, span],
+            self.values[None, span],
+            self.bias[None, span] if self.biased else None,
+            self.scores[None, span] if scored and self.scores is not None else None,
+        )
+
+    def settle(self, tail: torch.Tensor) -> None:
+        """Write the positions of the slots appended since the store was built: the end of ``tail`` int32."""
+        for head, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
+            count = length - self.settled[head]
+            if count:
+                self.positions[start + self.settled[head] : start + length] = tail[tail.shape[0] - count :]
+                self.settled[head] = length
+
+    def segment(self, head: int, prefix: int, recent: int) -> HeadSegment:
+        """The compactable slots of one head, between prefix and recent; positions must be settled."""
+        start = self.starts[head]
+        span = slice(start + min(prefix, self.lengths[head]), start + max(self.lengths[head] - recent, prefix))
+        scores = None if self.scores is None else self.scores[span]
+        return HeadSegment(self.keys[span], self.values[span], self.bias[span], self.positions[span], scores)
+
+    def compacted(self, compaction: Compaction, prefix: int, recent: int) -> LayerStore:
+        """A new store without headroom: prefix, the compaction's slots, recent. This one is left as it is."""
+        capacities = [prefix + head.kept.shape[0] + recent for head in compaction.heads]
+        store = LayerStore(self.spec, capacities, self.ledger)
+        try:
+            for head, replacement in enumerate(compaction.heads):
+                self._write_compacted(store, head, replacement, prefix, recent)
+        except BaseException:
+            store.free()
+            raise
+        store.biased = self.biased or any(head.bias is not None for head in compaction.heads)
+        return store._filled(capacities, capacities, self.seen)  # noqa: SLF001  # a sibling of the same class
+
+    def _write_compacted(
+        self, store: LayerStore, head: int, replacement: HeadCompaction, prefix: int, recent: int
+    ) -> None:
+        begin, old, kept = store.starts[head], self.starts[head], replacement.kept + prefix
+        middle = begin + prefix + kept.shape[0]
+        for name in ("keys", "values", "bias", "positions", "scores"):
+            source, sink = getattr(self, name), getattr(store, name)
+            if sink is None:
+                continue
+            end = old + self.lengths[head]
+            sink[begin : begin + prefix] = source[old : old + prefix]
+            fitted = getattr(replacement, name, None)
+            if fitted is None:
+                torch.index_select(source[old:end], 0, kept, out=sink[begin + prefix : middle])
+            else:
+                sink[begin + prefix : middle] = fitted
+            sink[middle : middle + recent] = source[end - recent : end]
+
+    def resized(self, capacities: Sequence[int]) -> LayerStore:
+        """A new store with the same slots and other capacities (none below what is held)."""
+        store = LayerStore(self.spec, capacities, self.ledger)
+        try:
+            for head, length in enumerate(self.lengths):
+                for name in ("keys", "values", "bias", "positions", "scores"):
+                    source, sink = getattr(self, name), getattr(store, name)
+                    if sink is not None:
+                        begin, old = store.starts[head], self.starts[head]
+                        sink[begin : begin + length] = source[old : old + length]
+        except BaseException:
+            store.free()
+            raise
+        store.biased = self.biased
+        return store._filled(self.lengths, self.settled, self.seen)  # noqa: SLF001  # a sibling of the same class
+
+    def _filled(self, lengths: Sequence[int], settled: Sequence[int], seen: int) -> LayerStore:
+        self.lengths, self.settled, self.seen = list(lengths), list(settled), seen
+        self.uniform = len(set(self.capacities)) == 1 and len(set(lengths)) == 1
+        return self

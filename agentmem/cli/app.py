@@ -1,0 +1,78 @@
+"""The command line: one typer application, one file per command, errors turned into lines and exit codes.
+
+Exit codes: 0 done, 1 refused input, 2 usage, 130 interrupted. Results go to stdout; logs, progress and warnings to
+stderr.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from agentmem.cli import evaluate, model, plan, policies, run
+from agentmem.cli.console import refuse
+from agentmem.cli.logs import configure
+from agentmem.errors import AgentmemError
+
+INTERRUPTED = 130
+"""128 + SIGINT, as shells report it."""
+
+
+class Refusing(TyperGroup):
+    """Turns refusals into a line on stderr and exit code 1, and Ctrl-C into exit code 130; never a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except AgentmemError as error:
+            refuse(error)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=Refusing,
+    help="A hard cap in bytes on the KV memory of a Hugging Face model, compacted in mid-thought.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("run")(run.run)
+app.command("plan")(plan.plan)
+app.command("policies")(policies.policies)
+app.add_typer(model.app, name="model")
+app.add_typer(evaluate.app, name="eval")
+
+
+def _print_version(wanted: bool) -> None:  # noqa: FBT001  # typer calls it so
+    if wanted:
+        typer.echo(f"agentmem {version('agentmem-runtime')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    verbose: Annotated[
+        int, typer.Option("--verbose", "-v", count=True, help="Log to stderr: -v compactions, -vv everything.")
+    ] = 0,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Options before the command."""
+    configure(verbose)
+
+
+def main() -> int:
+    """Run the command line; return its exit code."""
+    try:
+        app(prog_name="agentmem")
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 0
+    return 0

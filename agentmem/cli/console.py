@@ -1,0 +1,75 @@
+"""Where the command line writes: results to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from agentmem.errors import SettingsRefused
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+# Both look their stream up at each use, so a test or a live display may exchange it.
+OUT = Console(highlight=False, soft_wrap=True)
+ERR = Console(stderr=True, highlight=False)
+STDOUT = "-"
+"""What a path option may name instead of a file."""
+
+
+def refuse(error: Exception) -> None:
+    """One error as ``agentmem: …`` on stderr, unwrapped, so that it can be searched for."""
+    ERR.print(f"agentmem: {error}", style="red" if ERR.is_terminal else None, markup=False, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """A remark on stderr."""
+    ERR.print(text, style="dim" if ERR.is_terminal else None, markup=False, soft_wrap=True)
+
+
+def table(title: str, columns: Sequence[str], lines: Iterable[Sequence[str]], *, left: int = 1) -> Table:
+    """A table whose first ``left`` columns are aligned left and the others right."""
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="left" if index < left else "right", no_wrap=True)
+    for line in lines:
+        made.add_row(*line)
+    return made
+
+
+def write_json(value: object, target: str, option: str) -> None:
+    """Write ``value`` as JSON to a file, or to stdout if ``target`` is ``-``.
+
+    Raises:
+        SettingsRefused: the file cannot be written.
+
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    if target == STDOUT:
+        OUT.file.write(text + "\n")
+        OUT.file.flush()
+        return
+    path = Path(target)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise SettingsRefused(f"{option}: cannot write {target}: {error.strerror or error}") from error
+
+
+def require_writable(path: Path, option: str) -> None:
+    """Find out before the work, not after it, that a result could not be kept.
+
+    Raises:
+        SettingsRefused: the file cannot be written.
+
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise SettingsRefused(f"{option}: cannot write {path}: {error.strerror or error}") from error

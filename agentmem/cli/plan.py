@@ -1,0 +1,79 @@
+"""``agentmem plan``: what a cap comes to, before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from agentmem.cli.arguments import (
+    Cap,
+    Chunk,
+    KeepFirst,
+    KeepRecent,
+    Model,
+    PolicyName,
+    Probe,
+    ProbeTokens,
+    Target,
+    parse_target,
+    policy_options,
+)
+from agentmem.cli.console import OUT, STDOUT, table, write_json
+from agentmem.cli.loading import Dtype
+
+if TYPE_CHECKING:
+    from agentmem.budget import Plan
+
+
+def plan(
+    *,
+    cap: Cap = "24MiB",
+    model: Model = None,
+    policy: PolicyName = "am-halving",
+    rows: Annotated[int, typer.Option(min=1, help="Sequences that share the cap.")] = 1,
+    keep_first: KeepFirst = 16,
+    keep_recent: KeepRecent = 96,
+    target: Target = "0.5",
+    probe: Probe = None,
+    probe_tokens: ProbeTokens = None,
+    chunk: Chunk = 512,
+    dtype: Annotated[Dtype, typer.Option(help="Number format of keys and values.")] = Dtype.AUTO,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show how many slots a cap holds, and where its bytes go. No weights are loaded."""
+    from agentmem import doors, models
+
+    config = models.load_config(model)
+    made = doors.plan(
+        config,
+        cap,
+        policy,
+        rows=rows,
+        itemsize=_itemsize(config, dtype),
+        policy_options=policy_options(probe, probe_tokens),
+        keep_first=keep_first,
+        keep_recent=keep_recent,
+        target=parse_target(target),
+        chunk=chunk,
+    )
+    if as_json:
+        write_json({**asdict(made), "workspace_bytes": made.workspace_bytes}, STDOUT, "--json")
+    else:
+        _show(made)
+
+
+def _show(made: Plan) -> None:
+    lines = [(name, "" if count is None else f"{count:,}", meaning) for name, count, meaning in made.table()]
+    title = f"{made.policy}: {made.capacity} slots per KV head and row, {made.target} after a compaction"
+    shown = table(title, ("what", "bytes", "meaning"), lines)
+    shown.columns[2].justify = "left"
+    OUT.print(shown)
+
+
+def _itemsize(config: object, dtype: Dtype) -> int:
+    import torch
+
+    stored = getattr(config, "dtype", None) or torch.float32
+    return int((stored if dtype is Dtype.AUTO else getattr(torch, dtype.value)).itemsize)

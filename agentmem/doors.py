@@ -1,0 +1,195 @@
+"""Two doors to the same machinery: a context manager around unmodified code, and an object with ``generate``."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+from agentmem import hf, plugins
+from agentmem.budget import make_plan
+from agentmem.errors import CompactionFailed, MemoryUnused, SettingsRefused
+from agentmem.memory import Memory
+from agentmem.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    import torch
+
+    from agentmem.budget import Plan
+    from agentmem.contracts import Policy
+    from agentmem.report import RunReport
+
+
+def plan(
+    model: Any,
+    cap: int | str,
+    policy: str | Policy = "am-halving",
+    *,
+    rows: int = 1,
+    itemsize: int | None = None,
+    policy_options: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Plan:
+    """What a cap comes to on a model (or on its config alone: no weights are needed then).
+
+    ``itemsize`` is the bytes of one number of K and V; by default the model's own dtype.
+
+    Raises:
+        SettingsRefused: and its subclasses; see :func:`capped`.
+
+    """
+    config = getattr(model, "config", model)
+    chosen = plugins.policy(policy, **(policy_options or {}))
+    shape = hf.describe(config, itemsize=itemsize or _itemsize(model))
+    return make_plan(shape, Settings.of(cap=cap, **settings), chosen, rows)
+
+
+@contextmanager
+def capped(
+    model: Any,
+    cap: int | str,
+    policy: str | Policy = "am-halving",
+    *,
+    tokenizer: Any = None,
+    policy_options: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Iterator[hf.CappedMemory]:
+    """Cap the KV memory of a model while the block runs; pass the yielded memory as ``past_key_values``.
+
+    Args:
+        model: a transformers causal language model in eval mode.
+        cap: bytes, as an integer or a text such as ``"24MiB"``.
+        policy: the name of an installed policy, or a :class:`agentmem.contracts.Policy`.
+        tokenizer: only needed by ``probe="repeat"``, for its instruction.
+        policy_options: options of the named policy.
+        settings: see :class:`agentmem.settings.Settings`.
+
+    Raises:
+        SettingsRefused: a setting cannot work (``CapTooSmall``, ``UnknownPolicy``, ``UnsupportedModel``).
+        MemoryUnused: the block ended well but no forward ever used the memory.
+
+    """
+    inner = hf.text_model(model)
+    memory = _memory(inner, cap, policy, tokenizer, policy_options, settings)
+    view = hf.attach(inner, memory)
+    try:
+        with hf.scope(inner):
+            yield view
+    finally:
+        hf.detach(inner)
+        memory.close()
+    if not memory.used:
+        raise MemoryUnused(
+            "no forward used the memory of this capped block; pass it on: model.generate(..., past_key_values=memory)"
+        )
+
+
+@dataclass(frozen=True)
+class CappedOutput:
+    """What ``generate`` returned, and what the memory did. ``report`` covers the memory's whole life so far."""
+
+    output: Any
+    report: RunReport
+
+    @property
+    def sequences(self) -> torch.Tensor:
+        """The ids ``[rows, columns]``, prompt included, whichever form ``generate`` returned."""
+        return self.output if not hasattr(self.output, "sequences") else self.output.sequences
+
+
+class CappedModel:
+    """A model whose ``generate`` runs under a cap. The memory lives over turns until :meth:`reset` or :meth:`close`."""
+
+    def __init__(self, model: Any, memory: Memory) -> None:
+        """Use :func:`wrap`."""
+        self._model = model
+        self._template = memory
+        self.memory = hf.attach(model, memory)
+
+    def generate(self, *args: Any, **kwargs: Any) -> CappedOutput:
+        """``model.generate`` with its own arguments; ``past_key_values`` is ours.
+
+        Raises:
+            UnsupportedGeneration: an argument that a capped memory cannot serve.
+            MemoryCapExceeded: the policy never compacts and the cap is reached.
+            CompactionFailed: with ``on_failure="raise"``.
+
+        """
+        if kwargs.get("past_key_values") is not None:
+            raise SettingsRefused("past_key_values: this model brings its own memory; leave it out, or use agentmem.capped")
+        try:
+            output = self._model.generate(*args, past_key_values=self.memory, **kwargs)
+        except CompactionFailed:
+            if self.memory.memory.stopped is None:
+                raise
+            output = self.memory.padded_transcripts()
+        return CappedOutput(output, self.memory.report())
+
+    def reset(self) -> None:
+        """Drop the conversation and start with an empty memory under the same settings."""
+        old = self._template
+        self.close()
+        self._template = Memory(old.shape, old.settings, old.policy, instruction=old.instruction)
+        self.memory = hf.attach(self._model, self._template)
+
+    def close(self) -> None:
+        """Free the memory and leave the model as it was; closing twice does nothing."""
+        if not self._template.closed:
+            hf.detach(self._model)
+            self._template.close()
+
+    def __enter__(self) -> Self:
+        """Close at the end of a block."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+        self.close()
+
+
+def wrap(
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    cap: int | str,
+    policy: str | Policy = "am-halving",
+    policy_options: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> CappedModel:
+    """A model with a capped ``generate``. Arguments and errors as in :func:`capped`."""
+    inner = hf.text_model(model)
+    return CappedModel(inner, _memory(inner, cap, policy, tokenizer, policy_options, settings))
+
+
+def _memory(
+    model: Any,
+    cap: int | str,
+    policy: str | Policy,
+    tokenizer: Any,
+    policy_options: Mapping[str, Any] | None,
+    settings: Mapping[str, Any],
+) -> Memory:
+    chosen = plugins.policy(policy, **(policy_options or {}))
+    if chosen.queries.probes:
+        hf.refuse_probe(model.config, chosen.name)
+    shape = hf.describe(model.config, itemsize=_itemsize(model))
+    return Memory(shape, Settings.of(cap=cap, **settings), chosen, instruction=_instruction(chosen, tokenizer))
+
+
+def _instruction(policy: Policy, tokenizer: Any) -> list[int]:
+    """The ids before a ``repeat`` probe; tokenized once, at the edge."""
+    if policy.queries.source != "repeat":
+        return []
+    if tokenizer is None:
+        raise SettingsRefused(
+            f"policy {policy.name!r} with probe='repeat' needs a tokenizer for its instruction; pass tokenizer=..., "
+            "or use probe='replay'"
+        )
+    return list(tokenizer(policy.queries.instruction, add_special_tokens=False)["input_ids"])
+
+
+def _itemsize(model: Any) -> int:
+    dtype = getattr(model, "dtype", None)
+    return int(dtype.itemsize) if dtype is not None else 4

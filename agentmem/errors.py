@@ -1,0 +1,75 @@
+"""Every error that agentmem raises. Each message carries the value, the limit and the remedy.
+
+AgentmemError
+├── SettingsRefused (ValueError)        a setting cannot work; nothing was done
+│   ├── CapTooSmall                     the cap cannot hold prefix + recent + minimum budget + workspace
+│   ├── UnknownPolicy                   no such policy (with a did-you-mean)
+│   └── UnsupportedModel                the model's attention, cache or wrapping is not handled
+├── UnsupportedGeneration (ValueError)  a generation mode or argument that the memory cannot serve
+│   └── PromptMismatch                  a second prompt that does not extend what the memory has seen
+├── MemoryCapExceeded (MemoryError)     going on would need more bytes than the cap
+├── CompactionFailed                    a compaction could not finish; the memory is valid and retryable
+├── PolicyContractBroken                a policy returned something that its contract forbids
+├── MemoryUnused                        a capped block ended and no forward ever used the memory
+├── CapBypassed                         a forward inside a capped block grew a cache of its own
+├── MemoryClosed                        the memory was used after its block ended
+└── ModelUnavailable                    a model could not be fetched, verified or read
+"""
+
+from __future__ import annotations
+
+
+class AgentmemError(Exception):
+    """Base of every error that agentmem raises on purpose."""
+
+
+class SettingsRefused(AgentmemError, ValueError):
+    """A setting cannot work; nothing was done."""
+
+
+class CapTooSmall(SettingsRefused):
+    """The cap cannot hold prefix, recent, the minimum budget and the workspace."""
+
+
+class UnknownPolicy(SettingsRefused):
+    """No policy of that name is installed."""
+
+
+class UnsupportedModel(SettingsRefused):
+    """The model's attention, cache layout or wrapping is not handled."""
+
+
+class UnsupportedGeneration(AgentmemError, ValueError):
+    """A generation mode or argument that a capped memory cannot serve."""
+
+
+class PromptMismatch(UnsupportedGeneration):
+    """A prompt that does not extend what the memory has already seen."""
+
+
+class MemoryCapExceeded(AgentmemError, MemoryError):
+    """Going on would need more bytes than the cap allows."""
+
+
+class CompactionFailed(AgentmemError):
+    """A compaction could not finish; the memory is valid, readable and retryable."""
+
+
+class PolicyContractBroken(AgentmemError):
+    """A policy returned something that its contract forbids; nothing was committed."""
+
+
+class MemoryUnused(AgentmemError):
+    """A capped block ended although no forward ever used its memory."""
+
+
+class CapBypassed(AgentmemError):
+    """A forward inside a capped block would have grown a cache of its own."""
+
+
+class MemoryClosed(AgentmemError):
+    """The memory was used after its capped block ended."""
+
+
+class ModelUnavailable(AgentmemError):
+    """A model could not be fetched, verified, converted or read."""

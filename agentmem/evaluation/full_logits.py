@@ -1,0 +1,115 @@
+"""What the model says with full memory: computed once with the stock cache, kept on disk as float32, mapped back.
+
+Float32 and not less: a half-precision log-probability of a rare token is off by up to 1 %, which a KL of 1e-9 (an
+untouched memory) would show. A vocabulary of 49,152 and 3,072 positions take 604 MB.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import transformers
+from transformers import DynamicCache
+
+from agentmem.contracts import blocks
+from agentmem.errors import AgentmemError
+from agentmem.settings import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+_PIECE = 256
+"""Tokens in one forward; fixed, so that the stored logits depend on no setting."""
+_SAMPLE = 4096
+"""Numbers of each weight that enter the fingerprint, evenly spread."""
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """A digest of configuration and weights (each weight by its name, shape, dtype and an even sample of its numbers)."""
+    digest = hashlib.sha256(model.config.to_json_string(use_diff=False).encode())
+    for name, weight in model.state_dict().items():
+        flat = weight.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // _SAMPLE)].to("cpu", torch.float64)
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def passage_key(model: PreTrainedModel, ids: torch.Tensor) -> str:
+    """Names one (model, passage, software) triple; 24 hexadecimal digits."""
+    facts = {
+        "model": fingerprint(model),
+        "ids": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
+        "dtype": str(model.dtype),
+        "device": model.device.type,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def full_logits(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    folder: Path,
+    *,
+    fresh: bool = False,
+    progress: Callable[[int], None] = lambda _: None,
+) -> torch.Tensor:
+    """Logits ``[tokens, V]`` float32 after each of ``ids [tokens + 1]`` but the last, mapped from a file in ``folder``.
+
+    Raises:
+        AgentmemError: the folder cannot be written or the disk is too small; the message says how much is needed.
+
+    """
+    tokens, vocabulary = len(ids) - 1, _vocabulary(model, ids)
+    path = folder / "full-logits.f32"
+    size = tokens * vocabulary * 4
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if fresh or not path.exists() or path.stat().st_size != size:
+            _require_space(folder, size)
+            _compute(model, ids[:-1], path, progress)
+        # Copy-on-write: writable as torch wants it, but the file never changes.
+        return torch.from_numpy(np.memmap(path, dtype=np.float32, mode="c", shape=(tokens, vocabulary)))
+    except OSError as error:
+        raise AgentmemError(
+            f"fidelity: cannot keep the full-memory logits ({format_bytes(size)}) at {path}: {error.strerror or error}; "
+            "choose another place with --cache-dir"
+        ) from error
+
+
+def _compute(model: PreTrainedModel, ids: torch.Tensor, path: Path, progress: Callable[[int], None]) -> None:
+    """Write to a partial file and rename: a file of that name is whole."""
+    partial = path.with_suffix(".partial")
+    cache = DynamicCache(config=model.config)
+    with partial.open("wb") as file, torch.no_grad():
+        for part in blocks(len(ids), _PIECE):
+            piece = ids[part].unsqueeze(0).to(model.device)
+            logits = model(input_ids=piece, past_key_values=cache, use_cache=True).logits[0]
+            file.write(logits.float().cpu().contiguous().numpy().tobytes())
+            progress(part.stop)
+    partial.replace(path)
+
+
+def _vocabulary(model: PreTrainedModel, ids: torch.Tensor) -> int:
+    """The width of the logits, which may differ from the configured vocabulary after a resize."""
+    with torch.no_grad():
+        return int(model(input_ids=ids[:1].unsqueeze(0).to(model.device), use_cache=False).logits.shape[-1])
+
+
+def _require_space(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise AgentmemError(
+            f"fidelity: the full-memory logits need {format_bytes(size)} on disk, but {folder} has {format_bytes(free)} "
+            "free; lower --tokens or choose another place with --cache-dir"
+        )

@@ -1,0 +1,83 @@
+"""Measurements on disk: one JSON file each, found again only by the same settings and the same code."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import sys
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from agentmem.errors import AgentmemError
+
+if TYPE_CHECKING:
+    from agentmem.contracts import Policy
+
+Kept = TypeVar("Kept", bound=BaseModel)
+
+
+def settings_key(policy: Policy, terms: BaseModel) -> str:
+    """Names a policy (with its options), its terms and all code that they run through; 24 hexadecimal digits."""
+    parts = (policy.name, repr(policy.queries), _state(policy.compactor), _state(policy.budgets), terms.model_dump_json())
+    digest = hashlib.sha256("\n".join(parts).encode())
+    for source in sorted({*_core(), *_policy_sources(policy)}):
+        digest.update(_file_digest(source))
+    return digest.hexdigest()[:24]
+
+
+def load(kind: type[Kept], path: Path) -> Kept | None:
+    """What was saved at ``path``; ``None`` if nothing whole of that kind is there."""
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def save(value: BaseModel, path: Path) -> None:
+    """Write ``value`` so that ``path`` is whole or absent, whatever happens meanwhile.
+
+    Raises:
+        AgentmemError: the file cannot be written.
+
+    """
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        partial.write_text(value.model_dump_json(), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise AgentmemError(
+            f"fidelity: cannot write {path}: {error.strerror or error}; choose another place with --cache-dir"
+        ) from error
+
+
+def _state(part: object) -> str:
+    """The class of a compactor or of budgets with its options."""
+    options = sorted(vars(part).items()) if hasattr(part, "__dict__") else []
+    return f"{type(part).__module__}.{type(part).__qualname__} {options}"
+
+
+def _core() -> tuple[Path, ...]:
+    """The sources of the runtime and of this instrument."""
+    here = Path(__file__).parent
+    return (*here.parent.glob("*.py"), *here.glob("*.py"))
+
+
+def _policy_sources(policy: Policy) -> tuple[Path, ...]:
+    """The sources of the package that defines the policy's parts, or of their module if it is in none."""
+    found: set[Path] = set()
+    for part in (policy.compactor, policy.budgets):
+        module = sys.modules.get(type(part).__module__)
+        if part is None or module is None or not getattr(module, "__file__", None):
+            continue
+        source = Path(inspect.getfile(module))
+        found.update(source.parent.rglob("*.py") if module.__package__ else [source])
+    return tuple(found)
+
+
+@cache
+def _file_digest(source: Path) -> bytes:
+    return hashlib.sha256(source.read_bytes()).digest()

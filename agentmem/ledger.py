@@ -1,0 +1,79 @@
+"""The running account of a memory: R + T ≤ cap, checked before every allocation, never after."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from agentmem.errors import MemoryCapExceeded
+from agentmem.settings import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class Ledger:
+    """Bytes held (R) and borrowed (T) under one cap. Integers only; the tensors live elsewhere."""
+
+    def __init__(self, cap: int) -> None:
+        """Open an account of ``cap`` bytes."""
+        self.cap = cap
+        self.resident = 0
+        self.transient = 0
+        self.peak = 0
+        self._mark = 0
+
+    def hold(self, count: int, what: str) -> None:
+        """Add ``count`` bytes to R. Call it before the allocation.
+
+        Raises:
+            MemoryCapExceeded: R + T would cross the cap; nothing was added.
+
+        """
+        self._check(count, what)
+        self.resident += count
+        self._note()
+
+    def release(self, count: int) -> None:
+        """Take ``count`` bytes off R, after the tensors were dropped."""
+        self.resident -= count
+
+    @contextmanager
+    def borrow(self, count: int, what: str) -> Iterator[None]:
+        """Count ``count`` bytes in T while the block runs.
+
+        Raises:
+            MemoryCapExceeded: R + T would cross the cap.
+
+        """
+        self._check(count, what)
+        self.transient += count
+        self._note()
+        try:
+            yield
+        finally:
+            self.transient -= count
+
+    @contextmanager
+    def watch(self) -> Iterator[list[int]]:
+        """Collect the peak of R + T inside the block; the list holds it when the block ends."""
+        outer, self._mark = self._mark, self.resident + self.transient
+        result: list[int] = []
+        try:
+            yield result
+        finally:
+            result.append(self._mark)
+            self._mark = max(outer, self._mark)
+
+    def _note(self) -> None:
+        now = self.resident + self.transient
+        self.peak = max(self.peak, now)
+        self._mark = max(self._mark, now)
+
+    def _check(self, count: int, what: str) -> None:
+        after = self.resident + self.transient + count
+        if after > self.cap:
+            raise MemoryCapExceeded(
+                f"{what} needs {format_bytes(count)} ({count} bytes) on top of {self.resident + self.transient}, which "
+                f"makes {after} of a cap of {self.cap} bytes; raise the cap, lower chunk, or choose a policy that compacts"
+            )

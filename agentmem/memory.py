@@ -1,0 +1,431 @@
+"""The memory: rows of slots under one cap. It makes room, runs the policy layer by layer, checks and commits.
+
+It knows no model: a forward reaches it as :class:`Append` (tokens that stay) or :class:`Transient` (tokens that leave
+nothing behind), whose ``attend`` is called once a layer; and it asks for a transient forward through ``run_transient``.
+"""
+
+from __future__ import annotations
+
+import threading
+from array import array
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from agentmem import events
+from agentmem.arena import LayerStore, SlotSpec
+from agentmem.attention import Fresh, attend
+from agentmem.budget import grown, make_plan, window_slots
+from agentmem.compaction import RowCompaction
+from agentmem.errors import MemoryCapExceeded, MemoryClosed, UnsupportedGeneration
+from agentmem.ledger import Ledger
+from agentmem.probe import LiveSample, probe_ids
+from agentmem.report import CompactionReport, RunReport
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from agentmem.contracts import Policy
+    from agentmem.settings import Settings
+    from agentmem.shape import ModelShape
+
+
+class Usage(NamedTuple):
+    """A moment of a memory, summed over its rows."""
+
+    tokens_seen: int
+    held_slots: int
+    resident_bytes: int
+    used_bytes: int
+    peak_bytes: int
+
+
+class Row:
+    """One sequence: its stores, and what it has consumed."""
+
+    def __init__(self, index: int, layers: int, capacity: int) -> None:
+        """An empty row."""
+        self.index = index
+        self.stores: list[LayerStore | None] = [None] * layers
+        self.live: list[LiveSample | None] = [None] * layers
+        self.ids: array[int] = array("q")
+        self.tail: array[int] = array("i")
+        """Positions of the tokens appended since the last compaction."""
+        self.next_position = 0
+        self.room = capacity
+        """Tokens that can be appended before the row must be compacted."""
+        self.budgets: tuple[tuple[int, ...], ...] | None = None
+        """Segment slots per layer and head of a compaction that has begun and not ended."""
+        self.dealt_at: int | None = None
+        """Tokens seen when headroom was last dealt; ``None`` while stores still grow towards the capacity."""
+
+    def recount(self, capacity: int) -> None:
+        """Work out room and tail again from the stores, after something was taken back."""
+        del self.tail[self.seen - (self.dealt_at or 0) :]
+        full = [store for store in self.stores if store is not None and store.spec.shape.window is None]
+        if self.dealt_at is not None:
+            self.room = min((store.room for store in full), default=0)
+        else:
+            self.room = capacity - max((max(store.lengths) for store in full), default=0)
+
+    @property
+    def seen(self) -> int:
+        """Tokens that the row has consumed."""
+        return len(self.ids)
+
+    @property
+    def held(self) -> int:
+        """Slots physically occupied, over all layers and heads."""
+        return sum(sum(store.lengths) for store in self.stores if store is not None)
+
+
+class Arriving(NamedTuple):
+    """The tokens of one forward that belong to one row: their ids, positions, and columns in the batch."""
+
+    ids: Sequence[int]
+    positions: Sequence[int]
+    columns: slice | torch.Tensor
+
+
+class Append:
+    """A forward whose tokens stay. ``commit`` or ``rollback`` ends it."""
+
+    def __init__(self, memory: Memory, arriving: Sequence[Arriving]) -> None:
+        """Room for the tokens must have been made."""
+        self.memory, self.arriving = memory, arriving
+        self.whole = all(isinstance(each.columns, slice) for each in arriving)
+        self.columns = 0
+        """Columns of the forward, pads included; set by whoever counts them."""
+
+    def attend(
+        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Append the tokens' slots and attend: ``queries [B, Hq, q, d]`` → ``[B, q, Hq, dv]``."""
+        memory = self.memory
+        if len(self.arriving) == 1 and self.whole:
+            output = memory.append_row(memory.rows[0], layer, queries[0], keys[0], values[0], scale)
+            return output.transpose(0, 1).contiguous().unsqueeze(0)
+        output = queries.new_zeros(queries.shape[0], queries.shape[2], queries.shape[1], values.shape[-1])
+        for row, each in zip(memory.rows, self.arriving, strict=True):
+            if each.ids:
+                index, columns = row.index, each.columns
+                part = memory.append_row(
+                    row, layer, queries[index][:, columns], keys[index][:, columns], values[index][:, columns], scale
+                )
+                output[index, columns] = part.transpose(0, 1)
+        return output
+
+    def commit(self) -> None:
+        """The forward ended well: the rows have consumed the tokens."""
+        for row, each in zip(self.memory.rows, self.arriving, strict=True):
+            row.tail.extend(each.positions)
+            row.room -= len(each.ids)
+            if each.positions:
+                row.next_position = each.positions[-1] + 1
+            row.ids.extend(each.ids)
+        self.memory.appended(max(len(each.ids) for each in self.arriving), sum(len(each.ids) for each in self.arriving))
+
+    def rollback(self) -> None:
+        """The forward failed: take back what some layers had appended."""
+        for row in self.memory.rows:
+            for store in row.stores:
+                if store is not None and store.seen > row.seen:
+                    store.drop_tail(store.seen - row.seen)
+            row.recount(self.memory.plan.capacity)
+
+
+class Transient:
+    """A forward that leaves nothing behind: one row's slots and, causally, the tokens' own keys and values.
+
+    ``visit(layer, queries [Hq, q, d])`` is called before a layer attends, so what it commits is what is attended.
+    """
+
+    def __init__(self, memory: Memory, row: Row, visit: Callable[[int, torch.Tensor], None]) -> None:
+        """Nothing is allocated here."""
+        self.memory, self.row, self.visit = memory, row, visit
+
+    def attend(
+        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Attend without appending: ``queries [1, Hq, q, d]`` → ``[1, q, Hq, dv]``."""
+        self.visit(layer, queries[0])
+        shape = self.memory.shape.layers[layer]
+        store = self.row.stores[layer]
+        runs = [] if store is None else store.runs(shape.window and shape.window - 1, scored=False)
+        with self.memory.ledger.borrow(self.memory.plan.forward_bytes, "attention of a probe"):
+            output, _ = attend(queries[0], runs, Fresh(keys[0], values[0]), scale, window=shape.window)
+        return output.transpose(0, 1).contiguous().unsqueeze(0)
+
+
+class Memory:
+    """Slots of all rows under one cap.
+
+    Raises:
+        CapTooSmall: at construction or when rows are bound, with the cap that would do.
+
+    """
+
+    def __init__(
+        self, shape: ModelShape, settings: Settings, policy: Policy, *, instruction: Sequence[int] = ()
+    ) -> None:
+        """Plan for one row; :meth:`bind` plans again for more."""
+        self.shape, self.settings, self.policy = shape, settings, policy
+        self.instruction = tuple(instruction)
+        self.plan = make_plan(shape, settings, policy)
+        self.ledger = Ledger(settings.cap)
+        self.rows: list[Row] = []
+        self.compactions: list[CompactionReport] = []
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.scales = [1.0] * len(shape.layers)
+        """Logit scale of each layer, as the model last used it."""
+        self.run_transient: Callable[[Sequence[int], int, Transient], None] | None = None
+        self.stopped: str | None = None
+        self._closed = False
+        self._subscribers: list[Callable[[CompactionReport | Usage], None]] = []
+        self._prompt_tokens = self._new_tokens = 0
+        self._lock = threading.Lock()
+        self._pending: Append | None = None
+
+    # ---- rows and room
+
+    def bind(self, rows: int) -> None:
+        """Fix the number of rows at the first forward and share the cap among them.
+
+        Raises:
+            CapTooSmall: the cap cannot serve that many rows.
+            UnsupportedGeneration: the memory already holds another number of rows.
+
+        """
+        if self.rows:
+            if rows != len(self.rows):
+                raise UnsupportedGeneration(
+                    f"a batch of {rows} row(s) was given to a memory of {len(self.rows)}; a memory serves the batch it "
+                    "began with: open another one, or repeat the prompt as often as before"
+                )
+            return
+        if rows != self.plan.rows:
+            self.plan = make_plan(self.shape, self.settings, self.policy, rows)
+        events.memory_planned(
+            cap_bytes=self.plan.cap_bytes, capacity=self.plan.capacity, rows=rows, policy=self.policy.name
+        )
+        self.rows = [Row(index, len(self.shape.layers), self.plan.capacity) for index in range(rows)]
+
+    def piece(self, arriving: Sequence[Sequence[bool]], limit: int) -> int:
+        """Columns of a batch that can be fed now: as many as no row has to be compacted for, ``limit`` at most.
+
+        Rows that are full are compacted first, so the result is never 0. Cutting exactly where a row fills up makes
+        the moments of compaction a function of the tokens alone, however a prompt was cut.
+        """
+        for row, valid in zip(self.rows, arriving, strict=True):
+            if row.room < 1 and any(valid):
+                self.make_room(row, 1)
+        limit = min(limit, *(self.slack(),))
+        return max(1, min(_columns(valid, row.room, limit) for row, valid in zip(self.rows, arriving, strict=True)))
+
+    def slack(self) -> int:
+        """Most tokens of one forward: ``chunk``, or what the sliding layers have room for."""
+        slacks = [window_slots(layer.window, self.plan.chunk) - layer.window + 1 for layer in self.shape.layers if layer.window]
+        return min([self.plan.chunk, *slacks])
+
+    def make_room(self, row: Row, tokens: int) -> None:
+        """Compact the row if it cannot take ``tokens`` more.
+
+        Raises:
+            MemoryCapExceeded: the policy never compacts, or compaction is not automatic, or too many tokens at once.
+            CompactionFailed: see :class:`agentmem.compaction.RowCompaction`.
+
+        """
+        if row.room >= tokens and row.budgets is None:
+            return
+        if row.budgets is None and (self.policy.compactor is None or self.settings.mode != "auto"):
+            raise MemoryCapExceeded(self._full(row, tokens))
+        self.compact(row)
+        if row.room < tokens:
+            raise MemoryCapExceeded(
+                f"a forward of {tokens} tokens does not fit: a row of {self.plan.capacity} slots per head has room for "
+                f"{row.room} after a compaction; feed at most that many at once (generate does so by itself), or raise cap"
+            )
+
+    def compact(self, row: Row) -> CompactionReport | None:
+        """Compact one row now; ``None`` when there is nothing to reclaim."""
+        self.open_or_raise()
+        job = RowCompaction(self, row)
+        if not job.worthwhile:
+            return None
+        report = job.run()
+        self.compactions.append(report)
+        events.compaction_finished(report)
+        self._publish(report)
+        return report
+
+    def probe(self, row: Row, visit: Callable[[int, torch.Tensor], None]) -> None:
+        """Run the newest tokens again at the following positions; ``visit(layer, queries)`` before a layer attends."""
+        assert self.run_transient is not None  # noqa: S101  # the adapter sets it before the first forward
+        ids = probe_ids(row.ids, self.plan.probe_tokens, self.instruction)
+        self.run_transient(ids, row.next_position, Transient(self, row, visit))
+
+    def begin(self, arriving: Sequence[Arriving]) -> Append:
+        """Start a forward whose tokens stay; makes room for all of them."""
+        self.open_or_raise()
+        if self._pending is not None:  # an interrupt took the last forward away between two layers
+            self._pending.rollback()
+        for row, each in zip(self.rows, arriving, strict=True):
+            if each.ids:
+                self.make_room(row, len(each.ids))
+        self._pending = Append(self, arriving)
+        return self._pending
+
+    def appended(self, longest: int, tokens: int) -> None:
+        """Account a committed forward."""
+        self._pending = None
+        if longest > 1:
+            self._prompt_tokens += tokens
+        else:
+            self._new_tokens += tokens
+        if self._subscribers:
+            self._publish(self.usage())
+
+    def append_row(
+        self, row: Row, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Append one row's slots of one layer and attend: ``queries [Hq, q, d]`` → ``[Hq, q, dv]``."""
+        shape, count = self.shape.layers[layer], keys.shape[1]
+        self.scales[layer] = scale
+        store = self._roomy(row, layer, keys, count)
+        scored = self.policy.scores and shape.window is None
+        with torch.no_grad(), self.ledger.borrow(self.plan.forward_bytes, "attention"):
+            if count == 1:
+                store.append(keys, values)
+                output, _ = attend(queries, store.runs(shape.window), None, scale, explicit=scored)
+            else:
+                fresh = Fresh(keys, values)
+                runs = store.runs(shape.window and shape.window - 1)
+                output, received = attend(queries, runs, fresh, scale, window=shape.window, explicit=scored)
+                store.append(keys, values, received if scored else None)
+            if self.plan.live_tokens and shape.window is None:
+                self._sample(row, layer, queries)
+        return output
+
+    def _roomy(self, row: Row, layer: int, like: torch.Tensor, count: int) -> LayerStore:
+        """The store of a layer, with allocated room for ``count`` more slots."""
+        store, window = row.stores[layer], self.shape.layers[layer].window
+        if store is not None and store.room >= count:
+            return store
+        limit = self.plan.capacity if window is None else window_slots(window, self.plan.chunk)
+        if store is None:
+            spec = SlotSpec(self.shape.layers[layer], like.dtype, like.device, self.policy.scores and window is None)
+            store = LayerStore(spec, [grown(count, limit)] * spec.shape.kv_heads, self.ledger)
+        elif window is not None and store.capacities[0] == limit:
+            store.slide(window - 1)
+        else:
+            old, store = store, store.resized([grown(max(store.lengths) + count, limit)] * len(store.lengths))
+            old.free()
+        row.stores[layer] = store
+        return store
+
+    def _sample(self, row: Row, layer: int, queries: torch.Tensor) -> None:
+        sample = row.live[layer]
+        if sample is None:
+            size = self.plan.live_tokens
+            stride = -(-self.plan.capacity // size)
+            sample = row.live[layer] = LiveSample(self.shape.layers[layer], size, stride, queries, self.ledger)
+        sample.offer(queries, row.seen)
+
+    def _full(self, row: Row, tokens: int) -> str:
+        why = (
+            f"policy {self.policy.name!r} never compacts"
+            if self.policy.compactor is None
+            else f"mode={self.settings.mode!r} does not compact by itself"
+        )
+        return (
+            f"row {row.index} holds {self.plan.capacity - row.room} of {self.plan.capacity} slots per head under a cap of "
+            f"{self.plan.cap_bytes} bytes and cannot take {tokens} more token(s): {why}; raise cap, choose another policy, "
+            "or call memory.compact()"
+        )
+
+    # ---- what happened
+
+    def usage(self) -> Usage:
+        """The memory now."""
+        stores = [store for row in self.rows for store in row.stores if store is not None]
+        return Usage(
+            tokens_seen=sum(row.seen for row in self.rows),
+            held_slots=sum(sum(store.lengths) for store in stores),
+            resident_bytes=self.ledger.resident,
+            used_bytes=sum(store.used_bytes for store in stores),
+            peak_bytes=self.ledger.peak,
+        )
+
+    def report(self) -> RunReport:
+        """Everything so far."""
+        return RunReport(
+            model=self.shape.name,
+            policy=self.policy.name,
+            cap_bytes=self.plan.cap_bytes,
+            peak_bytes=self.ledger.peak,
+            resident_bytes=self.ledger.resident,
+            held_slots=sum(row.held for row in self.rows),
+            capacity=self.plan.capacity,
+            rows=len(self.rows),
+            num_compactions=len(self.compactions),
+            num_prompt_tokens=self._prompt_tokens,
+            num_new_tokens=self._new_tokens,
+            seconds_compacting=sum(report.seconds for report in self.compactions),
+            stopped=self.stopped,
+            compactions=tuple(self.compactions),
+        )
+
+    def subscribe(self, callback: Callable[[CompactionReport | Usage], None]) -> None:
+        """Call ``callback`` with a :class:`Usage` after every forward and with every compaction's report."""
+        self._subscribers.append(callback)
+
+    def _publish(self, event: CompactionReport | Usage) -> None:
+        for callback in self._subscribers:
+            callback(event)
+
+    # ---- the end
+
+    @property
+    def closed(self) -> bool:
+        """Whether the memory was closed."""
+        return self._closed
+
+    @property
+    def used(self) -> bool:
+        """Whether a forward ever reached the memory."""
+        return bool(self.rows)
+
+    def open_or_raise(self) -> None:
+        """Refuse work on a closed memory.
+
+        Raises:
+            MemoryClosed: the block that owned the memory has ended.
+
+        """
+        if self._closed:
+            raise MemoryClosed(
+                "this memory was closed when its block ended and holds no slots; open another with agentmem.capped(...)"
+            )
+
+    def close(self) -> None:
+        """Free all slots; the reports stay readable."""
+        for row in self.rows:
+            for store in row.stores:
+                if store is not None:
+                    store.free()
+            for sample in row.live:
+                if sample is not None:
+                    self.ledger.release(sample.queries.untyped_storage().nbytes())
+            row.stores = [None] * len(row.stores)
+            row.live = [None] * len(row.live)
+        self._closed = True
+
+
+def _columns(valid: Sequence[bool], room: int, limit: int) -> int:
+    """The longest start of ``valid`` with at most ``room`` true entries, ``limit`` at most."""
+    count = 0
+    for column, present in enumerate(valid[:limit]):
+        count += present
+        if count > room:
+            return column
+    return min(limit, len(valid))

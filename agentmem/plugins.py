@@ -1,0 +1,137 @@
+"""Policies by name: the entry-point group ``agentmem.policies``, the same door for built-ins and third parties.
+
+An entry point names a factory: called with keyword options, all of them optional, it returns a
+:class:`agentmem.contracts.Policy`. This is the only dynamic import of the project.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING
+
+from agentmem.contracts import Policy
+from agentmem.errors import SettingsRefused, UnknownPolicy
+
+if TYPE_CHECKING:
+    from agentmem.contracts import PolicyFactory
+
+GROUP = "agentmem.policies"
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogueRow:
+    """One registered name. ``error`` says why it cannot be used; then summary and source are empty."""
+
+    name: str
+    summary: str
+    source: str
+    distribution: str
+    error: str | None = None
+
+
+def policy(name_or_policy: str | Policy, **options: object) -> Policy:
+    """The policy of that name made with ``options``; a :class:`Policy` is returned as it is.
+
+    Raises:
+        UnknownPolicy: nothing of that name is installed; the message suggests the nearest names and lists all.
+        SettingsRefused: an option is unknown or its value cannot work, the name is offered twice, or what it names
+            cannot be imported or does not return a policy; the message names the distribution.
+
+    """
+    if isinstance(name_or_policy, Policy):
+        if options:
+            given = ", ".join(sorted(options))
+            raise SettingsRefused(
+                f"policy {name_or_policy.name!r} is already made, options {given} would be lost; "
+                "give the policy's name with the options, or put them into the policy"
+            )
+        return name_or_policy
+    return _make(_only(name_or_policy), options)
+
+
+def names() -> tuple[str, ...]:
+    """Every registered name, sorted; whether each works is for :func:`catalogue` to say."""
+    return tuple(sorted(_registered()))
+
+
+def catalogue() -> list[CatalogueRow]:
+    """One row per registered name, sorted. A name that cannot be used has an ``error`` and hides no other."""
+    rows = []
+    for name, points in sorted(_registered().items()):
+        distribution = ", ".join(map(_distribution, points))
+        try:
+            made = _make(_only(name), {})
+        except SettingsRefused as error:
+            rows.append(CatalogueRow(name, "", "", distribution, str(error)))
+        else:
+            rows.append(CatalogueRow(name, made.summary, made.source, distribution))
+    return rows
+
+
+def _registered() -> dict[str, list[EntryPoint]]:
+    registered: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group=GROUP):
+        registered.setdefault(point.name, []).append(point)
+    return registered
+
+
+def _only(name: str) -> EntryPoint:
+    """The one entry point of that name."""
+    registered = _registered()
+    points = registered.get(name, [])
+    if not points:
+        near = difflib.get_close_matches(name, registered, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+        raise UnknownPolicy(f"policy {name!r} is unknown; {hint}Installed: {', '.join(sorted(registered)) or 'none'}")
+    if len(points) > 1:
+        offers = " and ".join(f"{point.value!r} of {_distribution(point)}" for point in points)
+        raise SettingsRefused(f"policy {name!r} is offered {len(points)} times: {offers}; uninstall all but one")
+    return points[0]
+
+
+def _make(point: EntryPoint, options: dict[str, object]) -> Policy:
+    factory = _load(point)
+    _check_options(point.name, factory, options)
+    origin = f"policy {point.name!r}, factory {point.value!r} of {_distribution(point)}"
+    try:
+        made = factory(**options)
+    except ValueError as error:
+        raise SettingsRefused(f"policy {point.name!r}: {error}") from error
+    except Exception as error:  # noqa: BLE001 - a plug-in may fail in any way, and is named whichever it is
+        raise SettingsRefused(f"{origin} failed: {type(error).__name__}: {error}; mend or uninstall it") from error
+    if not isinstance(made, Policy):
+        raise SettingsRefused(f"{origin} returned {type(made).__name__}; it must return an agentmem.contracts.Policy")
+    return made
+
+
+def _load(point: EntryPoint) -> PolicyFactory:
+    origin = f"policy {point.name!r}, factory {point.value!r} of {_distribution(point)}"
+    try:
+        factory: object = point.load()
+    except Exception as error:  # noqa: BLE001 - a plug-in's import may fail in any way, and is named whichever it is
+        raise SettingsRefused(
+            f"{origin} cannot be imported: {type(error).__name__}: {error}; mend or uninstall it"
+        ) from error
+    if not callable(factory):
+        raise SettingsRefused(f"{origin} is {type(factory).__name__}; it must be a function that returns a Policy")
+    return factory
+
+
+def _check_options(name: str, factory: PolicyFactory, options: dict[str, object]) -> None:
+    """Refuse option names that the factory does not take, before it runs."""
+    parameters = inspect.signature(factory).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for option in options:
+        if option not in parameters:
+            near = difflib.get_close_matches(option, parameters, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            known = ", ".join(parameters) or "none"
+            raise SettingsRefused(f"policy {name!r} has no option {option!r}; {hint}Its options: {known}")
+
+
+def _distribution(point: EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown distribution"

@@ -1,0 +1,93 @@
+"""What happened, as pydantic models with stable JSON keys. Values only: no tensors, no I/O."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Outcome = Literal["compacted", "retried", "evicted"]
+
+
+class _Report(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LayerReport(_Report):
+    """One layer of one compaction. Errors are measured on reference queries held out from the fit."""
+
+    layer: int
+    slots_before: int
+    slots_after: int
+    output_error: float | None
+    """Relative L2 error of the segment's local attention output; ``None`` without reference queries."""
+    log_mass_error: float | None
+    """Mean absolute error of the log of the segment's attention mass."""
+    bias_min: float
+    bias_max: float
+    condition: float
+    fallbacks: tuple[str, ...] = ()
+    outcome: Outcome = "compacted"
+
+
+class CompactionReport(_Report):
+    """One compaction of one row."""
+
+    index: int
+    row: int
+    policy: str
+    tokens_seen: int
+    """Tokens that the row had consumed when it was compacted."""
+    slots_before: int
+    slots_after: int
+    """Sums over layers and KV heads."""
+    bytes_before: int
+    bytes_after: int
+    bytes_peak: int
+    """Allocated bytes of the whole memory (R + T) before, after and at the peak of this compaction."""
+    probe_tokens: int
+    seconds: float
+    seconds_by_stage: dict[str, float]
+    """``probe`` (the transient forward without the rest), ``fit``, ``check`` (held-out errors), ``commit``, ``deal``."""
+    layers: tuple[LayerReport, ...]
+    faults: tuple[str, ...] = ()
+    """What went wrong and was repaired, one line each."""
+
+    @property
+    def output_error(self) -> float | None:
+        """Mean over layers of the held-out output error."""
+        return _mean([layer.output_error for layer in self.layers])
+
+    @property
+    def log_mass_error(self) -> float | None:
+        """Mean over layers of the held-out log-mass error."""
+        return _mean([layer.log_mass_error for layer in self.layers])
+
+
+class RunReport(_Report):
+    """The life of one memory so far."""
+
+    model: str
+    policy: str
+    cap_bytes: int
+    peak_bytes: int
+    """The most that R + T ever came to, by the ledger."""
+    resident_bytes: int
+    held_slots: int
+    capacity: int
+    """Slots per KV head and row when the memory is full."""
+    rows: int
+    num_compactions: int
+    num_prompt_tokens: int
+    """Tokens consumed in forwards of more than one token, all rows together."""
+    num_new_tokens: int
+    """Tokens consumed one at a time plus the last sampled one, all rows together."""
+    seconds_compacting: float
+    stopped: str | None = None
+    """Why generation was stopped early, if it was."""
+    compactions: tuple[CompactionReport, ...] = ()
+
+
+def _mean(values: list[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present else None

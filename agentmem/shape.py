@@ -1,0 +1,58 @@
+"""The sizes of a model that a memory needs to know: integers only, no tensors and no model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BIAS_BYTES = 4
+POSITION_BYTES = 4
+SCORE_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """One attention layer. ``window`` is its sliding window in tokens, ``None`` for full attention."""
+
+    kv_heads: int
+    query_heads: int
+    key_dim: int
+    value_dim: int
+    window: int | None = None
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.query_heads // self.kv_heads
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """All layers of a model, the bytes of one number in it, and what its forward needs besides."""
+
+    name: str
+    layers: tuple[LayerShape, ...]
+    itemsize: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    max_positions: int | None = None
+
+    def slot_bytes(self, layer: LayerShape, *, scores: bool) -> int:
+        """Bytes of one slot: key row, value row, β, position, and a score accumulator where one is kept."""
+        rows = (layer.key_dim + layer.value_dim) * self.itemsize
+        return rows + BIAS_BYTES + POSITION_BYTES + (SCORE_BYTES if scores else 0)
+
+    @property
+    def compactable(self) -> tuple[int, ...]:
+        """Indices of the layers that a policy compacts (full attention)."""
+        return tuple(index for index, layer in enumerate(self.layers) if layer.window is None)
+
+    def activation_bytes(self, tokens: int) -> int:
+        """Estimate of A: what the model's own modules allocate in one forward of ``tokens`` tokens.
+
+        The widest moment of a decoder layer is its MLP: residual, normed input, gate, up and their product; the
+        logits of the last token and their float32 copy come on top.
+        """
+        widest = 3 * self.intermediate + 3 * self.hidden
+        attention = max(2 * layer.query_heads * layer.key_dim + 2 * layer.kv_heads * layer.key_dim for layer in self.layers)
+        return tokens * max(widest, attention + 3 * self.hidden) * self.itemsize + 3 * self.vocabulary * 4

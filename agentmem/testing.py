@@ -1,0 +1,357 @@
+"""Shipped helpers for tests: the laws of a policy, exact peaks of allocated bytes, tiny models of every family."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any, Literal
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from agentmem.contract_check import validate
+from agentmem.contracts import (
+    BudgetRequest,
+    Budgets,
+    Compaction,
+    Compactor,
+    HeadCompaction,
+    HeadSegment,
+    Policy,
+    Segment,
+    SegmentShape,
+    Survey,
+)
+from agentmem.errors import PolicyContractBroken, SettingsRefused
+from agentmem.plugins import policy as named_policy
+
+# ---- exact peaks
+
+
+def peak_allocated(call: Callable[[], object]) -> int:
+    """The most bytes that PyTorch's CPU allocator held during ``call`` beyond those it held before.
+
+    The running sum of the profiler's memory events: exact, the call's result included; other libraries' own buffers
+    (BLAS packing) are not seen. Other threads must not allocate meanwhile.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = call()
+    del result
+    recorded = profiler.profiler
+    assert recorded is not None  # noqa: S101  # set by the context's exit
+    events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate(int(event.nbytes()) for event in events), default=0)
+
+
+# ---- tiny models
+
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3"]
+
+
+def tiny_model(family: Family, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: object) -> Any:  # noqa: ANN401 - a transformers model
+    """A seeded random model of that family: 2 layers, 4 query and 2 KV heads of 16, 128 tokens, 4,096 positions.
+
+    ``config`` overrides fields of its configuration, such as ``num_hidden_layers``, ``sliding_window`` or
+    ``layer_types``. The initialiser's range is wide, so that attention is not uniform; there is no end token. The
+    global random state is left alone.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - only this function needs it
+
+    fields: dict[str, object] = {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 4096,
+        "initializer_range": 0.15,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        "tie_word_embeddings": False,
+    }
+    if family == "gemma3_text":
+        fields |= {"query_pre_attn_scalar": 16, "sliding_window": 32}
+        fields["layer_types"] = ["sliding_attention", "full_attention"]
+    settings = AutoConfig.for_model(family, **(fields | config))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(settings, dtype=dtype).eval()
+
+
+# ---- the laws of a policy
+
+
+@dataclass(frozen=True)
+class Case:
+    """One segment to compact: ``held[h]`` slots before and ``slots[h]`` after, per KV head."""
+
+    name: str
+    held: tuple[int, ...] = (40, 40, 40)
+    slots: tuple[int, ...] = (20, 20, 20)
+    group: int = 3
+    queries: int = 64
+    key_dim: int = 16
+    value_dim: int = 16
+    dtype: torch.dtype = torch.float32
+    spread: float = 1.0
+    """Multiplies the keys: at 1,000 the logits are huge and each query sees one slot."""
+    bias: float = 0.0
+    """Standard deviation of the old β."""
+    duplicates: bool = False
+    """Every key of the second half repeats one of the first."""
+    equal_queries: bool = False
+
+    @property
+    def shape(self) -> SegmentShape:
+        """What a plan would say of it."""
+        return SegmentShape(
+            heads=len(self.held),
+            group=self.group,
+            slots=max(self.held),
+            budget=max(self.slots),
+            queries=self.queries,
+            key_dim=self.key_dim,
+            value_dim=self.value_dim,
+            itemsize=self.dtype.itemsize,
+        )
+
+
+CASES = (
+    Case("equal heads"),
+    Case("ragged heads, one query head each", held=(40, 7, 23), slots=(11, 7, 1), group=1),
+    Case("seven query heads a KV head", held=(24, 24), slots=(12, 12), group=7, queries=16),
+    Case("one query", group=1, queries=1),
+    Case("fewer queries than slots", group=1, queries=5),
+    Case("equal queries", equal_queries=True),
+    Case("duplicate keys", duplicates=True),
+    Case("old β", bias=2.0),
+    Case("huge logits", spread=1e3),
+    Case("bfloat16", dtype=torch.bfloat16),
+    Case("float16", dtype=torch.float16),
+    Case("keys wider than values", key_dim=24, value_dim=8),
+    Case("all slots kept", slots=(40, 40, 40)),
+    Case("one slot kept", slots=(1, 1, 1)),
+    Case("512 slots halved", held=(512, 512), slots=(256, 256), queries=256, key_dim=64, value_dim=64),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LawResult:
+    """One law on one case; ``broken`` says how, ``None`` that it held."""
+
+    law: str
+    case: str
+    broken: str | None
+
+
+@dataclass(frozen=True)
+class PolicyCheck:
+    """Every law on every case. ``str()`` of it has one line a law and one a breach."""
+
+    policy: str
+    results: tuple[LawResult, ...]
+
+    @property
+    def broken(self) -> tuple[LawResult, ...]:
+        """The laws that did not hold, with their cases."""
+        return tuple(result for result in self.results if result.broken is not None)
+
+    def raise_if_broken(self) -> None:
+        """Raise :class:`PolicyContractBroken` with the whole text if any law did not hold."""
+        if self.broken:
+            raise PolicyContractBroken(str(self))
+
+    def __str__(self) -> str:
+        """The verdict, for people."""
+        by_law = defaultdict(list)
+        for result in self.results:
+            by_law[result.law].append(result)
+        lines = [f"policy {self.policy!r}: {len(self.results)} checks, {len(self.broken)} broken"]
+        for law, results in by_law.items():
+            breaches = [result for result in results if result.broken is not None]
+            lines.append(f"  {'BROKEN' if breaches else 'held'}: {law} ({len(results)} cases)")
+            lines += [f"    {breach.case}: {breach.broken}" for breach in breaches]
+        return "\n".join(lines if self.results else [*lines, "  it never compacts, so there is nothing to hold"])
+
+
+def check_policy(policy: str | Policy, *, shapes: Sequence[Case] = CASES, seed: int = 0) -> PolicyCheck:
+    """Check the laws of :class:`agentmem.contracts.Compactor` and :class:`agentmem.contracts.Budgets` on ``shapes``.
+
+    Segments are random, seeded by ``seed``; the workspace is measured with :func:`peak_allocated`.
+    """
+    made = named_policy(policy)
+    results: list[LawResult] = []
+    if made.compactor is not None:
+        for case in shapes:
+            results += _compactor_laws(made, made.compactor, case, seed)
+    if made.budgets is not None:
+        results += _budget_laws(made.budgets)
+    return PolicyCheck(made.name, tuple(results))
+
+
+def make_segment(case: Case, policy: Policy, *, seed: int = 0) -> Segment:
+    """A random segment of that case with what the policy asks for: reference queries, score accumulators."""
+    compactor = policy.compactor
+    if compactor is None:
+        raise SettingsRefused(f"policy {policy.name!r} never compacts, so it has no segment; give one that compacts")
+    generator = torch.Generator().manual_seed(seed)
+    heads = tuple(_make_head(case, held, generator, scores=compactor.scores) for held in case.held)
+    reference = None
+    if policy.queries.source != "none":
+        reference = torch.randn(case.queries, len(heads) * case.group, case.key_dim, generator=generator)
+        if case.equal_queries:
+            reference = reference[:1].repeat(case.queries, 1, 1)
+        # Attention hands queries over as a view like this one.
+        reference = reference.to(case.dtype).transpose(0, 1)
+    workspace = compactor.workspace(case.shape)
+    return Segment(0, heads, reference, case.key_dim**-0.5, torch.Generator().manual_seed(seed), workspace)
+
+
+def _make_head(case: Case, held: int, generator: torch.Generator, *, scores: bool) -> HeadSegment:
+    keys = torch.randn(held, case.key_dim, generator=generator) * case.spread
+    if case.duplicates:
+        keys[held - held // 2 :] = keys[: held // 2]
+    return HeadSegment(
+        keys=keys.to(case.dtype),
+        values=torch.randn(held, case.value_dim, generator=generator).to(case.dtype),
+        bias=torch.randn(held, generator=generator) * case.bias,
+        positions=torch.arange(16, 16 + held, dtype=torch.int32),
+        scores=torch.rand(held, generator=generator) if scores else None,
+    )
+
+
+def _compactor_laws(policy: Policy, compactor: Compactor, case: Case, seed: int) -> Iterator[LawResult]:
+    def result(law: str, broken: str | None) -> LawResult:
+        return LawResult(law, case.name, broken)
+
+    segment, untouched = (make_segment(case, policy, seed=seed) for _ in range(2))
+    global_state = torch.get_rng_state()
+    try:
+        first = compactor.compact(segment, case.slots)
+    except Exception as error:  # noqa: BLE001 - whatever a policy raises is its verdict
+        yield result("compact() ends", f"{type(error).__name__}: {error}")
+        return
+    yield result("compact() ends", None)
+    yield result("the contract of every commit", _broken_contract(first, segment, case, policy.name))
+    yield result("the segment is not written", None if _equal(segment, untouched) else "a tensor was changed")
+    yield result(
+        "only the segment's generator is used",
+        None if torch.equal(global_state, torch.get_rng_state()) else "the global random state moved",
+    )
+    again = compactor.compact(untouched, case.slots)
+    yield result("the same segment gives the same result", None if _same(first, again) else "it differs")
+    yield result("permuting the KV heads permutes the result", _broken_permutation(compactor, first, case, policy, seed))
+    yield result("what is allocated stays within workspace()", _broken_workspace(compactor, case, policy, seed))
+    if type(compactor).survey is not Compactor.survey:
+        yield result("a survey scores every slot", _broken_survey(compactor, make_segment(case, policy, seed=seed)))
+
+
+def _broken_contract(compaction: Compaction, segment: Segment, case: Case, name: str) -> str | None:
+    try:
+        validate(compaction, segment, case.slots, policy=name)
+    except PolicyContractBroken as error:
+        return str(error)
+    return None
+
+
+def _broken_permutation(
+    compactor: Compactor, straight: Compaction, case: Case, policy: Policy, seed: int
+) -> str | None:
+    segment = make_segment(case, policy, seed=seed)
+    reference = segment.reference
+    if reference is not None:
+        per_head = reference.unflatten(0, (len(case.held), case.group))
+        reference = per_head.flip(0).flatten(0, 1)
+    turned = replace(segment, heads=segment.heads[::-1], reference=reference)
+    heads = compactor.compact(turned, case.slots[::-1]).heads
+    same = _same(Compaction(heads[::-1]), straight, tolerance=1e-4)
+    return None if same else "reversed heads gave other slots, β or values"
+
+
+def _broken_workspace(compactor: Compactor, case: Case, policy: Policy, seed: int) -> str | None:
+    segment = make_segment(case, policy, seed=seed)
+    promised = compactor.workspace(case.shape)
+    peak = peak_allocated(lambda: compactor.compact(segment, case.slots))
+    return None if peak <= promised else f"{peak} bytes were allocated, workspace() promises {promised}"
+
+
+def _broken_survey(compactor: Compactor, segment: Segment) -> str | None:
+    scores = compactor.survey(segment).scores
+    if [score.shape for score in scores] != [head.bias.shape for head in segment.heads]:
+        return f"scores of {[list(score.shape) for score in scores]} for {[head.slots for head in segment.heads]} slots"
+    finite = all(bool(torch.isfinite(score).all()) for score in scores)
+    return None if finite else "a score is not finite"
+
+
+def _equal(left: Segment, right: Segment) -> bool:
+    def tensors(segment: Segment) -> Iterator[torch.Tensor | None]:
+        yield segment.reference
+        for head in segment.heads:
+            yield from (head.keys, head.values, head.bias, head.positions, head.scores)
+
+    return all(_close(one, other) for one, other in zip(tensors(left), tensors(right), strict=True))
+
+
+def _same(left: Compaction, right: Compaction, tolerance: float = 0.0) -> bool:
+    def tensors(head: HeadCompaction) -> tuple[torch.Tensor | None, ...]:
+        return (head.bias, head.values, head.keys)
+
+    return all(
+        torch.equal(one.kept, other.kept)
+        and all(_close(a, b, tolerance) for a, b in zip(tensors(one), tensors(other), strict=True))
+        for one, other in zip(left.heads, right.heads, strict=True)
+    )
+
+
+def _close(left: torch.Tensor | None, right: torch.Tensor | None, tolerance: float = 0.0) -> bool:
+    if left is None or right is None:
+        return left is right
+    return left.shape == right.shape and torch.allclose(left, right, rtol=tolerance, atol=tolerance)
+
+
+_TABLES: Mapping[str, tuple[tuple[int, ...], ...]] = {
+    "equal heads": ((20, 20, 20), (20, 20, 20)),
+    "ragged heads": ((3, 40, 17), (0, 9, 1)),
+    "one head": ((12,),),
+}
+
+
+def _budget_laws(budgets: Budgets) -> Iterator[LawResult]:
+    for name, held in _TABLES.items():
+        full = sum(map(sum, held))
+        for total in (0, 1, full // 3, full - 1, full, full + 5):
+            case = f"{name}, {total} of {full} slots"
+            request = BudgetRequest(held, total, 0, _surveys(held) if budgets.needs_survey else ())
+            try:
+                dealt = budgets.deal(request)
+                again = budgets.deal(request)
+            except Exception as error:  # noqa: BLE001 - whatever a policy raises is its verdict
+                yield LawResult("deal() ends", case, f"{type(error).__name__}: {error}")
+                continue
+            yield LawResult("every head gets 0 up to what it holds", case, _broken_deal(held, dealt))
+            given = sum(map(sum, dealt))
+            wrong = None if given == min(total, full) else f"{given} slots were dealt, not {min(total, full)}"
+            yield LawResult("the budgets sum to the total", case, wrong)
+            yield LawResult("the same request gives the same budgets", case, None if dealt == again else "it differs")
+
+
+def _broken_deal(held: tuple[tuple[int, ...], ...], dealt: tuple[tuple[int, ...], ...]) -> str | None:
+    if [len(row) for row in dealt] != [len(row) for row in held]:
+        return f"{dealt} has not the shape of {held}"
+    fits = all(0 <= given <= most for row, limits in zip(dealt, held, strict=True) for given, most in zip(row, limits, strict=True))
+    return None if fits else f"{dealt} for heads that hold {held}"
+
+
+def _surveys(held: tuple[tuple[int, ...], ...]) -> tuple[Survey, ...]:
+    """Scores that fall with the slot, so that they differ and are the same every time."""
+    return tuple(
+        Survey(layer, tuple(torch.linspace(1, 0, slots) / math.sqrt(head + 1) for head, slots in enumerate(row)))
+        for layer, row in enumerate(held)
+    )

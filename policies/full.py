@@ -1,0 +1,10 @@
+"""Full: never compacts. The memory raises ``MemoryCapExceeded`` when its cap is reached."""
+
+from __future__ import annotations
+
+from agentmem.contracts import Policy
+
+
+def full() -> Policy:
+    """Keep everything; going over the cap is an error."""
+    return Policy(name="full", summary="never compacts; the cap is an error", source="-", compactor=None)

@@ -1,0 +1,12 @@
+"""Pure tensor functions, one algorithm a file: no cache, no model, nothing of agentmem.
+
+| file | algorithm |
+| --- | --- |
+| ``attention.py`` | attention of blocks of queries over one head's segment alone |
+| ``selection.py`` | importance of slots over all queries, and the top of it |
+| ``anchored.py`` | ridge regression anchored at a known point, from its normal equations |
+| ``mass.py`` | the β that restores the attention mass |
+| ``values.py`` | the values that restore the attention output |
+
+Working memory is bounded by the caller: queries are visited in blocks of rows, and no queries x slots matrix exists.
+"""

@@ -1,0 +1,53 @@
+"""Highest attention: the importance of each slot over all reference queries, and the top of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from agentmem.policies.solvers.attention import LocalAttention
+
+Score = Literal["rms", "max", "mean"]
+
+
+@dataclass(frozen=True, slots=True)
+class Importance:
+    """``scores [T]`` of the slots, and ``log_mass [N]``, the log of every query's mass over the segment; float32."""
+
+    scores: torch.Tensor
+    log_mass: torch.Tensor
+
+
+def importance(attention: LocalAttention, score: Score = "rms") -> Importance:
+    """Each slot's root mean square, maximum or mean attention weight over all queries.
+
+    Source: arXiv:2602.16284, "highest attention" (rms works best there).
+
+    Laws: scores lie in [0, 1]; blocks of any size give the same scores up to rounding; a constant added to every
+    logit of a query changes nothing.
+    """
+    scores = attention.bias.new_zeros(len(attention.keys))
+    log_mass = attention.bias.new_empty(attention.count)
+    for rows, block in attention.blocks():
+        weights, log_mass[rows] = attention.weights(block)
+        if score == "max":
+            torch.maximum(scores, weights.amax(dim=0), out=scores)
+        else:
+            scores += (weights.square_() if score == "rms" else weights).sum(dim=0)
+        del weights  # before the next block is made
+    if score != "max":
+        scores /= attention.count
+    return Importance(scores.sqrt_() if score == "rms" else scores, log_mass)
+
+
+def top(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """The indices of the ``count`` largest ``scores [T]``, ascending, int64.
+
+    Slots come in ascending position, so of equal scores the later index is the newer slot, and it is the one kept.
+    """
+    newest_first = scores.flip(0).argsort(descending=True, stable=True)
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    chosen[newest_first[:count]] = True
+    return chosen.flip(0).nonzero().squeeze(-1)

@@ -1,0 +1,82 @@
+"""The value fit: values for the kept slots that restore every query's attention output over the segment."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from agentmem.policies.solvers.anchored import FIRMER_RIDGES, factored
+from agentmem.policies.solvers.attention import LocalAttention
+
+
+@dataclass(frozen=True, slots=True)
+class ValueFit:
+    """``values [t, dv]`` float32. ``accepted`` is false where the kept slots' own values are returned instead.
+
+    ``bounded`` counts the slots whose shift was cut to the bound.
+    """
+
+    values: torch.Tensor
+    accepted: bool
+    bounded: int
+    condition: float
+
+
+def fit_values(  # noqa: PLR0913 - two attentions, their values, and the three numbers of the fit
+    whole: LocalAttention,
+    kept: LocalAttention,
+    values: torch.Tensor,
+    anchor: torch.Tensor,
+    *,
+    ridge: float,
+    bound: float,
+) -> ValueFit:
+    """Fit ``X C ≈ Y``: X the weights over the kept slots with their new β, Y the output of the whole segment.
+
+    ``values [T, dv]`` and ``anchor [t, dv]`` (the kept slots' own values) are float32. Minimises
+    ``|X C - Y|² + ridge * mean(diag XᵀX) * |C - anchor|²``; no slot's value moves further from its own than
+    ``bound`` times the longest value of the segment.
+
+    Laws: a slot without evidence keeps its value; fewer queries than slots, one query, equal queries and duplicate
+    keys give finite values; the accepted fit has a smaller squared output error on the fitting queries than the
+    anchor.
+
+    Source: arXiv:2602.16284, output matching; there without anchor. Both softmaxes are local to the segment.
+    """
+    for firmer in FIRMER_RIDGES:
+        pull = torch.zeros_like(anchor)
+        equations = factored(_gram(whole, kept, values, anchor, pull), ridge * firmer)
+        if equations is not None:
+            break
+    else:
+        return ValueFit(anchor, accepted=False, bounded=0, condition=math.inf)
+    shift, bounded = _bounded(equations.shift(pull), bound * float(values.norm(dim=-1).amax()))
+    condition = equations.condition()
+    if not equations.gain(pull, shift) > 0:
+        return ValueFit(anchor, accepted=False, bounded=bounded, condition=condition)
+    return ValueFit(anchor + shift, accepted=True, bounded=bounded, condition=condition)
+
+
+def _bounded(shift: torch.Tensor, limit: float) -> tuple[torch.Tensor, int]:
+    """``shift [t, dv]`` with no row longer than ``limit``, in place, and how many rows were cut."""
+    length = shift.norm(dim=-1, keepdim=True)
+    return shift.mul_((limit / length).clamp_(max=1)), int((length > limit).sum())
+
+
+def _gram(  # noqa: PLR0913 - see fit_values
+    whole: LocalAttention, kept: LocalAttention, values: torch.Tensor, anchor: torch.Tensor, pull: torch.Tensor
+) -> torch.Tensor:
+    """The Gram ``XᵀX [t, t]``, added up over blocks of queries; the pull ``Xᵀ (Y - X anchor)`` is added to ``pull``."""
+    gram = anchor.new_zeros(len(anchor), len(anchor))
+    for _, block in whole.blocks():
+        weights, _ = whole.weights(block)
+        missing = weights @ values
+        del weights  # before those of the kept slots are made
+        weights, _ = kept.weights(block)
+        missing.addmm_(weights, anchor, alpha=-1)
+        gram.addmm_(weights.T, weights)
+        pull.addmm_(weights.T, missing)
+        del weights, missing  # before the next block is made
+    return gram

@@ -1,0 +1,42 @@
+"""Window: the memory's prefix (the attention sinks) and the most recent slots.
+
+Source: StreamingLLM, "Efficient Streaming Language Models with Attention Sinks", arXiv:2309.17453. The sinks are the
+memory's ``keep_first``. Kept keys keep their RoPE phase, where the paper re-numbers positions within the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from agentmem.contracts import Compaction, Compactor, HeadCompaction, HeadSegment, Policy, Segment, SegmentShape
+from agentmem.policies.uniform import Uniform
+
+
+class MostRecent(Compactor):
+    """Keeps the last slots of every head's segment as they are."""
+
+    def workspace(self, shape: SegmentShape) -> int:
+        """The kept indices."""
+        return shape.heads * shape.budget * 8
+
+    def compact(self, segment: Segment, slots: Sequence[int]) -> Compaction:
+        """The last ``slots[h]`` slots of every head."""
+        pairs = zip(segment.heads, slots, strict=True)
+        return Compaction(tuple(HeadCompaction(_last(head, count)) for head, count in pairs))
+
+
+def _last(head: HeadSegment, count: int) -> torch.Tensor:
+    return torch.arange(head.slots - count, head.slots, device=head.keys.device)
+
+
+def window() -> Policy:
+    """Keep the prefix and the most recent slots, forget the rest."""
+    return Policy(
+        name="window",
+        summary="prefix and most recent slots",
+        source="StreamingLLM, arXiv:2309.17453",
+        compactor=MostRecent(),
+        budgets=Uniform(),
+    )

@@ -1,1 +1,72 @@
-"""Memory-capped long reasoning for Hugging Face models."""
+"""A hard cap in bytes on the KV memory of a Hugging Face model, compacted in mid-thought.
+
+Two doors to the same machinery: :func:`capped`, a context manager around unmodified code, and :func:`wrap`, an object
+with ``generate``. :func:`plan` says beforehand what a cap comes to.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from agentmem.budget import Plan
+from agentmem.contracts import Budgets, Compaction, Compactor, HeadCompaction, Policy, Queries, Segment
+from agentmem.doors import CappedModel, CappedOutput, capped, plan, wrap
+from agentmem.errors import (
+    AgentmemError,
+    CapBypassed,
+    CapTooSmall,
+    CompactionFailed,
+    MemoryCapExceeded,
+    MemoryClosed,
+    MemoryUnused,
+    ModelUnavailable,
+    PolicyContractBroken,
+    PromptMismatch,
+    SettingsRefused,
+    UnknownPolicy,
+    UnsupportedGeneration,
+    UnsupportedModel,
+)
+from agentmem.hf import CappedMemory
+from agentmem.memory import Usage
+from agentmem.report import CompactionReport, LayerReport, RunReport
+from agentmem.settings import Settings
+
+__version__ = version("agentmem-runtime")
+
+__all__ = [
+    "AgentmemError",
+    "Budgets",
+    "CapBypassed",
+    "CapTooSmall",
+    "CappedMemory",
+    "CappedModel",
+    "CappedOutput",
+    "Compaction",
+    "CompactionFailed",
+    "CompactionReport",
+    "Compactor",
+    "HeadCompaction",
+    "LayerReport",
+    "MemoryCapExceeded",
+    "MemoryClosed",
+    "MemoryUnused",
+    "ModelUnavailable",
+    "Plan",
+    "Policy",
+    "PolicyContractBroken",
+    "PromptMismatch",
+    "Queries",
+    "RunReport",
+    "Segment",
+    "Settings",
+    "SettingsRefused",
+    "UnknownPolicy",
+    "UnsupportedGeneration",
+    "UnsupportedModel",
+    "Usage",
+    "__version__",
+    "capped",
+    "plan",
+    "wrap",
+]

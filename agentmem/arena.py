@@ -72,14 +72,21 @@ class LayerStore:
         """Tokens ever appended, whatever became of their slots."""
         total = sum(self.capacities)
         ledger.hold(total * spec.slot_bytes, "a layer's slots")
+        try:
+            self._allocate(total)
+        except BaseException:  # the machine itself may be out of memory
+            ledger.release(total * spec.slot_bytes)
+            raise
+
+    def _allocate(self, total: int) -> None:
+        spec, device = self.spec, self.spec.device
         # A tensor that is born under inference_mode could not be written outside it.
         with torch.inference_mode(mode=False):
-            options = {"device": spec.device}
-            self.keys = torch.empty(total, spec.shape.key_dim, dtype=spec.dtype, **options)
-            self.values = torch.empty(total, spec.shape.value_dim, dtype=spec.dtype, **options)
-            self.bias = torch.zeros(total, dtype=torch.float32, **options)
-            self.positions = torch.empty(total, dtype=torch.int32, **options)
-            self.scores = torch.zeros(total, dtype=torch.float32, **options) if spec.scores else None
+            self.keys = torch.empty(total, spec.shape.key_dim, dtype=spec.dtype, device=device)
+            self.values = torch.empty(total, spec.shape.value_dim, dtype=spec.dtype, device=device)
+            self.bias = torch.zeros(total, dtype=torch.float32, device=device)
+            self.positions = torch.empty(total, dtype=torch.int32, device=device)
+            self.scores = torch.zeros(total, dtype=torch.float32, device=device) if spec.scores else None
 
     @property
     def allocated_bytes(self) -> int:
@@ -184,8 +191,9 @@ class LayerStore:
 
     def segment(self, head: int, prefix: int, recent: int) -> HeadSegment:
         """The compactable slots of one head, between prefix and recent; positions must be settled."""
-        start = self.starts[head]
-        span = slice(start + min(prefix, self.lengths[head]), start + max(self.lengths[head] - recent, prefix))
+        start, length = self.starts[head], self.lengths[head]
+        begin = min(prefix, length)
+        span = slice(start + begin, start + max(length - recent, begin))
         scores = None if self.scores is None else self.scores[span]
         return HeadSegment(self.keys[span], self.values[span], self.bias[span], self.positions[span], scores)
 
@@ -200,13 +208,13 @@ class LayerStore:
             store.free()
             raise
         store.biased = self.biased or any(head.bias is not None for head in compaction.heads)
-        return store._filled(capacities, capacities, self.seen)  # noqa: SLF001  # a sibling of the same class
+        return store._filled(capacities, capacities, self.seen)
 
     def _write_compacted(
         self, store: LayerStore, head: int, replacement: HeadCompaction, prefix: int, recent: int
     ) -> None:
-        begin, old, kept = store.starts[head], self.starts[head], replacement.kept + prefix
-        middle = begin + prefix + kept.shape[0]
+        begin, old = store.starts[head], self.starts[head]
+        middle = begin + prefix + replacement.kept.shape[0]
         for name in ("keys", "values", "bias", "positions", "scores"):
             source, sink = getattr(self, name), getattr(store, name)
             if sink is None:
@@ -215,7 +223,7 @@ class LayerStore:
             sink[begin : begin + prefix] = source[old : old + prefix]
             fitted = getattr(replacement, name, None)
             if fitted is None:
-                torch.index_select(source[old:end], 0, kept, out=sink[begin + prefix : middle])
+                torch.index_select(source[old + prefix : end], 0, replacement.kept, out=sink[begin + prefix : middle])
             else:
                 sink[begin + prefix : middle] = fitted
             sink[middle : middle + recent] = source[end - recent : end]
@@ -234,7 +242,7 @@ class LayerStore:
             store.free()
             raise
         store.biased = self.biased
-        return store._filled(self.lengths, self.settled, self.seen)  # noqa: SLF001  # a sibling of the same class
+        return store._filled(self.lengths, self.settled, self.seen)
 
     def _filled(self, lengths: Sequence[int], settled: Sequence[int], seen: int) -> LayerStore:
         self.lengths, self.settled, self.seen = list(lengths), list(settled), seen

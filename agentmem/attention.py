@@ -64,7 +64,8 @@ def fused_bytes(layer: LayerShape, tokens: int, slots: int, itemsize: int) -> in
     """Bytes that the fused path of :func:`attend` allocates at most besides its output."""
     block = min(OLD_BLOCK, tokens)
     merge = layer.query_heads * (block * (layer.value_dim * itemsize + 4 * 4) + tokens * 4)
-    flash = max(_flash_scratch(tokens, tokens, layer.value_dim), _flash_scratch(block, slots, layer.value_dim))
+    packed = max(block, layer.group)  # a decode step's rows are its group
+    flash = max(_flash_scratch(tokens, tokens, layer.value_dim), _flash_scratch(packed, slots, layer.value_dim))
     return merge + flash
 
 
@@ -80,7 +81,7 @@ def explicit_bytes(layer: LayerShape, tokens: int, slots: int, itemsize: int) ->
 def _flash_scratch(tokens: int, slots: int, value_dim: int) -> int:
     # aten/native/cpu/FlashAttentionKernel.cpp: per thread one [q_split, kv_split] tile (twice for 16-bit inputs)
     # and one [q_split, dv] accumulator.
-    split = 256 if tokens >= 768 else 64 if tokens >= 192 else 32
+    split = 256 if tokens >= 768 else 64 if tokens >= 192 else 32  # noqa: PLR2004  # the kernel's own thresholds
     split = min(split, tokens)
     return torch.get_num_threads() * split * (2 * min(512, slots) + 2 + value_dim) * 4
 
@@ -98,10 +99,12 @@ def attend(
 
     Without ``fresh`` every query sees every slot (a decode step whose own slot was appended already). With it the
     queries see all slots and, causally, the fresh keys. ``window``: a query sees at most that many tokens, itself
-    included; slots are then the consecutive tokens before it (without ``fresh`` the caller has cut them). Runs with ``scores`` need the explicit path, which
+    included; slots are then the consecutive tokens before it (without ``fresh`` the caller has cut them). Runs
+    with ``scores`` need the explicit path, which
     also serves devices other than CPU.
     """
-    if fresh is None or (window is not None and max((run.slots for run in runs), default=0) + queries.shape[1] <= window):
+    longest = max((run.slots for run in runs), default=0) + queries.shape[1]
+    if fresh is None or (window is not None and longest <= window):
         window = None
     equal_dims = queries.shape[-1] == (runs[0] if runs else fresh).values.shape[-1]  # type: ignore[union-attr]
     if explicit or window is not None or not equal_dims or queries.device.type != "cpu":
@@ -133,25 +136,42 @@ def _fused(queries: torch.Tensor, runs: Sequence[Run], fresh: Fresh | None, scal
 
 
 def _merge(output: torch.Tensor, lse: torch.Tensor, grouped: torch.Tensor, run: Run, scale: float) -> None:
-    """Fold the old slots of one run into ``output``, weighting both by their mass (log-sum-exp)."""
+    """Fold the old slots of one run into ``output``, a block of queries at a time."""
     heads = slice(run.first, run.first + run.heads)
     for block in blocks(grouped.shape[2], OLD_BLOCK):
-        old, old_lse = _flash_run(grouped[heads, :, block], run, scale)
-        share = (old_lse - lse[heads, :, block]).sigmoid_().unsqueeze(-1)
-        output[heads, :, block].lerp_(old, share.to(old.dtype))
+        _merge_block(output[heads, :, block], lse[heads, :, block], grouped[heads, :, block], run, scale)
+
+
+def _merge_block(output: torch.Tensor, lse: torch.Tensor, grouped: torch.Tensor, run: Run, scale: float) -> None:
+    """Weight both parts by their mass (log-sum-exp). A function of its own, so that no block outlives its turn."""
+    old, old_lse = _flash_run(grouped, run, scale)
+    share = (old_lse - lse).sigmoid_().unsqueeze(-1)
+    output.lerp_(old, share.to(old.dtype))
 
 
 def _flash_run(grouped: torch.Tensor, run: Run, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    group = grouped.shape[1]
-    result: tuple[torch.Tensor, torch.Tensor] = _flash(
+    """Output ``[h, group, q, dv]`` and log-sum-exp ``[h, group, q]`` of ``grouped [h, group, q, d]`` over one run."""
+    heads, group, tokens, _ = grouped.shape
+    bias = None if run.bias is None else run.bias[:, None, None]
+    if tokens == 1:  # the group as rows of one KV head: keys and values are read once for all of it
+        output, lse = _flash(
+            grouped.reshape(1, heads, group, -1),
+            run.keys[None],
+            run.values[None],
+            0.0,
+            attn_mask=None if bias is None else bias.transpose(0, 1),
+            scale=scale,
+        )
+        return output.reshape(heads, group, 1, -1), lse.reshape(heads, group, 1)
+    output, lse = _flash(
         grouped,
         run.keys.unsqueeze(1).expand(-1, group, -1, -1),
         run.values.unsqueeze(1).expand(-1, group, -1, -1),
         0.0,
-        attn_mask=None if run.bias is None else run.bias[:, None, None],
+        attn_mask=bias,
         scale=scale,
     )
-    return result
+    return output, lse
 
 
 def _grouped(queries: torch.Tensor, run: Run, runs: Sequence[Run]) -> torch.Tensor:
@@ -225,10 +245,11 @@ def local(
     return logits.softmax(-1) @ values.float(), logits.logsumexp(-1)
 
 
-def local_bytes(layer: LayerShape, queries: int, before: int, after: int, itemsize: int) -> int:
+def local_bytes(layer: LayerShape, queries: int, before: int, after: int, itemsize: int, *, fused: bool) -> int:
     """Bytes of comparing :func:`local` before and after a compaction, the replacement slots included."""
     outputs = 4 * layer.group * queries * (layer.value_dim * (itemsize + 4) + 8)
     slots = after * (layer.key_dim + layer.value_dim) * (itemsize + 4) + after * 12
-    fused = _flash_scratch(queries, before, layer.value_dim) if layer.key_dim == layer.value_dim else 0
-    explicit = 0 if fused else 3 * layer.group * queries * before * 4 + before * (layer.key_dim + layer.value_dim) * 4
-    return outputs + slots + fused + explicit
+    if fused:
+        return outputs + slots + _flash_scratch(queries, before, layer.value_dim)
+    casts = before * (layer.key_dim + layer.value_dim) * 4
+    return outputs + slots + 3 * layer.group * queries * before * 4 + casts

@@ -93,8 +93,8 @@ def make_plan(shape: ModelShape, settings: Settings, policy: Policy, rows: int =
     needed = smallest.resident_bytes + smallest.workspace_bytes
     if needed > settings.cap:
         raise CapTooSmall(
-            f"a cap of {format_bytes(settings.cap)} ({settings.cap} bytes) is too small: {rows} row(s) of {least} slots "
-            f"per head (prefix {settings.keep_first} + recent {settings.keep_recent} + budget, target "
+            f"a cap of {format_bytes(settings.cap)} ({settings.cap} bytes) is too small: {rows} row(s) of {least} "
+            f"slots per head (prefix {settings.keep_first} + recent {settings.keep_recent} + budget, target "
             f"{settings.target}) and the workspace of {policy.name!r} need {needed} bytes ({format_bytes(needed)}); "
             "raise cap, or lower keep_first, keep_recent, min_reclaim, chunk or the number of rows"
             + ("" if len(shape.compactable) == len(shape.layers) else "; its sliding windows are held whole")
@@ -168,7 +168,8 @@ class _Planner:
             chunk=settings.chunk,
             probe_tokens=probe,
             live_tokens=live,
-            resident_bytes=self.rows * sum(self._store_bytes(layer, capacity) for layer in self.shape.layers) + live_bytes,
+            resident_bytes=live_bytes
+            + self.rows * sum(self._store_bytes(layer, capacity) for layer in self.shape.layers),
             live_bytes=live_bytes,
             fit_bytes=self._most(lambda layer: self._fit(layer, capacity, target, references)),
             check_bytes=self._most(lambda layer: self._check(layer, capacity, target, references)),
@@ -240,12 +241,16 @@ class _Planner:
         return self.policy.compactor.workspace(self._segment(layer, capacity, target, references))
 
     def _check(self, layer: LayerShape, capacity: int, target: int, references: int) -> int:
-        return attention.local_bytes(layer, references // HELD_OUT, capacity, target, self.shape.itemsize)
+        queries, fused = references // HELD_OUT, self._fused(layer)
+        return attention.local_bytes(layer, queries, capacity, target, self.shape.itemsize, fused=fused)
+
+    def _fused(self, layer: LayerShape) -> bool:
+        return self.shape.fused and layer.key_dim == layer.value_dim
 
     def _forward(self, layer: LayerShape, capacity: int) -> int:
         slots, chunk = self.slots(layer, capacity), self.settings.chunk
         fused = attention.fused_bytes(layer, chunk, slots, self.shape.itemsize)
-        explicit = self.policy.scores or layer.window is not None or layer.key_dim != layer.value_dim
+        explicit = self.policy.scores or layer.window is not None or not self._fused(layer)
         return max(fused, attention.explicit_bytes(layer, chunk, slots, self.shape.itemsize)) if explicit else fused
 
     def _move(self, layer: LayerShape, capacity: int, target: int) -> int:

@@ -8,6 +8,7 @@ budgets (or the failure is raised), and the report says so.
 from __future__ import annotations
 
 import time
+import traceback
 from collections import defaultdict
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 ATTEMPTS = 2
 
+Errors = tuple[float | None, float | None]
+"""Of the output and of the log-mass, on held-out queries."""
+
 
 class RowCompaction:
     """Compacts one row of a memory to its target and deals the freed slots out as headroom."""
@@ -50,7 +54,8 @@ class RowCompaction:
         """Whether a begun compaction is to be finished, or some head holds more than the target."""
         target = self.plan.target
         held = [max(store.lengths) for _, store in self._stores()]
-        return self.row.budgets is not None or (self.memory.policy.compactor is not None and max(held, default=0) > target)
+        compacts = self.memory.policy.compactor is not None
+        return self.row.budgets is not None or (compacts and max(held, default=0) > target)
 
     def run(self) -> CompactionReport:
         """Do it.
@@ -132,9 +137,7 @@ class RowCompaction:
 
     def _stores(self) -> list[tuple[int, LayerStore]]:
         return [
-            (index, store)
-            for index in self.memory.shape.compactable
-            if (store := self.row.stores[index]) is not None
+            (index, store) for index in self.memory.shape.compactable if (store := self.row.stores[index]) is not None
         ]
 
     def _todo(self) -> list[int]:
@@ -159,8 +162,9 @@ class RowCompaction:
             except PolicyContractBroken:
                 raise
             except Exception as error:  # noqa: BLE001  # whatever a policy or a probe raises must not cost the memory
+                traceback.clear_frames(error.__traceback__)  # they hold views into stores that are about to go
                 fault = error
-                self._note_fault(self._todo()[0], error, "tried again" if attempt == 0 else "evicted to budget")
+                self._note_fault(self._todo()[0], error, "tried again" if attempt == 0 else self._last_remedy)
         for layer in self._todo():
             if self.memory.settings.on_failure != "evict" and fault is not None:
                 self._fail(layer, fault)
@@ -184,32 +188,37 @@ class RowCompaction:
 
     def _compact_layer(self, layer: int, reference: torch.Tensor | None) -> None:
         store = self.row.stores[layer]
-        assert store is not None and self.row.budgets is not None  # noqa: S101, PT018  # _todo lists such layers only
+        assert store is not None  # noqa: S101  # _todo lists such layers only
+        with self.memory.ledger.borrow(self.plan.fit_bytes, "the policy's workspace"):
+            compaction, errors = self._fit(layer, store, reference)
+            self._commit(layer, store, compaction, errors)
+
+    def _fit(self, layer: int, store: LayerStore, reference: torch.Tensor | None) -> tuple[Compaction, Errors]:
+        """A function of its own, so that no view into the old store outlives it."""
+        assert self.row.budgets is not None  # noqa: S101  # dealt before the first layer
         held_out, fitted = split_reference(reference)
         segment = self._segment(layer, store, fitted)
         slots = [min(kept, head.slots) for kept, head in zip(self.row.budgets[layer], segment.heads, strict=True)]
-        with self._stage("fit"), self.memory.ledger.borrow(self.plan.fit_bytes, "the policy's workspace"):
+        with self._stage("fit"):
             compaction = self._compactor.compact(segment, slots)
             validate(compaction, segment, slots, policy=self.memory.policy.name)
-        with self.memory.ledger.borrow(self.plan.fit_bytes, "a fit's result"):
-            with self._stage("check"), self.memory.ledger.borrow(self.plan.check_bytes, "held-out errors"):
-                errors = held_out_errors(segment, compaction, held_out)
-            self._commit(layer, store, compaction, errors)
+        with self._stage("check"), self.memory.ledger.borrow(self.plan.check_bytes, "held-out errors"):
+            return compaction, held_out_errors(segment, compaction, held_out)
 
     def _evict_layer(self, layer: int) -> None:
-        store = self.row.stores[layer]
-        assert store is not None and self.row.budgets is not None  # noqa: S101, PT018  # _todo lists such layers only
-        segment = self._segment(layer, store, None)
+        store, budgets = self.row.stores[layer], self.row.budgets
+        assert store is not None and budgets is not None  # noqa: S101, PT018  # _todo lists such layers only
         self.outcome = "evicted"
-        kept = [
-            torch.arange(head.slots - min(slots, head.slots), head.slots, device=head.keys.device)
-            for slots, head in zip(self.row.budgets[layer], segment.heads, strict=True)
-        ]
-        self._commit(layer, store, Compaction(tuple(HeadCompaction(each) for each in kept)), (None, None))
+        self._settle(store)
+        held = [max(0, length - self.prefix - self.recent) for length in store.lengths]
+        with self.memory.ledger.borrow(self.plan.fit_bytes, "the slots that stay"):
+            kept = [
+                torch.arange(count - min(slots, count), count, device=store.spec.device)
+                for slots, count in zip(budgets[layer], held, strict=True)
+            ]
+            self._commit(layer, store, Compaction(tuple(HeadCompaction(each) for each in kept)), (None, None))
 
-    def _commit(
-        self, layer: int, store: LayerStore, compaction: Compaction, errors: tuple[float | None, float | None]
-    ) -> None:
+    def _commit(self, layer: int, store: LayerStore, compaction: Compaction, errors: Errors) -> None:
         with self._stage("commit"):
             replacement = store.compacted(compaction, self.prefix, self.recent)
             self.row.stores[layer] = replacement
@@ -229,7 +238,7 @@ class RowCompaction:
         )
 
     def _segment(self, layer: int, store: LayerStore, reference: torch.Tensor | None) -> Segment:
-        store.settle(torch.frombuffer(self.row.tail, dtype=torch.int32) if self.row.tail else torch.empty(0))
+        self._settle(store)
         shape = self.memory.shape.layers[layer]
         return Segment(
             layer=layer,
@@ -239,6 +248,9 @@ class RowCompaction:
             generator=self.memory.generator,
             workspace_bytes=self.plan.fit_bytes,
         )
+
+    def _settle(self, store: LayerStore) -> None:
+        store.settle(torch.frombuffer(self.row.tail, dtype=torch.int32) if self.row.tail else torch.empty(0))
 
     # ---- headroom
 
@@ -266,11 +278,15 @@ class RowCompaction:
             row=self.row.index, layer=layer, policy=self.memory.policy.name, error=repr(error), remedy=remedy
         )
 
+    @property
+    def _last_remedy(self) -> str:
+        return "evicted to budget" if self.memory.settings.on_failure == "evict" else "CompactionFailed"
+
     def _fail(self, layer: int, fault: Exception) -> None:
         message = (
             f"policy {self.memory.policy.name!r} failed {ATTEMPTS} times at layer {layer} "
-            f"({type(fault).__name__}: {fault}); on_failure={self.memory.settings.on_failure!r}: the memory is valid with the "
-            "layers before it compacted, and the next forward tries again; on_failure='evict' would have gone on"
+            f"({type(fault).__name__}: {fault}); on_failure={self.memory.settings.on_failure!r}: the memory is valid "
+            "with the layers before it compacted, and the next forward tries again; on_failure='evict' would go on"
         )
         if self.memory.settings.on_failure == "stop":
             self.memory.stopped = message
@@ -293,9 +309,7 @@ def split_reference(reference: torch.Tensor | None) -> tuple[torch.Tensor | None
     return reference[:, :held], reference[:, held:]
 
 
-def held_out_errors(
-    segment: Segment, compaction: Compaction, held_out: torch.Tensor | None
-) -> tuple[float | None, float | None]:
+def held_out_errors(segment: Segment, compaction: Compaction, held_out: torch.Tensor | None) -> Errors:
     """Relative L2 error of the local output and mean absolute log-mass error, over all heads of a layer."""
     if held_out is None or not held_out.shape[1]:
         return None, None
@@ -325,7 +339,9 @@ def check_budgets(policy: str, request: BudgetRequest, budgets: tuple[tuple[int,
         raise PolicyContractBroken(f"policy {policy!r}: budgets {budgets!r} have not the shape of {request.held!r}")
     pairs = [pair for held, kept in zip(request.held, budgets, strict=True) for pair in zip(held, kept, strict=True)]
     if any(not 0 <= kept <= held for held, kept in pairs):
-        raise PolicyContractBroken(f"policy {policy!r}: a head's budget lies outside 0..held: {budgets!r} of {request.held!r}")
+        raise PolicyContractBroken(
+            f"policy {policy!r}: a head's budget lies outside 0..held: {budgets!r} of {request.held!r}"
+        )
     wanted = min(request.total, sum(held for held, _ in pairs))
     if sum(kept for _, kept in pairs) != wanted:
         raise PolicyContractBroken(

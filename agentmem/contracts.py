@@ -195,7 +195,7 @@ class Compactor(ABC):
 
     def survey(self, segment: Segment) -> Survey:
         """Scores for the budgets; only called when ``budgets.needs_survey``."""
-        raise ValueError(f"{type(self).__name__} offers no survey, so its budgets cannot be shared by scores")
+        raise ValueError(f"layer {segment.layer}: {type(self).__name__} offers no survey, so budgets cannot use scores")
 
     @abstractmethod
     def compact(self, segment: Segment, slots: Sequence[int]) -> Compaction:

@@ -118,7 +118,9 @@ class CappedModel:
 
         """
         if kwargs.get("past_key_values") is not None:
-            raise SettingsRefused("past_key_values: this model brings its own memory; leave it out, or use agentmem.capped")
+            raise SettingsRefused(
+                "past_key_values: this model brings its own memory; leave it out, or use agentmem.capped"
+            )
         try:
             output = self._model.generate(*args, past_key_values=self.memory, **kwargs)
         except CompactionFailed:
@@ -174,7 +176,7 @@ def _memory(
     chosen = plugins.policy(policy, **(policy_options or {}))
     if chosen.queries.probes:
         hf.refuse_probe(model.config, chosen.name)
-    shape = hf.describe(model.config, itemsize=_itemsize(model))
+    shape = hf.describe(model.config, itemsize=_itemsize(model), fused=model.device.type == "cpu")
     return Memory(shape, Settings.of(cap=cap, **settings), chosen, instruction=_instruction(chosen, tokenizer))
 
 

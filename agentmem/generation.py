@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_beams": (lambda value: value > 1, "beams reorder whole memories; use num_beams=1"),
     "assistant_model": (lambda value: value is not None, "assisted decoding takes tokens back; leave it out"),
-    "prompt_lookup_num_tokens": (lambda value: bool(value), "prompt lookup takes tokens back; leave it out"),
-    "penalty_alpha": (lambda value: bool(value), "contrastive search repeats rows in mid-run; use sampling"),
+    "prompt_lookup_num_tokens": (bool, "prompt lookup takes tokens back; leave it out"),
+    "penalty_alpha": (bool, "contrastive search repeats rows in mid-run; use sampling"),
     "dola_layers": (lambda value: value is not None, "DoLa decoding is not handled; leave it out"),
     "cache_implementation": (lambda value: value is not None, "the memory is the cache; leave it out"),
     "guidance_scale": (lambda value: value not in (None, 1, 1.0), "classifier-free guidance grows a second cache"),
     "use_cache": (lambda value: value is False, "without a cache there is nothing to cap; leave use_cache out"),
-    "output_attentions": (lambda value: bool(value), "attention weights are never materialised; leave it out"),
+    "output_attentions": (bool, "attention weights are never materialised; leave it out"),
 }
 """Arguments of ``generate`` that are refused: when, and what to do instead."""
 
@@ -51,24 +51,23 @@ def check_generate(cache: CappedMemory, model: Any, args: tuple[Any, ...], kwarg
     _check_rope_switch(cache, model, int(prompt.shape[1]), kwargs, config)
 
 
-def _check_prompt(
-    cache: CappedMemory, prompt: torch.Tensor, mask: torch.Tensor | None, copies: int | None
-) -> None:
+def _check_prompt(cache: CappedMemory, prompt: torch.Tensor, mask: torch.Tensor | None, copies: int | None) -> None:
     """A later prompt holds the whole conversation, or its new tokens under a mask over the whole conversation."""
     rows = cache.memory.rows
     if not rows:
         return
     if len(rows) != prompt.shape[0] * (copies or 1):
         raise PromptMismatch(
-            f"the memory holds {len(rows)} row(s), the prompt makes {prompt.shape[0] * (copies or 1)}; open a new memory"
+            f"the memory holds {len(rows)} row(s), the prompt makes {prompt.shape[0] * (copies or 1)}; "
+            "open a new memory"
         )
     count = int(prompt.shape[1])
     if mask is not None and mask.shape[1] == cache.columns + count:
         return
     if count <= cache.columns:
         raise PromptMismatch(
-            f"the prompt has {count} column(s), the memory has seen {cache.columns}: pass the whole conversation so far "
-            "with new tokens at its end, or open a new memory"
+            f"the prompt has {count} column(s), the memory has seen {cache.columns}: pass the whole conversation so "
+            "far with new tokens at its end, or open a new memory"
         )
     for index, row in enumerate(rows):
         line = index // (copies or 1)
@@ -76,7 +75,8 @@ def _check_prompt(
         seen = list(row.ids)
         given = ids[: len(seen)].tolist()
         if given != seen:
-            at = next((place for place, pair in enumerate(zip(given, seen, strict=False)) if pair[0] != pair[1]), len(given))
+            pairs = enumerate(zip(given, seen, strict=False))
+            at = next((place for place, (new, old) in pairs if new != old), len(given))
             raise PromptMismatch(
                 f"row {index}: the prompt departs from what the memory has seen at token {at} of {len(seen)}; "
                 "a prompt must extend the conversation so far, or open a new memory"
@@ -94,6 +94,6 @@ def _check_rope_switch(cache: CappedMemory, model: Any, prompt: int, kwargs: dic
     longest += cache.memory.plan.probe_tokens
     if longest > limit:
         raise UnsupportedGeneration(
-            f"this run may reach {longest} ids (probe included), but at {limit + 1} Phi-3 drops its cache to switch rope "
-            f"factors; keep prompt + max_new_tokens + probe at most {limit}"
+            f"this run may reach {longest} ids (probe included), but at {limit + 1} Phi-3 drops its cache to switch "
+            f"rope factors; keep prompt + max_new_tokens + probe at most {limit}"
         )

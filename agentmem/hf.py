@@ -21,7 +21,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from agentmem.errors import CapBypassed, UnsupportedGeneration, UnsupportedModel
+from agentmem.errors import CapBypassed, MemoryCapExceeded, UnsupportedGeneration, UnsupportedModel
 from agentmem.generation import check_generate
 from agentmem.memory import Append, Arriving, Memory, Transient, Usage
 from agentmem.shape import LayerShape, ModelShape
@@ -61,8 +61,8 @@ def text_model(model: object) -> PreTrainedModel:
     return inner  # type: ignore[no-any-return]  # duck-typed above
 
 
-def describe(config: PreTrainedConfig, *, itemsize: int) -> ModelShape:
-    """The shape of a model, from its config alone.
+def describe(config: PreTrainedConfig, *, itemsize: int, fused: bool = True) -> ModelShape:
+    """The shape of a model, from its config alone; ``fused`` says whether it runs where attention has a fused path.
 
     Raises:
         UnsupportedModel: names what is not handled.
@@ -88,6 +88,7 @@ def describe(config: PreTrainedConfig, *, itemsize: int) -> ModelShape:
         intermediate=text.intermediate_size,
         vocabulary=text.vocab_size,
         max_positions=getattr(text, "max_position_embeddings", None),
+        fused=fused,
     )
 
 
@@ -132,6 +133,8 @@ class _Frame:
     outer: _Frame | None
     step: Step | None = None
     memory: CappedMemory | None = None
+    attended: int = 0
+    """Layers whose attention call came here so far."""
 
 
 _FRAME: ContextVar[_Frame | None] = ContextVar("agentmem_frame", default=None)
@@ -154,7 +157,10 @@ def _attention(original: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor 
             if function is None:  # eager lives in the modelling file
                 function = sys.modules[type(module).__module__].eager_attention_forward
             return function(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+        frame.attended += 1
         layer: int = module.layer_idx  # type: ignore[assignment]  # every attention module has it
+        # Under autocast rotary embeddings make keys float32 and leave values alone; the dtype of the keys counts.
+        query, value = query.to(key.dtype), value.to(key.dtype)
         return frame.step.attend(layer, query, key, value, kwargs.get("scaling") or query.shape[-1] ** -0.5), None
 
     return forward
@@ -177,6 +183,25 @@ def _register(original: str) -> str:
         AttentionInterface.register(name, _attention(original))
         AttentionMaskInterface.register(name, _mask(original))
     return name
+
+
+_RENAMED: dict[int, list[str]] = {}
+"""By identity of a config: the original name, once for every model on it that is attached."""
+
+
+def _rename(config: PreTrainedConfig) -> Callable[[], None]:
+    """Put our attention under a config that models may share; the last undoing restores it, in whatever order."""
+    originals = _RENAMED.setdefault(id(config), [])
+    originals.append(originals[0] if originals else config._attn_implementation)  # noqa: SLF001  # the only name it has
+    config._attn_implementation = _register(originals[0])  # noqa: SLF001
+
+    def undo() -> None:
+        original = originals.pop()
+        if not originals:
+            config._attn_implementation = original  # noqa: SLF001
+            del _RENAMED[id(config)]
+
+    return undo
 
 
 # ---- what is passed as past_key_values
@@ -331,9 +356,21 @@ class CappedMemory(Cache):
     # a forward
 
     def begin(self, inputs: dict[str, Any]) -> Append:
-        """Read one forward's arguments and start it."""
+        """Read one forward's arguments and start it.
+
+        Raises:
+            MemoryCapExceeded: more tokens at once than the plan has counted scratch for.
+
+        """
+        count, most = _size(inputs)[1], self.memory.slack()
+        if count > most:
+            raise MemoryCapExceeded(
+                f"a forward of {count} tokens that wants every position's output cannot be cut, and at most {most} fit "
+                f"at once (chunk={self.memory.plan.chunk}); pass logits_to_keep=1 and no output_hidden_states, feed "
+                "fewer at once, or raise chunk"
+            )
         step = self.memory.begin(self._arriving(inputs))
-        step.columns = _size(inputs)[1]
+        step.columns = count
         return step
 
     def _arriving(self, inputs: dict[str, Any]) -> list[Arriving]:
@@ -397,9 +434,7 @@ class _Attachment:
         """Rename the attention implementation, set the hooks, guard ``generate``."""
         decoder = self.model.get_decoder()
         config = decoder.config
-        original = config._attn_implementation  # noqa: SLF001  # the only name it has
-        config._attn_implementation = _register(original)  # noqa: SLF001
-        self.undo.append(lambda: setattr(config, "_attn_implementation", original))
+        self.undo.append(_rename(config))
         signature = inspect.signature(decoder.forward)
         handles = [
             self.model.register_forward_pre_hook(self._split, with_kwargs=True),
@@ -438,8 +473,8 @@ class _Attachment:
         if count == 1:
             return None
         keep = inputs.get("logits_to_keep", 0)
-        if not isinstance(keep, int) or keep < 1:
-            return None  # every position's logits are wanted: the forward must fit as it is
+        if not isinstance(keep, int) or keep < 1 or inputs.get("output_hidden_states"):
+            return None  # every position's output is wanted: the forward must fit as it is
         cache.memory.bind(rows)
         mask = inputs.get("attention_mask")
         valid = [[True] * count] * rows if mask is None else mask[:, -count:].bool().tolist()
@@ -496,12 +531,19 @@ def _leave(module: torch.nn.Module, args: tuple[Any, ...], output: object) -> No
     if frame is None:
         return
     _FRAME.set(frame.outer)
-    if isinstance(frame.step, Append) and frame.memory is not None:
-        if output is None:
-            frame.step.rollback()
-        else:
-            frame.memory.columns += frame.step.columns
-            frame.step.commit()
+    if not isinstance(frame.step, Append) or frame.memory is None:
+        return
+    layers = len(frame.memory.layers)
+    if output is not None and frame.attended == layers:
+        frame.memory.columns += frame.step.columns
+        frame.step.commit()
+        return
+    frame.step.rollback()
+    if output is not None:
+        raise UnsupportedModel(
+            f"{frame.attended} of {layers} layers asked the memory in this forward: the attention implementation was "
+            "changed under it; set it before the capped block begins"
+        )
 
 
 @contextmanager

@@ -75,5 +75,6 @@ class Ledger:
         if after > self.cap:
             raise MemoryCapExceeded(
                 f"{what} needs {format_bytes(count)} ({count} bytes) on top of {self.resident + self.transient}, which "
-                f"makes {after} of a cap of {self.cap} bytes; raise the cap, lower chunk, or choose a policy that compacts"
+                f"makes {after} of a cap of {self.cap} bytes; raise the cap, lower chunk, or choose a policy "
+                "that compacts"
             )

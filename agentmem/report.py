@@ -48,7 +48,7 @@ class CompactionReport(_Report):
     probe_tokens: int
     seconds: float
     seconds_by_stage: dict[str, float]
-    """``probe`` (the transient forward without the rest), ``fit``, ``check`` (held-out errors), ``commit``, ``deal``."""
+    """``probe`` (the transient forward, less the rest), ``fit``, ``check`` (held-out errors), ``commit``, ``deal``."""
     layers: tuple[LayerReport, ...]
     faults: tuple[str, ...] = ()
     """What went wrong and was repaired, one line each."""

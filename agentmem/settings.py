@@ -92,7 +92,7 @@ class Settings(BaseModel):
             return cls(**values)  # type: ignore[arg-type]  # pydantic validates
         except ValidationError as error:
             lines = [
-                f"{'.'.join(str(part) for part in item['loc'][:1]) or 'settings'}: {item['msg']} (got {item['input']!r})"
+                f"{item['loc'][0] if item['loc'] else 'settings'}: {item['msg']} (got {item['input']!r})"
                 for item in error.errors()
             ]
             known = ", ".join(sorted(cls.model_fields))

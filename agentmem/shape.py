@@ -36,6 +36,8 @@ class ModelShape:
     intermediate: int
     vocabulary: int
     max_positions: int | None = None
+    fused: bool = True
+    """Whether the attention room has a fused path for the model's device (CPU); else its logits are materialised."""
 
     def slot_bytes(self, layer: LayerShape, *, scores: bool) -> int:
         """Bytes of one slot: key row, value row, β, position, and a score accumulator where one is kept."""
@@ -54,5 +56,5 @@ class ModelShape:
         logits of the last token and their float32 copy come on top.
         """
         widest = 3 * self.intermediate + 3 * self.hidden
-        attention = max(2 * layer.query_heads * layer.key_dim + 2 * layer.kv_heads * layer.key_dim for layer in self.layers)
+        attention = max(2 * (layer.query_heads + layer.kv_heads) * layer.key_dim for layer in self.layers)
         return tokens * max(widest, attention + 3 * self.hidden) * self.itemsize + 3 * self.vocabulary * 4

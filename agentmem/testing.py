@@ -52,14 +52,14 @@ def peak_allocated(call: Callable[[], object]) -> int:
 Family = Literal["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3"]
 
 
-def tiny_model(family: Family, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: object) -> Any:  # noqa: ANN401 - a transformers model
+def tiny_model(family: Family, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: object) -> Any:
     """A seeded random model of that family: 2 layers, 4 query and 2 KV heads of 16, 128 tokens, 4,096 positions.
 
     ``config`` overrides fields of its configuration, such as ``num_hidden_layers``, ``sliding_window`` or
     ``layer_types``. The initialiser's range is wide, so that attention is not uniform; there is no end token. The
     global random state is left alone.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415 - only this function needs it
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     fields: dict[str, object] = {
         "vocab_size": 128,
@@ -247,7 +247,9 @@ def _compactor_laws(policy: Policy, compactor: Compactor, case: Case, seed: int)
     )
     again = compactor.compact(untouched, case.slots)
     yield result("the same segment gives the same result", None if _same(first, again) else "it differs")
-    yield result("permuting the KV heads permutes the result", _broken_permutation(compactor, first, case, policy, seed))
+    yield result(
+        "permuting the KV heads permutes the result", _broken_permutation(compactor, first, case, policy, seed)
+    )
     yield result("what is allocated stays within workspace()", _broken_workspace(compactor, case, policy, seed))
     if type(compactor).survey is not Compactor.survey:
         yield result("a survey scores every slot", _broken_survey(compactor, make_segment(case, policy, seed=seed)))
@@ -267,8 +269,8 @@ def _broken_permutation(
     segment = make_segment(case, policy, seed=seed)
     reference = segment.reference
     if reference is not None:
-        per_head = reference.unflatten(0, (len(case.held), case.group))
-        reference = per_head.flip(0).flatten(0, 1)
+        per_head = reference.reshape(len(case.held), case.group, *reference.shape[1:])
+        reference = per_head.flip(0).reshape(reference.shape)
     turned = replace(segment, heads=segment.heads[::-1], reference=reference)
     heads = compactor.compact(turned, case.slots[::-1]).heads
     same = _same(Compaction(heads[::-1]), straight, tolerance=1e-4)
@@ -345,7 +347,11 @@ def _budget_laws(budgets: Budgets) -> Iterator[LawResult]:
 def _broken_deal(held: tuple[tuple[int, ...], ...], dealt: tuple[tuple[int, ...], ...]) -> str | None:
     if [len(row) for row in dealt] != [len(row) for row in held]:
         return f"{dealt} has not the shape of {held}"
-    fits = all(0 <= given <= most for row, limits in zip(dealt, held, strict=True) for given, most in zip(row, limits, strict=True))
+    fits = all(
+        0 <= given <= most
+        for row, limits in zip(dealt, held, strict=True)
+        for given, most in zip(row, limits, strict=True)
+    )
     return None if fits else f"{dealt} for heads that hold {held}"
 
 

@@ -123,7 +123,10 @@ class TraceWriter:
 
     def _line(self, kind: str, fields: dict[str, object]) -> None:
         elapsed = round(time.perf_counter() - self._started, 6)
-        self._file.write(json.dumps({"kind": kind, "t": elapsed, **fields}) + "\n")
+        try:
+            self._file.write(json.dumps({"kind": kind, "t": elapsed, **fields}) + "\n")
+        except OSError as error:
+            raise SettingsRefused(f"trace: cannot write {self.path}: {error.strerror or error}") from error
 
 
 def read_trace(path: Path) -> Trace:

@@ -16,7 +16,7 @@ from agentmem.policies.uniform import Uniform
 Probe = Literal["replay", "repeat", "live"]
 
 
-def am_halving(  # noqa: PLR0913 - the options of one composition, all by name
+def am_halving(
     *,
     probe: Probe = "replay",
     probe_tokens: int | None = None,

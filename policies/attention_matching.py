@@ -46,7 +46,7 @@ class AttentionMatching(Compactor):
     """How a slot's attention weights are summed over the queries."""
     ridge_mass: float = 1e-2
     """Pull of β towards plain β, relative to the mean diagonal of its Gram."""
-    ridge_values: float = 1e-2
+    ridge_values: float = 3e-3
     """Pull of the values towards the kept slots' own, likewise."""
     beta_bound: float = 3.0
     """One compaction changes β by at most this much; the total is not bounded."""
@@ -81,6 +81,7 @@ class AttentionMatching(Compactor):
         fit = rows + kept * kept * _FLOAT + pull + max(block, 2 * pull)
         results = shape.heads * max(kept * (_INDEX + _FLOAT + shape.value_dim * _FLOAT), slots * _FLOAT)
         return held + max(block, sort, fit) + results + _SMALL
+
     def survey(self, segment: Segment) -> Survey:
         """The slots' importance, as :meth:`compact` would score them."""
         attentions = (self._attention(segment, head) for head in range(len(segment.heads)))
@@ -107,9 +108,7 @@ class AttentionMatching(Compactor):
         found = importance(attention, self.score)
         kept = top(found.scores, count)
         plain = attention.over(attention.keys[kept], head.bias[kept])
-        mass = fit_mass(
-            plain, found.log_mass, ridge=self.ridge_mass, bound=self.beta_bound, steps=self.steps
-        )
+        mass = fit_mass(plain, found.log_mass, ridge=self.ridge_mass, bound=self.beta_bound, steps=self.steps)
         bias = plain.bias + mass.log_weights
         values = head.values.float()
         fitted = fit_values(

@@ -248,11 +248,12 @@ def test_loading_an_absent_default_names_the_command(tmp_path: Path, monkeypatch
         models.load("default")
 
 
+@pytest.mark.parametrize("load", [models.load, models.load_config])
 @pytest.mark.parametrize("name", ["./nowhere", "~/nowhere-at-all", "nobody/nothing"])
-def test_an_unknown_model_is_one_line(name: str) -> None:
-    """A missing folder or id is refused in one line that names it."""
+def test_an_unknown_model_is_one_line(name: str, load: Callable[[str], object]) -> None:
+    """A missing folder or id is refused in one line that names it, whether weights or only sizes are wanted."""
     with pytest.raises(ModelUnavailable, match=name) as caught:
-        models.load(name)
+        load(name)
 
     assert "\n" not in str(caught.value)
 
@@ -280,6 +281,7 @@ def test_a_folder_loads_in_the_dtype_asked_for(
     default_model[1].save_pretrained(tmp_path)
 
     model, _ = models.load(str(tmp_path))
+    assert models.load_config(str(tmp_path)).hidden_size == 16
     wide, _ = models.load(str(tmp_path), dtype=torch.float32)
 
     assert (model.dtype, wide.dtype) == (torch.bfloat16, torch.float32)

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class Block:
 def blocks(text: str) -> Iterator[Block]:
     """The python and console blocks of a text in order, without those that say why they are not run."""
     fences = list(FENCE.finditer(text))
-    for fence, after in zip(fences, [*fences[1:], None], strict=True):
+    for fence, after in zip_longest(fences, fences[1:]):
         if fence["unrun"] or fence["language"] not in {"python", "console"}:
             continue
         adjacent = after is not None and after["language"] == "text" and not text[fence.end() : after.start()].strip()

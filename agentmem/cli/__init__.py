@@ -11,7 +11,7 @@ EXTRA = frozenset({"typer", "rich", "matplotlib", "gguf"})
 def main() -> int:
     """Run the command line; return its exit code (0 done, 1 refused input or a missing extra, 2 usage)."""
     try:
-        from agentmem.cli import app  # noqa: PLC0415 - the import is what may fail
+        from agentmem.cli import app  # the import is what may fail
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in EXTRA:
             raise

@@ -58,6 +58,7 @@ def _print_version(wanted: bool) -> None:  # noqa: FBT001  # typer calls it so
 
 @app.callback()
 def options(
+    *,
     verbose: Annotated[
         int, typer.Option("--verbose", "-v", count=True, help="Log to stderr: -v compactions, -vv everything.")
     ] = 0,

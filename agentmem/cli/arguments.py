@@ -36,9 +36,7 @@ def parse_target(text: str) -> int | float | str:
 
 def policy_options(probe: ProbeSource | None, probe_tokens: int | None) -> dict[str, object]:
     """The policy's options that were given; a policy refuses by name what it does not know."""
-    return {
-        name: value for name, value in (("probe", probe), ("probe_tokens", probe_tokens)) if value is not None
-    }
+    return {name: value for name, value in (("probe", probe), ("probe_tokens", probe_tokens)) if value is not None}
 
 
 def names(text: str) -> list[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from agentmem.errors import SettingsRefused
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 # Both look their stream up at each use, so a test or a live display may exchange it.
 OUT = Console(highlight=False, soft_wrap=True)
 ERR = Console(stderr=True, highlight=False)
+_UNLIMITED = 400
 STDOUT = "-"
 """What a path option may name instead of a file."""
 
@@ -31,14 +33,19 @@ def note(text: str) -> None:
     ERR.print(text, style="dim" if ERR.is_terminal else None, markup=False, soft_wrap=True)
 
 
-def table(title: str, columns: Sequence[str], lines: Iterable[Sequence[str]], *, left: int = 1) -> Table:
-    """A table whose first ``left`` columns are aligned left and the others right."""
+def table(title: str | None, columns: Sequence[str], lines: Iterable[Sequence[str]], *, left: Sequence[int]) -> Table:
+    """A table; the columns numbered in ``left`` hold text, the others numbers."""
     made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index < left else "right", no_wrap=True)
+        made.add_column(column, justify="left" if index in left else "right", overflow="fold")
     for line in lines:
-        made.add_row(*line)
+        made.add_row(*map(Text, line))
     return made
+
+
+def show(made: Table, *, on: Console = OUT) -> None:
+    """Print a table; a pipe or a file gets every column at its full width."""
+    (on if on.is_terminal else Console(file=on.file, width=_UNLIMITED, highlight=False)).print(made)
 
 
 def write_json(value: object, target: str, option: str) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from agentmem import evaluation, models, plugins
 from agentmem.cli.arguments import (
     Chunk,
     KeepFirst,
@@ -20,13 +22,10 @@ from agentmem.cli.arguments import (
     names,
     parse_target,
 )
-from agentmem.cli.console import ERR, OUT, STDOUT, note, require_writable, table, write_json
+from agentmem.cli.console import ERR, OUT, STDOUT, note, require_writable, show, table, write_json
 from agentmem.cli.loading import Dtype, load_model
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-
-    from agentmem.evaluation import FidelityRow, Measurement, Terms
+from agentmem.evaluation import FidelityRow, Measurement, Terms
+from agentmem.settings import parse_bytes
 
 app = typer.Typer(help="Measure what a policy costs.", no_args_is_help=True)
 
@@ -72,8 +71,6 @@ def fidelity(
 
     Give --slots, --cap, or both; without either --slots 512. A stopped comparison goes on where it ended.
     """
-    from agentmem import evaluation, models, plugins
-
     if json_path not in (None, STDOUT):
         require_writable(Path(json_path), "--json")
     chosen = names(policies)
@@ -105,13 +102,11 @@ def fidelity(
         if done:
             _deliver(evaluation.rows(done), json_path)
         if len(done) < len(chosen) * len(comparisons):
-            note(f"{len(done)} of {len(chosen) * len(comparisons)} rows were measured; the same command goes on from there")
+            note(f"{len(done)} of {len(chosen) * len(comparisons)} rows were measured; the same command goes on there")
 
 
 def _comparisons(common: Terms, slots: int | None, cap: str | None) -> list[Terms]:
     """Equal slots, equal bytes, or both; 512 slots without either."""
-    from agentmem.settings import parse_bytes
-
     found = []
     if slots is not None or cap is None:
         found.append(common.model_copy(update={"slots": slots or 512}))
@@ -129,7 +124,7 @@ def _deliver(rows: Sequence[FidelityRow], json_path: str | None) -> None:
     columns += ["KL at equal bytes", "slots"] if beside else []
     lines = [[*_cells(row), *(_beside(beside.get(row.policy)) if beside else ())] for row in rows if row.equal == first]
     title = f"equal {first}, {rows[0].positions} positions past the cap"
-    (ERR if json_path == STDOUT else OUT).print(table(title, columns, lines))
+    show(table(title, columns, lines, left=(0,)), on=ERR if json_path == STDOUT else OUT)
 
 
 def _cells(row: FidelityRow) -> tuple[str, ...]:

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from agentmem.cli.console import note
+from agentmem.errors import AgentmemError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -90,7 +91,7 @@ class Interrupt:
         note("ending after this token (Ctrl-C again: at once)")
 
 
-class _Ends(StoppingCriteria):  # type: ignore[misc]  # transformers ships no types for it
+class _Ends(StoppingCriteria):
     def __init__(self, interrupt: Interrupt) -> None:
         self.interrupt = interrupt
 
@@ -98,7 +99,23 @@ class _Ends(StoppingCriteria):  # type: ignore[misc]  # transformers ships no ty
         return torch.full((input_ids.shape[0],), self.interrupt.wanted, device=input_ids.device)
 
 
-class _Stream(BaseStreamer):  # type: ignore[misc]  # transformers ships no types for it
+class _Finite(LogitsProcessor):
+    """Greedy decoding would take the first token of a row of NaN for its best and go on."""
+
+    def __init__(self, prompt_tokens: int) -> None:
+        self.prompt_tokens = prompt_tokens
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if bool(torch.isnan(scores).any()):
+            step = input_ids.shape[1] - self.prompt_tokens + 1
+            raise AgentmemError(
+                f"step {step}: the model's logits are NaN, so no token can be chosen; try --dtype float32, and full "
+                "memory (--policy full with a larger --cap) to see whether the model itself overflows"
+            )
+        return scores
+
+
+class _Stream(BaseStreamer):
     """Decodes tokens as they come, a few at a time: never the whole text again, never half a character."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, generated: Generated, display: Display) -> None:
@@ -130,8 +147,7 @@ class _Stream(BaseStreamer):  # type: ignore[misc]  # transformers ships no type
         self.display.text(now[len(before) :])
 
     def _decode(self, ids: list[int]) -> str:
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def generate(
@@ -153,10 +169,11 @@ def generate(
     generated.finish = "failed"
     try:
         with interrupt.watch(), display:
-            model.generate(
+            model.generate(  # type: ignore[operator]  # a module's attributes may be tensors, for all mypy knows
                 prompt.to(model.device),
                 attention_mask=torch.ones_like(prompt).to(model.device),
                 streamer=stream,
+                logits_processor=LogitsProcessorList([_Finite(int(prompt.shape[1]))]),
                 stopping_criteria=StoppingCriteriaList([_Ends(interrupt)]),
                 **sampling.arguments(model, tokenizer),
                 **arguments,

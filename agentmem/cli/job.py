@@ -76,7 +76,12 @@ class Job:
         generated, cache = Generated(), DynamicCache(config=self.model.config)
         display = self._display(None)
         generate(self.model, self.tokenizer, self.prompt, self.sampling, display, generated, past_key_values=cache)
-        held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
+        held = [
+            tensor
+            for layer in cache.layers
+            for name in ("keys", "values")
+            if (tensor := getattr(layer, name)) is not None
+        ]
         pairs = zip(generated.ids, capped_run.generated.ids, strict=False)
         common = next((index for index, (one, other) in enumerate(pairs) if one != other), None)
         shorter = min(len(generated.ids), len(capped_run.generated.ids))

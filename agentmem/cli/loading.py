@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from agentmem import models
 from agentmem.cli.console import ERR
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Dtype(StrEnum):
@@ -29,11 +28,5 @@ def load_model(name: str | None, dtype: Dtype) -> tuple[PreTrainedModel, PreTrai
 
     """
     with ERR.status(f"loading {name or 'the default model'}"):
-        import torch
-        from transformers.utils import logging
-
-        from agentmem import models
-
-        logging.disable_progress_bar()
         chosen: torch.dtype | None = None if dtype is Dtype.AUTO else getattr(torch, dtype.value)
         return models.load(name, dtype=chosen)

@@ -7,6 +7,7 @@ import warnings
 
 import structlog
 from rich.text import Text
+from transformers.utils import logging as transformers_logging
 
 from agentmem.cli.console import ERR
 
@@ -48,11 +49,8 @@ def configure(verbosity: int) -> None:
 
 def _quiet_transformers(verbosity: int) -> None:
     """Its bars and advice are about how transformers is called, which is not the user's business here."""
-    # Read when transformers is imported, which no command has done yet; its import takes seconds.
-    import os  # noqa: PLC0415
-
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error" if verbosity < len(_LEVELS) - 1 else "warning")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not verbosity:
+    loud = verbosity >= len(_LEVELS) - 1
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity(logging.WARNING if loud else logging.ERROR)
+    if not loud:
         warnings.simplefilter("ignore")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from agentmem import models
 from agentmem.cli.console import ERR, OUT, note
 
 if TYPE_CHECKING:
@@ -17,18 +18,15 @@ app = typer.Typer(help="The default model.", no_args_is_help=True)
 
 
 @app.command()
-def fetch(
-    *, licence: Annotated[bool, typer.Option(help="Print the licence text in full.")] = False
-) -> None:
+def fetch(*, licence: Annotated[bool, typer.Option(help="Print the licence text in full.")] = False) -> None:
     """Fetch, verify and convert the default model, unless that was done before; print its folder."""
-    from agentmem import models
-
     there = models.is_fetched()
     with _stages() as progress:
         folder = models.fetch_default(progress=progress)
     text = models.default_licence()
     first = next(line.strip() for line in text.splitlines() if line.strip())
-    note(f"{models.DEFAULT.name} {'was already there' if there else 'is ready'}; licence: {first} ({folder / 'LICENSE'})")
+    state = "was already there" if there else "is ready"
+    note(f"{models.DEFAULT.name} {state}; licence: {first} ({folder / 'LICENSE'})")
     if licence:
         note(text)
     OUT.print(str(folder), markup=False)
@@ -37,8 +35,6 @@ def fetch(
 @app.command()
 def path() -> None:
     """Print the folder of the default model; exit code 1 if it was not fetched."""
-    from agentmem import models
-
     models.default_licence()  # refuses a model that is not there, with the remedy
     OUT.print(str(models.default_folder()), markup=False)
 

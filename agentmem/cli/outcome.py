@@ -41,6 +41,12 @@ class Outcome:
     full: FullRun | None = None
     pictures: tuple[Path, ...] = ()
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended the run, or the comparison after it."""
+        runs = [self.generated, *([self.full.generated] if self.full else [])]
+        return any(run.finish == "interrupted" for run in runs)
+
     def as_json(self) -> dict[str, Any]:
         """The run report with the text and the times. Token counts are the run's own."""
         found: dict[str, Any] = self.report.model_dump(mode="json")
@@ -62,6 +68,7 @@ class Outcome:
                 "common_prefix_tokens": self.full.common,
                 "seconds": self.full.generated.seconds,
                 "tokens_per_second": self.full.generated.tokens_per_second,
+                "finish": self.full.generated.finish,
                 "text": self.full.generated.text,
             }
         return found
@@ -75,15 +82,14 @@ class Outcome:
             ("peak, workspace included", f"{format_bytes(report.peak_bytes)} ({share:.1%} of the cap)"),
             ("compactions", f"{report.num_compactions} by {report.policy}, {report.capacity} slots per head when full"),
             ("tokens", f"{self.num_prompt_tokens} read, {len(generated.ids)} generated ({generated.finish})"),
-            ("speed", f"{generated.tokens_per_second:.1f} tokens/s, {report.seconds_compacting:.1f} of "
-                      f"{generated.seconds:.1f} s compacting"),
+            ("speed", f"{generated.tokens_per_second:.1f} tokens/s"),
+            ("time", f"{generated.seconds:.1f} s, {report.seconds_compacting:.1f} s of it compacting"),
             ("held-out errors", _errors(report.compactions)),
             *self._full_lines(),
             *((name, str(path)) for name, path in paths),
         ]
-        shown = table("", ("", ""), lines, left=2)
-        shown.show_header, shown.title = False, None
-        shown.columns[1].no_wrap, shown.columns[1].overflow = False, "fold"
+        shown = table(None, ("", ""), lines, left=(0, 1))
+        shown.show_header = False
         return shown
 
     def _full_lines(self) -> list[tuple[str, str]]:
@@ -92,8 +98,8 @@ class Outcome:
         generated, ratio = self.full.generated, self.report.peak_bytes / self.full.bytes
         return [
             ("full memory", f"{format_bytes(self.full.bytes)} of KV at the end; the capped peak is {ratio:.2f} of it"),
-            ("", f"{len(generated.ids)} generated at {generated.tokens_per_second:.1f} tokens/s; "
-                 f"the first {self.full.common} tokens are the same"),
+            ("", f"{len(generated.ids)} generated, {generated.tokens_per_second:.1f} tokens/s"),
+            ("", f"the first {self.full.common} tokens are the same"),
         ]
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
+import torch
 import typer
 
+from agentmem import doors, models
+from agentmem.budget import Plan
 from agentmem.cli.arguments import (
     Cap,
     Chunk,
@@ -20,11 +23,8 @@ from agentmem.cli.arguments import (
     parse_target,
     policy_options,
 )
-from agentmem.cli.console import OUT, STDOUT, table, write_json
+from agentmem.cli.console import STDOUT, show, table, write_json
 from agentmem.cli.loading import Dtype
-
-if TYPE_CHECKING:
-    from agentmem.budget import Plan
 
 
 def plan(
@@ -43,8 +43,6 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show how many slots a cap holds, and where its bytes go. No weights are loaded."""
-    from agentmem import doors, models
-
     config = models.load_config(model)
     made = doors.plan(
         config,
@@ -67,13 +65,9 @@ def plan(
 def _show(made: Plan) -> None:
     lines = [(name, "" if count is None else f"{count:,}", meaning) for name, count, meaning in made.table()]
     title = f"{made.policy}: {made.capacity} slots per KV head and row, {made.target} after a compaction"
-    shown = table(title, ("what", "bytes", "meaning"), lines)
-    shown.columns[2].justify = "left"
-    OUT.print(shown)
+    show(table(title, ("what", "bytes", "meaning"), lines, left=(0, 2)))
 
 
 def _itemsize(config: object, dtype: Dtype) -> int:
-    import torch
-
     stored = getattr(config, "dtype", None) or torch.float32
     return int((stored if dtype is Dtype.AUTO else getattr(torch, dtype.value)).itemsize)

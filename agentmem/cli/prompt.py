@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
 import typer
+from transformers import PreTrainedTokenizerBase
 
 from agentmem.cli.console import STDOUT, note
 from agentmem.errors import SettingsRefused
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedTokenizerBase
 
 STDIN = STDOUT
 
@@ -51,15 +48,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, raw: bool) -> tor
         note("the tokenizer has no chat template: the prompt is used as it is (as with --raw)")
         raw = True
     if raw:
-        ids: torch.Tensor = tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"]
+        ids = tokenizer(prompt, verbose=False)["input_ids"]
     else:
         turns = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True, verbose=False
-        )["input_ids"]
-    if ids.shape[1] == 0:
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+    if not ids:
         raise SettingsRefused("prompt: the tokenizer makes no token of it; give more text")
-    return ids
+    return torch.tensor([ids], dtype=torch.int64)
 
 
 def _read(path: str) -> bytes:

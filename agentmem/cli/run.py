@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from agentmem import plugins
 from agentmem.cli.arguments import (
     Cap,
     Chunk,
@@ -20,12 +21,14 @@ from agentmem.cli.arguments import (
     parse_target,
     policy_options,
 )
-from agentmem.cli.console import ERR, OUT, STDOUT, require_writable, write_json
+from agentmem.cli.console import ERR, OUT, STDOUT, require_writable, show, write_json
+from agentmem.cli.generation import Sampling
+from agentmem.cli.job import Job
 from agentmem.cli.loading import Dtype, load_model
+from agentmem.cli.outcome import Outcome
 from agentmem.cli.prompt import encode, read_prompt
-
-if TYPE_CHECKING:
-    from agentmem.cli.outcome import Outcome
+from agentmem.plots import draw
+from agentmem.settings import Settings
 
 
 def run(
@@ -52,17 +55,17 @@ def run(
     json_path: Annotated[
         str | None, typer.Option("--json", help="Write the report there; - is stdout.", show_default=False)
     ] = None,
-    trace: Annotated[Path | None, typer.Option(help="Write every event there, as JSON lines.", show_default=False)] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write every event there, as JSON lines.", show_default=False)
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw pictures into this folder.", show_default=False)] = None,
-    compare_full: Annotated[
-        bool, typer.Option("--compare-full", help="Run full memory as well and compare.")
-    ] = False,
+    compare_full: Annotated[bool, typer.Option("--compare-full", help="Run full memory as well and compare.")] = False,
 ) -> None:
     """Generate text while the KV memory stays under a hard cap."""
     text = read_prompt(prompt, prompt_file, source)
     if json_path not in (None, STDOUT):
         require_writable(Path(json_path), "--json")
-    settings = {
+    settings: dict[str, object] = {
         "keep_first": keep_first,
         "keep_recent": keep_recent,
         "target": parse_target(target),
@@ -72,9 +75,6 @@ def run(
     options = policy_options(probe, probe_tokens)
     _refuse_early(cap, policy, options, settings)
     loaded, tokenizer = load_model(model, dtype)
-    from agentmem.cli.generation import Sampling
-    from agentmem.cli.job import Job
-
     ids = encode(tokenizer, text, raw=raw)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed, ignore_eos)
     job = Job(loaded, tokenizer, ids, sampling, cap, policy, options, settings, json_path != STDOUT, trace)
@@ -86,9 +86,6 @@ def run(
 
 def _refuse_early(cap: str, policy: str, options: dict[str, object], settings: dict[str, object]) -> None:
     """What needs no model is refused before one is loaded, which takes seconds."""
-    from agentmem import plugins
-    from agentmem.settings import Settings
-
     plugins.policy(policy, **options)
     Settings.of(cap=cap, **settings)
 
@@ -97,8 +94,6 @@ def _deliver(outcome: Outcome, json_path: str | None, trace: Path | None, plot: 
     """Write everything, also of a run that ended early; then say how it ended by the exit code."""
     written: list[tuple[str, Path | str]] = []
     if plot is not None:
-        from agentmem.plots import draw
-
         outcome.pictures = draw(outcome.trace, plot)
         written += [("picture", path) for path in outcome.pictures]
     if trace is not None:
@@ -109,8 +104,8 @@ def _deliver(outcome: Outcome, json_path: str | None, trace: Path | None, plot: 
             written.append(("report", json_path))
     console = ERR if json_path == STDOUT else OUT
     console.print()
-    console.print(outcome.table(written))
+    show(outcome.table(written), on=console)
     if outcome.error is not None:
         raise outcome.error
-    if outcome.generated.finish == "interrupted":
+    if outcome.interrupted:
         raise KeyboardInterrupt

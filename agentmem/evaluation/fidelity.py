@@ -143,7 +143,7 @@ def measure(
         )
 
 
-def stream(  # noqa: PLR0913 - one comparison, all by name
+def stream(
     model: PreTrainedModel,
     ids: torch.Tensor,
     policies: Sequence[str],
@@ -184,8 +184,9 @@ def rows(measurements: Sequence[Measurement]) -> tuple[FidelityRow, ...]:
     Positions before any compaction are left out because nothing differs there; where no policy had to compact, all
     positions count.
     """
+    crossed = [each for each in measurements if each.capacity < len(each.kl)]
     first = {
-        equal: min((each.capacity for each in measurements if each.equal == equal and each.capacity < len(each.kl)), default=0)
+        equal: min((each.capacity for each in crossed if each.equal == equal), default=0)
         for equal in ("slots", "bytes")
     }
     return tuple(_row(each, first[each.equal]) for each in measurements)

@@ -33,7 +33,7 @@ _SAMPLE = 4096
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """A digest of configuration and weights (each weight by its name, shape, dtype and an even sample of its numbers)."""
+    """A digest of configuration and weights (of each weight: name, shape, dtype, an even sample of its numbers)."""
     digest = hashlib.sha256(model.config.to_json_string(use_diff=False).encode())
     for name, weight in model.state_dict().items():
         flat = weight.detach().reshape(-1)
@@ -64,7 +64,7 @@ def full_logits(
     fresh: bool = False,
     progress: Callable[[int], None] = lambda _: None,
 ) -> torch.Tensor:
-    """Logits ``[tokens, V]`` float32 after each of ``ids [tokens + 1]`` but the last, mapped from a file in ``folder``.
+    """Logits ``[tokens, V]`` float32 after each of ``ids [tokens + 1]`` but the last; ``folder`` holds their file.
 
     Raises:
         AgentmemError: the folder cannot be written or the disk is too small; the message says how much is needed.
@@ -82,8 +82,8 @@ def full_logits(
         return torch.from_numpy(np.memmap(path, dtype=np.float32, mode="c", shape=(tokens, vocabulary)))
     except OSError as error:
         raise AgentmemError(
-            f"fidelity: cannot keep the full-memory logits ({format_bytes(size)}) at {path}: {error.strerror or error}; "
-            "choose another place with --cache-dir"
+            f"fidelity: cannot keep the full-memory logits ({format_bytes(size)}) at {path}: "
+            f"{error.strerror or error}; choose another place with --cache-dir"
         ) from error
 
 
@@ -110,6 +110,6 @@ def _require_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size:
         raise AgentmemError(
-            f"fidelity: the full-memory logits need {format_bytes(size)} on disk, but {folder} has {format_bytes(free)} "
-            "free; lower --tokens or choose another place with --cache-dir"
+            f"fidelity: the full-memory logits need {format_bytes(size)} on disk, but {folder} has "
+            f"{format_bytes(free)} free; lower --tokens or choose another place with --cache-dir"
         )

@@ -21,8 +21,14 @@ Kept = TypeVar("Kept", bound=BaseModel)
 
 
 def settings_key(policy: Policy, terms: BaseModel) -> str:
-    """Names a policy (with its options), its terms and all code that they run through; 24 hexadecimal digits."""
-    parts = (policy.name, repr(policy.queries), _state(policy.compactor), _state(policy.budgets), terms.model_dump_json())
+    """Names a policy with its options, its terms and the code they run through; 24 hexadecimal digits."""
+    parts = (
+        policy.name,
+        repr(policy.queries),
+        _state(policy.compactor),
+        _state(policy.budgets),
+        terms.model_dump_json(),
+    )
     digest = hashlib.sha256("\n".join(parts).encode())
     for source in sorted({*_core(), *_policy_sources(policy)}):
         digest.update(_file_digest(source))

@@ -40,7 +40,7 @@ def read_text(path: Path) -> str:
 
 
 def passage(tokenizer: PreTrainedTokenizerBase, text: str, *, offset: int, tokens: int) -> torch.Tensor:
-    """Token ids ``[tokens + 1]`` int64 of ``text`` from character ``offset`` on; the last is only predicted, never read.
+    """Token ids ``[tokens + 1]`` int64 of ``text`` from character ``offset``; the last is only predicted.
 
     Raises:
         SettingsRefused: the text has too few tokens behind the offset.

@@ -27,7 +27,8 @@ class Anchored:
         """The shift ``[t, k]`` from the anchor that ``pull [t, k]`` asks for."""
         # Two triangular solves: cholesky_solve would copy the factor.
         half = torch.linalg.solve_triangular(self.factor, pull, upper=False)
-        return torch.linalg.solve_triangular(self.factor.mT, half, upper=True)
+        shift: torch.Tensor = torch.linalg.solve_triangular(self.factor.mT, half, upper=True)
+        return shift
 
     def apply(self, shift: torch.Tensor) -> torch.Tensor:
         """``(AᵀA + ridge I) shift``."""

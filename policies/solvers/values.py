@@ -24,7 +24,7 @@ class ValueFit:
     condition: float
 
 
-def fit_values(  # noqa: PLR0913 - two attentions, their values, and the three numbers of the fit
+def fit_values(
     whole: LocalAttention,
     kept: LocalAttention,
     values: torch.Tensor,
@@ -65,7 +65,7 @@ def _bounded(shift: torch.Tensor, limit: float) -> tuple[torch.Tensor, int]:
     return shift.mul_((limit / length).clamp_(max=1)), int((length > limit).sum())
 
 
-def _gram(  # noqa: PLR0913 - see fit_values
+def _gram(
     whole: LocalAttention, kept: LocalAttention, values: torch.Tensor, anchor: torch.Tensor, pull: torch.Tensor
 ) -> torch.Tensor:
     """The Gram ``XᵀX [t, t]``, added up over blocks of queries; the pull ``Xᵀ (Y - X anchor)`` is added to ``pull``."""

@@ -65,7 +65,10 @@ def fused_bytes(layer: LayerShape, tokens: int, slots: int, itemsize: int) -> in
     block = min(OLD_BLOCK, tokens)
     merge = layer.query_heads * (block * (layer.value_dim * itemsize + 4 * 4) + tokens * 4)
     packed = max(block, layer.group)  # a decode step's rows are its group
-    flash = max(_flash_scratch(tokens, tokens, layer.value_dim), _flash_scratch(packed, slots, layer.value_dim))
+    flash = max(
+        _flash_scratch(tokens, tokens, layer.value_dim, itemsize),
+        _flash_scratch(packed, slots, layer.value_dim, itemsize),
+    )
     return merge + flash
 
 
@@ -78,12 +81,13 @@ def explicit_bytes(layer: LayerShape, tokens: int, slots: int, itemsize: int) ->
     return tiles + casts + rows * (2 * layer.value_dim + layer.key_dim) * 4 + 4 * layer.kv_heads * span * 4
 
 
-def _flash_scratch(tokens: int, slots: int, value_dim: int) -> int:
-    # aten/native/cpu/FlashAttentionKernel.cpp: per thread one [q_split, kv_split] tile (twice for 16-bit inputs)
-    # and one [q_split, dv] accumulator.
+def _flash_scratch(tokens: int, slots: int, value_dim: int, itemsize: int) -> int:
+    # aten/native/cpu/FlashAttentionKernel.cpp: per thread one [q_split, kv_split] tile (for 16-bit inputs another one
+    # in their dtype) and one [q_split, dv] accumulator.
     split = 256 if tokens >= 768 else 64 if tokens >= 192 else 32  # noqa: PLR2004  # the kernel's own thresholds
     split = min(split, tokens)
-    return torch.get_num_threads() * split * (2 * min(512, slots) + 2 + value_dim) * 4
+    tile = min(512, slots) * (4 if itemsize >= 4 else 4 + itemsize)  # noqa: PLR2004  # float32 or wider
+    return torch.get_num_threads() * split * (tile + (2 + value_dim) * 4)
 
 
 def attend(
@@ -121,7 +125,7 @@ def _fused(queries: torch.Tensor, runs: Sequence[Run], fresh: Fresh | None, scal
     kv_heads = fresh.keys.shape[0]
     group = queries.shape[0] // kv_heads
     grouped = queries.view(kv_heads, group, tokens, -1)
-    output, lse = _flash(
+    attended: tuple[torch.Tensor, torch.Tensor] = _flash(
         grouped,
         fresh.keys.unsqueeze(1).expand(-1, group, -1, -1),
         fresh.values.unsqueeze(1).expand(-1, group, -1, -1),
@@ -129,6 +133,7 @@ def _fused(queries: torch.Tensor, runs: Sequence[Run], fresh: Fresh | None, scal
         is_causal=True,
         scale=scale,
     )
+    output, lse = attended
     for run in runs:
         if run.slots:
             _merge(output, lse, grouped, run, scale)
@@ -250,6 +255,6 @@ def local_bytes(layer: LayerShape, queries: int, before: int, after: int, itemsi
     outputs = 4 * layer.group * queries * (layer.value_dim * (itemsize + 4) + 8)
     slots = after * (layer.key_dim + layer.value_dim) * (itemsize + 4) + after * 12
     if fused:
-        return outputs + slots + _flash_scratch(queries, before, layer.value_dim)
+        return outputs + slots + _flash_scratch(queries, before, layer.value_dim, itemsize)
     casts = before * (layer.key_dim + layer.value_dim) * 4
     return outputs + slots + 3 * layer.group * queries * before * 4 + casts

@@ -164,7 +164,7 @@ class RowCompaction:
             except Exception as error:  # noqa: BLE001  # whatever a policy or a probe raises must not cost the memory
                 traceback.clear_frames(error.__traceback__)  # they hold views into stores that are about to go
                 fault = error
-                self._note_fault(self._todo()[0], error, "tried again" if attempt == 0 else self._last_remedy)
+                self._note_fault((self._todo() or todo[-1:])[0], error, self._remedy(attempt))
         for layer in self._todo():
             if self.memory.settings.on_failure != "evict" and fault is not None:
                 self._fail(layer, fault)
@@ -278,9 +278,12 @@ class RowCompaction:
             row=self.row.index, layer=layer, policy=self.memory.policy.name, error=repr(error), remedy=remedy
         )
 
-    @property
-    def _last_remedy(self) -> str:
-        return "evicted to budget" if self.memory.settings.on_failure == "evict" else "CompactionFailed"
+    def _remedy(self, attempt: int) -> str:
+        if not self._todo():  # a probe can fail behind its last layer
+            return "every layer was done"
+        if attempt + 1 < ATTEMPTS:
+            return "tried again"
+        return "evicted to budget" if self.memory.settings.on_failure == "evict" else "raised"
 
     def _fail(self, layer: int, fault: Exception) -> None:
         message = (

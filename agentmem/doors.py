@@ -96,7 +96,8 @@ class CappedOutput:
     @property
     def sequences(self) -> torch.Tensor:
         """The ids ``[rows, columns]``, prompt included, whichever form ``generate`` returned."""
-        return self.output if not hasattr(self.output, "sequences") else self.output.sequences
+        sequences: torch.Tensor = getattr(self.output, "sequences", self.output)
+        return sequences
 
 
 class CappedModel:

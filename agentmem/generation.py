@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from agentmem.errors import PromptMismatch, UnsupportedGeneration
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     import torch
 
@@ -15,85 +15,123 @@ if TYPE_CHECKING:
 
 REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_beams": (lambda value: value > 1, "beams reorder whole memories; use num_beams=1"),
-    "assistant_model": (lambda value: value is not None, "assisted decoding takes tokens back; leave it out"),
+    "constraints": (bool, "constrained beams reorder whole memories; leave it out"),
+    "force_words_ids": (bool, "constrained beams reorder whole memories; leave it out"),
+    "assistant_model": (lambda _: True, "assisted decoding takes tokens back; leave it out"),
+    "assistant_early_exit": (lambda _: True, "self-speculation takes tokens back; leave it out"),
+    "use_mtp": (bool, "multi-token prediction takes tokens back; leave it out"),
     "prompt_lookup_num_tokens": (bool, "prompt lookup takes tokens back; leave it out"),
     "penalty_alpha": (bool, "contrastive search repeats rows in mid-run; use sampling"),
-    "dola_layers": (lambda value: value is not None, "DoLa decoding is not handled; leave it out"),
-    "cache_implementation": (lambda value: value is not None, "the memory is the cache; leave it out"),
-    "guidance_scale": (lambda value: value not in (None, 1, 1.0), "classifier-free guidance grows a second cache"),
-    "use_cache": (lambda value: value is False, "without a cache there is nothing to cap; leave use_cache out"),
+    "dola_layers": (lambda _: True, "DoLa decoding is not handled; leave it out"),
+    # transformers itself drops "hybrid", which the configs of older Gemma and Mistral models carry.
+    "cache_implementation": (lambda value: value != "hybrid", "the memory is the cache; leave it out"),
+    "guidance_scale": (lambda value: value != 1, "classifier-free guidance grows a second cache; leave it out"),
+    "use_cache": (lambda value: not value, "without a cache there is nothing to cap; leave use_cache out"),
     "output_attentions": (bool, "attention weights are never materialised; leave it out"),
+    "custom_generate": (lambda value: isinstance(value, str), "a repository's loop manages caches; pass a callable"),
 }
-"""Arguments of ``generate`` that are refused: when, and what to do instead."""
+"""Arguments of ``generate`` that are refused: when (``None`` never is), and what to do instead."""
+
+DEFAULT_NEW_TOKENS = 20
+"""What ``generate`` adds to the prompt when nobody sets a length."""
 
 
-def check_generate(cache: CappedMemory, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse what cannot be served.
+def chosen(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``generate`` will use: its arguments, before a given config's values, before the model's own config's."""
+    config = given.get("generation_config")
+    options: dict[str, Any] = {}
+    for source in (vars(model.generation_config), {} if config is None else vars(config), given):
+        options.update((name, value) for name, value in source.items() if value is not None)
+    return options
+
+
+def check_generate(cache: CappedMemory, model: Any, given: Mapping[str, Any]) -> None:
+    """Refuse what cannot be served; ``given`` are the arguments of ``generate`` by name.
 
     Raises:
         UnsupportedGeneration: a generation mode or argument of :data:`REFUSED`, or a Phi-3 run past its rope switch.
         PromptMismatch: the prompt does not extend what the memory has seen.
-        MemoryClosed: the memory's block has ended.
 
     """
-    cache.memory.open_or_raise()
-    config = kwargs.get("generation_config") or model.generation_config
+    options = chosen(model, given)
     for name, (refused, remedy) in REFUSED.items():
-        value = kwargs[name] if name in kwargs else getattr(config, name, None)
-        if value is not None and refused(value):
-            raise UnsupportedGeneration(f"{name}={value!r}: {remedy}")
-    if isinstance(kwargs.get("custom_generate"), str):
-        raise UnsupportedGeneration("custom_generate from a repository manages caches of its own; pass a callable")
-    prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        if name in options and refused(options[name]):
+            raise UnsupportedGeneration(f"{name}={options[name]!r}: {remedy}")
+    ids = options.get("input_ids", options.get("inputs"))
+    prompt = options.get("inputs_embeds", ids)
     if prompt is None:
         return
-    _check_prompt(cache, prompt, kwargs.get("attention_mask"), kwargs.get("num_return_sequences"))
-    _check_rope_switch(cache, model, int(prompt.shape[1]), kwargs, config)
+    if not _only_new(cache, options, prompt):
+        _check_extends(cache, prompt, ids if prompt is ids else None, options)
+        _check_rope_switch(cache, model, int(prompt.shape[1]), 0, options)
+    else:
+        _check_rope_switch(cache, model, int(prompt.shape[1]), cache.columns, options)
 
 
-def _check_prompt(cache: CappedMemory, prompt: torch.Tensor, mask: torch.Tensor | None, copies: int | None) -> None:
-    """A later prompt holds the whole conversation, or its new tokens under a mask over the whole conversation."""
-    rows = cache.memory.rows
+def _only_new(cache: CappedMemory, options: Mapping[str, Any], prompt: torch.Tensor) -> bool:
+    """Whether the prompt holds new tokens alone, under a mask over everything.
+
+    Raises:
+        UnsupportedGeneration: the mask is no mask of columns.
+        PromptMismatch: the mask has neither the prompt's columns nor all.
+
+    """
+    mask, count = options.get("attention_mask"), int(prompt.shape[1])
+    if mask is None:
+        return False
+    if getattr(mask, "ndim", None) != 2:  # noqa: PLR2004
+        raise UnsupportedGeneration("attention_mask must be 2-D [batch, columns]; prepared 4-D masks are not handled")
+    whole = cache.columns + count
+    if mask.shape[1] not in (count, whole):
+        raise PromptMismatch(
+            f"attention_mask has {mask.shape[1]} columns for a prompt of {count}; give it {count} if the prompt "
+            f"is the whole conversation, or {whole} if it holds new tokens alone"
+        )
+    return bool(mask.shape[1] != count)
+
+
+def _check_extends(
+    cache: CappedMemory, prompt: torch.Tensor, ids: torch.Tensor | None, options: Mapping[str, Any]
+) -> None:
+    """A later prompt holds the whole conversation and more. Embeddings are taken at their word."""
+    rows, count, copies = cache.memory.rows, int(prompt.shape[1]), options.get("num_return_sequences", 1)
     if not rows:
         return
-    if len(rows) != prompt.shape[0] * (copies or 1):
+    if len(rows) != prompt.shape[0] * copies:
         raise PromptMismatch(
-            f"the memory holds {len(rows)} row(s), the prompt makes {prompt.shape[0] * (copies or 1)}; "
-            "open a new memory"
+            f"the memory holds {len(rows)} row(s), the prompt makes {prompt.shape[0] * copies}; open a new memory"
         )
-    count = int(prompt.shape[1])
-    if mask is not None and mask.shape[1] == cache.columns + count:
-        return
     if count <= cache.columns:
         raise PromptMismatch(
-            f"the prompt has {count} column(s), the memory has seen {cache.columns}: pass the whole conversation so "
-            "far with new tokens at its end, or open a new memory"
+            f"the prompt has {count} column(s), the memory has seen {cache.columns}: pass the whole conversation "
+            "and new tokens at its end, or new tokens alone under an attention_mask over everything, or a new memory"
         )
-    for index, row in enumerate(rows):
-        line = index // (copies or 1)
-        ids = prompt[line] if mask is None else prompt[line][mask[line].bool()]
-        seen = list(row.ids)
-        given = ids[: len(seen)].tolist()
-        if given != seen:
-            pairs = enumerate(zip(given, seen, strict=False))
-            at = next((place for place, (new, old) in pairs if new != old), len(given))
+    mask = options.get("attention_mask")
+    for row in rows if ids is not None else ():
+        line = row.index // copies
+        given = (ids[line] if mask is None else ids[line][mask[line].bool()])[: row.seen].tolist()  # type: ignore[index]
+        if given != list(row.ids):
+            pairs = enumerate(zip(given, row.ids, strict=False))
+            at = next((place for place, (now, then) in pairs if now != then), len(given))
             raise PromptMismatch(
-                f"row {index}: the prompt departs from what the memory has seen at token {at} of {len(seen)}; "
-                "a prompt must extend the conversation so far, or open a new memory"
+                f"row {row.index}: the prompt departs from what the memory has seen at token {at} of {row.seen}; it "
+                "must extend the conversation so far (with its attention_mask if it has pads), or open a new memory"
             )
 
 
-def _check_rope_switch(cache: CappedMemory, model: Any, prompt: int, kwargs: dict[str, Any], config: Any) -> None:
+def _check_rope_switch(cache: CappedMemory, model: Any, prompt: int, earlier: int, options: Mapping[str, Any]) -> None:
     """Phi-3 drops the cache and starts its own when it crosses ``original_max_position_embeddings`` ids."""
     text = model.config.get_text_config(decoder=True)
     limit = getattr(text, "original_max_position_embeddings", None)
-    if text.model_type != "phi3" or limit is None or cache.columns > limit:
+    if text.model_type != "phi3" or limit is None:
         return
-    new = kwargs.get("max_new_tokens") or config.max_new_tokens
-    longest = prompt + new if new else kwargs.get("max_length") or config.max_length or prompt
-    longest += cache.memory.plan.probe_tokens
+    if (new := options.get("max_new_tokens")) is not None:
+        longest = prompt + new
+    else:
+        longest = options.get("max_length", prompt + DEFAULT_NEW_TOKENS)
+    longest += earlier + cache.memory.plan.probe_tokens
     if longest > limit:
         raise UnsupportedGeneration(
-            f"this run may reach {longest} ids (probe included), but at {limit + 1} Phi-3 drops its cache to switch "
-            f"rope factors; keep prompt + max_new_tokens + probe at most {limit}"
+            f"this run may reach {longest} ids (earlier turns and the probe included), but at {limit + 1} Phi-3 drops "
+            f"its cache to switch rope factors; keep their sum at most {limit}"
         )

@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from agentmem.errors import CapBypassed, MemoryCapExceeded, UnsupportedGeneration, UnsupportedModel
-from agentmem.generation import check_generate
+from agentmem.generation import check_generate, chosen
 from agentmem.memory import Append, Arriving, Memory, Transient, Usage
 from agentmem.shape import LayerShape, ModelShape
 
@@ -55,9 +55,13 @@ def text_model(model: object) -> PreTrainedModel:
     if not hasattr(inner, "generate") or not hasattr(inner, "get_decoder") or not hasattr(inner, "config"):
         raise UnsupportedModel(f"{name} is no transformers causal language model; load one with AutoModelForCausalLM")
     if getattr(model, "active_peft_config", None) is not None and model.active_peft_config.is_prompt_learning:  # type: ignore[attr-defined]
-        raise UnsupportedModel("prompt-learning adapters put their own keys into the cache; merge or disable the adapter")
+        raise UnsupportedModel(
+            "prompt-learning adapters put their own keys into the cache; merge or disable the adapter"
+        )
     if inner.training:
-        raise UnsupportedModel(f"{name} is in training mode, whose dropout no replay can repeat; call model.eval() first")
+        raise UnsupportedModel(
+            f"{name} is in training mode, whose dropout no replay can repeat; call model.eval() first"
+        )
     return inner  # type: ignore[no-any-return]  # duck-typed above
 
 
@@ -68,8 +72,7 @@ def describe(config: PreTrainedConfig, *, itemsize: int, fused: bool = True) -> 
         UnsupportedModel: names what is not handled.
 
     """
-    text = config.get_text_config(decoder=True)
-    family = text.model_type
+    text, family = config.get_text_config(decoder=True), config.model_type
     if config.is_encoder_decoder or family not in FAMILIES:
         raise UnsupportedModel(f"model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
     for name in ("attn_logit_softcapping", "use_bidirectional_attention"):
@@ -109,8 +112,8 @@ def refuse_probe(config: PreTrainedConfig, policy: str) -> None:
     nested = [kinds] if "rope_type" in kinds else [kind for kind in kinds.values() if isinstance(kind, dict)]
     if any(kind.get("rope_type") == "dynamic" for kind in nested):
         raise UnsupportedModel(
-            f"rope_type 'dynamic' changes frequencies with the largest position, so the probe of {policy!r} is not exact; "
-            "use a policy without a probe (window, heavy-hitters) or probe='live'"
+            f"rope_type 'dynamic' changes frequencies with the largest position, so the probe of {policy!r} is not "
+            "exact; use a policy without a probe (window, heavy-hitters) or probe='live'"
         )
 
 
@@ -170,7 +173,8 @@ def _mask(original: str) -> Callable[..., torch.Tensor | None]:
     def create(*args: Any, **kwargs: Any) -> torch.Tensor | None:
         frame = _FRAME.get()
         if frame is None or frame.step is None:
-            return AttentionMaskInterface._global_mapping[original](*args, **kwargs)  # type: ignore[no-any-return]  # noqa: SLF001
+            function: Any = AttentionMaskInterface._global_mapping[original]  # noqa: SLF001
+            return function(*args, **kwargs)  # type: ignore[no-any-return]
         return None  # our attention knows causality, windows and pads by itself
 
     return create
@@ -213,7 +217,7 @@ class _Layer(CacheLayerMixin):
     is_croppable = False
 
     def __init__(self, owner: CappedMemory | _TransientCache, window: int | None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.owner, self.is_sliding, self.is_initialized = owner, window is not None, True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -225,10 +229,9 @@ class _Layer(CacheLayerMixin):
         """Hand the fresh keys and values on to the attention call, which appends them."""
         frame = _FRAME.get()
         if frame is None or frame.step is None:
-            raise UnsupportedGeneration(
-                "this memory was passed to a model that it was not opened for, or after its block ended; "
-                "pass it to the model given to agentmem.capped, inside the block"
-            )
+            if isinstance(self.owner, CappedMemory):
+                self.owner.memory.open_or_raise()
+            raise UnsupportedGeneration(_FOREIGN)
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -242,6 +245,12 @@ class _Layer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """No maximum: compaction makes room."""
         return -1
+
+
+_FOREIGN = (
+    "this memory was passed to a model that it was not opened for; pass it to the model that was given to "
+    "agentmem.capped, or open another memory for this one"
+)
 
 
 class _TransientCache(Cache):
@@ -263,10 +272,10 @@ class CappedMemory(Cache):
     twice. Beams, cropping and past recording are refused.
     """
 
-    def __init__(self, memory: Memory) -> None:
-        """Wrap a memory; :func:`attach` connects it to a model."""
+    def __init__(self, memory: Memory, model: PreTrainedModel) -> None:
+        """View a memory that was opened for ``model``; :func:`attach` connects the two."""
         super().__init__(layers=[_Layer(self, layer.window) for layer in memory.shape.layers])
-        self.memory = memory
+        self.memory, self.model = memory, model
         self.columns = 0
 
     # what happened
@@ -338,11 +347,15 @@ class CappedMemory(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Refused: contrastive search."""
-        raise UnsupportedGeneration(f"repeating every row {repeats} times in mid-run is not handled; batch the prompt instead")
+        raise UnsupportedGeneration(
+            f"repeating every row {repeats} times in mid-run is not handled; batch the prompt instead"
+        )
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Refused: contrastive search."""
-        raise UnsupportedGeneration(f"selecting rows in mid-run ({list(indices.shape)}) is not handled; open a new memory")
+        raise UnsupportedGeneration(
+            f"selecting rows in mid-run ({list(indices.shape)}) is not handled; open a new memory"
+        )
 
     def reset(self) -> None:
         """Refused: a memory serves one conversation."""
@@ -355,11 +368,24 @@ class CappedMemory(Cache):
 
     # a forward
 
+    def open_for(self, model: PreTrainedModel) -> None:
+        """Refuse a model that this memory was not opened for.
+
+        Raises:
+            MemoryClosed: the memory's block has ended.
+            UnsupportedGeneration: it is another model's.
+
+        """
+        self.memory.open_or_raise()
+        if model is not self.model:
+            raise UnsupportedGeneration(_FOREIGN)
+
     def begin(self, inputs: dict[str, Any]) -> Append:
         """Read one forward's arguments and start it.
 
         Raises:
             MemoryCapExceeded: more tokens at once than the plan has counted scratch for.
+            UnsupportedGeneration: see :func:`_mask_columns`; or embeddings where a probe needs ids.
 
         """
         count, most = _size(inputs)[1], self.memory.slack()
@@ -382,15 +408,10 @@ class CappedMemory(Cache):
             positions = [list(range(self.columns, self.columns + count))] * rows
         else:
             positions = places.expand(rows, -1).tolist()
-        mask = inputs.get("attention_mask")
+        mask = _mask_columns(inputs, self.columns, count)
         if mask is None:
             return [Arriving(ids[row], positions[row], slice(None)) for row in range(rows)]
-        if not isinstance(mask, torch.Tensor) or mask.ndim != 2:  # noqa: PLR2004
-            raise UnsupportedGeneration("attention_mask must be 2-D [batch, columns]; prepared 4-D masks are not handled")
-        return [
-            _present(ids[row], positions[row], valid)
-            for row, valid in enumerate(mask[:, -count:].bool().tolist())
-        ]
+        return [_present(ids[row], positions[row], valid) for row, valid in enumerate(mask)]
 
     def _ids(self, inputs: dict[str, Any], rows: int, count: int) -> list[list[int]]:
         given = inputs.get("input_ids")
@@ -409,6 +430,26 @@ def _size(inputs: dict[str, Any]) -> tuple[int, int]:
     given = inputs.get("input_ids")
     shape = (given if given is not None else inputs["inputs_embeds"]).shape
     return int(shape[0]), int(shape[1])
+
+
+def _mask_columns(inputs: dict[str, Any], columns: int, count: int) -> list[list[bool]] | None:
+    """Which of a forward's ``count`` columns are no pads, per row; ``None`` when all are.
+
+    Raises:
+        UnsupportedGeneration: a mask that was prepared already, or that does not cover everything since the start.
+
+    """
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:  # noqa: PLR2004
+        raise UnsupportedGeneration("attention_mask must be 2-D [batch, columns]; prepared 4-D masks are not handled")
+    if mask.shape[1] != columns + count:
+        raise UnsupportedGeneration(
+            f"attention_mask has {mask.shape[1]} columns; it must cover the {columns} seen so far and the {count} new"
+        )
+    present: list[list[bool]] = mask[:, columns:].bool().tolist()
+    return present
 
 
 def _present(ids: list[int], positions: list[int], valid: list[bool]) -> Arriving:
@@ -433,72 +474,96 @@ class _Attachment:
     def install(self) -> None:
         """Rename the attention implementation, set the hooks, guard ``generate``."""
         decoder = self.model.get_decoder()
-        config = decoder.config
-        self.undo.append(_rename(config))
-        signature = inspect.signature(decoder.forward)
+        self.undo.append(_rename(decoder.config))
+        split = functools.partial(self._split, inspect.signature(self.model.forward))
+        enter = functools.partial(self._enter, inspect.signature(decoder.forward))
         handles = [
-            self.model.register_forward_pre_hook(self._split, with_kwargs=True),
-            decoder.register_forward_pre_hook(functools.partial(_enter, signature), with_kwargs=True),
+            self.model.register_forward_pre_hook(split, with_kwargs=True),
+            decoder.register_forward_pre_hook(enter, with_kwargs=True),
             decoder.register_forward_hook(_leave, always_call=True),
         ]
         self.undo.extend(handle.remove for handle in handles)
         self._guard_generate()
 
     def _guard_generate(self) -> None:
-        model, original = self.model, self.model.generate
+        model: Any = self.model
+        original = model.generate
+        signature, own = inspect.signature(original), vars(model).get("generate")
 
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
-            cache = kwargs.get("past_key_values")
+            given = _named(signature, args, kwargs)
+            cache = given.get("past_key_values")
             if isinstance(cache, CappedMemory):
-                check_generate(cache, model, args, kwargs)
-            elif cache is None and kwargs.get("use_cache") is not False and id(model) in _SCOPE.get():
-                raise CapBypassed(_BYPASS.format("generate without past_key_values"))
+                cache.open_for(model)
+                check_generate(cache, model, given)
+            elif cache is None and chosen(model, given).get("use_cache", True):
+                self._refuse_bypass("generate without past_key_values")
             return original(*args, **kwargs)
 
-        model.generate = generate  # type: ignore[method-assign]  # on the instance, taken away by undo
-        self.undo.append(lambda: model.__dict__.pop("generate"))
+        def undo() -> None:
+            del model.generate
+            if own is not None:
+                model.generate = own
+
+        model.generate = generate  # on the instance only
+        self.undo.append(undo)
 
     def _split(
-        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, signature: inspect.Signature, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Feed all but the last piece of a long prompt before the forward itself, which then sees that piece only."""
-        inputs = dict(inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments)
-        inputs.update(inputs.pop("kwargs", {}))
+        inputs = _named(signature, args, kwargs)
         cache = inputs.get("past_key_values")
         if not isinstance(cache, CappedMemory):
-            self._refuse_bypass(inputs)
             return None
         rows, count = _size(inputs)
-        if count == 1:
-            return None
         keep = inputs.get("logits_to_keep", 0)
-        if not isinstance(keep, int) or keep < 1 or inputs.get("output_hidden_states"):
+        if count == 1 or not isinstance(keep, int) or keep < 1 or inputs.get("output_hidden_states"):
             return None  # every position's output is wanted: the forward must fit as it is
+        cache.open_for(self.model)
+        valid = _mask_columns(inputs, cache.columns, count) or [[True] * count] * rows
         cache.memory.bind(rows)
-        mask = inputs.get("attention_mask")
-        valid = [[True] * count] * rows if mask is None else mask[:, -count:].bool().tolist()
         decoder, start = self.model.get_decoder(), 0
         while (start := start + (size := cache.memory.piece([row[start:] for row in valid], count - start))) < count:
             with torch.no_grad():
-                decoder(**_cut(inputs, start - size, start, count, cache.columns))
-        return (), {**inputs, **_cut(inputs, start - size, count, count, cache.columns)}
+                decoder(**_cut(inputs, start - size, start, cache.columns))
+        return (), {**inputs, **_cut(inputs, start - size, count, cache.columns)}
 
-    def _refuse_bypass(self, inputs: dict[str, Any]) -> None:
-        wanted = inputs.get("use_cache")
-        wanted = self.model.config.use_cache if wanted is None else wanted
-        if inputs.get("past_key_values") is None and wanted and id(self.model) in _SCOPE.get():
-            raise CapBypassed(_BYPASS.format("a forward without past_key_values"))
+    def _enter(self, signature: inspect.Signature, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a decoder's forward, masks included: make room and say whose forward it is."""
+        frame = _Frame(_FRAME.get())
+        _FRAME.set(frame)  # first of all: _leave runs even when what follows raises
+        inputs = _named(signature, args, kwargs)
+        cache, wanted = inputs.get("past_key_values"), inputs.get("use_cache")
+        if isinstance(cache, CappedMemory):
+            cache.open_for(self.model)
+            frame.memory = cache
+            frame.step = cache.begin(inputs)
+        elif isinstance(cache, _TransientCache):
+            frame.step = cache.step
+        elif cache is None and (decoder.config.use_cache if wanted is None else wanted):
+            self._refuse_bypass("a forward without past_key_values")
+
+    def _refuse_bypass(self, what: str) -> None:
+        if id(self.model) in _SCOPE.get():
+            raise CapBypassed(
+                f"{what} inside a capped block would grow a cache outside the cap; pass past_key_values=memory, "
+                "or use_cache=False if no memory is wanted"
+            )
 
 
-_BYPASS = (
-    "{} inside a capped block would grow a cache outside the cap; pass past_key_values=memory, "
-    "or use_cache=False if no memory is wanted"
-)
+def _named(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    if not args:
+        return kwargs
+    given = dict(signature.bind_partial(*args, **kwargs).arguments)
+    given.update(given.pop("kwargs", {}))
+    return given
 
 
-def _cut(inputs: dict[str, Any], start: int, stop: int, count: int, columns: int) -> dict[str, Any]:
-    """The arguments of one piece of a forward: columns ``start .. stop`` of ``count``."""
+def _cut(inputs: dict[str, Any], start: int, stop: int, columns: int) -> dict[str, Any]:
+    """The arguments of one piece of a forward: columns ``start .. stop`` of it; ``columns`` came before."""
     piece: dict[str, Any] = {"past_key_values": inputs["past_key_values"], "use_cache": True}
     for name in ("input_ids", "inputs_embeds", "position_ids"):
         if inputs.get(name) is not None:
@@ -508,21 +573,6 @@ def _cut(inputs: dict[str, Any], start: int, stop: int, count: int, columns: int
     elif "attention_mask" in inputs:
         piece["attention_mask"] = None
     return piece
-
-
-def _enter(
-    signature: inspect.Signature, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    """Before a decoder's forward, masks included: make room and say whose forward it is."""
-    frame = _Frame(_FRAME.get())
-    _FRAME.set(frame)  # first of all: _leave runs even when what follows raises
-    inputs = {**signature.bind_partial(*args, **kwargs).arguments} if args else kwargs
-    cache = inputs.get("past_key_values")
-    if isinstance(cache, CappedMemory):
-        frame.memory = cache
-        frame.step = cache.begin(inputs)
-    elif isinstance(cache, _TransientCache):
-        frame.step = cache.step
 
 
 def _leave(module: torch.nn.Module, args: tuple[Any, ...], output: object) -> None:  # noqa: ARG001  # torch's signature
@@ -568,12 +618,12 @@ def attach(model: PreTrainedModel, memory: Memory) -> CappedMemory:
         if attachment.users == 0:
             attachment.install()
         attachment.users += 1
-    view = CappedMemory(memory)
+    view = CappedMemory(memory, model)
     windows = [layer.window for layer in memory.shape.layers]
     decoder = model.get_decoder()
 
     def run_transient(ids: Sequence[int], start: int, step: Transient) -> None:
-        device = model.get_input_embeddings().weight.device
+        device: Any = model.get_input_embeddings().weight.device
         with torch.no_grad():
             decoder(
                 input_ids=torch.tensor([list(ids)], device=device),

@@ -81,7 +81,7 @@ class RunReport(_Report):
     num_prompt_tokens: int
     """Tokens consumed in forwards of more than one token, all rows together."""
     num_new_tokens: int
-    """Tokens consumed one at a time plus the last sampled one, all rows together."""
+    """Tokens consumed one at a time, all rows together; a turn's last sampled token is consumed by the next turn."""
     seconds_compacting: float
     stopped: str | None = None
     """Why generation was stopped early, if it was."""

@@ -78,7 +78,7 @@ class Settings(BaseModel):
     """``auto`` compacts when the cap would be crossed; ``manual`` only on ``memory.compact()``; ``off`` never."""
     on_failure: OnFailure = "evict"
     """After a compaction failed twice: ``evict`` to the budgets, ``raise`` CompactionFailed, or ``stop`` generating."""
-    chunk: int = Field(default=512, ge=1)
+    chunk: int = Field(default=1024, ge=1)
     """Most tokens in one forward: prompts are fed in pieces of it, probes are no longer than it."""
     max_slots: int | None = Field(default=None, ge=1)
     """Use at most this many slots per head although the cap has room for more (comparisons at equal slots)."""

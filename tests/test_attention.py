@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-import reference
 import torch
 
+import reference
 from agentmem.attention import Fresh, Run, attend, explicit_bytes, fused_bytes, local, local_bytes
 from agentmem.shape import LayerShape
 from agentmem.testing import peak_allocated
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LEAST_ERROR = 1e-6
-"""Where the naive error happens to be 0 (one visible slot), float32 rounding is still allowed."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,22 @@ def _hidden(problem: Problem, slots: int, span: int) -> torch.Tensor:
 
 def allowed(problem: Problem, dtype: torch.dtype, truth: torch.Tensor) -> float:
     """Twice the error that the naive computation in that dtype makes against float64."""
-    return max(LEAST_ERROR, 2 * float((naive(problem, dtype).double() - truth).abs().max()))
+    largest = max(float(values.abs().max()) for _, values in tensors(problem))
+    return max(rounding(problem) * largest, 2 * float((naive(problem, dtype).double() - truth).abs().max()))
+
+
+def tensors(problem: Problem) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """All keys and values there are, slots and fresh ones."""
+    own = problem.own(torch.float32)
+    pairs = [(head.keys, head.values) for head in problem.heads(torch.float32) if len(head.keys)]
+    return pairs if own is None else [*pairs, (own.keys, own.values)]
+
+
+def rounding(problem: Problem) -> float:
+    """What rounding the largest logit to float32 can change in a weight: naive arithmetic may be luckier than that."""
+    longest = max(float(keys.norm(dim=-1).max()) for keys, _ in tensors(problem))
+    logit = problem.scale * longest * float(problem.queries(torch.float32).norm(dim=-1).max())
+    return torch.finfo(torch.float32).eps * (1 + logit)
 
 
 @pytest.mark.parametrize("explicit", [False, True], ids=["fused", "explicit"])
@@ -170,9 +183,7 @@ def test_scores_sum_the_attention_that_slots_and_fresh_keys_receive(problem: Pro
         assert run.scores is not None
         run.scores.fill_(3.0)
     own = problem.own(torch.float32)
-    _, received = attend(
-        problem.queries(torch.float32), runs, own, problem.scale, window=problem.window, explicit=True
-    )
+    _, received = attend(problem.queries(torch.float32), runs, own, problem.scale, window=problem.window, explicit=True)
     scores = [row - 3.0 for run in runs if run.scores is not None for row in run.scores]
     for mine, theirs in zip(scores, truth.old, strict=True):
         assert torch.allclose(mine.double(), theirs, atol=1e-5)
@@ -229,7 +240,7 @@ def test_local_attention_is_the_oracle_s(dtype: torch.dtype, dims: tuple[int, in
     logits = (queries.reshape(-1, dims[0]) @ head.keys.T) * problem.scale + head.bias.to(dtype)
     masses = reference.log_mass(queries, head, problem.scale)
     naive_error = float((logits.logsumexp(-1).double() - masses.flatten()).abs().max())
-    assert float((mass.double() - masses).abs().max()) <= max(LEAST_ERROR * 10, 2 * naive_error)
+    assert float((mass.double() - masses).abs().max()) <= max(rounding(problem), 2 * naive_error)
 
 
 SHAPES = (
@@ -244,24 +255,21 @@ SHAPES = (
     Problem("window", (40, 40), tokens=33, fresh=True, window=20),
     Problem("32 heads", (2000,) * 8, group=4, tokens=512, fresh=True, biased=True, key_dim=64, value_dim=64),
 )
+SPENT = [(problem, dtype) for problem in SHAPES for dtype in (DTYPES if problem.name != "32 heads" else DTYPES[:2])]
+"""float16 allocates what bfloat16 does; once is enough at the last size."""
 
 
 def spent(problem: Problem, dtype: torch.dtype, *, explicit: bool) -> int:
     """Bytes at the peak of attending, the output itself left out."""
     queries, runs, own = problem.queries(dtype), problem.runs(dtype, scored=explicit), problem.own(dtype)
-    peak = peak_allocated(
-        lambda: attend(queries, runs, own, problem.scale, window=problem.window, explicit=explicit)
-    )
+    peak = peak_allocated(lambda: attend(queries, runs, own, problem.scale, window=problem.window, explicit=explicit))
     return peak - queries.shape[0] * problem.tokens * problem.value_dim * dtype.itemsize
 
 
 @pytest.mark.parametrize("explicit", [False, True], ids=["fused", "explicit"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("problem", SHAPES, ids=[problem.name for problem in SHAPES])
+@pytest.mark.parametrize(("problem", "dtype"), SPENT, ids=[f"{problem.name}-{dtype}" for problem, dtype in SPENT])
 def test_attention_allocates_no_more_than_it_promises(problem: Problem, dtype: torch.dtype, explicit: bool) -> None:
     """The profiler's peak stays within the bytes that a plan sets aside."""
-    if problem.name == "32 heads" and dtype == torch.float16:
-        pytest.skip("float16 allocates what bfloat16 does; once is enough at this size")
     slots = max(problem.held)
     promised = (
         explicit_bytes(problem.layer, problem.tokens, slots, dtype.itemsize)
@@ -289,4 +297,6 @@ def test_comparing_local_attention_allocates_no_more_than_it_promises(
         second = local(asked, head.keys[kept], head.values[kept], bias[kept], problem.scale)
         return first, second
 
-    assert peak_allocated(compare) <= local_bytes(problem.layer, queries, before, after, dtype.itemsize, fused=dims[0] == dims[1])
+    fused = dims[0] == dims[1]
+    promised = local_bytes(problem.layer, queries, before, after, dtype.itemsize, fused=fused)
+    assert peak_allocated(compare) <= promised

@@ -71,7 +71,8 @@ def test_json_on_stdout_is_alone_there(folder: str) -> None:
 def test_below_the_cap_the_text_is_that_of_full_memory(folder: str) -> None:
     """A cap that is never reached changes nothing, sampling with a seed included."""
     result = agentmem(
-        "run", "--model", folder, "--cap", "4MiB", *SMALL, "--max-new-tokens", "60", "--prompt", "hello", "--ignore-eos",
+        "run", "--model", folder, "--cap", "4MiB", *SMALL, "--max-new-tokens", "60", "--prompt", "hello",
+        "--ignore-eos",
         "--temperature", "0.8", "--top-p", "0.9", "--seed", "3", "--compare-full", "--json", "-",
     )  # fmt: skip
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from agentmem import doors, hf, plugins
 from agentmem.contracts import BudgetRequest, Budgets, Compaction, HeadCompaction, Policy, Survey
 from agentmem.errors import CompactionFailed, PolicyContractBroken
@@ -94,7 +94,8 @@ def test_every_state_between_two_commits_decodes(kind: str, layer: int) -> None:
     tokens = tiny.ids(FULL)
     with tiny.capped_by(faulty(kind, layer, faults(2)), MODEL, on_failure="raise") as memory:
         feed(memory, tokens)
-        with pytest.raises(CompactionFailed, match=rf"'faulty' failed 2 times at layer {layer} \(RuntimeError: fault 1"):
+        said = rf"'faulty' failed 2 times at layer {layer} \(RuntimeError: fault 1"
+        with pytest.raises(CompactionFailed, match=said):
             memory.compact()
         tiny.audit(memory.memory)
         slots, states, budgets = snapshot(memory.memory), decoded(memory), memory.memory.rows[0].budgets
@@ -190,8 +191,11 @@ def test_a_probe_that_fails_is_a_fault_like_any_other(kind: str, layer: int, mon
     monkeypatch.setattr(Transient, "attend", failing)
     with tiny.capped_by(made(kind), MODEL) as memory:
         feed(memory, tiny.ids(FULL + 1))
-        outcomes = [each.outcome for each in memory.compactions[0].layers]
+        (report,) = memory.compactions
+        outcomes = [each.outcome for each in report.layers]
         assert outcomes == ["compacted"] * (layer + 1) + ["retried"] * (LAYERS - layer - 1)
+        remedy = "tried again" if layer + 1 < LAYERS else "every layer was done"
+        assert report.faults == (f"layer {min(layer + 1, LAYERS - 1)}: RuntimeError: fault 0 ({remedy})",)
         assert same(snapshot(memory.memory), slots)
 
 
@@ -205,7 +209,7 @@ def test_a_fault_keeps_no_old_slots_alive() -> None:
             row = bound(memory.memory)
             for store in row.stores:
                 assert store is not None
-                store.append(torch.zeros(2, FULL, 16), torch.zeros(2, FULL, 16))
+                store.append(torch.zeros(1).expand(2, FULL, 16), torch.zeros(1).expand(2, FULL, 16))
             gc.disable()
             memory.memory.compact(row)
 
@@ -320,7 +324,8 @@ def test_a_broken_contract_is_raised_and_nothing_of_that_layer_committed(layer: 
     compactor.compact = too_few  # type: ignore[method-assign]
     with tiny.capped_by(policy, MODEL) as memory:
         feed(memory, tiny.ids(FULL))
-        with pytest.raises(PolicyContractBroken, match=rf"'faulty', layer {layer}, head 0: .*exactly 12 slots.*got \[11\]"):
+        said = rf"'faulty', layer {layer}, head 0: .*exactly 12 slots.*got \[11\]"
+        with pytest.raises(PolicyContractBroken, match=said):
             memory.compact()
         lengths = [store.lengths for store in memory.memory.rows[0].stores if store is not None]
         assert lengths == [[24, 24]] * layer + [[48, 48]] * (LAYERS - layer)
@@ -369,7 +374,7 @@ def test_budgets_that_break_their_laws_are_refused(wrong: int) -> None:
     with tiny.capped_by(replace(made("window"), budgets=Ragged(wrong), name="greedy"), MODEL) as memory:
         feed(memory, tiny.ids(FULL))
         before = snapshot(memory.memory)
-        with pytest.raises(PolicyContractBroken, match="'greedy'.*(sum to|outside)"):
+        with pytest.raises(PolicyContractBroken, match=r"'greedy'.*(sum to|outside)"):
             memory.compact()
         assert same(snapshot(memory.memory), before)
         assert memory.memory.rows[0].budgets is None

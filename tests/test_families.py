@@ -6,11 +6,11 @@ import copy
 from typing import Any
 
 import pytest
-import variants
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 import agentmem
+import variants
 
 TOLERANCE = 5e-5
 """Absolute, on float32 logits of magnitude 1 to 10: a few hundred roundings of 6e-8, summed in another order."""
@@ -19,7 +19,7 @@ EVERY_VARIANT = pytest.mark.parametrize("variant", variants.VARIANTS)
 
 @EVERY_VARIANT
 def test_greedy_below_the_cap_is_stock(variant: str) -> None:
-    """Greedy tokens equal stock generate and every step's logits agree, past the windows and with a prompt in pieces."""
+    """Greedy tokens equal stock's and every step's logits agree, past the windows and with a prompt in pieces."""
     model, ids = variants.model(variant), variants.prompt(70)
     stock = variants.greedy(model, ids, 30)
 

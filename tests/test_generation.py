@@ -6,10 +6,8 @@ import threading
 from typing import Any
 
 import pytest
-import variants
 import torch
 from transformers import (
-    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -21,6 +19,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import agentmem
+import variants
 from agentmem import plugins
 from agentmem.contracts import Policy
 
@@ -28,15 +27,6 @@ TOLERANCE = 5e-5
 LENGTHS = (21, 50, 34)
 POLICIES = [*map(plugins.policy, variants.POLICIES), plugins.policy("am-halving", probe="live", probe_tokens=16)]
 EVERY_POLICY = pytest.mark.parametrize("policy", POLICIES, ids=[*variants.POLICIES, "am-halving, live"])
-
-
-def left_padded(lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of those lengths with pads at their left, and their mask."""
-    ids = variants.prompt(max(lengths), rows=len(lengths))
-    mask = torch.zeros_like(ids)
-    for row, length in enumerate(lengths):
-        mask[row, max(lengths) - length :] = 1
-    return ids * mask, mask
 
 
 # ---- batches
@@ -48,7 +38,7 @@ def left_padded(lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
 def test_a_row_in_a_batch_is_the_row_alone(policy: Policy, room: str, variant: str) -> None:
     """Each of three left-padded rows gets the tokens, logits, slots and compactions that it gets alone."""
     model, settings = variants.model(variant), variants.ROOMY if room == "below" else variants.TIGHT
-    ids, mask = left_padded(LENGTHS)
+    ids, mask = variants.left_padded(LENGTHS)
     with agentmem.capped(model, policy=policy, **settings) as memory:
         batch = variants.greedy(model, ids, 30, attention_mask=mask, past_key_values=memory)
         rows = [(row.seen, row.held, row.next_position, row.ids) for row in memory.memory.rows]
@@ -68,7 +58,7 @@ def test_a_row_in_a_batch_is_the_row_alone(policy: Policy, room: str, variant: s
 
 def test_a_left_padded_batch_below_the_cap_is_stock() -> None:
     """Three left-padded rows get stock's tokens and logits."""
-    model, (ids, mask) = variants.model(), left_padded(LENGTHS)
+    model, (ids, mask) = variants.model(), variants.left_padded(LENGTHS)
     stock = variants.greedy(model, ids, 20, attention_mask=mask)
 
     with agentmem.capped(model, **variants.ROOMY) as memory:
@@ -80,7 +70,7 @@ def test_a_left_padded_batch_below_the_cap_is_stock() -> None:
 
 def test_the_cap_is_shared_by_all_rows() -> None:
     """Three rows have fewer slots each under the same cap, and never more bytes together."""
-    model, (ids, mask) = variants.model(), left_padded(LENGTHS)
+    model, (ids, mask) = variants.model(), variants.left_padded(LENGTHS)
     alone = agentmem.plan(model, "300KiB", chunk=16, keep_first=4, keep_recent=8)
 
     with agentmem.capped(model, "300KiB", chunk=16, keep_first=4, keep_recent=8) as memory:
@@ -199,69 +189,6 @@ def test_hidden_states_of_a_prompt_are_whole_or_refused() -> None:
     torch.testing.assert_close(ours.hidden_states[0], stock.hidden_states[0], rtol=0, atol=TOLERANCE)
 
 
-# ---- turns
-
-
-@pytest.mark.parametrize("variant", ["llama", "gemma3_text"])
-@pytest.mark.parametrize("masked", [False, True])
-def test_a_second_turn_with_the_whole_conversation(masked: bool, variant: str) -> None:
-    """The conversation so far with new tokens at its end gives stock's next turn; only what is new is fed."""
-    model, new = variants.model(variant), variants.prompt(12, seed=9)
-
-    def turns(cache: Any) -> torch.Tensor:
-        first = model.generate(variants.prompt(20), max_new_tokens=10, do_sample=False, past_key_values=cache)
-        longer = torch.cat((first, new), 1)
-        mask = {"attention_mask": torch.ones_like(longer)} if masked else {}
-        return model.generate(longer, max_new_tokens=10, do_sample=False, past_key_values=cache, **mask)  # type: ignore[no-any-return]
-
-    stock = turns(DynamicCache(config=model.config))
-    with agentmem.capped(model, **variants.ROOMY) as memory:
-        ours = turns(memory)
-        seen = memory.memory.rows[0].seen
-
-    assert torch.equal(ours, stock)
-    assert seen == 20 + 10 + 12 + 10 - 1
-
-
-def test_a_second_turn_with_new_tokens_only() -> None:
-    """New tokens under a mask over everything continue like stock."""
-    model, new = variants.model(), variants.prompt(12, seed=9)
-
-    def turns(cache: Any) -> torch.Tensor:
-        model.generate(variants.prompt(20), max_new_tokens=10, do_sample=False, past_key_values=cache)
-        mask = torch.ones(1, 29 + 12, dtype=torch.long)
-        return model.generate(new, attention_mask=mask, max_new_tokens=10, do_sample=False, past_key_values=cache)  # type: ignore[no-any-return]
-
-    stock = turns(DynamicCache(config=model.config))
-    with agentmem.capped(model, **variants.ROOMY) as memory:
-        ours = turns(memory)
-
-    assert torch.equal(ours, stock)
-
-
-def test_a_second_turn_of_a_padded_batch() -> None:
-    """A left-padded batch goes on over its compactions: columns, pads and rows stay in step with stock's numbering."""
-    model, (ids, mask) = variants.model(), left_padded(LENGTHS)
-
-    def turns(cache: Any) -> torch.Tensor:
-        first = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, past_key_values=cache)
-        longer = torch.cat((first, variants.prompt(6, rows=3, seed=9)), 1)
-        wide = torch.cat((mask, torch.ones(3, 14, dtype=torch.long)), 1)
-        return model.generate(longer, attention_mask=wide, max_new_tokens=8, do_sample=False, past_key_values=cache)  # type: ignore[no-any-return]
-
-    stock = turns(DynamicCache(config=model.config))
-    with agentmem.capped(model, **variants.ROOMY) as memory:
-        ours = turns(memory)
-    with agentmem.capped(model, **variants.TIGHT) as tight:
-        capped = turns(tight)
-        positions = [row.next_position for row in tight.memory.rows]
-
-    assert torch.equal(ours, stock)
-    assert capped.shape == stock.shape
-    assert positions == [length + 8 + 6 + 8 - 1 for length in LENGTHS]
-    assert tight.report().num_compactions >= 3
-
-
 # ---- what callers add
 
 
@@ -333,7 +260,7 @@ class Spelling:
 
 
 def test_a_streamer_in_a_thread() -> None:
-    """generate in a thread feeds a TextIteratorStreamer that the main thread reads, over compactions."""
+    """A run in a thread feeds a TextIteratorStreamer that the main thread reads, over compactions."""
     model, ids = variants.model(), variants.prompt(30)
     streamer = TextIteratorStreamer(Spelling(), skip_prompt=True, timeout=60)  # type: ignore[arg-type]
     outputs: list[torch.Tensor] = []
@@ -371,7 +298,7 @@ def test_a_loop_of_ones_own() -> None:
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 def test_callers_in_either_mode(mode: Any) -> None:
-    """generate under inference_mode and under no_grad gives stock's tokens, and the memory goes on outside."""
+    """Under inference_mode and under no_grad tokens are stock's, and the memory goes on outside."""
     model, ids = variants.model(), variants.prompt(20)
     stock = model.generate(ids, max_new_tokens=10, do_sample=False)
 
@@ -382,6 +309,18 @@ def test_callers_in_either_mode(mode: Any) -> None:
         model.generate(longer, max_new_tokens=3, past_key_values=memory)
 
     assert torch.equal(ours, stock)
+
+
+@EVERY_POLICY
+def test_compactions_leave_the_global_random_state_alone(policy: Policy) -> None:
+    """A greedy run over compactions ends in the random state that it began in."""
+    model = variants.model()
+    state = torch.get_rng_state()
+    with agentmem.capped(model, policy=policy, **variants.TIGHT) as memory:
+        model.generate(variants.prompt(60), max_new_tokens=10, do_sample=False, past_key_values=memory)
+
+    assert memory.report().num_compactions == 2
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_return_dict_carries_the_memory() -> None:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import reference
-import variants
 import torch
 from transformers import DynamicCache
 
 import agentmem
+import reference
+import variants
 from agentmem import hf, plugins
 from agentmem.contracts import BudgetRequest, Budgets, Policy
 
@@ -52,7 +51,9 @@ def held(memory: agentmem.CappedMemory) -> list[Held]:
     for store in memory.memory.rows[0].stores:
         assert store is not None
         segments = [store.segment(head, 0, 0) for head in range(2)]
-        layers.append(Held([reference.Slots(each.keys.double(), each.values.double(), each.bias.double()) for each in segments]))
+        layers.append(
+            Held([reference.Slots(each.keys.double(), each.values.double(), each.bias.double()) for each in segments])
+        )
     return layers
 
 
@@ -80,9 +81,7 @@ def recomputed(model: Any, layers: list[Held], ids: torch.Tensor, positions: tor
     for index, layer in enumerate(layers):
         at = f"model.layers.{index}"
         states = norm(f"{at}.input_layernorm.weight", hidden)
-        q, k, v = (
-            linear(f"{at}.self_attn.{name}_proj", states).view(tokens, -1, 16).transpose(0, 1) for name in "qkv"
-        )
+        q, k, v = (linear(f"{at}.self_attn.{name}_proj", states).view(tokens, -1, 16).transpose(0, 1) for name in "qkv")
         q, k = rotate(q, positions), rotate(k, positions)
         fresh = [reference.Slots(k[head], v[head]) for head in range(2)]
         mixed = reference.attention(q, layer.heads, fresh, 16**-0.5).output.transpose(0, 1).reshape(tokens, -1)
@@ -119,7 +118,9 @@ def test_the_recomputation_is_the_model() -> None:
     with torch.no_grad():
         stock = model(ids[None]).logits[0]
 
-    torch.testing.assert_close(recomputed(model, nothing, ids, torch.arange(30)), stock.double(), rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(
+        recomputed(model, nothing, ids, torch.arange(30)), stock.double(), rtol=0, atol=TOLERANCE
+    )
 
 
 # ---- positions
@@ -239,109 +240,6 @@ def test_a_row_of_pads_alone_is_finite() -> None:
     assert torch.isfinite(logits).all()
 
 
-# ---- forwards that are not ours
-
-
-def foreign(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """A prefill with pads and a decode step on a cache of its own; their logits."""
-    cache = DynamicCache(config=model.config)
-    with torch.no_grad():
-        first = model(ids, attention_mask=mask, past_key_values=cache).logits
-        more = torch.cat((mask, torch.ones(len(mask), 1, dtype=mask.dtype)), 1)
-        second = model(ids[:, :1], attention_mask=more, past_key_values=cache).logits
-    return torch.cat((first, second), 1)
-
-
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("variant", ["llama", "gemma3_text", "phi3"])
-def test_another_cache_is_served_bit_for_bit(variant: str, implementation: str) -> None:
-    """Inside a capped block, forwards on another cache and without any give exactly stock's bits."""
-    model = variants.private(variant)
-    model.set_attn_implementation(implementation)
-    ids = variants.prompt(12, rows=2)
-    mask = torch.ones(2, 12, dtype=torch.long)
-    mask[0, :5] = 0
-    with torch.no_grad():
-        stock, bare = foreign(model, ids, mask), model(ids, use_cache=False).logits
-        with agentmem.capped(model, **variants.ROOMY) as memory:
-            model(variants.prompt(9), past_key_values=memory)
-            inside, inside_bare = foreign(model, ids, mask), model(ids, use_cache=False).logits
-            assert memory.get_seq_length() == 9
-
-    assert torch.equal(inside, stock)
-    assert torch.equal(inside_bare, bare)
-
-
-def test_an_eager_model_is_capped_too() -> None:
-    """A model with attn_implementation="eager" generates its own tokens under a cap, and compacts."""
-    model, ids = variants.private(), variants.prompt(40)
-    model.set_attn_implementation("eager")
-    stock = model.generate(ids, max_new_tokens=20, do_sample=False)
-
-    with agentmem.capped(model, **variants.ROOMY) as memory:
-        ours = model.generate(ids, max_new_tokens=20, do_sample=False, past_key_values=memory)
-    with agentmem.capped(model, **variants.TIGHT) as memory:
-        model.generate(ids, max_new_tokens=20, do_sample=False, past_key_values=memory)
-
-    assert torch.equal(ours, stock)
-    assert memory.report().num_compactions >= 1
-
-
-def test_another_thread_with_its_own_cache_is_undisturbed() -> None:
-    """While one thread generates under a cap, generate in another thread gives exactly stock's logits."""
-    model, ids = variants.model(), variants.prompt(20, seed=5)
-    stock = variants.steps(variants.greedy(model, ids, 25))
-    results: list[torch.Tensor] = []
-    with agentmem.capped(model, **variants.TIGHT) as memory:
-        other = threading.Thread(
-            target=lambda: results.append(
-                variants.steps(variants.greedy(model, ids, 25, past_key_values=DynamicCache(config=model.config)))
-            )
-        )
-        unaware = threading.Thread(target=lambda: results.append(variants.steps(variants.greedy(model, ids, 25))))
-        other.start()
-        unaware.start()
-        model.generate(variants.prompt(50), max_new_tokens=30, past_key_values=memory)
-        other.join()
-        unaware.join()
-
-    assert memory.report().num_compactions >= 2
-    assert [torch.equal(result, stock) for result in results] == [True, True]
-
-
-def test_a_model_that_shares_the_config_is_undisturbed() -> None:
-    """Another model on the same config object keeps its own bits, in the block and from inside a subscriber."""
-    model = variants.private()
-    other = type(model)(model.config).eval()
-    ids, mask = variants.prompt(12, rows=2), torch.ones(2, 12, dtype=torch.long)
-    stock = foreign(other, ids, mask)
-    seen: list[torch.Tensor] = []
-    with torch.no_grad(), agentmem.capped(model, **variants.TIGHT) as memory:
-        memory.subscribe(lambda _: seen.append(foreign(other, ids, mask)))
-        model(variants.prompt(60), past_key_values=memory, logits_to_keep=1)
-        seen.append(foreign(other, ids, mask))
-
-    assert len(seen) > 3
-    assert all(torch.equal(each, stock) for each in seen)
-
-
-@pytest.mark.parametrize("first_out", [0, 1])
-def test_two_capped_models_on_one_config_end_in_any_order(first_out: int) -> None:
-    """Whichever of two capped models on one config object closes first, the other stays right; then all is restored."""
-    models = [variants.private()]
-    models.append(type(models[0])(models[0].config).eval())
-    ids = variants.prompt(30)
-    stock = [model.generate(ids, max_new_tokens=15, do_sample=False) for model in models]
-    wrapped = [agentmem.wrap(model, **variants.ROOMY) for model in models]
-
-    wrapped[first_out].close()
-    ours = wrapped[1 - first_out].generate(ids, max_new_tokens=15, do_sample=False).output
-    wrapped[1 - first_out].close()
-
-    assert torch.equal(ours, stock[1 - first_out])
-    assert models[0].config._attn_implementation == "sdpa"
-
-
 # ---- what would fail silently
 
 
@@ -370,7 +268,7 @@ def test_an_attention_that_is_changed_in_the_block_is_noticed() -> None:
 
 
 def test_autocast_keeps_working() -> None:
-    """Under autocast keys, values and queries come in different dtypes: tokens equal stock's, the keys' dtype is kept."""
+    """Under autocast keys and values come in different dtypes: tokens equal stock's, and the keys' dtype is kept."""
     model, ids = variants.model(), variants.prompt(40)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         stock = variants.greedy(model, ids, 10)
@@ -381,7 +279,8 @@ def test_autocast_keeps_working() -> None:
             model.generate(ids, max_new_tokens=30, past_key_values=tight)
 
     assert torch.equal(ours.sequences, stock.sequences)
-    torch.testing.assert_close(variants.steps(ours), variants.steps(stock), rtol=0, atol=0.25)  # bfloat16: 2^-8 of |logit| 10, a few times
+    # Linear layers round to bfloat16, 2^-8 of logits up to 10, a few times over.
+    torch.testing.assert_close(variants.steps(ours), variants.steps(stock), rtol=0, atol=0.25)
     assert store is not None
     assert store.spec.dtype == torch.float32
     assert tight.report().num_compactions >= 2
@@ -389,11 +288,11 @@ def test_autocast_keeps_working() -> None:
 
 @pytest.mark.parametrize("policy", variants.POLICIES)
 def test_a_memory_born_under_inference_mode_is_written_outside_it(policy: str) -> None:
-    """Storage that is allocated under inference_mode takes tokens and compactions outside it, and the other way round."""
+    """Storage allocated under inference_mode takes tokens and compactions outside it, and the other way round."""
     model, ids = variants.model(), variants.prompt(60)
     with agentmem.capped(model, policy=policy, **variants.TIGHT) as memory:
-        for start, mode in ((0, torch.inference_mode), (15, torch.no_grad), (30, torch.inference_mode), (45, torch.no_grad)):
-            with mode():
+        for start in range(0, 60, 15):
+            with torch.inference_mode() if start % 2 == 0 else torch.no_grad():
                 model(ids[:, start : start + 15], past_key_values=memory)
 
     assert memory.report().num_compactions == 2
@@ -414,7 +313,7 @@ def test_gradients_do_not_reach_the_slots() -> None:
 
 
 def test_a_forward_that_fails_between_two_layers_leaves_nothing_behind() -> None:
-    """An exception in the second layer takes back what the first has appended; the next forward is as if it never was."""
+    """An exception in the second layer takes back what the first appended; the next forward is none the worse."""
     model, ids = variants.private(), variants.prompt(20)
     with torch.no_grad():
         stock = model(ids).logits
@@ -434,7 +333,7 @@ def test_an_interrupt_between_two_layers_leaves_nothing_behind() -> None:
     """Ctrl-C, which torch's hooks do not see, is taken back too, and a foreign forward right after it is stock's."""
     model, ids = variants.private(), variants.prompt(20)
     mask = torch.ones_like(ids)
-    stock = foreign(model, ids, mask)
+    stock = variants.foreign(model, ids, mask)
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -445,7 +344,7 @@ def test_an_interrupt_between_two_layers_leaves_nothing_behind() -> None:
         with pytest.raises(KeyboardInterrupt):
             model(ids[:, 12:], past_key_values=memory)
         handle.remove()
-        between = foreign(model, ids, mask)
+        between = variants.foreign(model, ids, mask)
         model(ids[:, 12:], past_key_values=memory)
         seen = memory.memory.rows[0].seen, memory.get_seq_length(), memory.usage().held_slots
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import reference
-import tiny
 import torch
 
+import reference
+import tiny
 from agentmem import plugins
 from agentmem.budget import make_plan
 from agentmem.errors import MemoryCapExceeded, MemoryClosed, SettingsRefused, UnsupportedGeneration
@@ -254,7 +254,7 @@ def test_off_never_compacts() -> None:
         with pytest.raises(MemoryCapExceeded, match="mode='off'") as refused:
             tiny.feed(memory, tiny.ids(1))
         assert "memory.compact()" not in str(refused.value)
-        with pytest.raises(SettingsRefused, match="mode='off'.*mode='manual'"):
+        with pytest.raises(SettingsRefused, match=r"mode='off'.*mode='manual'"):
             memory.compact()
 
 
@@ -275,7 +275,7 @@ def test_a_policy_that_never_compacts_ends_at_the_cap() -> None:
 def test_a_forward_that_wants_all_logits_must_fit() -> None:
     """It cannot be cut, so it is refused with the room there is; nothing was appended."""
     model = tiny.llama()
-    with tiny.capped("window", chunk=64) as memory, pytest.raises(MemoryCapExceeded, match="49 tokens.*48"):
+    with tiny.capped("window", chunk=64) as memory, pytest.raises(MemoryCapExceeded, match=r"49 tokens.*48"):
         model(input_ids=tiny.ids(49), past_key_values=memory)
     with tiny.capped("window") as memory:
         with pytest.raises(MemoryCapExceeded, match=r"17 tokens.*16.*chunk"):

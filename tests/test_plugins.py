@@ -122,8 +122,6 @@ def test_a_name_offered_twice_is_refused(site: Path) -> None:
     distribution(site, "acme", "acme_four", {"acme-good": "acme_four:good"})
     distribution(site, "bolt", "bolt_four", {"acme-good": "bolt_four:good"})
 
-    with pytest.raises(
-        SettingsRefused, match=r"offered 2 times: .* and .*; uninstall all but one"
-    ):
+    with pytest.raises(SettingsRefused, match=r"offered 2 times: .* and .*; uninstall all but one"):
         plugins.policy("acme-good")
     assert {row.name: row for row in plugins.catalogue()}["acme-good"].error is not None

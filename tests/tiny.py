@@ -71,7 +71,8 @@ def capped(kind: str, model: Any | None = None, **settings: Any) -> Iterator[Cap
 @contextmanager
 def capped_by(policy: Policy, model: Any | None = None, **settings: Any) -> Iterator[CappedMemory]:
     """The same with a policy that a test made, and a cap that is never short."""
-    with agentmem.doors.capped(model or llama(), 1 << 24, policy, **(SETTINGS | settings)) as memory:
+    settings = {"cap": 1 << 24} | SETTINGS | settings
+    with agentmem.doors.capped(model or llama(), policy=policy, tokenizer=tokenizer, **settings) as memory:
         memory.subscribe(lambda _: audit(memory.memory))
         yield memory
 
@@ -108,7 +109,7 @@ class Faulty(Compactor):
     """Another compactor that raises the next of ``errors`` whenever it comes to layer ``at``."""
 
     def __init__(self, inner: Compactor, at: int, errors: list[BaseException]) -> None:
-        self.inner, self.at, self.errors = inner, at, errors
+        self.inner, self.at, self.errors, self.scores = inner, at, errors, inner.scores
 
     def workspace(self, shape: SegmentShape) -> int:
         """What the other needs."""

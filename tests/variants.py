@@ -1,4 +1,4 @@
-"""Tiny models of every family, built once per variant, and the runs that tests compare with stock generate.
+"""Tiny models of every family, built once per variant, the runs that tests compare with stock, and refusals.
 
 Leave the models as you found them; :func:`private` gives a copy that may be changed.
 """
@@ -7,10 +7,16 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
+from transformers import DynamicCache
 
+from agentmem.errors import AgentmemError
 from agentmem.testing import Family, tiny_model
 
 WINDOW = 24
@@ -57,6 +63,15 @@ def prompt(length: int, rows: int = 1, seed: int = 1) -> torch.Tensor:
     return torch.randint(2, 128, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
+def left_padded(lengths: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of those lengths with pads at their left, and their mask."""
+    ids = prompt(max(lengths), rows=len(lengths))
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        mask[row, max(lengths) - length :] = 1
+    return ids * mask, mask
+
+
 def greedy(lm: Any, ids: torch.Tensor, new: int, **kwargs: Any) -> Any:
     """Greedy generation with the logits of every step."""
     options = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
@@ -66,3 +81,37 @@ def greedy(lm: Any, ids: torch.Tensor, new: int, **kwargs: Any) -> Any:
 def steps(output: Any) -> torch.Tensor:
     """The logits of every step, ``[rows, steps, vocabulary]``."""
     return torch.stack(output.logits, 1)
+
+
+def foreign(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """A prefill with pads and a decode step on a cache of its own; their logits."""
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        first = model(ids, attention_mask=mask, past_key_values=cache).logits
+        more = torch.cat((mask, torch.ones(len(mask), 1, dtype=mask.dtype)), 1)
+        second = model(ids[:, :1], attention_mask=more, past_key_values=cache).logits
+    return torch.cat((first, second), 1)
+
+
+@contextmanager
+def no_layer_runs(model: Any) -> Iterator[None]:
+    """Fail if any decoder layer of ``model`` is entered in the block."""
+    entered: list[int] = []
+    handles = [
+        layer.register_forward_pre_hook(lambda *_, index=index: entered.append(index))
+        for index, layer in enumerate(model.get_decoder().layers)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert entered == []
+
+
+@contextmanager
+def refused(model: Any, error: type[AgentmemError], *fragments: str) -> Iterator[None]:
+    """The block raises exactly that error, its message has the fragments in order, and no layer ran."""
+    with no_layer_runs(model), pytest.raises(error, match="(?s)" + ".*".join(map(re.escape, fragments))) as caught:
+        yield
+    assert caught.type is error

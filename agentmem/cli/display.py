@@ -96,5 +96,5 @@ class Display:
         filled = min(_BAR, round(_BAR * self.used / self.cap_bytes))
         bar = "━" * filled + "╌" * (_BAR - filled)
         parts.append(f"{bar} {format_bytes(self.used)} of {format_bytes(self.cap_bytes)}")
-        parts.append(f"{self.compactions} compactions")
+        parts.append(f"{self.compactions} compaction{'' if self.compactions == 1 else 's'}")
         return " · ".join(parts)

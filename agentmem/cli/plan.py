@@ -38,7 +38,7 @@ def plan(
     target: Target = "0.5",
     probe: Probe = None,
     probe_tokens: ProbeTokens = None,
-    chunk: Chunk = 512,
+    chunk: Chunk = 1024,
     dtype: Annotated[Dtype, typer.Option(help="Number format of keys and values.")] = Dtype.AUTO,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:

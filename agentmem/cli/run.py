@@ -47,7 +47,7 @@ def run(
     target: Target = "0.5",
     probe: Probe = None,
     probe_tokens: ProbeTokens = None,
-    chunk: Chunk = 512,
+    chunk: Chunk = 1024,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=1e-6, max=1.0, help="Nucleus of the sampling.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling and of the memory.")] = 0,

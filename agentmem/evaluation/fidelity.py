@@ -50,7 +50,7 @@ class Terms(_Frozen):
     keep_first: int = Field(default=16, ge=0)
     keep_recent: int = Field(default=96, ge=0)
     target: int | float | str = 0.5
-    chunk: int = Field(default=512, ge=1)
+    chunk: int = Field(default=1024, ge=1)
     probe: QuerySource | None = None
     """Replaces the source of every policy that probes; ``None`` leaves each its own."""
     probe_tokens: int | None = Field(default=None, ge=1)

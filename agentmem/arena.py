@@ -50,7 +50,7 @@ class LayerStore:
     """
 
     __slots__ = (
-        "bias", "biased", "capacities", "keys", "ledger", "lengths", "positions",
+        "bias", "biased", "capacities", "held_bytes", "keys", "ledger", "lengths", "positions",
         "scores", "seen", "settled", "spec", "starts", "uniform", "values",
     )  # fmt: skip
 
@@ -70,12 +70,13 @@ class LayerStore:
         self.biased = False
         self.seen = 0
         """Tokens ever appended, whatever became of their slots."""
-        total = sum(self.capacities)
+        total, self.held_bytes = sum(self.capacities), 0
         ledger.hold(total * spec.slot_bytes, "a layer's slots")
+        self.held_bytes = total * spec.slot_bytes
         try:
             self._allocate(total)
         except BaseException:  # the machine itself may be out of memory
-            ledger.release(total * spec.slot_bytes)
+            self._release()
             raise
 
     def _allocate(self, total: int) -> None:
@@ -105,10 +106,19 @@ class LayerStore:
         return min(capacity - length for capacity, length in zip(self.capacities, self.lengths, strict=True))
 
     def free(self) -> None:
-        """Give the bytes back; the store must not be used any more."""
-        self.ledger.release(sum(self.capacities) * self.spec.slot_bytes)
+        """Give the bytes back; the store must not be used any more. Freeing twice does nothing."""
+        self._release()
         self.keys = self.values = self.bias = self.positions = torch.empty(0)
         self.scores = None
+
+    def _release(self) -> None:
+        held, self.held_bytes = self.held_bytes, 0
+        self.ledger.release(held)
+
+    def __del__(self) -> None:
+        """An interrupt between a swap and the freeing of the old store must not leave its bytes in the account."""
+        if getattr(self, "held_bytes", 0):
+            self._release()
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor | None = None) -> None:
         """Append ``keys [H, q, d]`` and ``values [H, q, dv]`` to every head; the caller has made room."""

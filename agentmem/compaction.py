@@ -19,7 +19,7 @@ from agentmem import events
 from agentmem.attention import local
 from agentmem.budget import HELD_OUT
 from agentmem.contract_check import validate
-from agentmem.contracts import BudgetRequest, Compaction, HeadCompaction, Segment, Survey
+from agentmem.contracts import BudgetRequest, Compaction, HeadCompaction, Segment, SegmentShape, Survey
 from agentmem.errors import CompactionFailed, PolicyContractBroken
 from agentmem.report import CompactionReport, LayerReport, Outcome
 
@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from agentmem.arena import LayerStore
     from agentmem.contracts import Budgets, Compactor
-    from agentmem.memory import Memory, Row
+    from agentmem.memory import Memory
+    from agentmem.row import Row
 
 ATTEMPTS = 2
 
@@ -189,9 +190,25 @@ class RowCompaction:
     def _compact_layer(self, layer: int, reference: torch.Tensor | None) -> None:
         store = self.row.stores[layer]
         assert store is not None  # noqa: S101  # _todo lists such layers only
-        with self.memory.ledger.borrow(self.plan.fit_bytes, "the policy's workspace"):
+        with self.memory.ledger.borrow(self._fit_bytes(layer, store, reference), "the policy's workspace"):
             compaction, errors = self._fit(layer, store, reference)
             self._commit(layer, store, compaction, errors)
+
+    def _fit_bytes(self, layer: int, store: LayerStore, reference: torch.Tensor | None) -> int:
+        """The workspace of this very segment: heads that hold more than an equal share may need more than planned."""
+        assert self.row.budgets is not None  # noqa: S101  # dealt before the first layer
+        shape, pinned = self.memory.shape.layers[layer], self.prefix + self.recent
+        segment = SegmentShape(
+            heads=shape.kv_heads,
+            group=shape.group,
+            slots=max(1, max(store.lengths) - pinned),
+            budget=max(1, *self.row.budgets[layer]),
+            queries=0 if reference is None else reference.shape[1] - reference.shape[1] // HELD_OUT,
+            key_dim=shape.key_dim,
+            value_dim=shape.value_dim,
+            itemsize=store.spec.dtype.itemsize,
+        )
+        return max(self.plan.fit_bytes, self._compactor.workspace(segment))
 
     def _fit(self, layer: int, store: LayerStore, reference: torch.Tensor | None) -> tuple[Compaction, Errors]:
         """A function of its own, so that no view into the old store outlives it."""

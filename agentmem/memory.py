@@ -6,8 +6,6 @@ nothing behind), whose ``attend`` is called once a layer; and it asks for a tran
 
 from __future__ import annotations
 
-import threading
-from array import array
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -21,6 +19,8 @@ from agentmem.errors import MemoryCapExceeded, MemoryClosed, SettingsRefused, Un
 from agentmem.ledger import Ledger
 from agentmem.probe import LiveSample, probe_ids
 from agentmem.report import CompactionReport, RunReport
+from agentmem.row import Row
+from agentmem.steps import Append, Arriving, Transient
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,123 +38,6 @@ class Usage(NamedTuple):
     resident_bytes: int
     used_bytes: int
     peak_bytes: int
-
-
-class Row:
-    """One sequence: its stores, and what it has consumed."""
-
-    def __init__(self, index: int, layers: int, capacity: int) -> None:
-        """An empty row."""
-        self.index = index
-        self.stores: list[LayerStore | None] = [None] * layers
-        self.live: list[LiveSample | None] = [None] * layers
-        self.ids: array[int] = array("q")
-        self.tail: array[int] = array("i")
-        """Positions of the tokens appended since the last compaction."""
-        self.next_position = 0
-        self.room = capacity
-        """Tokens that can be appended before the row must be compacted."""
-        self.budgets: tuple[tuple[int, ...], ...] | None = None
-        """Segment slots per layer and head of a compaction that has begun and not ended."""
-        self.dealt_at: int | None = None
-        """Tokens seen when headroom was last dealt; ``None`` while stores still grow towards the capacity."""
-
-    def recount(self, capacity: int) -> None:
-        """Work out room and tail again from the stores, after something was taken back."""
-        del self.tail[self.seen - (self.dealt_at or 0) :]
-        full = [store for store in self.stores if store is not None and store.spec.shape.window is None]
-        if self.dealt_at is not None:
-            self.room = min((store.room for store in full), default=0)
-        else:
-            self.room = capacity - max((max(store.lengths) for store in full), default=0)
-
-    @property
-    def seen(self) -> int:
-        """Tokens that the row has consumed."""
-        return len(self.ids)
-
-    @property
-    def held(self) -> int:
-        """Slots physically occupied, over all layers and heads."""
-        return sum(sum(store.lengths) for store in self.stores if store is not None)
-
-
-class Arriving(NamedTuple):
-    """The tokens of one forward that belong to one row: their ids, positions, and columns in the batch."""
-
-    ids: Sequence[int]
-    positions: Sequence[int]
-    columns: slice | torch.Tensor
-
-
-class Append:
-    """A forward whose tokens stay. ``commit`` or ``rollback`` ends it."""
-
-    def __init__(self, memory: Memory, arriving: Sequence[Arriving]) -> None:
-        """Room for the tokens must have been made."""
-        self.memory, self.arriving = memory, arriving
-        self.whole = all(isinstance(each.columns, slice) for each in arriving)
-        self.columns = 0
-        """Columns of the forward, pads included; set by whoever counts them."""
-
-    def attend(
-        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """Append the tokens' slots and attend: ``queries [B, Hq, q, d]`` → ``[B, q, Hq, dv]``."""
-        memory = self.memory
-        if len(self.arriving) == 1 and self.whole:
-            output = memory.append_row(memory.rows[0], layer, queries[0], keys[0], values[0], scale)
-            return output.transpose(0, 1).contiguous().unsqueeze(0)
-        output = queries.new_zeros(queries.shape[0], queries.shape[2], queries.shape[1], values.shape[-1])
-        for row, each in zip(memory.rows, self.arriving, strict=True):
-            if each.ids:
-                index, columns = row.index, each.columns
-                part = memory.append_row(
-                    row, layer, queries[index][:, columns], keys[index][:, columns], values[index][:, columns], scale
-                )
-                output[index, columns] = part.transpose(0, 1)
-        return output
-
-    def commit(self) -> None:
-        """The forward ended well: the rows have consumed the tokens."""
-        for row, each in zip(self.memory.rows, self.arriving, strict=True):
-            row.tail.extend(each.positions)
-            row.room -= len(each.ids)
-            if each.positions:
-                row.next_position = each.positions[-1] + 1
-            row.ids.extend(each.ids)
-        self.memory.appended(max(len(each.ids) for each in self.arriving), sum(len(each.ids) for each in self.arriving))
-
-    def rollback(self) -> None:
-        """The forward failed: take back what some layers had appended."""
-        for row in self.memory.rows:
-            for store in row.stores:
-                if store is not None and store.seen > row.seen:
-                    store.drop_tail(store.seen - row.seen)
-            row.recount(self.memory.plan.capacity)
-
-
-class Transient:
-    """A forward that leaves nothing behind: one row's slots and, causally, the tokens' own keys and values.
-
-    ``visit(layer, queries [Hq, q, d])`` is called before a layer attends, so what it commits is what is attended.
-    """
-
-    def __init__(self, memory: Memory, row: Row, visit: Callable[[int, torch.Tensor], None]) -> None:
-        """Nothing is allocated here."""
-        self.memory, self.row, self.visit = memory, row, visit
-
-    def attend(
-        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """Attend without appending: ``queries [1, Hq, q, d]`` → ``[1, q, Hq, dv]``."""
-        self.visit(layer, queries[0])
-        shape = self.memory.shape.layers[layer]
-        store = self.row.stores[layer]
-        runs = [] if store is None else store.runs(shape.window and shape.window - 1, scored=False)
-        with self.memory.ledger.borrow(self.memory.plan.forward_bytes, "attention of a probe"):
-            output, _ = attend(queries[0], runs, Fresh(keys[0], values[0]), scale, window=shape.window)
-        return output.transpose(0, 1).contiguous().unsqueeze(0)
 
 
 class Memory:
@@ -183,7 +66,6 @@ class Memory:
         self._closed = False
         self._subscribers: list[Callable[[CompactionReport | Usage], None]] = []
         self._prompt_tokens = self._new_tokens = 0
-        self._lock = threading.Lock()
         self._pending: Append | None = None
 
     # ---- rows and room
@@ -224,7 +106,11 @@ class Memory:
 
     def slack(self) -> int:
         """Most tokens of one forward: ``chunk``, or what the sliding layers have room for."""
-        slacks = [window_slots(layer.window, self.plan.chunk) - layer.window + 1 for layer in self.shape.layers if layer.window]
+        slacks = [
+            window_slots(layer.window, self.plan.chunk) - layer.window + 1
+            for layer in self.shape.layers
+            if layer.window
+        ]
         return min([self.plan.chunk, *slacks])
 
     def make_room(self, row: Row, tokens: int) -> None:
@@ -242,8 +128,8 @@ class Memory:
         self.compact(row)
         if row.room < tokens:
             raise MemoryCapExceeded(
-                f"a forward of {tokens} tokens does not fit: a row of {self.plan.capacity} slots per head has room for "
-                f"{row.room} after a compaction; feed at most that many at once (generate does so by itself), or raise cap"
+                f"a forward of {tokens} tokens does not fit: a row of {self.plan.capacity} slots per head has room "
+                f"for {row.room} after a compaction; feed at most that many at once (generate does so), or raise cap"
             )
 
     def compact(self, row: Row) -> CompactionReport | None:
@@ -353,9 +239,9 @@ class Memory:
         )
         by_hand = ", or call memory.compact()" if self.settings.mode == "manual" else ""
         return (
-            f"row {row.index} holds {self.plan.capacity - row.room} of {self.plan.capacity} slots per head under a cap of "
-            f"{self.plan.cap_bytes} bytes and cannot take {tokens} more token(s): {why}; raise cap, or choose another "
-            f"policy or mode{by_hand}"
+            f"row {row.index} holds {self.plan.capacity - row.room} of {self.plan.capacity} slots per head under a cap "
+            f"of {self.plan.cap_bytes} bytes and cannot take {tokens} more token(s): {why}; raise cap, or choose "
+            f"another policy or mode{by_hand}"
         )
 
     # ---- what happened

@@ -47,11 +47,17 @@ TABLE = (
     room("agentmem.arena", rooms="contracts errors shape ledger attention", outside="torch"),
     room("agentmem.probe", rooms="contracts errors", outside="torch"),
     room("agentmem.contract_check", rooms="contracts errors", outside="torch"),
+    room("agentmem.row"),
+    room("agentmem.steps", rooms="attention"),
     room("agentmem.compaction", rooms=ABOVE, outside="torch"),
     room("agentmem.memory", rooms=ABOVE, outside="torch"),
     room("agentmem.plugins", rooms="contracts errors"),
     room("agentmem.generation", rooms="errors settings"),
-    room("agentmem.hf", rooms=ABOVE, outside="torch transformers"),
+    room("agentmem.hf.support", rooms="errors shape", outside="transformers"),
+    room("agentmem.hf.frames", outside="transformers"),
+    room("agentmem.hf.cache", rooms=ABOVE, outside="torch transformers"),
+    room("agentmem.hf.attach", rooms=ABOVE, outside="torch"),
+    room("agentmem.hf", rooms=ABOVE),
     room("agentmem.doors", rooms=ABOVE, outside="torch"),
     room("agentmem.download", rooms="errors"),
     room(
@@ -186,9 +192,9 @@ def test_files_stay_short_and_have_a_subject(path: Path) -> None:
         ("agentmem/errors.py", "import torch", "agentmem.errors imports torch"),
         ("agentmem/memory.py", "from transformers import cache_utils", "agentmem.memory imports transformers"),
         ("agentmem/memory.py", "def f():\n    import transformers", "agentmem.memory imports transformers"),
-        ("agentmem/memory.py", "from agentmem import hf", "agentmem.memory imports agentmem.hf"),
-        ("agentmem/memory.py", "from .hf import view", "agentmem.memory imports agentmem.hf"),
-        ("agentmem/hf.py", "import agentmem.policies.full", "agentmem.hf imports agentmem.policies.full"),
+        ("agentmem/memory.py", "from agentmem import doors", "agentmem.memory imports agentmem.doors"),
+        ("agentmem/memory.py", "from .doors import view", "agentmem.memory imports agentmem.doors"),
+        ("agentmem/hf/cache.py", "import agentmem.policies.full", "agentmem.hf.cache imports agentmem.policies.full"),
         (
             "agentmem/cli/app.py",
             "from agentmem.policies import full",
@@ -205,7 +211,7 @@ def test_files_stay_short_and_have_a_subject(path: Path) -> None:
 )
 def test_a_forbidden_import_is_found(tmp_path: Path, file: str, code: str, fault: str) -> None:
     """The check names a forbidden import wherever it stands in a file, absolute or relative."""
-    for name in ("agentmem/contracts.py", "agentmem/memory.py", "agentmem/hf.py", "policies/full.py", file):
+    for name in ("agentmem/contracts.py", "agentmem/memory.py", "agentmem/doors.py", "policies/full.py", file):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()

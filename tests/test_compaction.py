@@ -11,11 +11,13 @@ import pytest
 import torch
 
 import tiny
-from agentmem import doors, hf, plugins
+from agentmem import doors, plugins
 from agentmem.contracts import BudgetRequest, Budgets, Compaction, HeadCompaction, Policy, Survey
 from agentmem.errors import CompactionFailed, PolicyContractBroken
 from agentmem.hf import CappedMemory
-from agentmem.memory import Memory, Transient
+from agentmem.hf.cache import TransientCache
+from agentmem.memory import Memory
+from agentmem.steps import Transient
 from agentmem.testing import peak_allocated
 
 LAYERS = 3
@@ -65,7 +67,7 @@ def decoded(memory: CappedMemory) -> torch.Tensor:
         result: Any = MODEL.get_decoder()(
             input_ids=torch.tensor([[9, 8, 7]]),
             position_ids=torch.arange(row.next_position, row.next_position + 3)[None],
-            past_key_values=hf._TransientCache(step, windows),
+            past_key_values=TransientCache(step, windows),
             use_cache=True,
         )
     return result.last_hidden_state

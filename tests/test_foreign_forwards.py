@@ -100,3 +100,25 @@ def test_two_capped_models_on_one_config_end_in_any_order(first_out: int) -> Non
 
     assert torch.equal(ours, stock[1 - first_out])
     assert models[0].config._attn_implementation == "sdpa"
+
+
+def test_an_interrupted_generate_does_not_reach_a_model_on_the_same_config() -> None:
+    """After Ctrl-C in the middle of a wrapped model's layer, another model on its config still gives stock's bits."""
+    model = variants.private()
+    other = type(model)(model.config).eval()
+    ids = variants.prompt(12)
+    stock = variants.foreign(other, ids, torch.ones_like(ids))
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with agentmem.wrap(model, **variants.ROOMY) as ours:
+        handle = model.model.layers[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            ours.generate(ids, max_new_tokens=2)
+        handle.remove()
+        between = variants.foreign(other, ids, torch.ones_like(ids))
+        again = ours.generate(ids, max_new_tokens=2, do_sample=False)
+
+    assert torch.equal(between, stock)
+    assert torch.equal(again.sequences, model.generate(ids, max_new_tokens=2, do_sample=False))

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 
 import agentmem
 import reference
 import variants
-from agentmem import hf, plugins
+from agentmem import plugins
 from agentmem.contracts import BudgetRequest, Budgets, Policy
 
 TOLERANCE = 5e-5
@@ -251,8 +251,8 @@ def test_the_mask_is_registered_with_the_attention() -> None:
         model.generate(variants.prompt(5), max_new_tokens=2, past_key_values=memory)
 
     assert name == "agentmem_sdpa"
-    assert name in hf.AttentionInterface._global_mapping
-    assert name in hf.AttentionMaskInterface._global_mapping
+    assert name in AttentionInterface._global_mapping
+    assert name in AttentionMaskInterface._global_mapping
 
 
 def test_an_attention_that_is_changed_in_the_block_is_noticed() -> None:

@@ -13,9 +13,10 @@ from agentmem import plugins
 from agentmem.budget import make_plan
 from agentmem.errors import MemoryCapExceeded, MemoryClosed, SettingsRefused, UnsupportedGeneration
 from agentmem.hf import describe
-from agentmem.memory import Arriving, Memory, Transient, Usage
+from agentmem.memory import Memory, Usage
 from agentmem.report import CompactionReport
 from agentmem.settings import Settings
+from agentmem.steps import Arriving, Transient
 from agentmem.testing import peak_allocated, tiny_model
 
 KINDS = pytest.mark.parametrize("kind", tiny.KINDS)

@@ -72,6 +72,18 @@ def test_a_mask_of_another_length_is_refused() -> None:
             ours.generate(longer, attention_mask=torch.ones(1, 17, dtype=torch.long), max_new_tokens=2)
 
 
+def test_a_forward_whose_mask_forgets_the_past_is_refused() -> None:
+    """A mask over the new columns alone would leave open which earlier columns were pads."""
+    model = variants.model()
+    with agentmem.capped(model, **variants.ROOMY) as memory:
+        model(variants.prompt(5), past_key_values=memory)
+        for keep in (0, 1):
+            fragments = ("attention_mask has 3 columns", "the 5 seen so far", "3 new")
+            with variants.refused(model, UnsupportedGeneration, *fragments):
+                mask = torch.ones(1, 3, dtype=torch.long)
+                model(variants.prompt(3), attention_mask=mask, past_key_values=memory, logits_to_keep=keep)
+
+
 def test_embeddings_cannot_be_replayed() -> None:
     """inputs_embeds with a policy that replays is refused with what would do."""
     model = variants.model()

@@ -14,9 +14,10 @@ import tiny
 from agentmem import plugins
 from agentmem.budget import make_plan, window_slots
 from agentmem.errors import CompactionFailed
-from agentmem.memory import Append, Arriving, Memory, Transient
+from agentmem.memory import Memory
 from agentmem.settings import Settings
 from agentmem.shape import LayerShape, ModelShape
+from agentmem.steps import Append, Arriving, Transient
 
 LAYER = LayerShape(kv_heads=2, query_heads=4, key_dim=8, value_dim=8)
 LAYERS = (LAYER, replace(LAYER, window=6), LAYER)

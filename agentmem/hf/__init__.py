@@ -1,0 +1,12 @@
+"""The only folder that names transformers' cache, attention, mask and hook internals.
+
+A model is *attached* while at least one capped block uses it: its attention implementation is renamed on its config,
+its forward is watched by hooks, and ``generate`` checks its arguments first. All of it is per instance, counted, and
+undone with the last block. Forwards that are not ours reach the original functions.
+"""
+
+from agentmem.hf.attach import attach, detach, scope
+from agentmem.hf.cache import CappedMemory
+from agentmem.hf.support import FAMILIES, describe, refuse_probe, text_model
+
+__all__ = ["FAMILIES", "CappedMemory", "attach", "describe", "detach", "refuse_probe", "scope", "text_model"]

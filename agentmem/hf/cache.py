@@ -1,0 +1,270 @@
+"""What is passed as ``past_key_values``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from agentmem.errors import MemoryCapExceeded, UnsupportedGeneration
+from agentmem.hf.frames import FRAME
+from agentmem.steps import Append, Arriving, Transient
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from transformers import PreTrainedModel
+
+    from agentmem.budget import Plan
+    from agentmem.memory import Memory, Usage
+    from agentmem.report import CompactionReport, RunReport
+
+
+class _Layer(CacheLayerMixin):
+    """Answers a model's questions about one layer; the slots are in the memory."""
+
+    is_croppable = False
+
+    def __init__(self, owner: CappedMemory | TransientCache, window: int | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.owner, self.is_sliding, self.is_initialized = owner, window is not None, True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to do: the memory allocates."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hand the fresh keys and values on to the attention call, which appends them."""
+        frame = FRAME.get()
+        if frame is None or frame.step is None:
+            if isinstance(self.owner, CappedMemory):
+                self.owner.memory.open_or_raise()
+            raise UnsupportedGeneration(FOREIGN)
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys seen by a forward of ``query_length`` columns, and their offset."""
+        return self.owner.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Columns so far, pads included."""
+        return self.owner.get_seq_length()
+
+    def get_max_length(self) -> int:
+        """No maximum: compaction makes room."""
+        return -1
+
+
+FOREIGN = (
+    "this memory was passed to a model that it was not opened for; pass it to the model that was given to "
+    "agentmem.capped, or open another memory for this one"
+)
+
+
+class TransientCache(Cache):
+    """What a transient forward passes to the model."""
+
+    def __init__(self, step: Transient, windows: Sequence[int | None]) -> None:
+        super().__init__(layers=[_Layer(self, window) for window in windows])
+        self.step = step
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002  # transformers' signature
+        """A transient forward starts from nothing, as far as columns go."""
+        return 0
+
+
+class CappedMemory(Cache):
+    """A memory under a hard cap, as ``past_key_values``: a thin view over an ordered list of rows.
+
+    ``get_seq_length()`` counts columns (pads and compacted tokens included), so that ``generate`` never feeds a token
+    twice. Beams, cropping and past recording are refused.
+    """
+
+    def __init__(self, memory: Memory, model: PreTrainedModel) -> None:
+        """View a memory that was opened for ``model``; :func:`attach` connects the two."""
+        super().__init__(layers=[_Layer(self, layer.window) for layer in memory.shape.layers])
+        self.memory, self.model = memory, model
+        self.columns = 0
+
+    # what happened
+
+    @property
+    def plan(self) -> Plan:
+        """What the cap came to."""
+        return self.memory.plan
+
+    @property
+    def compactions(self) -> tuple[CompactionReport, ...]:
+        """One report per compaction so far."""
+        return tuple(self.memory.compactions)
+
+    def report(self) -> RunReport:
+        """Everything so far."""
+        return self.memory.report()
+
+    def usage(self) -> Usage:
+        """The memory now, summed over rows."""
+        return self.memory.usage()
+
+    def subscribe(self, callback: Callable[[CompactionReport | Usage], None]) -> None:
+        """Call ``callback`` with a Usage after every forward and with every compaction's report."""
+        self.memory.subscribe(callback)
+
+    def room(self, row: int = 0) -> int:
+        """Tokens that a row can take before it has to be compacted."""
+        return self.memory.rows[row].room if self.memory.rows else self.memory.plan.capacity
+
+    def compact(self) -> tuple[CompactionReport, ...]:
+        """Compact every row now, down to the target; rows below it are left alone."""
+        reports = (self.memory.compact(row) for row in self.memory.rows)
+        return tuple(report for report in reports if report is not None)
+
+    def transcript(self, row: int = 0) -> list[int]:
+        """The ids that a row has consumed, in order, pads left out."""
+        return list(self.memory.rows[row].ids) if self.memory.rows else []
+
+    def padded_transcripts(self) -> torch.Tensor:
+        """What all rows have consumed, ``[rows, columns]``, left-padded with 0: for a run that was stopped."""
+        longest = max((row.seen for row in self.memory.rows), default=0)
+        return torch.tensor([[0] * (longest - row.seen) + list(row.ids) for row in self.memory.rows])
+
+    # what transformers asks
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002  # transformers' signature
+        """Columns so far, pads included."""
+        return self.columns
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: assisted decoding would take tokens back.
+
+        Raises:
+            UnsupportedGeneration: always.
+
+        """
+        raise UnsupportedGeneration(
+            f"crop({tokens_to_remove}): a compacted memory cannot take tokens back; use greedy decoding or sampling"
+        )
+
+    def activate_past_recording(self) -> None:
+        """Refused: see :meth:`crop`."""
+        self.crop(0)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Refused: beam search."""
+        raise UnsupportedGeneration(f"beam search reorders rows (beam_idx {list(beam_idx.shape)}); use num_beams=1")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Refused: contrastive search."""
+        raise UnsupportedGeneration(
+            f"repeating every row {repeats} times in mid-run is not handled; batch the prompt instead"
+        )
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Refused: contrastive search."""
+        raise UnsupportedGeneration(
+            f"selecting rows in mid-run ({list(indices.shape)}) is not handled; open a new memory"
+        )
+
+    def reset(self) -> None:
+        """Refused: a memory serves one conversation."""
+        raise UnsupportedGeneration("reset() is not handled; open a new memory with agentmem.capped(...)")
+
+    @property
+    def batchsize(self) -> int:
+        """Rows, or -1 before the first forward."""
+        return len(self.memory.rows) or -1
+
+    # a forward
+
+    def open_for(self, model: PreTrainedModel) -> None:
+        """Refuse a model that this memory was not opened for.
+
+        Raises:
+            MemoryClosed: the memory's block has ended.
+            UnsupportedGeneration: it is another model's.
+
+        """
+        self.memory.open_or_raise()
+        if model is not self.model:
+            raise UnsupportedGeneration(FOREIGN)
+
+    def begin(self, inputs: dict[str, Any]) -> Append:
+        """Read one forward's arguments and start it.
+
+        Raises:
+            MemoryCapExceeded: more tokens at once than the plan has counted scratch for.
+            UnsupportedGeneration: see :func:`mask_columns`; or embeddings where a probe needs ids.
+
+        """
+        count, most = size(inputs)[1], self.memory.slack()
+        if count > most:
+            raise MemoryCapExceeded(
+                f"a forward of {count} tokens that wants every position's output cannot be cut, and at most {most} fit "
+                f"at once (chunk={self.memory.plan.chunk}); pass logits_to_keep=1 and no output_hidden_states, feed "
+                "fewer at once, or raise chunk"
+            )
+        step = self.memory.begin(self._arriving(inputs))
+        step.columns = count
+        return step
+
+    def _arriving(self, inputs: dict[str, Any]) -> list[Arriving]:
+        rows, count = size(inputs)
+        self.memory.bind(rows)
+        ids = self._ids(inputs, rows, count)
+        places = inputs.get("position_ids")
+        if places is None:
+            positions = [list(range(self.columns, self.columns + count))] * rows
+        else:
+            positions = places.expand(rows, -1).tolist()
+        mask = mask_columns(inputs, self.columns, count)
+        if mask is None:
+            return [Arriving(ids[row], positions[row], slice(None)) for row in range(rows)]
+        return [_present(ids[row], positions[row], valid) for row, valid in enumerate(mask)]
+
+    def _ids(self, inputs: dict[str, Any], rows: int, count: int) -> list[list[int]]:
+        given = inputs.get("input_ids")
+        if given is not None:
+            return given.tolist()  # type: ignore[no-any-return]
+        if self.memory.policy.queries.probes:
+            raise UnsupportedGeneration(
+                f"inputs_embeds have no token ids to replay, which policy {self.memory.policy.name!r} needs; "
+                "pass input_ids, or choose probe='live' or a policy without a probe"
+            )
+        return [[-1] * count for _ in range(rows)]
+
+
+def size(inputs: dict[str, Any]) -> tuple[int, int]:
+    """Rows and columns of a forward."""
+    given = inputs.get("input_ids")
+    shape = (given if given is not None else inputs["inputs_embeds"]).shape
+    return int(shape[0]), int(shape[1])
+
+
+def mask_columns(inputs: dict[str, Any], columns: int, count: int) -> list[list[bool]] | None:
+    """Which of a forward's ``count`` columns are no pads, per row; ``None`` when all are.
+
+    Raises:
+        UnsupportedGeneration: a mask that was prepared already, or that does not cover everything since the start.
+
+    """
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:  # noqa: PLR2004
+        raise UnsupportedGeneration("attention_mask must be 2-D [batch, columns]; prepared 4-D masks are not handled")
+    if mask.shape[1] != columns + count:
+        raise UnsupportedGeneration(
+            f"attention_mask has {mask.shape[1]} columns; it must cover the {columns} seen so far and the {count} new"
+        )
+    present: list[list[bool]] = mask[:, columns:].bool().tolist()
+    return present
+
+
+def _present(ids: list[int], positions: list[int], valid: list[bool]) -> Arriving:
+    """The tokens of one row that are no pads."""
+    if all(valid):
+        return Arriving(ids, positions, slice(None))
+    columns = [column for column, present in enumerate(valid) if present]
+    return Arriving([ids[each] for each in columns], [positions[each] for each in columns], torch.tensor(columns))

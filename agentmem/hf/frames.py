@@ -1,0 +1,117 @@
+"""Which forward is running: how an attention call finds its memory, and reaches the original function otherwise."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from transformers import AttentionInterface, AttentionMaskInterface
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import torch
+    from transformers import PreTrainedConfig
+
+    from agentmem.hf.cache import CappedMemory
+
+
+class Step(Protocol):
+    """What a layer's attention call is handed to."""
+
+    def attend(
+        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """``queries [B, Hq, q, d]`` → ``[B, q, Hq, dv]``."""
+
+
+@dataclass(slots=True)
+class Frame:
+    """A forward in progress on an attached model; ``step`` is ``None`` when it is not ours."""
+
+    outer: Frame | None
+    step: Step | None = None
+    memory: CappedMemory | None = None
+    attended: int = 0
+    """Layers whose attention call came here so far."""
+
+
+FRAME: ContextVar[Frame | None] = ContextVar("agentmem_frame", default=None)
+SCOPE: ContextVar[tuple[int, ...]] = ContextVar("agentmem_scope", default=())
+"""Identities of the models that this context has capped: only here is growing another cache a bypass."""
+
+
+def _attention(original: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    def forward(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        frame = FRAME.get()
+        if frame is None or frame.step is None:
+            function = AttentionInterface._global_mapping.get(original)  # noqa: SLF001  # the public mapping has no getter by name
+            if function is None:  # eager lives in the modelling file
+                function = sys.modules[type(module).__module__].eager_attention_forward
+            return function(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+        frame.attended += 1
+        layer: int = module.layer_idx  # type: ignore[assignment]  # every attention module has it
+        # Under autocast rotary embeddings make keys float32 and leave values alone; the dtype of the keys counts.
+        query, value = query.to(key.dtype), value.to(key.dtype)
+        return frame.step.attend(layer, query, key, value, kwargs.get("scaling") or query.shape[-1] ** -0.5), None
+
+    return forward
+
+
+def _mask(original: str) -> Callable[..., torch.Tensor | None]:
+    def create(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+        frame = FRAME.get()
+        if frame is None or frame.step is None:
+            function: Any = AttentionMaskInterface._global_mapping[original]  # noqa: SLF001
+            return function(*args, **kwargs)  # type: ignore[no-any-return]
+        return None  # our attention knows causality, windows and pads by itself
+
+    return create
+
+
+def _register(original: str) -> str:
+    """The name under which ``original`` is wrapped; with the mask too, or sdpa would be handed no mask silently."""
+    name = f"agentmem_{original}"
+    if name not in AttentionInterface._global_mapping:  # noqa: SLF001
+        AttentionInterface.register(name, _attention(original))
+        AttentionMaskInterface.register(name, _mask(original))
+    return name
+
+
+_RENAMED: dict[int, list[str]] = {}
+"""By identity of a config: the original name, once for every model on it that is attached."""
+
+
+def rename(config: PreTrainedConfig) -> Callable[[], None]:
+    """Put our attention under a config that models may share; the last undoing restores it, in whatever order."""
+    originals = _RENAMED.setdefault(id(config), [])
+    originals.append(originals[0] if originals else config._attn_implementation)  # noqa: SLF001  # the only name it has
+    config._attn_implementation = _register(originals[0])  # noqa: SLF001
+
+    def undo() -> None:
+        original = originals.pop()
+        if not originals:
+            config._attn_implementation = original  # noqa: SLF001
+            del _RENAMED[id(config)]
+
+    return undo
+
+
+@contextmanager
+def own_frame() -> Iterator[None]:
+    """Leave no frame behind: an interrupt, which torch's hooks do not see, would."""
+    frame = FRAME.get()
+    try:
+        yield
+    finally:
+        FRAME.set(frame)

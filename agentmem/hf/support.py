@@ -1,0 +1,93 @@
+"""Which models are handled, and their shape."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from agentmem.errors import UnsupportedModel
+from agentmem.shape import LayerShape, ModelShape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+FAMILIES = ("gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
+"""Values of ``config.model_type`` that the tests cover."""
+
+
+def text_model(model: object) -> PreTrainedModel:
+    """The causal language model inside whatever was passed (PEFT adapters are looked through).
+
+    Raises:
+        UnsupportedModel: not a transformers causal model, compiled, or in training mode.
+
+    """
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = type(inner).__name__
+    if hasattr(inner, "_orig_mod") or getattr(inner, "_compiled_call_impl", None) is not None:
+        raise UnsupportedModel(f"{name} is compiled, which freezes the attention call; pass the uncompiled model")
+    if not hasattr(inner, "generate") or not hasattr(inner, "get_decoder") or not hasattr(inner, "config"):
+        raise UnsupportedModel(f"{name} is no transformers causal language model; load one with AutoModelForCausalLM")
+    if getattr(model, "active_peft_config", None) is not None and model.active_peft_config.is_prompt_learning:  # type: ignore[attr-defined]
+        raise UnsupportedModel(
+            "prompt-learning adapters put their own keys into the cache; merge or disable the adapter"
+        )
+    if inner.training:
+        raise UnsupportedModel(
+            f"{name} is in training mode, whose dropout no replay can repeat; call model.eval() first"
+        )
+    return inner  # type: ignore[no-any-return]  # duck-typed above
+
+
+def describe(config: PreTrainedConfig, *, itemsize: int, fused: bool = True) -> ModelShape:
+    """The shape of a model, from its config alone; ``fused`` says whether it runs where attention has a fused path.
+
+    Raises:
+        UnsupportedModel: names what is not handled.
+
+    """
+    text, family = config.get_text_config(decoder=True), config.model_type
+    if config.is_encoder_decoder or family not in FAMILIES:
+        raise UnsupportedModel(f"model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
+    for name in ("attn_logit_softcapping", "use_bidirectional_attention"):
+        if getattr(text, name, None):
+            raise UnsupportedModel(f"{name}={getattr(text, name)!r} changes attention in a way that is not handled")
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    layers = tuple(
+        LayerShape(text.num_key_value_heads, text.num_attention_heads, head_dim, head_dim, _window(layer, index))
+        for index, layer in enumerate(DynamicCache(config=config).layers)
+    )
+    return ModelShape(
+        name=str(getattr(config, "_name_or_path", "") or family),
+        layers=layers,
+        itemsize=itemsize,
+        hidden=text.hidden_size,
+        intermediate=text.intermediate_size,
+        vocabulary=text.vocab_size,
+        max_positions=getattr(text, "max_position_embeddings", None),
+        fused=fused,
+    )
+
+
+def _window(layer: object, index: int) -> int | None:
+    if type(layer) is DynamicLayer:
+        return None
+    if type(layer) is DynamicSlidingWindowLayer:
+        return int(layer.sliding_window)
+    raise UnsupportedModel(
+        f"layer {index} keeps its state in a {type(layer).__name__}; only full and sliding-window attention are handled"
+    )
+
+
+def refuse_probe(config: PreTrainedConfig, policy: str) -> None:
+    """Refuse RoPE whose frequencies follow the largest position: a probe would not meet the kept keys' phases."""
+    text = config.get_text_config(decoder=True)
+    kinds = getattr(text, "rope_parameters", None) or {}
+    nested = [kinds] if "rope_type" in kinds else [kind for kind in kinds.values() if isinstance(kind, dict)]
+    if any(kind.get("rope_type") == "dynamic" for kind in nested):
+        raise UnsupportedModel(
+            f"rope_type 'dynamic' changes frequencies with the largest position, so the probe of {policy!r} is not "
+            "exact; use a policy without a probe (window, heavy-hitters) or probe='live'"
+        )

@@ -1,0 +1,49 @@
+"""One sequence of a batch: its stores, and what it has consumed."""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from agentmem.arena import LayerStore
+    from agentmem.probe import LiveSample
+
+
+class Row:
+    """One sequence: its stores, and what it has consumed."""
+
+    def __init__(self, index: int, layers: int, capacity: int) -> None:
+        """An empty row."""
+        self.index = index
+        self.stores: list[LayerStore | None] = [None] * layers
+        self.live: list[LiveSample | None] = [None] * layers
+        self.ids: array[int] = array("q")
+        self.tail: array[int] = array("i")
+        """Positions of the tokens appended since the last compaction."""
+        self.next_position = 0
+        self.room = capacity
+        """Tokens that can be appended before the row must be compacted."""
+        self.budgets: tuple[tuple[int, ...], ...] | None = None
+        """Segment slots per layer and head of a compaction that has begun and not ended."""
+        self.dealt_at: int | None = None
+        """Tokens seen when headroom was last dealt; ``None`` while stores still grow towards the capacity."""
+
+    def recount(self, capacity: int) -> None:
+        """Work out room and tail again from the stores, after something was taken back."""
+        del self.tail[self.seen - (self.dealt_at or 0) :]
+        full = [store for store in self.stores if store is not None and store.spec.shape.window is None]
+        if self.dealt_at is not None:
+            self.room = min((store.room for store in full), default=0)
+        else:
+            self.room = capacity - max((max(store.lengths) for store in full), default=0)
+
+    @property
+    def seen(self) -> int:
+        """Tokens that the row has consumed."""
+        return len(self.ids)
+
+    @property
+    def held(self) -> int:
+        """Slots physically occupied, over all layers and heads."""
+        return sum(sum(store.lengths) for store in self.stores if store is not None)

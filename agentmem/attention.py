@@ -28,7 +28,7 @@ TILE_BYTES = 1 << 19
 """Bytes of one tile of logits in the explicit path."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Run:
     """KV heads ``first .. first + h`` of a layer: ``keys [h, n, d]``, ``values [h, n, dv]``, ``bias [h, n]`` float32.
 

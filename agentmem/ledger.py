@@ -38,6 +38,18 @@ class Ledger:
         """Take ``count`` bytes off R, after the tensors were dropped."""
         self.resident -= count
 
+    def touch(self, count: int, what: str) -> None:
+        """Count ``count`` bytes in T for an instant: for scratch that is gone before anything else is allocated.
+
+        Raises:
+            MemoryCapExceeded: R + T would cross the cap.
+
+        """
+        self._check(count, what)
+        now = self.resident + self.transient + count
+        self.peak = max(self.peak, now)
+        self._mark = max(self._mark, now)
+
     @contextmanager
     def borrow(self, count: int, what: str) -> Iterator[None]:
         """Count ``count`` bytes in T while the block runs.

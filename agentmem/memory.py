@@ -193,7 +193,8 @@ class Memory:
         self.scales[layer] = scale
         store = self._roomy(row, layer, keys, count)
         scored = self.policy.scores and shape.window is None
-        with torch.no_grad(), self.ledger.borrow(self.plan.forward_bytes, "attention"):
+        self.ledger.touch(self.plan.forward_bytes, "attention")
+        with torch.no_grad():
             if count == 1:
                 store.append(keys, values)
                 output, _ = attend(queries, store.runs(shape.window), None, scale, explicit=scored)

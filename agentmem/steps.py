@@ -91,6 +91,6 @@ class Transient:
         shape = self.memory.shape.layers[layer]
         store = self.row.stores[layer]
         runs = [] if store is None else store.runs(shape.window and shape.window - 1, scored=False)
-        with self.memory.ledger.borrow(self.memory.plan.forward_bytes, "attention of a probe"):
-            output, _ = attend(queries[0], runs, Fresh(keys[0], values[0]), scale, window=shape.window)
+        self.memory.ledger.touch(self.memory.plan.forward_bytes, "attention of a probe")
+        output, _ = attend(queries[0], runs, Fresh(keys[0], values[0]), scale, window=shape.window)
         return output.transpose(0, 1).contiguous().unsqueeze(0)

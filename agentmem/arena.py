@@ -207,9 +207,14 @@ class LayerStore:
         scores = None if self.scores is None else self.scores[span]
         return HeadSegment(self.keys[span], self.values[span], self.bias[span], self.positions[span], scores)
 
-    def compacted(self, compaction: Compaction, prefix: int, recent: int) -> LayerStore:
-        """A new store without headroom: prefix, the compaction's slots, recent. This one is left as it is."""
-        capacities = [prefix + head.kept.shape[0] + recent for head in compaction.heads]
+    def compacted(self, compaction: Compaction, prefix: int, recent: int, headroom: int = 0) -> LayerStore:
+        """A new store: prefix, the compaction's slots, recent, and room for more. This one is left as it is.
+
+        A commit never grows a layer: where ``headroom`` slots per head would, there is none for now.
+        """
+        lengths = [prefix + head.kept.shape[0] + recent for head in compaction.heads]
+        grows = sum(lengths) + headroom * len(lengths) > sum(self.capacities)
+        capacities = lengths if grows else [length + headroom for length in lengths]
         store = LayerStore(self.spec, capacities, self.ledger)
         try:
             for head, replacement in enumerate(compaction.heads):
@@ -218,7 +223,7 @@ class LayerStore:
             store.free()
             raise
         store.biased = self.biased or any(head.bias is not None for head in compaction.heads)
-        return store._filled(capacities, capacities, self.seen)
+        return store._filled(lengths, lengths, self.seen)
 
     def _write_compacted(
         self, store: LayerStore, head: int, replacement: HeadCompaction, prefix: int, recent: int

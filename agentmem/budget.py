@@ -174,7 +174,7 @@ class _Planner:
             fit_bytes=self._most(lambda layer: self._fit(layer, capacity, target, references)),
             check_bytes=self._most(lambda layer: self._check(layer, capacity, target, references)),
             forward_bytes=max(self._forward(layer, capacity) for layer in self.shape.layers),
-            move_bytes=max(self._move(layer, capacity, target) for layer in self.shape.layers),
+            move_bytes=max(self._store_bytes(layer, capacity) for layer in self.shape.layers),
             activation_bytes=self.shape.activation_bytes(max(settings.chunk, probe)),
         )
 
@@ -252,11 +252,6 @@ class _Planner:
         fused = attention.fused_bytes(layer, chunk, slots, self.shape.itemsize)
         explicit = self.policy.scores or layer.window is not None or not self._fused(layer)
         return max(fused, attention.explicit_bytes(layer, chunk, slots, self.shape.itemsize)) if explicit else fused
-
-    def _move(self, layer: LayerShape, capacity: int, target: int) -> int:
-        slots = self.slots(layer, capacity)
-        moved = max(target, -(-slots // 2)) if layer.window is None and self.policy.compactor else -(-slots // 2)
-        return layer.kv_heads * moved * self._slot_bytes(layer)
 
 
 def window_slots(window: int, chunk: int) -> int:

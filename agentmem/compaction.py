@@ -237,7 +237,7 @@ class RowCompaction:
 
     def _commit(self, layer: int, store: LayerStore, compaction: Compaction, errors: Errors) -> None:
         with self._stage("commit"):
-            replacement = store.compacted(compaction, self.prefix, self.recent)
+            replacement = store.compacted(compaction, self.prefix, self.recent, self._headroom())
             self.row.stores[layer] = replacement
             store.free()
         biases = replacement.bias
@@ -271,13 +271,21 @@ class RowCompaction:
 
     # ---- headroom
 
+    def _headroom(self) -> int:
+        """Free slots for every head alike once all layers keep their budgets: as many as the share of R pays for."""
+        assert self.row.budgets is not None  # noqa: S101  # dealt before the first layer
+        price = kept = 0
+        pinned = self.prefix + self.recent
+        for index, store in self._stores():
+            budgets = self.row.budgets[index]
+            price += len(store.lengths) * store.spec.slot_bytes
+            kept += store.spec.slot_bytes * sum(map(min, store.lengths, (pinned + budget for budget in budgets)))
+        return (self.plan.capacity * price - kept) // price
+
     def _deal(self) -> None:
-        """Give every head the same number of free slots, as many as the row's share of R pays for."""
-        stores = self._stores()
-        price = sum(len(store.lengths) * store.spec.slot_bytes for _, store in stores)
-        free = self.plan.capacity * price - sum(store.used_bytes for _, store in stores)
-        headroom = free // price if price else 0
-        for index, store in stores:
+        """Give the headroom to the layers that could not get it when they were committed."""
+        headroom = self._headroom()
+        for index, store in self._stores():
             capacities = [length + headroom for length in store.lengths]
             if tuple(capacities) != store.capacities:
                 self.row.stores[index] = store.resized(capacities)

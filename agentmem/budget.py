@@ -89,6 +89,8 @@ def make_plan(shape: ModelShape, settings: Settings, policy: Policy, rows: int =
     """
     at = _Planner(shape, settings, policy, rows).at
     least = _least_capacity(settings, at) if shape.compactable else UNBOUNDED
+    if shape.compactable:
+        _check_max_slots(least, settings)
     smallest = at(least)
     needed = smallest.resident_bytes + smallest.workspace_bytes
     if needed > settings.cap:
@@ -102,14 +104,17 @@ def make_plan(shape: ModelShape, settings: Settings, policy: Policy, rows: int =
     return at(_largest(least, settings, at) if shape.compactable else UNBOUNDED)
 
 
+def _check_max_slots(least: int, settings: Settings) -> None:
+    if settings.max_slots is not None and settings.max_slots < least:
+        raise SettingsRefused(
+            f"max_slots: {settings.max_slots} is below {least}, what keep_first={settings.keep_first}, "
+            f"keep_recent={settings.keep_recent}, target={settings.target} and min_reclaim={settings.min_reclaim} need"
+        )
+
+
 def _largest(least: int, settings: Settings, at: Callable[[int], Plan]) -> int:
     """The largest capacity that fits, by bisection: R + T never falls with the capacity."""
     low, high = least, settings.max_slots or max(least, settings.cap)
-    if high < least:
-        raise SettingsRefused(
-            f"max_slots: {high} is below {least}, what keep_first={settings.keep_first}, "
-            f"keep_recent={settings.keep_recent}, target={settings.target} and min_reclaim={settings.min_reclaim} need"
-        )
     while low < high:
         middle = (low + high + 1) // 2
         plan = at(middle)

@@ -38,7 +38,7 @@ model: install
 demo: model
 	@mkdir -p build/demo
 	$(BIN)/agentmem run --prompt-file demos/long_task.txt --cap 24MiB --policy am-halving --max-new-tokens 2000 \
-		--ignore-eos --temperature 0.7 --top-p 0.95 --seed 7 \
+		--ignore-eos --temperature 0.95 --top-p 0.95 --seed 7 \
 		--plot build/demo --json build/demo/report.json --trace build/demo/trace.jsonl
 
 test: model

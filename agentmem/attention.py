@@ -125,15 +125,7 @@ def _fused(queries: torch.Tensor, runs: Sequence[Run], fresh: Fresh | None, scal
     kv_heads = fresh.keys.shape[0]
     group = queries.shape[0] // kv_heads
     grouped = queries.view(kv_heads, group, tokens, -1)
-    attended: tuple[torch.Tensor, torch.Tensor] = _flash(
-        grouped,
-        fresh.keys.unsqueeze(1).expand(-1, group, -1, -1),
-        fresh.values.unsqueeze(1).expand(-1, group, -1, -1),
-        0.0,
-        is_causal=True,
-        scale=scale,
-    )
-    output, lse = attended
+    output, lse = _flash_expanded(grouped, fresh.keys, fresh.values, scale, causal=True)
     for run in runs:
         if run.slots:
             _merge(output, lse, grouped, run, scale)
@@ -157,23 +149,37 @@ def _merge_block(output: torch.Tensor, lse: torch.Tensor, grouped: torch.Tensor,
 def _flash_run(grouped: torch.Tensor, run: Run, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Output ``[h, group, q, dv]`` and log-sum-exp ``[h, group, q]`` of ``grouped [h, group, q, d]`` over one run."""
     heads, group, tokens, _ = grouped.shape
-    bias = None if run.bias is None else run.bias[:, None, None]
     if tokens == 1:  # the group as rows of one KV head: keys and values are read once for all of it
         output, lse = _flash(
             grouped.reshape(1, heads, group, -1),
             run.keys[None],
             run.values[None],
             0.0,
-            attn_mask=None if bias is None else bias.transpose(0, 1),
+            attn_mask=None if run.bias is None else run.bias[None, :, None],
             scale=scale,
         )
         return output.reshape(heads, group, 1, -1), lse.reshape(heads, group, 1)
+    return _flash_expanded(grouped, run.keys, run.values, scale, bias=run.bias)
+
+
+def _flash_expanded(
+    grouped: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    *,
+    bias: torch.Tensor | None = None,
+    causal: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel over ``keys [h, n, d]``, each KV head seen by its whole group through a view."""
+    group = grouped.shape[1]
     output, lse = _flash(
         grouped,
-        run.keys.unsqueeze(1).expand(-1, group, -1, -1),
-        run.values.unsqueeze(1).expand(-1, group, -1, -1),
+        keys.unsqueeze(1).expand(-1, group, -1, -1),
+        values.unsqueeze(1).expand(-1, group, -1, -1),
         0.0,
-        attn_mask=bias,
+        causal,
+        attn_mask=None if bias is None else bias[:, None, None],
         scale=scale,
     )
     return output, lse

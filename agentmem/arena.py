@@ -105,6 +105,12 @@ class LayerStore:
         """Tokens that can be appended before some head is full."""
         return min(capacity - length for capacity, length in zip(self.capacities, self.lengths, strict=True))
 
+    def bias_range(self) -> tuple[float, float]:
+        """The least and the greatest β of the slots that are filled; zeros when there are none."""
+        heads = zip(self.starts, self.lengths, strict=True)
+        ends = [self.bias[start : start + length].aminmax() for start, length in heads if length]
+        return min((float(end.min) for end in ends), default=0.0), max((float(end.max) for end in ends), default=0.0)
+
     def free(self) -> None:
         """Give the bytes back; the store must not be used any more. Freeing twice does nothing."""
         self._release()

@@ -240,15 +240,15 @@ class RowCompaction:
             replacement = store.compacted(compaction, self.prefix, self.recent, self._headroom())
             self.row.stores[layer] = replacement
             store.free()
-        biases = replacement.bias
+        bias_min, bias_max = replacement.bias_range()
         self.layers[layer] = LayerReport(
             layer=layer,
             slots_before=sum(store.lengths),
             slots_after=sum(replacement.lengths),
             output_error=errors[0],
             log_mass_error=errors[1],
-            bias_min=float(biases.min()) if biases.numel() else 0.0,
-            bias_max=float(biases.max()) if biases.numel() else 0.0,
+            bias_min=bias_min,
+            bias_max=bias_max,
             condition=compaction.numerics.condition,
             fallbacks=compaction.numerics.fallbacks,
             outcome=self.outcome,

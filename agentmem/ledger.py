@@ -46,9 +46,7 @@ class Ledger:
 
         """
         self._check(count, what)
-        now = self.resident + self.transient + count
-        self.peak = max(self.peak, now)
-        self._mark = max(self._mark, now)
+        self._note(count)
 
     @contextmanager
     def borrow(self, count: int, what: str) -> Iterator[None]:
@@ -77,8 +75,8 @@ class Ledger:
             result.append(self._mark)
             self._mark = max(outer, self._mark)
 
-    def _note(self) -> None:
-        now = self.resident + self.transient
+    def _note(self, passing: int = 0) -> None:
+        now = self.resident + self.transient + passing
         self.peak = max(self.peak, now)
         self._mark = max(self._mark, now)
 

@@ -101,7 +101,7 @@ class Memory:
         for row, valid in zip(self.rows, arriving, strict=True):
             if row.room < 1 and any(valid):
                 self.make_room(row, 1)
-        limit = min(limit, *(self.slack(),))
+        limit = min(limit, self.slack())
         return max(1, min(_columns(valid, row.room, limit) for row, valid in zip(self.rows, arriving, strict=True)))
 
     def slack(self) -> int:

@@ -35,7 +35,6 @@ class ModelShape:
     hidden: int
     intermediate: int
     vocabulary: int
-    max_positions: int | None = None
     fused: bool = True
     """Whether the attention room has a fused path for the model's device (CPU); else its logits are materialised."""
 

@@ -105,12 +105,3 @@ def padded(
         for index, column in enumerate(columns):
             output[row, column] = answer[:, index]
     return output
-
-
-def equal_shares(held: list[int], total: int) -> list[int]:
-    """Hand out ``total`` slots one at a time, always to a head with the fewest that can still take one."""
-    shares = [0] * len(held)
-    for _ in range(min(total, sum(held))):
-        able = [head for head in range(len(held)) if shares[head] < held[head]]
-        shares[min(able, key=lambda head: shares[head])] += 1
-    return shares

@@ -292,3 +292,21 @@ def test_a_failed_allocation_holds_nothing(ledger: Ledger, monkeypatch: pytest.M
     with pytest.raises(RuntimeError, match="can't allocate"):
         LayerStore(SPECS["float32"], (6, 6, 6), ledger)
     assert ledger.resident == 0
+
+
+def test_the_range_of_beta_leaves_headroom_out() -> None:
+    """Empty slots hold zeros; they are no β of the memory."""
+    spec = next(iter(SPECS.values()))
+    store = LayerStore(spec, (4, 4, 4), Ledger(1 << 20))
+    assert store.bias_range() == (0.0, 0.0)
+    store.append(
+        torch.zeros(3, 2, spec.shape.key_dim, dtype=spec.dtype),
+        torch.zeros(3, 2, spec.shape.value_dim, dtype=spec.dtype),
+    )
+    kept = torch.tensor([0, 1])
+    heads = tuple(HeadCompaction(kept, bias=torch.tensor([1.5, 0.5]) + head) for head in range(3))
+
+    replaced = store.compacted(Compaction(heads), prefix=0, recent=0, headroom=2)
+
+    assert replaced.capacities == (4, 4, 4)
+    assert replaced.bias_range() == (0.5, 3.5)

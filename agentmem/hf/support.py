@@ -66,7 +66,6 @@ def describe(config: PreTrainedConfig, *, itemsize: int, fused: bool = True) -> 
         hidden=text.hidden_size,
         intermediate=text.intermediate_size,
         vocabulary=text.vocab_size,
-        max_positions=getattr(text, "max_position_embeddings", None),
         fused=fused,
     )
 

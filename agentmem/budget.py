@@ -6,48 +6,70 @@ R is what the storages of all rows hold when they are full; T the most that agen
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from agentmem import attention
-from agentmem.contracts import SegmentShape
+from agentmem.contracts import ModelIdentity, SegmentShape
 from agentmem.errors import CapTooSmall, SettingsRefused
+from agentmem.queries import MAX_INSTRUCTION
+from agentmem.samples import NORMS, random_bytes
 from agentmem.settings import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from agentmem.contracts import Policy
+    from agentmem.contracts import Part, Policy
     from agentmem.settings import Settings
     from agentmem.shape import LayerShape, ModelShape
 
 MIN_BUDGET = 1
 """Fewest segment slots per head that a plan accepts."""
 MAX_PROBE = 1024
+PROBE_REACH = 4
+"""Probe tokens for each slot of the capacity, up to the maximum: short probes make repeated compaction decay."""
 HELD_OUT = 8
 """One reference token in this many is held out from the fit."""
 UNBOUNDED = 1 << 40
 """Capacity of a model whose layers all slide: fixed windows never fill up."""
-LIVE_SHARE = 10
-"""Live queries may take one part in this many of the cap, unless the policy names a count."""
+STORED_SHARE = 10
+"""Stored queries may take one part in this many of the cap, unless the policy names a count."""
+MAX_STORED = 512
+HYSTERESIS = 8
+"""An adaptive compaction frees at least one part in this many of the capacity, so that the next one is not near."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a cap comes to. ``capacity`` and ``target`` are slots per KV head and row, prefix and recent included."""
+    """What a cap comes to.
+
+    ``capacity``, ``target`` and ``limit`` are slots per KV head and row on average, prefix and recent included:
+    what is held when the row is full, what a compaction leaves, and the most that an adaptive one may leave.
+    ``most_budget`` is the most that any head's segment may keep, ``layer_ceiling`` the most that a layer's heads may
+    keep together, in equal shares.
+    """
 
     policy: str
     cap_bytes: int
     rows: int
     capacity: int
     target: int
+    limit: int
+    most_budget: int
+    layer_ceiling: float
     prefix: int
     recent: int
     chunk: int
     probe_tokens: int
-    live_tokens: int
+    stored: tuple[int, ...]
+    """Tokens whose queries are kept, for each stored part of the policy's queries."""
+    drawn_tokens: int
+    scratch: int
+    """Slots per head that stay free for what the model writes for itself."""
     resident_bytes: int
-    live_bytes: int
+    stored_bytes: int
+    draw_bytes: int
     fit_bytes: int
     check_bytes: int
     forward_bytes: int
@@ -57,7 +79,12 @@ class Plan:
     @property
     def workspace_bytes(self) -> int:
         """T: the phases do not overlap, but a commit's new store exists beside the fit's result."""
-        return max(self.fit_bytes + self.check_bytes + self.move_bytes, self.forward_bytes)
+        return max(self.draw_bytes + self.fit_bytes + self.check_bytes + self.move_bytes, self.forward_bytes)
+
+    @property
+    def references(self) -> int:
+        """Reference tokens at most."""
+        return self.probe_tokens + sum(self.stored) + self.drawn_tokens
 
     def _slots_text(self) -> str:
         if self.capacity == UNBOUNDED:
@@ -68,9 +95,9 @@ class Plan:
         """Rows (name, bytes, meaning) for people."""
         return [
             ("cap", self.cap_bytes, "hard limit over R + T"),
-            ("R: slots", self.resident_bytes - self.live_bytes, self._slots_text()),
-            ("R: live queries", self.live_bytes, f"{self.live_tokens} stored per row"),
-            ("T: fit", self.fit_bytes, f"the policy's workspace, {self.probe_tokens} probe tokens"),
+            ("R: slots", self.resident_bytes - self.stored_bytes, self._slots_text()),
+            ("R: stored queries", self.stored_bytes, f"of {sum(self.stored)} tokens per row"),
+            ("T: fit", self.fit_bytes + self.draw_bytes, f"the policy's workspace, {self.probe_tokens} probe tokens"),
             ("T: held-out check", self.check_bytes, "errors for the report"),
             ("T: moving a layer", self.move_bytes, "a new store beside the old one"),
             ("T: attention", self.forward_bytes, "merging and scratch of one forward (not beside the others)"),
@@ -84,15 +111,17 @@ def make_plan(shape: ModelShape, settings: Settings, policy: Policy, rows: int =
 
     Raises:
         CapTooSmall: prefix, recent, the smallest budget and the workspace do not fit; names the cap that would do.
-        SettingsRefused: settings contradict each other whatever the cap.
+        SettingsRefused: settings contradict each other whatever the cap, or the budgets are another model's.
 
     """
+    _check_model(shape, policy)
     at = _Planner(shape, settings, policy, rows).at
     least = _least_capacity(settings, at) if shape.compactable else UNBOUNDED
     if shape.compactable:
         _check_max_slots(least, settings)
-    smallest = at(least)
-    needed = smallest.resident_bytes + smallest.workspace_bytes
+    if _needed(at(least)) > settings.cap:
+        at = _Planner(shape, settings, policy, rows, frugal=True).at
+    needed = _needed(at(least))
     if needed > settings.cap:
         raise CapTooSmall(
             f"a cap of {format_bytes(settings.cap)} ({settings.cap} bytes) is too small: {rows} row(s) of {least} "
@@ -102,6 +131,20 @@ def make_plan(shape: ModelShape, settings: Settings, policy: Policy, rows: int =
             + ("" if len(shape.compactable) == len(shape.layers) else "; its sliding windows are held whole")
         )
     return at(_largest(least, settings, at) if shape.compactable else UNBOUNDED)
+
+
+def _needed(plan: Plan) -> int:
+    return plan.resident_bytes + plan.workspace_bytes
+
+
+def _check_model(shape: ModelShape, policy: Policy) -> None:
+    if policy.budgets is None:
+        return
+    heads = tuple(shape.layers[index].kv_heads for index in shape.compactable)
+    try:
+        policy.budgets.check(ModelIdentity(shape.name, shape.fingerprint, heads))
+    except ValueError as error:
+        raise SettingsRefused(f"policy {policy.name!r}: {error}") from error
 
 
 def _check_max_slots(least: int, settings: Settings) -> None:
@@ -117,8 +160,7 @@ def _largest(least: int, settings: Settings, at: Callable[[int], Plan]) -> int:
     low, high = least, settings.max_slots or max(least, settings.cap)
     while low < high:
         middle = (low + high + 1) // 2
-        plan = at(middle)
-        if plan.resident_bytes + plan.workspace_bytes <= settings.cap:
+        if _needed(at(middle)) <= settings.cap:
             low = middle
         else:
             high = middle - 1
@@ -139,7 +181,7 @@ def _least_capacity(settings: Settings, at: Callable[[int], Plan]) -> int:
     while low < high:
         middle = (low + high) // 2
         plan = at(middle)
-        if plan.target >= pinned and plan.capacity - plan.target >= settings.min_reclaim:
+        if plan.target >= pinned and plan.capacity - plan.scratch - plan.target >= settings.min_reclaim:
             high = middle
         else:
             low = middle + 1
@@ -149,39 +191,84 @@ def _least_capacity(settings: Settings, at: Callable[[int], Plan]) -> int:
 
 
 class _Planner:
-    """Prices a capacity."""
+    """Prices a capacity. ``frugal`` stores as few queries as can be instead of a share of the cap."""
 
-    def __init__(self, shape: ModelShape, settings: Settings, policy: Policy, rows: int) -> None:
-        self.shape, self.settings, self.policy, self.rows = shape, settings, policy, rows
+    def __init__(
+        self, shape: ModelShape, settings: Settings, policy: Policy, rows: int, *, frugal: bool = False
+    ) -> None:
+        self.shape, self.settings, self.policy, self.rows, self.frugal = shape, settings, policy, rows, frugal
 
     def at(self, capacity: int) -> Plan:
         """The plan at one capacity, whether it fits or not."""
         settings, policy = self.settings, self.policy
         target = self._target(capacity)
-        probe = self._probe_tokens(capacity)
-        live = self._live_tokens()
-        live_bytes = self.rows * live * self._query_bytes()
-        references = probe or live
+        limit = self._limit(capacity, target)
+        most = math.ceil(self._head_ceiling * max(0, limit - settings.keep_first - settings.keep_recent))
+        probe, stored, drawn = self._references(capacity)
+        scratch = self._scratch(probe)
+        stored_bytes = self.rows * sum(stored) * self._query_bytes()
+        references = probe + sum(stored) + drawn
         return Plan(
             policy=policy.name,
             cap_bytes=settings.cap,
             rows=self.rows,
             capacity=capacity,
             target=target,
+            limit=limit,
+            most_budget=most,
+            layer_ceiling=self._layer_ceiling,
             prefix=settings.keep_first,
             recent=settings.keep_recent,
             chunk=settings.chunk,
             probe_tokens=probe,
-            live_tokens=live,
-            resident_bytes=live_bytes
+            stored=stored,
+            drawn_tokens=drawn,
+            scratch=scratch,
+            resident_bytes=stored_bytes
             + self.rows * sum(self._store_bytes(layer, capacity) for layer in self.shape.layers),
-            live_bytes=live_bytes,
-            fit_bytes=self._most(lambda layer: self._fit(layer, capacity, target, references)),
-            check_bytes=self._most(lambda layer: self._check(layer, capacity, target, references)),
-            forward_bytes=max(self._forward(layer, capacity) for layer in self.shape.layers),
-            move_bytes=max(self._store_bytes(layer, capacity) for layer in self.shape.layers),
+            stored_bytes=stored_bytes,
+            draw_bytes=self._most(lambda layer: random_bytes(layer, drawn, self.shape.itemsize)) if drawn else 0,
+            fit_bytes=self._most(lambda layer: self._fit(layer, capacity, limit, most, references)),
+            check_bytes=self._most(lambda layer: self._check(layer, self._fullest(capacity, limit, most), references)),
+            forward_bytes=max(
+                self._forward(layer, self._fullest(capacity, limit, most)) for layer in self.shape.layers
+            ),
+            move_bytes=max(self._move(layer, capacity, limit, most) for layer in self.shape.layers),
             activation_bytes=self.shape.activation_bytes(max(settings.chunk, probe)),
         )
+
+    @property
+    def _head_ceiling(self) -> float:
+        return 1.0 if self.policy.budgets is None else self.policy.budgets.head_ceiling
+
+    @property
+    def _layer_ceiling(self) -> float:
+        return 1.0 if self.policy.budgets is None else self.policy.budgets.layer_ceiling
+
+    def _limit(self, capacity: int, target: int) -> int:
+        """Slots per head that a compaction may leave on average."""
+        if self.policy.budgets is None or not self.policy.budgets.adaptive:
+            return target
+        free = max(self.settings.min_reclaim, capacity // HYSTERESIS)
+        return max(target, capacity - self._scratch(self._references(capacity)[0]) - free)
+
+    def _fullest(self, capacity: int, limit: int, most: int) -> int:
+        """Slots that the fullest head of a full row can hold: its budget, and headroom like every other head."""
+        if self.policy.budgets is None or self._head_ceiling == 1:
+            return capacity
+        pinned = self.settings.keep_first + self.settings.keep_recent
+        least = pinned if self.policy.budgets.adaptive else limit
+        return pinned + most + max(0, capacity - least) + 1
+
+    def _move(self, layer: LayerShape, capacity: int, limit: int, most: int) -> int:
+        """Bytes of the largest store of a layer, which a commit builds beside the old one."""
+        if layer.window is not None or self._head_ceiling == 1:
+            return self._store_bytes(layer, capacity)
+        pinned = self.settings.keep_first + self.settings.keep_recent
+        shares = math.ceil(self._layer_ceiling * layer.kv_heads * max(0, limit - pinned))
+        kept = min(layer.kv_heads * most, shares)
+        headroom = self._fullest(capacity, limit, most) - most
+        return (layer.kv_heads * headroom + kept) * self._slot_bytes(layer)
 
     def slots(self, layer: LayerShape, capacity: int) -> int:
         """Slots per head of one layer's store when it is full."""
@@ -200,24 +287,39 @@ class _Planner:
         )
         return parse_bytes(target) // max(1, per_slot)
 
-    def _probe_tokens(self, capacity: int) -> int:
-        if not self.policy.queries.probes:
-            return 0
-        wanted = self.policy.queries.tokens or min(2 * capacity, MAX_PROBE)
-        return min(wanted, self.settings.chunk)
+    def _references(self, capacity: int) -> tuple[int, tuple[int, ...], int]:
+        """Tokens of the probe, stored tokens of each stored part, and tokens that are drawn at random."""
+        queries = self.policy.queries
+        total = queries.tokens or min(PROBE_REACH * capacity, MAX_PROBE)
+        share = sum(map(queries.share, queries.probing))
+        probe = min(max(1, round(total * share)), self.settings.chunk) if share else 0
+        stored = tuple(self._stored_tokens(part, total) for part in queries.stored)
+        drawn = sum(max(1, round(total * queries.share(part))) for part in queries.stored if part.source == "random")
+        return probe, stored, drawn
 
-    def _live_tokens(self) -> int:
-        if self.policy.queries.source != "live":
+    def _scratch(self, probe: int) -> int:
+        """Slots for one instruction and what the model writes after it."""
+        parts = self.policy.queries.probing
+        written = sum(part.share for part in parts if part.source == "self-study")
+        if not written:
             return 0
-        fitting = self.settings.cap // LIVE_SHARE // (self.rows * self._query_bytes())
-        return self.policy.queries.tokens or max(HELD_OUT, min(512, fitting))
+        return MAX_INSTRUCTION + math.ceil(probe * written / sum(part.share for part in parts))
+
+    def _stored_tokens(self, part: Part, total: int) -> int:
+        if part.source == "random":
+            return NORMS
+        wanted = max(1, round(total * self.policy.queries.share(part)))
+        if self.policy.queries.tokens:
+            return wanted
+        share = 0 if self.frugal else self.settings.cap // STORED_SHARE
+        return max(HELD_OUT, min(wanted, MAX_STORED, share // max(1, self.rows * self._query_bytes())))
 
     def _query_bytes(self) -> int:
         layers = [layer for layer in self.shape.layers if layer.window is None]
         return sum(layer.query_heads * layer.key_dim for layer in layers) * self.shape.itemsize
 
     def _slot_bytes(self, layer: LayerShape) -> int:
-        return self.shape.slot_bytes(layer, scores=self.policy.scores)
+        return self.shape.slot_bytes(layer, scores=self.policy.scores != "none")
 
     def _store_bytes(self, layer: LayerShape, capacity: int) -> int:
         return layer.kv_heads * self.slots(layer, capacity) * self._slot_bytes(layer)
@@ -228,34 +330,32 @@ class _Planner:
             return 0
         return max(price(layer) for layer in compactable)
 
-    def _segment(self, layer: LayerShape, capacity: int, target: int, references: int) -> SegmentShape:
+    def _fit(self, layer: LayerShape, capacity: int, limit: int, most: int, references: int) -> int:
+        assert self.policy.compactor is not None  # noqa: S101  # _most has asked
         pinned = self.settings.keep_first + self.settings.keep_recent
-        return SegmentShape(
+        segment = SegmentShape(
             heads=layer.kv_heads,
             group=layer.group,
-            slots=max(1, capacity - pinned),
-            budget=max(1, target - pinned),
-            queries=references - references // HELD_OUT,
+            slots=max(1, self._fullest(capacity, limit, most) - pinned),
+            budget=max(1, most),
+            queries=references,
             key_dim=layer.key_dim,
             value_dim=layer.value_dim,
             itemsize=self.shape.itemsize,
         )
+        return self.policy.compactor.workspace(segment)
 
-    def _fit(self, layer: LayerShape, capacity: int, target: int, references: int) -> int:
-        assert self.policy.compactor is not None  # noqa: S101  # _most has asked
-        return self.policy.compactor.workspace(self._segment(layer, capacity, target, references))
-
-    def _check(self, layer: LayerShape, capacity: int, target: int, references: int) -> int:
-        queries, fused = references // HELD_OUT, self._fused(layer)
-        return attention.local_bytes(layer, queries, capacity, target, self.shape.itemsize, fused=fused)
+    def _check(self, layer: LayerShape, slots: int, references: int) -> int:
+        queries = references // HELD_OUT
+        return attention.local_bytes(layer, queries, slots, slots, self.shape.itemsize, fused=self._fused(layer))
 
     def _fused(self, layer: LayerShape) -> bool:
         return self.shape.fused and layer.key_dim == layer.value_dim
 
-    def _forward(self, layer: LayerShape, capacity: int) -> int:
-        slots, chunk = self.slots(layer, capacity), self.settings.chunk
+    def _forward(self, layer: LayerShape, fullest: int) -> int:
+        slots, chunk = self.slots(layer, fullest), self.settings.chunk
         fused = attention.fused_bytes(layer, chunk, slots, self.shape.itemsize)
-        explicit = self.policy.scores or layer.window is not None or not self._fused(layer)
+        explicit = self.policy.scores == "received" or layer.window is not None or not self._fused(layer)
         return max(fused, attention.explicit_bytes(layer, chunk, slots, self.shape.itemsize)) if explicit else fused
 
 

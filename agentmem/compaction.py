@@ -10,31 +10,30 @@ from __future__ import annotations
 import time
 import traceback
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from agentmem import events
-from agentmem.attention import local
-from agentmem.budget import HELD_OUT
 from agentmem.contract_check import validate
-from agentmem.contracts import BudgetRequest, Compaction, HeadCompaction, Segment, SegmentShape, Survey
+from agentmem.contracts import Compaction, HeadCompaction, Segment, SegmentShape, Survey
+from agentmem.dealing import check_budgets, make_request
 from agentmem.errors import CompactionFailed, PolicyContractBroken
+from agentmem.held_out import Errors, HeldOut, error_curves, split_references
+from agentmem.probe import Probe, make_probe
 from agentmem.report import CompactionReport, LayerReport, Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from agentmem.arena import LayerStore
-    from agentmem.contracts import Budgets, Compactor
+    from agentmem.contracts import Budgets, Compactor, Reference
     from agentmem.memory import Memory
     from agentmem.row import Row
 
 ATTEMPTS = 2
-
-Errors = tuple[float | None, float | None]
-"""Of the output and of the log-mass, on held-out queries."""
 
 
 class RowCompaction:
@@ -45,6 +44,9 @@ class RowCompaction:
         self.memory, self.row, self.plan = memory, row, memory.plan
         self.prefix = min(self.plan.prefix, row.seen)
         self.recent = min(self.plan.recent, row.seen - self.prefix)
+        self.pinned = self.prefix + self.recent
+        self.probe = Probe((), ())
+        self.held_out = HeldOut()
         self.layers: dict[int, LayerReport] = {}
         self.faults: list[str] = []
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -52,11 +54,10 @@ class RowCompaction:
 
     @property
     def worthwhile(self) -> bool:
-        """Whether a begun compaction is to be finished, or some head holds more than the target."""
-        target = self.plan.target
-        held = [max(store.lengths) for _, store in self._stores()]
+        """Whether a begun compaction is to be finished, or the heads hold more than the target on average."""
+        lengths = [length for _, store in self._stores() for length in store.lengths]
         compacts = self.memory.policy.compactor is not None
-        return self.row.budgets is not None or (compacts and max(held, default=0) > target)
+        return self.row.budgets is not None or (compacts and sum(lengths) > self.plan.target * len(lengths))
 
     def run(self) -> CompactionReport:
         """Do it.
@@ -70,7 +71,9 @@ class RowCompaction:
         memory, row = self.memory, self.row
         began, slots, resident = time.perf_counter(), row.held, memory.ledger.resident
         events.compaction_started(row=row.index, policy=memory.policy.name, tokens_seen=row.seen, slots=slots)
-        with torch.no_grad(), memory.ledger.watch() as peak:
+        outside = memory.ledger.outside() if memory.policy.queries.outside_cap else nullcontext()
+        with torch.no_grad(), memory.ledger.watch() as peak, outside:
+            self.probe = self._make_probe()
             if row.budgets is None:
                 row.budgets = self._budgets()
             self._compact_layers()
@@ -88,39 +91,94 @@ class RowCompaction:
             bytes_before=resident,
             bytes_after=memory.ledger.resident,
             bytes_peak=peak[0],
-            probe_tokens=self.plan.probe_tokens,
+            queries=str(memory.policy.queries),
+            outside_cap=memory.policy.queries.outside_cap,
+            probe_tokens=len(self.probe.ids),
             seconds=seconds,
             seconds_by_stage=dict(self.seconds),
             layers=tuple(self.layers[index] for index in sorted(self.layers)),
             faults=tuple(self.faults),
+            worst_spans=self.held_out.worst_spans(),
         )
+
+    # ---- reference queries
+
+    def _make_probe(self) -> Probe:
+        memory, row = self.memory, self.row
+        queries, turn = memory.policy.queries, row.compactions
+        if not queries.probing:
+            return Probe((), ())
+        with self._stage("probe text"):
+            words = {source: texts[turn % len(texts)] for source, texts in memory.words.items()}
+            if "self-study" in words:
+                words["self-study"] = memory.write(row, words["self-study"], self.plan.scratch)
+            marks = memory.pins(row)
+            return make_probe(
+                row.ids, queries, self.plan.probe_tokens, words, prefix=self.prefix, turn=turn, marks=marks
+            )
+
+    def _with_references(self, todo: Sequence[int], visit: Callable[[int, tuple[Reference, ...]], None]) -> None:
+        """Call ``visit(layer, reference queries)`` for the layers in order."""
+        if not self.probe.ids:
+            for layer in todo:
+                self._visit(layer, (), visit)
+            return
+        wanted = set(todo)
+
+        def on_layer(layer: int, asked: torch.Tensor) -> None:
+            if layer in wanted:
+                self._visit(layer, self.probe.references(asked), visit)
+
+        self.memory.probe(self.row, self.probe, on_layer)
+
+    def _visit(
+        self, layer: int, probed: tuple[Reference, ...], visit: Callable[[int, tuple[Reference, ...]], None]
+    ) -> None:
+        """Add the stored queries; what is drawn at random lives as long as the visit."""
+        with self.memory.ledger.borrow(self.plan.draw_bytes, "random queries"):
+            samples = (
+                sample.reference(self.row.generator, self.plan.drawn_tokens) for sample in self.row.samples[layer]
+            )
+            visit(layer, probed + tuple(sample for sample in samples if sample is not None))
 
     # ---- budgets
 
     def _budgets(self) -> tuple[tuple[int, ...], ...]:
         """Segment slots per compactable layer and head, indexed like the model's layers (sliding ones are empty)."""
         stores = self._stores()
-        held = tuple(tuple(max(0, n - self.prefix - self.recent) for n in store.lengths) for _, store in stores)
-        each = max(0, self.plan.target - self.prefix - self.recent)
-        request = BudgetRequest(held, each * sum(map(len, held)), 1, self._surveys())
+        request = make_request(self.plan, [store.lengths for _, store in stores], self.pinned, self._surveys())
         budgets = self._policy_budgets.deal(request)
-        check_budgets(self.memory.policy.name, request, budgets)
+        check_budgets(self.memory.policy.name, self._policy_budgets, request, budgets)
         dealt = dict(zip((index for index, _ in stores), budgets, strict=True))
         return tuple(tuple(dealt.get(index, ())) for index in range(len(self.memory.shape.layers)))
 
     def _surveys(self) -> tuple[Survey, ...]:
-        if not self._policy_budgets.needs_survey:
+        budgets = self._policy_budgets
+        if not (budgets.needs_survey or budgets.needs_curves):
             return ()
         surveys: dict[int, Survey] = {}
 
-        def visit(layer: int, reference: torch.Tensor | None) -> None:
-            store = self.row.stores[layer]
-            if store is not None:
-                with self.memory.ledger.borrow(self.plan.fit_bytes, "survey"):
-                    surveys[layer] = self._compactor.survey(self._segment(layer, store, reference))
+        def visit(layer: int, references: tuple[Reference, ...]) -> None:
+            with self.memory.ledger.borrow(self.plan.fit_bytes + self.plan.check_bytes, "survey"):
+                surveys[layer] = self._survey(layer, references)
 
-        self._with_references([index for index, _ in self._stores()], visit)
+        with self._stage("survey"):
+            self._with_references([index for index, _ in self._stores()], visit)
         return tuple(surveys[index] for index in sorted(surveys))
+
+    def _survey(self, layer: int, references: tuple[Reference, ...]) -> Survey:
+        """Scores by all queries; curves by the errors on those that their fits have not seen."""
+        store, budgets = self.row.stores[layer], self._policy_budgets
+        assert store is not None  # noqa: S101  # only layers with stores are visited
+        survey = Survey(layer)
+        if budgets.needs_survey:
+            survey = self._compactor.survey(self._segment(layer, store, references))
+        if budgets.needs_curves:
+            held, fitted = split_references(references)
+            segment = self._segment(layer, store, fitted)
+            curves = error_curves(self._compactor, segment, held, self.plan.most_budget)
+            survey = replace(survey, curves=curves)
+        return survey
 
     @property
     def _compactor(self) -> Compactor:
@@ -144,11 +202,10 @@ class RowCompaction:
     def _todo(self) -> list[int]:
         """Compactable layers of which some head still holds more than its budget."""
         budgets = self.row.budgets or ()
-        pinned = self.prefix + self.recent
         return [
             index
             for index, store in self._stores()
-            if any(held - pinned > kept for held, kept in zip(store.lengths, budgets[index], strict=True))
+            if any(held - self.pinned > kept for held, kept in zip(store.lengths, budgets[index], strict=True))
         ]
 
     def _compact_layers(self) -> None:
@@ -171,63 +228,47 @@ class RowCompaction:
                 self._fail(layer, fault)
             self._evict_layer(layer)
 
-    def _with_references(self, todo: Sequence[int], visit: Callable[[int, torch.Tensor | None], None]) -> None:
-        """Call ``visit(layer, reference queries)`` for the layers in order."""
-        queries = self.memory.policy.queries
-        if queries.probes:
-            wanted = set(todo)
-
-            def on_layer(layer: int, asked: torch.Tensor) -> None:
-                if layer in wanted:
-                    visit(layer, asked)
-
-            self.memory.probe(self.row, on_layer)
-            return
-        for layer in todo:
-            sample = self.row.live[layer]
-            visit(layer, None if sample is None else sample.sample())
-
-    def _compact_layer(self, layer: int, reference: torch.Tensor | None) -> None:
+    def _compact_layer(self, layer: int, references: tuple[Reference, ...]) -> None:
         store = self.row.stores[layer]
         assert store is not None  # noqa: S101  # _todo lists such layers only
-        with self.memory.ledger.borrow(self._fit_bytes(layer, store, reference), "the policy's workspace"):
-            compaction, errors = self._fit(layer, store, reference)
+        with self.memory.ledger.borrow(self._fit_bytes(layer, store, references), "the policy's workspace"):
+            compaction, errors = self._fit(layer, store, references)
             self._commit(layer, store, compaction, errors)
 
-    def _fit_bytes(self, layer: int, store: LayerStore, reference: torch.Tensor | None) -> int:
+    def _fit_bytes(self, layer: int, store: LayerStore, references: Sequence[Reference]) -> int:
         """The workspace of this very segment: heads that hold more than an equal share may need more than planned."""
         assert self.row.budgets is not None  # noqa: S101  # dealt before the first layer
-        shape, pinned = self.memory.shape.layers[layer], self.prefix + self.recent
+        shape = self.memory.shape.layers[layer]
         segment = SegmentShape(
             heads=shape.kv_heads,
             group=shape.group,
-            slots=max(1, max(store.lengths) - pinned),
+            slots=max(1, max(store.lengths) - self.pinned),
             budget=max(1, *self.row.budgets[layer]),
-            queries=0 if reference is None else reference.shape[1] - reference.shape[1] // HELD_OUT,
+            queries=sum(each.tokens for each in references),
             key_dim=shape.key_dim,
             value_dim=shape.value_dim,
             itemsize=store.spec.dtype.itemsize,
         )
         return max(self.plan.fit_bytes, self._compactor.workspace(segment))
 
-    def _fit(self, layer: int, store: LayerStore, reference: torch.Tensor | None) -> tuple[Compaction, Errors]:
+    def _fit(self, layer: int, store: LayerStore, references: tuple[Reference, ...]) -> tuple[Compaction, Errors]:
         """A function of its own, so that no view into the old store outlives it."""
         assert self.row.budgets is not None  # noqa: S101  # dealt before the first layer
-        held_out, fitted = split_reference(reference)
+        held_out, fitted = split_references(references)
         segment = self._segment(layer, store, fitted)
         slots = [min(kept, head.slots) for kept, head in zip(self.row.budgets[layer], segment.heads, strict=True)]
         with self._stage("fit"):
             compaction = self._compactor.compact(segment, slots)
             validate(compaction, segment, slots, policy=self.memory.policy.name)
         with self._stage("check"), self.memory.ledger.borrow(self.plan.check_bytes, "held-out errors"):
-            return compaction, held_out_errors(segment, compaction, held_out)
+            return compaction, self.held_out.measure(segment, compaction, held_out)
 
     def _evict_layer(self, layer: int) -> None:
         store, budgets = self.row.stores[layer], self.row.budgets
         assert store is not None and budgets is not None  # noqa: S101, PT018  # _todo lists such layers only
         self.outcome = "evicted"
         self._settle(store)
-        held = [max(0, length - self.prefix - self.recent) for length in store.lengths]
+        held = [max(0, length - self.pinned) for length in store.lengths]
         with self.memory.ledger.borrow(self.plan.fit_bytes, "the slots that stay"):
             kept = [
                 torch.arange(count - min(slots, count), count, device=store.spec.device)
@@ -254,15 +295,15 @@ class RowCompaction:
             outcome=self.outcome,
         )
 
-    def _segment(self, layer: int, store: LayerStore, reference: torch.Tensor | None) -> Segment:
+    def _segment(self, layer: int, store: LayerStore, references: tuple[Reference, ...]) -> Segment:
         self._settle(store)
         shape = self.memory.shape.layers[layer]
         return Segment(
             layer=layer,
             heads=tuple(store.segment(head, self.prefix, self.recent) for head in range(shape.kv_heads)),
-            reference=reference,
+            references=references,
             scale=self.memory.scales[layer],
-            generator=self.memory.generator,
+            generator=self.row.generator,
             workspace_bytes=self.plan.fit_bytes,
         )
 
@@ -275,25 +316,26 @@ class RowCompaction:
         """Free slots for every head alike once all layers keep their budgets: as many as the share of R pays for."""
         assert self.row.budgets is not None  # noqa: S101  # dealt before the first layer
         price = kept = 0
-        pinned = self.prefix + self.recent
         for index, store in self._stores():
             budgets = self.row.budgets[index]
             price += len(store.lengths) * store.spec.slot_bytes
-            kept += store.spec.slot_bytes * sum(map(min, store.lengths, (pinned + budget for budget in budgets)))
+            kept += store.spec.slot_bytes * sum(map(min, store.lengths, (self.pinned + budget for budget in budgets)))
         return (self.plan.capacity * price - kept) // price
 
     def _deal(self) -> None:
         """Give the headroom to the layers that could not get it when they were committed."""
         headroom = self._headroom()
         for index, store in self._stores():
+            self._settle(store)  # a layer that keeps all was not touched, and the tail is about to go
             capacities = [length + headroom for length in store.lengths]
             if tuple(capacities) != store.capacities:
                 self.row.stores[index] = store.resized(capacities)
                 store.free()
         self.row.budgets = None
+        self.row.compactions += 1
         self.row.dealt_at = self.row.seen
         self.row.tail = type(self.row.tail)("i")
-        self.row.recount(self.plan.capacity)
+        self.row.recount(self.plan.capacity, self.plan.scratch)
 
     # ---- faults and time
 
@@ -327,51 +369,3 @@ class RowCompaction:
             yield
         finally:
             self.seconds[name] += time.perf_counter() - began
-
-
-def split_reference(reference: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Held-out and fitting queries, both views: the oldest part of the reference tokens is held out."""
-    if reference is None:
-        return None, None
-    held = reference.shape[1] // HELD_OUT
-    return reference[:, :held], reference[:, held:]
-
-
-def held_out_errors(segment: Segment, compaction: Compaction, held_out: torch.Tensor | None) -> Errors:
-    """Relative L2 error of the local output and mean absolute log-mass error, over all heads of a layer."""
-    if held_out is None or not held_out.shape[1]:
-        return None, None
-    group = held_out.shape[0] // len(segment.heads)
-    missed = total = mass = 0.0
-    for index, (head, fit) in enumerate(zip(segment.heads, compaction.heads, strict=True)):
-        queries = held_out[index * group : (index + 1) * group]
-        output, log_mass = local(queries, head.keys, head.values, head.bias, segment.scale)
-        keys = head.keys[fit.kept] if fit.keys is None else fit.keys.to(head.keys.dtype)
-        values = head.values[fit.kept] if fit.values is None else fit.values.to(head.values.dtype)
-        bias = head.bias[fit.kept] if fit.bias is None else fit.bias
-        fitted, fitted_mass = local(queries, keys, values, bias, segment.scale)
-        missed += float((fitted - output).square().sum())
-        total += float(output.square().sum())
-        mass += float((fitted_mass - log_mass).abs().mean())
-    return (missed / total) ** 0.5 if total else 0.0, mass / len(segment.heads)
-
-
-def check_budgets(policy: str, request: BudgetRequest, budgets: tuple[tuple[int, ...], ...]) -> None:
-    """Refuse budgets that break the laws of :class:`agentmem.contracts.Budgets`.
-
-    Raises:
-        PolicyContractBroken: names the policy, the law and the value.
-
-    """
-    if [len(layer) for layer in budgets] != [len(layer) for layer in request.held]:
-        raise PolicyContractBroken(f"policy {policy!r}: budgets {budgets!r} have not the shape of {request.held!r}")
-    pairs = [pair for held, kept in zip(request.held, budgets, strict=True) for pair in zip(held, kept, strict=True)]
-    if any(not 0 <= kept <= held for held, kept in pairs):
-        raise PolicyContractBroken(
-            f"policy {policy!r}: a head's budget lies outside 0..held: {budgets!r} of {request.held!r}"
-        )
-    wanted = min(request.total, sum(held for held, _ in pairs))
-    if sum(kept for _, kept in pairs) != wanted:
-        raise PolicyContractBroken(
-            f"policy {policy!r}: budgets sum to {sum(kept for _, kept in pairs)} slots instead of {wanted}"
-        )

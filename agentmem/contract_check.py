@@ -42,6 +42,7 @@ def _validate_tensors(result: HeadCompaction, source: HeadSegment, where: str) -
         "bias": (result.bias, (count,), {torch.float32}),
         "values": (result.values, (count, source.values.shape[1]), {source.values.dtype, torch.float32}),
         "keys": (result.keys, (count, source.keys.shape[1]), {source.keys.dtype, torch.float32}),
+        "scores": (result.scores, (count,), {torch.float32}),
     }
     for name, (tensor, shape, dtypes) in expected.items():
         if tensor is None:

@@ -1,10 +1,10 @@
-"""The nouns and the seams that a policy author needs. A leaf: it imports torch and nothing of agentmem.
+"""The nouns and the seams that a policy author needs. It imports torch and queries.
 
 A policy is a composition, so that an ablation changes one thing at a time:
 
     Policy = queries × budgets × compactor
 
-- ``Queries`` says where the reference queries come from; the runtime obtains them.
+- ``Queries`` says where the reference queries come from, a mixture of parts; the runtime obtains them.
 - ``Budgets`` deals integer slots to every (layer, KV head).
 - ``Compactor`` replaces the segment of one layer by that many slots. It only returns values; the memory
   alone validates and commits them.
@@ -19,27 +19,30 @@ from typing import Literal
 
 import torch
 
-QuerySource = Literal["none", "replay", "repeat", "live"]
+from agentmem.queries import Part, Queries, Reference, Source
 
-
-@dataclass(frozen=True, slots=True)
-class Queries:
-    """Where reference queries come from.
-
-    ``none``: the compactor needs none. ``replay``: the most recent ``tokens`` of the transcript run again at the
-    following positions in a transient forward. ``repeat``: the same behind an instruction (needs a tokenizer).
-    ``live``: a strided sample, bounded in bytes, of the queries that the model itself asked.
-    """
-
-    source: QuerySource = "none"
-    tokens: int | None = None
-    """Probe tokens (or live queries kept per row); ``None`` lets the plan choose."""
-    instruction: str = "Repeat the previous context word for word."
-
-    @property
-    def probes(self) -> bool:
-        """Whether a transient forward through the model is needed."""
-        return self.source in ("replay", "repeat")
+__all__ = [
+    "BudgetRequest",
+    "Budgets",
+    "Compaction",
+    "Compactor",
+    "Curve",
+    "HeadCompaction",
+    "HeadSegment",
+    "ModelIdentity",
+    "Numerics",
+    "Part",
+    "Policy",
+    "PolicyFactory",
+    "Queries",
+    "Reference",
+    "ScoreColumn",
+    "Segment",
+    "SegmentShape",
+    "Source",
+    "Survey",
+    "blocks",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +68,8 @@ class HeadSegment:
     """The compactable slots of one KV head: views into the memory, to be read and never written.
 
     ``keys [T, d]`` and ``values [T, dv]`` in the model's dtype (keys carry their RoPE phase), ``bias [T]`` float32
-    (β, added to the attention logit), ``positions [T]`` int32 ascending, ``scores [T]`` float32 (attention received
-    so far, summed over queries) or ``None`` when the policy did not ask for score accumulators.
+    (β, added to the attention logit), ``positions [T]`` int32 ascending, ``scores [T]`` float32 or ``None`` when the
+    policy asked for no score column (see :attr:`Compactor.scores`).
     """
 
     keys: torch.Tensor
@@ -85,13 +88,13 @@ class HeadSegment:
 class Segment:
     """One layer's segment: between prefix and recent, one :class:`HeadSegment` per KV head.
 
-    ``reference`` is ``[heads * group, n, d]`` (query heads in the model's order, post-RoPE, in the model's dtype) or
-    ``None``; ``scale`` multiplies the logits; ``generator`` is the only randomness a compactor may use.
+    ``references`` are the reference queries in parts (none when the policy asked for none); ``scale`` multiplies the
+    logits; ``generator`` is the only randomness a compactor may use.
     """
 
     layer: int
     heads: tuple[HeadSegment, ...]
-    reference: torch.Tensor | None
+    references: tuple[Reference, ...]
     scale: float
     generator: torch.Generator
     workspace_bytes: int
@@ -100,14 +103,19 @@ class Segment:
     @property
     def group(self) -> int:
         """Query heads per KV head."""
-        return 1 if self.reference is None else int(self.reference.shape[0]) // len(self.heads)
+        return 1 if not self.references else int(self.references[0].queries.shape[0]) // len(self.heads)
 
-    def queries(self, head: int) -> torch.Tensor:
-        """The reference queries of one KV head, ``[group, n, d]``: a view, in the model's dtype."""
-        if self.reference is None:
-            raise ValueError("this segment has no reference queries: the policy's Queries.source is 'none'")
-        group = self.group
-        return self.reference[head * group : (head + 1) * group]
+    def queries(self, head: int) -> tuple[torch.Tensor, ...]:
+        """The reference queries of one KV head, ``[group, n, d]`` for each part: views, in the model's dtype."""
+        if not self.references:
+            raise ValueError("this segment has no reference queries: the policy's Queries has no parts")
+        rows = slice(head * self.group, (head + 1) * self.group)
+        return tuple(part.queries[rows] for part in self.references)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weight of each part's queries."""
+        return tuple(part.weight for part in self.references)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +134,14 @@ class HeadCompaction:
     ``bias [t]`` float32: the *total* new β, old bias included; ``None`` leaves the kept slots' bias.
     ``values [t, dv]`` in the segment's dtype or float32; ``None`` leaves the kept slots' values.
     ``keys [t, d]`` likewise; ``None`` leaves the kept keys (then they keep their RoPE phase exactly).
+    ``scores [t]`` float32, only with a score column; ``None`` leaves the kept slots' scores.
     """
 
     kept: torch.Tensor
     bias: torch.Tensor | None = None
     values: torch.Tensor | None = None
     keys: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,38 +153,89 @@ class Compaction:
 
 
 @dataclass(frozen=True, slots=True)
+class Curve:
+    """The errors of one head on held-out queries against the slots it keeps, ``slots`` ascending.
+
+    ``output[i]`` is the relative L2 error of the local output and ``log_mass[i]`` the mean absolute error of the log of
+    the segment's attention mass, with ``slots[i]`` slots left.
+    """
+
+    slots: tuple[int, ...]
+    output: tuple[float, ...]
+    log_mass: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Survey:
-    """What a survey of one layer found. ``scores`` has one ``[T]`` float32 tensor per KV head."""
+    """What a survey of one layer found. ``scores`` has one ``[T]`` float32 tensor per KV head, ``curves`` one each.
+
+    Each is empty unless the budgets asked for it.
+    """
 
     layer: int
-    scores: tuple[torch.Tensor, ...]
+    scores: tuple[torch.Tensor, ...] = ()
+    curves: tuple[Curve, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """Which model budgets are dealt for. ``kv_heads`` has one count per layer that is compacted.
+
+    ``fingerprint`` tells models of one architecture apart by their weights; ``None`` where no weights are at hand.
+    """
+
+    name: str
+    fingerprint: str | None
+    kv_heads: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class BudgetRequest:
-    """What a :class:`Budgets` has to deal.
+    """What a :class:`Budgets` has to deal, in slots of the segment (prefix and recent are not in it).
 
-    ``held[layer][head]`` are the segment's slots now; ``total`` is the sum to hand out; ``floor`` the least per head.
+    ``held[layer][head]`` are the segment's slots now; ``total`` is the sum to hand out; ``floor`` the least per head
+    that holds so many. ``ceiling`` is the most for any head and ``layer_ceiling`` for the heads of one layer together:
+    the plan has counted workspace for no more. ``limit`` is the sum that still lets the memory go on; only adaptive
+    budgets may deal more than ``total``, and never more than ``limit``.
     """
 
     held: tuple[tuple[int, ...], ...]
     total: int
     floor: int
     surveys: tuple[Survey, ...] = ()
+    ceiling: int = 1 << 40
+    layer_ceiling: int = 1 << 40
+    limit: int = 1 << 40
 
 
 class Budgets(ABC):
     """Deals integer slots to every (layer, KV head).
 
-    Laws: the result has the shape of ``request.held``; no head gets more than it holds; the sum is
-    ``min(total, sum of held)``; the same request gives the same result.
+    Laws: the result has the shape of ``request.held``; no head gets more than it holds or than ``ceiling``, no layer
+    more than ``layer_ceiling``; the sum is ``total``, or the most that held slots and ceilings allow if that is less
+    (for adaptive budgets: anything up to ``limit``); the same request gives the same result.
     """
 
     needs_survey: bool = False
+    """Whether scores of all layers are needed first: a pass of the probe before the fitting pass."""
+    needs_curves: bool = False
+    """Whether the survey must carry error curves; the runtime measures them, with several fits of every layer."""
+    adaptive: bool = False
+    """Whether the sum follows an error target instead of ``total``."""
+    head_ceiling: float = 1.0
+    """The most that one head can get, in equal shares. Workspace is planned for it."""
+    layer_ceiling: float = 1.0
+    """The most that the heads of one layer can get together, in equal shares."""
+
+    def check(self, model: ModelIdentity) -> None:  # noqa: B027  # most budgets fit every model
+        """Raise ValueError where these budgets are not for that model; asked once, before any work."""
 
     @abstractmethod
     def deal(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
         """Integer slots per layer and KV head of the segment (prefix and recent are not in it)."""
+
+
+ScoreColumn = Literal["none", "received", "carried"]
 
 
 class Compactor(ABC):
@@ -186,12 +247,15 @@ class Compactor(ABC):
     allocated during the call stays within :meth:`workspace`.
     """
 
-    scores: bool = False
-    """Whether the memory must keep score accumulators (4 bytes a slot) for this compactor."""
+    scores: ScoreColumn = "none"
+    """A score per slot (4 bytes), for this compactor: ``received`` is the attention that the slot has received so far,
+    summed over queries by the runtime; ``carried`` is what the last compaction gave it, 0 for newer slots."""
+    needs_queries: bool = False
+    """Whether :meth:`compact` needs reference queries."""
 
     @abstractmethod
     def workspace(self, shape: SegmentShape) -> int:
-        """Bytes that one call of :meth:`compact` may allocate at most, its result and torch's scratch included."""
+        """Bytes that one call of :meth:`compact` or :meth:`survey` allocates at most, result and scratch included."""
 
     def survey(self, segment: Segment) -> Survey:
         """Scores for the budgets; only called when ``budgets.needs_survey``."""
@@ -218,6 +282,11 @@ class Policy:
         """Refuse a composition that cannot run."""
         if (self.compactor is None) != (self.budgets is None):
             raise ValueError(f"policy {self.name!r}: compactor and budgets come together, or neither (never compacts)")
+        if self.compactor is not None and self.compactor.needs_queries and not self.queries.parts:
+            raise ValueError(
+                f"policy {self.name!r}: {type(self.compactor).__name__} fits to reference queries, but Queries has no "
+                "parts; use Queries.of('replay') or another source"
+            )
         if self.compactor is not None and self.budgets is not None and self.budgets.needs_survey:
             surveyed = type(self.compactor).survey is not Compactor.survey
             if not surveyed:
@@ -227,9 +296,9 @@ class Policy:
                 )
 
     @property
-    def scores(self) -> bool:
-        """Whether score accumulators must be kept."""
-        return self.compactor is not None and self.compactor.scores
+    def scores(self) -> ScoreColumn:
+        """The score column that must be kept."""
+        return "none" if self.compactor is None else self.compactor.scores
 
 
 PolicyFactory = Callable[..., Policy]

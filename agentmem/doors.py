@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from agentmem import hf, plugins
 from agentmem.budget import make_plan
+from agentmem.contracts import Budgets
 from agentmem.errors import CompactionFailed, MemoryUnused, SettingsRefused
 from agentmem.memory import Memory
 from agentmem.settings import Settings
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from agentmem.budget import Plan
     from agentmem.contracts import Policy
+    from agentmem.probe import Words
     from agentmem.report import RunReport
 
 
@@ -62,7 +64,7 @@ def capped(
         model: a transformers causal language model in eval mode.
         cap: bytes, as an integer or a text such as ``"24MiB"``.
         policy: the name of an installed policy, or a :class:`agentmem.contracts.Policy`.
-        tokenizer: only needed by ``probe="repeat"``, for its instruction.
+        tokenizer: only needed by the probes ``repeat`` and ``focus``, for their texts.
         policy_options: options of the named policy.
         settings: see :class:`agentmem.settings.Settings`.
 
@@ -134,7 +136,7 @@ class CappedModel:
         """Drop the conversation and start with an empty memory under the same settings."""
         old = self._template
         self.close()
-        self._template = Memory(old.shape, old.settings, old.policy, instruction=old.instruction)
+        self._template = Memory(old.shape, old.settings, old.policy, words=old.words, read=old.read, ends=old.ends)
         self.memory = hf.attach(self._model, self._template)
 
     def close(self) -> None:
@@ -175,22 +177,36 @@ def _memory(
     settings: Mapping[str, Any],
 ) -> Memory:
     chosen = plugins.policy(policy, **(policy_options or {}))
-    if chosen.queries.probes:
+    if chosen.queries.probing:
         hf.refuse_probe(model.config, chosen.name)
     shape = hf.describe(model.config, itemsize=_itemsize(model), fused=model.device.type == "cpu")
-    return Memory(shape, Settings.of(cap=cap, **settings), chosen, instruction=_instruction(chosen, tokenizer))
+    if chosen.budgets is not None and type(chosen.budgets).check is not Budgets.check:
+        shape = replace(shape, fingerprint=hf.fingerprint(model))
+    if any(part.source == "self-study" for part in chosen.queries.parts):
+        hf.refuse_scratch(shape, chosen.name)
+    return Memory(
+        shape,
+        Settings.of(cap=cap, **settings),
+        chosen,
+        words=_words(chosen, tokenizer),
+        read=None if tokenizer is None else lambda ids: tokenizer.batch_decode([[each] for each in ids]),
+        ends=hf.end_ids(model),
+    )
 
 
-def _instruction(policy: Policy, tokenizer: Any) -> list[int]:
-    """The ids before a ``repeat`` probe; tokenized once, at the edge."""
-    if policy.queries.source != "repeat":
-        return []
-    if tokenizer is None:
+def _words(policy: Policy, tokenizer: Any) -> Words:
+    """The ids of the probe's own texts; tokenized once, at the edge."""
+    worded = [part for part in policy.queries.probing if part.texts]
+    needs = worded[0].source if worded else "pattern" if policy.queries.pattern else None
+    if needs and tokenizer is None:
         raise SettingsRefused(
-            f"policy {policy.name!r} with probe='repeat' needs a tokenizer for its instruction; pass tokenizer=..., "
-            "or use probe='replay'"
+            f"policy {policy.name!r} with {needs!r} reads or writes text and needs a tokenizer; pass tokenizer=..., or "
+            "use probe='replay' without a pattern"
         )
-    return list(tokenizer(policy.queries.instruction, add_special_tokens=False)["input_ids"])
+    return {
+        part.source: tuple(tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in part.texts)
+        for part in worded
+    }
 
 
 def _itemsize(model: Any) -> int:

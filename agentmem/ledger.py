@@ -22,6 +22,7 @@ class Ledger:
         self.transient = 0
         self.peak = 0
         self._mark = 0
+        self._outside = False
 
     def hold(self, count: int, what: str) -> None:
         """Add ``count`` bytes to R. Call it before the allocation.
@@ -45,6 +46,8 @@ class Ledger:
             MemoryCapExceeded: R + T would cross the cap.
 
         """
+        if self._outside:
+            return
         self._check(count, what)
         self._note(count)
 
@@ -56,6 +59,7 @@ class Ledger:
             MemoryCapExceeded: R + T would cross the cap.
 
         """
+        count = 0 if self._outside else count
         self._check(count, what)
         self.transient += count
         self._note()
@@ -63,6 +67,15 @@ class Ledger:
             yield
         finally:
             self.transient -= count
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """What is borrowed or touched in the block is outside the cap (an oracle's work); what is held is not."""
+        self._outside = True
+        try:
+            yield
+        finally:
+            self._outside = False
 
     @contextmanager
     def watch(self) -> Iterator[list[int]]:

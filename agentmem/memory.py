@@ -17,15 +17,17 @@ from agentmem.budget import grown, make_plan, window_slots
 from agentmem.compaction import RowCompaction
 from agentmem.errors import MemoryCapExceeded, MemoryClosed, SettingsRefused, UnsupportedGeneration
 from agentmem.ledger import Ledger
-from agentmem.probe import LiveSample, probe_ids
+from agentmem.pins import Pins
 from agentmem.report import CompactionReport, RunReport
 from agentmem.row import Row
-from agentmem.steps import Append, Arriving, Transient
+from agentmem.samples import QuerySample
+from agentmem.steps import Append, Arriving, Scratch, Transient
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from agentmem.contracts import Policy
+    from agentmem.probe import Probe, Words
     from agentmem.settings import Settings
     from agentmem.shape import ModelShape
 
@@ -49,19 +51,33 @@ class Memory:
     """
 
     def __init__(
-        self, shape: ModelShape, settings: Settings, policy: Policy, *, instruction: Sequence[int] = ()
+        self,
+        shape: ModelShape,
+        settings: Settings,
+        policy: Policy,
+        *,
+        words: Words | None = None,
+        read: Callable[[Sequence[int]], list[str]] | None = None,
+        ends: Sequence[int] = (),
     ) -> None:
-        """Plan for one row; :meth:`bind` plans again for more."""
+        """Plan for one row; :meth:`bind` plans again for more.
+
+        ``words`` are the ids of the probe's own texts, ``read`` gives the text of each id (for patterns), ``ends`` are
+        the ids that end a text that the model writes.
+        """
         self.shape, self.settings, self.policy = shape, settings, policy
-        self.instruction = tuple(instruction)
+        self.words: Words = words or {}
+        self.read, self.ends = read, tuple(ends)
         self.plan = make_plan(shape, settings, policy)
         self.ledger = Ledger(settings.cap)
         self.rows: list[Row] = []
         self.compactions: list[CompactionReport] = []
-        self.generator = torch.Generator().manual_seed(settings.seed)
         self.scales = [1.0] * len(shape.layers)
         """Logit scale of each layer, as the model last used it."""
         self.run_transient: Callable[[Sequence[int], int, Transient], None] | None = None
+        """Runs the decoder over ids from a position on, set by the adapter."""
+        self.run_scratch: Callable[[Sequence[int], int, Scratch], int] | None = None
+        """Runs the whole model likewise and returns the most likely next id."""
         self.stopped: str | None = None
         self._closed = False
         self._subscribers: list[Callable[[CompactionReport | Usage], None]] = []
@@ -90,7 +106,8 @@ class Memory:
         events.memory_planned(
             cap_bytes=self.plan.cap_bytes, capacity=self.plan.capacity, rows=rows, policy=self.policy.name
         )
-        self.rows = [Row(index, len(self.shape.layers), self.plan.capacity) for index in range(rows)]
+        room, layers, seed = self.plan.capacity - self.plan.scratch, len(self.shape.layers), self.settings.seed
+        self.rows = [Row(index, layers, room, seed) for index in range(rows)]
 
     def piece(self, arriving: Sequence[Sequence[bool]], limit: int) -> int:
         """Columns of a batch that can be fed now: as many as no row has to be compacted for, ``limit`` at most.
@@ -141,7 +158,7 @@ class Memory:
 
         """
         self.open_or_raise()
-        self._abandon()
+        self.abandon()
         if self.settings.mode == "off":
             raise SettingsRefused("mode='off' never compacts; open the memory with mode='manual' to compact by hand")
         job = RowCompaction(self, row)
@@ -153,23 +170,47 @@ class Memory:
         self._publish(report)
         return report
 
-    def probe(self, row: Row, visit: Callable[[int, torch.Tensor], None]) -> None:
-        """Run the newest tokens again at the following positions; ``visit(layer, queries)`` before a layer attends."""
+    def probe(self, row: Row, probe: Probe, visit: Callable[[int, torch.Tensor], None]) -> None:
+        """Run a probe's tokens at the following positions; ``visit(layer, queries)`` before a layer attends."""
         assert self.run_transient is not None  # noqa: S101  # the adapter sets it before the first forward
-        ids = probe_ids(row.ids, self.plan.probe_tokens, self.instruction)
-        self.run_transient(ids, row.next_position, Transient(self, row, visit))
+        self.run_transient(probe.ids, row.next_position, Transient(self, row, visit))
+
+    def write(self, row: Row, instruction: Sequence[int], most: int) -> tuple[int, ...]:
+        """What the model writes after an instruction, greedily: both together at most ``most`` tokens.
+
+        It is written in scratch slots at the following positions and taken back, so nothing of it stays. It ends
+        early at a token that ends a text.
+        """
+        assert self.run_scratch is not None  # noqa: S101  # the adapter sets it before the first forward
+        step, written, fed = Scratch(self, row), list(instruction), 0
+        try:
+            while len(written) < most and (fed == 0 or written[-1] not in self.ends):
+                written.append(self.run_scratch(written[fed:], row.next_position + fed, step))
+                fed = len(written) - 1
+        finally:
+            step.rollback()
+        return tuple(written)
+
+    def pins(self, row: Row) -> list[tuple[int, int]]:
+        """The spans of a row's transcript that the policy's pattern names."""
+        pattern = self.policy.queries.pattern
+        if not pattern or self.read is None:
+            return []
+        if row.pins is None:
+            row.pins = Pins(pattern, self.read)
+        return row.pins.spans(row.ids)
 
     def begin(self, arriving: Sequence[Arriving]) -> Append:
         """Start a forward whose tokens stay; makes room for all of them."""
         self.open_or_raise()
-        self._abandon()
+        self.abandon()
         for row, each in zip(self.rows, arriving, strict=True):
             if each.ids:
                 self.make_room(row, len(each.ids))
         self._pending = Append(self, arriving)
         return self._pending
 
-    def _abandon(self) -> None:
+    def abandon(self) -> None:
         """Take back a forward that neither ended nor failed: an interrupt ended it between two layers."""
         if self._pending is not None:
             self._pending.rollback()
@@ -186,24 +227,35 @@ class Memory:
             self._publish(self.usage())
 
     def append_row(
-        self, row: Row, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+        self,
+        row: Row,
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        *,
+        scratch: bool = False,
     ) -> torch.Tensor:
-        """Append one row's slots of one layer and attend: ``queries [Hq, q, d]`` → ``[Hq, q, dv]``."""
+        """Append one row's slots of one layer and attend: ``queries [Hq, q, d]`` → ``[Hq, q, dv]``.
+
+        ``scratch`` slots are neither scored nor sampled: they will be taken back.
+        """
         shape, count = self.shape.layers[layer], keys.shape[1]
         self.scales[layer] = scale
         store = self._roomy(row, layer, keys, count)
-        scored = self.policy.scores and shape.window is None
+        scored = self.policy.scores == "received" and shape.window is None and not scratch
         self.ledger.touch(self.plan.forward_bytes, "attention")
         with torch.no_grad():
             if count == 1:
                 store.append(keys, values)
-                output, _ = attend(queries, store.runs(shape.window), None, scale, explicit=scored)
+                output, _ = attend(queries, store.runs(shape.window, scored=scored), None, scale, explicit=scored)
             else:
                 fresh = Fresh(keys, values)
-                runs = store.runs(shape.window and shape.window - 1)
+                runs = store.runs(shape.window and shape.window - 1, scored=scored)
                 output, received = attend(queries, runs, fresh, scale, window=shape.window, explicit=scored)
                 store.append(keys, values, received if scored else None)
-            if self.plan.live_tokens and shape.window is None:
+            if self.plan.stored and shape.window is None and not scratch:
                 self._sample(row, layer, queries)
         return output
 
@@ -216,7 +268,8 @@ class Memory:
         if store is not None and store.room >= count:
             return store
         if store is None:
-            spec = SlotSpec(self.shape.layers[layer], like.dtype, like.device, self.policy.scores and window is None)
+            scores = self.policy.scores != "none" and window is None
+            spec = SlotSpec(self.shape.layers[layer], like.dtype, like.device, scores)
             store = LayerStore(spec, [grown(count, limit)] * spec.shape.kv_heads, self.ledger)
         else:
             old, store = store, store.resized([grown(max(store.lengths) + count, limit)] * len(store.lengths))
@@ -225,12 +278,13 @@ class Memory:
         return store
 
     def _sample(self, row: Row, layer: int, queries: torch.Tensor) -> None:
-        sample = row.live[layer]
-        if sample is None:
-            size = self.plan.live_tokens
-            stride = -(-self.plan.capacity // size)
-            sample = row.live[layer] = LiveSample(self.shape.layers[layer], size, stride, queries, self.ledger)
-        sample.offer(queries, row.seen)
+        if not row.samples[layer]:
+            parts = zip(self.policy.queries.stored, self.plan.stored, strict=True)
+            row.samples[layer] = tuple(
+                QuerySample(part, self.shape.layers[layer], size, queries, self.ledger) for part, size in parts
+            )
+        for sample in row.samples[layer]:
+            sample.offer(queries, row.seen)
 
     def _full(self, row: Row, tokens: int) -> str:
         why = (
@@ -315,11 +369,10 @@ class Memory:
             for store in row.stores:
                 if store is not None:
                     store.free()
-            for sample in row.live:
-                if sample is not None:
-                    self.ledger.release(sample.queries.untyped_storage().nbytes())
+            for sample in (sample for layer in row.samples for sample in layer):
+                self.ledger.release(sample.held_bytes)
             row.stores = [None] * len(row.stores)
-            row.live = [None] * len(row.live)
+            row.samples = [()] * len(row.samples)
         self._closed = True
 
 

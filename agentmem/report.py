@@ -30,6 +30,15 @@ class LayerReport(_Report):
     outcome: Outcome = "compacted"
 
 
+class SpanError(_Report):
+    """Tokens ``start .. stop`` of the transcript, and the errors of their held-out queries over all layers."""
+
+    start: int
+    stop: int
+    output_error: float
+    log_mass_error: float
+
+
 class CompactionReport(_Report):
     """One compaction of one row."""
 
@@ -45,13 +54,20 @@ class CompactionReport(_Report):
     bytes_after: int
     bytes_peak: int
     """Allocated bytes of the whole memory (R + T) before, after and at the peak of this compaction."""
+    queries: str = "none"
+    """The sources of the reference queries."""
+    outside_cap: bool = False
+    """Whether the reference queries came from an oracle whose cost the cap does not bound."""
     probe_tokens: int
+    """Tokens of the transient forward."""
     seconds: float
     seconds_by_stage: dict[str, float]
     """``probe`` (the transient forward, less the rest), ``fit``, ``check`` (held-out errors), ``commit``, ``deal``."""
     layers: tuple[LayerReport, ...]
     faults: tuple[str, ...] = ()
     """What went wrong and was repaired, one line each."""
+    worst_spans: tuple[SpanError, ...] = ()
+    """Where the compacted memory answers worst, among the spans whose queries were held out."""
 
     @property
     def output_error(self) -> float | None:

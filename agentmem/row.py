@@ -5,38 +5,45 @@ from __future__ import annotations
 from array import array
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from agentmem.arena import LayerStore
-    from agentmem.probe import LiveSample
+    from agentmem.pins import Pins
+    from agentmem.samples import QuerySample
 
 
 class Row:
     """One sequence: its stores, and what it has consumed."""
 
-    def __init__(self, index: int, layers: int, capacity: int) -> None:
-        """An empty row."""
+    def __init__(self, index: int, layers: int, room: int, seed: int) -> None:
+        """An empty row with room for so many tokens; its randomness does not depend on the other rows."""
         self.index = index
         self.stores: list[LayerStore | None] = [None] * layers
-        self.live: list[LiveSample | None] = [None] * layers
+        self.samples: list[tuple[QuerySample, ...]] = [()] * layers
+        """Per layer, one sample for each stored part of the policy's queries."""
         self.ids: array[int] = array("q")
         self.tail: array[int] = array("i")
         """Positions of the tokens appended since the last compaction."""
         self.next_position = 0
-        self.room = capacity
+        self.pins: Pins | None = None
+        self.room = room
         """Tokens that can be appended before the row must be compacted."""
         self.budgets: tuple[tuple[int, ...], ...] | None = None
         """Segment slots per layer and head of a compaction that has begun and not ended."""
+        self.compactions = 0
+        self.generator = torch.Generator().manual_seed(seed)
         self.dealt_at: int | None = None
         """Tokens seen when headroom was last dealt; ``None`` while stores still grow towards the capacity."""
 
-    def recount(self, capacity: int) -> None:
-        """Work out room and tail again from the stores, after something was taken back."""
+    def recount(self, capacity: int, scratch: int) -> None:
+        """Work out room and tail again from the stores, after something was taken back; ``scratch`` slots stay free."""
         del self.tail[self.seen - (self.dealt_at or 0) :]
         full = [store for store in self.stores if store is not None and store.spec.shape.window is None]
         if self.dealt_at is not None:
-            self.room = min((store.room for store in full), default=0)
+            self.room = min((store.room for store in full), default=0) - scratch
         else:
-            self.room = capacity - max((max(store.lengths) for store in full), default=0)
+            self.room = capacity - scratch - max((max(store.lengths) for store in full), default=0)
 
     @property
     def seen(self) -> int:

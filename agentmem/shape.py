@@ -37,6 +37,8 @@ class ModelShape:
     vocabulary: int
     fused: bool = True
     """Whether the attention room has a fused path for the model's device (CPU); else its logits are materialised."""
+    fingerprint: str | None = None
+    """Tells models of one architecture apart by their weights; ``None`` where no weights are at hand."""
 
     def slot_bytes(self, layer: LayerShape, *, scores: bool) -> int:
         """Bytes of one slot: key row, value row, β, position, and a score accumulator where one is kept."""

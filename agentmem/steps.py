@@ -70,7 +70,31 @@ class Append:
             for store in row.stores:
                 if store is not None and store.seen > row.seen:
                     store.drop_tail(store.seen - row.seen)
-            row.recount(self.memory.plan.capacity)
+            row.recount(self.memory.plan.capacity, self.memory.plan.scratch)
+
+
+class Scratch:
+    """Forwards of one row whose slots stay until :meth:`rollback`: what the model writes for itself.
+
+    The slots are those that the plan keeps free; nothing is scored, sampled or recorded.
+    """
+
+    def __init__(self, memory: Memory, row: Row) -> None:
+        """Nothing is appended yet."""
+        self.memory, self.row = memory, row
+
+    def attend(
+        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Append and attend: ``queries [1, Hq, q, d]`` → ``[1, q, Hq, dv]``."""
+        output = self.memory.append_row(self.row, layer, queries[0], keys[0], values[0], scale, scratch=True)
+        return output.transpose(0, 1).contiguous().unsqueeze(0)
+
+    def rollback(self) -> None:
+        """Take back all that was appended."""
+        for store in self.row.stores:
+            if store is not None and store.seen > self.row.seen:
+                store.drop_tail(store.seen - self.row.seen)
 
 
 class Transient:

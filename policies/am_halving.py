@@ -1,48 +1,72 @@
 """AM halving: each time the memory fills, Attention Matching halves it with equal slots per head.
 
 Source: arXiv:2602.16284, the online experiment on AIME (uniform budgets, highest attention). How much a compaction
-leaves is the memory's ``target``; half is its default.
+leaves is the memory's ``target``; half is its default. Every part of the composition is an option, so that an ablation
+changes one thing: the presets beside this file are this one with other defaults.
 """
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 from agentmem.contracts import Policy, Queries
-from agentmem.policies.attention_matching import AttentionMatching
+from agentmem.policies.attention_matching import AttentionMatching, Mass, Values
+from agentmem.policies.budgets import by_name
+from agentmem.policies.selectors import selector as selector_named
 from agentmem.policies.solvers.selection import Score
-from agentmem.policies.uniform import Uniform
-
-Probe = Literal["replay", "repeat", "live"]
 
 
 def am_halving(
     *,
-    probe: Probe = "replay",
+    probe: str = "replay",
     probe_tokens: int | None = None,
+    focus: str = "",
+    pattern: str = "",
+    pattern_weight: float = 4.0,
+    budgets: str = "uniform",
+    budget_options: Mapping[str, Any] | None = None,
+    selector: str = "highest",
     score: Score = AttentionMatching.score,
+    mass: Mass = AttentionMatching.mass,
+    values: Values = AttentionMatching.values,
+    refine: int = AttentionMatching.refine,
+    carry: float = AttentionMatching.carry,
     ridge_mass: float = AttentionMatching.ridge_mass,
     ridge_values: float = AttentionMatching.ridge_values,
     beta_bound: float = AttentionMatching.beta_bound,
     steps: int = AttentionMatching.steps,
+    name: str = "am-halving",
+    summary: str = "Attention Matching on the most attended keys, equal slots per head",
 ) -> Policy:
-    """Attention Matching with uniform budgets; the fit's options are those of :class:`AttentionMatching`.
+    """Attention Matching, composed of queries (``probe``), ``budgets``, a ``selector`` and fits.
 
-    ``probe`` says where reference queries come from and ``probe_tokens`` how many; ``None`` lets the plan choose.
+    ``probe`` is a mixture as :meth:`Queries.of` reads it, ``probe_tokens`` how many tokens (``None``: the plan
+    chooses), ``focus`` the text of a ``focus`` part, ``pattern`` a regular expression for what must not be lost.
+    ``budgets`` and ``budget_options`` are those of :func:`agentmem.policies.budgets.by_name`; the rest are the options
+    of :class:`AttentionMatching`.
 
     Raises:
         ValueError: an option's value cannot work.
 
     """
-    if probe not in get_args(Probe):
-        raise ValueError(f"probe: {probe!r} is unknown; choose one of {', '.join(get_args(Probe))}")
-    if probe_tokens is not None and probe_tokens < 1:
-        raise ValueError(f"probe_tokens: {probe_tokens} is too few; give at least 1, or None to let the plan choose")
     return Policy(
-        name="am-halving",
-        summary="Attention Matching on the most attended keys, equal slots per head",
+        name=name,
+        summary=summary,
         source="arXiv:2602.16284",
-        compactor=AttentionMatching(score, ridge_mass, ridge_values, beta_bound, steps),
-        budgets=Uniform(),
-        queries=Queries(source=probe, tokens=probe_tokens),
+        compactor=AttentionMatching(
+            selector=selector_named(selector),
+            score=score,
+            mass=mass,
+            values=values,
+            refine=refine,
+            carry=carry,
+            ridge_mass=ridge_mass,
+            ridge_values=ridge_values,
+            beta_bound=beta_bound,
+            steps=steps,
+        ),
+        budgets=by_name(budgets, **(budget_options or {})),
+        queries=replace(Queries.of(probe, probe_tokens, focus=focus), pattern=pattern, pattern_weight=pattern_weight),
     )

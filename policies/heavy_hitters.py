@@ -6,42 +6,41 @@ is the memory's ``keep_recent``; here slots leave in one go when the memory fill
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-from agentmem.contracts import Compaction, Compactor, HeadCompaction, HeadSegment, Policy, Segment, SegmentShape
-from agentmem.policies.solvers.selection import top
-from agentmem.policies.uniform import Uniform
+from agentmem.contracts import Policy, Segment, SegmentShape
+from agentmem.policies.budgets import by_name
+from agentmem.policies.eviction import FLOAT, Eviction
 
 
-class HeavyHitters(Compactor):
+class HeavyHitters(Eviction):
     """Keeps the slots with the largest score accumulators as they are; of equal ones, the newer."""
 
-    scores = True
+    scores = "received"
 
-    def workspace(self, shape: SegmentShape) -> int:
-        """One head's sort and all heads' kept indices."""
-        return shape.slots * 24 + shape.heads * shape.budget * 8 + 1024
+    def scratch(self, shape: SegmentShape) -> int:
+        """A copy of the accumulators."""
+        return shape.slots * FLOAT
 
-    def compact(self, segment: Segment, slots: Sequence[int]) -> Compaction:
-        """The ``slots[h]`` slots of every head with the most accumulated attention."""
-        pairs = zip(segment.heads, slots, strict=True)
-        return Compaction(tuple(HeadCompaction(top(_scores(head), count)) for head, count in pairs))
-
-
-def _scores(head: HeadSegment) -> torch.Tensor:
-    if head.scores is None:
-        raise ValueError("this segment has no score accumulators; heavy hitters need a memory that keeps them")
-    return head.scores
+    def score(self, segment: Segment, index: int) -> torch.Tensor:
+        """The attention received so far: a copy, since a view would keep the memory's old store alive."""
+        received = segment.heads[index].scores
+        if received is None:
+            raise ValueError("this segment has no score accumulators; heavy hitters need a memory that keeps them")
+        return received.clone()
 
 
-def heavy_hitters() -> Policy:
-    """Keep the slots with the most attention so far, fit nothing."""
+def heavy_hitters(*, budgets: str = "uniform") -> Policy:
+    """Keep the slots with the most attention so far, fit nothing.
+
+    Raises:
+        ValueError: an option's value cannot work.
+
+    """
     return Policy(
         name="heavy-hitters",
         summary="slots with the most attention so far",
         source="H2O, arXiv:2306.14048",
         compactor=HeavyHitters(),
-        budgets=Uniform(),
+        budgets=by_name(budgets),
     )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from agentmem.contracts import Compaction, Compactor, HeadCompaction, HeadSegment, Policy, Segment, SegmentShape
-from agentmem.policies.uniform import Uniform
+from agentmem.policies.budgets import by_name
 
 
 class MostRecent(Compactor):
@@ -31,12 +31,17 @@ def _last(head: HeadSegment, count: int) -> torch.Tensor:
     return torch.arange(head.slots - count, head.slots, device=head.keys.device)
 
 
-def window() -> Policy:
-    """Keep the prefix and the most recent slots, forget the rest."""
+def window(*, budgets: str = "uniform") -> Policy:
+    """Keep the prefix and the most recent slots, forget the rest.
+
+    Raises:
+        ValueError: an option's value cannot work; ``budgets`` look at scores, and there are none.
+
+    """
     return Policy(
         name="window",
         summary="prefix and most recent slots",
         source="StreamingLLM, arXiv:2309.17453",
         compactor=MostRecent(),
-        budgets=Uniform(),
+        budgets=by_name(budgets),
     )

@@ -7,6 +7,19 @@ undone with the last block. Forwards that are not ours reach the original functi
 
 from agentmem.hf.attach import attach, detach, scope
 from agentmem.hf.cache import CappedMemory
-from agentmem.hf.support import FAMILIES, describe, refuse_probe, text_model
+from agentmem.hf.fingerprint import fingerprint
+from agentmem.hf.support import FAMILIES, describe, end_ids, refuse_probe, refuse_scratch, text_model
 
-__all__ = ["FAMILIES", "CappedMemory", "attach", "describe", "detach", "refuse_probe", "scope", "text_model"]
+__all__ = [
+    "FAMILIES",
+    "CappedMemory",
+    "attach",
+    "describe",
+    "detach",
+    "end_ids",
+    "fingerprint",
+    "refuse_probe",
+    "refuse_scratch",
+    "scope",
+    "text_model",
+]

@@ -14,9 +14,9 @@ import torch
 
 from agentmem.errors import CapBypassed, UnsupportedModel
 from agentmem.generation import check_generate, chosen
-from agentmem.hf.cache import CappedMemory, TransientCache, mask_columns, size
+from agentmem.hf.cache import CappedMemory, TransientCache, mask_columns, size, transient_forward
 from agentmem.hf.frames import FRAME, SCOPE, Frame, own_frame, rename
-from agentmem.steps import Append, Transient
+from agentmem.steps import Append, Scratch, Transient
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -183,20 +183,15 @@ def attach(model: PreTrainedModel, memory: Memory) -> CappedMemory:
             attachment.install()
         attachment.users += 1
     view = CappedMemory(memory, model)
-    windows = [layer.window for layer in memory.shape.layers]
     decoder = model.get_decoder()
 
     def run_transient(ids: Sequence[int], start: int, step: Transient) -> None:
-        device: Any = model.get_input_embeddings().weight.device
-        with torch.no_grad():
-            decoder(
-                input_ids=torch.tensor([list(ids)], device=device),
-                position_ids=torch.arange(start, start + len(ids), device=device)[None],
-                past_key_values=TransientCache(step, windows),
-                use_cache=True,
-            )
+        transient_forward(decoder, memory, ids, start, step)
 
-    memory.run_transient = run_transient
+    def run_scratch(ids: Sequence[int], start: int, step: Scratch) -> int:
+        return int(transient_forward(model, memory, ids, start, step).logits[0, -1].argmax())
+
+    memory.run_transient, memory.run_scratch = run_transient, run_scratch
     return view
 
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from agentmem.errors import MemoryCapExceeded, UnsupportedGeneration
+from agentmem.errors import MemoryCapExceeded, SettingsRefused, UnsupportedGeneration
 from agentmem.hf.frames import FRAME
-from agentmem.steps import Append, Arriving, Transient
+from agentmem.steps import Append, Arriving, Scratch, Transient
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -66,13 +66,27 @@ FOREIGN = (
 class TransientCache(Cache):
     """What a transient forward passes to the model."""
 
-    def __init__(self, step: Transient, windows: Sequence[int | None]) -> None:
+    def __init__(self, step: Transient | Scratch, windows: Sequence[int | None]) -> None:
         super().__init__(layers=[_Layer(self, window) for window in windows])
         self.step = step
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002  # transformers' signature
         """A transient forward starts from nothing, as far as columns go."""
         return 0
+
+
+def transient_forward(
+    module: PreTrainedModel, memory: Memory, ids: Sequence[int], start: int, step: Transient | Scratch
+) -> Any:
+    """The output of a model or of its decoder for ``ids`` at positions ``start, start + 1, …``; ``step`` attends."""
+    device: Any = module.get_input_embeddings().weight.device
+    with torch.no_grad():
+        return module(
+            input_ids=torch.tensor([list(ids)], device=device),
+            position_ids=torch.arange(start, start + len(ids), device=device)[None],
+            past_key_values=TransientCache(step, [layer.window for layer in memory.shape.layers]),
+            use_cache=True,
+        )
 
 
 class CappedMemory(Cache):
@@ -114,12 +128,44 @@ class CappedMemory(Cache):
 
     def room(self, row: int = 0) -> int:
         """Tokens that a row can take before it has to be compacted."""
-        return self.memory.rows[row].room if self.memory.rows else self.memory.plan.capacity
+        return self.memory.rows[row].room if self.memory.rows else self.memory.plan.capacity - self.memory.plan.scratch
 
     def compact(self) -> tuple[CompactionReport, ...]:
         """Compact every row now, down to the target; rows below it are left alone."""
         reports = (self.memory.compact(row) for row in self.memory.rows)
         return tuple(report for report in reports if report is not None)
+
+    def peek(self, ids: Sequence[int], row: int = 0) -> torch.Tensor:
+        """Logits ``[n, V]`` of ``ids`` as they would go on from where a row is; nothing stays behind.
+
+        The model's own logits, in its dtype: line *i* predicts what follows ``ids[i]``. No slot, score, stored query,
+        id or random state changes. As for every forward, attention's scratch is counted in T and the rest is A.
+
+        Raises:
+            MemoryClosed: the memory's block has ended.
+            SettingsRefused: no ids, or a row that has read nothing.
+            MemoryCapExceeded: more ids than ``chunk``, for which the plan has counted scratch.
+
+        """
+        memory = self.memory
+        memory.open_or_raise()
+        self._check_peek(len(ids), row)
+        memory.abandon()
+        step = Transient(memory, memory.rows[row], lambda _layer, _queries: None)
+        start = memory.rows[row].next_position
+        logits: torch.Tensor = transient_forward(self.model, memory, ids, start, step).logits[0]
+        return logits
+
+    def _check_peek(self, count: int, row: int) -> None:
+        most, rows = self.memory.plan.chunk, self.memory.rows
+        if not 0 <= row < len(rows) or not rows[row].seen:
+            raise SettingsRefused(f"peek: row {row} of {len(rows)} has read nothing that ids could go on from; feed it")
+        if count < 1:
+            raise SettingsRefused("peek: there are no ids; give at least 1")
+        if count > most:
+            raise MemoryCapExceeded(
+                f"peek: {count} ids in one forward, but scratch is planned for {most}; give fewer, or raise chunk"
+            )
 
     def transcript(self, row: int = 0) -> list[int]:
         """The ids that a row has consumed, in order, pads left out."""
@@ -227,7 +273,7 @@ class CappedMemory(Cache):
         given = inputs.get("input_ids")
         if given is not None:
             return given.tolist()  # type: ignore[no-any-return]
-        if self.memory.policy.queries.probes:
+        if self.memory.policy.queries.probing:
             raise UnsupportedGeneration(
                 f"inputs_embeds have no token ids to replay, which policy {self.memory.policy.name!r} needs; "
                 "pass input_ids, or choose probe='live' or a policy without a probe"

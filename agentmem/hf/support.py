@@ -90,3 +90,18 @@ def refuse_probe(config: PreTrainedConfig, policy: str) -> None:
             f"rope_type 'dynamic' changes frequencies with the largest position, so the probe of {policy!r} is not "
             "exact; use a policy without a probe (window, heavy-hitters) or probe='live'"
         )
+
+
+def refuse_scratch(shape: ModelShape, policy: str) -> None:
+    """Refuse sliding layers where the model is to write for itself: what slid out of a window cannot be taken back."""
+    if len(shape.compactable) < len(shape.layers):
+        raise UnsupportedModel(
+            f"{shape.name} has sliding-window layers, so what the model writes for 'self-study' of policy {policy!r} "
+            "could not be taken back; choose another probe, such as replay+spread"
+        )
+
+
+def end_ids(model: PreTrainedModel) -> tuple[int, ...]:
+    """The ids that end a text, as the model's generation settings have them."""
+    found = getattr(model.generation_config, "eos_token_id", None)
+    return tuple(found) if isinstance(found, list) else () if found is None else (int(found),)

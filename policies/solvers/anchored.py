@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 _POWER_STEPS = 8
+_STRIP = 128
 FIRMER_RIDGES = (1.0, 1e2, 1e4, 1e6)
 """Multiples of a ridge to try in turn, should rounding make the factor fail."""
 
@@ -61,9 +62,21 @@ class Anchored:
         return self.largest() * float(vector.norm())
 
 
+def add_gram(gram: torch.Tensor, block: torch.Tensor) -> None:
+    """Add ``blockᵀ block`` of ``block [B, t]`` to the upper triangle of ``gram [t, t]``.
+
+    That is all that :func:`factored` reads. In strips, so that little is worked out for nothing; what lands in the
+    lower triangle means nothing.
+    """
+    for start in range(0, len(gram), _STRIP):
+        stop = min(start + _STRIP, len(gram))
+        gram[:stop, start:stop].addmm_(block[:, :stop].T, block[:, start:stop])
+
+
 def factored(gram: torch.Tensor, ridge: float) -> Anchored | None:
     """Factor ``gram + ridge * mean(diag gram) * I`` by Cholesky, in place of ``gram [t, t]``.
 
+    Only the upper triangle of ``gram`` is read.
     ``None`` when rounding makes the factor fail (near-duplicate columns with a tiny ridge) or ``gram`` is not finite.
     A gram of zeros gets a ridge of 1: there is no evidence, and every shift is 0.
     """

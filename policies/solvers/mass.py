@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from agentmem.policies.solvers.anchored import FIRMER_RIDGES, Anchored, factored
+from agentmem.policies.solvers.anchored import FIRMER_RIDGES, Anchored, add_gram, factored
 from agentmem.policies.solvers.attention import LocalAttention
+from agentmem.policies.solvers.nonnegative import bounded_least_squares
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,19 +24,21 @@ class MassFit:
     condition: float
 
 
-def fit_mass(kept: LocalAttention, log_mass: torch.Tensor, *, ridge: float, bound: float, steps: int) -> MassFit:
+def fit_mass(kept: LocalAttention, log_mass: torch.Tensor, *, ridge: float, bound: float, steps: int | None) -> MassFit:
     """Fit ``Φ w ≈ 1`` with Φ the weights of the kept slots relative to the mass of the whole segment.
 
     ``kept`` attends over the kept slots with their old β; ``log_mass [N]`` is each query's log mass over all slots.
     Minimises ``|Φ w - 1|² + ridge * mean(diag ΦᵀΦ) * |w - 1|²`` within ``w in [e^-bound, e^bound]``: a clamped
     least-squares start, then ``steps`` projected-gradient steps of one over the largest eigenvalue. (A step of one
-    over the largest *diagonal* entry diverges as soon as columns overlap.)
+    over the largest *diagonal* entry diverges as soon as columns overlap.) ``steps=None`` solves it exactly.
 
     Laws: a slot that no query looks at keeps w = 1; the old β is carried, since Φ contains it; an accepted fit has a
     smaller squared mass error on the fitting queries than w = 1.
 
     Source: arXiv:2602.16284, mass matching; there without anchor, with 2 steps and bound 3.
     """
+    if steps is None:
+        return _exact(kept, log_mass, ridge=ridge, bound=bound)
     for firmer in FIRMER_RIDGES:
         pull = kept.bias.new_zeros(len(kept.bias), 1)
         equations = factored(_gram(kept, log_mass, pull), ridge * firmer)
@@ -51,13 +54,32 @@ def fit_mass(kept: LocalAttention, log_mass: torch.Tensor, *, ridge: float, boun
     return MassFit(log_weights, accepted=True, condition=condition)
 
 
+def _exact(kept: LocalAttention, log_mass: torch.Tensor, *, ridge: float, bound: float) -> MassFit:
+    """The minimum itself, by pivoting."""
+    residual = kept.bias.new_zeros(len(kept.bias), 1)
+    gram = _gram(kept, log_mass, residual)
+    gram.triu_().add_(gram.triu(1).mT)
+    pull = residual.squeeze(-1) + gram.sum(dim=-1)
+    found = bounded_least_squares(gram, pull, low=math.exp(-bound), high=math.exp(bound), ridge=ridge)
+    shift = found.solution.float() - 1
+    lowered = 2 * residual.squeeze(-1) @ shift - shift @ (gram @ shift)
+    if not float(lowered) > 0:
+        return MassFit(torch.zeros_like(kept.bias), accepted=False, condition=1.0)
+    return MassFit(shift.log1p_().clamp_(-bound, bound), accepted=True, condition=1.0)
+
+
 def _gram(kept: LocalAttention, log_mass: torch.Tensor, pull: torch.Tensor) -> torch.Tensor:
-    """The Gram ``ΦᵀΦ [t, t]``, added up over blocks of queries; the pull ``Φᵀ (1 - Φ 1)`` is added to ``pull``."""
+    """The upper triangle of the Gram ``ΦᵀΦ [t, t]``, added up over blocks of queries.
+
+    The pull ``Φᵀ (1 - Φ 1)`` is added to ``pull``.
+    """
     gram = kept.keys.new_zeros(len(pull), len(pull))
     for rows, block in kept.blocks():
         share = kept.logits(block).sub_(log_mass[rows, None]).exp_()
-        gram.addmm_(share.T, share)
-        pull.addmm_(share.T, 1 - share.sum(dim=-1, keepdim=True))
+        missing = kept.scaled(1 - share.sum(dim=-1, keepdim=True), rows)
+        kept.scaled(share, rows)
+        add_gram(gram, share)
+        pull.addmm_(share.T, missing)
         del share  # before the next block is made
     return gram
 

@@ -26,7 +26,8 @@ def importance(attention: LocalAttention, score: Score = "rms") -> Importance:
     Source: arXiv:2602.16284, "highest attention" (rms works best there).
 
     Laws: scores lie in [0, 1]; blocks of any size give the same scores up to rounding; a constant added to every
-    logit of a query changes nothing.
+    logit of a query changes nothing; a query of weight 2 counts like two of weight 1, except for the maximum, which
+    weights do not change.
     """
     scores = attention.bias.new_zeros(len(attention.keys))
     log_mass = attention.bias.new_empty(attention.count)
@@ -35,10 +36,11 @@ def importance(attention: LocalAttention, score: Score = "rms") -> Importance:
         if score == "max":
             torch.maximum(scores, weights.amax(dim=0), out=scores)
         else:
-            scores += (weights.square_() if score == "rms" else weights).sum(dim=0)
+            attention.scaled(weights, rows)
+            scores += (weights.square_() if score == "rms" else attention.scaled(weights, rows)).sum(dim=0)
         del weights  # before the next block is made
     if score != "max":
-        scores /= attention.count
+        scores /= attention.count if attention.roots is None else float(attention.roots.square().sum())
     return Importance(scores.sqrt_() if score == "rms" else scores, log_mass)
 
 

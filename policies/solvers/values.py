@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from agentmem.policies.solvers.anchored import FIRMER_RIDGES, factored
+from agentmem.policies.solvers.anchored import FIRMER_RIDGES, add_gram, factored
 from agentmem.policies.solvers.attention import LocalAttention
 
 
@@ -68,15 +68,20 @@ def _bounded(shift: torch.Tensor, limit: float) -> tuple[torch.Tensor, int]:
 def _gram(
     whole: LocalAttention, kept: LocalAttention, values: torch.Tensor, anchor: torch.Tensor, pull: torch.Tensor
 ) -> torch.Tensor:
-    """The Gram ``XᵀX [t, t]``, added up over blocks of queries; the pull ``Xᵀ (Y - X anchor)`` is added to ``pull``."""
+    """The upper triangle of the Gram ``XᵀX [t, t]``, added up over blocks of queries.
+
+    The pull ``Xᵀ (Y - X anchor)`` is added to ``pull``.
+    """
     gram = anchor.new_zeros(len(anchor), len(anchor))
-    for _, block in whole.blocks():
+    for rows, block in whole.blocks():
         weights, _ = whole.weights(block)
         missing = weights @ values
         del weights  # before those of the kept slots are made
         weights, _ = kept.weights(block)
         missing.addmm_(weights, anchor, alpha=-1)
-        gram.addmm_(weights.T, weights)
+        whole.scaled(missing, rows)
+        whole.scaled(weights, rows)
+        add_gram(gram, weights)
         pull.addmm_(weights.T, missing)
         del weights, missing  # before the next block is made
     return gram

@@ -1,0 +1,81 @@
+"""Budgets of one compaction: what a policy's :class:`Budgets` is asked, and the laws that its answer must keep."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from agentmem.contracts import BudgetRequest
+from agentmem.errors import PolicyContractBroken
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from agentmem.budget import Plan
+    from agentmem.contracts import Budgets, Survey
+
+FLOOR = 1
+"""The least slots of a head's segment."""
+
+Slots = tuple[tuple[int, ...], ...]
+
+
+def make_request(
+    plan: Plan, lengths: Sequence[Sequence[int]], pinned: int, surveys: tuple[Survey, ...]
+) -> BudgetRequest:
+    """What to deal to layers whose heads hold ``lengths`` slots, of which ``pinned`` are not in the segment."""
+    held = tuple(tuple(max(0, length - pinned) for length in heads) for heads in lengths)
+    heads = sum(map(len, held))
+    each, most = max(0, plan.target - pinned), max(0, plan.limit - pinned)
+    widest = max(map(len, held), default=0)
+    return BudgetRequest(
+        held=held,
+        total=each * heads,
+        floor=FLOOR,
+        surveys=surveys,
+        ceiling=max(FLOOR, plan.most_budget),
+        layer_ceiling=max(FLOOR * widest, math.ceil(plan.layer_ceiling * widest * most)),
+        limit=most * heads,
+    )
+
+
+def check_budgets(policy: str, budgets: Budgets, request: BudgetRequest, dealt: Slots) -> None:
+    """Refuse what breaks the laws of :class:`agentmem.contracts.Budgets`.
+
+    Raises:
+        PolicyContractBroken: names the policy, the law and the value.
+
+    """
+    if [len(layer) for layer in dealt] != [len(layer) for layer in request.held]:
+        raise PolicyContractBroken(f"policy {policy!r}: budgets {dealt!r} have not the shape of {request.held!r}")
+    pairs = [pair for held, kept in zip(request.held, dealt, strict=True) for pair in zip(held, kept, strict=True)]
+    if any(not 0 <= kept <= held for held, kept in pairs):
+        raise PolicyContractBroken(
+            f"policy {policy!r}: a head's budget lies outside 0..held: {dealt!r} of {request.held!r}"
+        )
+    if any(kept > request.ceiling for _, kept in pairs):
+        raise PolicyContractBroken(
+            f"policy {policy!r}: a head's budget exceeds the ceiling {request.ceiling}: {dealt!r}"
+        )
+    if any(sum(kept) > request.layer_ceiling for kept in dealt):
+        raise PolicyContractBroken(
+            f"policy {policy!r}: a layer's budgets exceed its ceiling {request.layer_ceiling} together: {dealt!r}"
+        )
+    _check_sum(policy, budgets, request, sum(kept for _, kept in pairs))
+
+
+def _check_sum(policy: str, budgets: Budgets, request: BudgetRequest, given: int) -> None:
+    if budgets.adaptive:
+        if given > min(request.limit, most_slots(request)):
+            raise PolicyContractBroken(
+                f"policy {policy!r}: budgets sum to {given} slots, above the limit of {request.limit}"
+            )
+        return
+    wanted = min(request.total, most_slots(request))
+    if given != wanted:
+        raise PolicyContractBroken(f"policy {policy!r}: budgets sum to {given} slots instead of {wanted}")
+
+
+def most_slots(request: BudgetRequest) -> int:
+    """The largest sum that held slots and ceilings allow."""
+    return sum(min(request.layer_ceiling, sum(min(held, request.ceiling) for held in heads)) for heads in request.held)

@@ -1,0 +1,41 @@
+"""A name for a model's weights: the same in every precision that it is loaded in."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+_SIZES = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
+_SAMPLE = 64
+"""Numbers of each weight, evenly spread."""
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """64 hexadecimal digits from the sizes of a causal model and an even sample of its decoder's weights.
+
+    Weights are rounded to bfloat16 first: a float32 checkpoint has the same fingerprint when loaded in bfloat16. The
+    dtype, the device and the folder do not matter; weights that are on no device (``meta``) are left out.
+    """
+    config: PreTrainedConfig = model.config.get_text_config(decoder=True)
+    digest = hashlib.sha256(repr([(name, getattr(config, name, None)) for name in _SIZES]).encode())
+    for name, weight in model.get_decoder().named_parameters():
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        if not weight.is_meta and weight.numel():
+            flat = weight.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // _SAMPLE)].to(torch.bfloat16)
+            digest.update(sample.view(torch.int16).cpu().numpy().tobytes())
+    return digest.hexdigest()

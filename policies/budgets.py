@@ -1,0 +1,49 @@
+"""Head budgets by name, for policies that let a user choose."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from agentmem.contracts import Budgets
+from agentmem.policies.adaptive import Adaptive
+from agentmem.policies.calibrated import Calibrated
+from agentmem.policies.global_budgets import Global
+from agentmem.policies.pyramid import Pyramid
+from agentmem.policies.sensitivity import Sensitivity
+from agentmem.policies.uniform import Uniform
+
+NAMES: dict[str, Callable[..., Budgets]] = {
+    "uniform": Uniform,
+    "global": Global,
+    "calibrated": Calibrated,
+    "sensitivity": Sensitivity,
+    "pyramid": Pyramid,
+    "adaptive": Adaptive,
+}
+
+
+def by_name(name: str, **options: Any) -> Budgets:
+    """The budgets of that name, made with their own options.
+
+    Raises:
+        ValueError: the name or an option is unknown (the message suggests the nearest), or a value cannot work.
+
+    """
+    if name not in NAMES:
+        raise ValueError(f"budgets: {name!r} is unknown; {_hint(name, NAMES)}choose one of {', '.join(NAMES)}")
+    known = inspect.signature(NAMES[name]).parameters
+    for option in options:
+        if option not in known:
+            listed = ", ".join(known) or "none"
+            raise ValueError(
+                f"budgets {name!r} have no option {option!r}; {_hint(option, known)}their options: {listed}"
+            )
+    return NAMES[name](**options)
+
+
+def _hint(wrong: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}? " if near else ""

@@ -1,0 +1,142 @@
+"""Tables of head shares and error curves, as ``agentmem calibrate`` writes them, and which of them fits a model.
+
+The shipped ones lie in ``tables/``; a user's own is named by its path.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from agentmem.contracts import ModelIdentity
+
+VERSION = 1
+_MAKE = "make one with `agentmem calibrate --model MODEL --out FILE` and give it as table=FILE"
+
+Rows = tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadTable:
+    """What was calibrated for one model; ``shares`` and ``errors`` are indexed by compacted layer and KV head.
+
+    ``shares`` are in equal shares: their mean is 1. ``errors[layer][head][i]`` is the loss, in nats, of keeping
+    ``fractions[i]`` of that head's slots and all of every other's; a method that measures no loss leaves both empty.
+    """
+
+    source: str
+    model: ModelIdentity
+    method: str
+    shares: Rows
+    fractions: tuple[float, ...] = ()
+    errors: tuple[Rows, ...] = ()
+
+    @property
+    def head_ceiling(self) -> float:
+        """The largest share."""
+        return max(map(max, self.shares))
+
+    @property
+    def layer_ceiling(self) -> float:
+        """The largest mean share of a layer's heads."""
+        return max(sum(layer) / len(layer) for layer in self.shares)
+
+
+def read_table(path: str | Path) -> HeadTable:
+    """A table that ``agentmem calibrate`` wrote.
+
+    Raises:
+        ValueError: there is no such file, or it is no table.
+
+    """
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"table {str(path)!r} cannot be read: {error}; {_MAKE}") from error
+    return _parsed(text, str(path))
+
+
+def shipped_tables() -> tuple[HeadTable, ...]:
+    """The tables that come with the catalogue, by the names of their files."""
+    folder = resources.files("agentmem.policies").joinpath("tables")
+    files = sorted((file for file in folder.iterdir() if file.name.endswith(".json")), key=lambda file: file.name)
+    return tuple(_parsed(file.read_text(encoding="utf-8"), file.name) for file in files)
+
+
+def fitting(tables: Iterable[HeadTable], model: ModelIdentity, *, any_weights: bool = False) -> HeadTable:
+    """The first of the tables that is for that model.
+
+    A model whose weights are not at hand (no fingerprint) is known by its heads. ``any_weights`` does the same for
+    every model: a fine-tune may use the table of what it was tuned from.
+
+    Raises:
+        ValueError: none is; names the model, the tables and the remedy.
+
+    """
+    tables = tuple(tables)
+    for table in tables:
+        if table.model.kv_heads != model.kv_heads:
+            continue
+        if any_weights or model.fingerprint is None or model.fingerprint == table.model.fingerprint:
+            return table
+    found = ", ".join(f"{table.source} for {_named(table.model)}" for table in tables) or "none at all"
+    raise ValueError(f"no table of head shares for {_named(model)}: there is {found}; {_MAKE}")
+
+
+def _named(model: ModelIdentity) -> str:
+    heads = sorted(set(model.kv_heads))
+    weights = f"weights {model.fingerprint[:12]}" if model.fingerprint else "weights unknown"
+    many = " or ".join(map(str, heads)) or "0"
+    return f"{model.name} ({len(model.kv_heads)} layers of {many} KV heads, {weights})"
+
+
+def _parsed(text: str, source: str) -> HeadTable:
+    try:
+        found = json.loads(text)
+        table = _table(found, source)
+        _check(table)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"table {source!r} is no table of head shares: {reason}; {_MAKE}") from error
+    return table
+
+
+def _table(found: Mapping[str, Any], source: str) -> HeadTable:
+    if found["version"] != VERSION:
+        raise ValueError(f"its version is {found['version']!r}, not {VERSION}")
+    model, curves = found["model"], found.get("curves") or {}
+    return HeadTable(
+        source=source,
+        model=ModelIdentity(str(model["name"]), model["fingerprint"], tuple(map(int, model["kv_heads"]))),
+        method=str(found["method"]),
+        shares=_rows(found["shares"]),
+        fractions=tuple(map(float, curves.get("fractions", ()))),
+        errors=tuple(_rows(layer) for layer in curves.get("errors", ())),
+    )
+
+
+def _rows(found: Iterable[Iterable[float]]) -> Rows:
+    return tuple(tuple(map(float, row)) for row in found)
+
+
+def _check(table: HeadTable) -> None:
+    heads = table.model.kv_heads
+    if not heads or tuple(map(len, table.shares)) != heads:
+        raise ValueError(f"shares of {tuple(map(len, table.shares))} heads for {heads}")
+    if not all(0 <= share < math.inf for layer in table.shares for share in layer) or not table.head_ceiling:
+        raise ValueError("a share is negative or not finite, or all are 0")
+    if not table.errors:
+        return
+    if tuple(map(len, table.errors)) != heads:
+        raise ValueError(f"curves of {tuple(map(len, table.errors))} heads for {heads}")
+    rising = all(low < high for low, high in zip(table.fractions, table.fractions[1:], strict=False))
+    if not table.fractions or not rising or table.fractions[0] <= 0 or table.fractions[-1] > 1:
+        raise ValueError(f"fractions {table.fractions} do not rise within 0 .. 1")
+    for curve in (curve for layer in table.errors for curve in layer):
+        if len(curve) != len(table.fractions) or not all(0 <= error < math.inf for error in curve):
+            raise ValueError(f"a curve has {len(curve)} errors for {len(table.fractions)} fractions, or a negative one")

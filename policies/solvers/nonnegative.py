@@ -1,0 +1,274 @@
+"""Least squares within bounds, exact: block principal pivoting on the normal equations.
+
+To minimise ``|A x - y|² + r |x - a|²`` over ``low <= x <= high`` only ``AᵀA``, ``Aᵀy`` and the anchor a are needed.
+Each pivot solves for the free unknowns with the others at their bounds, then exchanges all that break the conditions of
+Karush, Kuhn and Tucker at once; where that goes round in circles, one at a time (the last), which ends for every
+positive definite matrix. The inverse Cholesky factor of the free unknowns is kept between pivots and changed from the
+first difference on, so that a solver that adds unknowns a few at a time pays for those only.
+
+Source: Portugal, Júdice and Vicente, "A comparison of block pivoting and interior point algorithms for linear least
+squares problems with nonnegative variables", Mathematics of Computation 63 (1994), with two bounds here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from agentmem.policies.solvers.anchored import FIRMER_RIDGES
+
+LOW, FREE, HIGH, ABSENT = -1, 0, 1, 2
+"""Where an unknown is: at a bound, free, or not in the problem and 0."""
+
+_PANEL = 32
+_PATIENCE = 10
+_POWER_STEPS = 8
+_DOUBLE = 8
+_BYTES_PER_UNKNOWN = 160
+_SMALL = 4096
+
+
+class IllConditioned(ArithmeticError):
+    """Rounding made the factor of the free unknowns fail; a larger ridge cures it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounded:
+    """``solution [t]`` float64 and how it was found.
+
+    ``converged``: no condition is broken beyond rounding. ``violation``: the largest broken one, as a fraction of the
+    largest entry of ``Aᵀy + r a``. ``free`` counts the unknowns strictly between their bounds.
+    """
+
+    solution: torch.Tensor
+    converged: bool
+    pivots: int
+    violation: float
+    free: int
+
+
+@dataclass(slots=True)
+class Factor:
+    """The inverse Cholesky factor of the free unknowns' part of ``gram + ridge I``.
+
+    ``inverse [capacity, capacity]`` float64, lower triangular: with M its leading rows, one for each unknown in
+    ``order``, ``MᵀM`` is the inverse of that part. (An inverse is multiplied where it lies; a triangular solve would
+    copy a factor that does not fill its storage.)
+    """
+
+    gram: torch.Tensor
+    ridge: float
+    inverse: torch.Tensor
+    order: torch.Tensor
+
+    def become(self, free: torch.Tensor) -> None:
+        """Factor the unknowns of the mask ``free [T]``; those before the first that leaves are not touched.
+
+        Raises:
+            IllConditioned: their part is not positive definite to rounding.
+
+        """
+        stays = free[self.order]
+        leaving = (~stays).nonzero()
+        first = int(leaving[0]) if len(leaving) else len(self.order)
+        entering = free.clone()
+        entering[self.order] = False
+        rest = torch.cat((self.order[first:][stays[first:]], entering.nonzero().squeeze(-1)))
+        self.order = self.order[:first]
+        for panel in torch.split(rest, _PANEL):
+            self._append(panel)
+
+    def _append(self, panel: torch.Tensor) -> None:
+        known, new = len(self.order), len(self.order) + len(panel)
+        inverse = self.inverse[:known, :known]
+        half = self.gram[panel[:, None], self.order].double() @ inverse.mT
+        square = self.gram[panel[:, None], panel].double()
+        square.diagonal().add_(self.ridge)
+        lower, failed = torch.linalg.cholesky_ex(square.addmm_(half, half.mT, alpha=-1))
+        if int(failed):
+            raise IllConditioned
+        own = torch.linalg.solve_triangular(lower, torch.eye(len(panel), out=square), upper=False)
+        self.inverse[known:new, known:new] = own
+        torch.mm(own, half @ inverse, out=half)
+        self.inverse[known:new, :known] = half.neg_()
+        self.order = torch.cat((self.order, panel))
+
+    def solve(self, right: torch.Tensor) -> torch.Tensor:
+        """The free unknowns, in ``order``, for the right side ``[n]``."""
+        inverse = self.inverse[: len(right), : len(right)]
+        solution: torch.Tensor = inverse.mT @ (inverse @ right)
+        return solution
+
+    def condition(self) -> float:
+        """An estimate of the free part's condition number, by power steps; a lower bound of it."""
+        order = self.order
+        if not len(order):
+            return 1.0
+        small = large = torch.ones(len(order), dtype=torch.float64, device=order.device)
+        for _ in range(_POWER_STEPS):
+            small = self.solve(small / small.norm())
+            large = self._apply(large / large.norm())
+        return float(small.norm() * large.norm())
+
+    def _apply(self, vector: torch.Tensor) -> torch.Tensor:
+        spread = self.gram.new_zeros(len(self.gram))
+        spread[self.order] = vector.to(spread.dtype)
+        return (self.gram @ spread)[self.order].double().add_(vector, alpha=self.ridge)
+
+
+@dataclass(slots=True)
+class Pivoting:
+    """One bounded problem and where its pivoting stands; unknowns may enter and leave between solves.
+
+    ``pull [T]`` float64 is ``Aᵀy + r a``; ``state [T]`` int8 says where each unknown is. ``solution`` and ``gradient``
+    (half of it: ``(AᵀA + r I) x - pull``) are those of the last pivot.
+    """
+
+    factor: Factor
+    pull: torch.Tensor
+    low: float
+    high: float
+    state: torch.Tensor = field(init=False)
+    solution: torch.Tensor = field(init=False)
+    gradient: torch.Tensor = field(init=False)
+    pivots: int = 0
+
+    def __post_init__(self) -> None:
+        """Every unknown is absent."""
+        self.state = torch.full_like(self.pull, ABSENT, dtype=torch.int8)
+        self.solution = torch.zeros_like(self.pull)
+        self.gradient = self.pull.neg()
+
+    def solve(self, most: int) -> bool:
+        """Pivot until no condition is broken, at most ``most`` times; returns whether none is.
+
+        Raises:
+            IllConditioned: rounding made the factor of the free unknowns fail.
+
+        """
+        fewest, patience = len(self.pull) + 1, _PATIENCE
+        for _ in range(most):
+            self._pivot()
+            wrong = self._wrong()
+            count = int(wrong.sum())
+            if not count:
+                return True
+            fewest, patience = (count, _PATIENCE) if count < fewest else (fewest, patience - 1)
+            if patience < 0:
+                wrong[: int(wrong.nonzero()[-1])] = False
+            self._exchange(wrong)
+        return False
+
+    def outcome(self, *, converged: bool) -> Bounded:
+        """The present solution within its bounds."""
+        present = self.state != ABSENT
+        inside = self.solution.clamp(self.low, self.high).mul_(present)
+        gradient = self._gradient(inside).mul_(present)
+        gradient[(inside <= self.low) & (gradient > 0) | (inside >= self.high) & (gradient < 0)] = 0
+        violation = float(gradient.abs().amax()) / (float(self.pull.abs().amax()) or 1.0)
+        return Bounded(inside, converged, self.pivots, violation, int((self.state == FREE).sum()))
+
+    def _pivot(self) -> None:
+        self.pivots += 1
+        self.factor.become(self.state == FREE)
+        order, solution = self.factor.order, self.solution.zero_()
+        low, high = self.state == LOW, self.state == HIGH
+        right = self.pull
+        if bool((low | high).any()):  # a product less where, as mostly, no unknown is at a bound
+            solution[low], solution[high] = self.low, self.high
+            right = self._gradient(solution).neg_()
+        solution[order] = self.factor.solve(right[order])
+        self.gradient = self._gradient(solution)
+
+    def _gradient(self, solution: torch.Tensor) -> torch.Tensor:
+        gram = self.factor.gram
+        image = (gram @ solution.to(gram.dtype)).double()
+        return image.add_(solution, alpha=self.factor.ridge).sub_(self.pull)
+
+    def _wrong(self) -> torch.Tensor:
+        """Free unknowns out of bounds, and bound ones that would gain by leaving theirs, both beyond rounding."""
+        slack = 32 * torch.finfo(self.factor.gram.dtype).eps
+        out = (self.solution < self.low - slack * abs(self.low)) | (self.solution > self.high + slack * abs(self.high))
+        steep = self.pull.abs().mul_(slack)
+        inward = (self.state == LOW) & (self.gradient < -steep) | (self.state == HIGH) & (self.gradient > steep)
+        return (self.state == FREE) & out | inward
+
+    def _exchange(self, wrong: torch.Tensor) -> None:
+        leaves = wrong & (self.state == FREE)
+        self.state[wrong & ~leaves] = FREE
+        self.state[leaves & (self.solution < self.low)] = LOW
+        self.state[leaves & (self.solution > self.high)] = HIGH
+
+
+def pivoting(
+    gram: torch.Tensor,
+    pull: torch.Tensor,
+    *,
+    low: float,
+    high: float,
+    anchor: float | torch.Tensor,
+    ridge: float,
+    capacity: int,
+) -> Pivoting:
+    """A problem of ``gram [T, T]`` and ``pull [T]`` (both without the ridge) in which every unknown is absent.
+
+    ``ridge`` is absolute; at most ``capacity`` unknowns may ever be free at a time.
+    """
+    inverse = torch.zeros(capacity, capacity, dtype=torch.float64, device=gram.device)
+    order = torch.empty(0, dtype=torch.int64, device=gram.device)
+    return Pivoting(Factor(gram, ridge, inverse, order), pull.double() + ridge * anchor, low, high)
+
+
+def pivoting_bytes(unknowns: int, capacity: int) -> int:
+    """An upper bound of what a :func:`pivoting` of ``unknowns`` allocates until it is solved, besides its gram."""
+    panel = min(_PANEL, capacity)
+    panels = _DOUBLE * panel * (3 * capacity + 5 * panel)
+    return _DOUBLE * capacity * capacity + panels + unknowns * _BYTES_PER_UNKNOWN + _SMALL
+
+
+def bounded_least_squares(
+    gram: torch.Tensor,
+    pull: torch.Tensor,
+    *,
+    low: float,
+    high: float,
+    anchor: float = 1.0,
+    ridge: float = 1e-10,
+    most: int = 1000,
+) -> Bounded:
+    """The x within ``[low, high]`` of least ``|A x - y|² + ridge * mean(diag AᵀA) * |x - anchor|²``.
+
+    Args:
+        gram: ``AᵀA [t, t]``, float32 or float64; it is not written.
+        pull: ``Aᵀy [t]``, likewise.
+        low: the least value of every unknown.
+        high: the largest.
+        anchor: where an unknown without evidence stays, if the bounds allow.
+        ridge: how firmly; raised 100-fold, up to three times, where rounding makes the factor fail.
+        most: pivots before the last point, clamped, is returned as not converged.
+
+    Laws: the result lies within the bounds; a converged one meets the conditions of Karush, Kuhn and Tucker, so there
+    is no better one; a matrix of zeros gives the anchor. The working memory is :func:`pivoting_bytes` of (t, t).
+
+    Equivalent to ``scipy.optimize.lsq_linear(A, y, (low, high))`` with the ridge as further rows of A.
+
+    Raises:
+        ValueError: ``low`` is not below ``high``, or the ridge is not positive.
+
+    """
+    if not low < high:
+        raise ValueError(f"low {low} is not below high {high}: no point lies between them; widen the bounds")
+    if not ridge > 0:
+        raise ValueError(f"ridge {ridge} is not positive: equal columns would have no single solution; give 1e-10")
+    mean = float(gram.diagonal().mean())
+    for firmer in FIRMER_RIDGES:
+        absolute = ridge * firmer * mean or 1.0
+        problem = pivoting(gram, pull, low=low, high=high, anchor=anchor, ridge=absolute, capacity=len(pull))
+        problem.state.fill_(FREE)
+        try:
+            return problem.outcome(converged=problem.solve(most))
+        except IllConditioned:
+            del problem  # before the next one is made
+    solution = torch.full((len(pull),), anchor, dtype=torch.float64, device=gram.device).clamp_(low, high)
+    return Bounded(solution, converged=False, pivots=0, violation=float("inf"), free=0)

@@ -1,0 +1,258 @@
+"""Orthogonal matching pursuit: the slots that together restore every query's attention mass, and their weights.
+
+Highest attention looks at one slot at a time and keeps both of two equal ones. Pursuit looks at what the slots chosen
+so far leave unexplained. All of it happens on the Gram of the relative masses Φ, so that a step costs slots x chosen
+and not queries x slots. The Gram squares the condition number: what makes that harmless is the ridge anchored at
+w = 1, weights within bounds at every step (clamping an unbounded fit afterwards leaves a residual that points at the
+wrong slots) and a float64 factor; the Gram itself is summed and kept in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from agentmem.policies.solvers.anchored import FIRMER_RIDGES
+from agentmem.policies.solvers.attention import LocalAttention
+from agentmem.policies.solvers.nonnegative import (
+    ABSENT,
+    FREE,
+    IllConditioned,
+    Pivoting,
+    pivoting,
+    pivoting_bytes,
+)
+from agentmem.policies.solvers.selection import top
+
+_STRIP = 256
+_ROUNDS = 3
+_BLUR = 8 * torch.finfo(torch.float32).eps
+"""Differences below this fraction of a slot's summed masses are the rounding of the Gram."""
+_MOST_PIVOTS = 200
+_FLOAT = 4
+_BYTES_PER_SLOT = 80
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How many slots are chosen between two fits of the weights: ``choose * refit_every``, or more when many stand.
+
+    Between fits the residual stands still, so that r steps of k slots are one step of r * k. ``growth`` is the least
+    number of new slots as a fraction of those chosen already.
+    """
+
+    choose: int = 4
+    refit_every: int = 2
+    growth: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse a schedule that never ends."""
+        if self.choose < 1 or self.refit_every < 1 or not 0 <= self.growth < math.inf:
+            raise ValueError(f"{self} would choose nothing; give choose and refit_every of at least 1, growth of 0 up")
+
+    def batch(self, chosen: int) -> int:
+        """How many slots come next."""
+        return max(self.choose * self.refit_every, int(self.growth * chosen))
+
+
+EXACT = Schedule(1, 1)
+FAST = Schedule(4, 2)
+PROGRESSIVE = Schedule(1, 1, 1 / 8)
+
+
+@dataclass(frozen=True, slots=True)
+class Pursuit:
+    """``kept [t]`` int64 ascending and ``log_weights [t]`` float32: the *update* of their β, as of a mass fit.
+
+    ``accepted`` is false where the fit did not beat plain β (w = 1) of the same slots; then the update is 0.
+    ``error`` is the root mean square of ``Φ w - 1`` over the queries (float32 sums blur it below 3e-4), ``replaced``
+    how many slots were dropped for a weight at the cutoff, ``converged`` whether the last fit is exact.
+    """
+
+    kept: torch.Tensor
+    log_weights: torch.Tensor
+    accepted: bool
+    error: float
+    condition: float
+    fits: int
+    replaced: int
+    converged: bool
+
+
+def pursue(
+    slots: LocalAttention,
+    log_mass: torch.Tensor,
+    count: int,
+    *,
+    schedule: Schedule = FAST,
+    ridge: float = 1e-4,
+    bound: float = 7.0,
+    cutoff: float | None = -7.0,
+    keep: torch.Tensor | None = None,
+    prior: torch.Tensor | None = None,
+) -> Pursuit:
+    """Choose ``count`` of the slots and weights w for them, so that ``Φ w ≈ 1`` for every query.
+
+    Φ ``[N, T]`` is each slot's attention mass relative to that of the whole segment. Minimises
+    ``|Φ w - 1|² + ridge * mean(diag ΦᵀΦ) * |w - prior|²`` over w that is 0 except for ``count`` slots and there within
+    ``e^-bound .. e^bound``: again and again the slots of the steepest descent are added, then all weights are refitted,
+    exactly.
+
+    Args:
+        slots: attends over the slots to choose from, with their old β: a whole segment or its likely part.
+        log_mass: ``[N]`` float32, each query's log mass over the whole segment.
+        count: how many slots stay; all of them do when there are no more.
+        schedule: how many slots come between two fits.
+        ridge: pull of the weights towards ``prior``, relative to the mean over all ``slots``.
+        bound: no log weight is larger than this in magnitude.
+        cutoff: chosen slots whose log weight is no larger than this are dropped, and others chosen, up to three times.
+        keep: indices of slots that are chosen first and never dropped.
+        prior: ``[T]``, the weights of slots without evidence; ``None`` means 1.
+
+    Laws: of equally good slots the later (newer) comes first; a chosen slot without evidence has the prior's weight; an
+    accepted fit has a smaller squared mass error on the fitting queries than w = 1 on the same slots. The working
+    memory is :func:`pursuit_bytes`.
+
+    Source: arXiv:2602.16284, section 3.3 and appendix C (OMP; fast: 4 slots a step, weights refitted every second step;
+    cutoff -7); there without anchor, the fit unbounded and then clamped.
+
+    Raises:
+        ValueError: more slots to ``keep`` than ``count``.
+
+    """
+    if keep is not None and len(keep) > count:
+        raise ValueError(f"{len(keep)} slots must be kept but only {count} may stay; keep fewer or raise the count")
+    gram, pull, total = relative_gram(slots, log_mass)
+    mean = float(gram.diagonal().mean())
+    count = min(count, len(pull))
+    for firmer in FIRMER_RIDGES:
+        problem = pivoting(
+            gram,
+            pull,
+            low=math.exp(-bound),
+            high=math.exp(bound),
+            anchor=1.0 if prior is None else prior.double(),
+            ridge=ridge * firmer * mean or 1.0,
+            capacity=count,
+        )
+        chase = _Chase(problem, count, schedule)
+        try:
+            chase.hold(keep)
+            chase.fill()
+            chase.replace(cutoff)
+        except IllConditioned:
+            del problem, chase  # before the next ones are made
+            continue
+        return chase.result(pull, total)
+    kept = top(gram.diagonal(), count)
+    plain = torch.zeros(count, device=gram.device)
+    return Pursuit(kept, plain, accepted=False, error=math.inf, condition=math.inf, fits=0, replaced=0, converged=False)
+
+
+def pursuit_bytes(slots: int, kept: int, rows: int, key_dim: int) -> int:
+    """An upper bound of what :func:`pursue` allocates for blocks of ``rows`` queries; their number does not matter."""
+    block = rows * (slots + 2 * key_dim + 4) * _FLOAT
+    rest = pivoting_bytes(slots, min(kept, slots))
+    return slots * slots * _FLOAT + slots * _BYTES_PER_SLOT + max(block, rest)
+
+
+def relative_gram(slots: LocalAttention, log_mass: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """``ΦᵀΦ [T, T]`` float32 and ``Φᵀ1 [T]`` float64, added up over blocks of queries, and ``|1|²``.
+
+    Every query counts as often as its weight says.
+    """
+    count = len(slots.keys)
+    gram = slots.keys.new_zeros(count, count)
+    pull = torch.zeros(count, dtype=torch.float64, device=gram.device)
+    total = 0.0
+    strips = [slice(start, min(start + _STRIP, count)) for start in range(0, count, _STRIP)]
+    for rows, block in slots.blocks():
+        share = slots.scaled(slots.logits(block).sub_(log_mass[rows, None]).exp_(), rows)
+        ones = slots.scaled(torch.ones_like(share[:, :1]), rows)
+        pull += (share.T @ ones).squeeze(-1)
+        total += float(ones.square().sum())
+        for strip in strips:  # the lower half only
+            gram[strip, : strip.stop].addmm_(share[:, strip].T, share[:, : strip.stop])
+        del share, ones  # before the next block is made
+    for strip in strips:
+        gram[: strip.start, strip] = gram[strip, : strip.start].T
+    return gram, pull, total
+
+
+class _Chase:
+    """The choice of slots, on top of a bounded problem in which those not chosen are absent."""
+
+    def __init__(self, problem: Pivoting, count: int, schedule: Schedule) -> None:
+        self.problem, self.count, self.schedule = problem, count, schedule
+        self.held = torch.zeros_like(problem.state, dtype=torch.bool)
+        """Slots that may not be dropped."""
+        self.fits, self.replaced, self.converged = 0, 0, True
+
+    def hold(self, keep: torch.Tensor | None) -> None:
+        """Choose the slots ``keep`` and never drop them."""
+        if keep is not None and len(keep):
+            self.held[keep] = True
+            self.problem.state[keep] = FREE
+            self._fit()
+
+    def fill(self) -> None:
+        """Add slots of the steepest descent and refit, until ``count`` are chosen."""
+        state = self.problem.state
+        while missing := self.count - int((state != ABSENT).sum()):
+            new = min(missing, self.schedule.batch(self.count - missing))
+            state[self._steepest(new)] = FREE
+            self._fit()
+
+    def _steepest(self, count: int) -> torch.Tensor:
+        """The slots whose weight would lower the error most per step; of those equal to rounding the newer ones."""
+        problem = self.problem
+        descent = problem.gradient.neg().masked_fill_(problem.state != ABSENT, -math.inf)
+        edge = descent.topk(count).values[-1]
+        blur = problem.pull.abs().mul_(_BLUR)
+        surely, perhaps = descent - blur > edge, descent + blur >= edge
+        return top(surely.int() + perhaps, count)
+
+    def replace(self, cutoff: float | None) -> None:
+        """Drop chosen slots at the cutoff and fill up, as long as there are others; what was dropped may come back."""
+        least = 0.0 if cutoff is None else math.exp(cutoff) * (1 + 1e-6)
+        for _ in range(_ROUNDS):
+            chosen = self.problem.state != ABSENT
+            weak = chosen & ~self.held & (self.problem.solution <= least)
+            count = min(int(weak.sum()), int((~chosen).sum()))
+            if not count:
+                break
+            dropped = top(self.problem.gradient.masked_fill(~weak, -math.inf), count)
+            self.problem.state[dropped] = ABSENT
+            self.replaced += count
+            self.fill()
+
+    def _fit(self) -> None:
+        self.converged = self.problem.solve(_MOST_PIVOTS)
+        self.fits += 1
+
+    def result(self, pull: torch.Tensor, total: float) -> Pursuit:
+        """The chosen slots and their weights, or plain β where that is better."""
+        problem, gram = self.problem, self.problem.factor.gram
+        chosen = problem.state != ABSENT
+        kept = chosen.nonzero().squeeze(-1)
+        weights = problem.outcome(converged=self.converged).solution
+        fitted, plain = (_squared(gram, pull, vector) for vector in (weights, chosen.double()))
+        accepted = fitted < plain - _BLUR * total
+        log_weights = weights[kept].log_().float() if accepted else torch.zeros(len(kept), device=gram.device)
+        return Pursuit(
+            kept,
+            log_weights,
+            accepted=accepted,
+            error=math.sqrt(max(0.0, total + min(fitted, plain)) / total),
+            condition=problem.factor.condition(),
+            fits=self.fits,
+            replaced=self.replaced,
+            converged=self.converged,
+        )
+
+
+def _squared(gram: torch.Tensor, pull: torch.Tensor, weights: torch.Tensor) -> float:
+    """``|Φ w - 1|² - |1|²``."""
+    return float(weights @ ((gram @ weights.to(gram.dtype)).double() - 2 * pull))

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from agentmem.cli import evaluate, model, plan, policies, run
+from agentmem.cli import calibrate, evaluate, model, plan, policies, run
 from agentmem.cli.console import refuse
 from agentmem.cli.logs import configure
 from agentmem.errors import AgentmemError
@@ -46,6 +46,7 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("plan")(plan.plan)
 app.command("policies")(policies.policies)
+app.command("calibrate")(calibrate.calibrate)
 app.add_typer(model.app, name="model")
 app.add_typer(evaluate.app, name="eval")
 

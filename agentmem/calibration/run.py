@@ -1,0 +1,114 @@
+"""A calibration from beginning to end: measure what was not measured before, on one process or several."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from agentmem import hf, plugins
+from agentmem.calibration.methods import make_work
+from agentmem.calibration.partial import Partial
+from agentmem.calibration.table import VERSION, as_table, write_table
+from agentmem.contracts import ModelIdentity
+from agentmem.hf.capture import reading
+from agentmem.hf.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+    from agentmem.calibration.table import Origin
+    from agentmem.calibration.terms import Terms
+
+Progress = Callable[[int, int], None]
+"""Told how many units are done, of how many."""
+
+
+def calibrate(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    terms: Terms,
+    origin: Origin,
+    *,
+    name: str,
+    out: Path,
+    fresh: bool = False,
+    progress: Progress = lambda _done, _all: None,
+) -> dict[str, Any]:
+    """Measure the windows of ``ids [n]`` and write the table of the model's heads to ``out``; return its content.
+
+    What was measured stays beside ``out`` until the table is whole, so that a stopped calibration goes on where it
+    was; ``fresh`` measures everything again. The processes of ``torchrun`` or ``accelerate launch`` share the units,
+    and the first one writes the table. The model is left as it was.
+
+    Raises:
+        SettingsRefused: the model, the text or the policy cannot serve.
+        AgentmemError: a file cannot be written.
+
+    """
+    inner = hf.text_model(model)
+    shape = hf.describe(inner.config, itemsize=inner.dtype.itemsize)
+    heads = {layer: shape.layers[layer].kv_heads for layer in shape.compactable}
+    identity = ModelIdentity(name, fingerprint(inner), tuple(heads.values()))
+    compactor = None if terms.method == "attention" else plugins.policy(terms.policy).compactor
+    team = Team.joined()
+    partial = Partial(out, _key(identity, ids, terms), team.rank)
+    if fresh and team.rank == 0:
+        partial.remove()
+    team.wait()
+    with reading(inner, [layer.window for layer in shape.layers]) as reader:
+        work = make_work(reader, ids, terms, heads, compactor)
+        units, done = work.units(), partial.load()
+        progress(len(done), len(units))
+        for unit in units[team.rank :: team.size]:
+            if unit not in done:
+                done[unit] = work.measure(unit)
+                partial.put(unit, done[unit])
+                progress(len(done), len(units))
+        team.wait()
+        done = partial.load()
+        table = as_table(identity, terms, origin, work.found(done))
+    if team.rank == 0:
+        write_table(out, table)
+    team.wait()
+    if team.rank == 0:
+        partial.remove()
+    return table
+
+
+@dataclass(frozen=True, slots=True)
+class Team:
+    """The processes that share the work."""
+
+    rank: int = 0
+    size: int = 1
+    wait: Callable[[], None] = lambda: None
+    """Until all are here."""
+
+    @classmethod
+    def joined(cls) -> Team:
+        """The processes that were launched together; one alone needs no accelerate."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls()
+        from accelerate import PartialState
+
+        state = PartialState(cpu=not torch.cuda.is_available())  # it joins no processes on a CPU unless told
+        return cls(state.process_index, state.num_processes, state.wait_for_everyone)
+
+
+def _key(identity: ModelIdentity, ids: torch.Tensor, terms: Terms) -> str:
+    """Names everything that a unit's result depends on."""
+    facts = {
+        "version": VERSION,
+        "model": identity.fingerprint,
+        "ids": hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest(),
+        "terms": asdict(terms),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,62 @@
+"""From what a slot is worth to ratio-agnostic shares of the heads."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_TINY = 1e-12
+
+
+def top_shares(worth: Sequence[torch.Tensor], ratios: Sequence[float]) -> list[float]:
+    """Each head's slots among the most worthy of all, in equal shares, averaged over the kept ratios.
+
+    ``worth[h] [T]`` has a number for every slot of head h. Of equal numbers the earlier head's goes first.
+    """
+    owner = torch.cat([torch.full((len(slots),), head) for head, slots in enumerate(worth)])
+    ranked = owner[torch.cat([slots.cpu() for slots in worth]).argsort(descending=True, stable=True)]
+    shares = torch.zeros(len(worth), dtype=torch.float64)
+    for ratio in ratios:
+        kept = max(1, round(ratio * len(ranked)))
+        shares += torch.bincount(ranked[:kept], minlength=len(worth)) * (len(worth) / kept / len(ratios))
+    return shares.tolist()
+
+
+def slot_gains(fractions: Sequence[float], errors: Sequence[float], slots: int) -> torch.Tensor:
+    """By how much each slot lowers a head's error, ``[slots]`` float64, never rising from one slot to the next.
+
+    Between two measured points errors fall geometrically; at 0 they go on as between the first two; at 1 nothing is
+    lost. The curve is convexified: that makes the deal of slots by gain the one with the least sum of errors, where
+    the greedy exchange of arXiv:2602.16284 ends.
+    """
+    points = [(count, _error(fractions, errors, count / slots)) for count in range(slots + 1)]
+    hull: list[tuple[int, float]] = []
+    for point in points:
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    steps = [torch.full((high[0] - low[0],), -_slope(low, high)) for low, high in pairwise(hull)]
+    return torch.cat(steps).double()
+
+
+def _error(fractions: Sequence[float], errors: Sequence[float], fraction: float) -> float:
+    """The curve between its points."""
+    known = [math.log(max(error, _TINY)) for error in errors]
+    if fraction >= fractions[-1]:
+        return math.exp(known[-1]) * (1 - fraction) / (1 - fractions[-1])
+    if len(known) == 1:
+        return math.exp(known[0])
+    high = min(max(1, bisect_right(fractions, fraction)), len(known) - 1)
+    along = (fraction - fractions[high - 1]) / (fractions[high] - fractions[high - 1])
+    return math.exp(known[high - 1] + along * (known[high] - known[high - 1]))
+
+
+def _slope(low: tuple[int, float], high: tuple[int, float]) -> float:
+    return (high[1] - low[1]) / (high[0] - low[0])

@@ -1,0 +1,66 @@
+"""What a calibration is asked to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from agentmem.errors import SettingsRefused
+
+Method = Literal["attention", "fisher", "loss"]
+
+METHODS: tuple[Method, ...] = get_args(Method)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How a text is cut into windows, and what is measured in each.
+
+    A window is a context and the tokens that follow it. ``keep_first`` and ``keep_recent`` tokens of the context stay
+    as they are; what lies between is the segment.
+    """
+
+    method: Method = "attention"
+    context: int = 512
+    ahead: int = 128
+    """Tokens behind the context, on which ``fisher`` and ``loss`` measure. ``attention`` needs none."""
+    keep_first: int = 16
+    keep_recent: int = 96
+    ratios: tuple[float, ...] = (0.125, 0.25, 0.5)
+    """Kept fractions of all slots at which slots are dealt; the shares are averaged over them."""
+    fractions: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75)
+    """Kept fractions of one head's slots at which its error is measured."""
+    samples: int = 4
+    """``fisher`` only: next tokens drawn from the model at every position."""
+    policy: str = "am-halving"
+    """Whose compactor ``fisher`` and ``loss`` measure."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        if self.method not in METHODS:
+            raise SettingsRefused(f"method: {self.method!r} is unknown; choose one of {', '.join(METHODS)}")
+        least = self.keep_first + self.keep_recent + 1
+        if self.context < least:
+            raise SettingsRefused(
+                f"context: {self.context} tokens leave no segment between keep_first={self.keep_first} and "
+                f"keep_recent={self.keep_recent}; give at least {least}"
+            )
+        for name in ("ahead", "samples"):
+            if getattr(self, name) < 1:
+                raise SettingsRefused(f"{name}: {getattr(self, name)} is too few; give at least 1")
+        for name in ("ratios", "fractions"):
+            values: tuple[float, ...] = getattr(self, name)
+            rising = all(low < high for low, high in zip((0.0, *values), (*values, 1.0), strict=True))
+            if not values or not rising:
+                raise SettingsRefused(f"{name}: {values} do not rise between 0 and 1")
+
+    @property
+    def segment(self) -> int:
+        """Slots of a head that can be compacted."""
+        return self.context - self.keep_first - self.keep_recent
+
+    @property
+    def window(self) -> int:
+        """Tokens of one window."""
+        return self.context if self.method == "attention" else self.context + self.ahead

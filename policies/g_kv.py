@@ -1,0 +1,115 @@
+"""G-KV: R-KV's choice with attention remembered from one compaction to the next.
+
+Source: "G-KV: Decoding-Time KV Cache Eviction with Global Attention", arXiv:2512.00504, equation 3: the global score
+is the larger of α times the last one and the window's attention now, which is scaled to a maximum of 1 in every head;
+its code for the rest (mean over the window of the largest weight of the group, no pooling, redundancy scaled likewise).
+
+The paper compresses every 128 tokens, so α works once in 128 tokens; here once each time the memory fills. What the
+score column carries is the global score, without the redundancy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from agentmem.contracts import HeadCompaction, Policy, Queries, Segment, SegmentShape
+from agentmem.policies.budgets import by_name
+from agentmem.policies.eviction import FLOAT, Observation, check_share, check_window, largest_of_group
+from agentmem.policies.r_kv import check_redundancy
+from agentmem.policies.solvers.attention import LocalAttention
+from agentmem.policies.solvers.redundancy import redundancy, redundancy_bytes
+from agentmem.policies.solvers.selection import top
+
+
+@dataclass(frozen=True)
+class GlobalScore(Observation):
+    """Keeps the slots with the largest λ global score + (1 - λ) (1 - redundancy)."""
+
+    scores = "carried"
+
+    decay: float = 0.8
+    """α: what a compaction leaves of the score before it."""
+    mix: float = 0.5
+    """λ."""
+    threshold: float = 0.5
+    """Keys with a larger cosine are similar."""
+    spared: int = 1
+    """Of the slots similar to any one, so many of the newest are not blamed for it."""
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot work."""
+        check_share("decay", self.decay)
+        check_redundancy(self.mix, self.threshold, self.spared)
+
+    def scratch(self, shape: SegmentShape) -> int:
+        """Observing with two blocks of weights (the group's and one head's), then redundancy."""
+        repeated = redundancy_bytes(shape.slots, shape.key_dim, self.block_bytes)
+        return self.attention_bytes(shape, copies=2, then=repeated) + 2 * shape.slots * FLOAT
+
+    def workspace(self, shape: SegmentShape) -> int:
+        """As any eviction, and the scores to be carried: of one head's slots and of all that is kept."""
+        return super().workspace(shape) + (shape.slots + shape.heads * shape.budget) * FLOAT
+
+    def score(self, segment: Segment, index: int) -> torch.Tensor:
+        """The global score mixed with what is not redundant: 0 … 1."""
+        attention = self.attention(segment, index)
+        return self._mixed(attention, self._carried(segment, index, attention))
+
+    def keep(self, segment: Segment, index: int, count: int) -> HeadCompaction:
+        """The ``count`` best slots of KV head ``index`` with their global scores."""
+        head = segment.heads[index]
+        if not head.slots:
+            return super().keep(segment, index, count)
+        attention = self.attention(segment, index)
+        carried = self._carried(segment, index, attention)
+        if count == 0 or count >= head.slots:
+            kept = torch.arange(count, device=head.keys.device)
+        else:
+            kept = top(self._mixed(attention, carried), count)
+        return HeadCompaction(kept, scores=carried[kept])
+
+    def _carried(self, segment: Segment, index: int, attention: LocalAttention) -> torch.Tensor:
+        """The global score ``[T]``, in 0 … 1; slots that no compaction has seen carry 0."""
+        before = segment.heads[index].scores
+        if before is None:
+            raise ValueError("this segment has no score column; G-KV needs a memory that carries scores")
+        now = torch.zeros_like(before)
+        for weight, weights in largest_of_group(attention, segment.weights, lambda block: attention.weights(block)[0]):
+            now.add_(weights.sum(dim=0), alpha=weight)
+            del weights  # before the next block is made
+        return torch.maximum(now.div_(now.max()), before * self.decay)
+
+    def _mixed(self, attention: LocalAttention, carried: torch.Tensor) -> torch.Tensor:
+        repeated = redundancy(
+            attention.keys, threshold=self.threshold, spared=self.spared, block_bytes=self.block_bytes
+        )
+        fresh = repeated.div_(repeated.max()).neg_().add_(1)
+        return fresh.mul_(1 - self.mix).add_(carried, alpha=self.mix)
+
+
+def g_kv(
+    *,
+    window: int = 16,
+    decay: float = GlobalScore.decay,
+    mix: float = GlobalScore.mix,
+    threshold: float = GlobalScore.threshold,
+    spared: int = GlobalScore.spared,
+    budgets: str = "uniform",
+) -> Policy:
+    """Keep what the newest ``window`` tokens attend to or what earlier ones did, less what repeats; ``decay`` is α.
+
+    Raises:
+        ValueError: an option's value cannot work.
+
+    """
+    check_window(window)
+    return Policy(
+        name="g-kv",
+        summary="attended slots with scores carried from before, less those whose keys repeat others",
+        source="G-KV, arXiv:2512.00504",
+        compactor=GlobalScore(decay=decay, mix=mix, threshold=threshold, spared=spared),
+        budgets=by_name(budgets),
+        queries=Queries.of("live", tokens=window),
+    )

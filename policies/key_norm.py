@@ -1,0 +1,48 @@
+"""Key norm: the slots with the shortest keys.
+
+Source: "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression", arXiv:2406.11430, section 3:
+keys of low norm tend to be attended to. No query is needed.
+
+The paper leaves the first two layers alone (section 4); here every layer gives what the budgets say. Norms differ from
+head to head, so scores are relative to the mean norm of the head: the order within a head is the paper's.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from agentmem.contracts import Policy, Segment, SegmentShape
+from agentmem.policies.budgets import by_name
+from agentmem.policies.eviction import FLOAT, Eviction
+
+_EPSILON = 1e-12
+
+
+class ShortestKeys(Eviction):
+    """Keeps the slots with the shortest keys."""
+
+    def scratch(self, shape: SegmentShape) -> int:
+        """The keys in float32 and their norms."""
+        casts = shape.slots * shape.key_dim * FLOAT if shape.itemsize < FLOAT else 0
+        return casts + 2 * shape.slots * FLOAT
+
+    def score(self, segment: Segment, index: int) -> torch.Tensor:
+        """The mean length of the head's keys over the key's own."""
+        norms: torch.Tensor = segment.heads[index].keys.float().norm(dim=-1)
+        return norms.mean() / norms.clamp_(min=_EPSILON)
+
+
+def key_norm(*, budgets: str = "uniform") -> Policy:
+    """Keep the slots with the shortest keys.
+
+    Raises:
+        ValueError: an option's value cannot work.
+
+    """
+    return Policy(
+        name="key-norm",
+        summary="slots with the shortest keys",
+        source="arXiv:2406.11430",
+        compactor=ShortestKeys(),
+        budgets=by_name(budgets),
+    )

@@ -1,14 +1,15 @@
 """Policies by name: the entry-point group ``agentmem.policies``, the same door for built-ins and third parties.
 
 An entry point names a factory: called with keyword options, all of them optional, it returns a
-:class:`agentmem.contracts.Policy`. This is the only dynamic import of the project.
+:class:`agentmem.contracts.Policy`. This is the only dynamic import of the project. A *spec* is a policy with options
+as one text: ``am-halving[score=max,steps=4]``.
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from agentmem.contracts import PolicyFactory
 
 GROUP = "agentmem.policies"
+SPEC = "name[option=value,option=value]"
+"""How a policy with options is written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +36,14 @@ class CatalogueRow:
 
 
 def policy(name_or_policy: str | Policy, **options: object) -> Policy:
-    """The policy of that name made with ``options``; a :class:`Policy` is returned as it is.
+    """The policy of that name or spec made with ``options``; a :class:`Policy` is returned as it is.
+
+    A policy made from a spec with options has the spec as its name, so that reports say what ran.
 
     Raises:
         UnknownPolicy: nothing of that name is installed; the message suggests the nearest names and lists all.
-        SettingsRefused: an option is unknown or its value cannot work, the name is offered twice, or what it names
-            cannot be imported or does not return a policy; the message names the distribution.
+        SettingsRefused: a spec cannot be read, an option is unknown, given twice or its value cannot work, the name is
+            offered twice, or what it names cannot be imported or does not return a policy.
 
     """
     if isinstance(name_or_policy, Policy):
@@ -49,7 +54,25 @@ def policy(name_or_policy: str | Policy, **options: object) -> Policy:
                 "give the policy's name with the options, or put them into the policy"
             )
         return name_or_policy
-    return _make(_only(name_or_policy), options)
+    name, written = _read(name_or_policy)
+    twice = ", ".join(sorted(written.keys() & options.keys()))
+    if twice:
+        raise SettingsRefused(f"policy {name_or_policy!r}: option {twice} is given beside the spec too; give it once")
+    made = _make(_only(name), {**written, **options})
+    return replace(made, name=name_or_policy.strip()) if written else made
+
+
+def specs(text: str) -> list[str]:
+    """The names and specs of a comma-separated list, each once; commas inside brackets belong to their spec.
+
+    Raises:
+        SettingsRefused: the list is empty, or a bracket has no partner.
+
+    """
+    found = [spec.strip() for spec in _split(text, text) if spec.strip()]
+    if not found:
+        raise SettingsRefused(f"policies: {text!r} names no policy; write am-halving,window")
+    return list(dict.fromkeys(found))
 
 
 def names() -> tuple[str, ...]:
@@ -69,6 +92,61 @@ def catalogue() -> list[CatalogueRow]:
         else:
             rows.append(CatalogueRow(name, made.summary, made.source, distribution))
     return rows
+
+
+def _read(spec: str) -> tuple[str, dict[str, object]]:
+    """The name and the options of a spec; a plain name has none."""
+    name, bracket, rest = (part.strip() for part in spec.partition("["))
+    options: dict[str, object] = {}
+    if not bracket and "]" not in name:
+        return name, options
+    if not name or not rest.endswith("]"):
+        raise SettingsRefused(f"policy {spec!r} cannot be read: {_misplaced(name, rest)}; write {SPEC}")
+    for item in _split(rest[:-1], spec):
+        option, equals, value = (part.strip() for part in item.partition("="))
+        if not option.isidentifier() or not equals or not value:
+            raise SettingsRefused(f"policy {spec!r} cannot be read: {item.strip()!r} is no option=value; write {SPEC}")
+        if option in options:
+            raise SettingsRefused(f"policy {spec!r}: option {option!r} is given twice; give it once")
+        options[option] = _value(value)
+    return name, options
+
+
+def _misplaced(name: str, rest: str) -> str:
+    if not rest:
+        return "']' without '['" if "]" in name else "nothing follows '['"
+    if "]" not in rest:
+        return "its '[' is never closed"
+    return "']' does not end it" if name else "no name before '['"
+
+
+def _split(text: str, whole: str) -> list[str]:
+    """``text`` at its commas, those inside brackets left alone; ``whole`` is what a refusal quotes."""
+    pieces, depth = [""], 0
+    for character in text:
+        depth += (character == "[") - (character == "]")
+        if depth < 0:
+            break
+        if character == "," and depth == 0:
+            pieces.append("")
+        else:
+            pieces[-1] += character
+    if depth:
+        fault = "a '[' is never closed" if depth > 0 else "a ']' closes nothing"
+        raise SettingsRefused(f"policy {whole!r} cannot be read: {fault}; write {SPEC}")
+    return pieces
+
+
+def _value(text: str) -> object:
+    """An integer, a number or a truth value if it reads as one, else the text."""
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def _registered() -> dict[str, list[EntryPoint]]:
@@ -100,6 +178,9 @@ def _make(point: EntryPoint, options: dict[str, object]) -> Policy:
         made = factory(**options)
     except ValueError as error:
         raise SettingsRefused(f"policy {point.name!r}: {error}") from error
+    except TypeError as error:
+        given = ", ".join(f"{name}={value!r}" for name, value in options.items()) or "no options"
+        raise SettingsRefused(f"{origin} failed with {given}: TypeError: {error}; check the options' values") from error
     except Exception as error:
         raise SettingsRefused(f"{origin} failed: {type(error).__name__}: {error}; mend or uninstall it") from error
     if not isinstance(made, Policy):

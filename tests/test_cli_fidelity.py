@@ -9,7 +9,10 @@ import pytest
 
 from shell import CAP_BYTES, SMALL, agentmem, save_model
 
-ROW_KEYS = {"policy", "kl_mean", "kl_p95", "top1", "delta_nll", "num_compactions", "held", "bytes", "seconds"}
+ROW_KEYS = {
+    "policy", "equal", "offset", "kl_mean", "kl_p95", "top1", "delta_nll", "num_compactions", "held", "bytes",
+    "seconds", "compact_seconds", "positions", "capacity", "kl_by_compaction", "drift",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,7 @@ def test_fidelity_reports_rows_with_stable_keys(fidelity: list[str]) -> None:
     assert [(row["policy"], row["equal"]) for row in found] == [
         ("window", "slots"), ("am-halving", "slots"), ("window", "bytes"), ("am-halving", "bytes"),
     ]  # fmt: skip
-    assert all(row.keys() >= ROW_KEYS | {"kl_by_compaction"} for row in found)
+    assert all(row.keys() == ROW_KEYS for row in found)
     assert all(row["bytes"] <= CAP_BYTES for row in found if row["equal"] == "bytes")
     assert all(row["held"] == 64 for row in found if row["equal"] == "slots")
     assert "KL at equal bytes" in result.stderr
@@ -58,6 +61,43 @@ def test_fidelity_prints_a_table_and_resumes(fidelity: list[str], tmp_path: Path
     assert one[0]["seconds"] != three[0]["seconds"]
 
 
+def test_the_help_shows_how_options_are_written() -> None:
+    """Brackets are not taken for markup."""
+    shown = agentmem("eval", "fidelity", "--help").stdout
+
+    assert "am-halving[steps=4]" in shown
+
+
+def test_fidelity_takes_several_passages(fidelity: list[str]) -> None:
+    """Every row has its offset, a table stands for each passage, and the last has medians."""
+    result = agentmem(*fidelity, "--slots", "64", "--offset", "0,30,10", "--policies", "window", "--json", "-")
+    alone = agentmem(*fidelity, "--slots", "64", "--offset", "10", "--policies", "window", "--json", "-")
+
+    assert result.exit_code == alone.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert [row["offset"] for row in found] == [0, 30, 10]
+    assert found[2:] == json.loads(alone.stdout)
+    assert "positions past the cap, from character 30" in result.stderr
+    values = sorted(row["kl_mean"] for row in found)
+    assert values[0] < values[1] < values[2]
+    assert f"{values[1]:.4f}" in result.stderr.partition("medians over the passages")[2]
+    assert "medians" not in alone.stderr
+
+
+def test_fidelity_reports_drift(fidelity: list[str], tmp_path: Path) -> None:
+    """From sixteen compactions on there is a table of groups of eight, and a picture with --plot."""
+    arguments = ("--tokens", "800", "--slots", "64", "--policies", "window,am-halving[steps=4]")
+    result = agentmem(*fidelity, *arguments, "--plot", str(tmp_path / "pictures"), "--json", str(tmp_path / "r.json"))
+
+    assert result.exit_code == 0, result.output
+    drift = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))[1]["drift"]
+    assert [(group["first"], group["last"]) for group in drift] == [(1, 8), (9, 16), (17, 23)]
+    assert "1–8" in result.stdout
+    assert all(f"{group['kl_mean']:.4f}" in result.stdout for group in drift)
+    assert "am-halving[steps=4]" in result.stdout
+    assert (tmp_path / "pictures" / "drift.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_fidelity_keeps_what_was_measured_before_an_error(fidelity: list[str]) -> None:
     """A policy that cannot serve the terms is an error; the rows before it are printed and kept."""
     result = agentmem(*fidelity, "--cap", "128KiB", "--policies", "window,full,am-halving", "--json", "-")
@@ -75,6 +115,10 @@ def test_fidelity_keeps_what_was_measured_before_an_error(fidelity: list[str]) -
         (("--policies", ","), ("names no policy",)),
         (("--tokens", "5000"), ("5001 are needed",)),
         (("--offset", "900"), ("from character 900",)),
+        (("--offset", "0,900"), ("from character 900",)),
+        (("--offset", "0,many"), ("--offset: '0,many' is no list of numbers",)),
+        (("--offset", "0,0"), ("must name different numbers",)),
+        (("--policies", "window[a"), ("cannot be read",)),
         (("--text", "nowhere.txt"), ("cannot read nowhere.txt",)),
         (("--slots", "9"), ("max_slots: 9",)),
         (("--cap", "8KiB"), ("too small",)),

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from agentmem.errors import AgentmemError, SettingsRefused, UnknownPolicy
-from agentmem.evaluation import Measurement, Terms, default_text, fidelity, passage, read_text, rows, stream
+import tiny
+from agentmem.errors import AgentmemError, UnknownPolicy
+from agentmem.evaluation import Measurement, Terms, fidelity, rows, stream
+from agentmem.evaluation.fidelity import medians
 from agentmem.evaluation.full_logits import fingerprint, full_logits, passage_key
 from agentmem.evaluation.metrics import Divergence
 from agentmem.testing import tiny_model
@@ -33,8 +35,8 @@ def ids() -> torch.Tensor:
     return torch.randint(2, 128, (TOKENS + 1,), generator=torch.Generator().manual_seed(1))
 
 
-def loop(full: torch.Tensor, capped: torch.Tensor, target: int) -> tuple[float, float]:
-    """KL(full ‖ capped) and the difference of the target's negative log-likelihood, by hand."""
+def loop(full: torch.Tensor, capped: torch.Tensor, target: int) -> tuple[float, float, float]:
+    """KL(full ‖ capped), and the target's negative log-likelihood: how much more than the full one's, and itself."""
 
     def log_probabilities(logits: torch.Tensor) -> list[float]:
         values = [float(value) for value in logits]
@@ -42,7 +44,8 @@ def loop(full: torch.Tensor, capped: torch.Tensor, target: int) -> tuple[float, 
         return [value - max(values) - math.log(total) for value in values]
 
     p, q = log_probabilities(full), log_probabilities(capped)
-    return math.fsum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True)), p[target] - q[target]
+    kl = math.fsum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True))
+    return kl, p[target] - q[target], -q[target]
 
 
 def test_the_metrics_match_plain_loops() -> None:
@@ -56,8 +59,9 @@ def test_the_metrics_match_plain_loops() -> None:
     found.add(full[100:], capped[100:], targets[100:], 3)
 
     expected = [loop(full[at], capped[at], int(targets[at])) for at in range(130)]
-    assert found.kl == pytest.approx([kl for kl, _ in expected], abs=1e-12)
-    assert found.delta_nll == pytest.approx([delta for _, delta in expected], abs=1e-12)
+    assert found.kl == pytest.approx([kl for kl, _, _ in expected], abs=1e-12)
+    assert found.delta_nll == pytest.approx([delta for _, delta, _ in expected], abs=1e-12)
+    assert found.nll == pytest.approx([loop(capped[at], capped[at], int(targets[at]))[2] for at in range(130)])
     assert found.agrees == [bool(full[at].argmax() == capped[at].argmax()) for at in range(130)]
     assert found.compactions == [0] * 100 + [3] * 30
 
@@ -105,8 +109,12 @@ def test_the_full_logits_are_one_forward_of_the_model(model: Any, ids: torch.Ten
     found = full_logits(model, ids, tmp_path)
     again = full_logits(model, ids, tmp_path, progress=lambda _: pytest.fail("computed twice"))
 
+    later = full_logits(model, ids, tmp_path, first=200)
+
     assert torch.allclose(found, expected, atol=1e-4)
     assert torch.equal(found, again)
+    assert later.shape == (TOKENS - 200, 128)
+    assert torch.allclose(later, expected[200:], atol=1e-4)
 
 
 def test_equal_slots_means_equal(model: Any, ids: torch.Tensor, tmp_path: Path) -> None:
@@ -119,10 +127,25 @@ def test_equal_slots_means_equal(model: Any, ids: torch.Tensor, tmp_path: Path) 
         assert each.compactions[SLOTS] == 1
         assert max(map(abs, each.kl[:SLOTS])) < 1e-9
         assert each.compactions == measured[0].compactions
-    for row in rows(measured):
+    for row in rows(measured, offset=7):
+        assert 0 < row.compact_seconds < row.seconds
+        assert row.seconds_each == row.compact_seconds / row.num_compactions
+        assert (row.offset, row.drift) == (7, ())
         assert row.positions == TOKENS - SLOTS
         assert row.kl_mean > 1e-3
         assert len(row.kl_by_compaction) == row.num_compactions + 1
+
+
+def test_slots_that_a_policy_keeps_free_count(model: Any, ids: torch.Tensor, tmp_path: Path) -> None:
+    """Self-study keeps 40 of 64 + 40 slots free to write in: it compacts at token 64, and nothing is read before."""
+    terms = TERMS.model_copy(update={"slots": SLOTS + 40, "target": SLOTS // 2, "probe": "self-study"})
+    (found,) = stream(
+        model, ids, ["am-halving"], terms.model_copy(update={"probe_tokens": 8}), cache_dir=tmp_path,
+        tokenizer=tiny.tokenizer,
+    )  # fmt: skip
+
+    assert (found.capacity, found.held) == (SLOTS, SLOTS)
+    assert found.compactions[SLOTS - 1 : SLOTS + 1] == (0, 1)
 
 
 def test_equal_bytes_stay_under_the_cap(model: Any, ids: torch.Tensor, tmp_path: Path) -> None:
@@ -217,6 +240,15 @@ def test_the_probe_is_the_same_for_all_that_probe(model: Any, ids: torch.Tensor,
     assert len({each[1].kl for each in results.values()}) == 3
 
 
+def test_a_spec_is_its_own_row(model: Any, ids: torch.Tensor, tmp_path: Path) -> None:
+    """A policy with options is labelled by its spec and never taken for the plain one."""
+    spec = "am-halving[steps=5,score=max]"
+    plain, other = stream(model, ids, ["am-halving", spec], TERMS, cache_dir=tmp_path)
+
+    assert [row.policy for row in rows([plain, other])] == ["am-halving", spec]
+    assert plain.kl != other.kl
+
+
 def test_other_weights_and_other_passages_have_other_keys(model: Any, ids: torch.Tensor) -> None:
     """The key of a passage follows the weights, the numbers' format and the tokens."""
     other = tiny_model("llama", seed=1)
@@ -237,6 +269,7 @@ def measurement(policy: str, capacity: int, kl: list[float]) -> Measurement:
         held=capacity,
         bytes=1,
         seconds=1.0,
+        compact_seconds=0.25,
         kl=tuple(kl),
         delta_nll=tuple(2 * value for value in kl),
         agrees=tuple(value < 0.5 for value in kl),
@@ -257,49 +290,40 @@ def test_all_rows_are_judged_on_the_same_positions() -> None:
     assert second.kl_by_compaction == (0.0, 1.0)
 
 
+def drifting(policy: str, kl: list[float]) -> Measurement:
+    """A hand-made run with one more compaction at every second position; ``kl`` has one value per compaction."""
+    counts = tuple(count for count in range(len(kl)) for _ in range(2))
+    each = tuple(value for value in kl for _ in range(2))
+    made = measurement(policy, 2, list(each))
+    return made.model_copy(update={"compactions": counts, "equal": "slots"})
+
+
+def test_drift_is_the_mean_of_eight_compactions_each() -> None:
+    """19 compactions: 1 to 8, 9 to 16 and the last three; what came before the first is in none."""
+    (row,) = rows([drifting("p", [100.0, *range(1, 20)])])
+
+    assert [(each.first, each.last, each.kl_mean, each.positions) for each in row.drift] == [
+        (1, 8, 4.5, 16), (9, 16, 12.5, 16), (17, 19, 18.0, 6),
+    ]  # fmt: skip
+    assert rows([drifting("p", [0.0] * 16)])[0].drift == ()
+
+
+def test_medians_are_over_passages() -> None:
+    """One line per policy and kind of limit, in order; three passages give the middle one, drift group by group."""
+    windows = [[*rows([drifting("p", [0.0] + [scale] * 17), measurement("q", 1, [scale] * 4)])] for scale in (1, 5, 2)]
+    found = medians([row for window in windows for row in window])
+
+    assert [(each.policy, each.equal, each.windows) for each in found] == [("p", "slots", 3), ("q", "bytes", 3)]
+    assert [each.kl_mean for each in found] == [2.0, 2.0]
+    assert [(each.first, each.last, each.kl_mean) for each in found[0].drift] == [
+        (1, 8, 2.0), (9, 16, 2.0), (17, 17, 2.0),
+    ]  # fmt: skip
+    assert found[1].seconds_each == 0.25
+
+
 def test_an_unknown_policy_is_refused_before_any_work(model: Any, ids: torch.Tensor, tmp_path: Path) -> None:
     """Nothing is computed for the known ones first."""
     with pytest.raises(UnknownPolicy, match="did you mean 'window'"):
         list(stream(model, ids, ["am-halving", "windw"], TERMS, cache_dir=tmp_path))
 
     assert list(tmp_path.iterdir()) == []
-
-
-class Characters:
-    """A tokenizer: one token per character."""
-
-    def __call__(self, text: str, **_: object) -> dict[str, torch.Tensor]:
-        """Code points."""
-        return {"input_ids": torch.tensor([[ord(character) for character in text]])}
-
-
-def test_a_passage_begins_at_the_offset() -> None:
-    """Offset counts characters; one token more than asked for is returned, to be predicted."""
-    found = passage(Characters(), "abcdefgh", offset=2, tokens=3)  # type: ignore[arg-type]
-
-    assert "".join(map(chr, found.tolist())) == "cdef"
-
-
-@pytest.mark.parametrize(("offset", "tokens"), [(0, 8), (6, 2), (100, 1), (0, 0), (-1, 2)])
-def test_a_text_that_is_too_short_is_refused(offset: int, tokens: int) -> None:
-    """The message has both numbers."""
-    with pytest.raises(SettingsRefused, match=str(tokens)):
-        passage(Characters(), "abcdefgh", offset=offset, tokens=tokens)  # type: ignore[arg-type]
-
-
-def test_the_shipped_text_is_there() -> None:
-    """A few pages of plain prose, enough for the default number of tokens."""
-    text = default_text()
-
-    assert 20_000 < len(text) < 26_000
-    assert text.isascii()
-
-
-def test_bad_texts_are_refused(tmp_path: Path) -> None:
-    """A missing file and one that is not UTF-8 are refused by name."""
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
-
-    with pytest.raises(SettingsRefused, match=r"nowhere\.txt"):
-        read_text(tmp_path / "nowhere.txt")
-    with pytest.raises(SettingsRefused, match="0xe9 at 3"):
-        read_text(tmp_path / "latin.txt")

@@ -25,6 +25,9 @@ FACTORY = """
     def crash():
         raise RuntimeError("no luck")
 
+    def typed(*, depth: int = 3, score: str = "rms", deep: bool = False) -> Policy:
+        return Policy(name="typed", summary=repr((depth + 0, score, deep)), source="here", compactor=None)
+
     notcallable = 3
 """
 
@@ -125,3 +128,72 @@ def test_a_name_offered_twice_is_refused(site: Path) -> None:
     with pytest.raises(SettingsRefused, match=r"offered 2 times: .* and .*; uninstall all but one"):
         plugins.policy("acme-good")
     assert {row.name: row for row in plugins.catalogue()}["acme-good"].error is not None
+
+
+def test_a_spec_is_a_policy_with_options(site: Path) -> None:
+    """Values are read as int, float, true or false, else text; the spec becomes the policy's name."""
+    distribution(site, "acme", "acme_five", {"acme-typed": "acme_five:typed"})
+
+    made = plugins.policy(" acme-typed[depth=2.5, score=a+b:0.5,deep=true] ")
+
+    assert made.summary == "(2.5, 'a+b:0.5', True)"
+    assert made.name == "acme-typed[depth=2.5, score=a+b:0.5,deep=true]"
+    assert plugins.policy("acme-typed[depth=-4]").summary == "(-4, 'rms', False)"
+    assert plugins.policy("acme-typed[deep=false]", depth=1).summary == "(1, 'rms', False)"
+    assert plugins.policy("acme-typed").name == "typed"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("am-halving[", "nothing follows '\\['"),
+        ("am-halving]", "'\\]' without '\\['"),
+        ("am-halving[steps=1", "its '\\[' is never closed"),
+        ("am-halving[steps=1]2", "'\\]' does not end it"),
+        ("am-halving[a=[1]", "'\\[' is never closed"),
+        ("am-halving[a=1]]", "'\\]' closes nothing"),
+        ("am-halving[]", "'' is no option=value"),
+        ("am-halving[steps]", "'steps' is no option=value"),
+        ("am-halving[steps=]", "'steps=' is no option=value"),
+        ("am-halving[=1]", "'=1' is no option=value"),
+        ("[steps=1]", "no name before"),
+    ],
+)
+def test_a_spec_that_cannot_be_read_says_where(spec: str, message: str) -> None:
+    """The message quotes the spec, names the fault and shows how a spec is written."""
+    with pytest.raises(SettingsRefused, match=f"cannot be read: .*{message}.*write name\\[option=value"):
+        plugins.policy(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("am-halving[stepps=1]", "no option 'stepps'; did you mean 'steps'"),
+        ("am-halving[steps=1,steps=2]", "'steps' is given twice"),
+        ("am-halfing[steps=1]", "'am-halfing' is unknown; did you mean 'am-halving'"),
+        ("am-halving[steps=many]", "failed with steps='many': TypeError: .*check the options' values"),
+        ("am-halving[ridge_mass=-1]", "ridge_mass: -1 is not a positive number"),
+    ],
+)
+def test_bad_options_of_a_spec_are_refused(spec: str, message: str) -> None:
+    """As options given by keyword are, with the value."""
+    with pytest.raises(SettingsRefused, match=message):
+        plugins.policy(spec)
+
+
+def test_an_option_of_a_spec_is_not_overruled() -> None:
+    """The same option beside the spec is refused: neither wins silently."""
+    with pytest.raises(SettingsRefused, match="option steps is given beside the spec too"):
+        plugins.policy("am-halving[steps=1]", steps=2)
+
+
+def test_a_list_is_split_outside_brackets_only() -> None:
+    """Commas inside brackets stay, repetitions and empty entries go."""
+    assert plugins.specs("window, am-halving[score=max,steps=4],,window") == ["window", "am-halving[score=max,steps=4]"]
+
+
+@pytest.mark.parametrize(("text", "message"), [(" ,", "names no policy"), ("a,b[c=1", "closed"), ("a],b", "nothing")])
+def test_a_list_that_cannot_be_split_is_refused(text: str, message: str) -> None:
+    """An empty list, and brackets without a partner."""
+    with pytest.raises(SettingsRefused, match=message):
+        plugins.specs(text)

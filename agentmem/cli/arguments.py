@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
-
-from agentmem.errors import SettingsRefused
 
 Model = Annotated[
     str | None, typer.Option(help="Hugging Face id or folder; without it the default model.", show_default=False)
 ]
 Cap = Annotated[str, typer.Option(help="Hard limit in bytes: 25165824, 24MiB, 1.5GB.")]
-PolicyName = Annotated[str, typer.Option(help="An installed policy: see `agentmem policies`.")]
+PolicyName = Annotated[
+    str,
+    typer.Option(help="An installed policy, or with options: am-halving\\[budgets=global]; see `agentmem policies`."),
+]
 KeepFirst = Annotated[int, typer.Option(min=0, help="First tokens that are never compacted.")]
 KeepRecent = Annotated[int, typer.Option(min=0, help="Last tokens that are never compacted.")]
 Target = Annotated[str, typer.Option(help="What a compaction leaves: a fraction (0.5), slots (256) or bytes (12MiB).")]
 Chunk = Annotated[int, typer.Option(min=1, help="Most tokens in one forward.")]
-ProbeSource = Literal["replay", "repeat", "live"]
-Probe = Annotated[ProbeSource | None, typer.Option(help="Where reference queries come from.", show_default=False)]
+Probe = Annotated[
+    str | None,
+    typer.Option(
+        help="Where reference queries come from: source[:share][*weight], joined by +, as in replay:3+spread.",
+        show_default=False,
+    ),
+]
 ProbeTokens = Annotated[
     int | None, typer.Option(min=1, help="Reference tokens; without it the plan chooses.", show_default=False)
 ]
@@ -34,19 +40,6 @@ def parse_target(text: str) -> int | float | str:
     return text
 
 
-def policy_options(probe: ProbeSource | None, probe_tokens: int | None) -> dict[str, object]:
+def policy_options(probe: str | None, probe_tokens: int | None) -> dict[str, object]:
     """The policy's options that were given; a policy refuses by name what it does not know."""
     return {name: value for name, value in (("probe", probe), ("probe_tokens", probe_tokens)) if value is not None}
-
-
-def names(text: str) -> list[str]:
-    """The entries of a comma-separated list.
-
-    Raises:
-        SettingsRefused: the list is empty.
-
-    """
-    found = [name.strip() for name in text.split(",") if name.strip()]
-    if not found:
-        raise SettingsRefused(f"--policies: {text!r} names no policy; write --policies am-halving,window")
-    return list(dict.fromkeys(found))

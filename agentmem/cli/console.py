@@ -35,7 +35,14 @@ def note(text: str) -> None:
 
 def table(title: str | None, columns: Sequence[str], lines: Iterable[Sequence[str]], *, left: Sequence[int]) -> Table:
     """A table; the columns numbered in ``left`` hold text, the others numbers."""
-    made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    # As Text, so that brackets in it (a policy with options) are not read as markup.
+    made = Table(
+        title=None if title is None else Text(title),
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+    )
     for index, column in enumerate(columns):
         made.add_column(column, justify="left" if index in left else "right", overflow="fold")
     for line in lines:

@@ -1,8 +1,29 @@
-"""Measuring what compaction costs: the instrument that every policy is judged by."""
+"""Measuring what compaction costs: the instruments that every policy is judged by."""
 
 from __future__ import annotations
 
-from agentmem.evaluation.fidelity import FidelityRow, Measurement, Terms, measure, rows, stream
+from agentmem.evaluation.facts import Document, Quiz, documents
+from agentmem.evaluation.fidelity import FidelityRow, Measurement, measure, rows, stream
+from agentmem.evaluation.one_shot import OneShotRow, Shot
 from agentmem.evaluation.passage import default_text, passage, read_text
+from agentmem.evaluation.recall import Recalled, RecallRow
+from agentmem.evaluation.terms import Terms
 
-__all__ = ["FidelityRow", "Measurement", "Terms", "default_text", "measure", "passage", "read_text", "rows", "stream"]
+__all__ = [
+    "Document",
+    "FidelityRow",
+    "Measurement",
+    "OneShotRow",
+    "Quiz",
+    "RecallRow",
+    "Recalled",
+    "Shot",
+    "Terms",
+    "default_text",
+    "documents",
+    "measure",
+    "passage",
+    "read_text",
+    "rows",
+    "stream",
+]

@@ -7,98 +7,97 @@ happen exactly there. What was measured is kept on disk, so a killed comparison 
 
 from __future__ import annotations
 
-import time
-from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from statistics import median
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 
-from agentmem import plugins
-from agentmem.contracts import QuerySource
-from agentmem.doors import capped
 from agentmem.evaluation.full_logits import full_logits, passage_key
 from agentmem.evaluation.kept import load, save, settings_key
 from agentmem.evaluation.metrics import Divergence
+from agentmem.evaluation.terms import Equal, Frozen, Reader, Spent, Terms
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from agentmem.contracts import Policy
-    from agentmem.hf import CappedMemory
 
-Equal = Literal["slots", "bytes"]
-_ROOMY = 1 << 50
-"""A cap that any policy's workspace fits into, for comparisons at equal slots; nothing of it is allocated ahead."""
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+GROUP = 8
+"""Compactions in one group of the drift."""
+LEAST_DRIFT = 2 * GROUP
+"""Compactions from which on drift is reported."""
 
 
-class Terms(_Frozen):
-    """What all policies of one comparison share: ``slots`` per KV head, or ``cap_bytes`` with the workspace in it."""
-
-    slots: int | None = Field(default=None, ge=1)
-    cap_bytes: int | None = Field(default=None, ge=1)
-    keep_first: int = Field(default=16, ge=0)
-    keep_recent: int = Field(default=96, ge=0)
-    target: int | float | str = 0.5
-    chunk: int = Field(default=1024, ge=1)
-    probe: QuerySource | None = None
-    """Replaces the source of every policy that probes; ``None`` leaves each its own."""
-    probe_tokens: int | None = Field(default=None, ge=1)
-    """The same probe length for every policy that probes; ``None`` lets the plan choose."""
-    seed: int = 0
-
-    @property
-    def equal(self) -> Equal:
-        """What is held equal over the policies."""
-        return "bytes" if self.slots is None else "slots"
-
-
-class Measurement(_Frozen):
+class Measurement(Spent):
     """One policy's run over one passage, position by position; see :class:`Divergence` for the measures."""
 
     policy: str
     equal: Equal
-    capacity: int
-    """Slots per KV head when the memory is full: the first position that needs a compaction."""
-    held: int
-    """The most slots that were held after a forward, mean over layers and KV heads."""
-    bytes: int
-    """The most that R + T came to."""
-    seconds: float
-    """Forwards and compactions, the comparison itself left out."""
     kl: tuple[float, ...]
     delta_nll: tuple[float, ...]
     agrees: tuple[bool, ...]
     compactions: tuple[int, ...]
 
 
-class FidelityRow(_Frozen):
+class Drift(Frozen):
+    """Mean KL of the ``positions`` that were read after ``first`` to ``last`` compactions."""
+
+    first: int
+    last: int
+    kl_mean: float
+    positions: int
+
+
+class FidelityRow(Frozen):
     """One line of the table. KL in nats, over the ``positions`` that lie past the first crossing of the cap."""
 
     policy: str
+    """The name or spec as it was asked for."""
     equal: Equal
+    offset: int
+    """Character of the text at which the passage begins."""
     kl_mean: float
     kl_p95: float
     top1: float
+    """Share of positions at which the most likely token is the same as with full memory."""
     delta_nll: float
+    """Negative log-likelihood of the text minus that with full memory, nats per token."""
     num_compactions: int
     held: int
     bytes: int
     seconds: float
+    compact_seconds: float
+    """Of ``seconds``, those spent compacting."""
     positions: int
     capacity: int
     kl_by_compaction: tuple[float, ...]
     """Mean KL of the positions read after 0, 1, 2, … compactions; the first shows an untouched memory's KL."""
+    drift: tuple[Drift, ...]
+    """The same in groups of eight compactions from the first on; empty below sixteen."""
+
+    @property
+    def seconds_each(self) -> float:
+        """Seconds per compaction; 0 without any."""
+        return self.compact_seconds / max(1, self.num_compactions)
+
+
+class Medians(Frozen):
+    """One policy's medians over ``windows`` passages; the fields are those of :class:`FidelityRow`."""
+
+    policy: str
+    equal: Equal
+    windows: int
+    kl_mean: float
+    kl_p95: float
+    top1: float
+    delta_nll: float
+    seconds_each: float
+    drift: tuple[Drift, ...]
 
 
 def measure(
@@ -117,25 +116,16 @@ def measure(
         AgentmemError: the terms do not fit the model, or the policy cannot serve them.
 
     """
-    divergence, position, most, seconds = Divergence(), 0, 0, 0.0
-    with _capped(model, policy, terms, tokenizer) as memory, torch.no_grad():
-        while position < len(full):
-            # A full memory has room 0: one token makes it compact, as in decoding, and then there is room again.
-            stop = min(position + max(1, min(memory.memory.slack(), memory.room())), len(full))
-            started = time.perf_counter()
-            piece = ids[position:stop].unsqueeze(0).to(model.device)
-            logits = model(input_ids=piece, past_key_values=memory, use_cache=True).logits[0]
-            seconds += time.perf_counter() - started
-            divergence.add(full[position:stop], logits, ids[position + 1 : stop + 1], len(memory.compactions))
-            most, position = max(most, memory.usage().held_slots), stop
-            progress(position)
+    divergence = Divergence()
+    with terms.memory(model, policy, tokenizer) as memory:
+        reader = Reader(model, memory)
+        for span, logits in reader.read(ids[:-1]):
+            divergence.add(full[span], logits, ids[span.start + 1 : span.stop + 1], len(memory.compactions))
+            progress(span.stop)
         return Measurement(
+            **dict(reader.spent()),
             policy=policy.name,
             equal=terms.equal,
-            capacity=memory.plan.capacity,
-            held=round(most / sum(layer.kv_heads for layer in memory.memory.shape.layers)),
-            bytes=memory.report().peak_bytes,
-            seconds=seconds,
             kl=tuple(divergence.kl),
             delta_nll=tuple(divergence.delta_nll),
             agrees=tuple(divergence.agrees),
@@ -163,7 +153,7 @@ def stream(
         AgentmemError: see :func:`measure`; what was saved before stays.
 
     """
-    made = [_policy(name, terms) for name in policies]  # an unknown name is refused before any work
+    made = [terms.policy(spec) for spec in policies]  # an unknown name is refused before any work
     folder = cache_dir / passage_key(model, ids)
     full: torch.Tensor | None = None
     for policy in made:
@@ -178,8 +168,8 @@ def stream(
         yield found
 
 
-def rows(measurements: Sequence[Measurement]) -> tuple[FidelityRow, ...]:
-    """The table. All policies are judged on the same positions: from where the first of them had to compact.
+def rows(measurements: Sequence[Measurement], *, offset: int = 0) -> tuple[FidelityRow, ...]:
+    """The table of one passage. All policies are judged on the same positions: from where the first had to compact.
 
     Positions before any compaction are left out because nothing differs there; where no policy had to compact, all
     positions count.
@@ -189,15 +179,16 @@ def rows(measurements: Sequence[Measurement]) -> tuple[FidelityRow, ...]:
         equal: min((each.capacity for each in crossed if each.equal == equal), default=0)
         for equal in ("slots", "bytes")
     }
-    return tuple(_row(each, first[each.equal]) for each in measurements)
+    return tuple(_row(each, first[each.equal], offset) for each in measurements)
 
 
-def _row(measurement: Measurement, first: int) -> FidelityRow:
+def _row(measurement: Measurement, first: int, offset: int) -> FidelityRow:
     kl = np.array(measurement.kl)
     counts = np.array(measurement.compactions)
     return FidelityRow(
         policy=measurement.policy,
         equal=measurement.equal,
+        offset=offset,
         kl_mean=float(kl[first:].mean()),
         kl_p95=float(np.percentile(kl[first:], 95)),
         top1=float(np.mean(measurement.agrees[first:])),
@@ -206,37 +197,49 @@ def _row(measurement: Measurement, first: int) -> FidelityRow:
         held=measurement.held,
         bytes=measurement.bytes,
         seconds=measurement.seconds,
+        compact_seconds=measurement.compact_seconds,
         positions=len(kl) - first,
         capacity=measurement.capacity,
         kl_by_compaction=tuple(float(kl[counts == count].mean()) for count in range(int(counts[-1]) + 1)),
+        drift=_drift(kl, counts),
     )
 
 
-def _policy(name: str, terms: Terms) -> Policy:
-    """The named policy with the comparison's common probe."""
-    policy = plugins.policy(name)
-    if not policy.queries.probes and policy.queries.source != "live":
-        return policy
-    queries = replace(
-        policy.queries,
-        source=terms.probe or policy.queries.source,
-        tokens=terms.probe_tokens or policy.queries.tokens,
+def _drift(kl: np.ndarray, counts: np.ndarray) -> tuple[Drift, ...]:
+    total = int(counts[-1])
+    if total < LEAST_DRIFT:
+        return ()
+    found = []
+    for first in range(1, total + 1, GROUP):
+        last = min(first + GROUP - 1, total)
+        within = kl[(counts >= first) & (counts <= last)]
+        found.append(Drift(first=first, last=last, kl_mean=float(within.mean()), positions=len(within)))
+    return tuple(found)
+
+
+def medians(found: Sequence[FidelityRow]) -> tuple[Medians, ...]:
+    """One line per (equal, policy), in order of appearance: medians over the passages that were measured."""
+    groups: dict[tuple[Equal, str], list[FidelityRow]] = {}
+    for row in found:
+        groups.setdefault((row.equal, row.policy), []).append(row)
+    return tuple(_medians(group) for group in groups.values())
+
+
+def _medians(group: Sequence[FidelityRow]) -> Medians:
+    first = group[0]
+    names = ("kl_mean", "kl_p95", "top1", "delta_nll", "seconds_each")
+    return Medians(
+        policy=first.policy,
+        equal=first.equal,
+        windows=len(group),
+        **{name: median(getattr(row, name) for row in group) for name in names},
+        drift=_median_drift([row.drift for row in group]),
     )
-    return replace(policy, queries=queries)
 
 
-def _capped(
-    model: PreTrainedModel, policy: Policy, terms: Terms, tokenizer: PreTrainedTokenizerBase | None
-) -> AbstractContextManager[CappedMemory]:
-    return capped(
-        model,
-        terms.cap_bytes or _ROOMY,
-        policy=policy,
-        tokenizer=tokenizer,
-        keep_first=terms.keep_first,
-        keep_recent=terms.keep_recent,
-        target=terms.target,
-        chunk=terms.chunk,
-        max_slots=terms.slots,
-        seed=terms.seed,
+def _median_drift(drifts: Sequence[Sequence[Drift]]) -> tuple[Drift, ...]:
+    """Group by group, as far as every passage has it."""
+    return tuple(
+        same[0].model_copy(update={"kl_mean": median(each.kl_mean for each in same)})
+        for same in zip(*drifts, strict=False)
     )

@@ -43,10 +43,13 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def passage_key(model: PreTrainedModel, ids: torch.Tensor) -> str:
-    """Names one (model, passage, software) triple; 24 hexadecimal digits."""
+def passage_key(model: PreTrainedModel, ids: torch.Tensor, digest: str | None = None) -> str:
+    """Names one (model, passage, software) triple; 24 hexadecimal digits.
+
+    ``digest`` is the model's :func:`fingerprint`, for callers that ask about several passages.
+    """
     facts = {
-        "model": fingerprint(model),
+        "model": digest or fingerprint(model),
         "ids": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
         "dtype": str(model.dtype),
         "device": model.device.type,
@@ -61,41 +64,48 @@ def full_logits(
     ids: torch.Tensor,
     folder: Path,
     *,
+    first: int = 0,
     fresh: bool = False,
     progress: Callable[[int], None] = lambda _: None,
 ) -> torch.Tensor:
     """Logits ``[tokens, V]`` float32 after each of ``ids [tokens + 1]`` but the last; ``folder`` holds their file.
 
+    With ``first``, only those from that position on, ``[tokens - first, V]``.
+
     Raises:
         AgentmemError: the folder cannot be written or the disk is too small; the message says how much is needed.
 
     """
-    tokens, vocabulary = len(ids) - 1, _vocabulary(model, ids)
-    path = folder / "full-logits.f32"
+    tokens, vocabulary = len(ids) - 1 - first, _vocabulary(model, ids)
+    path = folder / (f"full-logits-from-{first}.f32" if first else "full-logits.f32")
     size = tokens * vocabulary * 4
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if fresh or not path.exists() or path.stat().st_size != size:
             _require_space(folder, size)
-            _compute(model, ids[:-1], path, progress)
+            _compute(model, ids[:-1], first, path, progress)
         # Copy-on-write: writable as torch wants it, but the file never changes.
         return torch.from_numpy(np.memmap(path, dtype=np.float32, mode="c", shape=(tokens, vocabulary)))
     except OSError as error:
         raise AgentmemError(
-            f"fidelity: cannot keep the full-memory logits ({format_bytes(size)}) at {path}: "
+            f"evaluation: cannot keep the full-memory logits ({format_bytes(size)}) at {path}: "
             f"{error.strerror or error}; choose another place with --cache-dir"
         ) from error
 
 
-def _compute(model: PreTrainedModel, ids: torch.Tensor, path: Path, progress: Callable[[int], None]) -> None:
+def _compute(
+    model: PreTrainedModel, ids: torch.Tensor, first: int, path: Path, progress: Callable[[int], None]
+) -> None:
     """Write to a partial file and rename: a file of that name is whole."""
     partial = path.with_suffix(".partial")
     cache = DynamicCache(config=model.config)
     with partial.open("wb") as file, torch.no_grad():
         for part in blocks(len(ids), _PIECE):
             piece = ids[part].unsqueeze(0).to(model.device)
-            logits = model(input_ids=piece, past_key_values=cache, use_cache=True).logits[0]
-            file.write(logits.float().cpu().contiguous().numpy().tobytes())
+            wanted = part.stop - max(part.start, first)
+            output = model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=max(1, wanted))
+            if wanted > 0:
+                file.write(output.logits[0].float().cpu().contiguous().numpy().tobytes())
             progress(part.stop)
     partial.replace(path)
 
@@ -110,6 +120,6 @@ def _require_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size:
         raise AgentmemError(
-            f"fidelity: the full-memory logits need {format_bytes(size)} on disk, but {folder} has "
+            f"evaluation: the full-memory logits need {format_bytes(size)} on disk, but {folder} has "
             f"{format_bytes(free)} free; lower --tokens or choose another place with --cache-dir"
         )

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import os
 import sys
+from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -18,19 +19,20 @@ if TYPE_CHECKING:
     from agentmem.contracts import Policy
 
 Kept = TypeVar("Kept", bound=BaseModel)
+_DRAWING = frozenset({"pictures.py", "plots.py"})
 
 
-def settings_key(policy: Policy, terms: BaseModel) -> str:
-    """Names a policy with its options, its terms and the code they run through; 24 hexadecimal digits."""
-    parts = (
-        policy.name,
-        repr(policy.queries),
-        _state(policy.compactor),
-        _state(policy.budgets),
-        terms.model_dump_json(),
-    )
-    digest = hashlib.sha256("\n".join(parts).encode())
-    for source in sorted({*_core(), *_policy_sources(policy)}):
+def settings_key(policy: Policy | str, *terms: BaseModel) -> str:
+    """Names a policy with its options, its terms and the code they run through; 24 hexadecimal digits.
+
+    A text stands for a way of reading that needs no policy.
+    """
+    parts, sources = [policy if isinstance(policy, str) else policy.name], set(_core())
+    if not isinstance(policy, str):
+        parts += [repr(policy.queries), _state(policy.compactor), _state(policy.budgets)]
+        sources |= _policy_sources(policy)
+    digest = hashlib.sha256("\n".join([*parts, *(each.model_dump_json() for each in terms)]).encode())
+    for source in sorted(sources):
         digest.update(_file_digest(source))
     return digest.hexdigest()[:24]
 
@@ -56,23 +58,26 @@ def save(value: BaseModel, path: Path) -> None:
         partial.replace(path)
     except OSError as error:
         raise AgentmemError(
-            f"fidelity: cannot write {path}: {error.strerror or error}; choose another place with --cache-dir"
+            f"evaluation: cannot write {path}: {error.strerror or error}; choose another place with --cache-dir"
         ) from error
 
 
 def _state(part: object) -> str:
     """The class of a compactor or of budgets with its options."""
-    options = sorted(vars(part).items()) if hasattr(part, "__dict__") else []
-    return f"{type(part).__module__}.{type(part).__qualname__} {options}"
+    options = {**getattr(part, "__dict__", {})}
+    if is_dataclass(part):  # one with slots has no __dict__ of its fields
+        options |= {each.name: getattr(part, each.name) for each in fields(part)}
+    return f"{type(part).__module__}.{type(part).__qualname__} {sorted(options.items())}"
 
 
-def _core() -> tuple[Path, ...]:
-    """The sources of the runtime and of this instrument."""
+def _core() -> set[Path]:
+    """The sources of the runtime and of this instrument, without those that only draw."""
     here = Path(__file__).parent
-    return (*here.parent.glob("*.py"), *here.glob("*.py"))
+    found = {*here.parent.glob("*.py"), *here.parent.glob("hf/*.py"), *here.glob("*.py")}
+    return {path for path in found if path.name not in _DRAWING}
 
 
-def _policy_sources(policy: Policy) -> tuple[Path, ...]:
+def _policy_sources(policy: Policy) -> set[Path]:
     """The sources of the package that defines the policy's parts, or of their module if it is in none."""
     found: set[Path] = set()
     for part in (policy.compactor, policy.budgets):
@@ -81,7 +86,7 @@ def _policy_sources(policy: Policy) -> tuple[Path, ...]:
             continue
         source = Path(inspect.getfile(module))
         found.update(source.parent.rglob("*.py") if module.__package__ else [source])
-    return tuple(found)
+    return found
 
 
 @cache

@@ -17,12 +17,13 @@ _BLOCK = 64
 class Divergence:
     """Per-position measures of ``capped`` against ``full``, appended piece by piece.
 
-    ``kl`` is KL(full ‖ capped) in nats; ``delta_nll`` is the capped model's negative log-likelihood of the true next
-    token minus the full model's, in nats; ``agrees`` says whether both have the same most likely token;
-    ``compactions`` counts those that had happened when the position was read.
+    ``kl`` is KL(full ‖ capped) in nats; ``nll`` is the capped model's negative log-likelihood of the true next token
+    and ``delta_nll`` that minus the full model's, in nats; ``agrees`` says whether both have the same most likely
+    token; ``compactions`` counts those that had happened when the position was read.
     """
 
     kl: list[float] = field(default_factory=list)
+    nll: list[float] = field(default_factory=list)
     delta_nll: list[float] = field(default_factory=list)
     agrees: list[bool] = field(default_factory=list)
     compactions: list[int] = field(default_factory=list)
@@ -46,6 +47,7 @@ class Divergence:
         kl = (expected.exp() * gap).sum(dim=-1)
         self._require_finite(kl)
         self.kl += kl.tolist()
+        self.nll += (-found.gather(1, targets.unsqueeze(1))).squeeze(1).tolist()
         self.delta_nll += gap.gather(1, targets.unsqueeze(1)).squeeze(1).tolist()
         self.agrees += (full.argmax(dim=-1) == capped.argmax(dim=-1)).tolist()
 
@@ -53,6 +55,6 @@ class Divergence:
         if not bool(torch.isfinite(kl).all()):
             position = len(self.kl) + int(torch.isfinite(kl).logical_not().nonzero()[0])
             raise AgentmemError(
-                f"fidelity: a logit at position {position} is not finite, so nothing can be compared from there; "
+                f"evaluation: a logit at position {position} is not finite, so nothing can be compared from there; "
                 "try --dtype float32, or a policy that the model bears"
             )

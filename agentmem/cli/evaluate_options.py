@@ -1,0 +1,160 @@
+"""Options that the commands of ``agentmem eval`` share, and what becomes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from agentmem import evaluation, models, plugins
+from agentmem.cli.console import ERR, OUT, STDOUT, note, require_writable, show, table, write_json
+from agentmem.errors import SettingsRefused
+from agentmem.evaluation.terms import Frozen, Terms
+from agentmem.settings import parse_bytes
+
+DEFAULT_SLOTS = 512
+POLICIES = "window,heavy-hitters,am-halving"
+
+TextFile = Annotated[
+    Path | None, typer.Option("--text", help="A UTF-8 text; without it the shipped pages.", show_default=False)
+]
+Slots = Annotated[int | None, typer.Option(min=1, help="Compare at this many slots per KV head.", show_default=False)]
+CapBytes = Annotated[
+    str | None, typer.Option("--cap", help="Compare at equal bytes, workspace included.", show_default=False)
+]
+Policies = Annotated[
+    str,
+    # The backslash keeps rich from reading the options as markup.
+    typer.Option(help="Policies, comma-separated, with options as in am-halving\\[steps=4]."),
+]
+JsonPath = Annotated[str | None, typer.Option("--json", help="Write the rows there; - is stdout.", show_default=False)]
+Plot = Annotated[Path | None, typer.Option(help="Draw pictures into this folder.", show_default=False)]
+CacheDir = Annotated[Path | None, typer.Option(help="Where logits and finished rows are kept.", show_default=False)]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again what was measured before.")]
+
+Number = TypeVar("Number", int, float)
+
+
+def numbers(text: str, option: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:
+    """The numbers of a comma-separated list.
+
+    Raises:
+        SettingsRefused: an entry is no such number, is negative or stands there twice; or there is none.
+
+    """
+    try:
+        found = tuple(kind(entry) for entry in text.split(",") if entry.strip())
+    except ValueError as error:
+        raise SettingsRefused(f"{option}: {text!r} is no list of numbers ({error}); separate them by commas") from None
+    if not found or min(found) < 0 or len(set(found)) < len(found):
+        raise SettingsRefused(f"{option}: {text!r} must name different numbers, none below 0, separated by commas")
+    return found
+
+
+def words(path: Path | None) -> str:
+    """The text that is streamed."""
+    return evaluation.default_text() if path is None else evaluation.read_text(path)
+
+
+def comparisons(common: Terms, slots: int | None, cap: str | None) -> list[Terms]:
+    """Equal slots, equal bytes, or both; 512 slots without either."""
+    found = []
+    if slots is not None or cap is None:
+        found.append(common.model_copy(update={"slots": slots or DEFAULT_SLOTS}))
+    if cap is not None:
+        found.append(common.model_copy(update={"cap_bytes": parse_bytes(cap)}))
+    return found
+
+
+def chosen(policies: str, terms: Terms) -> list[str]:
+    """The specs of ``--policies``, each of them made once, so that a bad one is refused before a model is loaded."""
+    specs = plugins.specs(policies)
+    for spec in specs:
+        terms.policy(spec)
+    return specs
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """Where results go: rows as JSON, tables to a console, pictures to a folder."""
+
+    json_path: str | None
+    plot: Path | None
+
+    def check(self) -> None:
+        """Find out before the work that results can be kept.
+
+        Raises:
+            SettingsRefused: a file or folder cannot be written.
+
+        """
+        if self.json_path not in (None, STDOUT):
+            require_writable(Path(str(self.json_path)), "--json")
+        if self.plot is not None:
+            try:
+                self.plot.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise SettingsRefused(f"--plot: cannot write {self.plot}: {error.strerror or error}") from error
+
+    def rows(self, rows: Sequence[Frozen]) -> None:
+        """Write the rows, if that was asked for."""
+        if self.json_path is not None:
+            write_json([row.model_dump(mode="json") for row in rows], self.json_path, "--json")
+
+    def table(
+        self, title: str, columns: Sequence[str], lines: Iterable[Sequence[str]], *, left: Sequence[int] = (0,)
+    ) -> None:
+        """Print a table under its title, on stderr if stdout is for JSON."""
+        console = ERR if self.json_path == STDOUT else OUT
+        console.print(title, markup=False, soft_wrap=True)
+        show(table(None, columns, lines, left=left), on=console)
+
+    def pictures(self, paths: Sequence[Path]) -> None:
+        """Say what was drawn."""
+        for path in paths:
+            note(f"picture {path}")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every comparison of one command is done with."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    specs: Sequence[str]
+    folder: Path
+    """Where logits and finished measurements are kept."""
+    fresh: bool
+    delivery: Delivery
+
+    def note_missing(self, done: int, wanted: int) -> None:
+        """Say how much was measured, if not all was."""
+        if done < wanted:
+            note(f"{done} of {wanted} rows were measured; the same command goes on there")
+
+
+def kept_in(cache_dir: Path | None, name: str) -> Path:
+    """The folder of finished measurements."""
+    return cache_dir or models.cache_home() / name
+
+
+@contextmanager
+def bars(total: int, suffix: str = "") -> Iterator[Callable[[str, int], None]]:
+    """A bar per name on a terminal; nothing elsewhere."""
+    description = TextColumn("{task.description}", markup=False)  # a policy's options stand in brackets
+    columns = (description, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=ERR, disable=not ERR.is_terminal, transient=True) as progress:
+
+        def tell(name: str, done: int) -> None:
+            if name not in tasks:
+                tasks[name] = progress.add_task(name + suffix, total=total)
+            progress.update(tasks[name], completed=done)
+
+        yield tell

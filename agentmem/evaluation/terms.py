@@ -1,0 +1,185 @@
+"""What all policies of one comparison share, and how a memory is opened and read under it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from agentmem import plugins
+from agentmem.contracts import Queries
+from agentmem.doors import capped, plan
+from agentmem.errors import SettingsRefused
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from agentmem.budget import Plan
+    from agentmem.contracts import Policy
+    from agentmem.hf import CappedMemory
+
+Equal = Literal["slots", "bytes"]
+_ROOMY = 1 << 50
+"""A cap that any policy's workspace fits into, for comparisons at equal slots; nothing of it is allocated ahead."""
+
+
+class Frozen(BaseModel):
+    """Values that are written down: settings of an evaluation, and what it found."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def of(cls, **values: object) -> Self:
+        """Build it; every violation becomes one :class:`SettingsRefused` with field and value."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            lines = [_violation(str(item["loc"][0]), item["msg"], item["input"]) for item in error.errors()]
+            raise SettingsRefused("; ".join(lines)) from None
+
+
+def _violation(name: str, message: str, value: object) -> str:
+    message = message.removeprefix("Value error, ")
+    return message if message.startswith(f"{name}:") else f"{name}: {message} (got {value!r})"
+
+
+class Terms(Frozen):
+    """What all policies of one comparison share: ``slots`` per KV head, or ``cap_bytes`` with the workspace in it."""
+
+    slots: int | None = Field(default=None, ge=1)
+    cap_bytes: int | None = Field(default=None, ge=1)
+    keep_first: int = Field(default=16, ge=0)
+    keep_recent: int = Field(default=96, ge=0)
+    target: int | float | str = 0.5
+    chunk: int = Field(default=1024, ge=1)
+    probe: str | None = None
+    """A mixture such as ``replay+spread:0.5`` for every policy that asks for queries; ``None`` leaves each its own."""
+    probe_tokens: int | None = Field(default=None, ge=1)
+    """As many reference tokens for every policy that asks for queries; ``None`` lets the plan choose."""
+    seed: int = 0
+
+    @field_validator("probe")
+    @classmethod
+    def _check_probe(cls, probe: str | None) -> str | None:
+        if probe is not None:
+            Queries.of(probe)
+        return probe
+
+    @property
+    def equal(self) -> Equal:
+        """What is held equal over the policies."""
+        return "bytes" if self.slots is None else "slots"
+
+    def policy(self, spec: str) -> Policy:
+        """The policy of that name or spec, asking for these terms' reference queries if it asks for any.
+
+        Raises:
+            SettingsRefused: see :func:`agentmem.plugins.policy`.
+
+        """
+        policy = plugins.policy(spec)
+        if not policy.queries.parts:
+            return policy
+        parts = policy.queries.parts if self.probe is None else Queries.of(self.probe).parts
+        tokens = self.probe_tokens or policy.queries.tokens
+        return replace(policy, queries=replace(policy.queries, parts=parts, tokens=tokens))
+
+    def memory(
+        self, model: PreTrainedModel, policy: Policy, tokenizer: PreTrainedTokenizerBase | None, **settings: Any
+    ) -> AbstractContextManager[CappedMemory]:
+        """A memory under these terms; ``settings`` are further ones of :func:`agentmem.capped`."""
+        return capped(
+            model, self.cap_bytes or _ROOMY, policy=policy, tokenizer=tokenizer, **self._settings(), **settings
+        )
+
+    def plan(self, model: PreTrainedModel, policy: Policy, **settings: Any) -> Plan:
+        """What :meth:`memory` will plan."""
+        return plan(model, self.cap_bytes or _ROOMY, policy, **self._settings(), **settings)
+
+    def _settings(self) -> dict[str, Any]:
+        names = ("keep_first", "keep_recent", "target", "chunk", "seed")
+        return {"max_slots": self.slots, **{name: getattr(self, name) for name in names}}
+
+
+class Spent(Frozen):
+    """What reading through one memory took."""
+
+    capacity: int
+    """Tokens that an empty memory takes: the first position that needs a compaction."""
+    held: int
+    """The most slots that were held after a forward, mean over layers and KV heads."""
+    bytes: int
+    """The most that R + T came to."""
+    seconds: float
+    """Forwards and compactions; what is done with their output is left out."""
+    compact_seconds: float
+    """Of these, compactions."""
+
+
+@dataclass
+class Reader:
+    """Reads tokens into a memory and keeps the account."""
+
+    model: PreTrainedModel
+    memory: CappedMemory
+    seconds: float = 0.0
+    _most: int = field(default=0, repr=False)
+
+    def read(self, ids: torch.Tensor, *, every: bool = True) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Read ``ids [n]`` in pieces that never reach over the moment at which the memory is full.
+
+        Yields where a piece lies in ``ids`` and its logits, ``[piece, V]``; the last line alone unless ``every``.
+        """
+        position = 0
+        while position < len(ids):
+            # A full memory has room 0: one token makes it compact, as in decoding, and then there is room again.
+            room = min(self.memory.room(), self.capacity, self.memory.memory.slack())
+            stop = min(position + max(1, room), len(ids))
+            began = time.perf_counter()
+            with torch.no_grad():
+                logits = self.model(
+                    input_ids=ids[position:stop].unsqueeze(0).to(self.model.device),
+                    past_key_values=self.memory,
+                    use_cache=True,
+                    logits_to_keep=0 if every else 1,
+                ).logits[0]
+            self.seconds += time.perf_counter() - began
+            self._most = max(self._most, self.memory.usage().held_slots)
+            yield slice(position, stop), logits
+            position = stop
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that an empty memory takes; what a policy keeps free for itself is no room."""
+        return self.memory.plan.capacity - self.memory.plan.scratch
+
+    @property
+    def held(self) -> int:
+        """Slots held now, mean over layers and KV heads."""
+        return self._mean(self.memory.usage().held_slots)
+
+    def _mean(self, slots: int) -> int:
+        return round(slots / sum(layer.kv_heads for layer in self.memory.memory.shape.layers))
+
+    def compact(self) -> None:
+        """Compact now, on the account."""
+        began = time.perf_counter()
+        self.memory.compact()
+        self.seconds += time.perf_counter() - began
+
+    def spent(self) -> Spent:
+        """What it took so far."""
+        report = self.memory.report()
+        return Spent(
+            capacity=self.capacity,
+            held=self._mean(self._most),
+            bytes=report.peak_bytes,
+            seconds=self.seconds,
+            compact_seconds=report.seconds_compacting,
+        )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,14 +15,52 @@ from hypothesis import strategies as st
 
 from agentmem import plugins
 from agentmem.budget import UNBOUNDED, Plan, _Planner, grown, make_plan, window_slots
-from agentmem.contracts import Policy
+from agentmem.contracts import (
+    BudgetRequest,
+    Budgets,
+    Compaction,
+    Compactor,
+    Policy,
+    ScoreColumn,
+    Segment,
+    SegmentShape,
+)
 from agentmem.errors import CapTooSmall, SettingsRefused
+from agentmem.samples import NORMS, random_bytes
 from agentmem.settings import Settings
 from agentmem.shape import LayerShape, ModelShape
 
-POLICIES = [plugins.policy(name) for name in plugins.names()]
-NAMES = plugins.names()
+
+@dataclass(frozen=True)
+class Bounded(Budgets):
+    """Budgets that promise these ceilings; a plan asks for no more."""
+
+    head_ceiling: float = 1.0
+    layer_ceiling: float = 1.0
+    adaptive: bool = False
+
+    def deal(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
+        """No plan deals."""
+        raise NotImplementedError
+
+
+def unequal(head: float = 1.0, layer: float = 1.0, *, adaptive: bool = False, name: str = "am-halving") -> Policy:
+    """That policy with budgets of these ceilings."""
+    return replace(plugins.policy(name), budgets=Bounded(head, layer, adaptive))
+
+
+BUILT_IN = ("am-halving", "full", "heavy-hitters", "window")
+PLANNED = {name: plugins.policy(name) for name in BUILT_IN} | {
+    "stored": plugins.policy("am-halving", probe="live+random+context:2", probe_tokens=48),
+    "mixed": plugins.policy("am-halving", probe="live+spread+replay:3", probe_tokens=96),
+    "heads": unequal(2.5),
+    "layers": unequal(2.5, 1.5),
+    "adaptive": unequal(3.0, 2.0, adaptive=True, name="window"),
+}
+POLICIES, NAMES = list(PLANNED.values()), list(PLANNED)
 BY_NAME = st.sampled_from(POLICIES)
+SHARED = plugins.policy("am-halving", probe="live+replay")
+"""Stored queries that take a share of the cap."""
 
 # How fast a machine is must not decide whether a law holds.
 LAW = settings(deadline=None, derandomize=True, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
@@ -98,7 +137,7 @@ def test_a_plan_stays_under_the_cap_with_the_largest_capacity(
     assert total(plan) <= cap
     wider = _Planner(shape, Settings.of(cap=cap, **wish), policy, rows).at(plan.capacity + 1)
     assert total(wider) > cap
-    assert plan.prefix + plan.recent + 1 <= plan.target <= plan.capacity - wish["min_reclaim"]
+    assert plan.prefix + plan.recent + 1 <= plan.target <= plan.limit <= plan.capacity - wish["min_reclaim"]
     assert plan.probe_tokens <= wish["chunk"]
 
 
@@ -107,7 +146,7 @@ def test_a_plan_stays_under_the_cap_with_the_largest_capacity(
 def test_a_larger_cap_never_gives_less(
     shape: ModelShape, cap: int, more: int, policy: Policy, rows: int, wish: dict[str, Any]
 ) -> None:
-    """Capacity is monotone in the cap (live queries, a share of the cap, apart)."""
+    """Capacity is monotone in the cap (stored queries that take a share of the cap apart)."""
     small, large = planned(shape, cap, policy, rows, wish), planned(shape, cap + more, policy, rows, wish)
     if small is not None:
         assert large is not None
@@ -115,7 +154,7 @@ def test_a_larger_cap_never_gives_less(
 
 
 @LAW
-@given(shape=shapes(), cap=CAPS, policy=BY_NAME, rows=ROWS, wish=wishes())
+@given(shape=shapes(), cap=CAPS, policy=st.sampled_from([*POLICIES, SHARED]), rows=ROWS, wish=wishes())
 def test_the_cap_that_a_refusal_names_is_enough_and_no_smaller_one_is(
     shape: ModelShape, cap: int, policy: Policy, rows: int, wish: dict[str, Any]
 ) -> None:
@@ -143,16 +182,16 @@ def test_rows_share_one_cap(policy: Policy) -> None:
     three = make_plan(LLAMA, Settings.of(cap=2_000_000, chunk=64), policy, rows=3)
     assert three.capacity < one.capacity < 3 * (three.capacity + 1)
     assert total(three) <= 2_000_000
-    slot = 6 * LLAMA.slot_bytes(LLAMA.layers[0], scores=policy.scores)
-    assert three.resident_bytes == 3 * three.capacity * slot + three.live_bytes
+    slot = 6 * LLAMA.slot_bytes(LLAMA.layers[0], scores=policy.scores != "none")
+    assert three.resident_bytes == 3 * three.capacity * slot + three.stored_bytes
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=NAMES)
 def test_sliding_layers_cost_their_window_and_no_more(policy: Policy) -> None:
     """A sliding layer's slots do not grow with the cap; what it does not need goes to the full layers."""
     plan = make_plan(GEMMA, Settings.of(cap=2_000_000, chunk=16), policy)
-    slot = GEMMA.slot_bytes(GEMMA.layers[0], scores=policy.scores)
-    assert plan.resident_bytes - plan.live_bytes == 2 * slot * (window_slots(32, 16) + plan.capacity)
+    slot = GEMMA.slot_bytes(GEMMA.layers[0], scores=policy.scores != "none")
+    assert plan.resident_bytes - plan.stored_bytes == 2 * slot * (window_slots(32, 16) + plan.capacity)
     both_full = replace(GEMMA, layers=(GEMMA.layers[1],) * 2)
     assert plan.capacity > make_plan(both_full, Settings.of(cap=2_000_000, chunk=16), policy).capacity
 
@@ -205,8 +244,118 @@ def test_the_table_adds_up(policy: Policy) -> None:
     """Its R + T row is the sum of the plan, and no part of T is larger than T."""
     plan = make_plan(GEMMA, Settings.of(cap=2_000_000, chunk=64), policy)
     rows = {name: count or 0 for name, count, _ in plan.table()}
-    assert rows["R + T"] == rows["R: slots"] + rows["R: live queries"] + plan.workspace_bytes <= rows["cap"]
+    assert rows["R + T"] == rows["R: slots"] + rows["R: stored queries"] + plan.workspace_bytes <= rows["cap"]
     assert max(rows[name] for name in rows if name.startswith("T:")) <= plan.workspace_bytes
+
+
+# ---- unequal budgets
+
+
+ROOMY = Settings.of(cap=4_000_000, chunk=64)
+
+
+def test_unequal_heads_take_workspace_and_not_slots() -> None:
+    """A head of three shares is planned for: its fit, its move and its attention; slots cost what they cost."""
+    equal, ragged = (make_plan(LLAMA, ROOMY, policy) for policy in (unequal(), unequal(3.0, 1.5)))
+    same = _Planner(LLAMA, ROOMY, unequal(3.0, 1.5), 1).at(equal.capacity)
+    segment = equal.target - equal.prefix - equal.recent
+    assert (equal.most_budget, equal.layer_ceiling) == (segment, 1.0)
+    assert (same.most_budget, same.layer_ceiling) == (3 * segment, 1.5)
+    assert same.resident_bytes == equal.resident_bytes
+    assert same.fit_bytes > equal.fit_bytes
+    assert same.check_bytes > equal.check_bytes
+    assert same.move_bytes > equal.move_bytes
+    assert same.forward_bytes >= equal.forward_bytes
+    assert ragged.capacity < equal.capacity
+    assert total(ragged) <= ROOMY.cap
+
+
+@pytest.mark.parametrize("ceilings", [(2.0, 1.0), (2.0, 1.5), (1.25, 2.0), (4.0, 9.0)])
+def test_a_layer_moves_with_what_its_heads_may_keep_together(ceilings: tuple[float, float]) -> None:
+    """Its store is priced at the smaller of all heads at their ceiling and the layer at its own, headroom besides."""
+    plan = make_plan(LLAMA, ROOMY, unequal(*ceilings))
+    segment = plan.target - plan.prefix - plan.recent
+    headroom = plan.prefix + plan.recent + plan.capacity - plan.target + 1
+    slots = 2 * headroom + min(math.ceil(2 * ceilings[1] * segment), 2 * math.ceil(ceilings[0] * segment))
+    assert plan.move_bytes == slots * LLAMA.slot_bytes(LLAMA.layers[0], scores=False)
+
+
+def test_adaptive_budgets_may_leave_more_than_the_target_and_free_enough() -> None:
+    """Their limit frees an eighth of the capacity, or ``min_reclaim`` if more, and is never below the target."""
+    policy = unequal(2.0, adaptive=True, name="window")
+    wish = {"cap": 4_000_000, "chunk": 64}
+    plan = make_plan(LLAMA, Settings.of(**wish), policy)
+    assert plan.limit == plan.capacity - plan.capacity // 8 > plan.target
+    reclaim = make_plan(LLAMA, Settings.of(**wish, min_reclaim=500), policy)
+    assert reclaim.limit == reclaim.capacity - 500
+    high = make_plan(LLAMA, Settings.of(**wish, target=0.95, min_reclaim=1), policy)
+    assert high.limit == high.target == int(0.95 * high.capacity)
+
+
+# ---- scores and stored queries
+
+
+class Scored(Compactor):
+    """A compactor that wants a score column of that kind."""
+
+    def __init__(self, scores: ScoreColumn) -> None:
+        self.scores = scores
+
+    def workspace(self, shape: SegmentShape) -> int:
+        """Nothing."""
+        return 0
+
+    def compact(self, segment: Segment, slots: object) -> Compaction:
+        """No plan compacts."""
+        raise NotImplementedError
+
+
+def test_a_score_column_costs_four_bytes_a_slot() -> None:
+    """Received and carried alike; only received scores need the explicit path of attention."""
+    plans = {
+        kind: _Planner(LLAMA, ROOMY, Policy("mine", "-", "-", Scored(kind), Bounded()), 1).at(200)
+        for kind in get_args(ScoreColumn)
+    }
+    assert plans["none"].resident_bytes == 200 * 6 * (2 * 16 * 4 + 8)
+    assert plans["carried"].resident_bytes == plans["received"].resident_bytes == 200 * 6 * (2 * 16 * 4 + 12)
+    assert plans["carried"].forward_bytes == plans["none"].forward_bytes < plans["received"].forward_bytes
+
+
+def test_every_part_gets_its_share_of_the_reference_tokens() -> None:
+    """Probing parts together, each stored part, and what is drawn at random, of which only norms are kept."""
+    policy = plugins.policy("am-halving", probe="replay:4+live:2+spread+random", probe_tokens=64)
+    plan = make_plan(LLAMA, ROOMY, policy)
+    query = 3 * 4 * 16 * 4
+    assert (plan.probe_tokens, plan.stored, plan.drawn_tokens) == (40, (16, NORMS), 8)
+    assert plan.references == 40 + 16 + NORMS + 8
+    assert plan.stored_bytes == (16 + NORMS) * query
+    assert plan.draw_bytes == random_bytes(LLAMA.layers[0], 8, 4)
+    three = make_plan(LLAMA, ROOMY, policy, rows=3)
+    assert (three.stored, three.stored_bytes) == (plan.stored, 3 * plan.stored_bytes)
+
+
+def test_stored_queries_take_a_tenth_of_the_cap_at_most() -> None:
+    """Without a count they are as many as a tenth of the cap has room for, 512 at most and 8 at least."""
+    query = 3 * 4 * 16 * 4
+    stored = [
+        make_plan(LLAMA, Settings.of(cap=cap, chunk=64), plugins.policy("am-halving", probe="live")).stored[0]
+        for cap in (1_200_000, 2_000_000, 8_000_000)
+    ]
+    assert stored[:2] == [1_200_000 // 10 // query, 2_000_000 // 10 // query]
+    assert stored[2] == 512
+    with pytest.raises(CapTooSmall) as refused:
+        make_plan(LLAMA, Settings.of(cap=1, chunk=64), plugins.policy("am-halving", probe="live"))
+    needed = int(re.search(r"need (\d+) bytes", str(refused.value))[1])  # type: ignore[index]
+    assert make_plan(LLAMA, Settings.of(cap=needed, chunk=64), plugins.policy("am-halving", probe="live")).stored == (
+        8,
+    )
+
+
+@pytest.mark.parametrize("probe", ["live", "context+replay", "random"])
+def test_a_model_that_only_slides_stores_no_queries(probe: str) -> None:
+    """There is nothing to compact, so nothing is kept for it."""
+    plan = make_plan(SLIDING, Settings.of(cap=200_000, chunk=16), plugins.policy("am-halving", probe=probe))
+    assert (plan.stored_bytes, plan.draw_bytes, plan.fit_bytes) == (0, 0, 0)
 
 
 @LAW

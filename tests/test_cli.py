@@ -239,6 +239,21 @@ def test_plan_counts_rows_and_the_number_format(folder: str) -> None:
     assert capacity("--rows", "2") < capacity() < capacity("--dtype", "bfloat16")
 
 
+def test_a_probe_is_a_mixture_in_one_option(folder: str) -> None:
+    """``plan`` shares the reference tokens as it says, ``run`` compacts with it and names its sources."""
+    options = ("--probe", "replay+spread:0.5+live*2", "--probe-tokens", "20")
+    shown = agentmem("plan", "--model", folder, *CAP, *SMALL, *options, "--json")
+    ran = agentmem(
+        "run", "--model", folder, *CAP, *SMALL, *options, "--prompt", "x" * 400, "--max-new-tokens", "8",
+        "--ignore-eos", "--json", "-",
+    )  # fmt: skip
+
+    plan, report = json.loads(shown.stdout), json.loads(ran.stdout)
+    assert (plan["probe_tokens"], plan["stored"]) == (12, [8])
+    assert report["num_compactions"] >= 1
+    assert {each["queries"] for each in report["compactions"]} == {"replay+spread+live"}
+
+
 def test_plan_refuses_a_cap_that_is_too_small(folder: str) -> None:
     """With what would be enough."""
     refused(agentmem("plan", "--model", folder, "--cap", "2KiB", *SMALL), "too small", "need")
@@ -260,8 +275,8 @@ def test_version_and_help() -> None:
     """Both are exit code 0; without a command the help is shown."""
     assert agentmem("--version").stdout.startswith("agentmem 0.")
     assert agentmem("run", "--help").exit_code == 0
-    for option in ("--cap", "--ignore-eos", "--compare-full", "--probe-tokens"):
-        assert option in agentmem("run", "--help").stdout
+    for option in ("--cap", "--ignore-eos", "--compare-full", "--probe-tokens", "source[:share][*weight]"):
+        assert option in " ".join(agentmem("run", "--help").stdout.replace("│", " ").split())
 
 
 def test_model_path_prints_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tiny
-from agentmem import doors, plugins
+from agentmem import doors
 from agentmem.contracts import BudgetRequest, Budgets, Compaction, HeadCompaction, Policy, Survey
 from agentmem.errors import CompactionFailed, PolicyContractBroken
 from agentmem.hf import CappedMemory
@@ -29,8 +29,7 @@ MODEL = tiny.llama(LAYERS)
 
 def made(kind: str) -> Policy:
     """The policy of that kind."""
-    name, options = tiny.KINDS[kind]
-    return plugins.policy(name, **options)
+    return tiny.KINDS[kind]
 
 
 def faulty(kind: str, layer: int, errors: Sequence[BaseException]) -> Policy:
@@ -341,6 +340,7 @@ class Ragged(Budgets):
     """Deals more to the first head of every layer, up to what it holds; says what it was asked."""
 
     needs_survey = False
+    head_ceiling = 1.5
 
     def __init__(self, wrong: int = 0) -> None:
         self.wrong = wrong
@@ -366,17 +366,18 @@ def test_unequal_budgets_cost_unequal_bytes() -> None:
             assert [store.capacities for store in stores] == [(54, 42)] * LAYERS
             assert report.bytes_after == FULL * 2 * LAYERS * 136 == memory.memory.ledger.resident
             feed(memory, tiny.ids(24))
-    assert budgets.requests[0] == BudgetRequest(((36, 36),) * 3, 12 * 6, 1)
+    ceilings = {"ceiling": 18, "layer_ceiling": 24, "limit": 12 * 6}
+    assert budgets.requests[0] == BudgetRequest(((36, 36),) * 3, 12 * 6, 1, **ceilings)
     assert budgets.requests[1].held == ((42, 30),) * 3
 
 
-@pytest.mark.parametrize("wrong", [1, -1, 100])
-def test_budgets_that_break_their_laws_are_refused(wrong: int) -> None:
+@pytest.mark.parametrize(("wrong", "law"), [(1, "exceed its ceiling 24"), (-1, "sum to 69 slots"), (100, "outside")])
+def test_budgets_that_break_their_laws_are_refused(wrong: int, law: str) -> None:
     """Their sum and their bounds are checked before any layer is touched."""
     with tiny.capped_by(replace(made("window"), budgets=Ragged(wrong), name="greedy"), MODEL) as memory:
         feed(memory, tiny.ids(FULL))
         before = snapshot(memory.memory)
-        with pytest.raises(PolicyContractBroken, match=r"'greedy'.*(sum to|outside)"):
+        with pytest.raises(PolicyContractBroken, match=f"'greedy'.*{law}"):
             memory.compact()
         assert same(snapshot(memory.memory), before)
         assert memory.memory.rows[0].budgets is None

@@ -218,8 +218,20 @@ def test_a_repeat_probe_takes_the_tokenizer() -> None:
     with agentmem.capped(model, tokenizer=Spelling(), policy_options=options, **variants.TIGHT) as memory:
         model.generate(variants.prompt(50), max_new_tokens=2, past_key_values=memory)
 
-    assert memory.memory.instruction == (8, 5, 10, 9, 6, 5, 7)
+    assert memory.memory.words == {"repeat": ((8, 5, 10, 9, 6, 5, 7),)}
     assert memory.report().num_compactions == 1
+
+
+def test_a_mixture_is_an_option_in_one_line() -> None:
+    """Sources with shares and weights; those with a text get the caller's tokenizer; the report names them."""
+    model = variants.model()
+    options = {"probe": "focus+replay:2+spread*0.5", "focus": "the red door", "probe_tokens": 16}
+    with agentmem.capped(model, tokenizer=Spelling(), policy_options=options, **variants.TIGHT) as memory:
+        model.generate(variants.prompt(50), max_new_tokens=2, past_key_values=memory)
+
+    assert memory.memory.words == {"focus": ((5, 5, 6),)}
+    assert memory.compactions[0].queries == "focus+replay+spread"
+    assert [part.weight for part in memory.memory.policy.queries.parts] == [1.0, 1.0, 0.5]
 
 
 # ---- a wrapped model

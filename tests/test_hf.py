@@ -23,6 +23,8 @@ TOLERANCE = 5e-5
 class Lopsided(Budgets):
     """Head 0 of every layer gets three of four slots."""
 
+    head_ceiling = 1.5
+
     def deal(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
         """Three quarters and one quarter of every layer's equal share."""
         each = request.total // len(request.held)

@@ -64,6 +64,42 @@ def test_watching_finds_the_peak_of_a_block() -> None:
     assert (outer, inner, idle) == ([60], [60], [10])
 
 
+def test_what_is_outside_is_not_counted_as_borrowed() -> None:
+    """An oracle may take what it needs; what is held is counted all the same; afterwards all is as before."""
+    ledger = Ledger(100)
+    ledger.hold(60, "slots")
+    with ledger.watch() as peak, ledger.outside(), ledger.borrow(1000, "a fit"):
+        ledger.touch(1000, "attention")
+        assert (ledger.resident, ledger.transient) == (60, 0)
+        ledger.hold(30, "a store")
+        with pytest.raises(MemoryCapExceeded):
+            ledger.hold(11, "another")
+    assert (ledger.resident, ledger.transient, ledger.peak) == (90, 0, 90)
+    assert peak == [90]
+    with pytest.raises(MemoryCapExceeded):
+        ledger.touch(11, "attention")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_outside_ends_with_its_block(error: type[BaseException]) -> None:
+    """A fault does not leave the cap open."""
+    ledger = Ledger(100)
+    with pytest.raises(error), ledger.outside():
+        raise error
+    with pytest.raises(MemoryCapExceeded):
+        ledger.borrow(101, "a fit").__enter__()
+
+
+def test_a_loan_that_began_inside_is_given_back_inside() -> None:
+    """What was borrowed before a block outside stays borrowed in it."""
+    ledger = Ledger(100)
+    with ledger.borrow(70, "a fit"):
+        with ledger.outside():
+            assert ledger.transient == 70
+        assert ledger.transient == 70
+    assert ledger.transient == 0
+
+
 @settings(deadline=None, derandomize=True)
 @given(
     cap=st.integers(0, 1000),

@@ -9,17 +9,19 @@ import torch
 
 import reference
 import tiny
-from agentmem import plugins
 from agentmem.budget import make_plan
 from agentmem.errors import MemoryCapExceeded, MemoryClosed, SettingsRefused, UnsupportedGeneration
 from agentmem.hf import describe
 from agentmem.memory import Memory, Usage
+from agentmem.probe import make_probe
 from agentmem.report import CompactionReport
 from agentmem.settings import Settings
 from agentmem.steps import Arriving, Transient
 from agentmem.testing import peak_allocated, tiny_model
 
 KINDS = pytest.mark.parametrize("kind", tiny.KINDS)
+SOME = pytest.mark.parametrize("kind", ["window", "heavy-hitters", "live+replay", "replay+spread", "random", "context"])
+"""Every path of attention and every kind of reference queries, each once."""
 
 
 # ---- the cap
@@ -61,7 +63,7 @@ def test_a_whole_compaction_allocates_no_more_than_planned(kind: str) -> None:
             store.free()
         reports.append(memory.compact(row))
 
-    resident = memory.ledger.resident - memory.plan.live_bytes
+    resident = memory.ledger.resident - memory.plan.stored_bytes
     memory.ledger.cap += memory.plan.capacity * 2 * 148  # for the rebirth alone
     spent = peak_allocated(compact) - resident
     assert reports[0] is not None
@@ -73,8 +75,7 @@ def test_a_whole_compaction_allocates_no_more_than_planned(kind: str) -> None:
 
 def filled(kind: str) -> tuple[Memory, list[torch.Tensor]]:
     """A full memory of 3 layers without a model, and the reference queries of a probe."""
-    name, options = tiny.KINDS[kind]
-    policy = plugins.policy(name, **options)
+    policy = tiny.KINDS[kind]
     shape = describe(tiny.llama(3).config, itemsize=4)
     settings = {**tiny.SETTINGS, "max_slots": 300, "chunk": 64}
     plan = make_plan(shape, Settings.of(cap=1 << 30, **settings), policy)
@@ -89,7 +90,7 @@ def filled(kind: str) -> tuple[Memory, list[torch.Tensor]]:
     return memory, [torch.randn(4, max(1, memory.plan.probe_tokens), 16) for _ in range(3)]
 
 
-@KINDS
+@SOME
 def test_a_capped_generate_peaks_no_higher_than_one_chunk_plus_the_cap(kind: str) -> None:
     """A prompt of 4 x the cap and new tokens: the peak, less that of a forward of one chunk, is under the cap."""
     model, prompt = tiny.llama(), tiny.ids(4 * tiny.SLOTS)
@@ -128,7 +129,7 @@ def test_closing_frees_every_byte_and_a_closed_memory_refuses_work() -> None:
 # ---- moments
 
 
-@KINDS
+@SOME
 def test_compactions_follow_from_the_tokens_however_they_are_cut(kind: str) -> None:
     """One prompt, pieces of 7 and single tokens give the same compactions and the same logits."""
     tokens, outcomes = tiny.ids(140), []
@@ -163,9 +164,8 @@ def test_a_row_in_a_batch_is_the_row_alone(kind: str) -> None:
 
 def test_pads_neither_see_nor_are_seen() -> None:
     """A left-padded batch attends as the float64 oracle says; pads get zeros, and hold no slots."""
-    name, options = tiny.KINDS["window"]
     shape = describe(tiny.llama(1).config, itemsize=4)
-    memory = Memory(shape, Settings.of(cap=1 << 20, **tiny.SETTINGS), plugins.policy(name, **options))
+    memory = Memory(shape, Settings.of(cap=1 << 20, **tiny.SETTINGS), tiny.KINDS["window"])
     memory.bind(3)
     valid = [[True] * 6, [False, False, True, True, True, True], [False] * 6]
     queries, keys, values = torch.randn(3, 4, 6, 16), torch.randn(3, 2, 6, 16), torch.randn(3, 2, 6, 16)
@@ -203,7 +203,7 @@ def test_positions_stay_with_their_slots(kind: str) -> None:
         assert row.next_position == 169
 
 
-@KINDS
+@SOME
 def test_the_global_random_state_is_untouched(kind: str) -> None:
     """Probes, fits and samples draw from the memory's own generator."""
     before = torch.random.get_rng_state()
@@ -221,7 +221,8 @@ def test_a_probe_leaves_nothing_behind() -> None:
         stores = [store for store in row.stores if store is not None]
         before = [(store.keys.clone(), store.bias.clone(), list(store.lengths)) for store in stores]
         visited: list[int] = []
-        memory.memory.probe(row, lambda layer, _: visited.append(layer))
+        probe = make_probe(row.ids, memory.memory.policy.queries, 16, {}, prefix=4, turn=0)
+        memory.memory.probe(row, probe, lambda layer, _: visited.append(layer))
         assert visited == [0, 1]
         assert (row.seen, row.next_position, row.room) == (40, 40, 8)
         for store, (keys, bias, lengths) in zip(stores, before, strict=True):
@@ -324,7 +325,7 @@ def test_sliding_layers_stay_in_their_window(kind: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@KINDS
+@SOME
 def test_half_precision_models_keep_their_dtype(kind: str, dtype: torch.dtype) -> None:
     """Slots are stored in the model's dtype, β in float32, and the logits are finite."""
     model: Any = tiny_model("llama", dtype=dtype)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import reference_matching as oracle
-from agentmem.contracts import BudgetRequest, HeadSegment, Policy, Segment
+from agentmem.contracts import BudgetRequest, HeadSegment, Policy, Reference, Segment
 from agentmem.policies.am_halving import am_halving
 from agentmem.policies.attention_matching import AttentionMatching
 from agentmem.policies.full import full
@@ -28,7 +28,7 @@ HALVED = Case("halved", held=(512,) * 3, slots=(256,) * 3, queries=1024, key_dim
 
 def built_in() -> list[Policy]:
     """Every policy of the catalogue, and AM halving with each of its scores and probes."""
-    scored = [am_halving(score="max"), am_halving(score="mean", probe="live", probe_tokens=64)]
+    scored = [am_halving(score="max"), am_halving(score="mean", probe="live+replay*2", probe_tokens=64)]
     return [am_halving(), *scored, window(), heavy_hitters(), full()]
 
 
@@ -71,7 +71,7 @@ def clustered(seed: int, slots: int = 96) -> tuple[Segment, torch.Tensor]:
     queries = (centres[aims] + torch.randn(2 * 320, 16, generator=generator)).reshape(2, 320, 16)
     positions = torch.arange(slots, dtype=torch.int32)
     head = HeadSegment(keys, values, torch.zeros(slots), positions)
-    segment = Segment(0, (head,), queries[:, :256], 0.25, torch.Generator(), 0)
+    segment = Segment(0, (head,), (Reference(queries[:, :256]),), 0.25, torch.Generator(), 0)
     return segment, queries[:, 256:]
 
 
@@ -118,10 +118,9 @@ def test_attention_matching_beats_evicting_the_same_slots(seed: int, old_bias: f
 def test_merging_duplicates_loses_nothing() -> None:
     """Where every dropped slot repeats a kept one, β rises by log 2, and mass and output stay within 1 %."""
     segment, unseen = clustered(0, slots=24)
-    head, queries = segment.heads[0], segment.reference
-    assert queries is not None
+    head, (queries,) = segment.heads[0], segment.queries(0)
     twice = HeadSegment(head.keys.repeat(2, 1), head.values.repeat(2, 1), torch.zeros(48), torch.arange(48))
-    whole = LocalAttention(queries, twice.keys, twice.bias, segment.scale, 64)
+    whole = LocalAttention((queries,), twice.keys, twice.bias, segment.scale, 64)
     kept = whole.over(head.keys, head.bias)
     mass = fit_mass(kept, importance(whole).log_mass, ridge=1e-4, bound=3.0, steps=2)
     kept = kept.over(head.keys, mass.log_weights)
@@ -135,14 +134,13 @@ def test_merging_duplicates_loses_nothing() -> None:
 def test_a_slot_with_hardly_any_evidence_outlives_six_compactions() -> None:
     """A slot with a millionth of the mass keeps its β to 0.05 over six fits; unanchored, β falls by 3 each time."""
     segment, _ = clustered(0)
-    head, queries = segment.heads[0], segment.reference
-    assert queries is not None
+    head, (queries,) = segment.heads[0], segment.queries(0)
     keys, facing = head.keys.clone(), queries.clone()
     facing[..., 0] = 4.0
     keys[-1] = 0.0
     keys[-1, 0] = -7.0
     compactor = AttentionMatching()
-    whole = LocalAttention(facing, keys, torch.zeros(96), segment.scale, 64)
+    whole = LocalAttention((facing,), keys, torch.zeros(96), segment.scale, 64)
     share = whole.weights(facing[0])[0][:, -1]
     kept, bias = torch.arange(96), torch.zeros(96)
     for _ in range(6):
@@ -163,6 +161,22 @@ def test_a_slot_with_hardly_any_evidence_outlives_six_compactions() -> None:
     assert abs(float(bias[-1])) < 0.05
 
 
+def test_a_part_of_weight_three_counts_like_three_parts() -> None:
+    """Which slots stay, β and values are those of a mixture in which the part is there three times."""
+    segment, _ = clustered(1)
+    (queries,) = segment.queries(0)
+    first, rest = queries[:, :64], queries[:, 64:]
+    heavy = replace(segment, references=(Reference(first, 3.0), Reference(rest)))
+    often = replace(segment, references=(*[Reference(first)] * 3, Reference(rest)))
+    (one, kept), (other, same), (_, plain) = (
+        compacted(each, 32, AttentionMatching()) for each in (heavy, often, segment)
+    )
+
+    assert kept.tolist() == same.tolist() != plain.tolist()
+    torch.testing.assert_close(one.bias, other.bias, atol=1e-3, rtol=0)
+    torch.testing.assert_close(one.values, other.values, atol=1e-3, rtol=0)
+
+
 def test_a_head_that_may_keep_all_is_left_as_it_is() -> None:
     """Nothing is fitted where nothing is dropped: β, values and keys stay the memory's own."""
     policy = am_halving()
@@ -179,9 +193,10 @@ def test_a_refused_fit_is_in_the_numerics() -> None:
     """One query that all slots answer alike leaves nothing to fit; the report says which head kept plain β."""
     head = HeadSegment(torch.zeros(4, 2), torch.ones(4, 2), torch.zeros(4), torch.arange(4))
     far = HeadSegment(torch.tensor([[0.0], [0.0], [200.0]]), torch.eye(3), torch.zeros(3), torch.arange(3))
-    segment = Segment(0, (far,), torch.ones(1, 1, 1), 1.0, torch.Generator(), 0)
+    segment = Segment(0, (far,), (Reference(torch.ones(1, 1, 1)),), 1.0, torch.Generator(), 0)
     numerics = AttentionMatching().compact(segment, [1]).numerics
-    merged = AttentionMatching().compact(Segment(0, (head,), torch.ones(1, 1, 2), 1.0, torch.Generator(), 0), [2])
+    segment = Segment(0, (head,), (Reference(torch.ones(1, 1, 2)),), 1.0, torch.Generator(), 0)
+    merged = AttentionMatching().compact(segment, [2])
 
     assert numerics.fallbacks == ("head 0: plain β kept, no fit beat it", "head 0: own values kept, no fit beat them")
     assert merged.numerics.fallbacks == ("head 0: own values kept, no fit beat them",)
@@ -195,13 +210,13 @@ def test_attention_matching_refuses_a_segment_without_queries() -> None:
     with pytest.raises(ValueError, match="0 reference queries"):
         AttentionMatching().compact(segment, [20, 20, 20])
     with pytest.raises(ValueError, match="no reference queries"):
-        AttentionMatching().compact(replace(segment, reference=None), [20, 20, 20])
+        AttentionMatching().compact(replace(segment, references=()), [20, 20, 20])
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"probe": "echo"}, "probe: 'echo' is unknown; choose one of replay, repeat, live"),
+        ({"probe": "echo"}, "probe: 'echo' is unknown; choose from replay, repeat, spread"),
         ({"probe_tokens": 0}, "probe_tokens: 0 is too few; give at least 1"),
         ({"score": "sum"}, "score: 'sum' is unknown; choose one of rms, max, mean"),
         ({"ridge_mass": 0.0}, "ridge_mass: 0.0 is not a positive number"),
@@ -230,7 +245,7 @@ def test_window_keeps_the_most_recent_slots() -> None:
 def test_heavy_hitters_keep_the_most_attended_slots_and_the_newer_of_equals() -> None:
     """The score accumulators decide; position decides between equal ones."""
     policy = heavy_hitters()
-    assert policy.scores
+    assert policy.scores == "received"
     assert policy.compactor is not None
     segment = make_segment(Case("one head", held=(5,), slots=(3,)), policy)
     head = replace(segment.heads[0], scores=torch.tensor([2.0, 1.0, 5.0, 1.0, 1.0]))

@@ -291,5 +291,5 @@ def test_a_memory_of_ones_own_is_refused_by_a_wrapped_model() -> None:
 def test_a_repeat_probe_needs_a_tokenizer() -> None:
     """probe="repeat" has an instruction to tokenize."""
     model = variants.model()
-    with variants.refused(model, SettingsRefused, "probe='repeat'", "tokenizer=", "probe='replay'"):
+    with variants.refused(model, SettingsRefused, "'repeat'", "tokenizer=", "probe='replay'"):
         agentmem.wrap(model, cap="1MiB", policy_options={"probe": "repeat"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -33,7 +34,7 @@ class Problem:
 
     def attention(self, rows: int = 5) -> LocalAttention:
         """Over all slots."""
-        return LocalAttention(self.queries, self.keys, self.bias, self.scale, rows)
+        return LocalAttention((self.queries,), self.keys, self.bias, self.scale, rows)
 
     def over_kept(self, log_weights: torch.Tensor | float = 0.0, rows: int = 5) -> LocalAttention:
         """Over the kept slots, β updated."""
@@ -91,7 +92,7 @@ def test_low_precision_queries_are_scored_in_float32(dtype: torch.dtype) -> None
     """The only error of 16-bit queries is their own rounding: scores equal the oracle's of the rounded queries."""
     given = problem("well posed")
     rounded = given.queries.to(dtype)
-    found = importance(LocalAttention(rounded, given.keys, given.bias, given.scale, 5))
+    found = importance(LocalAttention((rounded,), given.keys, given.bias, given.scale, 5))
     _, keys, bias, scale = given.plain()
     expected = oracle.weights(rounded.flatten(0, 1).double().tolist(), keys, bias, scale)
 
@@ -103,8 +104,8 @@ def test_strided_queries_are_read_where_they_lie() -> None:
     view = torch.randn(9, 6, 4).transpose(0, 1)[2:4]
     given = problem("well posed")
 
-    over_view = importance(LocalAttention(view, given.keys, given.bias, given.scale, 4))
-    over_copy = importance(LocalAttention(view.contiguous(), given.keys, given.bias, given.scale, 4))
+    over_view = importance(LocalAttention((view,), given.keys, given.bias, given.scale, 4))
+    over_copy = importance(LocalAttention((view.contiguous(),), given.keys, given.bias, given.scale, 4))
 
     torch.testing.assert_close(over_view.scores, over_copy.scores)
 
@@ -177,14 +178,14 @@ def crowded() -> tuple[LocalAttention, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     keys = torch.randn(1, 8, generator=generator) + 0.05 * torch.randn(32, 8, generator=generator)
     queries = torch.randn(1, 64, 8, generator=generator)
-    whole = LocalAttention(queries, keys, torch.zeros(32), 1.0, 16)
+    whole = LocalAttention((queries,), keys, torch.zeros(32), 1.0, 16)
     log_mass = importance(whole).log_mass
     return whole.over(keys[::2], torch.zeros(16)), log_mass
 
 
 def squared_mass_error(kept: LocalAttention, log_mass: torch.Tensor, update: torch.Tensor) -> float:
     """``|Φ w - 1|²`` in float64."""
-    phi = (kept.queries[0].double() @ kept.keys.double().T * kept.scale - log_mass.double()[:, None]).exp()
+    phi = (kept.queries[0][0].double() @ kept.keys.double().T * kept.scale - log_mass.double()[:, None]).exp()
     return float((phi @ update.double().exp() - 1).square().sum())
 
 
@@ -303,3 +304,90 @@ def test_logits_of_any_finite_size_give_finite_results(score: Score, spread: flo
 
     for tensor in (found.scores, mass.log_weights, values.values):
         assert bool(tensor.isfinite().all())
+
+
+# ---- parts and their weights
+
+
+def parted(parts: Sequence[torch.Tensor], weights: Sequence[float], rows: int = 4) -> LocalAttention:
+    """The well posed problem asked by these parts of queries."""
+    given = problem("well posed")
+    return LocalAttention(tuple(parts), given.keys, given.bias, given.scale, rows).weighted(weights)
+
+
+def test_parts_are_asked_one_after_the_other() -> None:
+    """Parts of any lengths give what their queries give in one part: scores, and the log mass in order."""
+    queries = problem("well posed").queries
+    whole = importance(parted([queries], [1.0]))
+    cut = importance(parted([queries[:, :2], queries[:, 2:2], queries[:, 2:]], [1.0] * 3))
+    order = [0, 1, 9, 10, *range(2, 9), *range(11, 18)]
+
+    torch.testing.assert_close(cut.scores, whole.scores)
+    torch.testing.assert_close(cut.log_mass, whole.log_mass[order])
+
+
+def heavier(queries: torch.Tensor) -> tuple[LocalAttention, LocalAttention]:
+    """The first 3 tokens with weight 2 and the rest with 1, and all with 1 but the first 3 tokens twice."""
+    first, rest = queries[:, :3], queries[:, 3:]
+    return parted([first, rest], [2.0, 1.0]), parted([first, first, rest], [1.0] * 3)
+
+
+@pytest.mark.parametrize("score", ["rms", "mean"])
+def test_a_query_of_weight_two_scores_like_two_of_weight_one(score: Score) -> None:
+    """The importance is the oracle's over queries that are there twice."""
+    given = problem("well posed")
+    weighted, twice = heavier(given.queries)
+    _, keys, bias, scale = given.plain()
+    asked = torch.cat([part.flatten(0, 1) for part in twice.queries]).double().tolist()
+    expected = oracle.importance(oracle.weights(asked, keys, bias, scale), score)
+
+    torch.testing.assert_close(importance(weighted, score).scores, torch.tensor(expected))
+    assert not torch.allclose(importance(given.attention(), score).scores, torch.tensor(expected), rtol=1e-3), (
+        "the weight must make a difference"
+    )
+
+
+def test_weights_change_no_maximum_and_no_mass() -> None:
+    """The largest weight of a slot is what it is, and every query's own mass as well."""
+    weighted, _ = heavier(problem("well posed").queries)
+    found, plain = importance(weighted, "max"), importance(weighted.weighted([1.0, 1.0]), "max")
+
+    assert torch.equal(found.scores, plain.scores)
+    assert torch.equal(found.log_mass, plain.log_mass)
+
+
+@pytest.mark.parametrize("factor", [0.01, 100.0])
+def test_only_ratios_of_weights_matter(factor: float) -> None:
+    """All weights times one factor give the same scores and the same fits."""
+    queries = problem("well posed").queries
+    parts = [queries[:, :3], queries[:, 3:]]
+    for one, other in zip(fits(parted(parts, [2.0, 1.0])), fits(parted(parts, [2 * factor, factor])), strict=True):
+        torch.testing.assert_close(one, other, atol=2e-4, rtol=2e-4)
+
+
+def fits(attention: LocalAttention) -> tuple[torch.Tensor, ...]:
+    """Scores, the update of β and the values."""
+    given = problem("well posed")
+    found = importance(attention)
+    kept = attention.over(given.keys[given.kept], given.bias[given.kept])
+    mass = fit_mass(kept, found.log_mass, ridge=1e-2, bound=WIDE, steps=0)
+    own = given.values[given.kept]
+    kept = kept.over(kept.keys, kept.bias + mass.log_weights)
+    values = fit_values(attention, kept, given.values, own, ridge=1e-2, bound=1e6)
+    assert mass.accepted
+    assert values.accepted
+    return found.scores, mass.log_weights, values.values
+
+
+def test_a_query_of_weight_two_is_fitted_like_two_of_weight_one() -> None:
+    """β and values are those of the queries that are there twice, and others than without the weight.
+
+    The tolerance is float32 rounding times the condition number, at most 7 / ridge here.
+    """
+    queries = problem("well posed").queries
+    weighted, twice = heavier(queries)
+    plain = parted([queries], [1.0])
+
+    for one, other, without in zip(fits(weighted), fits(twice), fits(plain), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=0)
+        assert float((one - without).abs().max()) > 1e-2

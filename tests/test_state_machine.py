@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import tiny
-from agentmem import plugins
 from agentmem.budget import make_plan, window_slots
 from agentmem.errors import CompactionFailed
 from agentmem.memory import Memory
@@ -34,8 +33,7 @@ class MemoryMachine(RuleBasedStateMachine):
     @initialize(kind=st.sampled_from(sorted(tiny.KINDS)), on_failure=st.sampled_from(["evict", "raise", "stop"]))
     def open(self, kind: str, on_failure: str) -> None:
         """A policy that can be made to fail."""
-        name, options = tiny.KINDS[kind]
-        policy = plugins.policy(name, **options)
+        policy = tiny.KINDS[kind]
         assert policy.compactor is not None
         self.errors: list[BaseException] = []
         self.faulty = tiny.Faulty(policy.compactor, 0, self.errors)

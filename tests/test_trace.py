@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from agentmem.errors import SettingsRefused
-from agentmem.report import CompactionReport, LayerReport
+from agentmem.report import CompactionReport, LayerReport, SpanError
 from agentmem.trace import Trace, TraceWriter, read_trace
 
 
@@ -50,10 +50,13 @@ def compaction(index: int = 0, *, output_error: float | None = 0.07, tokens_seen
         bytes_before=4096,
         bytes_after=4096,
         bytes_peak=6000,
+        queries="replay+spread",
+        outside_cap=True,
         probe_tokens=16,
         seconds=0.1,
         seconds_by_stage={"fit": 0.1},
         layers=(layer,),
+        worst_spans=(SpanError(start=3, stop=9, output_error=0.2, log_mass_error=0.1),),
     )
 
 

@@ -4,32 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import torch
 
 import agentmem.doors
+from agentmem import plugins
 from agentmem.budget import Plan
-from agentmem.contracts import Compaction, Compactor, Policy, Segment, SegmentShape
+from agentmem.contracts import Compaction, Compactor, Part, Policy, Queries, Segment, SegmentShape
 from agentmem.hf import CappedMemory
 from agentmem.memory import Memory
 from agentmem.testing import tiny_model
 
 SLOTS = 48
 SETTINGS: dict[str, Any] = {"keep_first": 4, "keep_recent": 8, "min_reclaim": 4, "chunk": 16, "max_slots": SLOTS}
-KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "window": ("window", {}),
-    "heavy-hitters": ("heavy-hitters", {}),
-    "replay": ("am-halving", {}),
-    "repeat": ("am-halving", {"probe": "repeat"}),
-    "live": ("am-halving", {"probe": "live", "probe_tokens": 24}),
+FOCUS = "keep the colour of the door"
+
+
+def mixture(*parts: Part, tokens: int | None = None) -> Policy:
+    """AM halving with these parts of reference queries."""
+    return replace(plugins.policy("am-halving"), queries=Queries(parts, tokens))
+
+
+KINDS: dict[str, Policy] = {
+    "window": plugins.policy("window"),
+    "heavy-hitters": plugins.policy("heavy-hitters"),
+    "replay": plugins.policy("am-halving"),
+    "repeat": plugins.policy("am-halving", probe="repeat"),
+    "live": plugins.policy("am-halving", probe="live", probe_tokens=24),
+    "context": plugins.policy("am-halving", probe="context", probe_tokens=24),
+    "random": plugins.policy("am-halving", probe="random", probe_tokens=24),
+    "live+replay": plugins.policy("am-halving", probe="live+replay*2", probe_tokens=24),
+    "replay+spread": plugins.policy("am-halving", probe="replay:3+spread*0.5"),
+    "focus+replay": mixture(Part("focus", 1.0, 2.0, FOCUS), Part("replay", 2.0)),
 }
-"""Every policy that compacts, and every source of reference queries."""
+"""Every policy that compacts, and every source of reference queries whose cost is bounded."""
 
 
 def tokenizer(text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
-    """Enough of a tokenizer for the instruction of a ``repeat`` probe."""
+    """Enough of a tokenizer for the texts of ``repeat`` and ``focus``."""
     return {"input_ids": [3 + len(word) for word in text.split()][:5]}
 
 
@@ -44,13 +59,13 @@ def ids(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, 128, (1, count), generator=torch.Generator().manual_seed(seed))
 
 
-def plan(kind: str, model: Any, **settings: Any) -> Plan:
+def plan(kind: str | Policy, model: Any, **settings: Any) -> Plan:
     """The plan of 48 slots per head whatever they cost."""
-    name, options = KINDS[kind]
-    return agentmem.doors.plan(model, 1 << 30, name, policy_options=options, **(SETTINGS | settings))
+    policy = KINDS[kind] if isinstance(kind, str) else kind
+    return agentmem.doors.plan(model, 1 << 30, policy, **(SETTINGS | settings))
 
 
-def need(kind: str, model: Any, **settings: Any) -> int:
+def need(kind: str | Policy, model: Any, **settings: Any) -> int:
     """The cap that 48 slots per head need and not a byte more."""
     made = plan(kind, model, **settings)
     return made.resident_bytes + made.workspace_bytes
@@ -60,10 +75,9 @@ def need(kind: str, model: Any, **settings: Any) -> int:
 def capped(kind: str, model: Any | None = None, **settings: Any) -> Iterator[CappedMemory]:
     """A memory of exactly 48 slots per head under the smallest cap that holds them; every forward is audited."""
     model = model or llama()
-    name, options = KINDS[kind]
     settings = SETTINGS | settings
     settings = settings if "cap" in settings else settings | {"cap": need(kind, model, **settings)}
-    with agentmem.doors.capped(model, policy=name, policy_options=options, tokenizer=tokenizer, **settings) as memory:
+    with agentmem.doors.capped(model, policy=KINDS[kind], tokenizer=tokenizer, **settings) as memory:
         memory.subscribe(lambda _: audit(memory.memory))
         yield memory
 
@@ -80,7 +94,7 @@ def capped_by(policy: Policy, model: Any | None = None, **settings: Any) -> Iter
 def audit(memory: Memory) -> None:
     """The ledger holds what the storages hold, and R + T stays under the cap."""
     stores = [store for row in memory.rows for store in row.stores if store is not None]
-    samples = [sample for row in memory.rows for sample in row.live if sample is not None]
+    samples = [sample for row in memory.rows for layer in row.samples for sample in layer]
     held = sum(store.allocated_bytes for store in stores)
     held += sum(sample.queries.untyped_storage().nbytes() for sample in samples)
     ledger = memory.ledger

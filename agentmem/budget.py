@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 MIN_BUDGET = 1
 """Fewest segment slots per head that a plan accepts."""
 MAX_PROBE = 1024
+STUDY_SHARE = 8
+"""What the model writes for itself may take one part in this many of the capacity."""
 PROBE_REACH = 4
 """Probe tokens for each slot of the capacity, up to the maximum: short probes make repeated compaction decay."""
 HELD_OUT = 8
@@ -36,7 +38,7 @@ UNBOUNDED = 1 << 40
 STORED_SHARE = 10
 """Stored queries may take one part in this many of the cap, unless the policy names a count."""
 MAX_STORED = 512
-HYSTERESIS = 8
+HYSTERESIS = 4
 """An adaptive compaction frees at least one part in this many of the capacity, so that the next one is not near."""
 
 
@@ -205,7 +207,7 @@ class _Planner:
         limit = self._limit(capacity, target)
         most = math.ceil(self._head_ceiling * max(0, limit - settings.keep_first - settings.keep_recent))
         probe, stored, drawn = self._references(capacity)
-        scratch = self._scratch(probe)
+        scratch = self._scratch(probe, capacity)
         stored_bytes = self.rows * sum(stored) * self._query_bytes()
         references = probe + sum(stored) + drawn
         return Plan(
@@ -250,7 +252,7 @@ class _Planner:
         if self.policy.budgets is None or not self.policy.budgets.adaptive:
             return target
         free = max(self.settings.min_reclaim, capacity // HYSTERESIS)
-        return max(target, capacity - self._scratch(self._references(capacity)[0]) - free)
+        return max(target, capacity - self._scratch(self._references(capacity)[0], capacity) - free)
 
     def _fullest(self, capacity: int, limit: int, most: int) -> int:
         """Slots that the fullest head of a full row can hold: its budget, and headroom like every other head."""
@@ -297,13 +299,14 @@ class _Planner:
         drawn = sum(max(1, round(total * queries.share(part))) for part in queries.stored if part.source == "random")
         return probe, stored, drawn
 
-    def _scratch(self, probe: int) -> int:
+    def _scratch(self, probe: int, capacity: int) -> int:
         """Slots for one instruction and what the model writes after it."""
         parts = self.policy.queries.probing
         written = sum(part.share for part in parts if part.source == "self-study")
         if not written:
             return 0
-        return MAX_INSTRUCTION + math.ceil(probe * written / sum(part.share for part in parts))
+        wanted = math.ceil(probe * written / sum(part.share for part in parts))
+        return MAX_INSTRUCTION + min(wanted, capacity // STUDY_SHARE)
 
     def _stored_tokens(self, part: Part, total: int) -> int:
         if part.source == "random":

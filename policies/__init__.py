@@ -4,6 +4,7 @@
 | --- | --- | --- | --- |
 | ``am_halving.py`` | ``am-halving`` | Attention Matching, equal slots per head | arXiv:2602.16284 |
 | ``am_calibrated.py`` | ``am-calibrated`` | the same, head budgets by the model's table | arXiv:2602.16284 |
+| ``am_pursuit.py`` | ``am-pursuit`` | slots chosen by matching pursuit, head budgets by the table | arXiv:2602.16284 |
 | ``am_recall.py`` | ``am-recall`` | the same, importance carried, probe of the whole text | arXiv:2602.16284 |
 | ``window.py`` | ``window`` | prefix and most recent slots | StreamingLLM, arXiv:2309.17453 |
 | ``heavy_hitters.py`` | ``heavy-hitters`` | slots with the most attention so far | H2O, arXiv:2306.14048 |

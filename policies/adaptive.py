@@ -22,9 +22,9 @@ class Adaptive(Budgets):
     closely; an easy text is compacted further than ``target`` would, a hard one less.
     """
 
-    output_error: float = 0.1
+    output_error: float = 0.25
     """Relative L2 error of a head's local attention output."""
-    log_mass_error: float = 0.1
+    log_mass_error: float = 0.2
     """Mean absolute error of the log of the segment's attention mass."""
     head_ceiling: float = 2.0
     layer_ceiling: float = 1.5

@@ -18,15 +18,15 @@ import torch
 
 from agentmem import events
 from agentmem.contract_check import validate
-from agentmem.contracts import Compaction, HeadCompaction, Segment, SegmentShape, Survey
-from agentmem.dealing import check_budgets, make_request
+from agentmem.contracts import BudgetRequest, Compaction, HeadCompaction, Segment, SegmentShape, Survey
+from agentmem.dealing import Slots, check_budgets, equal_shares, make_request
 from agentmem.errors import CompactionFailed, PolicyContractBroken
 from agentmem.held_out import Errors, HeldOut, error_curves, split_references
-from agentmem.probe import Probe, make_probe
+from agentmem.references import References
 from agentmem.report import CompactionReport, LayerReport, Outcome
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from agentmem.arena import LayerStore
     from agentmem.contracts import Budgets, Compactor, Reference
@@ -45,7 +45,7 @@ class RowCompaction:
         self.prefix = min(self.plan.prefix, row.seen)
         self.recent = min(self.plan.recent, row.seen - self.prefix)
         self.pinned = self.prefix + self.recent
-        self.probe = Probe((), ())
+        self.references = References(memory, row)
         self.held_out = HeldOut()
         self.layers: dict[int, LayerReport] = {}
         self.faults: list[str] = []
@@ -63,8 +63,8 @@ class RowCompaction:
         """Do it.
 
         Raises:
-            CompactionFailed: a layer failed twice and ``on_failure`` is not ``evict``; the memory is valid, and the
-                compaction goes on at the next attempt.
+            CompactionFailed: a layer, or what comes before the first, failed twice and ``on_failure`` is not ``evict``;
+                the memory is valid, and the compaction goes on at the next attempt.
             PolicyContractBroken: the policy returned something that its contract forbids.
 
         """
@@ -73,10 +73,10 @@ class RowCompaction:
         events.compaction_started(row=row.index, policy=memory.policy.name, tokens_seen=row.seen, slots=slots)
         outside = memory.ledger.outside() if memory.policy.queries.outside_cap else nullcontext()
         with torch.no_grad(), memory.ledger.watch() as peak, outside:
-            self.probe = self._make_probe()
-            if row.budgets is None:
-                row.budgets = self._budgets()
-            self._compact_layers()
+            if self._prepared():
+                self._compact_layers()
+            else:
+                self._evict_layers()
             with self._stage("deal"):
                 self._deal()
         seconds = time.perf_counter() - began
@@ -93,7 +93,7 @@ class RowCompaction:
             bytes_peak=peak[0],
             queries=str(memory.policy.queries),
             outside_cap=memory.policy.queries.outside_cap,
-            probe_tokens=len(self.probe.ids),
+            probe_tokens=len(self.references.probe.ids),
             seconds=seconds,
             seconds_by_stage=dict(self.seconds),
             layers=tuple(self.layers[index] for index in sorted(self.layers)),
@@ -101,55 +101,43 @@ class RowCompaction:
             worst_spans=self.held_out.worst_spans(),
         )
 
-    # ---- reference queries
-
-    def _make_probe(self) -> Probe:
-        memory, row = self.memory, self.row
-        queries, turn = memory.policy.queries, row.compactions
-        if not queries.probing:
-            return Probe((), ())
-        with self._stage("probe text"):
-            words = {source: texts[turn % len(texts)] for source, texts in memory.words.items()}
-            if "self-study" in words:
-                words["self-study"] = memory.write(row, words["self-study"], self.plan.scratch)
-            marks = memory.pins(row)
-            return make_probe(
-                row.ids, queries, self.plan.probe_tokens, words, prefix=self.prefix, turn=turn, marks=marks
-            )
-
-    def _with_references(self, todo: Sequence[int], visit: Callable[[int, tuple[Reference, ...]], None]) -> None:
-        """Call ``visit(layer, reference queries)`` for the layers in order."""
-        if not self.probe.ids:
-            for layer in todo:
-                self._visit(layer, (), visit)
-            return
-        wanted = set(todo)
-
-        def on_layer(layer: int, asked: torch.Tensor) -> None:
-            if layer in wanted:
-                self._visit(layer, self.probe.references(asked), visit)
-
-        self.memory.probe(self.row, self.probe, on_layer)
-
-    def _visit(
-        self, layer: int, probed: tuple[Reference, ...], visit: Callable[[int, tuple[Reference, ...]], None]
-    ) -> None:
-        """Add the stored queries; what is drawn at random lives as long as the visit."""
-        with self.memory.ledger.borrow(self.plan.draw_bytes, "random queries"):
-            samples = (
-                sample.reference(self.row.generator, self.plan.drawn_tokens) for sample in self.row.samples[layer]
-            )
-            visit(layer, probed + tuple(sample for sample in samples if sample is not None))
+    def _prepared(self) -> bool:
+        """Find the probe's text and the budgets; ``False`` after two faults, with equal budgets to evict to."""
+        for attempt in range(ATTEMPTS):
+            try:
+                with self._stage("probe text"):
+                    self.references.prepare()
+                if self.row.budgets is None:
+                    self.row.budgets = self._budgets()
+            except PolicyContractBroken:
+                raise
+            except Exception as error:  # noqa: BLE001  # whatever a policy or a probe raises must not cost the memory
+                traceback.clear_frames(error.__traceback__)
+                fault = error
+                self._note_fault(None, error, self._remedy(attempt))
+            else:
+                return True
+        if self.memory.settings.on_failure != "evict":
+            self._fail(None, fault)
+        if self.row.budgets is None:
+            self.row.budgets = self._by_layer(equal_shares(self._request(())))
+        return False
 
     # ---- budgets
 
     def _budgets(self) -> tuple[tuple[int, ...], ...]:
         """Segment slots per compactable layer and head, indexed like the model's layers (sliding ones are empty)."""
-        stores = self._stores()
-        request = make_request(self.plan, [store.lengths for _, store in stores], self.pinned, self._surveys())
+        request = self._request(self._surveys())
         budgets = self._policy_budgets.deal(request)
         check_budgets(self.memory.policy.name, self._policy_budgets, request, budgets)
-        dealt = dict(zip((index for index, _ in stores), budgets, strict=True))
+        return self._by_layer(budgets)
+
+    def _request(self, surveys: tuple[Survey, ...]) -> BudgetRequest:
+        return make_request(self.plan, [store.lengths for _, store in self._stores()], self.pinned, surveys)
+
+    def _by_layer(self, budgets: Slots) -> Slots:
+        """Budgets of the compactable layers, indexed like the model's layers."""
+        dealt = dict(zip((index for index, _ in self._stores()), budgets, strict=True))
         return tuple(tuple(dealt.get(index, ())) for index in range(len(self.memory.shape.layers)))
 
     def _surveys(self) -> tuple[Survey, ...]:
@@ -163,7 +151,7 @@ class RowCompaction:
                 surveys[layer] = self._survey(layer, references)
 
         with self._stage("survey"):
-            self._with_references([index for index, _ in self._stores()], visit)
+            self.references.each([index for index, _ in self._stores()], visit)
         return tuple(surveys[index] for index in sorted(surveys))
 
     def _survey(self, layer: int, references: tuple[Reference, ...]) -> Survey:
@@ -216,16 +204,20 @@ class RowCompaction:
                 return
             try:
                 self.outcome = "compacted" if attempt == 0 else "retried"
-                self._with_references(todo, self._compact_layer)
+                self.references.each(todo, self._compact_layer)
             except PolicyContractBroken:
                 raise
             except Exception as error:  # noqa: BLE001  # whatever a policy or a probe raises must not cost the memory
                 traceback.clear_frames(error.__traceback__)  # they hold views into stores that are about to go
                 fault = error
                 self._note_fault((self._todo() or todo[-1:])[0], error, self._remedy(attempt))
+        todo = self._todo()
+        if todo and self.memory.settings.on_failure != "evict" and fault is not None:
+            self._fail(todo[0], fault)
+        self._evict_layers()
+
+    def _evict_layers(self) -> None:
         for layer in self._todo():
-            if self.memory.settings.on_failure != "evict" and fault is not None:
-                self._fail(layer, fault)
             self._evict_layer(layer)
 
     def _compact_layer(self, layer: int, references: tuple[Reference, ...]) -> None:
@@ -339,22 +331,22 @@ class RowCompaction:
 
     # ---- faults and time
 
-    def _note_fault(self, layer: int, error: Exception, remedy: str) -> None:
-        self.faults.append(f"layer {layer}: {type(error).__name__}: {error} ({remedy})")
+    def _note_fault(self, layer: int | None, error: Exception, remedy: str) -> None:
+        self.faults.append(f"{_place(layer)}: {type(error).__name__}: {error} ({remedy})")
         events.compaction_fault(
             row=self.row.index, layer=layer, policy=self.memory.policy.name, error=repr(error), remedy=remedy
         )
 
     def _remedy(self, attempt: int) -> str:
-        if not self._todo():  # a probe can fail behind its last layer
+        if self.row.budgets is not None and not self._todo():  # a probe can fail behind its last layer
             return "every layer was done"
         if attempt + 1 < ATTEMPTS:
             return "tried again"
         return "evicted to budget" if self.memory.settings.on_failure == "evict" else "raised"
 
-    def _fail(self, layer: int, fault: Exception) -> None:
+    def _fail(self, layer: int | None, fault: Exception) -> None:
         message = (
-            f"policy {self.memory.policy.name!r} failed {ATTEMPTS} times at layer {layer} "
+            f"policy {self.memory.policy.name!r} failed {ATTEMPTS} times at {_place(layer)} "
             f"({type(fault).__name__}: {fault}); on_failure={self.memory.settings.on_failure!r}: the memory is valid "
             "with the layers before it compacted, and the next forward tries again; on_failure='evict' would go on"
         )
@@ -369,3 +361,7 @@ class RowCompaction:
             yield
         finally:
             self.seconds[name] += time.perf_counter() - began
+
+
+def _place(layer: int | None) -> str:
+    return "the probe's text or the budgets" if layer is None else f"layer {layer}"

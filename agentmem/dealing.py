@@ -39,6 +39,19 @@ def make_request(
     )
 
 
+def equal_shares(request: BudgetRequest) -> Slots:
+    """Equal slots for every head, for when a policy's own budgets cannot be had; what one lacks goes to the others."""
+    heads = [
+        (min(held, request.ceiling), at, head) for at, row in enumerate(request.held) for head, held in enumerate(row)
+    ]
+    shares = [[0] * len(row) for row in request.held]
+    left = min(request.total, most_slots(request))
+    for dealt, (most, layer, head) in enumerate(sorted(heads)):
+        shares[layer][head] = min(most, left // (len(heads) - dealt))
+        left -= shares[layer][head]
+    return tuple(map(tuple, shares))
+
+
 def check_budgets(policy: str, budgets: Budgets, request: BudgetRequest, dealt: Slots) -> None:
     """Refuse what breaks the laws of :class:`agentmem.contracts.Budgets`.
 

@@ -47,6 +47,6 @@ def compaction_finished(report: CompactionReport) -> None:
     )
 
 
-def compaction_fault(*, row: int, layer: int, policy: str, error: str, remedy: str) -> None:
+def compaction_fault(*, row: int, layer: int | None, policy: str, error: str, remedy: str) -> None:
     """``compaction_fault``: a layer could not be compacted as asked; ``remedy`` says what was done instead."""
     _LOG.warning("compaction_fault", row=row, layer=layer, policy=policy, error=error, remedy=remedy)

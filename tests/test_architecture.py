@@ -49,6 +49,7 @@ TABLE = (
     room("agentmem.arena", rooms="contracts errors shape ledger attention", outside="torch"),
     room("agentmem.pins"),
     room("agentmem.probe", rooms="queries"),
+    room("agentmem.references", rooms="probe"),
     room("agentmem.dealing", rooms="contracts errors"),
     room("agentmem.held_out", rooms="attention budget contracts report"),
     room("agentmem.contract_check", rooms="contracts errors", outside="torch"),

@@ -1,0 +1,67 @@
+"""The reference queries of one compaction: a probe's text, its transient forward, and what was stored."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from agentmem.probe import Probe, make_probe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch
+
+    from agentmem.contracts import Reference
+    from agentmem.memory import Memory
+    from agentmem.row import Row
+
+    Visit = Callable[[int, tuple[Reference, ...]], None]
+
+
+class References:
+    """Obtains reference queries layer by layer, as the policy's mixture asks for them."""
+
+    def __init__(self, memory: Memory, row: Row) -> None:
+        """Nothing is run yet; the probe is empty until :meth:`prepare`."""
+        self.memory, self.row = memory, row
+        self.probe = Probe((), ())
+
+    def prepare(self) -> None:
+        """Choose the probe's tokens; ``self-study`` has the model write them."""
+        memory, row = self.memory, self.row
+        queries, turn = memory.policy.queries, row.compactions
+        if not queries.probing:
+            return
+        words = {source: texts[turn % len(texts)] for source, texts in memory.words.items()}
+        if "self-study" in words and row.budgets is None:  # half compacted, there is no room to write
+            words["self-study"] = memory.write(row, words["self-study"], memory.plan.scratch)
+        self.probe = make_probe(
+            row.ids,
+            queries,
+            memory.plan.probe_tokens,
+            words,
+            prefix=min(memory.plan.prefix, row.seen),
+            turn=turn,
+            marks=memory.pins(row),
+        )
+
+    def each(self, layers: Sequence[int], visit: Visit) -> None:
+        """Call ``visit(layer, references)`` for the layers in order; a probe's forward runs meanwhile."""
+        if not self.probe.ids:
+            for layer in layers:
+                self._visit(layer, (), visit)
+            return
+        wanted = set(layers)
+
+        def on_layer(layer: int, asked: torch.Tensor) -> None:
+            if layer in wanted:
+                self._visit(layer, self.probe.references(asked), visit)
+
+        self.memory.probe(self.row, self.probe, on_layer)
+
+    def _visit(self, layer: int, probed: tuple[Reference, ...], visit: Visit) -> None:
+        """Add the stored queries; what is drawn at random lives as long as the visit."""
+        plan, row = self.memory.plan, self.row
+        with self.memory.ledger.borrow(plan.draw_bytes, "random queries"):
+            samples = (sample.reference(row.generator, plan.drawn_tokens) for sample in row.samples[layer])
+            visit(layer, probed + tuple(sample for sample in samples if sample is not None))

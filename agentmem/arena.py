@@ -129,14 +129,13 @@ class LayerStore:
     def append(self, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor | None = None) -> None:
         """Append ``keys [H, q, d]`` and ``values [H, q, dv]`` to every head; the caller has made room."""
         count = keys.shape[1]
-        self.seen += count
         if self.uniform:
             heads, start = len(self.capacities), self.lengths[0]
             self.keys.view(heads, -1, keys.shape[2])[:, start : start + count] = keys
             self.values.view(heads, -1, values.shape[2])[:, start : start + count] = values
             if scores is not None and self.scores is not None:
                 self.scores.view(heads, -1)[:, start : start + count] = scores
-            self.lengths = [start + count] * heads
+            self.lengths, self.seen = [start + count] * heads, self.seen + count
             return
         for head, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
             span = slice(start + length, start + length + count)
@@ -144,7 +143,8 @@ class LayerStore:
             self.values[span] = values[head]
             if scores is not None and self.scores is not None:
                 self.scores[span] = scores[head]
-            self.lengths[head] = length + count
+        # Last, so that a fault before leaves nothing to be taken back that was never there.
+        self.lengths, self.seen = [length + count for length in self.lengths], self.seen + count
 
     def drop_tail(self, count: int) -> None:
         """Forget the last ``count`` appended slots of every head (their β and scores become zero again)."""

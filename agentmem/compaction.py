@@ -247,7 +247,7 @@ class RowCompaction:
         """A function of its own, so that no view into the old store outlives it."""
         assert self.row.budgets is not None  # noqa: S101  # dealt before the first layer
         held_out, fitted = split_references(references)
-        segment = self._segment(layer, store, fitted)
+        segment = self._segment(layer, store, fitted if self._compactor.fits else references)
         slots = [min(kept, head.slots) for kept, head in zip(self.row.budgets[layer], segment.heads, strict=True)]
         with self._stage("fit"):
             compaction = self._compactor.compact(segment, slots)

@@ -252,6 +252,8 @@ class Compactor(ABC):
     summed over queries by the runtime; ``carried`` is what the last compaction gave it, 0 for newer slots."""
     needs_queries: bool = False
     """Whether :meth:`compact` needs reference queries."""
+    fits: bool = True
+    """Whether it fits anything to them. Only then are some held out from it, to measure errors on."""
 
     @abstractmethod
     def workspace(self, shape: SegmentShape) -> int:
@@ -286,6 +288,11 @@ class Policy:
             raise ValueError(
                 f"policy {self.name!r}: {type(self.compactor).__name__} fits to reference queries, but Queries has no "
                 "parts; use Queries.of('replay') or another source"
+            )
+        if self.budgets is not None and self.budgets.needs_curves and not self.queries.parts:
+            raise ValueError(
+                f"policy {self.name!r}: {type(self.budgets).__name__} budgets measure errors on reference queries, but "
+                "Queries has no parts; use other budgets, or a policy with a probe"
             )
         if self.compactor is not None and self.budgets is not None and self.budgets.needs_survey:
             surveyed = type(self.compactor).survey is not Compactor.survey

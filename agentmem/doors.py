@@ -14,7 +14,7 @@ from agentmem.memory import Memory
 from agentmem.settings import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import torch
 
@@ -64,7 +64,7 @@ def capped(
         model: a transformers causal language model in eval mode.
         cap: bytes, as an integer or a text such as ``"24MiB"``.
         policy: the name of an installed policy, or a :class:`agentmem.contracts.Policy`.
-        tokenizer: only needed by the probes ``repeat`` and ``focus``, for their texts.
+        tokenizer: needed by the probes ``repeat``, ``focus`` and ``self-study`` and by a ``pattern`` (``am-recall``).
         policy_options: options of the named policy.
         settings: see :class:`agentmem.settings.Settings`.
 
@@ -189,7 +189,7 @@ def _memory(
         Settings.of(cap=cap, **settings),
         chosen,
         words=_words(chosen, tokenizer),
-        read=None if tokenizer is None else lambda ids: tokenizer.batch_decode([[each] for each in ids]),
+        read=None if tokenizer is None else _reader(tokenizer),
         ends=hf.end_ids(model),
     )
 
@@ -207,6 +207,17 @@ def _words(policy: Policy, tokenizer: Any) -> Words:
         part.source: tuple(tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in part.texts)
         for part in worded
     }
+
+
+def _reader(tokenizer: Any) -> Callable[[Sequence[int]], list[str]]:
+    """The text of each id as it stands behind another one: some decoders drop the space before the first."""
+
+    def read(ids: Sequence[int]) -> list[str]:
+        anchor = tokenizer(".", add_special_tokens=False)["input_ids"][-1]
+        skip = len(tokenizer.decode([anchor]))
+        return [text[skip:] for text in tokenizer.batch_decode([[anchor, each] for each in ids])]
+
+    return read
 
 
 def _itemsize(model: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -115,14 +116,25 @@ def error_curves(compactor: Compactor, segment: Segment, held: Sequence[Referenc
     sizes = [max(1, int(most * fraction)) for fraction in CURVE_FRACTIONS]
     rows: list[list[tuple[int, float, float]]] = [[] for _ in segment.heads]
     for size in dict.fromkeys(sizes):
-        slots = [min(size, head.slots) for head in segment.heads]
-        compaction = compactor.compact(segment, slots)
-        for index, (head, fit) in enumerate(zip(segment.heads, compaction.heads, strict=True)):
-            tally = _Tally()
-            for part in held:
-                tally.add(_head_errors(part.queries, (index, len(segment.heads)), head, fit, segment.scale))
-            rows[index].append((slots[index], *tally.errors))
+        for row, point in zip(rows, _points(compactor, segment, held, size), strict=True):
+            row.append(point)
     return tuple(_curve(points, head.slots) for points, head in zip(rows, segment.heads, strict=True))
+
+
+def _points(
+    compactor: Compactor, segment: Segment, held: Sequence[Reference], size: int
+) -> list[tuple[int, float, float]]:
+    """Slots and errors of every head. A function of its own, so that no compaction lives beside the next one."""
+    slots = [min(size, head.slots) for head in segment.heads]
+    compaction = compactor.compact(segment, slots)
+    points = []
+    for index, (head, fit) in enumerate(zip(segment.heads, compaction.heads, strict=True)):
+        tally = _Tally()
+        for part in held:
+            tally.add(_head_errors(part.queries, (index, len(segment.heads)), head, fit, segment.scale))
+        errors = tally.errors if tally.count else (math.inf, math.inf)  # what was not measured is not good
+        points.append((slots[index], *errors))
+    return points
 
 
 def _curve(points: Sequence[tuple[int, float, float]], held: int) -> Curve:

@@ -18,6 +18,7 @@ from agentmem.compaction import RowCompaction
 from agentmem.errors import MemoryCapExceeded, MemoryClosed, SettingsRefused, UnsupportedGeneration
 from agentmem.ledger import Ledger
 from agentmem.pins import Pins
+from agentmem.queries import MAX_INSTRUCTION
 from agentmem.report import CompactionReport, RunReport
 from agentmem.row import Row
 from agentmem.samples import QuerySample
@@ -176,17 +177,20 @@ class Memory:
         self.run_transient(probe.ids, row.next_position, Transient(self, row, visit))
 
     def write(self, row: Row, instruction: Sequence[int], most: int) -> tuple[int, ...]:
-        """What the model writes after an instruction, greedily: both together at most ``most`` tokens.
+        """What the model writes after an instruction (its start, if long), greedily: at most ``most`` tokens with it.
 
         It is written in scratch slots at the following positions and taken back, so nothing of it stays. It ends
         early at a token that ends a text.
         """
         assert self.run_scratch is not None  # noqa: S101  # the adapter sets it before the first forward
-        step, written, fed = Scratch(self, row), list(instruction), 0
+        step, written, fed = Scratch(self, row), list(instruction[:MAX_INSTRUCTION]), 0
         try:
-            while len(written) < most and (fed == 0 or written[-1] not in self.ends):
-                written.append(self.run_scratch(written[fed:], row.next_position + fed, step))
-                fed = len(written) - 1
+            while len(written) < most and (fed < len(instruction) or written[-1] not in self.ends):
+                piece = written[fed : fed + self.plan.chunk]
+                token = self.run_scratch(piece, row.next_position + fed, step)
+                fed += len(piece)
+                if fed == len(written):
+                    written.append(token)
         finally:
             step.rollback()
         return tuple(written)
@@ -273,6 +277,7 @@ class Memory:
             store = LayerStore(spec, [grown(count, limit)] * spec.shape.kv_heads, self.ledger)
         else:
             old, store = store, store.resized([grown(max(store.lengths) + count, limit)] * len(store.lengths))
+            row.stores[layer] = store
             old.free()
         row.stores[layer] = store
         return store

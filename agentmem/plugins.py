@@ -108,7 +108,7 @@ def _read(spec: str) -> tuple[str, dict[str, object]]:
             raise SettingsRefused(f"policy {spec!r} cannot be read: {item.strip()!r} is no option=value; write {SPEC}")
         if option in options:
             raise SettingsRefused(f"policy {spec!r}: option {option!r} is given twice; give it once")
-        options[option] = _value(value)
+        options[option] = _Written(value)
     return name, options
 
 
@@ -135,6 +135,22 @@ def _split(text: str, whole: str) -> list[str]:
         fault = "a '[' is never closed" if depth > 0 else "a ']' closes nothing"
         raise SettingsRefused(f"policy {whole!r} cannot be read: {fault}; write {SPEC}")
     return pieces
+
+
+class _Written(str):
+    """An option's value as a spec has it; what it is, the factory's default says."""
+
+    __slots__ = ()
+
+
+def _typed(factory: PolicyFactory, options: dict[str, object]) -> dict[str, object]:
+    """Written values as texts where the factory's default is one (a pattern of digits stays a text)."""
+    known = inspect.signature(factory).parameters
+    texts = {name for name, parameter in known.items() if isinstance(parameter.default, str)}
+    return {
+        name: value if not isinstance(value, _Written) else str(value) if name in texts else _value(value)
+        for name, value in options.items()
+    }
 
 
 def _value(text: str) -> object:
@@ -175,7 +191,7 @@ def _make(point: EntryPoint, options: dict[str, object]) -> Policy:
     _check_options(point.name, factory, options)
     origin = f"policy {point.name!r}, factory {point.value!r} of {_distribution(point)}"
     try:
-        made = factory(**options)
+        made = factory(**_typed(factory, options))
     except ValueError as error:
         raise SettingsRefused(f"policy {point.name!r}: {error}") from error
     except TypeError as error:

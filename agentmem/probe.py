@@ -168,10 +168,9 @@ def _marked(source: _Source, stop: int, tokens: int) -> list[tuple[int, int]]:
     first = int(source.turn * _GOLDEN % 1 * len(found))
     chosen: list[tuple[int, int]] = []
     for low, high in found[first:] + found[:first]:
-        if tokens < high - low:
-            break
-        chosen.append((low, high))
-        tokens -= high - low
+        if high - low <= tokens:
+            chosen.append((low, high))
+            tokens -= high - low
     return chosen
 
 

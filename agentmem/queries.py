@@ -64,7 +64,7 @@ class Part:
         if self.text and self.source not in WORDED:
             raise ValueError(f"probe: {self.source!r} uses no text; give texts to {', '.join(WORDED)}")
         if self.source == "focus" and not self.text.strip():
-            raise ValueError("probe: 'focus' needs a text, what must stay recallable; give Part('focus', text=...)")
+            raise ValueError("probe: 'focus' needs a text, what must stay recallable; give focus=TEXT")
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -104,8 +104,10 @@ class Queries:
 
     def __post_init__(self) -> None:
         """Refuse a mixture that cannot run."""
-        if self.tokens is not None and self.tokens < 1:
-            raise ValueError(f"probe_tokens: {self.tokens} is too few; give at least 1, or None to let the plan choose")
+        if self.tokens is not None and (self.tokens % 1 or self.tokens < 1):
+            raise ValueError(
+                f"probe_tokens: {self.tokens!r} is too few or no whole number; give at least 1, or None for the plan's"
+            )
         try:
             re.compile(self.pattern)
         except re.error as error:

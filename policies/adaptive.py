@@ -7,6 +7,7 @@ all heads alike.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -56,6 +57,8 @@ class Adaptive(Budgets):
         """Slots that keep both errors within a multiple of their targets."""
 
         def slots(multiple: float) -> int:
+            if math.isinf(multiple):  # any error will do
+                return 0
             needed = (
                 _needed(curve.slots, curve.output, multiple * self.output_error),
                 _needed(curve.slots, curve.log_mass, multiple * self.log_mass_error),
@@ -74,4 +77,6 @@ def _needed(slots: Sequence[int], errors: Sequence[float], target: float) -> int
         return slots[last]
     low, high = slots[last - 1], slots[last]
     over, under = errors[last - 1], errors[last]
-    return min(high, low + int((high - low) * (over - target) / (over - under)) + 1)
+    if math.isinf(over):  # nothing was measured there
+        return high
+    return min(high, low + math.ceil((high - low) * (over - target) / (over - under)))

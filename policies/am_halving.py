@@ -7,9 +7,7 @@ changes one thing: the presets beside this file are this one with other defaults
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from agentmem.contracts import Policy, Queries
 from agentmem.policies.attention_matching import AttentionMatching, Mass, Values
@@ -26,7 +24,6 @@ def am_halving(
     pattern: str = "",
     pattern_weight: float = 4.0,
     budgets: str = "uniform",
-    budget_options: Mapping[str, Any] | None = None,
     selector: str = "highest",
     score: Score = AttentionMatching.score,
     mass: Mass = AttentionMatching.mass,
@@ -44,8 +41,8 @@ def am_halving(
 
     ``probe`` is a mixture as :meth:`Queries.of` reads it, ``probe_tokens`` how many tokens (``None``: the plan
     chooses), ``focus`` the text of a ``focus`` part, ``pattern`` a regular expression for what must not be lost.
-    ``budgets`` and ``budget_options`` are those of :func:`agentmem.policies.budgets.by_name`; the rest are the options
-    of :class:`AttentionMatching`.
+    ``budgets`` is read by :func:`agentmem.policies.budgets.by_name`, options as in ``"calibrated;floor=0.5"``; the rest
+    are the options of :class:`AttentionMatching`.
 
     Raises:
         ValueError: an option's value cannot work.
@@ -67,6 +64,6 @@ def am_halving(
             beta_bound=beta_bound,
             steps=steps,
         ),
-        budgets=by_name(budgets, **(budget_options or {})),
+        budgets=by_name(budgets),
         queries=replace(Queries.of(probe, probe_tokens, focus=focus), pattern=pattern, pattern_weight=pattern_weight),
     )

@@ -90,8 +90,8 @@ class AttentionMatching(Compactor):
             raise ValueError(f"carry: {self.carry} is no fraction; give 0 (forget) to 1 (keep all)")
         object.__setattr__(self, "scores", "carried" if self.carry else "none")
         for name in ("steps", "refine"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: {getattr(self, name)} is negative; give 0 or more")
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is negative or no whole number; give 0, 1, 2, …")
 
     def workspace(self, shape: SegmentShape) -> int:
         """Bytes of one head's largest phase (scoring, sorting, fitting) and of all heads' results or survey."""
@@ -140,7 +140,7 @@ class AttentionMatching(Compactor):
                 heads.append(HeadCompaction(kept, scores=found.scores[:count]))
                 continue
             attention = self._attention(segment, index)
-            selection = self.selector.select(attention, found, count, seed)
+            selection = self.selector.select(attention, found, count, seed, self.beta_bound)
             compaction, mass, values = self._fit(head, attention, found, selection)
             heads.append(compaction)
             condition = max(condition, mass.condition, values.condition if values else 1.0)

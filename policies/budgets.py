@@ -28,10 +28,14 @@ NAMES: dict[str, Callable[..., Budgets]] = {
 def by_name(name: str, **options: Any) -> Budgets:
     """The budgets of that name, made with their own options.
 
+    Options may also follow the name, where only a text can be given: ``"calibrated;floor=0.5;table=mine.json"``.
+
     Raises:
         ValueError: the name or an option is unknown (the message suggests the nearest), or a value cannot work.
 
     """
+    name, *written = (part.strip() for part in name.split(";"))
+    options = dict(map(_option, written)) | options
     if name not in NAMES:
         raise ValueError(f"budgets: {name!r} is unknown; {_hint(name, NAMES)}choose one of {', '.join(NAMES)}")
     known = inspect.signature(NAMES[name]).parameters
@@ -42,6 +46,19 @@ def by_name(name: str, **options: Any) -> Budgets:
                 f"budgets {name!r} have no option {option!r}; {_hint(option, known)}their options: {listed}"
             )
     return NAMES[name](**options)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """``key=value``; a number where it reads as one."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"budgets: {text!r} is no option; write key=value, as in calibrated;floor=0.5")
+    if value in ("true", "false"):
+        return key.strip(), value == "true"
+    try:
+        return key.strip(), float(value)
+    except ValueError:
+        return key.strip(), value.strip()
 
 
 def _hint(wrong: str, known: Iterable[str]) -> str:

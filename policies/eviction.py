@@ -37,6 +37,8 @@ class Eviction(Compactor):
     prices; a head that may keep all it holds keeps it as it is.
     """
 
+    fits = False
+
     @abstractmethod
     def score(self, segment: Segment, index: int) -> torch.Tensor:
         """``[T]`` float32, new: what each slot of KV head ``index`` is worth."""
@@ -135,7 +137,7 @@ def check_pooling(kernel: int, pool: str = "max") -> None:
         ValueError: ``kernel`` is not odd and positive, or ``pool`` is unknown.
 
     """
-    if kernel < 1 or kernel % 2 == 0:
+    if kernel < 1 or kernel % 2 != 1:
         raise ValueError(f"kernel: {kernel!r} is not an odd number of slots; give 1 (no pooling), 3, 5, …")
     if pool not in get_args(Pool):
         raise ValueError(f"pool: {pool!r} is unknown; choose one of {', '.join(get_args(Pool))}")
@@ -148,8 +150,8 @@ def check_window(window: int) -> None:
         ValueError: ``window`` is below 1.
 
     """
-    if window < 1:
-        raise ValueError(f"window: {window!r} tokens are too few; give at least 1")
+    if window % 1 or window < 1:
+        raise ValueError(f"window: {window!r} tokens are too few or no whole number; give at least 1")
 
 
 def check_share(name: str, value: float) -> None:

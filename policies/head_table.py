@@ -16,7 +16,10 @@ from typing import Any
 from agentmem.contracts import ModelIdentity
 
 VERSION = 1
-_MAKE = "make one with `agentmem calibrate --model MODEL --out FILE` and give it as table=FILE"
+_MAKE = (
+    "make one with `agentmem calibrate --model MODEL --out FILE` and give it as budgets='calibrated;table=FILE' (for a "
+    "fine-tune add ';any_weights=true'), or use budgets=global, which needs none"
+)
 
 Rows = tuple[tuple[float, ...], ...]
 

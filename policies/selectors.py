@@ -38,11 +38,12 @@ class Selection:
 class Selector(ABC):
     """Chooses the slots that stay.
 
-    Laws: exactly ``count`` slots, ascending; of equally good ones the newer; what is random follows from ``seed``.
+    Laws: exactly ``count`` slots, ascending; of equally good ones the newer; what is random follows from ``seed``;
+    a fitted β is within ``bound`` of the old one.
     """
 
     @abstractmethod
-    def select(self, attention: LocalAttention, found: Importance, count: int, seed: int) -> Selection:
+    def select(self, attention: LocalAttention, found: Importance, count: int, seed: int, bound: float) -> Selection:
         """``count`` of the T slots that ``attention`` looks at; ``found`` is their importance."""
 
     @abstractmethod
@@ -60,9 +61,9 @@ class Highest(Selector):
         """Refuse a kernel that cannot pool."""
         check_pooling(self.kernel)
 
-    def select(self, attention: LocalAttention, found: Importance, count: int, seed: int) -> Selection:
+    def select(self, attention: LocalAttention, found: Importance, count: int, seed: int, bound: float) -> Selection:
         """The top; of equal ones the newer."""
-        del attention, seed
+        del attention, seed, bound
         return Selection(top(found.scores if self.kernel == 1 else pooled(found.scores, self.kernel, "max"), count))
 
     def workspace(self, shape: SegmentShape, rows: int) -> int:
@@ -81,15 +82,13 @@ class Pursue(Selector):
     schedule: Schedule = FAST
     needles: float = 0.0
     ridge: float = 1e-4
-    bound: float = 3.0
-    """One compaction changes β by at most this much; slots that would fall further are exchanged for others."""
 
     def __post_init__(self) -> None:
         """Refuse a fraction that is none."""
         if not 0 <= self.needles <= 1:
             raise ValueError(f"needles: {self.needles!r} is no fraction of the slots; give 0 to 1")
 
-    def select(self, attention: LocalAttention, found: Importance, count: int, seed: int) -> Selection:
+    def select(self, attention: LocalAttention, found: Importance, count: int, seed: int, bound: float) -> Selection:
         """Needles first, then what the mass lacks."""
         del seed
         keep = top(found.scores, int(count * self.needles)) if self.needles else None
@@ -99,8 +98,8 @@ class Pursue(Selector):
             count,
             schedule=self.schedule,
             ridge=self.ridge,
-            bound=self.bound,
-            cutoff=-self.bound,
+            bound=bound,
+            cutoff=-bound,
             keep=keep,
         )
         return Selection(result.kept, result.log_weights, result.condition, result.accepted)
@@ -110,12 +109,13 @@ class Pursue(Selector):
         return pursuit_bytes(shape.slots, shape.budget, rows, shape.key_dim) + shape.slots * (_SORT + _FLOAT)
 
 
+@dataclass(frozen=True)
 class RandomSlots(Selector):
     """A random subset: what any selector has to beat."""
 
-    def select(self, attention: LocalAttention, found: Importance, count: int, seed: int) -> Selection:
+    def select(self, attention: LocalAttention, found: Importance, count: int, seed: int, bound: float) -> Selection:
         """Every subset is as likely."""
-        del found
+        del found, bound
         return Selection(top(lots(attention.keys, seed), count))
 
     def workspace(self, shape: SegmentShape, rows: int) -> int:

@@ -262,7 +262,7 @@ def test_a_part_of_weight_two_counts_like_one_given_twice(policy: Policy) -> Non
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (snapkv, {"window": 0}, "window: 0 tokens are too few; give at least 1"),
+        (snapkv, {"window": 0}, "window: 0 tokens are too few or no whole number; give at least 1"),
         (snapkv, {"kernel": 4}, "kernel: 4 is not an odd number of slots"),
         (snapkv, {"kernel": -1}, "kernel: -1 is not an odd number of slots"),
         (snapkv, {"pool": "median"}, "pool: 'median' is unknown; choose one of max, mean"),

@@ -217,7 +217,7 @@ def test_attention_matching_refuses_a_segment_without_queries() -> None:
     ("options", "message"),
     [
         ({"probe": "echo"}, "probe: 'echo' is unknown; choose from replay, repeat, spread"),
-        ({"probe_tokens": 0}, "probe_tokens: 0 is too few; give at least 1"),
+        ({"probe_tokens": 0}, "probe_tokens: 0 is too few or no whole number; give at least 1"),
         ({"score": "sum"}, "score: 'sum' is unknown; choose one of rms, max, mean"),
         ({"ridge_mass": 0.0}, "ridge_mass: 0.0 is not a positive number"),
         ({"ridge_values": float("nan")}, "ridge_values: nan is not a positive number"),

@@ -65,7 +65,9 @@ def test_what_cannot_be_read_is_refused(text: str, message: str) -> None:
 @pytest.mark.parametrize("tokens", [0, -3])
 def test_no_tokens_are_refused(tokens: int) -> None:
     """A count is positive, or left to the plan."""
-    with pytest.raises(ValueError, match=f"probe_tokens: {tokens} is too few; give at least 1, or None"):
+    with pytest.raises(
+        ValueError, match=f"probe_tokens: {tokens} is too few or no whole number; give at least 1, or None"
+    ):
         Queries.of("replay", tokens)
 
 

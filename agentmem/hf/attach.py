@@ -189,7 +189,7 @@ def attach(model: PreTrainedModel, memory: Memory) -> CappedMemory:
         transient_forward(decoder, memory, ids, start, step)
 
     def run_scratch(ids: Sequence[int], start: int, step: Scratch) -> int:
-        return int(transient_forward(model, memory, ids, start, step).logits[0, -1].argmax())
+        return int(transient_forward(model, memory, ids, start, step, logits_to_keep=1).logits[0, -1].argmax())
 
     memory.run_transient, memory.run_scratch = run_transient, run_scratch
     return view

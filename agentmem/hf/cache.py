@@ -76,7 +76,7 @@ class TransientCache(Cache):
 
 
 def transient_forward(
-    module: PreTrainedModel, memory: Memory, ids: Sequence[int], start: int, step: Transient | Scratch
+    module: PreTrainedModel, memory: Memory, ids: Sequence[int], start: int, step: Transient | Scratch, **more: Any
 ) -> Any:
     """The output of a model or of its decoder for ``ids`` at positions ``start, start + 1, …``; ``step`` attends."""
     device: Any = module.get_input_embeddings().weight.device
@@ -86,6 +86,7 @@ def transient_forward(
             position_ids=torch.arange(start, start + len(ids), device=device)[None],
             past_key_values=TransientCache(step, [layer.window for layer in memory.shape.layers]),
             use_cache=True,
+            **more,
         )
 
 

@@ -205,8 +205,7 @@ def test_an_answer_ends_at_an_end_token(told: Told) -> None:
 
 def test_no_forward_is_longer_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     """T is planned for a chunk's tokens: a long instruction comes in pieces, and leaves slots for an answer."""
-    lengths: list[int] = []
-    attend = Scratch.attend
+    lengths, settings, attend = list[int](), tiny.SETTINGS | {"max_slots": SIZE}, Scratch.attend
 
     def watched(self: Scratch, layer: int, queries: torch.Tensor, *rest: Any) -> torch.Tensor:
         lengths.append(queries.shape[2])
@@ -216,9 +215,7 @@ def test_no_forward_is_longer_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> N
     for words, ends, fed in ((20, (), SCRATCH - 1), (60, (), SCRATCH - 1), (60, range(128), MAX_INSTRUCTION)):
         lengths.clear()
         tokenizer = lambda text, *, add_special_tokens, words=words: {"input_ids": [5] * words}  # noqa: E731 - a fake
-        with doors.capped(
-            tiny.llama(), 1 << 24, STUDY, tokenizer=tokenizer, **(tiny.SETTINGS | {"max_slots": SIZE})
-        ) as memory:
+        with doors.capped(tiny.llama(), 1 << 24, STUDY, tokenizer=tokenizer, **settings) as memory:
             memory.memory.ends = tuple(ends)
             tiny.feed(memory, tiny.ids(FIRST + 1))
         assert max(lengths) <= tiny.SETTINGS["chunk"]

@@ -183,9 +183,10 @@ class Memory:
         early at a token that ends a text.
         """
         assert self.run_scratch is not None  # noqa: S101  # the adapter sets it before the first forward
-        step, written, fed = Scratch(self, row), list(instruction[:MAX_INSTRUCTION]), 0
+        told = instruction[:MAX_INSTRUCTION]
+        step, written, fed = Scratch(self, row), list(told), 0
         try:
-            while len(written) < most and (fed < len(instruction) or written[-1] not in self.ends):
+            while len(written) < most and (fed < len(told) or written[-1] not in self.ends):
                 piece = written[fed : fed + self.plan.chunk]
                 token = self.run_scratch(piece, row.next_position + fed, step)
                 fed += len(piece)

@@ -61,8 +61,6 @@ class Part:
         for name in ("share", "weight"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"probe: the {name} of {self.source!r} is {getattr(self, name)}; give one above 0")
-        if self.text and self.source not in WORDED:
-            raise ValueError(f"probe: {self.source!r} uses no text; give texts to {', '.join(WORDED)}")
         if self.source == "focus" and not self.text.strip():
             raise ValueError("probe: 'focus' needs a text, what must stay recallable; give focus=TEXT")
 

@@ -16,6 +16,7 @@ from agentmem.errors import CapTooSmall, SettingsRefused
 from agentmem.queries import MAX_INSTRUCTION
 from agentmem.samples import NORMS, random_bytes
 from agentmem.settings import format_bytes, parse_bytes
+from agentmem.shape import SCORE_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,6 +75,8 @@ class Plan:
     draw_bytes: int
     fit_bytes: int
     check_bytes: int
+    survey_bytes: int
+    """Scores of all layers, which budgets compare."""
     forward_bytes: int
     move_bytes: int
     activation_bytes: int
@@ -81,12 +84,8 @@ class Plan:
     @property
     def workspace_bytes(self) -> int:
         """T: the phases do not overlap, but a commit's new store exists beside the fit's result."""
-        return max(self.draw_bytes + self.fit_bytes + self.check_bytes + self.move_bytes, self.forward_bytes)
-
-    @property
-    def references(self) -> int:
-        """Reference tokens at most."""
-        return self.probe_tokens + sum(self.stored) + self.drawn_tokens
+        beside = max(self.move_bytes, self.survey_bytes)  # no store is moved while layers are surveyed
+        return max(self.draw_bytes + self.fit_bytes + self.check_bytes + beside, self.forward_bytes)
 
     def _slots_text(self) -> str:
         if self.capacity == UNBOUNDED:
@@ -100,6 +99,7 @@ class Plan:
             ("R: slots", self.resident_bytes - self.stored_bytes, self._slots_text()),
             ("R: stored queries", self.stored_bytes, f"of {sum(self.stored)} tokens per row"),
             ("T: fit", self.fit_bytes + self.draw_bytes, f"the policy's workspace, {self.probe_tokens} probe tokens"),
+            ("T: survey", self.survey_bytes, "scores of all layers, before anything is moved"),
             ("T: held-out check", self.check_bytes, "errors for the report"),
             ("T: moving a layer", self.move_bytes, "a new store beside the old one"),
             ("T: attention", self.forward_bytes, "merging and scratch of one forward (not beside the others)"),
@@ -235,6 +235,7 @@ class _Planner:
             forward_bytes=max(
                 self._forward(layer, self._fullest(capacity, limit, most)) for layer in self.shape.layers
             ),
+            survey_bytes=self._survey(self._fullest(capacity, limit, most)),
             move_bytes=max(self._move(layer, capacity, limit, most) for layer in self.shape.layers),
             activation_bytes=self.shape.activation_bytes(max(settings.chunk, probe)),
         )
@@ -351,6 +352,13 @@ class _Planner:
     def _check(self, layer: LayerShape, slots: int, references: int) -> int:
         queries = references // HELD_OUT
         return attention.local_bytes(layer, queries, slots, slots, self.shape.itemsize, fused=self._fused(layer))
+
+    def _survey(self, slots: int) -> int:
+        """A float32 score a slot of every layer, and a mask of one head while they are compared."""
+        if self.policy.budgets is None or not self.policy.budgets.needs_survey:
+            return 0
+        heads = sum(layer.kv_heads for layer in self.shape.layers if layer.window is None)
+        return heads * slots * SCORE_BYTES + slots
 
     def _fused(self, layer: LayerShape) -> bool:
         return self.shape.fused and layer.key_dim == layer.value_dim

@@ -127,8 +127,9 @@ class RowCompaction:
 
     def _budgets(self) -> tuple[tuple[int, ...], ...]:
         """Segment slots per compactable layer and head, indexed like the model's layers (sliding ones are empty)."""
-        request = self._request(self._surveys())
-        budgets = self._policy_budgets.deal(request)
+        with self.memory.ledger.borrow(self.plan.survey_bytes, "scores of all layers"):
+            request = self._request(self._surveys())
+            budgets = self._policy_budgets.deal(request)
         check_budgets(self.memory.policy.name, self._policy_budgets, request, budgets)
         return self._by_layer(budgets)
 

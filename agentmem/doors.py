@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from agentmem.contracts import Policy
     from agentmem.probe import Words
     from agentmem.report import RunReport
+    from agentmem.shape import ModelShape
 
 
 def plan(
@@ -42,9 +43,8 @@ def plan(
         SettingsRefused: and its subclasses; see :func:`capped`.
 
     """
-    config = getattr(model, "config", model)
     chosen = plugins.policy(policy, **(policy_options or {}))
-    shape = hf.describe(config, itemsize=itemsize or _itemsize(model))
+    shape = _shape(model, chosen, itemsize or _itemsize(model))
     return make_plan(shape, Settings.of(cap=cap, **settings), chosen, rows)
 
 
@@ -177,13 +177,7 @@ def _memory(
     settings: Mapping[str, Any],
 ) -> Memory:
     chosen = plugins.policy(policy, **(policy_options or {}))
-    if chosen.queries.probing:
-        hf.refuse_probe(model.config, chosen.name)
-    shape = hf.describe(model.config, itemsize=_itemsize(model), fused=model.device.type == "cpu")
-    if chosen.budgets is not None and type(chosen.budgets).check is not Budgets.check:
-        shape = replace(shape, fingerprint=hf.fingerprint(model))
-    if any(part.source == "self-study" for part in chosen.queries.parts):
-        hf.refuse_scratch(shape, chosen.name)
+    shape = _shape(model, chosen, _itemsize(model))
     return Memory(
         shape,
         Settings.of(cap=cap, **settings),
@@ -192,6 +186,20 @@ def _memory(
         read=None if tokenizer is None else _reader(tokenizer),
         ends=hf.end_ids(model),
     )
+
+
+def _shape(model: Any, policy: Policy, itemsize: int) -> ModelShape:
+    """The shape of a model, or of its config alone, as far as the policy can serve it."""
+    config = getattr(model, "config", model)
+    if policy.queries.probing:
+        hf.refuse_probe(config, policy.name)
+    device = getattr(getattr(model, "device", None), "type", "cpu")
+    shape = hf.describe(config, itemsize=itemsize, fused=device == "cpu")
+    if any(part.source == "self-study" for part in policy.queries.parts):
+        hf.refuse_scratch(shape, policy.name)
+    if policy.budgets is not None and type(policy.budgets).check is not Budgets.check and hasattr(model, "get_decoder"):
+        shape = replace(shape, fingerprint=hf.fingerprint(model))
+    return shape
 
 
 def _words(policy: Policy, tokenizer: Any) -> Words:

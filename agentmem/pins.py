@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,9 +24,9 @@ class Pins:
 
         Ascending and apart; matches that touch become one span.
         """
-        for piece in self.read(transcript[len(self._ends) :]):
-            self._text += piece
-            self._ends.append(len(self._text))
+        pieces = self.read(transcript[len(self._ends) :])
+        self._ends += islice(accumulate(map(len, pieces), initial=len(self._text)), 1, None)
+        self._text += "".join(pieces)
         found: list[tuple[int, int]] = []
         token = 0
         for match in self.pattern.finditer(self._text):

@@ -160,9 +160,11 @@ def _spread(part: Part, size: int, source: _Source, newest: int) -> list[_Stretc
 
 def _marked(source: _Source, stop: int, tokens: int) -> list[tuple[int, int]]:
     """Marked spans before ``stop`` with what leads up to them: as many as fit, others at every turn."""
-    found = [
-        (max(source.prefix, low - LEAD), high) for low, high in source.marks if low >= source.prefix and high <= stop
-    ]
+    found: list[tuple[int, int]] = []
+    for low, high in source.marks:
+        start = max(source.prefix if not found else found[-1][1], low - LEAD)
+        if low >= source.prefix and start < high <= stop:
+            found.append((start, high))
     if not found:
         return []
     first = int(source.turn * _GOLDEN % 1 * len(found))

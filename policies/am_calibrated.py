@@ -6,14 +6,11 @@ others, and ``budgets="global"`` needs none.
 
 from __future__ import annotations
 
-from functools import partial
+from agentmem.policies.am_halving import preset
 
-from agentmem.policies.am_halving import am_halving
-
-am_calibrated = partial(
-    am_halving,
+am_calibrated = preset(
+    "am-calibrated",
+    "Attention Matching, slots per head by the model's calibrated table",
     budgets="calibrated",
-    name="am-calibrated",
-    summary="Attention Matching, slots per head by the model's calibrated table",
 )
 """The options of :func:`am_halving`, with calibrated budgets."""

@@ -7,9 +7,12 @@ changes one thing: the presets beside this file are this one with other defaults
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
-from agentmem.contracts import Policy, Queries
+from agentmem.contracts import Policy, PolicyFactory, Queries
 from agentmem.policies.attention_matching import AttentionMatching, Mass, Values
 from agentmem.policies.budgets import by_name
 from agentmem.policies.selectors import selector as selector_named
@@ -34,8 +37,6 @@ def am_halving(
     ridge_values: float = AttentionMatching.ridge_values,
     beta_bound: float = AttentionMatching.beta_bound,
     steps: int = AttentionMatching.steps,
-    name: str = "am-halving",
-    summary: str = "Attention Matching on the most attended keys, equal slots per head",
 ) -> Policy:
     """Attention Matching, composed of queries (``probe``), ``budgets``, a ``selector`` and fits.
 
@@ -49,8 +50,8 @@ def am_halving(
 
     """
     return Policy(
-        name=name,
-        summary=summary,
+        name="am-halving",
+        summary="Attention Matching on the most attended keys, equal slots per head",
         source="arXiv:2602.16284",
         compactor=AttentionMatching(
             selector=selector_named(selector),
@@ -67,3 +68,14 @@ def am_halving(
         budgets=by_name(budgets),
         queries=replace(Queries.of(probe, probe_tokens, focus=focus), pattern=pattern, pattern_weight=pattern_weight),
     )
+
+
+def preset(name: str, summary: str, **defaults: Any) -> PolicyFactory:
+    """A factory with the options of :func:`am_halving`, some of them with other defaults, under a name of its own."""
+    composed = partial(am_halving, **defaults)
+
+    def factory(**options: Any) -> Policy:
+        return replace(composed(**options), name=name, summary=summary)
+
+    factory.__signature__ = inspect.signature(composed)  # type: ignore[attr-defined]  # what callers may give
+    return factory

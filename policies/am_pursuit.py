@@ -6,15 +6,12 @@ here on text that goes on; what was said long ago is ``am-recall``'s affair.
 
 from __future__ import annotations
 
-from functools import partial
+from agentmem.policies.am_halving import preset
 
-from agentmem.policies.am_halving import am_halving
-
-am_pursuit = partial(
-    am_halving,
+am_pursuit = preset(
+    "am-pursuit",
+    "Attention Matching by orthogonal matching pursuit, calibrated budgets",
     selector="omp-fast",
     budgets="calibrated",
-    name="am-pursuit",
-    summary="Attention Matching by orthogonal matching pursuit, calibrated budgets",
 )
 """The options of :func:`am_halving`, with other defaults."""

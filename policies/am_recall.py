@@ -8,21 +8,18 @@ no more attention than any others until somebody asks for them.
 
 from __future__ import annotations
 
-from functools import partial
-
-from agentmem.policies.am_halving import am_halving
+from agentmem.policies.am_halving import preset
 
 CRITICAL = r"\d+|[A-Z][\w'-]+|\w*[_\d]\w*"
 """Numbers, capitalised words, identifiers."""
 
-am_recall = partial(
-    am_halving,
+am_recall = preset(
+    "am-recall",
+    "Attention Matching with carried importance and a probe of the whole text, calibrated budgets",
     probe="replay+spread",
     carry=0.95,
     pattern=CRITICAL,
     pattern_weight=16.0,
     budgets="calibrated",
-    name="am-recall",
-    summary="Attention Matching with carried importance and a probe of the whole text, calibrated budgets",
 )
 """The options of :func:`am_halving`, with other defaults."""

@@ -120,6 +120,8 @@ class AttentionMatching(Compactor):
         )
 
     def _importance(self, segment: Segment, index: int) -> Importance:
+        if not segment.heads[index].slots:
+            return Importance(segment.heads[index].bias.clone(), segment.heads[index].bias[:0])
         found, old = importance(self._attention(segment, index), self.score), segment.heads[index].scores
         if old is not None:
             torch.maximum(found.scores, old * self.carry, out=found.scores)
@@ -156,23 +158,26 @@ class AttentionMatching(Compactor):
         mass = self._fit_mass(plain, found, selection)
         bias = plain.bias + mass.log_weights
         scores = found.scores[kept] if self.carry else None
-        if self.values == "own":
-            return HeadCompaction(kept, bias, scores=scores), mass, None
+        fitted, better = None, None
         values = head.values.float()
-        fitted = fit_values(
-            attention,
-            plain.over(plain.keys, bias),
-            values,
-            values[kept],
-            ridge=self.ridge_values,
-            bound=self.value_bound,
-        )
-        if not self.refine:
-            return HeadCompaction(kept, bias, fitted.values.to(head.values.dtype), scores=scores), mass, fitted
-        better = refine(attention, plain.over(plain.keys, bias), values, fitted.values, steps=self.refine)
-        keys = better.keys.to(head.keys.dtype) if better.accepted else None
-        new = HeadCompaction(kept, better.bias, better.values.to(head.values.dtype), keys, scores)
-        return new, mass, fitted
+        start = values[kept]
+        if self.values == "fitted":
+            fitted = fit_values(
+                attention,
+                plain.over(plain.keys, bias),
+                values,
+                start,
+                ridge=self.ridge_values,
+                bound=self.value_bound,
+            )
+            start = fitted.values
+        if self.refine:
+            better = refine(attention, plain.over(plain.keys, bias), values, start, steps=self.refine)
+        if better is not None and better.accepted:
+            keys, new = better.keys.to(head.keys.dtype), better.values.to(head.values.dtype)
+            return HeadCompaction(kept, better.bias, new, keys, scores), mass, fitted
+        new = None if fitted is None else start.to(head.values.dtype)
+        return HeadCompaction(kept, bias, new, scores=scores), mass, fitted
 
     def _fit_mass(self, plain: LocalAttention, found: Importance, selection: Selection) -> MassFit:
         if selection.log_weights is not None:

@@ -53,6 +53,8 @@ def _option(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise ValueError(f"budgets: {text!r} is no option; write key=value, as in calibrated;floor=0.5")
+    if key.strip() == "table":  # a file may be named 123
+        return "table", value.strip()
     if value in ("true", "false"):
         return key.strip(), value == "true"
     try:

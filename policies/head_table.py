@@ -103,7 +103,7 @@ def _parsed(text: str, source: str) -> HeadTable:
         found = json.loads(text)
         table = _table(found, source)
         _check(table)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"table {source!r} is no table of head shares: {reason}; {_MAKE}") from error
     return table

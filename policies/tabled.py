@@ -72,10 +72,13 @@ class Tabled(Budgets):
 
         """
         served = self._model
-        if served is not None and (served.kv_heads, served.fingerprint) != (model.kv_heads, model.fingerprint):
+        known = model.fingerprint is not None  # a plan from a config alone knows no weights
+        if served is not None and (
+            served.kv_heads != model.kv_heads or (known and served.fingerprint != model.fingerprint)
+        ):
             raise ValueError(f"these budgets serve {served.name} already, and {model.name} is another; make new ones")
         self._choose(fitting(self._tables, model, any_weights=self.any_weights))
-        self._model = model if model.fingerprint else None
+        self._model = model if known else served
 
     def table_for(self, request: BudgetRequest) -> HeadTable:
         """The table, if it has the request's heads.

@@ -38,6 +38,7 @@ TABLE = (
     room("agentmem.errors"),
     room("agentmem.queries", outside="torch"),
     room("agentmem.contracts", rooms="queries", outside="torch"),
+    room("agentmem.files", rooms="errors"),
     room("agentmem.settings", rooms="errors", outside="pydantic"),
     room("agentmem.report", outside="pydantic"),
     room("agentmem.events", outside="structlog"),

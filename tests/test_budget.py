@@ -327,7 +327,6 @@ def test_every_part_gets_its_share_of_the_reference_tokens() -> None:
     plan = make_plan(LLAMA, ROOMY, policy)
     query = 3 * 4 * 16 * 4
     assert (plan.probe_tokens, plan.stored, plan.drawn_tokens) == (40, (16, NORMS), 8)
-    assert plan.references == 40 + 16 + NORMS + 8
     assert plan.stored_bytes == (16 + NORMS) * query
     assert plan.draw_bytes == random_bytes(LLAMA.layers[0], 8, 4)
     three = make_plan(LLAMA, ROOMY, policy, rows=3)

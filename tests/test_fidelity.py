@@ -13,7 +13,7 @@ import tiny
 from agentmem.errors import AgentmemError, UnknownPolicy
 from agentmem.evaluation import Measurement, Terms, fidelity, rows, stream
 from agentmem.evaluation.fidelity import medians
-from agentmem.evaluation.full_logits import fingerprint, full_logits, passage_key
+from agentmem.evaluation.full_logits import full_logits, model_digest, passage_key
 from agentmem.evaluation.metrics import Divergence
 from agentmem.testing import tiny_model
 
@@ -256,7 +256,7 @@ def test_other_weights_and_other_passages_have_other_keys(model: Any, ids: torch
     keys = {passage_key(model, ids), passage_key(model, ids[:-1]), passage_key(other, ids), passage_key(half, ids)}
 
     assert len(keys) == 4
-    assert fingerprint(model) == fingerprint(tiny_model("llama"))
+    assert model_digest(model) == model_digest(tiny_model("llama"))
 
 
 def measurement(policy: str, capacity: int, kl: list[float]) -> Measurement:

@@ -11,6 +11,7 @@ import tiny
 from agentmem.contracts import BudgetRequest, Budgets, Policy, Queries
 from agentmem.dealing import equal_shares
 from agentmem.errors import CompactionFailed, PolicyContractBroken
+from agentmem.ledger import Ledger
 
 
 class Stumbling(Budgets):
@@ -91,3 +92,35 @@ def test_equal_shares_differ_by_at_most_one_where_heads_hold_enough(total: int) 
     roomy = [dealt[0][0], *dealt[1]]
     assert max(roomy) - min(roomy) <= 1
     assert dealt[0][1] == min(3, total // 4)
+
+
+class Weighing(Budgets):
+    """Equal budgets that read surveys, and what the ledger counts while they do."""
+
+    needs_survey = True
+
+    def __init__(self, seen: list[tuple[int, int]]) -> None:
+        self.seen = seen
+        self.ledger: Ledger | None = None
+
+    def deal(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
+        """Note the bytes of all scores and the bytes borrowed."""
+        assert self.ledger is not None
+        scores = sum(score.numel() * 4 for survey in request.surveys for score in survey.scores)
+        self.seen.append((scores, self.ledger.transient))
+        return equal_shares(request)
+
+
+def test_scores_of_all_layers_are_counted_while_budgets_compare_them() -> None:
+    """In a deep model they outweigh the store that a commit moves: the plan has room for them, the ledger counts."""
+    model = tiny.llama(60)
+    budgets = Weighing([])
+    policy = replace(tiny.KINDS["replay"], name="weighing", budgets=budgets)
+    with tiny.capped_by(policy, model) as memory:
+        budgets.ledger = memory.memory.ledger
+        tiny.feed(memory, tiny.ids(60), model=model)
+        ((scores, counted),) = budgets.seen
+        plan = memory.plan
+        assert scores > plan.move_bytes
+        assert scores <= counted
+        assert plan.workspace_bytes >= plan.draw_bytes + plan.fit_bytes + plan.check_bytes + scores

@@ -156,7 +156,7 @@ def test_refinement_lowers_the_local_errors(fit: Fit, seed: int) -> None:
     start = mismatch(compacted(made((*fit[:2], 0)), head, queries, 10).slots, head, queries)
     refined = mismatch(compacted(made((*fit[:2], 8)), head, queries, 10).slots, head, queries)
 
-    assert refined < 0.97 * start
+    assert refined < 0.8 * start
 
 
 # ---- 6.3: nothing diverges, nothing dies

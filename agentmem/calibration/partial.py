@@ -6,10 +6,13 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from agentmem.errors import AgentmemError
+from agentmem.files import write_whole
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+REMEDY = "choose another place with --out"
 
 
 @dataclass
@@ -50,27 +53,9 @@ class Partial:
     def put(self, unit: str, value: object) -> None:
         """Keep one result."""
         self.own[unit] = value
-        write_whole(self.path, json.dumps({"key": self.key, "done": self.own}))
+        write_whole(self.path, json.dumps({"key": self.key, "done": self.own}), what="calibration", remedy=REMEDY)
 
     def remove(self) -> None:
         """Forget everything."""
         for path in self.files():
             path.unlink(missing_ok=True)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is never seen half written.
-
-    Raises:
-        AgentmemError: the file cannot be written.
-
-    """
-    scratch = path.with_name(f"{path.name}.scratch")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(path)
-    except OSError as error:
-        raise AgentmemError(
-            f"calibration: cannot write {path}: {error.strerror or error}; choose another place with --out"
-        ) from error

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from agentmem.calibration.partial import write_whole
+from agentmem.calibration.partial import REMEDY
+from agentmem.files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,7 +72,7 @@ def write_table(path: Path, table: dict[str, Any]) -> None:
 
     """
     lines = [f"{json.dumps(name)}: {_lines(value)}" for name, value in table.items()]
-    write_whole(path, "{\n  " + ",\n  ".join(lines) + "\n}\n")
+    write_whole(path, "{\n  " + ",\n  ".join(lines) + "\n}\n", what="calibration", remedy=REMEDY)
 
 
 def _lines(value: Any) -> str:

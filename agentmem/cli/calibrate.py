@@ -14,7 +14,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
 
-from agentmem import calibration, evaluation
+from agentmem import calibration, evaluation, plugins
 from agentmem.calibration import Method, Origin, Terms
 from agentmem.cli.arguments import KeepFirst, KeepRecent, Model
 from agentmem.cli.console import ERR, require_writable, show, table
@@ -54,7 +54,6 @@ def calibrate(
 
     A stopped calibration goes on where it was. The processes of `torchrun` or `accelerate launch` share the work.
     """
-    require_writable(out, "--out")
     terms = Terms(
         method=method,
         context=context,
@@ -65,6 +64,8 @@ def calibrate(
         policy=policy,
         seed=seed,
     )
+    plugins.policy(policy)
+    require_writable(out, "--out")
     words = evaluation.default_text() if text is None else evaluation.read_text(text)
     loaded, tokenizer = load_model(model, dtype)
     ids = _ids(tokenizer, words[offset:], tokens)

@@ -84,6 +84,9 @@ def require_writable(path: Path, option: str) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        there = path.exists()
         path.open("a", encoding="utf-8").close()
+        if not there:  # a refusal that follows must not leave an empty result
+            path.unlink()
     except OSError as error:
         raise SettingsRefused(f"{option}: cannot write {path}: {error.strerror or error}") from error

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 _PIECE = 256
 """Tokens in one forward; fixed, so that the stored logits depend on no setting."""
 _SAMPLE = 4096
-"""Numbers of each weight that enter the fingerprint, evenly spread."""
+"""Numbers of each weight that enter the digest, evenly spread."""
 
 
-def fingerprint(model: PreTrainedModel) -> str:
+def model_digest(model: PreTrainedModel) -> str:
     """A digest of configuration and weights (of each weight: name, shape, dtype, an even sample of its numbers)."""
     digest = hashlib.sha256(model.config.to_json_string(use_diff=False).encode())
     for name, weight in model.state_dict().items():
@@ -46,10 +46,10 @@ def fingerprint(model: PreTrainedModel) -> str:
 def passage_key(model: PreTrainedModel, ids: torch.Tensor, digest: str | None = None) -> str:
     """Names one (model, passage, software) triple; 24 hexadecimal digits.
 
-    ``digest`` is the model's :func:`fingerprint`, for callers that ask about several passages.
+    ``digest`` is the model's :func:`model_digest`, for callers that ask about several passages.
     """
     facts = {
-        "model": digest or fingerprint(model),
+        "model": digest or model_digest(model),
         "ids": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
         "dtype": str(model.dtype),
         "device": model.device.type,

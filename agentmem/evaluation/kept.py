@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import os
 import sys
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from agentmem.errors import AgentmemError
+from agentmem.files import write_whole
 
 if TYPE_CHECKING:
     from agentmem.contracts import Policy
@@ -52,14 +51,8 @@ def save(value: BaseModel, path: Path) -> None:
         AgentmemError: the file cannot be written.
 
     """
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        partial.write_text(value.model_dump_json(), encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise AgentmemError(
-            f"evaluation: cannot write {path}: {error.strerror or error}; choose another place with --cache-dir"
-        ) from error
+    remedy = "choose another place with --cache-dir"
+    write_whole(path, value.model_dump_json(), what="evaluation", remedy=remedy)
 
 
 def _state(part: object) -> str:

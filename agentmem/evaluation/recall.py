@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from agentmem.evaluation.facts import Document, Format, Planted
-from agentmem.evaluation.full_logits import fingerprint, passage_key
+from agentmem.evaluation.full_logits import model_digest, passage_key
 from agentmem.evaluation.kept import load, save, settings_key
 from agentmem.evaluation.terms import Equal, Frozen, Reader, Spent, Terms
 
@@ -175,7 +175,7 @@ def stream(
     """
     plans = [(terms.policy(FULL), _full_terms(documents))]
     plans += [(terms.policy(spec), terms) for spec in dict.fromkeys((WINDOW, *policies)) if spec != FULL]
-    digest = fingerprint(model)
+    digest = model_digest(model)
     folders = [cache_dir / passage_key(model, _everything(document), digest) for document in documents]
     for policy, common in plans:
         key, before = settings_key(policy, common), 0

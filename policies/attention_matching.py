@@ -174,8 +174,8 @@ class AttentionMatching(Compactor):
         if self.refine:
             better = refine(attention, plain.over(plain.keys, bias), values, start, steps=self.refine)
         if better is not None and better.accepted:
-            keys, new = better.keys.to(head.keys.dtype), better.values.to(head.values.dtype)
-            return HeadCompaction(kept, better.bias, new, keys, scores), mass, fitted
+            keys, moved = better.keys.to(head.keys.dtype), better.values.to(head.values.dtype)
+            return HeadCompaction(kept, better.bias, moved, keys, scores), mass, fitted
         new = None if fitted is None else start.to(head.values.dtype)
         return HeadCompaction(kept, bias, new, scores=scores), mass, fitted
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-from agentmem.budget import Plan
 from agentmem.contracts import Budgets, Compaction, Compactor, HeadCompaction, Policy, Queries, Segment
 from agentmem.doors import CappedModel, CappedOutput, capped, plan, wrap
 from agentmem.errors import (
@@ -29,6 +28,7 @@ from agentmem.errors import (
 )
 from agentmem.hf import CappedMemory
 from agentmem.memory import Usage
+from agentmem.pricing import Plan
 from agentmem.report import CompactionReport, LayerReport, RunReport
 from agentmem.settings import Settings
 

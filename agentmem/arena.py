@@ -51,7 +51,7 @@ class LayerStore:
 
     __slots__ = (
         "bias", "biased", "capacities", "held_bytes", "keys", "ledger", "lengths", "positions",
-        "scores", "seen", "settled", "spec", "starts", "uniform", "values",
+        "promoted", "scores", "seen", "settled", "spec", "starts", "uniform", "values",
     )  # fmt: skip
 
     def __init__(self, spec: SlotSpec, capacities: Sequence[int], ledger: Ledger) -> None:
@@ -70,6 +70,8 @@ class LayerStore:
         self.biased = False
         self.seen = 0
         """Tokens ever appended, whatever became of their slots."""
+        self.promoted = 0
+        """Slots of pinned tokens that were moved to the front, behind the prefix."""
         total, self.held_bytes = sum(self.capacities), 0
         ledger.hold(total * spec.slot_bytes, "a layer's slots")
         self.held_bytes = total * spec.slot_bytes
@@ -187,6 +189,15 @@ class LayerStore:
             ]
         return [self._run(head, scored=scored) for head in range(len(self.capacities))]
 
+    def front(self, count: int) -> list[Run]:
+        """Views of every head's first ``count`` slots, for a forward that sees nothing else."""
+        cut = slice(count)
+        runs = (self._run(head, scored=False) for head in range(len(self.capacities)))
+        return [
+            Run(run.first, run.keys[:, cut], run.values[:, cut], None if run.bias is None else run.bias[:, cut])
+            for run in runs
+        ]
+
     def _run(self, head: int, *, scored: bool) -> Run:
         span = slice(self.starts[head], self.starts[head] + self.lengths[head])
         return Run(
@@ -205,31 +216,33 @@ class LayerStore:
                 self.positions[start + self.settled[head] : start + length] = tail[tail.shape[0] - count :]
                 self.settled[head] = length
 
-    def segment(self, head: int, prefix: int, recent: int) -> HeadSegment:
-        """The compactable slots of one head, between prefix and recent; positions must be settled."""
+    def segment(self, head: int, begin: int, recent: int) -> HeadSegment:
+        """The slots of one head from ``begin`` on without the ``recent`` last ones; positions must be settled."""
         start, length = self.starts[head], self.lengths[head]
-        begin = min(prefix, length)
+        begin = min(begin, length)
         span = slice(start + begin, start + max(length - recent, begin))
         scores = None if self.scores is None else self.scores[span]
         return HeadSegment(self.keys[span], self.values[span], self.bias[span], self.positions[span], scores)
 
-    def compacted(self, compaction: Compaction, prefix: int, recent: int, headroom: int = 0) -> LayerStore:
-        """A new store: prefix, the compaction's slots, recent, and room for more. This one is left as it is.
+    def compacted(self, compaction: Compaction, begins: Sequence[int], recent: int, headroom: int = 0) -> LayerStore:
+        """A new store: each head's first ``begins`` slots, the compaction's, recent, and room for more.
 
-        A commit never grows a layer: where ``headroom`` slots per head would, there is none for now.
+        This one is left as it is. A commit never grows a layer: where ``headroom`` slots per head would, there is
+        none for now.
         """
-        lengths = [prefix + head.kept.shape[0] + recent for head in compaction.heads]
+        heads = zip(begins, compaction.heads, strict=True)
+        lengths = [begin + head.kept.shape[0] + recent for begin, head in heads]
         grows = sum(lengths) + headroom * len(lengths) > sum(self.capacities)
         capacities = lengths if grows else [length + headroom for length in lengths]
         store = LayerStore(self.spec, capacities, self.ledger)
         try:
             for head, replacement in enumerate(compaction.heads):
-                self._write_compacted(store, head, replacement, prefix, recent)
+                self._write_compacted(store, head, replacement, begins[head], recent)
         except BaseException:
             store.free()
             raise
         store.biased = self.biased or any(head.bias is not None for head in compaction.heads)
-        return store._filled(lengths, lengths, self.seen)
+        return store._filled(lengths, lengths, self)
 
     def _write_compacted(
         self, store: LayerStore, head: int, replacement: HeadCompaction, prefix: int, recent: int
@@ -249,23 +262,76 @@ class LayerStore:
                 sink[begin + prefix : middle] = fitted
             sink[middle : middle + recent] = source[end - recent : end]
 
+    def rewritten(
+        self, begins: Sequence[int], recent: int, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
+    ) -> LayerStore:
+        """A new store whose segments are other slots, the same for every head; the capacities stay where they can.
+
+        ``keys [H, n, d]``, ``values [H, n, dv]``, ``positions [n]`` int32; β and scores are zero.
+        """
+        count = positions.shape[0]
+        lengths = [begin + count + recent for begin in begins]
+        store = LayerStore(self.spec, list(map(max, lengths, self.capacities)), self.ledger)
+        try:
+            for head, begin in enumerate(begins):
+                middle, end = store.starts[head] + begin, self.lengths[head]
+                self._write_spans(store, head, [(0, begin)])
+                store.keys[middle : middle + count] = keys[head]
+                store.values[middle : middle + count] = values[head]
+                store.positions[middle : middle + count] = positions
+                self._write_spans(store, head, [(end - recent, end)], begin + count)
+        except BaseException:
+            store.free()
+            raise
+        store.biased = self.biased
+        return store._filled(lengths, lengths, self)
+
     def resized(self, capacities: Sequence[int]) -> LayerStore:
         """A new store with the same slots and other capacities (none below what is held)."""
         store = LayerStore(self.spec, capacities, self.ledger)
         try:
             for head, length in enumerate(self.lengths):
-                for name in ("keys", "values", "bias", "positions", "scores"):
-                    source, sink = getattr(self, name), getattr(store, name)
-                    if sink is not None:
-                        begin, old = store.starts[head], self.starts[head]
-                        sink[begin : begin + length] = source[old : old + length]
+                self._write_spans(store, head, [(0, length)])
         except BaseException:
             store.free()
             raise
         store.biased = self.biased
-        return store._filled(self.lengths, self.settled, self.seen)
+        return store._filled(self.lengths, self.settled, self)
 
-    def _filled(self, lengths: Sequence[int], settled: Sequence[int], seen: int) -> LayerStore:
-        self.lengths, self.settled, self.seen = list(lengths), list(settled), seen
+    def reordered(self, front: int, spans: Sequence[tuple[int, int]]) -> LayerStore:
+        """A new store in which some of the last slots stand behind the first ``front`` ones, order kept otherwise.
+
+        ``spans`` say which, counted from the end of every head: ``(5, 3)`` are the fifth and the fourth last slot.
+        """
+        store = LayerStore(self.spec, self.capacities, self.ledger)
+        try:
+            for head, length in enumerate(self.lengths):
+                moved = [(length - start, length - stop) for start, stop in spans]
+                borders = [front, *(border for span in moved for border in span), length]
+                left = list(zip(borders[::2], borders[1::2], strict=True))
+                self._write_spans(store, head, [(0, front), *moved, *left])
+        except BaseException:
+            store.free()
+            raise
+        store.biased = self.biased
+        store._filled(self.lengths, self.settled, self)
+        store.promoted += sum(start - stop for start, stop in spans)
+        return store
+
+    def _write_spans(self, store: LayerStore, head: int, spans: Sequence[tuple[int, int]], at: int = 0) -> None:
+        """Write spans of a head's slots one after the other into the same head of another store, from ``at`` on."""
+        for name in ("keys", "values", "bias", "positions", "scores"):
+            source, sink = getattr(self, name), getattr(store, name)
+            if sink is None:
+                continue
+            end = store.starts[head] + at
+            for start, stop in spans:
+                old = self.starts[head]
+                sink[end : end + stop - start] = source[old + start : old + stop]
+                end += stop - start
+
+    def _filled(self, lengths: Sequence[int], settled: Sequence[int], like: LayerStore) -> LayerStore:
+        self.lengths, self.settled = list(lengths), list(settled)
+        self.seen, self.promoted = like.seen, like.promoted
         self.uniform = len(set(self.capacities)) == 1 and len(set(lengths)) == 1
         return self

@@ -18,18 +18,21 @@ import torch
 
 from agentmem import events
 from agentmem.contract_check import validate
-from agentmem.contracts import BudgetRequest, Compaction, HeadCompaction, Segment, SegmentShape, Survey
-from agentmem.dealing import Slots, check_budgets, equal_shares, make_request
+from agentmem.contracts import Compaction, HeadCompaction, Segment, SegmentShape
+from agentmem.dealer import Dealer
 from agentmem.errors import CompactionFailed, PolicyContractBroken
-from agentmem.held_out import Errors, HeldOut, error_curves, split_references
+from agentmem.held_out import Errors, HeldOut, split_references
+from agentmem.job import USUAL, Job, Request, make_job
+from agentmem.promotion import promote, settle
 from agentmem.references import References
-from agentmem.report import CompactionReport, LayerReport, Outcome
+from agentmem.report import CompactionReport, LayerReport, Outcome, SummaryReport
+from agentmem.rewriting import Rewriting, SummaryRefused
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from agentmem.arena import LayerStore
-    from agentmem.contracts import Budgets, Compactor, Reference
+    from agentmem.contracts import Compactor, Reference
     from agentmem.memory import Memory
     from agentmem.row import Row
 
@@ -39,25 +42,29 @@ ATTEMPTS = 2
 class RowCompaction:
     """Compacts one row of a memory to its target and deals the freed slots out as headroom."""
 
-    def __init__(self, memory: Memory, row: Row) -> None:
-        """Nothing is changed yet."""
-        self.memory, self.row, self.plan = memory, row, memory.plan
-        self.prefix = min(self.plan.prefix, row.seen)
-        self.recent = min(self.plan.recent, row.seen - self.prefix)
-        self.pinned = self.prefix + self.recent
-        self.references = References(memory, row)
+    def __init__(self, memory: Memory, row: Row, request: Request = USUAL) -> None:
+        """Pins are promoted, and nothing else is changed yet; a compaction that has begun goes on as it was asked."""
+        self.memory, self.row, self.plan = memory, row, memory.plan_of(request.policy or memory.policy)
+        promote(memory, row)
+        self.job = row.job or self._job(request)
+        self.references = References(memory, row, self.job)
         self.held_out = HeldOut()
         self.layers: dict[int, LayerReport] = {}
         self.faults: list[str] = []
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.outcome: Outcome = "compacted"
+        self.summary: SummaryReport | None = None
+
+    def _job(self, request: Request) -> Job:
+        policy = request.policy or self.memory.policy
+        return make_job(self.row, request, policy, self.plan, [index for index, _ in self._stores()])
 
     @property
     def worthwhile(self) -> bool:
-        """Whether a begun compaction is to be finished, or the heads hold more than the target on average."""
-        lengths = [length for _, store in self._stores() for length in store.lengths]
-        compacts = self.memory.policy.compactor is not None
-        return self.row.budgets is not None or (compacts and sum(lengths) > self.plan.target * len(lengths))
+        """Whether a begun compaction is to be finished, or the segments hold more than is to be left on average."""
+        held = [slots for index, store in self._stores() for slots in self.job.held(index, store)]
+        compacts = self.job.policy.compactor is not None
+        return self.row.budgets is not None or (compacts and sum(held) > self.job.each * len(held))
 
     def run(self) -> CompactionReport:
         """Do it.
@@ -68,11 +75,12 @@ class RowCompaction:
             PolicyContractBroken: the policy returned something that its contract forbids.
 
         """
-        memory, row = self.memory, self.row
+        memory, row, policy = self.memory, self.row, self.job.policy
         began, slots, resident = time.perf_counter(), row.held, memory.ledger.resident
-        events.compaction_started(row=row.index, policy=memory.policy.name, tokens_seen=row.seen, slots=slots)
-        outside = memory.ledger.outside() if memory.policy.queries.outside_cap else nullcontext()
+        events.compaction_started(row=row.index, policy=policy.name, tokens_seen=row.seen, slots=slots)
+        outside = memory.ledger.outside() if policy.queries.outside_cap else nullcontext()
         with torch.no_grad(), memory.ledger.watch() as peak, outside:
+            self._rewrite()
             if self._prepared():
                 self._compact_layers()
             else:
@@ -84,22 +92,40 @@ class RowCompaction:
         return CompactionReport(
             index=len(memory.compactions),
             row=row.index,
-            policy=memory.policy.name,
+            policy=policy.name,
             tokens_seen=row.seen,
             slots_before=slots,
             slots_after=row.held,
             bytes_before=resident,
             bytes_after=memory.ledger.resident,
             bytes_peak=peak[0],
-            queries=str(memory.policy.queries),
-            outside_cap=memory.policy.queries.outside_cap,
+            queries=str(self.references.queries),
+            outside_cap=policy.queries.outside_cap,
             probe_tokens=len(self.references.probe.ids),
             seconds=seconds,
             seconds_by_stage=dict(self.seconds),
             layers=tuple(self.layers[index] for index in sorted(self.layers)),
             faults=tuple(self.faults),
+            summary=self.summary,
             worst_spans=self.held_out.worst_spans(),
         )
+
+    def _rewrite(self) -> None:
+        """Have the segment summarised, where the policy asks for it; what goes wrong leaves it to matching."""
+        rewrite, language = self.job.policy.rewrite, self.memory.language
+        if rewrite is None or language is None or not self.job.whole or self.row.budgets is not None:
+            return
+        try:
+            with self._stage("summary"):
+                request, self.summary = Rewriting(self.memory, self.row, self.job, rewrite, language).run()
+            self.job = self._job(replace(request, policy=self.job.policy))
+        except SummaryRefused as refused:
+            self._note_fault(None, refused, "matching instead")
+        except Exception as error:  # noqa: BLE001  # whatever a forward raises must not cost the memory
+            traceback.clear_frames(error.__traceback__)
+            self._note_fault(None, error, "matching instead")
+            self.job = self._job(USUAL)
+        self.references = References(self.memory, self.row, self.job)
 
     def _prepared(self) -> bool:
         """Find the probe's text and the budgets; ``False`` after two faults, with equal budgets to evict to."""
@@ -108,7 +134,8 @@ class RowCompaction:
                 with self._stage("probe text"):
                     self.references.prepare()
                 if self.row.budgets is None:
-                    self.row.budgets = self._budgets()
+                    self.row.budgets = self._dealer().deal(self.references, lambda: self._stage("survey"))
+                    self.row.job = self.job
             except PolicyContractBroken:
                 raise
             except Exception as error:  # noqa: BLE001  # whatever a policy or a probe raises must not cost the memory
@@ -120,66 +147,22 @@ class RowCompaction:
         if self.memory.settings.on_failure != "evict":
             self._fail(None, fault)
         if self.row.budgets is None:
-            self.row.budgets = self._by_layer(equal_shares(self._request(())))
+            self.row.budgets, self.row.job = self._dealer().equal(), self.job
         return False
 
-    # ---- budgets
+    def _dealer(self) -> Dealer:
+        def segment(layer: int, references: tuple[Reference, ...]) -> Segment:
+            store = self.row.stores[layer]
+            assert store is not None  # noqa: S101  # only layers with stores are dealt for
+            return self._segment(layer, store, references)
 
-    def _budgets(self) -> tuple[tuple[int, ...], ...]:
-        """Segment slots per compactable layer and head, indexed like the model's layers (sliding ones are empty)."""
-        with self.memory.ledger.borrow(self.plan.survey_bytes, "scores of all layers"):
-            request = self._request(self._surveys())
-            budgets = self._policy_budgets.deal(request)
-        check_budgets(self.memory.policy.name, self._policy_budgets, request, budgets)
-        return self._by_layer(budgets)
-
-    def _request(self, surveys: tuple[Survey, ...]) -> BudgetRequest:
-        return make_request(self.plan, [store.lengths for _, store in self._stores()], self.pinned, surveys)
-
-    def _by_layer(self, budgets: Slots) -> Slots:
-        """Budgets of the compactable layers, indexed like the model's layers."""
-        dealt = dict(zip((index for index, _ in self._stores()), budgets, strict=True))
-        return tuple(tuple(dealt.get(index, ())) for index in range(len(self.memory.shape.layers)))
-
-    def _surveys(self) -> tuple[Survey, ...]:
-        budgets = self._policy_budgets
-        if not (budgets.needs_survey or budgets.needs_curves):
-            return ()
-        surveys: dict[int, Survey] = {}
-
-        def visit(layer: int, references: tuple[Reference, ...]) -> None:
-            with self.memory.ledger.borrow(self.plan.fit_bytes + self.plan.check_bytes, "survey"):
-                surveys[layer] = self._survey(layer, references)
-
-        with self._stage("survey"):
-            self.references.each([index for index, _ in self._stores()], visit)
-        return tuple(surveys[index] for index in sorted(surveys))
-
-    def _survey(self, layer: int, references: tuple[Reference, ...]) -> Survey:
-        """Scores by all queries; curves by the errors on those that their fits have not seen."""
-        store, budgets = self.row.stores[layer], self._policy_budgets
-        assert store is not None  # noqa: S101  # only layers with stores are visited
-        survey = Survey(layer)
-        if budgets.needs_survey:
-            survey = self._compactor.survey(self._segment(layer, store, references))
-        if budgets.needs_curves:
-            held, fitted = split_references(references)
-            segment = self._segment(layer, store, fitted)
-            curves = error_curves(self._compactor, segment, held, self.plan.most_budget)
-            survey = replace(survey, curves=curves)
-        return survey
+        held = {index: self.job.held(index, store) for index, store in self._stores()}
+        return Dealer(self.job, held, self.memory.ledger, segment)
 
     @property
     def _compactor(self) -> Compactor:
-        compactor = self.memory.policy.compactor
-        assert compactor is not None  # noqa: S101  # make_room refuses policies that never compact
-        return compactor
-
-    @property
-    def _policy_budgets(self) -> Budgets:
-        budgets = self.memory.policy.budgets
-        assert budgets is not None  # noqa: S101  # comes with the compactor, by Policy.__post_init__
-        return budgets
+        assert self.job.policy.compactor is not None  # noqa: S101  # make_room refuses policies that never compact
+        return self.job.policy.compactor
 
     # ---- layers
 
@@ -194,7 +177,7 @@ class RowCompaction:
         return [
             index
             for index, store in self._stores()
-            if any(held - self.pinned > kept for held, kept in zip(store.lengths, budgets[index], strict=True))
+            if any(held > kept for held, kept in zip(self.job.held(index, store), budgets[index], strict=True))
         ]
 
     def _compact_layers(self) -> None:
@@ -222,6 +205,7 @@ class RowCompaction:
             self._evict_layer(layer)
 
     def _compact_layer(self, layer: int, references: tuple[Reference, ...]) -> None:
+        self.memory.boundary()
         store = self.row.stores[layer]
         assert store is not None  # noqa: S101  # _todo lists such layers only
         with self.memory.ledger.borrow(self._fit_bytes(layer, store, references), "the policy's workspace"):
@@ -235,7 +219,7 @@ class RowCompaction:
         segment = SegmentShape(
             heads=shape.kv_heads,
             group=shape.group,
-            slots=max(1, max(store.lengths) - self.pinned),
+            slots=max(1, *self.job.held(layer, store)),
             budget=max(1, *self.row.budgets[layer]),
             queries=sum(each.tokens for each in references),
             key_dim=shape.key_dim,
@@ -252,7 +236,7 @@ class RowCompaction:
         slots = [min(kept, head.slots) for kept, head in zip(self.row.budgets[layer], segment.heads, strict=True)]
         with self._stage("fit"):
             compaction = self._compactor.compact(segment, slots)
-            validate(compaction, segment, slots, policy=self.memory.policy.name)
+            validate(compaction, segment, slots, policy=self.job.policy.name)
         with self._stage("check"), self.memory.ledger.borrow(self.plan.check_bytes, "held-out errors"):
             return compaction, self.held_out.measure(segment, compaction, held_out)
 
@@ -260,8 +244,8 @@ class RowCompaction:
         store, budgets = self.row.stores[layer], self.row.budgets
         assert store is not None and budgets is not None  # noqa: S101, PT018  # _todo lists such layers only
         self.outcome = "evicted"
-        self._settle(store)
-        held = [max(0, length - self.pinned) for length in store.lengths]
+        settle(self.row, store)
+        held = self.job.held(layer, store)
         with self.memory.ledger.borrow(self.plan.fit_bytes, "the slots that stay"):
             kept = [
                 torch.arange(count - min(slots, count), count, device=store.spec.device)
@@ -271,7 +255,7 @@ class RowCompaction:
 
     def _commit(self, layer: int, store: LayerStore, compaction: Compaction, errors: Errors) -> None:
         with self._stage("commit"):
-            replacement = store.compacted(compaction, self.prefix, self.recent, self._headroom())
+            replacement = store.compacted(compaction, self.job.begins[layer], self.job.recent, self._headroom())
             self.row.stores[layer] = replacement
             store.free()
         bias_min, bias_max = replacement.bias_range()
@@ -289,19 +273,17 @@ class RowCompaction:
         )
 
     def _segment(self, layer: int, store: LayerStore, references: tuple[Reference, ...]) -> Segment:
-        self._settle(store)
-        shape = self.memory.shape.layers[layer]
+        settle(self.row, store)
         return Segment(
             layer=layer,
-            heads=tuple(store.segment(head, self.prefix, self.recent) for head in range(shape.kv_heads)),
+            heads=tuple(
+                store.segment(head, begin, self.job.recent) for head, begin in enumerate(self.job.begins[layer])
+            ),
             references=references,
             scale=self.memory.scales[layer],
             generator=self.row.generator,
             workspace_bytes=self.plan.fit_bytes,
         )
-
-    def _settle(self, store: LayerStore) -> None:
-        store.settle(torch.frombuffer(self.row.tail, dtype=torch.int32) if self.row.tail else torch.empty(0))
 
     # ---- headroom
 
@@ -310,21 +292,23 @@ class RowCompaction:
         assert self.row.budgets is not None  # noqa: S101  # dealt before the first layer
         price = kept = 0
         for index, store in self._stores():
-            budgets = self.row.budgets[index]
+            begins, budgets = self.job.begins[index], self.row.budgets[index]
+            ends = (begin + budget + self.job.recent for begin, budget in zip(begins, budgets, strict=True))
             price += len(store.lengths) * store.spec.slot_bytes
-            kept += store.spec.slot_bytes * sum(map(min, store.lengths, (self.pinned + budget for budget in budgets)))
+            kept += store.spec.slot_bytes * sum(map(min, store.lengths, ends))
         return (self.plan.capacity * price - kept) // price
 
     def _deal(self) -> None:
         """Give the headroom to the layers that could not get it when they were committed."""
         headroom = self._headroom()
         for index, store in self._stores():
-            self._settle(store)  # a layer that keeps all was not touched, and the tail is about to go
+            settle(self.row, store)  # a layer that keeps all was not touched, and the tail is about to go
             capacities = [length + headroom for length in store.lengths]
             if tuple(capacities) != store.capacities:
                 self.row.stores[index] = store.resized(capacities)
                 store.free()
-        self.row.budgets = None
+        self.row.budgets = self.row.job = None
+        self.row.intact = self.row.seen - self.job.recent
         self.row.compactions += 1
         self.row.dealt_at = self.row.seen
         self.row.tail = type(self.row.tail)("i")
@@ -335,7 +319,7 @@ class RowCompaction:
     def _note_fault(self, layer: int | None, error: Exception, remedy: str) -> None:
         self.faults.append(f"{_place(layer)}: {type(error).__name__}: {error} ({remedy})")
         events.compaction_fault(
-            row=self.row.index, layer=layer, policy=self.memory.policy.name, error=repr(error), remedy=remedy
+            row=self.row.index, layer=layer, policy=self.job.policy.name, error=repr(error), remedy=remedy
         )
 
     def _remedy(self, attempt: int) -> str:
@@ -347,7 +331,7 @@ class RowCompaction:
 
     def _fail(self, layer: int | None, fault: Exception) -> None:
         message = (
-            f"policy {self.memory.policy.name!r} failed {ATTEMPTS} times at {_place(layer)} "
+            f"policy {self.job.policy.name!r} failed {ATTEMPTS} times at {_place(layer)} "
             f"({type(fault).__name__}: {fault}); on_failure={self.memory.settings.on_failure!r}: the memory is valid "
             "with the layers before it compacted, and the next forward tries again; on_failure='evict' would go on"
         )
@@ -365,4 +349,4 @@ class RowCompaction:
 
 
 def _place(layer: int | None) -> str:
-    return "the probe's text or the budgets" if layer is None else f"layer {layer}"
+    return "the summary, the probe's text or the budgets" if layer is None else f"layer {layer}"

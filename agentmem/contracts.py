@@ -2,10 +2,11 @@
 
 A policy is a composition, so that an ablation changes one thing at a time:
 
-    Policy = queries × budgets × compactor
+    Policy = queries × budgets × compactor (× rewrite)
 
 - ``Queries`` says where the reference queries come from, a mixture of parts; the runtime obtains them.
 - ``Budgets`` deals integer slots to every (layer, KV head).
+- ``Rewrite``, where there is one, has the model summarise the segment first.
 - ``Compactor`` replaces the segment of one layer by that many slots. It only returns values; the memory
   alone validates and commits them.
 """
@@ -36,6 +37,7 @@ __all__ = [
     "PolicyFactory",
     "Queries",
     "Reference",
+    "Rewrite",
     "ScoreColumn",
     "Segment",
     "SegmentShape",
@@ -279,9 +281,15 @@ class Policy:
     compactor: Compactor | None
     budgets: Budgets | None = None
     queries: Queries = field(default_factory=Queries)
+    rewrite: Rewrite | None = None
 
     def __post_init__(self) -> None:
         """Refuse a composition that cannot run."""
+        if self.rewrite is not None and self.compactor is None:
+            raise ValueError(
+                f"policy {self.name!r}: a summary that fails is made up for by a compactor, and this policy has none; "
+                "give it one"
+            )
         if (self.compactor is None) != (self.budgets is None):
             raise ValueError(f"policy {self.name!r}: compactor and budgets come together, or neither (never compacts)")
         if self.compactor is not None and self.compactor.needs_queries and not self.queries.parts:
@@ -307,6 +315,36 @@ class Policy:
         """The score column that must be kept."""
         return "none" if self.compactor is None else self.compactor.scores
 
+
+@dataclass(frozen=True)
+class Rewrite:
+    """The segment in fewer words: before a compaction the model writes a summary, whose slots replace the segment's.
+
+    ``instruction`` asks for it, in the language of the text; ``lead`` stands before it in the memory. ``tokens`` is the
+    most that it may have, ``None`` lets the plan choose. ``keep`` is the fraction of its slots that the compactor then
+    leaves; 1 leaves them all.
+    """
+
+    instruction: str = (
+        "Summarise everything so far in its own language, briefly: facts, names, numbers, decisions, open questions, "
+        "next steps. Write the summary alone."
+    )
+    lead: str = "\nSummary of what came before: "
+    tokens: int | None = None
+    keep: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        if not self.instruction.strip():
+            raise ValueError("instruction: it is empty; write what the summary must keep")
+        if self.tokens is not None and self.tokens < MIN_SUMMARY:
+            raise ValueError(f"tokens: a summary of {self.tokens} tokens says nothing; give at least {MIN_SUMMARY}")
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep: {self.keep} is no fraction of the summary's slots; give one above 0, 1 at most")
+
+
+MIN_SUMMARY = 8
+"""Fewest tokens of a summary that is accepted."""
 
 PolicyFactory = Callable[..., Policy]
 """What an entry point of the group ``agentmem.policies`` names: called with keyword options, returns a Policy."""

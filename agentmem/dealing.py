@@ -9,10 +9,8 @@ from agentmem.contracts import BudgetRequest
 from agentmem.errors import PolicyContractBroken
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from agentmem.budget import Plan
     from agentmem.contracts import Budgets, Survey
+    from agentmem.pricing import Plan
 
 FLOOR = 1
 """The least slots of a head's segment."""
@@ -20,13 +18,9 @@ FLOOR = 1
 Slots = tuple[tuple[int, ...], ...]
 
 
-def make_request(
-    plan: Plan, lengths: Sequence[Sequence[int]], pinned: int, surveys: tuple[Survey, ...]
-) -> BudgetRequest:
-    """What to deal to layers whose heads hold ``lengths`` slots, of which ``pinned`` are not in the segment."""
-    held = tuple(tuple(max(0, length - pinned) for length in heads) for heads in lengths)
+def make_request(plan: Plan, held: Slots, each: int, most: int, surveys: tuple[Survey, ...]) -> BudgetRequest:
+    """What to deal to layers whose heads' segments hold ``held`` slots: ``each`` on average, up to ``most``."""
     heads = sum(map(len, held))
-    each, most = max(0, plan.target - pinned), max(0, plan.limit - pinned)
     widest = max(map(len, held), default=0)
     return BudgetRequest(
         held=held,

@@ -10,6 +10,7 @@ from agentmem import hf, plugins
 from agentmem.budget import make_plan
 from agentmem.contracts import Budgets
 from agentmem.errors import CompactionFailed, MemoryUnused, SettingsRefused
+from agentmem.language import Language
 from agentmem.memory import Memory
 from agentmem.settings import Settings
 
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from agentmem.budget import Plan
     from agentmem.contracts import Policy
+    from agentmem.pricing import Plan
     from agentmem.probe import Words
     from agentmem.report import RunReport
     from agentmem.shape import ModelShape
@@ -56,6 +57,7 @@ def capped(
     *,
     tokenizer: Any = None,
     policy_options: Mapping[str, Any] | None = None,
+    others: Sequence[str | Policy] = (),
     **settings: Any,
 ) -> Iterator[hf.CappedMemory]:
     """Cap the KV memory of a model while the block runs; pass the yielded memory as ``past_key_values``.
@@ -66,6 +68,7 @@ def capped(
         policy: the name of an installed policy, or a :class:`agentmem.contracts.Policy`.
         tokenizer: needed by the probes ``repeat``, ``focus`` and ``self-study`` and by a ``pattern`` (``am-recall``).
         policy_options: options of the named policy.
+        others: policies that single calls of ``memory.compact(policy=...)`` may ask for; they are planned for.
         settings: see :class:`agentmem.settings.Settings`.
 
     Raises:
@@ -74,7 +77,7 @@ def capped(
 
     """
     inner = hf.text_model(model)
-    memory = _memory(inner, cap, policy, tokenizer, policy_options, settings)
+    memory = _memory(inner, cap, policy, tokenizer, policy_options, settings, others)
     view = hf.attach(inner, memory)
     try:
         with hf.scope(inner):
@@ -136,7 +139,7 @@ class CappedModel:
         """Drop the conversation and start with an empty memory under the same settings."""
         old = self._template
         self.close()
-        self._template = Memory(old.shape, old.settings, old.policy, words=old.words, read=old.read, ends=old.ends)
+        self._template = old.empty()
         self.memory = hf.attach(self._model, self._template)
 
     def close(self) -> None:
@@ -175,16 +178,20 @@ def _memory(
     tokenizer: Any,
     policy_options: Mapping[str, Any] | None,
     settings: Mapping[str, Any],
+    others: Sequence[str | Policy] = (),
 ) -> Memory:
     chosen = plugins.policy(policy, **(policy_options or {}))
+    beside = [plugins.policy(other) for other in others]
     shape = _shape(model, chosen, _itemsize(model))
+    for other in beside:
+        shape = replace(shape, fingerprint=_shape(model, other, shape.itemsize).fingerprint or shape.fingerprint)
     return Memory(
         shape,
         Settings.of(cap=cap, **settings),
         chosen,
-        words=_words(chosen, tokenizer),
-        read=None if tokenizer is None else _reader(tokenizer),
-        ends=hf.end_ids(model),
+        others=beside,
+        words={each.name: _words(each, tokenizer) for each in (chosen, *beside)},
+        language=None if tokenizer is None else _language(tokenizer, hf.end_ids(model)),
     )
 
 
@@ -195,7 +202,7 @@ def _shape(model: Any, policy: Policy, itemsize: int) -> ModelShape:
         hf.refuse_probe(config, policy.name)
     device = getattr(getattr(model, "device", None), "type", "cpu")
     shape = hf.describe(config, itemsize=itemsize, fused=device == "cpu")
-    if any(part.source == "self-study" for part in policy.queries.parts):
+    if policy.rewrite is not None or any(part.source == "self-study" for part in policy.queries.parts):
         hf.refuse_scratch(shape, policy.name)
     if policy.budgets is not None and type(policy.budgets).check is not Budgets.check and hasattr(model, "get_decoder"):
         shape = replace(shape, fingerprint=hf.fingerprint(model))
@@ -206,15 +213,29 @@ def _words(policy: Policy, tokenizer: Any) -> Words:
     """The ids of the probe's own texts; tokenized once, at the edge."""
     worded = [part for part in policy.queries.probing if part.texts]
     needs = worded[0].source if worded else "pattern" if policy.queries.pattern else None
+    needs = "a summary" if policy.rewrite is not None else needs
     if needs and tokenizer is None:
         raise SettingsRefused(
             f"policy {policy.name!r} with {needs!r} reads or writes text and needs a tokenizer; pass tokenizer=..., or "
-            "use probe='replay' without a pattern"
+            "use probe='replay' without a pattern or summary"
         )
     return {
         part.source: tuple(tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in part.texts)
         for part in worded
     }
+
+
+def _language(tokenizer: Any, ends: tuple[int, ...]) -> Language:
+    def write(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def ask(text: str) -> list[int]:
+        if not getattr(tokenizer, "chat_template", None):
+            return write(f"\n\n{text}\n")
+        said = [{"role": "user", "content": text}]
+        return write(tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True))
+
+    return Language(_reader(tokenizer), write, ask, ends)
 
 
 def _reader(tokenizer: Any) -> Callable[[Sequence[int]], list[str]]:

@@ -13,7 +13,10 @@ AgentmemError
 ├── MemoryUnused                        a capped block ended and no forward ever used the memory
 ├── CapBypassed                         a forward inside a capped block grew a cache of its own
 ├── MemoryClosed                        the memory was used after its block ended
-└── ModelUnavailable                    a model could not be fetched, verified or read
+├── ModelUnavailable                    a model could not be fetched, verified or read
+├── SnapshotRefused (ValueError)        a saved session that cannot be trusted or does not fit; nothing was loaded
+├── RuntimeBusy                         no room for another session now; nothing was changed
+└── TurnEnded                           a turn was ended early (deadline, hook); the session is valid
 """
 
 from __future__ import annotations
@@ -73,3 +76,15 @@ class MemoryClosed(AgentmemError):
 
 class ModelUnavailable(AgentmemError):
     """A model could not be fetched, verified, converted or read."""
+
+
+class SnapshotRefused(AgentmemError, ValueError):
+    """A saved session is another model's, damaged or hostile; nothing of it was used."""
+
+
+class RuntimeBusy(AgentmemError):
+    """The runtime's cap is leased out and nobody can give way in time; nothing was changed."""
+
+
+class TurnEnded(AgentmemError):
+    """A turn was ended before its reply was complete; the session is valid and can go on."""

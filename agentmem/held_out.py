@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from agentmem.attention import local
-from agentmem.budget import HELD_OUT
 from agentmem.contracts import Curve, Reference
+from agentmem.pricing import HELD_OUT
 from agentmem.report import SpanError
 
 if TYPE_CHECKING:

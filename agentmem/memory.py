@@ -8,26 +8,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
 from agentmem import events
-from agentmem.arena import LayerStore, SlotSpec
-from agentmem.attention import Fresh, attend
-from agentmem.budget import grown, make_plan, window_slots
+from agentmem.budget import make_plans
 from agentmem.compaction import RowCompaction
 from agentmem.errors import MemoryCapExceeded, MemoryClosed, SettingsRefused, UnsupportedGeneration
+from agentmem.job import USUAL, Request
 from agentmem.ledger import Ledger
-from agentmem.pins import Pins
-from agentmem.queries import MAX_INSTRUCTION
+from agentmem.marks import Marks
+from agentmem.pricing import window_slots
 from agentmem.report import CompactionReport, RunReport
 from agentmem.row import Row
-from agentmem.samples import QuerySample
-from agentmem.steps import Append, Arriving, Scratch, Transient
+from agentmem.steps import Adopt, Append, Arriving, Scratch, Transient
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+
+    import torch
 
     from agentmem.contracts import Policy
+    from agentmem.language import Language
+    from agentmem.pricing import Plan
     from agentmem.probe import Probe, Words
     from agentmem.settings import Settings
     from agentmem.shape import ModelShape
@@ -57,33 +57,41 @@ class Memory:
         settings: Settings,
         policy: Policy,
         *,
-        words: Words | None = None,
-        read: Callable[[Sequence[int]], list[str]] | None = None,
-        ends: Sequence[int] = (),
+        others: Sequence[Policy] = (),
+        words: Mapping[str, Words] | None = None,
+        language: Language | None = None,
     ) -> None:
         """Plan for one row; :meth:`bind` plans again for more.
 
-        ``words`` are the ids of the probe's own texts, ``read`` gives the text of each id (for patterns), ``ends`` are
-        the ids that end a text that the model writes.
+        ``others`` are policies that single compactions may ask for instead. ``words`` are the ids of each policy's own
+        texts, by its name; patterns and summaries need a ``language``.
         """
-        self.shape, self.settings, self.policy = shape, settings, policy
-        self.words: Words = words or {}
-        self.read, self.ends = read, tuple(ends)
-        self.plan = make_plan(shape, settings, policy)
+        self.shape, self.settings, self.policy, self.others = shape, settings, policy, tuple(others)
+        self.words = dict(words or {})
+        self.language = language
+        self.plan, *self._plans = make_plans(shape, settings, (policy, *self.others))
         self.ledger = Ledger(settings.cap)
         self.rows: list[Row] = []
         self.compactions: list[CompactionReport] = []
         self.scales = [1.0] * len(shape.layers)
         """Logit scale of each layer, as the model last used it."""
-        self.run_transient: Callable[[Sequence[int], int, Transient], None] | None = None
+        self.run_transient: Callable[[Sequence[int], int, Adopt | Transient], None] | None = None
         """Runs the decoder over ids from a position on, set by the adapter."""
-        self.run_scratch: Callable[[Sequence[int], int, Scratch], int] | None = None
-        """Runs the whole model likewise and returns the most likely next id."""
+        self.run_scratch: Callable[[Sequence[int], int, Scratch], torch.Tensor] | None = None
+        """Runs the whole model likewise and returns the logits ``[V]`` of the next id."""
+        self.boundary: Callable[[], None] = _nothing
+        """Called before each layer of a compaction; what it raises interrupts there."""
         self.stopped: str | None = None
         self._closed = False
         self._subscribers: list[Callable[[CompactionReport | Usage], None]] = []
         self._prompt_tokens = self._new_tokens = 0
         self._pending: Append | None = None
+
+    def empty(self) -> Memory:
+        """Another memory of the same kind, that has read nothing."""
+        return Memory(
+            self.shape, self.settings, self.policy, others=self.others, words=self.words, language=self.language
+        )
 
     # ---- rows and room
 
@@ -103,7 +111,7 @@ class Memory:
                 )
             return
         if rows != self.plan.rows:
-            self.plan = make_plan(self.shape, self.settings, self.policy, rows)
+            self.plan, *self._plans = make_plans(self.shape, self.settings, (self.policy, *self.others), rows)
         events.memory_planned(
             cap_bytes=self.plan.cap_bytes, capacity=self.plan.capacity, rows=rows, policy=self.policy.name
         )
@@ -121,6 +129,25 @@ class Memory:
                 self.make_room(row, 1)
         limit = min(limit, self.slack())
         return max(1, min(_columns(valid, row.room, limit) for row, valid in zip(self.rows, arriving, strict=True)))
+
+    def plan_of(self, policy: Policy) -> Plan:
+        """The plan by which one of the memory's policies compacts."""
+        return self.plan if policy is self.policy else self._plans[self.others.index(policy)]
+
+    def named(self, name: str) -> Policy:
+        """The policy of that name among those that the memory was opened with.
+
+        Raises:
+            SettingsRefused: there is none.
+
+        """
+        found = {policy.name: policy for policy in (*self.others, self.policy)}
+        if name not in found:
+            raise SettingsRefused(
+                f"policy {name!r}: this memory was planned for {', '.join(map(repr, sorted(found)))}; name it when the "
+                "memory is opened (others=...), so that its workspace is counted"
+            )
+        return found[name]
 
     def slack(self) -> int:
         """Most tokens of one forward: ``chunk``, or what the sliding layers have room for."""
@@ -150,8 +177,8 @@ class Memory:
                 f"for {row.room} after a compaction; feed at most that many at once (generate does so), or raise cap"
             )
 
-    def compact(self, row: Row) -> CompactionReport | None:
-        """Compact one row now; ``None`` when there is nothing to reclaim.
+    def compact(self, row: Row, request: Request = USUAL) -> CompactionReport | None:
+        """Compact one row now; ``None`` when there is nothing to reclaim. What has begun is finished first.
 
         Raises:
             SettingsRefused: ``mode="off"``.
@@ -162,7 +189,9 @@ class Memory:
         self.abandon()
         if self.settings.mode == "off":
             raise SettingsRefused("mode='off' never compacts; open the memory with mode='manual' to compact by hand")
-        job = RowCompaction(self, row)
+        if row.budgets is not None and request is not USUAL:
+            self.compact(row)
+        job = RowCompaction(self, row, request)
         if not job.worthwhile:
             return None
         report = job.run()
@@ -176,34 +205,36 @@ class Memory:
         assert self.run_transient is not None  # noqa: S101  # the adapter sets it before the first forward
         self.run_transient(probe.ids, row.next_position, Transient(self, row, visit))
 
-    def write(self, row: Row, instruction: Sequence[int], most: int) -> tuple[int, ...]:
-        """What the model writes after an instruction (its start, if long), greedily: at most ``most`` tokens with it.
+    def write(self, row: Row, told: Sequence[int], most: int, *, no_repeat: int = 0) -> tuple[int, ...]:
+        """What the model writes after an instruction, greedily: at most ``most`` tokens with it.
 
         It is written in scratch slots at the following positions and taken back, so nothing of it stays. It ends
-        early at a token that ends a text.
+        early at a token that ends a text; no run of ``no_repeat`` tokens is written twice.
         """
         assert self.run_scratch is not None  # noqa: S101  # the adapter sets it before the first forward
-        told = instruction[:MAX_INSTRUCTION]
+        ends = () if self.language is None else self.language.ends
         step, written, fed = Scratch(self, row), list(told), 0
         try:
-            while len(written) < most and (fed < len(told) or written[-1] not in self.ends):
+            while len(written) < most and (fed < len(told) or written[-1] not in ends):
+                self.boundary()
                 piece = written[fed : fed + self.plan.chunk]
-                token = self.run_scratch(piece, row.next_position + fed, step)
+                scores = self.run_scratch(piece, row.next_position + fed, step)
                 fed += len(piece)
                 if fed == len(written):
-                    written.append(token)
+                    scores[repeats(written[len(told) :], no_repeat)] = float("-inf")
+                    written.append(int(scores.argmax()))
         finally:
             step.rollback()
         return tuple(written)
 
-    def pins(self, row: Row) -> list[tuple[int, int]]:
+    def marks(self, row: Row) -> list[tuple[int, int]]:
         """The spans of a row's transcript that the policy's pattern names."""
         pattern = self.policy.queries.pattern
-        if not pattern or self.read is None:
+        if not pattern or self.language is None:
             return []
-        if row.pins is None:
-            row.pins = Pins(pattern, self.read)
-        return row.pins.spans(row.ids)
+        if row.marks is None:
+            row.marks = Marks(pattern, self.language.read)
+        return row.marks.spans(row.ids)
 
     def begin(self, arriving: Sequence[Arriving]) -> Append:
         """Start a forward whose tokens stay; makes room for all of them."""
@@ -230,67 +261,6 @@ class Memory:
             self._new_tokens += tokens
         if self._subscribers:
             self._publish(self.usage())
-
-    def append_row(
-        self,
-        row: Row,
-        layer: int,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        scale: float,
-        *,
-        scratch: bool = False,
-    ) -> torch.Tensor:
-        """Append one row's slots of one layer and attend: ``queries [Hq, q, d]`` → ``[Hq, q, dv]``.
-
-        ``scratch`` slots are neither scored nor sampled: they will be taken back.
-        """
-        shape, count = self.shape.layers[layer], keys.shape[1]
-        self.scales[layer] = scale
-        store = self._roomy(row, layer, keys, count)
-        scored = self.policy.scores == "received" and shape.window is None and not scratch
-        self.ledger.touch(self.plan.forward_bytes, "attention")
-        with torch.no_grad():
-            if count == 1:
-                store.append(keys, values)
-                output, _ = attend(queries, store.runs(shape.window, scored=scored), None, scale, explicit=scored)
-            else:
-                fresh = Fresh(keys, values)
-                runs = store.runs(shape.window and shape.window - 1, scored=scored)
-                output, received = attend(queries, runs, fresh, scale, window=shape.window, explicit=scored)
-                store.append(keys, values, received if scored else None)
-            if self.plan.stored and shape.window is None and not scratch:
-                self._sample(row, layer, queries)
-        return output
-
-    def _roomy(self, row: Row, layer: int, like: torch.Tensor, count: int) -> LayerStore:
-        """The store of a layer, with allocated room for ``count`` more slots."""
-        store, window = row.stores[layer], self.shape.layers[layer].window
-        limit = self.plan.capacity if window is None else window_slots(window, self.plan.chunk)
-        if store is not None and window is not None and store.lengths[0] + count > limit:
-            store.slide(window - 1)
-        if store is not None and store.room >= count:
-            return store
-        if store is None:
-            scores = self.policy.scores != "none" and window is None
-            spec = SlotSpec(self.shape.layers[layer], like.dtype, like.device, scores)
-            store = LayerStore(spec, [grown(count, limit)] * spec.shape.kv_heads, self.ledger)
-        else:
-            old, store = store, store.resized([grown(max(store.lengths) + count, limit)] * len(store.lengths))
-            row.stores[layer] = store
-            old.free()
-        row.stores[layer] = store
-        return store
-
-    def _sample(self, row: Row, layer: int, queries: torch.Tensor) -> None:
-        if not row.samples[layer]:
-            parts = zip(self.policy.queries.stored, self.plan.stored, strict=True)
-            row.samples[layer] = tuple(
-                QuerySample(part, self.shape.layers[layer], size, queries, self.ledger) for part, size in parts
-            )
-        for sample in row.samples[layer]:
-            sample.offer(queries, row.seen)
 
     def _full(self, row: Row, tokens: int) -> str:
         why = (
@@ -380,6 +350,19 @@ class Memory:
             row.stores = [None] * len(row.stores)
             row.samples = [()] * len(row.samples)
         self._closed = True
+
+
+def repeats(written: Sequence[int], length: int) -> list[int]:
+    """The ids that would make the last ``length`` tokens of a text a run that it has already; none for length 0."""
+    if length < 1 or len(written) < length:
+        return []
+    lead = tuple(written[len(written) - length + 1 :])
+    starts = range(len(written) - length + 1)
+    return [written[start + length - 1] for start in starts if tuple(written[start : start + length - 1]) == lead]
+
+
+def _nothing() -> None:
+    """No boundary is watched."""
 
 
 def _columns(valid: Sequence[bool], room: int, limit: int) -> int:

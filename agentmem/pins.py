@@ -1,45 +1,42 @@
-"""Pattern pins: which tokens of a transcript a regular expression names."""
+"""Pins: tokens of one row that are never compacted, beside its prefix.
+
+At the next compaction after they left the recent window their slots are *promoted*: moved to the front of every
+store, behind the prefix, so that the segment stays one run. Attention does not mind the order of slots, and what is
+promoted is older than the rest of the segment or becomes so.
+"""
 
 from __future__ import annotations
 
-import re
-from itertools import accumulate, islice
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 
+@dataclass(slots=True)
 class Pins:
-    """Spans of one row's transcript that match a pattern; what was read is kept, so that a call costs what is new."""
+    """Spans ``start .. stop`` of tokens, ascending and apart; those before ``until`` are promoted."""
 
-    def __init__(self, pattern: str, read: Callable[[Sequence[int]], list[str]]) -> None:
-        """``read`` gives the text of each id."""
-        self.pattern, self.read = re.compile(pattern), read
-        self._text = ""
-        self._ends: list[int] = []
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    until: int = 0
+    """Pinned tokens before this one have been promoted in every layer."""
 
-    def spans(self, transcript: Sequence[int]) -> list[tuple[int, int]]:
-        """Token spans ``start .. stop`` of all matches, with the token before, whose query asks for the first.
+    def add(self, start: int, stop: int) -> None:
+        """Pin ``start .. stop``; spans that touch become one."""
+        merged: list[tuple[int, int]] = []
+        for low, high in sorted([*self.spans, (start, stop)]):
+            if merged and low <= merged[-1][1]:
+                merged[-1] = (merged[-1][0], max(high, merged[-1][1]))
+            elif low < high:
+                merged.append((low, high))
+        self.spans = merged
 
-        Ascending and apart; matches that touch become one span.
-        """
-        pieces = self.read(transcript[len(self._ends) :])
-        self._ends += islice(accumulate(map(len, pieces), initial=len(self._text)), 1, None)
-        self._text += "".join(pieces)
-        found: list[tuple[int, int]] = []
-        token = 0
-        for match in self.pattern.finditer(self._text):
-            if match.start() == match.end():
-                continue
-            while self._ends[token] <= match.start():
-                token += 1
-            stop = token
-            while self._ends[stop] < match.end():
-                stop += 1
-            start = max(0, token - 1)
-            if found and start <= found[-1][1]:
-                found[-1] = (found[-1][0], stop + 1)
-            else:
-                found.append((start, stop + 1))
-        return found
+    def within(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """The parts of the spans inside ``start .. stop``."""
+        cut = ((max(low, start), min(high, stop)) for low, high in self.spans)
+        return [(low, high) for low, high in cut if low < high]
+
+    def count(self, start: int, stop: int) -> int:
+        """Pinned tokens inside ``start .. stop``."""
+        return sum(high - low for low, high in self.within(start, stop))
+
+    def copy(self) -> Pins:
+        """Another one with the same spans."""
+        return Pins(list(self.spans), self.until)

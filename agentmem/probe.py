@@ -72,6 +72,7 @@ class _Source:
     turn: int
     marks: Sequence[tuple[int, int]]
     mark_weight: float
+    start: int
 
     def stretch(self, part: Part, start: int, stop: int) -> list[_Stretch]:
         """Tokens ``start .. stop``, cut where marked spans begin and end."""
@@ -92,16 +93,17 @@ def make_probe(
     *,
     prefix: int,
     turn: int,
+    start: int = 0,
     marks: Sequence[tuple[int, int]] = (),
 ) -> Probe:
     """The probe of at most ``tokens`` tokens that a mixture asks for; only ``transcript`` may be longer.
 
     ``spread`` spans leave out the first ``prefix`` tokens, which are never compacted, and what ``replay`` or ``repeat``
-    run again; ``turn`` counts compactions and moves the spans. Spans of the transcript in ``marks`` (those that a
-    pattern names) come first among them, and their queries weigh more. Texts come first and the newest tokens last,
-    so that the newest tokens' queries see what they will be followed by.
+    run again, and nothing before ``start`` is run at all; ``turn`` counts compactions and moves the spans. Spans of the
+    transcript in ``marks`` (those that a pattern names) come first among them, and their queries weigh more. Texts come
+    first and the newest tokens last, so that the newest tokens' queries see what they will be followed by.
     """
-    source = _Source(transcript, prefix, turn, marks, queries.pattern_weight)
+    source = _Source(transcript, prefix, turn, marks, queries.pattern_weight, start)
     sizes = _sizes(queries, tokens, words, len(transcript))
     told = {part.source: tuple(words.get(part.source, ())[: size - 1]) for part, size in sizes}
     newest = max((size - len(told[part.source]) for part, size in sizes if part.source in _NEWEST), default=0)
@@ -144,7 +146,7 @@ def _shared(tokens: int, parts: Sequence[Part]) -> dict[Source, int]:
 
 def _recent(part: Part, size: int, source: _Source, told: tuple[int, ...]) -> list[_Stretch]:
     seen = len(source.transcript)
-    recent = source.stretch(part, max(0, seen - size + len(told)), seen)
+    recent = source.stretch(part, max(source.start, seen - size + len(told)), seen)
     return [_Stretch(part.source, part.weight, told), *recent] if told else recent
 
 

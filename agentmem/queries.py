@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast, get_args
 
 import torch
@@ -137,6 +137,14 @@ class Queries:
     def outside_cap(self) -> bool:
         """Whether some part's cost is not bounded by the cap."""
         return any(part.source == "transcript" for part in self.parts)
+
+    def focused(self, share: float = 0.25) -> Queries:
+        """The same mixture with a ``focus`` part, whose text the caller brings, for that share of the tokens."""
+        if any(part.source == "focus" for part in self.parts):
+            return self
+        rest = sum(part.share for part in self.parts)
+        part = Part("focus", rest * share / (1 - share), text="brought by the caller")
+        return replace(self, parts=(part, *self.parts))
 
     def share(self, part: Part) -> float:
         """The fraction of the reference tokens that is this part's."""

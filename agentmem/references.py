@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from agentmem.probe import Probe, make_probe
+from agentmem.queries import MAX_INSTRUCTION
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -12,7 +13,9 @@ if TYPE_CHECKING:
     import torch
 
     from agentmem.contracts import Reference
+    from agentmem.job import Job
     from agentmem.memory import Memory
+    from agentmem.queries import Queries
     from agentmem.row import Row
 
     Visit = Callable[[int, tuple[Reference, ...]], None]
@@ -21,28 +24,35 @@ if TYPE_CHECKING:
 class References:
     """Obtains reference queries layer by layer, as the policy's mixture asks for them."""
 
-    def __init__(self, memory: Memory, row: Row) -> None:
+    def __init__(self, memory: Memory, row: Row, job: Job) -> None:
         """Nothing is run yet; the probe is empty until :meth:`prepare`."""
-        self.memory, self.row = memory, row
+        self.memory, self.row, self.job = memory, row, job
+        queries = job.policy.queries
+        self.queries: Queries = queries.focused() if job.focus and queries.probing else queries
         self.probe = Probe((), ())
 
     def prepare(self) -> None:
         """Choose the probe's tokens; ``self-study`` has the model write them."""
         memory, row = self.memory, self.row
-        queries, turn = memory.policy.queries, row.compactions
+        queries, turn = self.queries, row.compactions
         if not queries.probing:
             return
-        words = {source: texts[turn % len(texts)] for source, texts in memory.words.items()}
+        own = memory.words.get(self.job.policy.name, {})
+        words = {source: texts[turn % len(texts)] for source, texts in own.items()}
         if "self-study" in words and row.budgets is None:  # half compacted, there is no room to write
-            words["self-study"] = memory.write(row, words["self-study"], memory.plan.scratch)
+            words["self-study"] = memory.write(row, words["self-study"][:MAX_INSTRUCTION], self.job.plan.scratch)
+        if self.job.focus:
+            words["focus"] = self.job.focus
+        first = 0 if self.job.text else self.job.first
         self.probe = make_probe(
-            row.ids,
+            self.job.text or row.ids,
             queries,
-            memory.plan.probe_tokens,
+            self.job.plan.probe_tokens,
             words,
-            prefix=min(memory.plan.prefix, row.seen),
+            prefix=first,
+            start=0 if first <= memory.plan.prefix else first,
             turn=turn,
-            marks=memory.pins(row),
+            marks=() if self.job.text else memory.marks(row),
         )
 
     def each(self, layers: Sequence[int], visit: Visit) -> None:
@@ -61,7 +71,7 @@ class References:
 
     def _visit(self, layer: int, probed: tuple[Reference, ...], visit: Visit) -> None:
         """Add the stored queries; what is drawn at random lives as long as the visit."""
-        plan, row = self.memory.plan, self.row
+        plan, row = self.job.plan, self.row
         with self.memory.ledger.borrow(plan.draw_bytes, "random queries"):
             samples = (sample.reference(row.generator, plan.drawn_tokens) for sample in row.samples[layer])
             visit(layer, probed + tuple(sample for sample in samples if sample is not None))

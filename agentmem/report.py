@@ -39,6 +39,22 @@ class SpanError(_Report):
     log_mass_error: float
 
 
+class SummaryReport(_Report):
+    """A summary that replaced a segment before it was compacted."""
+
+    text: str
+    tokens: int
+    """Of the summary with its lead: one slot per head each, before the compactor had its turn."""
+    start: int
+    stop: int
+    """The tokens of the transcript that it stands for, ``start .. stop``."""
+    position: int
+    """Of its first slot."""
+    slots_before: int
+    slots_after: int
+    """Slots of the whole row, before and after the segment was replaced."""
+
+
 class CompactionReport(_Report):
     """One compaction of one row."""
 
@@ -66,6 +82,8 @@ class CompactionReport(_Report):
     layers: tuple[LayerReport, ...]
     faults: tuple[str, ...] = ()
     """What went wrong and was repaired, one line each."""
+    summary: SummaryReport | None = None
+    """What the model wrote in place of the segment, where the policy asked for it and it was accepted."""
     worst_spans: tuple[SpanError, ...] = ()
     """Where the compacted memory answers worst, among the spans whose queries were held out."""
 

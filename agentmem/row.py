@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from agentmem.pins import Pins
+
 if TYPE_CHECKING:
     from agentmem.arena import LayerStore
-    from agentmem.pins import Pins
+    from agentmem.job import Job
+    from agentmem.marks import Marks
     from agentmem.samples import QuerySample
 
 
@@ -26,11 +29,18 @@ class Row:
         self.tail: array[int] = array("i")
         """Positions of the tokens appended since the last compaction."""
         self.next_position = 0
-        self.pins: Pins | None = None
+        self.marks: Marks | None = None
         self.room = room
         """Tokens that can be appended before the row must be compacted."""
         self.budgets: tuple[tuple[int, ...], ...] | None = None
         """Segment slots per layer and head of a compaction that has begun and not ended."""
+        self.job: Job | None = None
+        """What that compaction is to do, while it has begun and not ended."""
+        self.pins = Pins()
+        self.promoting: int | None = None
+        """Up to which token pins are being promoted, while that has begun and not ended."""
+        self.intact = 0
+        """Tokens from this one on have a slot in every head, as they were appended."""
         self.compactions = 0
         self.generator = torch.Generator().manual_seed(seed)
         self.dealt_at: int | None = None
@@ -44,6 +54,15 @@ class Row:
             self.room = min((store.room for store in full), default=0) - scratch
         else:
             self.room = capacity - scratch - max((max(store.lengths) for store in full), default=0)
+
+    def front(self, prefix: int) -> int:
+        """Slots at the front of every head that are never compacted: the prefix, and promoted pins."""
+        prefix = min(prefix, self.seen)
+        return prefix + self.pins.count(prefix, self.pins.until)
+
+    def behind(self, token: int, prefix: int) -> int:
+        """Slots in every head that intact tokens from ``token`` on have, promoted ones aside."""
+        return self.seen - token - self.pins.count(max(token, prefix), self.pins.until)
 
     @property
     def seen(self) -> int:

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
+from agentmem.arena import LayerStore, SlotSpec
 from agentmem.attention import Fresh, attend
+from agentmem.pricing import grown, window_slots
+from agentmem.samples import QuerySample
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    import torch
-
+    from agentmem.dealing import Slots
     from agentmem.memory import Memory
     from agentmem.row import Row
 
@@ -42,15 +46,14 @@ class Append:
         """Append the tokens' slots and attend: ``queries [B, Hq, q, d]`` → ``[B, q, Hq, dv]``."""
         memory = self.memory
         if len(self.arriving) == 1 and self.whole:
-            output = memory.append_row(memory.rows[0], layer, queries[0], keys[0], values[0], scale)
+            output = append_row(memory, memory.rows[0], layer, queries[0], keys[0], values[0], scale)
             return output.transpose(0, 1).contiguous().unsqueeze(0)
         output = queries.new_zeros(queries.shape[0], queries.shape[2], queries.shape[1], values.shape[-1])
-        for row, each in zip(memory.rows, self.arriving, strict=True):
-            if each.ids:
-                index, columns = row.index, each.columns
-                part = memory.append_row(
-                    row, layer, queries[index][:, columns], keys[index][:, columns], values[index][:, columns], scale
-                )
+        for row, arriving in zip(memory.rows, self.arriving, strict=True):
+            if arriving.ids:
+                index, columns = row.index, arriving.columns
+                asked, key, value = (each[index][:, columns] for each in (queries, keys, values))
+                part = append_row(memory, row, layer, asked, key, value, scale)
                 output[index, columns] = part.transpose(0, 1)
         return output
 
@@ -87,7 +90,7 @@ class Scratch:
         self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """Append and attend: ``queries [1, Hq, q, d]`` → ``[1, q, Hq, dv]``."""
-        output = self.memory.append_row(self.row, layer, queries[0], keys[0], values[0], scale, scratch=True)
+        output = append_row(self.memory, self.row, layer, queries[0], keys[0], values[0], scale, scratch=True)
         return output.transpose(0, 1).contiguous().unsqueeze(0)
 
     def rollback(self) -> None:
@@ -95,6 +98,31 @@ class Scratch:
         for store in self.row.stores:
             if store is not None and store.seen > self.row.seen:
                 store.drop_tail(store.seen - self.row.seen)
+
+
+class Adopt:
+    """A forward whose slots replace a segment, layer by layer: a summary's, which sees only what is never compacted.
+
+    A layer's store is swapped when the layer has attended, so every state between two layers decodes.
+    """
+
+    def __init__(self, memory: Memory, row: Row, begins: Slots, recent: int, positions: torch.Tensor) -> None:
+        """``begins`` are the segments' first slots by layer and head; ``positions [n]`` int32 are the new slots'."""
+        self.memory, self.row, self.begins, self.recent, self.positions = memory, row, begins, recent, positions
+
+    def attend(
+        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Attend, then replace: ``queries [1, Hq, n, d]`` → ``[1, n, Hq, dv]``."""
+        memory, store = self.memory, self.row.stores[layer]
+        assert store is not None  # noqa: S101  # a row that is rewritten holds something in every layer
+        memory.boundary()
+        memory.ledger.touch(memory.plan.forward_bytes, "attention of a summary")
+        front = store.front(min(self.begins[layer]))
+        output, _ = attend(queries[0], front, Fresh(keys[0], values[0]), scale)
+        self.row.stores[layer] = store.rewritten(self.begins[layer], self.recent, keys[0], values[0], self.positions)
+        store.free()
+        return output.transpose(0, 1).contiguous().unsqueeze(0)
 
 
 class Transient:
@@ -118,3 +146,67 @@ class Transient:
         self.memory.ledger.touch(self.memory.plan.forward_bytes, "attention of a probe")
         output, _ = attend(queries[0], runs, Fresh(keys[0], values[0]), scale, window=shape.window)
         return output.transpose(0, 1).contiguous().unsqueeze(0)
+
+
+def append_row(
+    memory: Memory,
+    row: Row,
+    layer: int,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    *,
+    scratch: bool = False,
+) -> torch.Tensor:
+    """Append one row's slots of one layer and attend: ``queries [Hq, q, d]`` → ``[Hq, q, dv]``.
+
+    ``scratch`` slots are neither scored nor sampled: they will be taken back.
+    """
+    shape, count = memory.shape.layers[layer], keys.shape[1]
+    memory.scales[layer] = scale
+    store = _roomy(memory, row, layer, keys, count)
+    scored = memory.policy.scores == "received" and shape.window is None and not scratch
+    memory.ledger.touch(memory.plan.forward_bytes, "attention")
+    with torch.no_grad():
+        if count == 1:
+            store.append(keys, values)
+            output, _ = attend(queries, store.runs(shape.window, scored=scored), None, scale, explicit=scored)
+        else:
+            fresh = Fresh(keys, values)
+            runs = store.runs(shape.window and shape.window - 1, scored=scored)
+            output, received = attend(queries, runs, fresh, scale, window=shape.window, explicit=scored)
+            store.append(keys, values, received if scored else None)
+        if memory.plan.stored and shape.window is None and not scratch:
+            _sample(memory, row, layer, queries)
+    return output
+
+
+def _roomy(memory: Memory, row: Row, layer: int, like: torch.Tensor, count: int) -> LayerStore:
+    """The store of a layer, with allocated room for ``count`` more slots."""
+    store, window = row.stores[layer], memory.shape.layers[layer].window
+    limit = memory.plan.capacity if window is None else window_slots(window, memory.plan.chunk)
+    if store is not None and window is not None and store.lengths[0] + count > limit:
+        store.slide(window - 1)
+    if store is not None and store.room >= count:
+        return store
+    if store is None:
+        scores = memory.policy.scores != "none" and window is None
+        spec = SlotSpec(memory.shape.layers[layer], like.dtype, like.device, scores)
+        store = LayerStore(spec, [grown(count, limit)] * spec.shape.kv_heads, memory.ledger)
+    else:
+        old, store = store, store.resized([grown(max(store.lengths) + count, limit)] * len(store.lengths))
+        row.stores[layer] = store
+        old.free()
+    row.stores[layer] = store
+    return store
+
+
+def _sample(memory: Memory, row: Row, layer: int, queries: torch.Tensor) -> None:
+    if not row.samples[layer]:
+        parts = zip(memory.policy.queries.stored, memory.plan.stored, strict=True)
+        row.samples[layer] = tuple(
+            QuerySample(part, memory.shape.layers[layer], size, queries, memory.ledger) for part, size in parts
+        )
+    for sample in row.samples[layer]:
+        sample.offer(queries, row.seen)

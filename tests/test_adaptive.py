@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 import reference_matching as oracle
 import tiny
 import variants
-from agentmem import compaction, doors, plugins
-from agentmem.budget import HYSTERESIS, make_plan
+from agentmem import dealer, doors, plugins
+from agentmem.budget import make_plan
 from agentmem.contracts import BudgetRequest, Curve, Policy, Reference, Segment, Survey
 from agentmem.dealing import check_budgets, most_slots
 from agentmem.held_out import CURVE_FRACTIONS, error_curves, split_references
@@ -27,6 +27,7 @@ from agentmem.memory import Memory
 from agentmem.policies.adaptive import Adaptive
 from agentmem.policies.attention_matching import AttentionMatching
 from agentmem.policies.budgets import by_name
+from agentmem.pricing import HYSTERESIS
 from agentmem.report import CompactionReport
 from agentmem.settings import Settings
 from agentmem.steps import Arriving, Transient
@@ -289,7 +290,7 @@ def check_report(report: CompactionReport, resident: int) -> None:
 def test_a_loose_target_leaves_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every head keeps the smallest size that was measured on held-out queries, a sixteenth of the most."""
     asked: list[Any] = []
-    monkeypatch.setattr(compaction, "error_curves", lambda *given: asked.append(given) or error_curves(*given))
+    monkeypatch.setattr(dealer, "error_curves", lambda *given: asked.append(given) or error_curves(*given))
     with exact(policy(LOOSE)) as memory:
         tiny.feed(memory, tiny.ids(150))
         plan, reports = memory.plan, memory.compactions

@@ -130,7 +130,7 @@ def test_ten_compactions_with_changing_ragged_budgets(kind: str, ledger: Ledger)
             for n, b in zip(held, budgets, strict=True)
         ]
         old, before = store, store.allocated_bytes
-        store = old.compacted(model.compact(kept, prefix, recent, bias=0.25), prefix, recent)
+        store = old.compacted(model.compact(kept, prefix, recent, bias=0.25), [prefix] * 3, recent)
         lengths = [prefix + len(indices) + recent for indices in kept]
         assert old.allocated_bytes == before
         assert store.allocated_bytes == sum(lengths) * SLOT_BYTES[kind] <= before
@@ -156,7 +156,7 @@ def test_a_compaction_leaves_what_it_does_not_replace(kind: str, ledger: Ledger)
     model.append(store, 10)
     settle(store, model)
     plain = Compaction(tuple(HeadCompaction(torch.tensor(kept)) for kept in ([0, 3], [1, 2], [4, 5])))
-    after = store.compacted(plain, 2, 2)
+    after = store.compacted(plain, [2] * 3, 2)
     expected = [
         slots[:2] + [slots[2 + index] for index in kept] + slots[8:]
         for slots, kept in zip(model.heads, ([0, 3], [1, 2], [4, 5]), strict=True)
@@ -172,7 +172,7 @@ def test_replacement_keys_are_written(kind: str, ledger: Ledger) -> None:
     model.append(store, 6)
     settle(store, model)
     head = HeadCompaction(torch.tensor([1, 3]), keys=torch.tensor([[7.0], [9.0]]).expand(-1, 8))
-    after = store.compacted(Compaction((head,) * 3), 1, 1)
+    after = store.compacted(Compaction((head,) * 3), [1] * 3, 1)
     assert [[slot[0] for slot in slots[1:-1]] for slots in contents(after)] == [[7.0, 9.0]] * 3
     assert [[slot[3] for slot in slots] for slots in contents(after)] == [[0, 2, 4, 5]] * 3
 
@@ -253,7 +253,7 @@ def test_storage_born_under_inference_mode_is_writable_outside_it(kind: str, led
     model.append(store, 2)
     settle(store, model)
     with torch.inference_mode():
-        store = store.compacted(model.compact([[0, 1]] * 3, 1, 1, bias=0.5), 1, 1)
+        store = store.compacted(model.compact([[0, 1]] * 3, 1, 1, bias=0.5), [1] * 3, 1)
         store = store.resized((6, 6, 6))
     model.append(store, 2)
     settle(store, model)
@@ -275,7 +275,7 @@ def test_a_failed_copy_leaves_the_old_store_and_its_bytes(kind: str, ledger: Led
     before = ledger.resident
     broken = Compaction((HeadCompaction(torch.tensor([9])),) * 3)
     with pytest.raises((IndexError, RuntimeError)):
-        store.compacted(broken, 1, 1)
+        store.compacted(broken, [1] * 3, 1)
     with pytest.raises(RuntimeError):
         store.resized((6, 6, 3))
     assert ledger.resident == before
@@ -306,7 +306,7 @@ def test_the_range_of_beta_leaves_headroom_out() -> None:
     kept = torch.tensor([0, 1])
     heads = tuple(HeadCompaction(kept, bias=torch.tensor([1.5, 0.5]) + head) for head in range(3))
 
-    replaced = store.compacted(Compaction(heads), prefix=0, recent=0, headroom=2)
+    replaced = store.compacted(Compaction(heads), begins=[0] * len(heads), recent=0, headroom=2)
 
     assert replaced.capacities == (4, 4, 4)
     assert replaced.bias_range() == (0.5, 3.5)

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agentmem import plugins
-from agentmem.budget import UNBOUNDED, Plan, _Planner, grown, make_plan, window_slots
+from agentmem.budget import make_plan
 from agentmem.contracts import (
     BudgetRequest,
     Budgets,
@@ -26,6 +26,7 @@ from agentmem.contracts import (
     SegmentShape,
 )
 from agentmem.errors import CapTooSmall, SettingsRefused
+from agentmem.pricing import UNBOUNDED, Plan, Planner, grown, window_slots
 from agentmem.samples import NORMS, random_bytes
 from agentmem.settings import Settings
 from agentmem.shape import LayerShape, ModelShape
@@ -135,7 +136,7 @@ def test_a_plan_stays_under_the_cap_with_the_largest_capacity(
     if plan is None:
         return
     assert total(plan) <= cap
-    wider = _Planner(shape, Settings.of(cap=cap, **wish), policy, rows).at(plan.capacity + 1)
+    wider = Planner(shape, Settings.of(cap=cap, **wish), policy, rows).at(plan.capacity + 1)
     assert total(wider) > cap
     assert plan.prefix + plan.recent + 1 <= plan.target <= plan.limit <= plan.capacity - wish["min_reclaim"]
     assert plan.probe_tokens <= wish["chunk"]
@@ -257,7 +258,7 @@ ROOMY = Settings.of(cap=4_000_000, chunk=64)
 def test_unequal_heads_take_workspace_and_not_slots() -> None:
     """A head of three shares is planned for: its fit, its move and its attention; slots cost what they cost."""
     equal, ragged = (make_plan(LLAMA, ROOMY, policy) for policy in (unequal(), unequal(3.0, 1.5)))
-    same = _Planner(LLAMA, ROOMY, unequal(3.0, 1.5), 1).at(equal.capacity)
+    same = Planner(LLAMA, ROOMY, unequal(3.0, 1.5), 1).at(equal.capacity)
     segment = equal.target - equal.prefix - equal.recent
     assert (equal.most_budget, equal.layer_ceiling) == (segment, 1.0)
     assert (same.most_budget, same.layer_ceiling) == (3 * segment, 1.5)
@@ -313,7 +314,7 @@ class Scored(Compactor):
 def test_a_score_column_costs_four_bytes_a_slot() -> None:
     """Received and carried alike; only received scores need the explicit path of attention."""
     plans = {
-        kind: _Planner(LLAMA, ROOMY, Policy("mine", "-", "-", Scored(kind), Bounded()), 1).at(200)
+        kind: Planner(LLAMA, ROOMY, Policy("mine", "-", "-", Scored(kind), Bounded()), 1).at(200)
         for kind in get_args(ScoreColumn)
     }
     assert plans["none"].resident_bytes == 200 * 6 * (2 * 16 * 4 + 8)

@@ -17,7 +17,7 @@ from agentmem.errors import CompactionFailed, PolicyContractBroken
 from agentmem.hf import CappedMemory
 from agentmem.hf.cache import TransientCache
 from agentmem.memory import Memory
-from agentmem.steps import Transient
+from agentmem.steps import Transient, _roomy
 from agentmem.testing import peak_allocated
 
 LAYERS = 3
@@ -218,7 +218,7 @@ def test_a_fault_keeps_no_old_slots_alive() -> None:
         memory.bind(1)
         row = memory.rows[0]
         for layer in range(LAYERS):
-            memory._roomy(row, layer, torch.zeros(1), FULL)
+            _roomy(memory, row, layer, torch.zeros(1), FULL)
         row.ids.extend(range(FULL))
         row.tail.extend(range(FULL))
         row.room = 0

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentmem import plugins
-from agentmem.budget import Plan, make_plan
+from agentmem.budget import make_plan
 from agentmem.contracts import BudgetRequest, Budgets, Survey
 from agentmem.dealing import Slots, check_budgets, make_request, most_slots
 from agentmem.errors import PolicyContractBroken
+from agentmem.pricing import Plan
 from agentmem.settings import Settings
 from agentmem.shape import LayerShape, ModelShape
 
@@ -48,7 +49,7 @@ def plan(**changes: float) -> Plan:
 
 def test_a_request_counts_the_segment_alone() -> None:
     """Prefix and recent are in no number; the total is the target's share of every head."""
-    request = make_request(plan(), [[300, 200], [120, 90], [300, 300]], 112, ())
+    request = make_request(plan(), ((188, 88), (8, 0), (188, 188)), 38, 150, ())
 
     assert request.held == ((188, 88), (8, 0), (188, 188))
     assert request.total == 6 * (150 - 112)
@@ -62,8 +63,8 @@ def test_a_request_counts_the_segment_alone() -> None:
 @pytest.mark.parametrize(("heads", "ceiling"), [((2, 2), 38 * 2), ((1, 4, 2), 38 * 4)])
 def test_a_layer_s_ceiling_is_in_shares_of_the_widest_layer(heads: tuple[int, ...], ceiling: int) -> None:
     """Layers with fewer heads may get as much together."""
-    lengths = [[300] * count for count in heads]
-    request = make_request(plan(layer_ceiling=1.0, limit=150), lengths, 112, ())
+    held = tuple((188,) * count for count in heads)
+    request = make_request(plan(layer_ceiling=1.0), held, 38, 38, ())
 
     assert request.layer_ceiling == ceiling
     assert request.total == 38 * sum(heads)
@@ -71,7 +72,7 @@ def test_a_layer_s_ceiling_is_in_shares_of_the_widest_layer(heads: tuple[int, ..
 
 def test_a_request_never_asks_for_less_than_the_floor() -> None:
     """Where nothing is left besides prefix and recent, ceilings still allow a slot for every head."""
-    request = make_request(plan(target=112, limit=112, most_budget=0), [[300, 300]], 112, ())
+    request = make_request(plan(most_budget=0), ((188, 188),), 0, 0, ())
 
     assert (request.total, request.limit) == (0, 0)
     assert (request.ceiling, request.layer_ceiling) == (1, 2)
@@ -81,7 +82,7 @@ def test_surveys_are_handed_on() -> None:
     """In order, as the survey pass made them."""
     surveys = (Survey(0, ()), Survey(2, ()))
 
-    assert make_request(plan(), [[300]], 112, surveys).surveys is surveys
+    assert make_request(plan(), ((188,),), 38, 150, surveys).surveys is surveys
 
 
 # ---- the laws

@@ -218,7 +218,7 @@ def test_a_repeat_probe_takes_the_tokenizer() -> None:
     with agentmem.capped(model, tokenizer=Spelling(), policy_options=options, **variants.TIGHT) as memory:
         model.generate(variants.prompt(50), max_new_tokens=2, past_key_values=memory)
 
-    assert memory.memory.words == {"repeat": ((8, 5, 10, 9, 6, 5, 7),)}
+    assert memory.memory.words == {"am-halving": {"repeat": ((8, 5, 10, 9, 6, 5, 7),)}}
     assert memory.report().num_compactions == 1
 
 
@@ -229,7 +229,7 @@ def test_a_mixture_is_an_option_in_one_line() -> None:
     with agentmem.capped(model, tokenizer=Spelling(), policy_options=options, **variants.TIGHT) as memory:
         model.generate(variants.prompt(50), max_new_tokens=2, past_key_values=memory)
 
-    assert memory.memory.words == {"focus": ((5, 5, 6),)}
+    assert memory.memory.words == {"am-halving": {"focus": ((5, 5, 6),)}}
     assert memory.compactions[0].queries == "focus+replay+spread"
     assert [part.weight for part in memory.memory.policy.queries.parts] == [1.0, 1.0, 0.5]
 

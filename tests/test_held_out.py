@@ -10,9 +10,9 @@ import torch
 
 import reference
 from agentmem.attention import local_bytes
-from agentmem.budget import HELD_OUT
 from agentmem.contracts import Compaction, HeadCompaction, HeadSegment, Reference, Segment
 from agentmem.held_out import WORST_SPANS, HeldOut, split_references
+from agentmem.pricing import HELD_OUT
 from agentmem.shape import LayerShape
 from agentmem.testing import peak_allocated
 

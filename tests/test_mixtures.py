@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import tiny
-from agentmem.budget import HELD_OUT
+from agentmem import steps
 from agentmem.contracts import Compaction, Compactor, HeadCompaction, Policy, Queries, Segment, SegmentShape
 from agentmem.errors import SettingsRefused
 from agentmem.hf import CappedMemory
 from agentmem.memory import Memory
+from agentmem.pricing import HELD_OUT
 
 WORDY = {name: policy.queries for name, policy in tiny.KINDS.items() if policy.queries.parts}
 MIXTURES: dict[str, Queries] = WORDY | {
@@ -154,13 +155,13 @@ def test_parts_arrive_with_their_weights_sources_and_spans() -> None:
 def test_live_queries_are_those_that_the_model_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """A compactor is given the newest tokens' own queries of its layer, post-RoPE, bit for bit."""
     asked: dict[int, list[torch.Tensor]] = {0: [], 1: []}
-    append = Memory.append_row
+    append = steps.append_row
 
-    def watched(self: Memory, row: Any, layer: int, queries: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def watched(memory: Memory, row: Any, layer: int, queries: torch.Tensor, *rest: Any) -> torch.Tensor:
         asked[layer].append(queries.detach().clone())
-        return append(self, row, layer, queries, *rest)
+        return append(memory, row, layer, queries, *rest)
 
-    monkeypatch.setattr(Memory, "append_row", watched)
+    monkeypatch.setattr(steps, "append_row", watched)
     spy, made = spied(Queries.of("live", 6))
     with tiny.capped_by(made) as memory:
         tiny.feed(memory, tiny.ids(48), pieces=7)

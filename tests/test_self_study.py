@@ -15,11 +15,11 @@ import torch
 import tiny
 import variants
 from agentmem import doors, plugins
-from agentmem.budget import STUDY_SHARE
 from agentmem.contracts import BudgetRequest, Budgets, Part, Policy, Queries
 from agentmem.errors import CompactionFailed, SettingsRefused, UnsupportedModel
 from agentmem.hf import CappedMemory
 from agentmem.memory import Memory
+from agentmem.pricing import STUDY_SHARE
 from agentmem.queries import MAX_INSTRUCTION, WORDED
 from agentmem.row import Row
 from agentmem.steps import Scratch
@@ -216,7 +216,8 @@ def test_no_forward_is_longer_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> N
         lengths.clear()
         tokenizer = lambda text, *, add_special_tokens, words=words: {"input_ids": [5] * words}  # noqa: E731 - a fake
         with doors.capped(tiny.llama(), 1 << 24, STUDY, tokenizer=tokenizer, **settings) as memory:
-            memory.memory.ends = tuple(ends)
+            assert memory.memory.language is not None
+            memory.memory.language = replace(memory.memory.language, ends=tuple(ends))
             tiny.feed(memory, tiny.ids(FIRST + 1))
         assert max(lengths) <= tiny.SETTINGS["chunk"]
         assert sum(lengths) == 2 * fed

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import tiny
-from agentmem.budget import make_plan, window_slots
+from agentmem.budget import make_plan
 from agentmem.errors import CompactionFailed
 from agentmem.memory import Memory
+from agentmem.pricing import window_slots
 from agentmem.settings import Settings
 from agentmem.shape import LayerShape, ModelShape
 from agentmem.steps import Append, Arriving, Transient

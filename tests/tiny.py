@@ -12,10 +12,10 @@ import torch
 
 import agentmem.doors
 from agentmem import plugins
-from agentmem.budget import Plan
 from agentmem.contracts import Compaction, Compactor, Part, Policy, Queries, Segment, SegmentShape
 from agentmem.hf import CappedMemory
 from agentmem.memory import Memory
+from agentmem.pricing import Plan
 from agentmem.testing import tiny_model
 
 SLOTS = 48

@@ -9,7 +9,6 @@ import torch
 import typer
 
 from agentmem import doors, models
-from agentmem.budget import Plan
 from agentmem.cli.arguments import (
     Cap,
     Chunk,
@@ -25,6 +24,7 @@ from agentmem.cli.arguments import (
 )
 from agentmem.cli.console import STDOUT, show, table, write_json
 from agentmem.cli.loading import Dtype
+from agentmem.pricing import Plan
 
 
 def plan(

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from agentmem.budget import Plan
     from agentmem.contracts import Policy
     from agentmem.hf import CappedMemory
+    from agentmem.pricing import Plan
 
 Equal = Literal["slots", "bytes"]
 _ROOMY = 1 << 50

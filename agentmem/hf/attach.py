@@ -16,7 +16,7 @@ from agentmem.errors import CapBypassed, UnsupportedModel
 from agentmem.generation import check_generate, chosen
 from agentmem.hf.cache import CappedMemory, TransientCache, mask_columns, size, transient_forward
 from agentmem.hf.frames import FRAME, SCOPE, Frame, own_frame, rename
-from agentmem.steps import Append, Scratch, Transient
+from agentmem.steps import Adopt, Append, Scratch, Transient
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -185,11 +185,12 @@ def attach(model: PreTrainedModel, memory: Memory) -> CappedMemory:
     view = CappedMemory(memory, model)
     decoder = model.get_decoder()
 
-    def run_transient(ids: Sequence[int], start: int, step: Transient) -> None:
+    def run_transient(ids: Sequence[int], start: int, step: Adopt | Transient) -> None:
         transient_forward(decoder, memory, ids, start, step)
 
-    def run_scratch(ids: Sequence[int], start: int, step: Scratch) -> int:
-        return int(transient_forward(model, memory, ids, start, step, logits_to_keep=1).logits[0, -1].argmax())
+    def run_scratch(ids: Sequence[int], start: int, step: Scratch) -> torch.Tensor:
+        logits: torch.Tensor = transient_forward(model, memory, ids, start, step, logits_to_keep=1).logits[0, -1]
+        return logits
 
     memory.run_transient, memory.run_scratch = run_transient, run_scratch
     return view

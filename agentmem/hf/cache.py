@@ -9,15 +9,16 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from agentmem.errors import MemoryCapExceeded, SettingsRefused, UnsupportedGeneration
 from agentmem.hf.frames import FRAME
-from agentmem.steps import Append, Arriving, Scratch, Transient
+from agentmem.job import USUAL, Request
+from agentmem.steps import Adopt, Append, Arriving, Scratch, Transient
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedModel
 
-    from agentmem.budget import Plan
     from agentmem.memory import Memory, Usage
+    from agentmem.pricing import Plan
     from agentmem.report import CompactionReport, RunReport
 
 
@@ -66,7 +67,7 @@ FOREIGN = (
 class TransientCache(Cache):
     """What a transient forward passes to the model."""
 
-    def __init__(self, step: Transient | Scratch, windows: Sequence[int | None]) -> None:
+    def __init__(self, step: Adopt | Transient | Scratch, windows: Sequence[int | None]) -> None:
         super().__init__(layers=[_Layer(self, window) for window in windows])
         self.step = step
 
@@ -76,7 +77,12 @@ class TransientCache(Cache):
 
 
 def transient_forward(
-    module: PreTrainedModel, memory: Memory, ids: Sequence[int], start: int, step: Transient | Scratch, **more: Any
+    module: PreTrainedModel,
+    memory: Memory,
+    ids: Sequence[int],
+    start: int,
+    step: Adopt | Transient | Scratch,
+    **more: Any,
 ) -> Any:
     """The output of a model or of its decoder for ``ids`` at positions ``start, start + 1, …``; ``step`` attends."""
     device: Any = module.get_input_embeddings().weight.device
@@ -131,9 +137,23 @@ class CappedMemory(Cache):
         """Tokens that a row can take before it has to be compacted."""
         return self.memory.rows[row].room if self.memory.rows else self.memory.plan.capacity - self.memory.plan.scratch
 
-    def compact(self) -> tuple[CompactionReport, ...]:
-        """Compact every row now, down to the target; rows below it are left alone."""
-        reports = (self.memory.compact(row) for row in self.memory.rows)
+    def compact(
+        self, *, slots: int | None = None, focus: Sequence[int] = (), policy: str | None = None
+    ) -> tuple[CompactionReport, ...]:
+        """Compact every row now, down to the target; rows below it are left alone.
+
+        ``slots`` per head are left between prefix and recent instead; ``focus`` are the ids of a text that must stay
+        recallable; ``policy`` is the name of one that the memory was opened with.
+
+        Raises:
+            SettingsRefused: ``mode="off"``, or a policy that the memory was not planned for.
+            CompactionFailed: see :class:`agentmem.compaction.RowCompaction`.
+
+        """
+        request = USUAL
+        if slots is not None or focus or policy is not None:
+            request = Request(slots, None, tuple(focus), None if policy is None else self.memory.named(policy))
+        reports = (self.memory.compact(row, request) for row in self.memory.rows)
         return tuple(report for report in reports if report is not None)
 
     def peek(self, ids: Sequence[int], row: int = 0) -> torch.Tensor:

@@ -96,8 +96,8 @@ def refuse_scratch(shape: ModelShape, policy: str) -> None:
     """Refuse sliding layers where the model is to write for itself: what slid out of a window cannot be taken back."""
     if len(shape.compactable) < len(shape.layers):
         raise UnsupportedModel(
-            f"{shape.name} has sliding-window layers, so what the model writes for 'self-study' of policy {policy!r} "
-            "could not be taken back; choose another probe, such as replay+spread"
+            f"{shape.name} has sliding-window layers, so what the model writes for "
+            f"'self-study' or a summary of policy {policy!r} could not be taken back; choose another probe, such as replay+spread"
         )
 
 

@@ -1,4 +1,4 @@
-"""Pattern pins: which tokens a pattern names, against loops over characters, and what becomes of their queries."""
+"""Marks: which tokens a pattern names, against loops over characters, and what becomes of their queries."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from agentmem import doors, plugins
 from agentmem.contracts import Compaction, Compactor, Policy, Queries, Segment, SegmentShape
 from agentmem.errors import SettingsRefused
 from agentmem.hf import CappedMemory
+from agentmem.marks import Marks
 from agentmem.memory import Memory
-from agentmem.pins import Pins
 from agentmem.policies.am_recall import CRITICAL
 from agentmem.probe import LEAD, SPAN, Probe
 
@@ -45,15 +45,15 @@ def naive(pattern: str, pieces: Sequence[str]) -> list[tuple[int, int]]:
     return spans
 
 
-def pins(pattern: str, pieces: Sequence[str]) -> tuple[Pins, list[int]]:
-    """Pins whose ids are indices of ``pieces``, and all the ids that they ever read."""
+def marks(pattern: str, pieces: Sequence[str]) -> tuple[Marks, list[int]]:
+    """Marks whose ids are indices of ``pieces``, and all the ids that they ever read."""
     asked: list[int] = []
 
     def read(ids: Sequence[int]) -> list[str]:
         asked.extend(ids)
         return [pieces[each] for each in ids]
 
-    return Pins(pattern, read), asked
+    return Marks(pattern, read), asked
 
 
 @pytest.mark.parametrize(
@@ -74,14 +74,14 @@ def test_a_match_names_its_tokens_and_the_one_before(
 ) -> None:
     """The token before asks for the first; matches that touch are one; empty matches and texts name none."""
     assert naive(pattern, pieces) == spans
-    assert pins(pattern, pieces)[0].spans(range(len(pieces))) == spans
+    assert marks(pattern, pieces)[0].spans(range(len(pieces))) == spans
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @given(pieces=PIECES)
 def test_spans_are_those_of_loops_over_characters(pattern: str, pieces: list[str]) -> None:
     """Tokens of any length, empty ones too, and matches over several of them; ascending and apart."""
-    found = pins(pattern, pieces)[0].spans(range(len(pieces)))
+    found = marks(pattern, pieces)[0].spans(range(len(pieces)))
 
     assert found == naive(pattern, pieces)
     assert all(0 <= low < high <= len(pieces) for low, high in found)
@@ -92,7 +92,7 @@ def test_spans_are_those_of_loops_over_characters(pattern: str, pieces: list[str
 @given(pieces=PIECES, steps=st.lists(st.integers(0, 7), max_size=6))
 def test_a_transcript_that_grows_is_read_once(pattern: str, pieces: list[str], steps: list[int]) -> None:
     """After every step the spans are those of the whole so far, and no id is read a second time."""
-    growing, asked = pins(pattern, pieces)
+    growing, asked = marks(pattern, pieces)
     for stop in (*accumulate(steps), len(pieces), len(pieces)):
         seen = pieces[: min(stop, len(pieces))]
         seen = pieces[: max(len(seen), len(asked))]

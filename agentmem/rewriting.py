@@ -1,0 +1,130 @@
+"""Summaries: the model writes one in scratch slots, and its own slots replace the segment in mid-memory.
+
+Source: summarisation before compaction is arXiv:2602.16284 (offline there); this is its online form.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from agentmem.contracts import MIN_SUMMARY
+from agentmem.job import Request
+from agentmem.pricing import MAX_REQUEST
+from agentmem.promotion import settle
+from agentmem.report import SummaryReport
+from agentmem.steps import Adopt
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from agentmem.contracts import Rewrite
+    from agentmem.job import Job
+    from agentmem.language import Language
+    from agentmem.memory import Memory
+    from agentmem.row import Row
+
+NO_REPEAT = 8
+"""No run of so many tokens is written twice in a summary: greedy decoding would go round in circles."""
+VARIETY = 0.4
+"""The least part of a summary's tokens that must differ from one another."""
+_ENDS = (".", "!", "?", "\n", "\u3002", "\uff01", "\uff1f")  # full-width ones too
+
+
+class SummaryRefused(Exception):  # no user meets it: matching takes the summary's place
+    """Why a summary cannot be used."""
+
+
+class Rewriting:
+    """Replaces the segment of one job by a summary of it."""
+
+    def __init__(self, memory: Memory, row: Row, job: Job, rewrite: Rewrite, language: Language) -> None:
+        """Nothing is written yet."""
+        self.memory, self.row, self.job, self.rewrite, self.language = memory, row, job, rewrite, language
+
+    def run(self) -> tuple[Request, SummaryReport]:
+        """Write, place, adopt; returns what is left to compact and what was done.
+
+        Raises:
+            SummaryRefused: it is empty, runs away or has no place; nothing was changed.
+
+        """
+        before, written = self.row.held, self._written(self._told())
+        lead = self.language.write(self.rewrite.lead)
+        ids = (*lead, *written)
+        position = self._place(len(ids))
+        self._adopt(ids, position)
+        report = SummaryReport(
+            text=self._text(written),
+            tokens=len(ids),
+            start=min(self.memory.plan.prefix, self.row.seen),
+            stop=self.row.seen - self.job.recent,
+            position=position,
+            slots_before=before,
+            slots_after=self.row.held,
+        )
+        recent = tuple(self.row.ids[self.row.seen - self.job.recent :])
+        slots = max(1, round(self.rewrite.keep * len(ids)))
+        return Request(slots=min(slots, max(1, self.job.each)), text=ids + recent), report
+
+    def _told(self) -> tuple[int, ...]:
+        told = tuple(self.language.ask(self.rewrite.instruction))
+        if len(told) > MAX_REQUEST:
+            raise SummaryRefused(f"its instruction has {len(told)} tokens, {MAX_REQUEST} at most; shorten it")
+        return told
+
+    def _written(self, told: tuple[int, ...]) -> tuple[int, ...]:
+        """What the model wrote, cut to whole sentences where it did not end by itself."""
+        plan = self.job.plan
+        most = len(told) + min(plan.scratch - MAX_REQUEST, plan.chunk - len(self.language.write(self.rewrite.lead)))
+        found = self.memory.write(self.row, told, most, no_repeat=NO_REPEAT)[len(told) :]
+        ended = bool(found) and found[-1] in self.language.ends
+        written = found[:-1] if ended else self._whole_sentences(found)
+        if len(written) < MIN_SUMMARY or not self._text(written).strip():
+            why = "empty" if ended or not found else "a runaway that never ends a sentence"
+            raise SummaryRefused(f"it is {why}: {len(found)} tokens were written, {len(written)} can be used")
+        if len(set(written)) < VARIETY * len(written):
+            raise SummaryRefused(
+                f"it is a runaway that goes round in circles: {len(set(written))} different tokens of {len(written)}"
+            )
+        return written
+
+    def _whole_sentences(self, found: tuple[int, ...]) -> tuple[int, ...]:
+        pieces = self.language.read(found)
+        ends = [index for index, piece in enumerate(pieces) if piece.rstrip(" ").endswith(_ENDS)]
+        return found[: ends[-1] + 1] if ends else ()
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return "".join(self.language.read(ids))
+
+    def _place(self, count: int) -> int:
+        """The first of ``count`` free positions before the recent window, behind what is never compacted."""
+        index = self.memory.shape.compactable[0]
+        store = self.row.stores[index]
+        assert store is not None  # noqa: S101  # a row that is rewritten holds something in every layer
+        settle(self.row, store)
+        begin, length = self.job.begins[index][0], store.lengths[0]
+        fixed = sorted(store.segment(0, 0, length - begin).positions.tolist())
+        recent = store.segment(0, length - self.job.recent, 0).positions.tolist()
+        stop = recent[0] if recent else self.row.next_position
+        while fixed:
+            last = fixed.pop()
+            if stop - last - 1 >= count:
+                return stop - count
+            stop = last
+        if stop < count:
+            raise SummaryRefused(f"there are no {count} free positions in a row before the recent window")
+        return stop - count
+
+    def _adopt(self, ids: tuple[int, ...], position: int) -> None:
+        memory, row = self.memory, self.row
+        for index in memory.shape.compactable:
+            store = row.stores[index]
+            if store is not None:
+                settle(row, store)
+        positions = torch.arange(position, position + len(ids), dtype=torch.int32)
+        step = Adopt(memory, row, self.job.begins, self.job.recent, positions)
+        assert memory.run_transient is not None  # noqa: S101  # the adapter sets it before the first forward
+        with torch.no_grad():
+            memory.run_transient(ids, position, step)

@@ -50,7 +50,7 @@ class LayerStore:
     """
 
     __slots__ = (
-        "bias", "biased", "capacities", "held_bytes", "keys", "ledger", "lengths", "positions",
+        "bias", "biased", "capacities", "held_bytes", "keys", "ledger", "lengths", "moves", "positions",
         "promoted", "scores", "seen", "settled", "spec", "starts", "uniform", "values",
     )  # fmt: skip
 
@@ -70,6 +70,8 @@ class LayerStore:
         self.biased = False
         self.seen = 0
         """Tokens ever appended, whatever became of their slots."""
+        self.moves = 0
+        """How often its slots were moved to lower positions."""
         self.promoted = 0
         """Slots of pinned tokens that were moved to the front, behind the prefix."""
         total, self.held_bytes = sum(self.capacities), 0
@@ -332,6 +334,6 @@ class LayerStore:
 
     def _filled(self, lengths: Sequence[int], settled: Sequence[int], like: LayerStore) -> LayerStore:
         self.lengths, self.settled = list(lengths), list(settled)
-        self.seen, self.promoted = like.seen, like.promoted
+        self.seen, self.promoted, self.moves = like.seen, like.promoted, like.moves
         self.uniform = len(set(self.capacities)) == 1 and len(set(lengths)) == 1
         return self

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 if TYPE_CHECKING:
-    from agentmem.report import CompactionReport
+    from agentmem.report import CompactionReport, RebaseReport
 
 _STDLIB = logging.getLogger("agentmem")
 _STDLIB.addHandler(logging.NullHandler())
@@ -44,6 +44,19 @@ def compaction_finished(report: CompactionReport) -> None:
         seconds=round(report.seconds, 4),
         output_error=report.output_error,
         log_mass_error=report.log_mass_error,
+    )
+
+
+def rebased(report: RebaseReport) -> None:
+    """``rebased``: a row's slots moved to lower positions."""
+    _LOG.info(
+        "rebased",
+        row=report.row,
+        tokens_seen=report.tokens_seen,
+        position_before=report.position_before,
+        position_after=report.position_after,
+        gap=report.gap,
+        kl=report.kl,
     )
 
 

@@ -16,7 +16,8 @@ from agentmem.job import USUAL, Request
 from agentmem.ledger import Ledger
 from agentmem.marks import Marks
 from agentmem.pricing import window_slots
-from agentmem.report import CompactionReport, RunReport
+from agentmem.rebasing import keep_in_reach
+from agentmem.report import CompactionReport, RebaseReport, RunReport
 from agentmem.row import Row
 from agentmem.steps import Adopt, Append, Arriving, Scratch, Transient
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from agentmem.language import Language
     from agentmem.pricing import Plan
     from agentmem.probe import Probe, Words
+    from agentmem.rebasing import Positions
     from agentmem.settings import Settings
     from agentmem.shape import ModelShape
 
@@ -41,6 +43,9 @@ class Usage(NamedTuple):
     resident_bytes: int
     used_bytes: int
     peak_bytes: int
+
+
+Event = CompactionReport | RebaseReport | Usage
 
 
 class Memory:
@@ -79,11 +84,18 @@ class Memory:
         """Runs the decoder over ids from a position on, set by the adapter."""
         self.run_scratch: Callable[[Sequence[int], int, Scratch], torch.Tensor] | None = None
         """Runs the whole model likewise and returns the logits ``[V]`` of the next id."""
+        self.run_logits: Callable[[Sequence[int], int, Transient], torch.Tensor] | None = None
+        """Runs the whole model over ids that leave nothing and returns all their logits ``[n, V]``."""
+        self.positions: Positions | None = None
+        """How the model counts positions, where rows are re-based."""
+        self.rebases: list[RebaseReport] = []
+        self.before: Callable[[Row], Request] = _usual
+        """Asked before a row that is full is compacted; what it raises leaves the row full."""
         self.boundary: Callable[[], None] = _nothing
         """Called before each layer of a compaction; what it raises interrupts there."""
         self.stopped: str | None = None
         self._closed = False
-        self._subscribers: list[Callable[[CompactionReport | Usage], None]] = []
+        self._subscribers: list[Callable[[Event], None]] = []
         self._prompt_tokens = self._new_tokens = 0
         self._pending: Append | None = None
 
@@ -170,7 +182,7 @@ class Memory:
             return
         if row.budgets is None and (self.policy.compactor is None or self.settings.mode != "auto"):
             raise MemoryCapExceeded(self._full(row, tokens))
-        self.compact(row)
+        self.compact(row, USUAL if row.budgets is not None else self.before(row))
         if row.room < tokens:
             raise MemoryCapExceeded(
                 f"a forward of {tokens} tokens does not fit: a row of {self.plan.capacity} slots per head has room "
@@ -187,6 +199,7 @@ class Memory:
         """
         self.open_or_raise()
         self.abandon()
+        keep_in_reach(self, row, 0)
         if self.settings.mode == "off":
             raise SettingsRefused("mode='off' never compacts; open the memory with mode='manual' to compact by hand")
         if row.budgets is not None and request is not USUAL:
@@ -197,7 +210,7 @@ class Memory:
         report = job.run()
         self.compactions.append(report)
         events.compaction_finished(report)
-        self._publish(report)
+        self.publish(report)
         return report
 
     def probe(self, row: Row, probe: Probe, visit: Callable[[int, torch.Tensor], None]) -> None:
@@ -260,7 +273,7 @@ class Memory:
         else:
             self._new_tokens += tokens
         if self._subscribers:
-            self._publish(self.usage())
+            self.publish(self.usage())
 
     def _full(self, row: Row, tokens: int) -> str:
         why = (
@@ -305,13 +318,15 @@ class Memory:
             seconds_compacting=sum(report.seconds for report in self.compactions),
             stopped=self.stopped,
             compactions=tuple(self.compactions),
+            rebases=tuple(self.rebases),
         )
 
-    def subscribe(self, callback: Callable[[CompactionReport | Usage], None]) -> None:
-        """Call ``callback`` with a :class:`Usage` after every forward and with every compaction's report."""
+    def subscribe(self, callback: Callable[[Event], None]) -> None:
+        """Call ``callback`` with a :class:`Usage` after every forward, and with every compaction or re-basing."""
         self._subscribers.append(callback)
 
-    def _publish(self, event: CompactionReport | Usage) -> None:
+    def publish(self, event: Event) -> None:
+        """Tell the subscribers."""
         for callback in self._subscribers:
             callback(event)
 
@@ -359,6 +374,11 @@ def repeats(written: Sequence[int], length: int) -> list[int]:
     lead = tuple(written[len(written) - length + 1 :])
     starts = range(len(written) - length + 1)
     return [written[start + length - 1] for start in starts if tuple(written[start : start + length - 1]) == lead]
+
+
+def _usual(row: Row) -> Request:  # noqa: ARG001  # what a hook is given
+    """Every compaction is the usual one."""
+    return USUAL
 
 
 def _nothing() -> None:

@@ -98,6 +98,22 @@ class CompactionReport(_Report):
         return _mean([layer.log_mass_error for layer in self.layers])
 
 
+class RebaseReport(_Report):
+    """One re-basing of one row: its slots moved to lower positions."""
+
+    row: int
+    tokens_seen: int
+    position_before: int
+    """The next position before and after."""
+    position_after: int
+    gap: int
+    """The most positions between neighbouring slots of a head's segment that were left."""
+    kl: float | None
+    """KL(before ‖ after), nats a token, of what follows the newest tokens when they are read again; ``None`` where
+    there are no ids, or an interrupted re-basing went on."""
+    seconds: float
+
+
 class RunReport(_Report):
     """The life of one memory so far."""
 
@@ -120,6 +136,7 @@ class RunReport(_Report):
     stopped: str | None = None
     """Why generation was stopped early, if it was."""
     compactions: tuple[CompactionReport, ...] = ()
+    rebases: tuple[RebaseReport, ...] = ()
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from agentmem.arena import LayerStore
     from agentmem.job import Job
     from agentmem.marks import Marks
+    from agentmem.rebasing import Move
     from agentmem.samples import QuerySample
 
 
@@ -29,6 +30,12 @@ class Row:
         self.tail: array[int] = array("i")
         """Positions of the tokens appended since the last compaction."""
         self.next_position = 0
+        self.shift = 0
+        """What re-basing took off the positions so far."""
+        self.moves = 0
+        """Re-basings that have ended."""
+        self.moving: Move | None = None
+        """A re-basing that has begun and not ended."""
         self.marks: Marks | None = None
         self.room = room
         """Tokens that can be appended before the row must be compacted."""

@@ -36,6 +36,13 @@ class QuerySample:
         """Bytes of the sample."""
         return int(self.queries.untyped_storage().nbytes())
 
+    def tokens(self, seen: int) -> torch.Tensor:
+        """Which tokens' queries are kept, ``[filled]`` int32, when ``seen`` tokens were offered so far."""
+        if self.part.source == "context":
+            return torch.arange(self.filled, dtype=torch.int32) * self.stride
+        places = torch.arange(self.filled, dtype=torch.int32)
+        return seen - 1 - (seen - 1 - places) % self.size
+
     def offer(self, queries: torch.Tensor, first: int) -> None:
         """Look at ``queries [Hq, q, d]`` of the tokens ``first, first + 1, …``; nothing is allocated.
 

@@ -78,6 +78,8 @@ class Settings(BaseModel):
     """``auto`` compacts when the cap would be crossed; ``manual`` only on ``memory.compact()``; ``off`` never."""
     on_failure: OnFailure = "evict"
     """After a compaction failed twice: ``evict`` to the budgets, ``raise`` CompactionFailed, or ``stop`` generating."""
+    rebase: bool = False
+    """Move slots to lower positions when the next one nears the end of the model's positions."""
     chunk: int = Field(default=1024, ge=1)
     """Most tokens in one forward: prompts are fed in pieces of it, probes are no longer than it."""
     max_slots: int | None = Field(default=None, ge=1)

@@ -194,6 +194,7 @@ def _roomy(memory: Memory, row: Row, layer: int, like: torch.Tensor, count: int)
         scores = memory.policy.scores != "none" and window is None
         spec = SlotSpec(memory.shape.layers[layer], like.dtype, like.device, scores)
         store = LayerStore(spec, [grown(count, limit)] * spec.shape.kv_heads, memory.ledger)
+        store.moves = row.moves
     else:
         old, store = store, store.resized([grown(max(store.lengths) + count, limit)] * len(store.lengths))
         row.stores[layer] = store

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol, Self, TextIO
 from pydantic import ValidationError
 
 from agentmem.errors import SettingsRefused
-from agentmem.report import CompactionReport
+from agentmem.report import CompactionReport, RebaseReport
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -64,11 +64,11 @@ class Trace:
     """Tokens seen by all rows together at each compaction (a report counts its own row's)."""
     _started: float = field(default_factory=time.perf_counter, repr=False)
 
-    def __call__(self, event: CompactionReport | UsageLike) -> None:
+    def __call__(self, event: CompactionReport | RebaseReport | UsageLike) -> None:
         """Record one event."""
         if isinstance(event, CompactionReport):
             self.compacted(event)
-        else:
+        elif not isinstance(event, RebaseReport):
             elapsed = time.perf_counter() - self._started
             self.points.append(UsagePoint(elapsed, *(int(getattr(event, name)) for name in _USAGE_FIELDS)))
 
@@ -100,11 +100,11 @@ class TraceWriter:
             self._line("start", {"cap_bytes": cap_bytes, "policy": policy})
             self._close = undo.pop_all().close
 
-    def __call__(self, event: CompactionReport | UsageLike) -> None:
+    def __call__(self, event: CompactionReport | RebaseReport | UsageLike) -> None:
         """Write one event."""
         if isinstance(event, CompactionReport):
             self._line("compaction", event.model_dump(mode="json"))
-        else:
+        elif not isinstance(event, RebaseReport):
             self._line("usage", {name: int(getattr(event, name)) for name in _USAGE_FIELDS})
 
     def close(self) -> None:

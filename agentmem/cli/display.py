@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.text import Text
 
 from agentmem.cli.console import ERR, OUT
-from agentmem.report import CompactionReport
+from agentmem.report import CompactionReport, RebaseReport
 from agentmem.settings import format_bytes
 
 if TYPE_CHECKING:
@@ -75,11 +75,11 @@ class Display:
         self._first = self._first or time.perf_counter()
         self.tokens += 1
 
-    def event(self, event: CompactionReport | UsageLike) -> None:
+    def event(self, event: CompactionReport | RebaseReport | UsageLike) -> None:
         """Follow the memory; subscribe this to it."""
         if isinstance(event, CompactionReport):
             self.compactions += 1
-        else:
+        elif not isinstance(event, RebaseReport):
             self.read, self.used = event.tokens_seen, event.used_bytes
 
     def _render(self) -> Group:

@@ -16,6 +16,8 @@ from agentmem.errors import CapBypassed, UnsupportedModel
 from agentmem.generation import check_generate, chosen
 from agentmem.hf.cache import CappedMemory, TransientCache, mask_columns, size, transient_forward
 from agentmem.hf.frames import FRAME, SCOPE, Frame, own_frame, rename
+from agentmem.hf.rope import rotations
+from agentmem.rebasing import Positions
 from agentmem.steps import Adopt, Append, Scratch, Transient
 
 if TYPE_CHECKING:
@@ -94,7 +96,9 @@ class _Attachment:
                 decoder(**_cut(inputs, start - width, start, cache.columns))
         return (), {**inputs, **_cut(inputs, start - width, count, cache.columns)}
 
-    def _enter(self, signature: inspect.Signature, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(
+        self, signature: inspect.Signature, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Before a decoder's forward, masks included: make room and say whose forward it is."""
         frame = Frame(FRAME.get())
         FRAME.set(frame)  # first of all: _leave runs even when what follows raises
@@ -104,10 +108,13 @@ class _Attachment:
             cache.open_for(self.model)
             frame.memory = cache
             frame.step = cache.begin(inputs)
-        elif isinstance(cache, TransientCache):
+            moved = cache.moved(inputs)
+            return None if moved is None else ((), moved)
+        if isinstance(cache, TransientCache):
             frame.step = cache.step
         elif cache is None and (decoder.config.use_cache if wanted is None else wanted):
             self._refuse_bypass("a forward without past_key_values")
+        return None
 
     def _refuse_bypass(self, what: str) -> None:
         if id(self.model) in SCOPE.get():
@@ -192,7 +199,14 @@ def attach(model: PreTrainedModel, memory: Memory) -> CappedMemory:
         logits: torch.Tensor = transient_forward(model, memory, ids, start, step, logits_to_keep=1).logits[0, -1]
         return logits
 
-    memory.run_transient, memory.run_scratch = run_transient, run_scratch
+    def run_logits(ids: Sequence[int], start: int, step: Transient) -> torch.Tensor:
+        logits: torch.Tensor = transient_forward(model, memory, ids, start, step).logits[0]
+        return logits
+
+    memory.run_transient, memory.run_scratch, memory.run_logits = run_transient, run_scratch, run_logits
+    if memory.settings.rebase:
+        text = model.config.get_text_config(decoder=True)
+        memory.positions = Positions(text.max_position_embeddings, rotations(model))
     return view
 
 

@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from agentmem.errors import MemoryCapExceeded, SettingsRefused, UnsupportedGeneration
 from agentmem.hf.frames import FRAME
 from agentmem.job import USUAL, Request
+from agentmem.rebasing import keep_in_reach
 from agentmem.steps import Adopt, Append, Arriving, Scratch, Transient
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from agentmem.memory import Memory, Usage
+    from agentmem.memory import Event, Memory, Usage
     from agentmem.pricing import Plan
     from agentmem.report import CompactionReport, RunReport
 
@@ -129,7 +130,7 @@ class CappedMemory(Cache):
         """The memory now, summed over rows."""
         return self.memory.usage()
 
-    def subscribe(self, callback: Callable[[CompactionReport | Usage], None]) -> None:
+    def subscribe(self, callback: Callable[[Event], None]) -> None:
         """Call ``callback`` with a Usage after every forward and with every compaction's report."""
         self.memory.subscribe(callback)
 
@@ -272,23 +273,40 @@ class CappedMemory(Cache):
                 f"at once (chunk={self.memory.plan.chunk}); pass logits_to_keep=1 and no output_hidden_states, feed "
                 "fewer at once, or raise chunk"
             )
+        self.memory.bind(size(inputs)[0])
+        for row in self.memory.rows:
+            keep_in_reach(self.memory, row, count)
         step = self.memory.begin(self._arriving(inputs))
         step.columns = count
         return step
 
     def _arriving(self, inputs: dict[str, Any]) -> list[Arriving]:
         rows, count = size(inputs)
-        self.memory.bind(rows)
         ids = self._ids(inputs, rows, count)
         places = inputs.get("position_ids")
         if places is None:
             positions = [list(range(self.columns, self.columns + count))] * rows
         else:
             positions = places.expand(rows, -1).tolist()
+        shifts = [row.shift for row in self.memory.rows]
+        positions = [[at - shift for at in line] for line, shift in zip(positions, shifts, strict=True)]
         mask = mask_columns(inputs, self.columns, count)
         if mask is None:
             return [Arriving(ids[row], positions[row], slice(None)) for row in range(rows)]
         return [_present(ids[row], positions[row], valid) for row, valid in enumerate(mask)]
+
+    def moved(self, inputs: dict[str, Any]) -> dict[str, Any] | None:
+        """The same arguments at the positions where re-based rows are; ``None`` where no row was."""
+        if not any(row.shift for row in self.memory.rows):
+            return None
+        rows, count = size(inputs)
+        places = inputs.get("position_ids")
+        given = inputs.get("input_ids")
+        device = (given if given is not None else inputs["inputs_embeds"]).device
+        if places is None:
+            places = torch.arange(self.columns, self.columns + count, device=device)[None]
+        shifts = torch.tensor([[row.shift] for row in self.memory.rows], device=device)
+        return {**inputs, "position_ids": (places.expand(rows, -1) - shifts).clamp_(min=0)}
 
     def _ids(self, inputs: dict[str, Any], rows: int, count: int) -> list[list[int]]:
         given = inputs.get("input_ids")

@@ -97,7 +97,8 @@ def refuse_scratch(shape: ModelShape, policy: str) -> None:
     if len(shape.compactable) < len(shape.layers):
         raise UnsupportedModel(
             f"{shape.name} has sliding-window layers, so what the model writes for "
-            f"'self-study' or a summary of policy {policy!r} could not be taken back; choose another probe, such as replay+spread"
+            f"'self-study' or a summary of policy {policy!r} could not be taken back; choose another probe, such as "
+            "replay+spread"
         )
 
 

@@ -1,0 +1,118 @@
+"""One token after another for a loop of our own: transformers prepares processors and criteria, we run the forwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
+
+from agentmem.errors import UnsupportedGeneration
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    from agentmem.hf.cache import CappedMemory
+
+_OURS = ("input_ids", "inputs", "past_key_values", "attention_mask", "position_ids", "custom_generate", "streamer")
+
+
+@dataclass(slots=True)
+class Decoding:
+    """What one reply is decoded by. ``ids [1, n]`` is everything so far; it has room for more."""
+
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    config: GenerationConfig
+    ids: torch.Tensor
+    length: int
+
+    @property
+    def so_far(self) -> torch.Tensor:
+        """Everything so far ``[1, length]``, a view."""
+        return self.ids[:, : self.length]
+
+    def add(self, token: int) -> None:
+        """Append one id."""
+        if self.length == self.ids.shape[1]:
+            self.ids = torch.cat((self.ids, torch.empty_like(self.ids)), 1)
+        self.ids[0, self.length] = token
+        self.length += 1
+
+    def stops(self, scores: torch.Tensor) -> bool:
+        """Whether a criterion says that the reply ends with the last token; ``scores [1, V]``."""
+        return bool(self.criteria(self.so_far, scores).any())
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The ids that end a reply."""
+        found = self.config.eos_token_id
+        return frozenset(found if isinstance(found, list) else () if found is None else (int(found),))
+
+
+def prepare(view: CappedMemory, ids: Sequence[int], tokenizer: Any, options: dict[str, Any]) -> Decoding:
+    """Have transformers read the options of ``generate`` for a conversation of ``ids``; nothing is run.
+
+    Raises:
+        UnsupportedGeneration: an option that is the session's own, or that a capped memory cannot serve.
+
+    """
+    for name in _OURS:
+        if options.get(name) is not None:
+            raise UnsupportedGeneration(
+                f"{name}: a session brings its own; leave it out (events: session.events, stream)"
+            )
+    if options.get("num_return_sequences", 1) != 1:
+        raise UnsupportedGeneration("num_return_sequences: a session is one row; fork it for more replies")
+    stop = options.pop("stop_strings", None)
+    held: list[Decoding] = []
+
+    def hold(
+        model: Any,  # noqa: ARG001  # transformers' signature
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **_: Any,
+    ) -> torch.Tensor:
+        held.append(Decoding(logits_processor, stopping_criteria, generation_config, input_ids, input_ids.shape[1]))
+        return input_ids
+
+    device: Any = view.model.get_input_embeddings().weight.device
+    given = torch.tensor([list(ids)], device=device)
+    view.model.generate(
+        given, attention_mask=torch.ones_like(given), past_key_values=view, custom_generate=hold, **options
+    )
+    (decoding,) = held
+    if stop:
+        decoding.criteria = StoppingCriteriaList([*decoding.criteria, StopStringCriteria(tokenizer, stop)])
+    return decoding
+
+
+def choose(decoding: Decoding, logits: torch.Tensor, generator: torch.Generator | None) -> tuple[int, torch.Tensor]:
+    """The next id and the scores ``[1, V]`` it was chosen by; ``logits [V]`` are the model's own."""
+    scores = decoding.processors(decoding.so_far, logits[None].float())
+    if not decoding.config.do_sample:
+        return int(scores.argmax(-1)), scores
+    weights = scores.softmax(-1)
+    return int(torch.multinomial(weights.cpu(), 1, generator=generator)), scores
+
+
+def feed(view: CappedMemory, ids: Sequence[int]) -> torch.Tensor:
+    """Run tokens that stay, at the row's next positions; the logits ``[V]`` after the last."""
+    memory = view.memory
+    device: Any = view.model.get_input_embeddings().weight.device
+    start = memory.rows[0].next_position + memory.rows[0].shift
+    with torch.no_grad():
+        output = view.model(
+            input_ids=torch.tensor([list(ids)], device=device),
+            position_ids=torch.arange(start, start + len(ids), device=device)[None],
+            past_key_values=view,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    logits: torch.Tensor = output.logits[0, -1]
+    return logits

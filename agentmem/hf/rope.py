@@ -1,0 +1,85 @@
+"""What re-basing needs to know of a model's rotary embeddings: their frequencies, and whether they hold still."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from agentmem.errors import UnsupportedModel
+from agentmem.rotation import Rotation
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+FIXED = ("default", "linear", "llama3", "yarn")
+"""Values of ``rope_type`` whose frequencies depend on the configuration alone."""
+
+FOLLOWING = ("dynamic", "longrope")
+"""Those whose frequencies follow the largest position that a forward has."""
+
+
+def refuse_rebase(config: PreTrainedConfig) -> None:
+    """Refuse a model whose stored keys cannot be taken to other positions exactly.
+
+    Raises:
+        UnsupportedModel: names the RoPE, or its absence, and the layers that have it.
+
+    """
+    text = config.get_text_config(decoder=True)
+    for layers, parameters in _parts(text).items():
+        kind = (parameters or {}).get("rope_type")
+        if kind not in FIXED:
+            raise UnsupportedModel(
+                f"{layers} of {text.model_type!r} {_why(kind)}; re-basing handles rope_type {', '.join(FIXED)}. Leave "
+                f"re-basing off and end before position {getattr(text, 'max_position_embeddings', None)}, which is "
+                "max_position_embeddings, or use a model with such a rope_type"
+            )
+
+
+def _why(kind: str | None) -> str:
+    if kind is None:
+        return "have no RoPE, so their stored keys cannot be taken to other positions"
+    if kind in FOLLOWING:
+        return f"have rope_type {kind!r}, whose frequencies change with the largest position, so stored keys differ"
+    return f"have rope_type {kind!r}, which is not known here"
+
+
+def _parts(text: PreTrainedConfig) -> Mapping[str, Mapping[str, Any] | None]:
+    """RoPE parameters by the name of the layers that have them: of all alike, or of each layer type in use."""
+    parameters = getattr(text, "rope_parameters", None) or {}
+    types = sorted(set(getattr(text, "layer_types", None) or ()))
+    if "rope_type" in parameters or not types:
+        return {"the layers": parameters}
+    return {f"{kind} layers": parameters.get(kind) for kind in types}
+
+
+def rotations(model: PreTrainedModel) -> tuple[Rotation, ...]:
+    """How the keys of each layer turn, with the frequencies that the model's own rotary module holds now.
+
+    A model that was cast to another dtype as a whole multiplies by rounded frequencies, and so does the rotation.
+
+    Raises:
+        UnsupportedModel: see :func:`refuse_rebase`; or the decoder's ``rotary_emb`` is not as its family has it.
+
+    """
+    refuse_rebase(model.config)
+    decoder: Any = model.get_decoder()
+    text, rotary = decoder.config, getattr(decoder, "rotary_emb", None)
+    layers = range(text.num_hidden_layers)
+    nested = "rope_type" not in text.rope_parameters
+    names = [f"{text.layer_types[layer]}_inv_freq" if nested else "inv_freq" for layer in layers]
+    found = {name: _rotation(rotary, name, type(decoder).__name__) for name in sorted(set(names))}
+    return tuple(found[name] for name in names)
+
+
+def _rotation(rotary: object, name: str, decoder: str) -> Rotation:
+    frequencies = getattr(rotary, name, None)
+    if not isinstance(frequencies, torch.Tensor) or frequencies.is_meta:
+        raise UnsupportedModel(
+            f"{decoder}.rotary_emb has no tensor {name!r} at hand, so stored keys cannot be re-rotated; re-basing "
+            "needs the rotary module of transformers 5.16 or later, loaded. Leave re-basing off for this model"
+        )
+    return Rotation(frequencies.detach().cpu().double())

@@ -1,0 +1,190 @@
+"""Re-basing: when the next position nears the end of a model's positions, a row's slots move to lower ones.
+
+The prefix stays. The recent window moves as one block; in each head's segment, slots at most ``gap`` apart move
+together and wider gaps are closed to it, so that order is kept and no more distance is lost than must be. Kept keys are
+turned exactly from where they are. A layer is replaced as a whole, and a re-basing that was interrupted goes on before
+the next forward.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from agentmem import events
+from agentmem.errors import MemoryCapExceeded
+from agentmem.promotion import settle
+from agentmem.report import RebaseReport
+from agentmem.rotation import map_scratch, rebased, shift_keys, shift_scratch, widest_gap
+from agentmem.steps import Transient
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from agentmem.arena import LayerStore
+    from agentmem.memory import Memory
+    from agentmem.rotation import Rotation
+    from agentmem.row import Row
+
+ASKED = 16
+"""Newest tokens that are run again before and after, to measure what re-basing changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """How a model counts: so many positions, and how each layer's keys turn with them."""
+
+    limit: int
+    rotations: tuple[Rotation, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A re-basing that has begun: the recent block goes from ``start`` to ``end``, gaps are closed to ``gap``."""
+
+    start: int
+    end: int
+    gap: int
+
+
+def keep_in_reach(memory: Memory, row: Row, tokens: int) -> None:
+    """Re-base a row if ``tokens`` more, and a compaction's probe behind them, would leave the model's positions.
+
+    Raises:
+        MemoryCapExceeded: the slots alone need more positions than the model has.
+
+    """
+    if memory.positions is None:
+        return
+    behind = tokens + memory.plan.probe_tokens + memory.plan.scratch
+    if row.moving is None and row.next_position + behind <= memory.positions.limit:
+        return
+    rebase(memory, row)
+    if row.next_position + behind > memory.positions.limit:
+        raise MemoryCapExceeded(
+            f"re-basing left position {row.next_position}, and {behind} tokens more do not fit the model's "
+            f"{memory.positions.limit} positions; lower the cap or chunk, or feed fewer tokens at once"
+        )
+
+
+def rebase(memory: Memory, row: Row) -> None:
+    """Move a row's slots to lower positions now, and report it."""
+    assert memory.positions is not None  # noqa: S101  # the caller has asked
+    began, before, position = time.perf_counter(), _asked(memory, row), row.next_position
+    if row.moving is None:
+        row.moving = _move(memory, row)
+    move = row.moving
+    for layer, store in enumerate(row.stores):
+        if store is not None and store.moves == row.moves:
+            _move_layer(memory, row, layer, store)
+    _move_samples(row, memory.positions.rotations, move.end - move.start)
+    row.moves, row.moving = row.moves + 1, None
+    row.next_position += move.end - move.start
+    row.shift -= move.end - move.start
+    report = RebaseReport(
+        row=row.index,
+        tokens_seen=row.seen,
+        position_before=position,
+        position_after=row.next_position,
+        gap=move.gap,
+        kl=_divergence(before, _asked(memory, row)),
+        seconds=time.perf_counter() - began,
+    )
+    memory.rebases.append(report)
+    events.rebased(report)
+    memory.publish(report)
+
+
+def _move(memory: Memory, row: Row) -> Move:
+    """Where the recent block begins and is to begin: in the first half of the model's positions."""
+    assert memory.positions is not None  # noqa: S101  # the caller has asked
+    first, recent = _ends(memory, row)  # positions 0 .. first - 1 are the prefix's
+    start = row.next_position - recent
+    longest = max((max(store.lengths) - first - recent for _, store in _full(memory, row)), default=0)
+    span = min(start - first, max(longest, memory.positions.limit // 2 - first - recent))
+    with memory.ledger.borrow(map_scratch(max(1, longest)), "finding gaps"):
+        gap = widest_gap(_heads(memory, row), start, span)
+    return Move(start, first + span, gap)
+
+
+def _heads(memory: Memory, row: Row) -> Iterator[torch.Tensor]:
+    prefix, recent = _ends(memory, row)
+    for _, store in _full(memory, row):
+        settle(row, store)
+        for head in range(len(store.lengths)):
+            yield store.segment(head, prefix, recent).positions
+
+
+def _ends(memory: Memory, row: Row) -> tuple[int, int]:
+    """Slots of the prefix, and of the recent block: tokens in a row at the end that every head has."""
+    prefix = min(memory.plan.prefix, row.seen)
+    return prefix, min(memory.plan.recent, row.seen - prefix)
+
+
+def _full(memory: Memory, row: Row) -> list[tuple[int, LayerStore]]:
+    return [(index, store) for index in memory.shape.compactable if (store := row.stores[index]) is not None]
+
+
+def _move_layer(memory: Memory, row: Row, layer: int, old: LayerStore) -> None:
+    """Build the layer anew with other positions and turned keys, then swap."""
+    assert memory.positions is not None and row.moving is not None  # noqa: S101, PT018  # the caller has set them
+    move, shape = row.moving, memory.shape.layers[layer]
+    if shape.window is None:
+        settle(row, old)
+    longest = max(old.lengths)
+    scratch = shift_scratch(longest, shape.key_dim, old.spec.dtype.itemsize) + 3 * map_scratch(longest)
+    with memory.ledger.borrow(scratch, "turning keys"):
+        new = old.resized(old.capacities)
+        for head in range(len(new.lengths)):
+            _move_head(memory, row, new, head, layer, move)
+    new.moves = row.moves + 1
+    row.stores[layer] = new
+    old.free()
+
+
+def _move_head(memory: Memory, row: Row, store: LayerStore, head: int, layer: int, move: Move) -> None:
+    assert memory.positions is not None  # noqa: S101  # the caller has asked
+    rotation, delta = memory.positions.rotations[layer], move.end - move.start
+    length = store.lengths[head]
+    if memory.shape.layers[layer].window is not None:  # the newest tokens, whose positions are not kept here
+        keys = store.segment(head, 0, 0).keys
+        positions = torch.arange(row.next_position - length, row.next_position, dtype=torch.int32)
+        shift_keys(keys, positions, torch.tensor(delta, dtype=torch.int32).expand(length), rotation)
+        return
+    prefix, recent = _ends(memory, row)
+    middle, newest = store.segment(head, prefix, recent), store.segment(head, length - recent, 0)
+    if middle.slots:
+        deltas = rebased(middle.positions, move.start, move.end, move.gap)
+        shift_keys(middle.keys, middle.positions, deltas, rotation)
+        middle.positions.add_(deltas)
+    if newest.slots:
+        shift_keys(newest.keys, newest.positions, torch.tensor(delta, dtype=torch.int32).expand(recent), rotation)
+        newest.positions.add_(delta)
+
+
+def _move_samples(row: Row, rotations: tuple[Rotation, ...], delta: int) -> None:
+    """Turn stored queries along, so that they ask from as far as they did."""
+    for layer, samples in enumerate(row.samples):
+        for sample in samples:
+            positions = sample.tokens(row.seen).sub_(row.shift)
+            deltas = torch.tensor(delta, dtype=torch.int32).expand(sample.filled)
+            for head in sample.queries[:, : sample.filled]:
+                shift_keys(head, positions, deltas, rotations[layer])
+
+
+def _asked(memory: Memory, row: Row) -> torch.Tensor | None:
+    """Log-probabilities ``[n, V]`` of what follows the newest tokens when they are read again; the model's own work."""
+    ids = tuple(row.ids[-ASKED:])
+    if memory.run_logits is None or row.moving is not None or min(ids, default=-1) < 0:
+        return None
+    step = Transient(memory, row, lambda _layer, _queries: None)
+    return memory.run_logits(ids, row.next_position, step).float().log_softmax(-1)
+
+
+def _divergence(before: torch.Tensor | None, after: torch.Tensor | None) -> float | None:
+    if before is None or after is None:
+        return None
+    return float((before.exp() * (before - after)).sum(-1).mean())

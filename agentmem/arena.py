@@ -333,7 +333,13 @@ class LayerStore:
                 end += stop - start
 
     def _filled(self, lengths: Sequence[int], settled: Sequence[int], like: LayerStore) -> LayerStore:
+        return self.fill(lengths, settled, seen=like.seen, promoted=like.promoted, moves=like.moves)
+
+    def fill(
+        self, lengths: Sequence[int], settled: Sequence[int], *, seen: int, promoted: int, moves: int
+    ) -> LayerStore:
+        """Say what was written into a new store; returns it."""
         self.lengths, self.settled = list(lengths), list(settled)
-        self.seen, self.promoted, self.moves = like.seen, like.promoted, like.moves
+        self.seen, self.promoted, self.moves = seen, promoted, moves
         self.uniform = len(set(self.capacities)) == 1 and len(set(lengths)) == 1
         return self

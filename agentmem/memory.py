@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 from agentmem import events
 from agentmem.budget import make_plans
 from agentmem.compaction import RowCompaction
@@ -16,15 +18,13 @@ from agentmem.job import USUAL, Request
 from agentmem.ledger import Ledger
 from agentmem.marks import Marks
 from agentmem.pricing import window_slots
-from agentmem.rebasing import keep_in_reach
+from agentmem.rebasing import keep_in_reach, rebase
 from agentmem.report import CompactionReport, RebaseReport, RunReport
 from agentmem.row import Row
 from agentmem.steps import Adopt, Append, Arriving, Scratch, Transient
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-
-    import torch
 
     from agentmem.contracts import Policy
     from agentmem.language import Language
@@ -89,6 +89,8 @@ class Memory:
         self.positions: Positions | None = None
         """How the model counts positions, where rows are re-based."""
         self.rebases: list[RebaseReport] = []
+        self.device = torch.device("cpu")
+        """Where the model computes, set by the adapter."""
         self.before: Callable[[Row], Request] = _usual
         """Asked before a row that is full is compacted; what it raises leaves the row full."""
         self.boundary: Callable[[], None] = _nothing
@@ -218,28 +220,6 @@ class Memory:
         assert self.run_transient is not None  # noqa: S101  # the adapter sets it before the first forward
         self.run_transient(probe.ids, row.next_position, Transient(self, row, visit))
 
-    def write(self, row: Row, told: Sequence[int], most: int, *, no_repeat: int = 0) -> tuple[int, ...]:
-        """What the model writes after an instruction, greedily: at most ``most`` tokens with it.
-
-        It is written in scratch slots at the following positions and taken back, so nothing of it stays. It ends
-        early at a token that ends a text; no run of ``no_repeat`` tokens is written twice.
-        """
-        assert self.run_scratch is not None  # noqa: S101  # the adapter sets it before the first forward
-        ends = () if self.language is None else self.language.ends
-        step, written, fed = Scratch(self, row), list(told), 0
-        try:
-            while len(written) < most and (fed < len(told) or written[-1] not in ends):
-                self.boundary()
-                piece = written[fed : fed + self.plan.chunk]
-                scores = self.run_scratch(piece, row.next_position + fed, step)
-                fed += len(piece)
-                if fed == len(written):
-                    scores[repeats(written[len(told) :], no_repeat)] = float("-inf")
-                    written.append(int(scores.argmax()))
-        finally:
-            step.rollback()
-        return tuple(written)
-
     def marks(self, row: Row) -> list[tuple[int, int]]:
         """The spans of a row's transcript that the policy's pattern names."""
         pattern = self.policy.queries.pattern
@@ -248,6 +228,33 @@ class Memory:
         if row.marks is None:
             row.marks = Marks(pattern, self.language.read)
         return row.marks.spans(row.ids)
+
+    def finish(self, row: Row) -> None:
+        """End what was begun and interrupted on a row: a forward, a compaction, a re-basing.
+
+        Raises:
+            CompactionFailed: see :class:`agentmem.compaction.RowCompaction`.
+
+        """
+        self.abandon()
+        if row.budgets is not None:
+            self.compact(row)
+        if row.moving is not None:
+            rebase(self, row)
+
+    @property
+    def counted(self) -> tuple[int, int]:
+        """Tokens consumed in forwards of more than one token, and one at a time."""
+        return self._prompt_tokens, self._new_tokens
+
+    @counted.setter
+    def counted(self, counts: tuple[int, int]) -> None:
+        self._prompt_tokens, self._new_tokens = counts
+
+    @property
+    def scored(self) -> bool:
+        """Whether slots have scores."""
+        return self.policy.scores != "none"
 
     def begin(self, arriving: Sequence[Arriving]) -> Append:
         """Start a forward whose tokens stay; makes room for all of them."""
@@ -365,15 +372,6 @@ class Memory:
             row.stores = [None] * len(row.stores)
             row.samples = [()] * len(row.samples)
         self._closed = True
-
-
-def repeats(written: Sequence[int], length: int) -> list[int]:
-    """The ids that would make the last ``length`` tokens of a text a run that it has already; none for length 0."""
-    if length < 1 or len(written) < length:
-        return []
-    lead = tuple(written[len(written) - length + 1 :])
-    starts = range(len(written) - length + 1)
-    return [written[start + length - 1] for start in starts if tuple(written[start : start + length - 1]) == lead]
 
 
 def _usual(row: Row) -> Request:  # noqa: ARG001  # what a hook is given

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from agentmem.probe import Probe, make_probe
 from agentmem.queries import MAX_INSTRUCTION
+from agentmem.writing import write
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,7 +41,7 @@ class References:
         own = memory.words.get(self.job.policy.name, {})
         words = {source: texts[turn % len(texts)] for source, texts in own.items()}
         if "self-study" in words and row.budgets is None:  # half compacted, there is no room to write
-            words["self-study"] = memory.write(row, words["self-study"][:MAX_INSTRUCTION], self.job.plan.scratch)
+            words["self-study"] = write(memory, row, words["self-study"][:MAX_INSTRUCTION], self.job.plan.scratch)
         if self.job.focus:
             words["focus"] = self.job.focus
         first = 0 if self.job.text else self.job.first

@@ -15,6 +15,7 @@ from agentmem.pricing import MAX_REQUEST
 from agentmem.promotion import settle
 from agentmem.report import SummaryReport
 from agentmem.steps import Adopt
+from agentmem.writing import write
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,7 +79,7 @@ class Rewriting:
         """What the model wrote, cut to whole sentences where it did not end by itself."""
         plan = self.job.plan
         most = len(told) + min(plan.scratch - MAX_REQUEST, plan.chunk - len(self.language.write(self.rewrite.lead)))
-        found = self.memory.write(self.row, told, most, no_repeat=NO_REPEAT)[len(told) :]
+        found = write(self.memory, self.row, told, most, no_repeat=NO_REPEAT)[len(told) :]
         ended = bool(found) and found[-1] in self.language.ends
         written = found[:-1] if ended else self._whole_sentences(found)
         if len(written) < MIN_SUMMARY or not self._text(written).strip():

@@ -32,6 +32,11 @@ class QuerySample:
             self.queries = torch.empty(layer.query_heads, size, layer.key_dim, dtype=like.dtype, device=like.device)
 
     @property
+    def kept(self) -> torch.Tensor:
+        """The queries that are kept, ``[Hq, filled, d]``: a view."""
+        return self.queries[:, : self.filled]
+
+    @property
     def held_bytes(self) -> int:
         """Bytes of the sample."""
         return int(self.queries.untyped_storage().nbytes())

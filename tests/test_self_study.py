@@ -14,7 +14,7 @@ import torch
 
 import tiny
 import variants
-from agentmem import doors, plugins
+from agentmem import doors, plugins, references
 from agentmem.contracts import BudgetRequest, Budgets, Part, Policy, Queries
 from agentmem.errors import CompactionFailed, SettingsRefused, UnsupportedModel
 from agentmem.hf import CappedMemory
@@ -24,6 +24,7 @@ from agentmem.queries import MAX_INSTRUCTION, WORDED
 from agentmem.row import Row
 from agentmem.steps import Scratch
 from agentmem.testing import peak_allocated
+from agentmem.writing import write
 
 STUDY = plugins.policy("am-halving", probe="self-study+replay")
 SIZE = 112
@@ -72,14 +73,14 @@ Told = list[tuple[tuple[int, ...], tuple[int, ...]]]
 def told(monkeypatch: pytest.MonkeyPatch) -> Told:
     """Every instruction that a memory wrote after, and what it wrote, the instruction included."""
     calls: Told = []
-    write = Memory.write
+    original = references.write
 
     def watched(self: Memory, row: Row, instruction: Sequence[int], most: int) -> tuple[int, ...]:
-        result = write(self, row, instruction, most)
+        result = original(self, row, instruction, most)
         calls.append((tuple(instruction), result))
         return result
 
-    monkeypatch.setattr(Memory, "write", watched)
+    monkeypatch.setattr(references, "write", watched)
     return calls
 
 
@@ -232,10 +233,10 @@ def test_nothing_of_it_is_left_between_compactions(kind: str) -> None:
     with exact(KINDS[kind]) as memory:
         tiny.feed(memory, tiny.ids(FIRST + 10))
         core, before = memory.memory, filled(memory)
-        first = core.write(core.rows[0], (5, 6, 7), SCRATCH)
+        first = write(core, core.rows[0], (5, 6, 7), SCRATCH)
 
         assert filled(memory) == before
-        assert core.write(core.rows[0], (5, 6, 7), SCRATCH) == first
+        assert write(core, core.rows[0], (5, 6, 7), SCRATCH) == first
         assert len(first) == SCRATCH
 
 
@@ -248,7 +249,7 @@ def test_a_memory_that_wrote_is_one_that_was_told_what_to_write(
     for writes in (True, True, False):
         if not writes:
             texts = iter([written for _, written in told[:4]])
-            monkeypatch.setattr(Memory, "write", lambda *_, texts=texts: next(texts))
+            monkeypatch.setattr(references, "write", lambda *_, texts=texts: next(texts))
             monkeypatch.setattr(Scratch, "__init__", lambda *_: pytest.fail("nothing was to be written"))
         with exact(KINDS[kind]) as memory:
             logits = tiny.feed(memory, tiny.ids(FIRST + 53))

@@ -204,6 +204,7 @@ def attach(model: PreTrainedModel, memory: Memory) -> CappedMemory:
         return logits
 
     memory.run_transient, memory.run_scratch, memory.run_logits = run_transient, run_scratch, run_logits
+    memory.device = torch.device(model.device)
     if memory.settings.rebase:
         text = model.config.get_text_config(decoder=True)
         memory.positions = Positions(text.max_position_embeddings, rotations(model))

@@ -1,14 +1,14 @@
 """A hard cap in bytes on the KV memory of a Hugging Face model, compacted in mid-thought.
 
 Two doors to the same machinery: :func:`capped`, a context manager around unmodified code, and :func:`wrap`, an object
-with ``generate``. :func:`plan` says beforehand what a cap comes to.
+with ``generate``. :func:`plan` says beforehand what a cap comes to. :class:`Runtime` keeps whole conversations.
 """
 
 from __future__ import annotations
 
 from importlib.metadata import version
 
-from agentmem.contracts import Budgets, Compaction, Compactor, HeadCompaction, Policy, Queries, Segment
+from agentmem.contracts import Budgets, Compaction, Compactor, HeadCompaction, Policy, Queries, Rewrite, Segment
 from agentmem.doors import CappedModel, CappedOutput, capped, plan, wrap
 from agentmem.errors import (
     AgentmemError,
@@ -21,7 +21,10 @@ from agentmem.errors import (
     ModelUnavailable,
     PolicyContractBroken,
     PromptMismatch,
+    RuntimeBusy,
     SettingsRefused,
+    SnapshotRefused,
+    TurnEnded,
     UnknownPolicy,
     UnsupportedGeneration,
     UnsupportedModel,
@@ -29,7 +32,8 @@ from agentmem.errors import (
 from agentmem.hf import CappedMemory
 from agentmem.memory import Usage
 from agentmem.pricing import Plan
-from agentmem.report import CompactionReport, LayerReport, RunReport
+from agentmem.report import CompactionReport, LayerReport, RebaseReport, RunReport, SummaryReport
+from agentmem.sessions import CompactionContext, Message, Reply, Runtime, Session
 from agentmem.settings import Settings
 
 __version__ = version("agentmem-runtime")
@@ -43,6 +47,7 @@ __all__ = [
     "CappedModel",
     "CappedOutput",
     "Compaction",
+    "CompactionContext",
     "CompactionFailed",
     "CompactionReport",
     "Compactor",
@@ -51,16 +56,26 @@ __all__ = [
     "MemoryCapExceeded",
     "MemoryClosed",
     "MemoryUnused",
+    "Message",
     "ModelUnavailable",
     "Plan",
     "Policy",
     "PolicyContractBroken",
     "PromptMismatch",
     "Queries",
+    "RebaseReport",
+    "Reply",
+    "Rewrite",
     "RunReport",
+    "Runtime",
+    "RuntimeBusy",
     "Segment",
+    "Session",
     "Settings",
     "SettingsRefused",
+    "SnapshotRefused",
+    "SummaryReport",
+    "TurnEnded",
     "UnknownPolicy",
     "UnsupportedGeneration",
     "UnsupportedModel",

@@ -77,7 +77,8 @@ def capped(
 
     """
     inner = hf.text_model(model)
-    memory = _memory(inner, cap, policy, tokenizer, policy_options, settings, others)
+    chosen = plugins.policy(policy, **(policy_options or {}))
+    memory = open_memory(inner, cap, chosen, tokenizer, settings, others)
     view = hf.attach(inner, memory)
     try:
         with hf.scope(inner):
@@ -168,19 +169,20 @@ def wrap(
 ) -> CappedModel:
     """A model with a capped ``generate``. Arguments and errors as in :func:`capped`."""
     inner = hf.text_model(model)
-    return CappedModel(inner, _memory(inner, cap, policy, tokenizer, policy_options, settings))
+    chosen = plugins.policy(policy, **(policy_options or {}))
+    return CappedModel(inner, open_memory(inner, cap, chosen, tokenizer, settings))
 
 
-def _memory(
+def open_memory(
     model: Any,
     cap: int | str,
     policy: str | Policy,
     tokenizer: Any,
-    policy_options: Mapping[str, Any] | None,
     settings: Mapping[str, Any],
     others: Sequence[str | Policy] = (),
 ) -> Memory:
-    chosen = plugins.policy(policy, **(policy_options or {}))
+    """A memory for a model that is attached to nothing yet. Arguments and errors as in :func:`capped`."""
+    chosen = plugins.policy(policy)
     beside = [plugins.policy(other) for other in others]
     shape = _shape(model, chosen, _itemsize(model))
     for other in beside:
@@ -212,7 +214,7 @@ def _shape(model: Any, policy: Policy, itemsize: int) -> ModelShape:
 def _words(policy: Policy, tokenizer: Any) -> Words:
     """The ids of the probe's own texts; tokenized once, at the edge."""
     worded = [part for part in policy.queries.probing if part.texts]
-    needs = worded[0].source if worded else "pattern" if policy.queries.pattern else None
+    needs: str | None = worded[0].source if worded else "pattern" if policy.queries.pattern else None
     needs = "a summary" if policy.rewrite is not None else needs
     if needs and tokenizer is None:
         raise SettingsRefused(

@@ -44,7 +44,7 @@ def check_pins(memory: Memory, row: Row, more: int) -> None:
         CapTooSmall: names the slots and what there is.
 
     """
-    pinned = row.pins.count(memory.plan.prefix, row.seen) + max(0, more)
+    pinned = row.pins.count(memory.plan.prefix, 1 << 60) + max(0, more)
     needed = memory.plan.prefix + pinned + memory.plan.recent + MIN_BUDGET
     if needed > memory.plan.target and memory.policy.compactor is not None:
         raise CapTooSmall(

@@ -9,7 +9,7 @@ the next forward.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,10 +48,12 @@ class Move:
     start: int
     end: int
     gap: int
+    turned: set[int] = field(default_factory=set)
+    """Layers whose stored queries have been turned."""
 
 
 def keep_in_reach(memory: Memory, row: Row, tokens: int) -> None:
-    """Re-base a row if ``tokens`` more, and a compaction's probe behind them, would leave the model's positions.
+    """Re-base a row if ``tokens`` more, and what a memory runs behind them, would leave the model's positions.
 
     Raises:
         MemoryCapExceeded: the slots alone need more positions than the model has.
@@ -59,8 +61,10 @@ def keep_in_reach(memory: Memory, row: Row, tokens: int) -> None:
     """
     if memory.positions is None:
         return
-    behind = tokens + memory.plan.probe_tokens + memory.plan.scratch
-    if row.moving is None and row.next_position + behind <= memory.positions.limit:
+    behind = tokens + max(
+        plan.probe_tokens + plan.scratch for plan in (memory.plan, *map(memory.plan_of, memory.others))
+    )
+    if row.moving is None and row.next_position + max(behind, tokens + _asking(memory)) <= memory.positions.limit:
         return
     rebase(memory, row)
     if row.next_position + behind > memory.positions.limit:
@@ -71,16 +75,22 @@ def keep_in_reach(memory: Memory, row: Row, tokens: int) -> None:
 
 
 def rebase(memory: Memory, row: Row) -> None:
-    """Move a row's slots to lower positions now, and report it."""
+    """Move a row's slots to lower positions now, and report it; nothing is done where they stand as low as they can.
+
+    A forward that was interrupted is taken back first.
+    """
     assert memory.positions is not None  # noqa: S101  # the caller has asked
-    began, before, position = time.perf_counter(), _asked(memory, row), row.next_position
-    if row.moving is None:
-        row.moving = _move(memory, row)
-    move = row.moving
+    memory.abandon()
+    began, position = time.perf_counter(), row.next_position
+    move = row.moving or _move(memory, row)
+    if move.start == move.end:
+        return
+    before = None if row.moving else _asked(memory, row)
+    row.moving = move
     for layer, store in enumerate(row.stores):
         if store is not None and store.moves == row.moves:
             _move_layer(memory, row, layer, store)
-    _move_samples(row, memory.positions.rotations, move.end - move.start)
+    _move_samples(row, memory.positions.rotations, move)
     row.moves, row.moving = row.moves + 1, None
     row.next_position += move.end - move.start
     row.shift -= move.end - move.start
@@ -90,7 +100,7 @@ def rebase(memory: Memory, row: Row) -> None:
         position_before=position,
         position_after=row.next_position,
         gap=move.gap,
-        kl=_divergence(before, _asked(memory, row)),
+        kl=None if before is None else _divergence(before, _asked(memory, row)),
         seconds=time.perf_counter() - began,
     )
     memory.rebases.append(report)
@@ -165,26 +175,32 @@ def _move_head(memory: Memory, row: Row, store: LayerStore, head: int, layer: in
         newest.positions.add_(delta)
 
 
-def _move_samples(row: Row, rotations: tuple[Rotation, ...], delta: int) -> None:
+def _move_samples(row: Row, rotations: tuple[Rotation, ...], move: Move) -> None:
     """Turn stored queries along, so that they ask from as far as they did."""
     for layer, samples in enumerate(row.samples):
-        for sample in samples:
+        for sample in () if layer in move.turned else samples:
             positions = sample.tokens(row.seen).sub_(row.shift)
-            deltas = torch.tensor(delta, dtype=torch.int32).expand(sample.filled)
+            deltas = torch.tensor(move.end - move.start, dtype=torch.int32).expand(sample.filled)
             for head in sample.queries[:, : sample.filled]:
                 shift_keys(head, positions, deltas, rotations[layer])
+        move.turned.add(layer)
+
+
+def _asking(memory: Memory) -> int:
+    """Tokens that are run again: no more than scratch is planned for."""
+    return min(ASKED, memory.plan.chunk)
 
 
 def _asked(memory: Memory, row: Row) -> torch.Tensor | None:
     """Log-probabilities ``[n, V]`` of what follows the newest tokens when they are read again; the model's own work."""
-    ids = tuple(row.ids[-ASKED:])
-    if memory.run_logits is None or row.moving is not None or min(ids, default=-1) < 0:
+    ids = tuple(row.ids[-_asking(memory) :])
+    if memory.run_logits is None or min(ids, default=-1) < 0:
         return None
-    step = Transient(memory, row, lambda _layer, _queries: None)
-    return memory.run_logits(ids, row.next_position, step).float().log_softmax(-1)
+    logits = memory.run_logits(ids, row.next_position, Transient(memory, row, lambda _layer, _queries: None)).float()
+    return logits.sub_(logits.logsumexp(-1, keepdim=True))
 
 
-def _divergence(before: torch.Tensor | None, after: torch.Tensor | None) -> float | None:
-    if before is None or after is None:
-        return None
-    return float((before.exp() * (before - after)).sum(-1).mean())
+def _divergence(before: torch.Tensor, after: torch.Tensor | None) -> float:
+    assert after is not None  # noqa: S101  # the same ids were asked before
+    differences = after.neg_().add_(before)  # in place: beside the slots two sets of logits are enough
+    return float(before.exp_().flatten().dot(differences.flatten())) / before.shape[0]

@@ -20,6 +20,7 @@ from agentmem.writing import write
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from agentmem.arena import LayerStore
     from agentmem.contracts import Rewrite
     from agentmem.job import Job
     from agentmem.language import Language
@@ -54,6 +55,7 @@ class Rewriting:
         before, written = self.row.held, self._written(self._told())
         lead = self.language.write(self.rewrite.lead)
         ids = (*lead, *written)
+        self._check_shorter(len(ids))
         position = self._place(len(ids))
         self._adopt(ids, position)
         report = SummaryReport(
@@ -99,16 +101,31 @@ class Rewriting:
     def _text(self, ids: Sequence[int]) -> str:
         return "".join(self.language.read(ids))
 
+    def _stores(self) -> list[tuple[int, LayerStore]]:
+        """The layers that are compacted, with the positions of all their slots."""
+        found = [(index, self.row.stores[index]) for index in self.memory.shape.compactable]
+        stores = [(index, store) for index, store in found if store is not None]
+        for _, store in stores:
+            settle(self.row, store)
+        return stores
+
+    def _check_shorter(self, count: int) -> None:
+        held = [slots for index, store in self._stores() for slots in self.job.held(index, store)]
+        if count * len(held) >= sum(held):
+            raise SummaryRefused(f"its {count} tokens are no fewer than the {sum(held) / len(held):g} slots per head")
+
     def _place(self, count: int) -> int:
-        """The first of ``count`` free positions before the recent window, behind what is never compacted."""
-        index = self.memory.shape.compactable[0]
-        store = self.row.stores[index]
-        assert store is not None  # noqa: S101  # a row that is rewritten holds something in every layer
-        settle(self.row, store)
-        begin, length = self.job.begins[index][0], store.lengths[0]
-        fixed = sorted(store.segment(0, 0, length - begin).positions.tolist())
-        recent = store.segment(0, length - self.job.recent, 0).positions.tolist()
-        stop = recent[0] if recent else self.row.next_position
+        """The first of ``count`` free positions before the recent window, behind what is never compacted.
+
+        Re-basing moves every head's pinned slots apart from the others', so those of all heads are looked at.
+        """
+        found: set[int] = set()
+        stop = self.row.next_position
+        for index, store in self._stores():
+            for head, (begin, length) in enumerate(zip(self.job.begins[index], store.lengths, strict=True)):
+                found.update(store.segment(head, 0, length - begin).positions.tolist())
+                stop = min([stop, *store.segment(head, length - self.job.recent, 0).positions[:1].tolist()])
+        fixed = sorted(found)
         while fixed:
             last = fixed.pop()
             if stop - last - 1 >= count:
@@ -119,13 +136,20 @@ class Rewriting:
         return stop - count
 
     def _adopt(self, ids: tuple[int, ...], position: int) -> None:
-        memory, row = self.memory, self.row
-        for index in memory.shape.compactable:
-            store = row.stores[index]
-            if store is not None:
-                settle(row, store)
+        """Replace the segments; what an interrupt or a fault leaves half done is a compaction to equal budgets."""
+        memory, row, before = self.memory, self.row, self._stores()
         positions = torch.arange(position, position + len(ids), dtype=torch.int32)
         step = Adopt(memory, row, self.job.begins, self.job.recent, positions)
         assert memory.run_transient is not None  # noqa: S101  # the adapter sets it before the first forward
-        with torch.no_grad():
-            memory.run_transient(ids, position, step)
+        each, intact = max(1, self.job.each), row.intact
+        row.job, row.budgets = self.job, tuple((each,) * len(heads) for heads in self.job.begins)
+        row.intact = row.seen - self.job.recent
+        try:
+            with torch.no_grad():
+                memory.run_transient(ids, position, step)
+        except BaseException:
+            if all(row.stores[index] is store for index, store in before):
+                row.job, row.budgets, row.intact = None, None, intact
+            raise
+        row.job = row.budgets = None
+        row.recount(memory.plan.capacity, memory.plan.scratch)  # from here on an interrupt leaves a row with room

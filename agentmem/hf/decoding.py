@@ -44,7 +44,8 @@ class Decoding:
 
     def stops(self, scores: torch.Tensor) -> bool:
         """Whether a criterion says that the reply ends with the last token; ``scores [1, V]``."""
-        return bool(self.criteria(self.so_far, scores).any())
+        done: torch.Tensor = self.criteria(self.so_far, scores)
+        return bool(done.any())
 
     @property
     def ends(self) -> frozenset[int]:
@@ -83,9 +84,8 @@ def prepare(view: CappedMemory, ids: Sequence[int], tokenizer: Any, options: dic
 
     device: Any = view.model.get_input_embeddings().weight.device
     given = torch.tensor([list(ids)], device=device)
-    view.model.generate(
-        given, attention_mask=torch.ones_like(given), past_key_values=view, custom_generate=hold, **options
-    )
+    model: Any = view.model
+    model.generate(given, attention_mask=torch.ones_like(given), past_key_values=view, custom_generate=hold, **options)
     (decoding,) = held
     if stop:
         decoding.criteria = StoppingCriteriaList([*decoding.criteria, StopStringCriteria(tokenizer, stop)])
@@ -94,7 +94,7 @@ def prepare(view: CappedMemory, ids: Sequence[int], tokenizer: Any, options: dic
 
 def choose(decoding: Decoding, logits: torch.Tensor, generator: torch.Generator | None) -> tuple[int, torch.Tensor]:
     """The next id and the scores ``[1, V]`` it was chosen by; ``logits [V]`` are the model's own."""
-    scores = decoding.processors(decoding.so_far, logits[None].float())
+    scores: torch.Tensor = decoding.processors(decoding.so_far, logits[None].float())  # type: ignore[arg-type]
     if not decoding.config.do_sample:
         return int(scores.argmax(-1)), scores
     weights = scores.softmax(-1)

@@ -1,0 +1,39 @@
+"""The agent runtime: conversations that keep their memory inside a cap, and can be forked, saved and loaded."""
+
+from agentmem.sessions.dialogue import Message
+from agentmem.sessions.events import (
+    CompactionFinished,
+    CompactionStarted,
+    Event,
+    Rebased,
+    TextEvent,
+    TokenEvent,
+    TurnFailed,
+    TurnFinished,
+)
+from agentmem.sessions.hooks import CompactionContext
+from agentmem.sessions.runtime import Runtime
+from agentmem.sessions.session import Session
+from agentmem.sessions.stats import RuntimeStats, SessionStats
+from agentmem.sessions.transcript import Entry, Transcript
+from agentmem.sessions.turn import Reply
+
+__all__ = [
+    "CompactionContext",
+    "CompactionFinished",
+    "CompactionStarted",
+    "Entry",
+    "Event",
+    "Message",
+    "Rebased",
+    "Reply",
+    "Runtime",
+    "RuntimeStats",
+    "Session",
+    "SessionStats",
+    "TextEvent",
+    "TokenEvent",
+    "Transcript",
+    "TurnFailed",
+    "TurnFinished",
+]

@@ -1,0 +1,124 @@
+"""Chat text into ids: the template's control tokens are tokens, the same words inside a message are plain text.
+
+A delta is tokenized whole, as stock does it, so that no boundary between markup and content changes a token. Only a
+content that spells a control token (``<|im_end|>`` in a tool's output) is treated: a mark is put behind the first
+character of each such spelling before the template is rendered, and the text is tokenized in two pieces there. No
+piece contains the spelling, so no tokenizer can make the control token of it, and the words stay as they were.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from typing import TYPE_CHECKING, Any
+
+from agentmem.errors import SettingsRefused
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+_CONTEXT = 32
+_TRUSTED = ("system", "assistant")
+
+
+def _pattern(texts: Iterable[str]) -> re.Pattern[str]:
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+class Markup:
+    """The control tokens of one tokenizer and one template.
+
+    These are all special tokens, in every message, and in users' and tools' messages also the added tokens that the
+    template's source contains (``<tool_call>``, ``</think>``): given system and assistant messages may write those.
+    """
+
+    def __init__(self, tokenizer: Any, source: str, mark: str) -> None:
+        """``source`` is the template's, ``mark`` a text that occurs nowhere."""
+        self.tokenizer, self.mark = tokenizer, mark
+        added = tokenizer.added_tokens_decoder.values()
+        special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
+        written = {token.content for token in added if token.content in source and not token.content.isspace()}
+        self._special, self._every = _pattern(special), _pattern(special | written)
+
+    def neutral(self, value: Any, role: str) -> Any:
+        """``value`` (text, or lists and dicts of it) with a mark in every control token that it spells.
+
+        Raises:
+            SettingsRefused: a control token of one character, which cannot be cut.
+
+        """
+        if isinstance(value, str):
+            pattern = self._special if role in _TRUSTED else self._every
+            return self._marked(value, pattern) if pattern.search(value) else value
+        if isinstance(value, dict):
+            return {self.neutral(key, role): self.neutral(item, role) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.neutral(item, role) for item in value]
+        return value
+
+    def _marked(self, text: str, pattern: re.Pattern[str]) -> str:
+        pieces, done, found = [], 0, pattern.search(text)
+        while found:
+            if len(found.group()) == 1:
+                raise SettingsRefused(
+                    f"a message contains {found.group()!r}, a control token of one character, which cannot be written "
+                    "as plain text. Replace it before the message is given."
+                )
+            pieces.append(text[done : found.start() + 1])
+            done = found.start() + 1
+            found = pattern.search(text, done)  # from inside this one: spellings may overlap
+        return self.mark.join([*pieces, text[done:]])
+
+    def common(self, *texts: str) -> int:
+        """How many characters the texts share at their beginning; no control token of any of them is cut."""
+        first, last = min(texts), max(texts)  # every other text lies between them, and so does what it shares
+        differing = (at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other)
+        size = next(differing, len(first))
+        for _ in texts:  # stepping back in one text may land inside a token of another
+            for text in texts:
+                crossed = (found.start() for found in self._every.finditer(text) if found.start() < size < found.end())
+                size = min(crossed, default=size)
+        return size
+
+    def words(self, text: str) -> bool:
+        """Whether the text is more than control tokens and white space."""
+        return bool(self._every.sub("", text).strip())
+
+    def encode(self, text: str, bounds: Sequence[int] = (), before: str = "") -> tuple[tuple[int, ...], list[int]]:
+        """Ids of ``text``, and for each of the ascending character places ``bounds`` the first id from there on.
+
+        ``before`` is the text that the memory holds just before: some tokenizers write the first word of a text
+        otherwise than the same word in its middle. A token that crosses a bound belongs to the side of its end.
+        """
+        cuts = [found.span() for found in re.finditer(re.escape(self.mark), text)]
+        if not self.tokenizer.is_fast:  # no offsets: the bounds are cut out, too
+            cuts = sorted([*cuts, *((bound, bound) for bound in bounds)])
+        ids: list[int] = []
+        stops: list[int] = []  # ends, not starts: some tokenizers trim a token's leading spaces from its offsets
+        place, context = 0, before.replace(self.mark, "")[-_CONTEXT:]
+        for start, stop in [*cuts, (len(text), len(text))]:
+            some, ends = self._piece(text[place:start], context)
+            ids += some
+            stops += [place + end for end in ends]
+            place, context = stop, "\n" if stop > start else text[max(0, start - _CONTEXT) : start]
+        return tuple(ids), [bisect_right(stops, bound) for bound in bounds]
+
+    def _piece(self, text: str, context: str) -> tuple[list[int], list[int]]:
+        """Ids and end offsets of a text that stands behind ``context``, if that can be told."""
+        if not text:
+            return [], []
+        if context and not self._every.match(text):
+            ids, stops = self._tokens(context + text)
+            known, _ = self._tokens(context)
+            if ids[: len(known)] == known:
+                return ids[len(known) :], [stop - len(context) for stop in stops[len(known) :]]
+        return self._tokens(text)
+
+    def _tokens(self, text: str) -> tuple[list[int], list[int]]:
+        fast = bool(self.tokenizer.is_fast)
+        made = self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=False, return_offsets_mapping=fast, verbose=False
+        )
+        ids = list(made["input_ids"])
+        return ids, [stop for _, stop in made["offset_mapping"]] if fast else [len(text)] * len(ids)

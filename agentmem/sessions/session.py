@@ -1,0 +1,378 @@
+"""A conversation that keeps its memory: turns in, replies out, every compaction in sight."""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import torch
+
+from agentmem.errors import MemoryClosed, SettingsRefused
+from agentmem.job import Request
+from agentmem.promotion import pin
+from agentmem.sessions import aio, reading, turn
+from agentmem.sessions.asking import Asking
+from agentmem.sessions.dialogue import Dialogue, Message
+from agentmem.sessions.events import CompactionFinished, Event
+from agentmem.sessions.stats import SessionStats
+from agentmem.sessions.steps import Steps
+from agentmem.sessions.transcript import Entry, Transcript
+from agentmem.sessions.turn import Interrupted, Reply, Watch
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import AsyncIterator, Mapping, Sequence
+
+    from agentmem.hf import CappedMemory
+    from agentmem.memory import Memory
+    from agentmem.report import CompactionReport, RebaseReport
+    from agentmem.sessions.holding import Holding
+    from agentmem.sessions.runtime import Runtime
+    from agentmem.sessions.settings import SessionSettings
+    from agentmem.sessions.template import ChatTemplate
+
+
+class Session:
+    """One conversation. Made by :meth:`Runtime.session`, :meth:`Runtime.load` or :meth:`fork`.
+
+    Every method that reads or writes takes the session's lease first and may raise :class:`RuntimeBusy`. A turn that
+    ends early, for whatever reason, leaves a session that can go on.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        name: str,
+        settings: SessionSettings,
+        holding: Holding,
+        template: ChatTemplate | None,
+        asking: Asking,
+    ) -> None:
+        """Use :meth:`Runtime.session`."""
+        self.runtime, self.name, self.settings, self.holding = runtime, name, settings, holding
+        self.template, self.asking = template, asking
+        self.tokenizer: Any = runtime.tokenizer
+        self.ids: array[int] = array("q")
+        """Everything read and sampled, consumed by the memory or not yet."""
+        self.dialogue = Dialogue()
+        self.entries: list[Entry] = []
+        self.reply: Reply | None = None
+        """A reply that is still open."""
+        self.generator = None if settings.seed is None else torch.Generator().manual_seed(settings.seed)
+        self.watch = Watch()
+        self.busy = self.closed = False
+        self.reply_start = 0
+        self._told = 0
+        self._last = Reply()
+        holding.sessions.add(id(self))
+
+    # ---- turns
+
+    def append(
+        self,
+        role: str,
+        content: str = "",
+        *,
+        name: str | None = None,
+        tool_calls: Sequence[Mapping[str, Any]] | None = None,
+        tool_call_id: str | None = None,
+        **how: Any,
+    ) -> tuple[CompactionReport, ...]:
+        """Read a message through the chat template; returns the reports of the compactions that it took.
+
+        Args:
+            role: system, user, assistant or tool.
+            content: its text. Control tokens in it are read as text.
+            name: who speaks; a tool's name.
+            tool_calls: calls that an assistant's message makes, as chat templates read them.
+            tool_call_id: which call a tool's message answers.
+            how: ``pin=True`` never compacts it; ``compact="after"`` compacts it right after it was read, with its own
+                queries, to ``target`` (a fraction such as 0.25, or slots per head), with an optional ``focus`` (a text:
+                what must stay recallable) and ``policy`` (one of the session's); ``deadline`` in seconds.
+
+        Raises:
+            SettingsRefused: the template cannot take the message, or pins do not fit.
+            RuntimeBusy: the runtime has no room for this session now.
+
+        """
+        message = Message.of(
+            role=role,
+            content=content,
+            name=name,
+            tool_calls=None if tool_calls is None else tuple(map(dict, tool_calls)),
+            tool_call_id=tool_call_id,
+        )
+        return self.extend([message], **how)
+
+    def extend(self, messages: Sequence[Message | Mapping[str, Any]], **how: Any) -> tuple[CompactionReport, ...]:
+        """Read several messages at once, such as the results of parallel tool calls; see :meth:`append`."""
+        return _reports(self.appending(messages, **how))
+
+    def read(self, text: str | Sequence[int], **how: Any) -> tuple[CompactionReport, ...]:
+        """Read a text as it is, outside the chat template (or ids, which are never tokenized); see :meth:`append`."""
+        deadline = how.pop("deadline", None)
+        return _reports(self._drive(lambda: reading.text(self, text, **how), deadline))
+
+    def generate(self, **options: Any) -> Reply:
+        """Have the model reply; ``options`` are Hugging Face's own (``max_new_tokens``, ``temperature``, …).
+
+        ``deadline`` (seconds) ends it early; ``keep_open=True`` leaves the reply open, so that :meth:`say` and the next
+        ``generate`` go on with it. Returns the reply: its text, ids and the reason of its end.
+
+        Raises:
+            UnsupportedGeneration: an option that a session cannot serve.
+            TurnEnded: ``before_compact`` refused a compaction that going on needs.
+            MemoryCapExceeded: the policy never compacts and the cap is reached.
+
+        """
+        for _ in self.events(**options):
+            pass
+        return self._last
+
+    def events(self, *, deadline: float | None = None, keep_open: bool = False, **options: Any) -> Iterator[Event]:
+        """The same, event by event; closing the iterator ends the turn after the forward that runs."""
+        return self._drive(lambda: self.replying(options, keep_open=keep_open), deadline)
+
+    def stream(self, **options: Any) -> AsyncIterator[Event]:
+        """The same for asyncio: forwards run on the model's own thread, one for every event that is asked for."""
+        return aio.stream(self, options)
+
+    async def aappend(self, role: str, content: str = "", **how: Any) -> tuple[CompactionReport, ...]:
+        """:meth:`append` for asyncio; a message with more fields comes as ``aextend([message])``."""
+        return await self.aextend([Message.of(role=role, content=content)], **how)
+
+    async def aextend(
+        self, messages: Sequence[Message | Mapping[str, Any]], **how: Any
+    ) -> tuple[CompactionReport, ...]:
+        """:meth:`extend` for asyncio."""
+        return await aio.append(self, _made(messages), how)
+
+    def appending(
+        self, messages: Sequence[Message | Mapping[str, Any]], *, deadline: float | None = None, **how: Any
+    ) -> Iterator[Event]:
+        """Reading messages event by event; see :meth:`append`."""
+        return self._drive(lambda: reading.messages(self, _made(messages), **how), deadline)
+
+    def say(self, text: str) -> None:
+        """Put words into the reply: they are read at the next forward, as if the model had written them.
+
+        Raises:
+            SettingsRefused: the chat template cannot open a reply here.
+
+        """
+        reading.open_reply(self)
+        assert self.reply is not None  # noqa: S101  # opened
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        self.reply.ids += ids
+        self.reply.text += text
+        self.ids.extend(ids)
+
+    def replying(self, options: dict[str, Any], *, keep_open: bool) -> Iterator[Event]:
+        """The events of a reply, for whoever drives them; see :meth:`events`."""
+        reading.open_reply(self)
+        reply = self._last = self.reply or Reply()
+        reply.reason, reply.end = "cancelled", None
+        try:
+            yield from turn.write(self, reply, dict(options))
+        except Interrupted as stop:
+            reply.reason = stop.reason
+        finally:
+            if reply.ids and not keep_open:
+                reading.close_reply(self)
+        yield turn.finished(reply)
+
+    def _drive(self, make: Any, deadline: float | None) -> Iterator[Event]:
+        self.runtime.admit(self)
+        steps = self.steps(make, deadline)
+        try:
+            while (event := steps.step()) is not None:
+                yield event
+        finally:
+            steps.close()
+
+    def steps(self, make: Any, deadline: float | None) -> Steps:
+        """The steps of a turn of an admitted session."""
+        return Steps(self, make(), None if deadline is None else time.monotonic() + deadline)
+
+    # ---- compaction and pins
+
+    def compact(
+        self,
+        *,
+        force: bool = True,
+        focus: str = "",
+        target: float | None = None,
+        policy: str | None = None,
+    ) -> CompactionReport | None:
+        """Compact now; ``None`` when there is nothing to reclaim (or, without ``force``, while there is still room).
+
+        ``focus`` is a text that must stay recallable; ``target`` the fraction of the segment, or the slots per head,
+        that stay between prefix and recent; ``policy`` the name of one of the session's.
+
+        Raises:
+            SettingsRefused: ``mode="off"``, no such policy, or a focus with a policy that has no probe.
+            CompactionFailed: with ``on_failure="raise"``.
+
+        """
+        found = [
+            event.report
+            for event in self._drive(lambda: self._compacting(focus, target, policy, force=force), None)
+            if isinstance(event, CompactionFinished)
+        ]
+        return found[-1] if found else None
+
+    def _compacting(self, focus: str, target: float | None, policy: str | None, *, force: bool) -> Iterator[Event]:
+        try:
+            yield from turn.read(self)
+            row = self.memory.rows[0]
+            if force or row.room <= self.asking.soft * self.memory.plan.capacity:
+                request = self.request(focus, policy)
+                if target is not None:
+                    request = Request(reading.slots_of(self, target), None, request.focus, request.policy)
+                yield from turn.compact(self, request, forced=False)
+        except Interrupted:
+            return
+
+    def request(self, focus: str, policy: str | None) -> Request:
+        """What a caller asks of a compaction.
+
+        Raises:
+            SettingsRefused: see :meth:`compact`.
+
+        """
+        chosen = self.memory.policy if policy is None else self.memory.named(policy)
+        if focus and not chosen.queries.probing:
+            raise SettingsRefused(
+                f"focus: policy {chosen.name!r} runs no probe that a text could be part of; choose one that does, such "
+                "as am-halving"
+            )
+        ids = tuple(self.tokenizer(focus, add_special_tokens=False)["input_ids"]) if focus else ()
+        return Request(None, None, ids, None if policy is None else chosen)
+
+    def pin(self, start: int, stop: int) -> None:
+        """Never compact the tokens ``start .. stop`` of the transcript again.
+
+        Raises:
+            SettingsRefused: some were compacted already. CapTooSmall: they do not fit.
+
+        """
+        self.runtime.admit(self)
+        try:
+            pin(self.memory, self.memory.rows[0], start, stop)
+        finally:
+            self.runtime.leave(self)
+
+    def compacted(self, report: CompactionReport) -> None:
+        """Take note of a compaction."""
+        if report.summary is not None:
+            made = report.summary
+            self.entries.append(Entry(kind="summary", role=None, start=made.start, stop=made.stop, text=made.text))
+        self.asking.compacted(report)
+
+    def heard(self) -> list[RebaseReport]:
+        """Re-basings that were not told of yet."""
+        told, self._told = self._told, len(self.memory.rebases)
+        return self.memory.rebases[told:]
+
+    # ---- branches and files
+
+    def fork(self, name: str | None = None) -> Session:
+        """Another session with the same past. The memory is shared until one of the two goes on with its own copy.
+
+        Raises:
+            SettingsRefused: a turn is running.
+
+        """
+        return self.runtime.fork(self, name)
+
+    def save(self, url: str | os.PathLike[str]) -> None:
+        """Save everything under a path or an fsspec URL, whole or not at all; :meth:`Runtime.load` brings it back.
+
+        Raises:
+            AgentmemError: it cannot be written; what was saved there before is still whole.
+
+        """
+        self.runtime.save(self, url)
+
+    def close(self) -> None:
+        """Free the memory; closing twice does nothing."""
+        self.runtime.forget(self)
+
+    def __enter__(self) -> Self:
+        """Close at the end of a block."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+        self.close()
+
+    # ---- what there is
+
+    @property
+    def memory(self) -> Memory:
+        """The memory, while it is not on disk."""
+        if self.holding.memory is None:
+            raise MemoryClosed(f"session {self.name!r} is closed, or its memory is on disk until its next turn")
+        return self.holding.memory
+
+    @property
+    def view(self) -> CappedMemory:
+        """What is passed as ``past_key_values``."""
+        assert self.holding.view is not None  # noqa: S101  # comes with the memory
+        return self.holding.view
+
+    @property
+    def pending(self) -> list[int]:
+        """Ids that the memory has not consumed yet."""
+        return list(self.ids[self.holding.seen :])
+
+    @property
+    def transcript(self) -> Transcript:
+        """Everything read and written, as ids and as text, and the summaries that stand in the memory."""
+        text = str(self.tokenizer.decode(list(self.ids), skip_special_tokens=False)) if self.ids else ""
+        decoded = (
+            entry if entry.text else entry.model_copy(update={"text": self._text(entry.start, entry.stop)})
+            for entry in self.entries
+        )
+        return Transcript(tuple(self.ids), tuple(decoded), text)
+
+    def _text(self, start: int, stop: int) -> str:
+        return str(self.tokenizer.decode(list(self.ids[start:stop]), skip_special_tokens=False))
+
+    @property
+    def stats(self) -> SessionStats:
+        """A moment of this session."""
+        holding = self.holding
+        state: Literal["active", "idle", "on disk", "closed"] = "active" if self.busy else "idle"
+        if holding.memory is None:
+            state = "closed" if self.closed else "on disk"
+        row = None if holding.memory is None else holding.memory.rows[0]
+        return SessionStats(
+            name=self.name,
+            state=state,
+            policy=holding.policy,
+            tokens=len(self.ids),
+            pending=len(self.ids) - holding.seen,
+            next_position=0 if row is None else row.next_position,
+            held_slots=0 if row is None else row.held,
+            capacity=holding.capacity,
+            room=0 if row is None else row.room,
+            pinned_tokens=0 if row is None else row.pins.count(0, 1 << 60),
+            lease_bytes=holding.lease,
+            charged_bytes=holding.charged,
+            peak_bytes=holding.peak,
+            compactions=holding.compactions,
+            rebases=holding.rebases,
+            shared_with=len(holding.sessions) - 1,
+            history_rewritten=self.dialogue.rewrites,
+        )
+
+
+def _made(messages: Sequence[Message | Mapping[str, Any]]) -> list[Message]:
+    return [one if isinstance(one, Message) else Message.of(**one) for one in messages]
+
+
+def _reports(events: Iterator[Event]) -> tuple[CompactionReport, ...]:
+    return tuple(event.report for event in events if isinstance(event, CompactionFinished))

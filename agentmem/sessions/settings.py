@@ -1,0 +1,63 @@
+"""How one session behaves, as a user writes it and as a snapshot keeps it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from agentmem.errors import SettingsRefused
+from agentmem.settings import parse_bytes
+
+
+class SessionSettings(BaseModel):
+    """How one session behaves.
+
+    Raises:
+        SettingsRefused: through :meth:`of`, with the field, the value and the limit.
+
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    share: float | int | str = 1.0
+    """The lease: a fraction of the runtime's cap (a float, 1.0 at most), or bytes (``4194304``, ``"4MiB"``)."""
+    pin_roles: tuple[str, ...] = ("system",)
+    """Messages of these roles are never compacted; tool schemas belong to the system's."""
+    pin_names: tuple[str, ...] = ()
+    """Likewise messages of these names."""
+    pin_pattern: str = ""
+    """Likewise what this regular expression matches in messages that are appended."""
+    history: Literal["keep", "refuse"] = "keep"
+    """Where the chat template would rewrite what the memory holds: keep the memory's, or refuse."""
+    soft: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+    """A ``before_compact`` hook is asked when less than this part of the capacity is free."""
+    seed: int | None = None
+    """Seed of this session's own sampling; ``None`` samples from torch's global generator, as ``generate`` does."""
+
+    @classmethod
+    def of(cls, **values: Any) -> Self:
+        """Build settings; every violation becomes one :class:`SettingsRefused`."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            lines = [f"{item['loc'][0]}: {item['msg']} (got {item['input']!r})" for item in error.errors()]
+            raise SettingsRefused("; ".join(lines) + f". Settings are: {', '.join(cls.model_fields)}") from None
+
+    def lease(self, cap: int) -> int:
+        """The session's bytes under a runtime's cap.
+
+        Raises:
+            SettingsRefused: no share of it.
+
+        """
+        if isinstance(self.share, float):
+            if not 0 < self.share <= 1:
+                raise SettingsRefused(
+                    f"share: {self.share} is no part of the runtime's cap; give one above 0, 1.0 at most"
+                )
+            return int(self.share * cap)
+        lease = parse_bytes(self.share)
+        if lease > cap:
+            raise SettingsRefused(f"share: {lease} bytes are more than the runtime's cap of {cap}; give {cap} at most")
+        return lease

@@ -1,0 +1,263 @@
+"""What a snapshot says of itself: the manifest, the safetensors header that follows from it, and strict JSON.
+
+The manifest file has one spelling: sorted keys, no spaces, and the SHA-256 of its content beside it. Bytes that are
+not exactly that spelling of what they say are refused, so a flipped bit never goes unseen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from reprlib import repr as shortened
+from typing import Annotated, Any, Final, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, field_validator, model_validator
+
+MANIFEST: Final = "manifest.json"
+FORMAT: Final = "agentmem-snapshot"
+VERSION: Final = 1
+"""The format version that is written, and the only one that is read."""
+
+MAX_MANIFEST_BYTES: Final = 8 << 20
+MAX_STATE_BYTES: Final = 64 << 20
+MAX_DEPTH: Final = 64
+"""Lists and objects inside one another."""
+MAX_CONTAINERS: Final = 1 << 20
+"""Lists and objects in one JSON text: they cost far more memory than bytes in the file."""
+MAX_TENSORS: Final = 1 << 14
+MAX_DIMS: Final = 16
+
+_NAMES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "U32": "uint32",
+    "I32": "int32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "C64": "complex64",
+}
+DTYPES: Final[Mapping[str, torch.dtype]] = {code: getattr(torch, name) for code, name in _NAMES.items()}
+"""Dtypes by their safetensors names."""
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+_STAMP = r"[0-9a-f]{10}-[0-9a-f]{16}"
+DATA_NAME: Final = re.compile(rf"state-{_STAMP}\.json|tensors-{_STAMP}\.safetensors|manifest-{_STAMP}\.scratch")
+"""Names that a save gives: seconds since 1970 and a random part, both in hexadecimal digits."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class FileSpec(_Frozen):
+    """One data file: a name that no folder can hide in, its bytes, and the SHA-256 of them."""
+
+    name: Annotated[str, StringConstraints(pattern=rf"^(state-{_STAMP}\.json|tensors-{_STAMP}\.safetensors)$")]
+    size: Annotated[int, Field(ge=0, lt=1 << 63)]
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class TensorSpec(_Frozen):
+    """Dtype (its safetensors name) and shape of one tensor."""
+
+    dtype: str
+    shape: Annotated[tuple[Annotated[int, Field(ge=0, lt=1 << 63)], ...], Field(strict=False, max_length=MAX_DIMS)]
+
+    @field_validator("dtype")
+    @classmethod
+    def _known(cls, dtype: str) -> str:
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype {shortened(dtype)} is none of {', '.join(DTYPES)}")
+        return dtype
+
+    @model_validator(mode="after")
+    def _addressable(self) -> Self:
+        # With 0 counted as 1: strides of an empty tensor must be integers too.
+        if math.prod(max(1, dim) for dim in self.shape) * self.torch_dtype.itemsize >= 1 << 63:
+            raise ValueError(f"shape {shortened(self.shape)} of {self.dtype} is beyond what 63 bits address")
+        return self
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch names it."""
+        return DTYPES[self.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's values."""
+        return math.prod(self.shape) * self.torch_dtype.itemsize
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Self:
+        """What describes ``tensor``.
+
+        Raises:
+            ValueError: it is sparse, on no device, or of a dtype that safetensors does not know.
+
+        """
+        if tensor.layout is not torch.strided or tensor.is_meta or tensor.dtype not in _CODES:
+            raise ValueError(
+                f"a {tensor.dtype} tensor ({tensor.layout}, on {tensor.device}) cannot be saved; "
+                f"dense tensors of {', '.join(DTYPES)} can"
+            )
+        return cls(dtype=_CODES[tensor.dtype], shape=tuple(tensor.shape))
+
+
+TensorName = Annotated[str, StringConstraints(pattern=r"^[!-~]{1,200}$")]
+_Label = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+
+
+class Manifest(_Frozen):
+    """What is in a snapshot. ``identity`` says whose it is: fingerprints by what they name ("model", "tokenizer")."""
+
+    format: Literal["agentmem-snapshot"] = FORMAT
+    version: Literal[1] = VERSION
+    agentmem: _Label
+    """The version of agentmem that wrote it."""
+    identity: Annotated[dict[_Label, _Label], Field(max_length=16)]
+    settings: dict[str, JsonValue] = {}
+    state_file: FileSpec
+    tensor_file: FileSpec
+    tensors: Annotated[dict[TensorName, TensorSpec], Field(max_length=MAX_TENSORS)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if "__metadata__" in self.tensors:
+            raise ValueError("no tensor can have the name __metadata__, which safetensors reserves")
+        if not self.state_file.name.startswith("state-") or not self.tensor_file.name.startswith("tensors-"):
+            raise ValueError("state and tensors are mixed up in its file names")
+        needed = len(header(self.tensors)) + self.tensor_bytes
+        if self.tensor_file.size != needed:
+            raise ValueError(
+                f"{self.tensor_file.name} has {self.tensor_file.size} bytes; the tensors need exactly {needed}"
+            )
+        return self
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(spec.nbytes for spec in self.tensors.values())
+
+    @property
+    def file_names(self) -> frozenset[str]:
+        """Names of the data files."""
+        return frozenset({self.state_file.name, self.tensor_file.name})
+
+    def to_bytes(self) -> bytes:
+        """The one spelling of this manifest."""
+        body = spelled(self.model_dump(mode="json"))
+        return b'{"manifest":%b,"sha256":"%b"}\n' % (body, hashlib.sha256(body).hexdigest().encode())
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> Self:
+        """The manifest that ``raw`` spells.
+
+        Raises:
+            ValueError: it spells none: see the module.
+
+        """
+        body = parsed(raw, MAX_MANIFEST_BYTES).get("manifest")
+        if not isinstance(body, dict) or body.get("format") != FORMAT:
+            raise ValueError(f"it is no manifest of a snapshot; its format would be {FORMAT!r}")
+        if body.get("version") != VERSION:
+            raise ValueError(
+                f"format version {shortened(body.get('version'))} is unknown; this agentmem reads version {VERSION}. "
+                "Load it with the agentmem that wrote it, or with a newer one"
+            )
+        manifest = cls.model_validate(body)
+        if manifest.to_bytes() != raw:
+            raise ValueError("its content does not match its checksum")
+        return manifest
+
+
+def in_file_order(tensors: Mapping[str, TensorSpec]) -> list[tuple[str, TensorSpec]]:
+    """Tensors as they lie in the file: wide dtypes first, so that each one is aligned, then by name."""
+    return sorted(tensors.items(), key=lambda item: (-item[1].torch_dtype.itemsize, item[0]))
+
+
+def header(tensors: Mapping[str, TensorSpec]) -> bytes:
+    """The only safetensors header that a snapshot of these tensors can have: length, JSON, padding to 8 bytes."""
+    entries, start = {}, 0
+    for name, spec in in_file_order(tensors):
+        stop = start + spec.nbytes
+        entries[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def spelled(value: object, *, sort_keys: bool = True) -> bytes:
+    """JSON in ASCII without spaces.
+
+    Raises:
+        ValueError, TypeError, RecursionError: JSON has no word for a value in it.
+
+    """
+    return json.dumps(value, sort_keys=sort_keys, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def parsed(raw: bytes, max_bytes: int) -> dict[str, Any]:
+    """The JSON object in ``raw``, read strictly: no key twice, no NaN, no infinity, bounded before it is built.
+
+    Raises:
+        ValueError: it is not such an object, or beyond a limit.
+
+    """
+    if len(raw) > max_bytes:
+        raise ValueError(f"JSON of {len(raw)} bytes; the limit is {max_bytes}")
+    _check_nesting(raw)
+    value = json.loads(
+        raw.decode("utf-8"), object_pairs_hook=_no_key_twice, parse_float=_finite, parse_constant=_finite
+    )
+    if not isinstance(value, dict):
+        raise ValueError(f"JSON of type {type(value).__name__}; an object is expected")  # noqa: TRY004  # bytes are wrong
+    return value
+
+
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+"""A string, or what follows a quote that is never closed: one pass, whatever the bytes."""
+
+
+def _check_nesting(raw: bytes) -> None:
+    brackets = re.sub(rb"[^\[\]{}]++", b"", _STRING.sub(b"", raw))
+    containers = brackets.count(b"[") + brackets.count(b"{")
+    if containers > MAX_CONTAINERS:
+        raise ValueError(f"JSON with {containers} lists and objects; the limit is {MAX_CONTAINERS}")
+    depth = deepest = 0
+    for bracket in brackets:
+        depth += 1 if bracket in b"[{" else -1
+        deepest = max(deepest, depth)
+    if deepest > MAX_DEPTH:
+        raise ValueError(f"JSON nested {deepest} deep; the limit is {MAX_DEPTH}")
+
+
+def _no_key_twice(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"JSON with the key {shortened(key)} twice")
+        found[key] = value
+    return found
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"JSON with the number {shortened(text)}; only finite numbers are allowed")
+    return value

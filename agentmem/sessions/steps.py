@@ -1,0 +1,42 @@
+"""A turn from outside: one event at a time, under the runtime's lock, and an end that is always orderly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from agentmem.sessions.turn import Watch
+
+if TYPE_CHECKING:
+    from agentmem.sessions.events import Event
+    from agentmem.sessions.session import Session
+
+
+class Steps:
+    """The events of one turn of an admitted session. :meth:`close` must be called, whatever happens."""
+
+    def __init__(self, session: Session, events: Iterator[Event], deadline: float | None) -> None:
+        """Nothing is run yet; ``deadline`` is on the monotonic clock."""
+        self._session, self._events = session, events
+        self._open = True
+        session.watch = Watch(deadline)
+        session.memory.boundary = session.watch.check
+
+    def step(self) -> Event | None:
+        """The next event, after at most one forward or one compaction; ``None`` when the turn is over."""
+        with self._session.runtime.lock:
+            return next(self._events, None)
+
+    def cancel(self) -> None:
+        """End the turn at the next boundary; safe from any thread."""
+        self._session.watch.cancelled = True
+
+    def close(self) -> None:
+        """End the turn where it is and make the session idle; closing twice does nothing."""
+        with self._session.runtime.lock:
+            if self._open:
+                self._open = False
+                try:
+                    self._events.close()  # type: ignore[attr-defined]  # generators, all of them
+                finally:
+                    self._session.runtime.leave(self._session)

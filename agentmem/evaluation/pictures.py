@@ -159,7 +159,7 @@ def trade_figure(recalled: Sequence[RecallRow], fidelity: Sequence[FidelityRow])
         axes.annotate(
             label,
             point,
-            xytext=(-7 if inward else 7, 5),
+            xytext=(-7, -14) if inward else (7, 5),  # below there, so that two neighbours keep apart
             textcoords="offset points",
             horizontalalignment="right" if inward else "left",
             color=_INK,

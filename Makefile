@@ -1,4 +1,4 @@
-# make install | demo | test | lint | types | format | bench | clean
+# make install | demo | test | lint | types | format | bench | soak | docs | clean
 #
 # PYTHON       the interpreter that .venv is made with (3.11 or newer)
 # TORCH_INDEX  where torch comes from, e.g. https://download.pytorch.org/whl/cpu; empty: pip's own index
@@ -16,7 +16,7 @@ SOURCES := $(shell find agentmem policies -name '*.py') pyproject.toml
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install model demo test lint types format bench clean
+.PHONY: help install model demo test lint types format bench soak docs clean
 
 help:
 	@sed -n '1,4s/^# \{0,1\}//p' Makefile
@@ -66,6 +66,14 @@ $(SITE)/.built: $(SOURCES) | $(INSTALLED)
 bench: install
 	@mkdir -p build
 	$(PY) -m benchmarks.decode
+
+soak: model
+	$(PY) -m benchmarks.soak --turns 200
+
+# The reference, out of the docstrings; the guide is docs/guide.
+docs: install
+	$(PY) -m pdoc --docformat google --output-directory build/docs agentmem agentmem.contracts agentmem.queries \
+		agentmem.sessions agentmem.testing
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis out

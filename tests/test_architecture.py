@@ -81,7 +81,7 @@ TABLE = (
     room("agentmem.hf.decoding", rooms="errors", outside="torch transformers"),
     room("agentmem.hf", rooms=ABOVE),
     room("agentmem.doors", rooms=ABOVE, outside="torch"),
-    room("agentmem.sessions", rooms=ABOVE, outside="torch transformers pydantic jinja2 safetensors fsspec filelock"),
+    room("agentmem.sessions", rooms=ABOVE, outside="torch pydantic jinja2 fsspec filelock"),
     room("agentmem.download", rooms="errors"),
     room(
         "agentmem.models",

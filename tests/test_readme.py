@@ -1,4 +1,4 @@
-"""README.md is executed: its blocks run, and what it shows is what comes out.
+"""README.md and the guide are executed: their blocks run, and what they show is what comes out.
 
 - A ``python`` block runs in the namespace of those before it; a ``text`` block right after it is its output.
 - In a ``console`` block each ``$ command`` must exit with 0; the lines under it, if any, are its output.
@@ -24,7 +24,8 @@ import pytest
 
 from agentmem import models
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guide").glob("*.md"))]
 SECONDS = 240
 FENCE = re.compile(
     r"(?P<unrun><!-- no-run: (?P<reason>.+?) -->\s*\n)?^```(?P<language>\w+)\n(?P<body>.*?)^```$",
@@ -76,7 +77,7 @@ def differs(shown: str, actual: str) -> str:
 def run_python(block: Block, namespace: dict[str, Any]) -> str:
     """Run a python block; what it printed."""
     printed = io.StringIO()
-    code = compile("\n" * (block.line - 1) + block.body, str(README), "exec", dont_inherit=True)
+    code = compile("\n" * (block.line - 1) + block.body, "<page>", "exec", dont_inherit=True)
     with contextlib.redirect_stdout(printed):
         exec(code, namespace)  # noqa: S102 - running the README is the point
     return printed.getvalue()
@@ -99,27 +100,28 @@ def run_command(command: str) -> str:
     return done.stdout
 
 
-def run(text: str) -> None:
+def run(text: str, name: str = "page") -> None:
     """Run every block of a text from top to bottom, in the current folder."""
     namespace: dict[str, Any] = {"__name__": "__readme__"}
     for block in blocks(text):
         if block.language == "python":
             wrong = differs(block.shown, run_python(block, namespace))
-            assert not wrong, f"README.md:{block.line}: {wrong}"
+            assert not wrong, f"{name}:{block.line}: {wrong}"
             continue
         for command, shown in commands(block.body):
             wrong = differs(shown, run_command(command))
-            assert not wrong, f"README.md:{block.line}: `{command}`: {wrong}"
+            assert not wrong, f"{name}:{block.line}: `{command}`: {wrong}"
 
 
-def test_every_block_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """README.md has python blocks, all its blocks run from top to bottom, and shown output is actual output."""
-    text = README.read_text(encoding="utf-8")
-    assert any(block.language == "python" for block in blocks(text)), "README.md shows no python block that runs"
-    assert models.is_fetched(), "the README uses the default model: run `agentmem model fetch` once"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page has python blocks, all its blocks run from top to bottom, and shown output is actual output."""
+    text = page.read_text(encoding="utf-8")
+    assert any(block.language == "python" for block in blocks(text)), f"{page.name} shows no python block that runs"
+    assert models.is_fetched(), "the pages use the default model: run `agentmem model fetch` once"
     monkeypatch.chdir(tmp_path)
 
-    run(text)
+    run(text, page.name)
 
 
 PASSING = """

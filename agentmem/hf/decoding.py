@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
+from transformers.generation.stopping_criteria import MaxLengthCriteria
 
-from agentmem.errors import UnsupportedGeneration
+from agentmem.errors import AgentmemError, UnsupportedGeneration
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from transformers import GenerationConfig, LogitsProcessorList
+    from transformers.generation.stopping_criteria import StoppingCriteriaList
 
     from agentmem.hf.cache import CappedMemory
 
@@ -66,9 +67,8 @@ def prepare(view: CappedMemory, ids: Sequence[int], tokenizer: Any, options: dic
             raise UnsupportedGeneration(
                 f"{name}: a session brings its own; leave it out (events: session.events, stream)"
             )
-    if options.get("num_return_sequences", 1) != 1:
+    if (options.get("num_return_sequences") or 1) != 1:
         raise UnsupportedGeneration("num_return_sequences: a session is one row; fork it for more replies")
-    stop = options.pop("stop_strings", None)
     held: list[Decoding] = []
 
     def hold(
@@ -85,16 +85,25 @@ def prepare(view: CappedMemory, ids: Sequence[int], tokenizer: Any, options: dic
     device: Any = view.model.get_input_embeddings().weight.device
     given = torch.tensor([list(ids)], device=device)
     model: Any = view.model
-    model.generate(given, attention_mask=torch.ones_like(given), past_key_values=view, custom_generate=hold, **options)
+    chosen = {"tokenizer": tokenizer, **{name: value for name, value in options.items() if name not in _OURS}}
+    mask = torch.ones_like(given)
+    try:
+        model.generate(given, attention_mask=mask, past_key_values=view, custom_generate=hold, **chosen)
+    except AgentmemError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UnsupportedGeneration(f"generate: transformers refuses these options: {error}") from error
     (decoding,) = held
-    if stop:
-        decoding.criteria = StoppingCriteriaList([*decoding.criteria, StopStringCriteria(tokenizer, stop)])
+    for each in decoding.criteria:
+        if view.memory.positions is not None and isinstance(each, MaxLengthCriteria):
+            each.max_position_embeddings = None  # it would warn of positions that re-basing never reaches
     return decoding
 
 
 def choose(decoding: Decoding, logits: torch.Tensor, generator: torch.Generator | None) -> tuple[int, torch.Tensor]:
     """The next id and the scores ``[1, V]`` it was chosen by; ``logits [V]`` are the model's own."""
-    scores: torch.Tensor = decoding.processors(decoding.so_far, logits[None].float())  # type: ignore[arg-type]
+    given = logits[None].to(torch.float32, copy=True)  # processors may write into it
+    scores: torch.Tensor = decoding.processors(decoding.so_far, given)  # type: ignore[arg-type]
     if not decoding.config.do_sample:
         return int(scores.argmax(-1)), scores
     weights = scores.softmax(-1)
@@ -116,3 +125,19 @@ def feed(view: CappedMemory, ids: Sequence[int]) -> torch.Tensor:
         )
     logits: torch.Tensor = output.logits[0, -1]
     return logits
+
+
+def take_back(view: CappedMemory) -> None:
+    """Forget the token that was fed last, so that it can be fed again; nothing may have happened in between.
+
+    Score accumulators and stored queries keep what they have taken from it.
+    """
+    memory = view.memory
+    (row,) = memory.rows
+    row.ids.pop()
+    row.next_position -= 1
+    view.columns -= 1
+    for store in row.stores:
+        if store is not None:
+            store.drop_tail(store.seen - row.seen)
+    row.recount(memory.plan.capacity, memory.plan.scratch)

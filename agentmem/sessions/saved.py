@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from array import array
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -61,7 +62,7 @@ def saved(session: Session) -> Saved:
 
 def restore(session: Session, state: Saved) -> None:
     """Put a state into a session that has read nothing."""
-    session.ids = type(session.ids)("q", state.ids)
+    session.ids = array("q", state.ids)
     session.dialogue, session.entries = state.dialogue, list(state.entries)
     if state.open_reply is not None:
         count, text = state.open_reply

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableSequence
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
@@ -54,7 +54,7 @@ class Session:
         self.runtime, self.name, self.settings, self.holding = runtime, name, settings, holding
         self.template, self.asking = template, asking
         self.tokenizer: Any = runtime.tokenizer
-        self.ids: array[int] = array("q")
+        self.ids: MutableSequence[int] = array("q")
         """Everything read and sampled, consumed by the memory or not yet."""
         self.dialogue = Dialogue()
         self.entries: list[Entry] = []

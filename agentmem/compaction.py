@@ -45,6 +45,7 @@ class RowCompaction:
     def __init__(self, memory: Memory, row: Row, request: Request = USUAL) -> None:
         """Pins are promoted, and nothing else is changed yet; a compaction that has begun goes on as it was asked."""
         self.memory, self.row, self.plan = memory, row, memory.plan_of(request.policy or memory.policy)
+        self.request = request
         promote(memory, row)
         self.job = row.job or self._job(request)
         self.references = References(memory, row, self.job)
@@ -118,13 +119,13 @@ class RowCompaction:
         try:
             with self._stage("summary"):
                 request, self.summary = Rewriting(self.memory, self.row, self.job, rewrite, language).run()
-            self.job = self._job(replace(request, policy=self.job.policy))
+            self.job = self._job(replace(request, policy=self.job.policy, focus=self.job.focus))
         except SummaryRefused as refused:
             self._note_fault(None, refused, "matching instead")
         except Exception as error:  # noqa: BLE001  # whatever a forward raises must not cost the memory
             traceback.clear_frames(error.__traceback__)
             self._note_fault(None, error, "matching instead")
-            self.job = self._job(USUAL)
+            self.job = self._job(self.request)
         self.references = References(self.memory, self.row, self.job)
 
     def _prepared(self) -> bool:
@@ -135,7 +136,7 @@ class RowCompaction:
                     self.references.prepare()
                 if self.row.budgets is None:
                     self.row.budgets = self._dealer().deal(self.references, lambda: self._stage("survey"))
-                    self.row.job = self.job
+                    self._begin()
             except PolicyContractBroken:
                 raise
             except Exception as error:  # noqa: BLE001  # whatever a policy or a probe raises must not cost the memory
@@ -147,8 +148,13 @@ class RowCompaction:
         if self.memory.settings.on_failure != "evict":
             self._fail(None, fault)
         if self.row.budgets is None:
-            self.row.budgets, self.row.job = self._dealer().equal(), self.job
+            self.row.budgets = self._dealer().equal()
+            self._begin()
         return False
+
+    def _begin(self) -> None:
+        """From now on the compaction goes on until it is done; what it will compact is no longer intact."""
+        self.row.job, self.row.intact = self.job, self.row.seen - self.job.recent
 
     def _dealer(self) -> Dealer:
         def segment(layer: int, references: tuple[Reference, ...]) -> Segment:
@@ -312,7 +318,7 @@ class RowCompaction:
         self.row.compactions += 1
         self.row.dealt_at = self.row.seen
         self.row.tail = type(self.row.tail)("i")
-        self.row.recount(self.plan.capacity, self.plan.scratch)
+        self.row.recount(self.memory.plan.capacity, self.memory.plan.scratch)  # its own policy's, whoever compacted
 
     # ---- faults and time
 

@@ -184,6 +184,9 @@ _LOCK = threading.Lock()
 
 def attach(model: PreTrainedModel, memory: Memory) -> CappedMemory:
     """Connect a memory to a model; every attach needs one :func:`detach`."""
+    if memory.settings.rebase:  # first of all: it refuses models, which are then left as they were
+        text = model.config.get_text_config(decoder=True)
+        memory.positions = Positions(text.max_position_embeddings, rotations(model))
     with _LOCK:
         attachment = _ATTACHMENTS.setdefault(model, _Attachment(model))
         if attachment.users == 0:
@@ -205,9 +208,6 @@ def attach(model: PreTrainedModel, memory: Memory) -> CappedMemory:
 
     memory.run_transient, memory.run_scratch, memory.run_logits = run_transient, run_scratch, run_logits
     memory.device = torch.device(model.device)
-    if memory.settings.rebase:
-        text = model.config.get_text_config(decoder=True)
-        memory.positions = Positions(text.max_position_embeddings, rotations(model))
     return view
 
 

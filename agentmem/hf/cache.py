@@ -158,7 +158,7 @@ class CappedMemory(Cache):
         return tuple(report for report in reports if report is not None)
 
     def peek(self, ids: Sequence[int], row: int = 0) -> torch.Tensor:
-        """Logits ``[n, V]`` of ``ids`` as they would go on from where a row is; nothing stays behind.
+        """Logits ``[n, V]`` of ``ids`` as they would go on from where a row is; nothing of them stays behind.
 
         The model's own logits, in its dtype: line *i* predicts what follows ``ids[i]``. No slot, score, stored query,
         id or random state changes. As for every forward, attention's scratch is counted in T and the rest is A.
@@ -173,6 +173,7 @@ class CappedMemory(Cache):
         memory.open_or_raise()
         self._check_peek(len(ids), row)
         memory.abandon()
+        keep_in_reach(memory, memory.rows[row], len(ids))
         step = Transient(memory, memory.rows[row], lambda _layer, _queries: None)
         start = memory.rows[row].next_position
         logits: torch.Tensor = transient_forward(self.model, memory, ids, start, step).logits[0]

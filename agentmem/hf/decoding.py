@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.generation.stopping_criteria import MaxLengthCriteria
+from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList, StopStringCriteria
 
 from agentmem.errors import AgentmemError, UnsupportedGeneration
 
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from transformers import GenerationConfig, LogitsProcessorList
-    from transformers.generation.stopping_criteria import StoppingCriteriaList
 
     from agentmem.hf.cache import CappedMemory
 
@@ -85,10 +85,10 @@ def prepare(view: CappedMemory, ids: Sequence[int], tokenizer: Any, options: dic
     device: Any = view.model.get_input_embeddings().weight.device
     given = torch.tensor([list(ids)], device=device)
     model: Any = view.model
-    chosen = {"tokenizer": tokenizer, **{name: value for name, value in options.items() if name not in _OURS}}
-    mask = torch.ones_like(given)
+    rest = {name: value for name, value in options.items() if name not in _OURS}
+    stop, mask = _stop_strings(rest), torch.ones_like(given)
     try:
-        model.generate(given, attention_mask=mask, past_key_values=view, custom_generate=hold, **chosen)
+        model.generate(given, attention_mask=mask, past_key_values=view, custom_generate=hold, **rest)
     except AgentmemError:
         raise
     except (TypeError, ValueError) as error:
@@ -97,7 +97,18 @@ def prepare(view: CappedMemory, ids: Sequence[int], tokenizer: Any, options: dic
     for each in decoding.criteria:
         if view.memory.positions is not None and isinstance(each, MaxLengthCriteria):
             each.max_position_embeddings = None  # it would warn of positions that re-basing never reaches
+    if stop:
+        decoding.criteria = StoppingCriteriaList([*decoding.criteria, StopStringCriteria(tokenizer, stop)])
     return decoding
+
+
+def _stop_strings(options: dict[str, Any]) -> Any:
+    """Take the stop strings out of the options: transformers hands a tokenizer to none but its own loops."""
+    found, config = options.pop("stop_strings", None), options.get("generation_config")
+    if config is not None and config.stop_strings:
+        options["generation_config"] = own = copy.deepcopy(config)
+        found, own.stop_strings = found or own.stop_strings, None
+    return found
 
 
 def choose(decoding: Decoding, logits: torch.Tensor, generator: torch.Generator | None) -> tuple[int, torch.Tensor]:

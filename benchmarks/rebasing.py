@@ -66,9 +66,8 @@ def main() -> None:
     print(f"{given.tokens + given.new} tokens, {model.config.max_position_embeddings} positions, {given.slots} slots")
     print(f"compactions {report.num_compactions}, re-basings {len(report.rebases)}")
     for each in report.rebases:
-        print(
-            f"  at {each.tokens_seen}: {each.position_before} -> {each.position_after}, gap {each.gap}, KL {each.kl:.4f}"
-        )
+        moved = f"{each.position_before} -> {each.position_after}"
+        print(f"  at {each.tokens_seen}: {moved}, gap {each.gap}, KL {each.kl:.4f}")
     print(f"perplexity, capped and re-based   {capped:.3f}")
     for window in (96, given.slots // 2, given.slots):
         stock = fresh(model, ids, new, window)

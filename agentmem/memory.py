@@ -45,6 +45,9 @@ class Usage(NamedTuple):
     peak_bytes: int
 
 
+WHOLE_REPORTS = 128
+"""The newest reports that are kept whole; older ones say nothing of single layers, or a memory's report would grow."""
+
 Event = CompactionReport | RebaseReport | Usage
 
 
@@ -211,6 +214,8 @@ class Memory:
             return None
         report = job.run()
         self.compactions.append(report)
+        if len(self.compactions) > WHOLE_REPORTS:
+            self.compactions[-1 - WHOLE_REPORTS] = self.compactions[-1 - WHOLE_REPORTS].brief()
         events.compaction_finished(report)
         self.publish(report)
         return report

@@ -87,9 +87,13 @@ class CompactionReport(_Report):
     worst_spans: tuple[SpanError, ...] = ()
     """Where the compacted memory answers worst, among the spans whose queries were held out."""
 
+    def brief(self) -> CompactionReport:
+        """The same without what it says of single layers and spans."""
+        return self.model_copy(update={"layers": (), "worst_spans": ()})
+
     @property
     def output_error(self) -> float | None:
-        """Mean over layers of the held-out output error."""
+        """Mean over layers of the held-out output error; ``None`` where nothing is said of layers."""
         return _mean([layer.output_error for layer in self.layers])
 
     @property

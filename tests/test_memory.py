@@ -334,3 +334,14 @@ def test_half_precision_models_keep_their_dtype(kind: str, dtype: torch.dtype) -
         store = memory.memory.rows[0].stores[0]
         assert store is not None
         assert (store.keys.dtype, store.bias.dtype) == (dtype, torch.float32)
+
+
+def test_old_reports_say_nothing_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A memory that lives long keeps the newest reports whole and the numbers of all others."""
+    monkeypatch.setattr("agentmem.memory.WHOLE_REPORTS", 2)
+    with tiny.capped("replay") as memory:
+        tiny.feed(memory, tiny.ids(150))
+        reports = memory.report().compactions
+    assert len(reports) >= 4
+    assert [bool(report.layers) for report in reports] == [False] * (len(reports) - 2) + [True] * 2
+    assert all(report.slots_after < report.slots_before for report in reports)

@@ -336,8 +336,9 @@ class RowCompaction:
         return "evicted to budget" if self.memory.settings.on_failure == "evict" else "raised"
 
     def _fail(self, layer: int | None, fault: Exception) -> None:
+        where = _place(layer) if layer is None else f"at {_place(layer)}"
         message = (
-            f"policy {self.job.policy.name!r} failed {ATTEMPTS} times at {_place(layer)} "
+            f"policy {self.job.policy.name!r} failed {ATTEMPTS} times {where} "
             f"({type(fault).__name__}: {fault}); on_failure={self.memory.settings.on_failure!r}: the memory is valid "
             "with the layers before it compacted, and the next forward tries again; on_failure='evict' would go on"
         )
@@ -355,4 +356,4 @@ class RowCompaction:
 
 
 def _place(layer: int | None) -> str:
-    return "the summary, the probe's text or the budgets" if layer is None else f"layer {layer}"
+    return "before the first layer" if layer is None else f"layer {layer}"

@@ -84,7 +84,8 @@ class Dealer:
             survey = self._compactor.survey(self.segment(layer, tuple(references)))
         if self._budgets.needs_curves:
             held, fitted = split_references(tuple(references))
-            curves = error_curves(self._compactor, self.segment(layer, fitted), held, self.job.plan.most_budget)
+            most = self.job.plan.most_budget if self.job.whole else min(self.job.plan.most_budget, self.job.most)
+            curves = error_curves(self._compactor, self.segment(layer, fitted), held, most)
             survey = replace(survey, curves=curves)
         return survey
 

@@ -74,5 +74,7 @@ def make_job(row: Row, request: Request, policy: Policy, plan: Plan, layers: Seq
         begins[layer] = tuple(min(front, length) if usual else length - tail for length in store.lengths)
     each = max(0, plan.target - front - recent) if request.slots is None else request.slots
     most = max(0, plan.limit - front - recent) if request.slots is None else request.slots
+    if not usual and policy.budgets is not None and policy.budgets.adaptive:
+        most = max(0, tail - recent)  # errors say how much of a span stays, up to all of it
     first = min(plan.prefix, row.seen) if usual else max(request.start or 0, row.intact)
     return Job(policy, plan, tuple(begins), recent, each, most, first, request.focus, request.text, usual)

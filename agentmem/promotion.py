@@ -10,31 +10,47 @@ from agentmem.errors import CapTooSmall, SettingsRefused
 from agentmem.pricing import MIN_BUDGET
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from agentmem.arena import LayerStore
     from agentmem.memory import Memory
     from agentmem.row import Row
 
 
-def pin(memory: Memory, row: Row, start: int, stop: int) -> None:
+def pin(memory: Memory, row: Row, start: int, stop: int, *, coming: int = 0) -> None:
     """Never compact the tokens ``start .. stop`` of a row again; those of the prefix are pinned anyway.
 
+    ``coming`` tokens that the row has not read yet may be pinned, too.
+
     Raises:
-        SettingsRefused: some of them have been compacted already, or are not read yet.
+        SettingsRefused: some of them have been compacted already, or are not known yet.
         CapTooSmall: with these pins a compaction could no longer reach its target.
 
     """
-    if not 0 <= start < stop <= row.seen:
-        raise SettingsRefused(f"pin: tokens {start}..{stop} are not among the {row.seen} that row {row.index} has")
+    known = row.seen + coming
+    if not 0 <= start < stop <= known:
+        raise SettingsRefused(f"pin: tokens {start}..{stop} are not among the {known} that row {row.index} has")
     gone = (max(start, memory.plan.prefix), min(stop, row.intact))
     if gone[0] < gone[1] and row.pins.count(*gone) < gone[1] - gone[0]:
         raise SettingsRefused(
             f"pin: tokens before {row.intact} have been compacted, {start}..{stop} begin earlier; pin a text "
             "when it is appended"
         )
-    check_pins(
-        memory, row, stop - max(start, memory.plan.prefix) - row.pins.count(max(start, memory.plan.prefix), stop)
-    )
-    row.pins.add(start, stop)
+    pin_coming(memory, row, [(start, stop)])
+
+
+def pin_coming(memory: Memory, row: Row, spans: Sequence[tuple[int, int]]) -> None:
+    """Pin tokens that no compaction has reached, read yet or not.
+
+    Raises:
+        CapTooSmall: with these pins a compaction could no longer reach its target; nothing was changed.
+
+    """
+    wanted, prefix = row.pins.copy(), memory.plan.prefix
+    for start, stop in spans:
+        wanted.add(start, stop)
+    check_pins(memory, row, wanted.count(prefix, 1 << 60) - row.pins.count(prefix, 1 << 60))
+    row.pins = wanted
 
 
 def check_pins(memory: Memory, row: Row, more: int) -> None:

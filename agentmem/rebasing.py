@@ -43,7 +43,7 @@ class Positions:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A re-basing that has begun: the recent block goes from ``start`` to ``end``, gaps are closed to ``gap``."""
+    """A re-basing that has begun: the recent block goes from ``start`` to ``end``; no head's ``gap`` is smaller."""
 
     start: int
     end: int
@@ -167,7 +167,8 @@ def _move_head(memory: Memory, row: Row, store: LayerStore, head: int, layer: in
     prefix, recent = _ends(memory, row)
     middle, newest = store.segment(head, prefix, recent), store.segment(head, length - recent, 0)
     if middle.slots:
-        deltas = rebased(middle.positions, move.start, move.end, move.gap)
+        gap = widest_gap([middle.positions], move.start, move.end - prefix)  # its own: it need not suffer for others
+        deltas = rebased(middle.positions, move.start, move.end, gap)
         shift_keys(middle.keys, middle.positions, deltas, rotation)
         middle.positions.add_(deltas)
     if newest.slots:

@@ -111,7 +111,7 @@ class RebaseReport(_Report):
     """The next position before and after."""
     position_after: int
     gap: int
-    """The most positions between neighbouring slots of a head's segment that were left."""
+    """The most positions between neighbouring slots that were left, in the head where it had to be least."""
     kl: float | None
     """KL(before ‖ after), nats a token, of what follows the newest tokens when they are read again; ``None`` where
     there are no ids, or an interrupted re-basing went on."""

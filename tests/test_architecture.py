@@ -68,7 +68,7 @@ TABLE = (
     room("agentmem.rewriting", rooms="contracts job pricing promotion report steps writing", outside="torch"),
     room("agentmem.compaction", rooms=ABOVE, outside="torch"),
     room("agentmem.memory", rooms=ABOVE, outside="torch"),
-    room("agentmem.image", rooms="arena pins report samples", outside="torch pydantic"),
+    room("agentmem.image", rooms="arena pins promotion report samples", outside="torch pydantic"),
     room("agentmem.plugins", rooms="contracts errors"),
     room("agentmem.generation", rooms="errors settings"),
     room("agentmem.hf.support", rooms="errors shape", outside="transformers"),

@@ -37,7 +37,7 @@ def test_one_fault_is_tried_again_and_noted() -> None:
     prompt = tiny.ids(60)
     with tiny.capped_by(stumbling(RuntimeError("once"))) as memory, tiny.capped_by(stumbling()) as steady:
         assert torch.equal(tiny.feed(memory, prompt), tiny.feed(steady, prompt))
-        assert memory.compactions[0].faults == ("the summary, the probe's text or the budgets: RuntimeError: once (tried again)",)
+        assert memory.compactions[0].faults == ("before the first layer: RuntimeError: once (tried again)",)
         assert [layer.outcome for layer in memory.compactions[0].layers] == ["compacted", "compacted"]
 
 
@@ -58,7 +58,7 @@ def test_two_faults_raise_where_that_is_asked_for_and_can_be_tried_again() -> No
     with tiny.capped_by(policy, on_failure="raise") as memory:
         tiny.feed(memory, tiny.ids(tiny.SLOTS))
         held = memory.usage().held_slots
-        with pytest.raises(CompactionFailed, match=r"failed 2 times at the summary, the probe's text or the budgets.*two"):
+        with pytest.raises(CompactionFailed, match=r"failed 2 times before the first layer.*two"):
             tiny.feed(memory, tiny.ids(1))
         assert memory.usage().held_slots == held
         tiny.feed(memory, tiny.ids(1))

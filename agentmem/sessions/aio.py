@@ -7,13 +7,15 @@ A step is made only when the consumer asks for the next event, so nothing queues
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import AsyncIterator, Callable
+import threading
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from agentmem.errors import AgentmemError, RuntimeBusy
+from agentmem.errors import RuntimeBusy
 from agentmem.sessions import reading
 from agentmem.sessions.events import CompactionFinished, Event, TurnFailed
 from agentmem.sessions.steps import Steps
@@ -29,60 +31,104 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _THREADS: WeakKeyDictionary[Any, ThreadPoolExecutor] = WeakKeyDictionary()
-_QUEUES: WeakKeyDictionary[Runtime, deque[asyncio.Event]] = WeakKeyDictionary()
+_GUARD = threading.Lock()
 
 
 def _thread(model: Any) -> ThreadPoolExecutor:
-    """The one thread on which a model computes for asyncio."""
-    if model not in _THREADS:
-        _THREADS[model] = ThreadPoolExecutor(1, thread_name_prefix="agentmem-model")
-    return _THREADS[model]
+    """The one thread on which a model computes for asyncio, whatever loops there are."""
+    with _GUARD:
+        if model not in _THREADS:
+            _THREADS[model] = ThreadPoolExecutor(1, thread_name_prefix="agentmem-model")
+        return _THREADS[model]
 
 
-async def _run(session: Session, call: Callable[[], T]) -> T:
-    """Run a call on the model's thread. When the task is cancelled, what runs ends at its next boundary first."""
+async def _run(session: Session, call: Callable[[], T], cancel: Callable[[], None] = lambda: None) -> T:
+    """Run a call on the model's thread. When the task is cancelled, ``cancel`` is called and what runs ends first."""
     future = asyncio.get_running_loop().run_in_executor(_thread(session.runtime.model), call)
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
-        session.watch.cancelled = True
-        await asyncio.wait([future])
-        future.exception()  # seen, so that nobody is told that it was not
+        cancel()
+        await _ended(future)
         raise
 
 
-async def admitted(session: Session) -> None:
-    """Wait for the session's lease, in the order of asking.
+async def _ended(future: asyncio.Future[Any]) -> None:
+    """Wait for a call on the model's thread, however often the task is cancelled meanwhile."""
+    cancelled: asyncio.CancelledError | None = None
+    while not future.done():
+        try:
+            await asyncio.wait([future])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    future.exception()  # seen, so that nobody is told that it was not
+    if cancelled is not None:
+        raise cancelled
+
+
+# ---- waiting for a lease
+
+
+class _Place:
+    """One turn's place in the queue of its runtime; called to have it try again, from any thread."""
+
+    def __init__(self) -> None:
+        self.loop, self.event = asyncio.get_running_loop(), asyncio.Event()
+        self.tried = self.refused = False
+
+    def __call__(self) -> None:
+        with suppress(RuntimeError):  # its loop was closed, and nobody is there to be woken
+            self.loop.call_soon_threadsafe(self.event.set)
+
+
+async def admitted(session: Session, until: float | None = None) -> None:
+    """Wait for the session's lease, in the order of asking; ``until`` is on the monotonic clock.
 
     Raises:
-        RuntimeBusy: after ``runtime.wait`` seconds, or at once where ``runtime.max_waiting`` wait already.
+        RuntimeBusy: after ``runtime.wait`` seconds or at ``until``, or where ``runtime.max_waiting`` wait already.
 
     """
-    runtime = session.runtime
-    queue = _QUEUES.setdefault(runtime, deque())
-    if not queue and await _try(session):
-        return
-    if len(queue) >= runtime.max_waiting:
-        raise RuntimeBusy(
-            f"{len(queue)} turns wait for this runtime already, {runtime.max_waiting} at most (max_waiting); try later"
-        )
-    turn = asyncio.Event()
-    queue.append(turn)
-    runtime.waiting = len(queue)
+    runtime, place = session.runtime, _Place()
+    wait = runtime.wait if until is None else min(runtime.wait, until - time.monotonic())
+    runtime.waiters.append(place)
     try:
-        async with asyncio.timeout(runtime.wait):
-            while not (queue[0] is turn and await _try(session)):
-                turn.clear()
-                await turn.wait()
+        async with asyncio.timeout(wait):
+            await _served(session, place)
     except TimeoutError:
         raise RuntimeBusy(
-            f"session {session.name!r} waited {runtime.wait} s for its lease of {session.holding.lease} bytes, and no "
-            "other turn ended; raise wait, give sessions smaller shares, or raise cap"
+            f"session {session.name!r} waited {wait:.3g} s for its lease of {session.holding.lease} bytes, and no "
+            "other turn ended; raise wait (or the turn's deadline), give sessions smaller shares, or raise cap"
         ) from None
     finally:
-        queue.remove(turn)
-        runtime.waiting = len(queue)
-        _wake(runtime)
+        runtime.waiters.remove(place)
+        runtime.wake_next()
+
+
+async def _served(session: Session, place: _Place) -> None:
+    """Try whenever it is the session's turn to try, until it has its lease."""
+    runtime = session.runtime
+    while True:
+        place.event.clear()  # before trying: what is freed meanwhile wakes it once more
+        if runtime.waiters[0] is place:
+            if await _try(session):
+                return
+            place.tried = True
+        _refuse_late(runtime)
+        if place.refused:
+            raise RuntimeBusy(
+                f"session {session.name!r} would have to wait, and {runtime.max_waiting} turns, the most that may "
+                "(max_waiting), wait for this runtime already; try later, or raise max_waiting"
+            )
+        await place.event.wait()
+
+
+def _refuse_late(runtime: Runtime) -> None:
+    """Refuse those who came when the queue was full; nobody is while the first may still find room at once."""
+    places: list[Any] = list(runtime.waiters)
+    if places and places[0].tried:
+        for place in places[runtime.max_waiting :]:
+            place.refused = True
+            place()
 
 
 async def _try(session: Session) -> bool:
@@ -102,19 +148,20 @@ async def _try(session: Session) -> bool:
         raise
 
 
-def _wake(runtime: Runtime) -> None:
-    queue = _QUEUES.get(runtime)
-    if queue:
-        queue[0].set()
+# ---- turns
 
 
-async def _driven(session: Session, make: Callable[[], Any], deadline: float | None) -> AsyncIterator[Event]:
-    await admitted(session)
-    steps = session.steps(make, deadline)
+async def _driven(
+    session: Session, make: Callable[[], Iterator[Event]], seconds: float | None
+) -> AsyncGenerator[Event, None]:
+    until = None if seconds is None else time.monotonic() + seconds
+    events = make()  # a generator, which does nothing yet; arguments that nobody knows are refused before any wait
+    await admitted(session, until)
+    steps = Steps(session, events, until)
     try:
-        while (event := await _run(session, steps.step)) is not None:
+        while (event := await _run(session, steps.step, steps.cancel)) is not None:
             yield event
-    except AgentmemError as error:
+    except Exception as error:
         yield TurnFailed(error=type(error).__name__, message=str(error))
         raise
     finally:
@@ -125,24 +172,20 @@ async def _driven(session: Session, make: Callable[[], Any], deadline: float | N
 async def _closed(session: Session, steps: Steps) -> None:
     """End a turn in order even when the task that had it is being cancelled."""
     future = asyncio.get_running_loop().run_in_executor(_thread(session.runtime.model), steps.close)
-    await asyncio.wait([future])
-    _wake(session.runtime)
+    await _ended(future)
     future.result()
 
 
 async def stream(session: Session, options: dict[str, Any]) -> AsyncIterator[Event]:
     """See :meth:`agentmem.sessions.session.Session.stream`."""
     deadline, keep_open = options.pop("deadline", None), options.pop("keep_open", False)
-    events = _driven(session, lambda: session.replying(options, keep_open=keep_open), deadline)
-    try:
+    async with aclosing(_driven(session, lambda: session.replying(options, keep_open=keep_open), deadline)) as events:
         async for event in events:
             yield event
-    finally:
-        await events.aclose()  # type: ignore[attr-defined]  # an async generator
 
 
 async def append(session: Session, messages: Sequence[Message], how: dict[str, Any]) -> tuple[CompactionReport, ...]:
     """See :meth:`agentmem.sessions.session.Session.aappend`."""
     deadline = how.pop("deadline", None)
-    events = _driven(session, lambda: reading.messages(session, messages, **how), deadline)
-    return tuple([event.report async for event in events if isinstance(event, CompactionFinished)])
+    async with aclosing(_driven(session, lambda: reading.messages(session, messages, **how), deadline)) as events:
+        return tuple([event.report async for event in events if isinstance(event, CompactionFinished)])

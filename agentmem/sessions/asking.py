@@ -46,7 +46,7 @@ class Asking:
         if answer == PROCEED:
             return USUAL
         if answer == POSTPONE:
-            self._not_before = row.seen + max(1, memory.settings.min_reclaim)
+            self.postpone(session)
             return None
         if answer == VETO:
             self._vetoed = True
@@ -57,6 +57,11 @@ class Asking:
                 f"policy of the session: {', '.join(map(repr, names))}"
             )
         return Request(policy=memory.named(answer))
+
+    def postpone(self, session: Session) -> None:
+        """Ask again when another part of the room is used up."""
+        memory = session.memory
+        self._not_before = memory.rows[0].seen + max(1, memory.settings.min_reclaim)
 
     def compacted(self, report: CompactionReport) -> None:
         """A compaction is over: nothing is vetoed or postponed any more."""

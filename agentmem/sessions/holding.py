@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from agentmem import hf
-from agentmem.image import copy, expand, give, take, trim
-from agentmem.job import Request
-from agentmem.sessions.snapshot import check_row, row_of
-from agentmem.sessions.snapshot_files import read_snapshot, write_snapshot
+from agentmem.errors import AgentmemError
+from agentmem.image import copy, expand, take, trim
+from agentmem.job import USUAL, Request
+from agentmem.pricing import MIN_BUDGET
+from agentmem.sessions.snapshot import read_row
+from agentmem.sessions.snapshot_files import write_snapshot
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import torch
+
     from agentmem.memory import Memory
+    from agentmem.report import CompactionReport
 
 Stage = Literal["trim", "compact", "disk"]
 """How an idle memory gives way: its room is given back; it is compacted further first; it is moved to disk."""
+_STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 class Holding:
@@ -36,53 +46,129 @@ class Holding:
         self.capacity = memory.plan.capacity
         self.compactions = self.rebases = self.peak = self._seen = 0
         self._template = memory.empty()
+        self._working = 0
+        """Bytes beside what it holds that an idle memory works with."""
         self._folder: Path | None = None
+        self._dtype: torch.dtype = model.dtype
         self._attach(memory)
+        self.note()
 
     @property
     def seen(self) -> int:
         """Tokens that the memory has consumed."""
-        return self._seen if self.memory is None else self.memory.rows[0].seen
+        memory = self.memory
+        return self._seen if memory is None else memory.rows[0].seen
 
     @property
     def charged(self) -> int:
         """Bytes of the runtime's cap: the lease, what an idle memory holds, or nothing on disk."""
-        if self.memory is None:
+        memory = self.memory
+        if memory is None:
             return 0
-        return self.lease if self.stage is None else self.memory.ledger.resident
+        return self.lease if self.stage is None else memory.ledger.resident + self._working
 
-    def copied(self, identity: dict[str, str]) -> Holding:
+    @property
+    def quiet(self) -> bool:
+        """Whether the memory is here and nothing that was begun is to be finished, so that reading it needs no room."""
+        if self.memory is None:
+            return False
+        row = self.memory.rows[0]
+        return row.budgets is None and row.moving is None and row.promoting is None
+
+    def copied(self, identity: Mapping[str, str]) -> Holding:
         """Another holding with an equal memory of its own; this one stays as it is, on disk too."""
-        if self.memory is not None:
-            return Holding(self.model, copy(self.memory), self.lease)
-        return Holding(self.model, self._read(identity), self.lease)
+        memory = self._read(identity) if self.memory is None else copy(self.memory)
+        return Holding(self.model, memory, self.lease)
 
-    def give_way(self, stage: Stage, folder: Path, identity: dict[str, str]) -> None:
-        """Free bytes, further with every stage.
+    # ---- giving way
+
+    def give_way(
+        self,
+        stage: Stage,
+        folder: Path,
+        identity: Mapping[str, str],
+        *,
+        left: int = 0,
+        ask: Callable[[], Request | None] = lambda: USUAL,
+    ) -> list[CompactionReport]:
+        """Free bytes, unless it has given way as far already; the reports of compactions that this took.
+
+        A memory whose room was given back is compacted only where ``left``, what is charged to nobody, has room for
+        the workspace; and no memory twice before it is used again. ``ask`` says how it is to be done, ``None`` if not
+        at all.
 
         Raises:
+            CompactionFailed: one had begun and cannot be finished.
             AgentmemError: the disk cannot be written; nothing is lost then.
 
         """
-        if self.memory is None:
-            return
-        (row,) = self.memory.rows
-        if stage == "compact" and self.memory.policy.compactor is not None and self.memory.settings.mode == "auto":
-            held = row.held // max(1, sum(layer.kv_heads for layer in self.memory.shape.layers))
-            plan = self.memory.plan
-            self.memory.compact(row, Request(slots=max(1, held // 2 - row.front(plan.prefix) - plan.recent)))
+        memory = self.memory
+        if memory is None or (self.stage is not None and _STAGES.index(stage) <= _STAGES.index(self.stage)):
+            return []
+        if self.stage is not None and not self.quiet:
+            return []  # a compaction that failed before would be tried again, which takes the lease
+        told = len(memory.compactions)
         if stage == "disk":
-            self._to_disk(folder, identity)
+            self._to_disk(memory, folder, identity)
+        elif stage == "trim":
+            trim(memory, memory.rows[0])
+        elif (self.stage is not None and memory.plan.workspace_bytes > left) or (request := ask()) is None:
+            return []
         else:
-            trim(self.memory, row)
+            self._compact_further(memory, request)
+            trim(memory, memory.rows[0])
         self.stage = stage
+        self.note()
+        return memory.compactions[told:]
 
-    def wake(self, identity: dict[str, str]) -> None:
+    def _compact_further(self, memory: Memory, request: Request) -> None:
+        """Halve the segments, once what has begun is finished. No room is dealt out: it would be given back at once."""
+        row, plan, cap = memory.rows[0], memory.plan, memory.ledger.cap
+        memory.finish(row)
+        lengths = [each for at in memory.shape.compactable if (store := row.stores[at]) for each in store.lengths]
+        pinned = row.front(plan.prefix) + plan.recent
+        slots = (sum(lengths) // max(1, len(lengths)) - pinned) // 2
+        if slots < MIN_BUDGET or plan is not memory.plan_of(request.policy or memory.policy):
+            return
+        if memory.policy.compactor is None or memory.settings.mode != "auto":
+            return
+        try:
+            memory.plan = replace(plan, capacity=pinned + slots)
+            if self.stage is not None:
+                self._working = plan.workspace_bytes
+                memory.ledger.cap = self.charged
+            memory.compact(row, Request(slots=slots))
+        finally:
+            memory.plan, memory.ledger.cap, self._working = plan, cap, 0
+
+    def _to_disk(self, memory: Memory, folder: Path, identity: Mapping[str, str]) -> None:
+        image, tensors = take(memory)
+        self._dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), self._dtype)
+        moved = False
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._folder = Path(tempfile.mkdtemp(prefix="idle-", dir=folder))
+            write_snapshot(self._folder, tensors, {"row": image.plain()}, identity=identity)
+            moved = True
+        except (OSError, AgentmemError) as error:
+            raise AgentmemError(
+                f"an idle memory of {memory.ledger.resident} bytes cannot be moved to {folder}: {error}. Nothing is "
+                "lost: it stays where it was. Mend the folder (spill), or leave 'disk' out of pressure"
+            ) from error
+        finally:
+            tensors.clear()
+            if not moved:
+                self._forget_disk()
+        self._detach()
+
+    # ---- coming back
+
+    def wake(self, identity: Mapping[str, str]) -> None:
         """Bring everything back: from disk, and with the room of the whole lease. The lease must have been granted."""
         if self.memory is None:
             self._attach(self._read(identity))
             self._forget_disk()
-        if self.stage is not None and self.memory is not None:
+        elif self.stage is not None:
             expand(self.memory, self.memory.rows[0])
         self.stage = None
 
@@ -91,49 +177,36 @@ class Holding:
         self._detach()
         self._forget_disk()
 
-    def _to_disk(self, folder: Path, identity: dict[str, str]) -> None:
-        assert self.memory is not None  # noqa: S101  # the caller has looked
-        image, tensors = take(self.memory)
-        self._folder = Path(tempfile.mkdtemp(prefix="idle-", dir=folder))
-        try:
-            write_snapshot(self._folder, tensors, {"row": image.model_dump(mode="json")}, identity=identity)
-        except BaseException:
-            self._forget_disk()
-            raise
-        tensors.clear()
-        self._detach()
-
-    def _read(self, identity: dict[str, str]) -> Memory:
+    def _read(self, identity: Mapping[str, str]) -> Memory:
         assert self._folder is not None  # noqa: S101  # a memory that is not here is on disk
         memory = self._template.empty()
-        tensors, state = read_snapshot(
-            self._folder, identity=identity, max_bytes=self.lease, check=lambda *found: check_row(memory, *found)
-        )
-        give(memory, row_of(state), tensors)
+        memory.device = self._template.device
+        read_row(memory, self._folder, identity=identity, dtype=self._dtype)
         return memory
 
     def _attach(self, memory: Memory) -> None:
-        self.memory, self.view = memory, hf.attach(self.model, memory)
+        view = hf.attach(self.model, memory)
         memory.bind(1)
-        self.view.columns = memory.rows[0].seen
+        view.columns, self._template.device = memory.rows[0].seen, memory.device
+        self.memory, self.view = memory, view
 
     def _detach(self) -> None:
-        if self.memory is not None:
+        memory = self.memory
+        if memory is not None:
             self._seen = self.seen
             self.note()
+            self.memory = self.view = None
             hf.detach(self.model)
-            self.memory.close()
-        self.memory = self.view = None
+            memory.close()
 
     def note(self) -> None:
         """Keep the counts that are asked for while the memory is not here."""
-        if self.memory is not None:
-            self.compactions, self.rebases = len(self.memory.compactions), len(self.memory.rebases)
-            self.peak = max(self.peak, self.memory.ledger.peak)
+        memory = self.memory
+        if memory is not None:
+            self.compactions, self.rebases = len(memory.compactions), len(memory.rebases)
+            self.peak = max(self.peak, memory.ledger.peak)
 
     def _forget_disk(self) -> None:
         folder, self._folder = self._folder, None
         if folder is not None:
-            for file in folder.iterdir():
-                file.unlink(missing_ok=True)
-            folder.rmdir()
+            shutil.rmtree(folder, ignore_errors=True)

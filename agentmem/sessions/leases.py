@@ -1,8 +1,9 @@
 """One cap for many sessions: who holds what, who gives way, who waits. Integers only, no tensors.
 
 Fairness. Leases are granted in the order in which they were asked for: while somebody waits, nobody who asks later is
-served first. A session keeps its lease until its turn is over; then, and only when somebody needs the bytes, idle
-memories give way, the longest idle first. Turns that run at once take forwards in turns.
+served first (a call that cannot wait is refused then). A session keeps its lease until its turn is over; then, and only
+when somebody needs the bytes, idle memories give way, the longest idle first. Turns that run at once take forwards in
+turns.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from agentmem.errors import RuntimeBusy
 from agentmem.settings import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Sequence
 
     from agentmem.sessions.holding import Holding, Stage
 
@@ -29,28 +30,39 @@ class Leases:
     @property
     def charged(self) -> int:
         """Bytes that are charged now."""
-        return sum(holding.charged for holding in self.holdings)
+        return sum(holding.charged for holding in list(self.holdings))
+
+    @property
+    def left(self) -> int:
+        """Bytes that are charged to nobody."""
+        return self.cap - self.charged
 
     def free(
-        self,
-        needed: int,
-        protected: Collection[Holding],
-        active: Callable[[Holding], bool],
-        give_way: Callable[[Holding, Stage], None],
+        self, needed: int, may_yield: Callable[[Holding], bool], give_way: Callable[[Holding, Stage], None]
     ) -> bool:
-        """Have idle holdings give way until ``needed`` bytes are free; whether they are then."""
-        for stage in (None, *self.pressure):
-            for holding in sorted(self.holdings, key=lambda each: each.used):
-                if self.cap - self.charged >= needed:
-                    return True
-                if stage is not None and holding.charged and holding not in protected and not active(holding):
-                    give_way(holding, stage)
-        return self.cap - self.charged >= needed
+        """Have holdings that may give way until ``needed`` bytes are free; whether they are then.
 
-    def refusal(self, name: str, needed: int, active: int) -> RuntimeBusy:
+        Nobody gives way for nothing: where all of it would not be enough, all is left as it is.
+        """
+        idle = sorted(filter(may_yield, self.holdings), key=lambda each: each.used)
+        if self.left + sum(holding.charged for holding in idle) < needed:
+            return False
+        for stage in self.pressure:
+            for holding in idle:
+                if self.left >= needed:
+                    return True
+                give_way(holding, stage)
+        return self.left >= needed
+
+    def refusal(self, name: str, needed: int, active: int, waiting: int) -> RuntimeBusy:
         """Why a session cannot have its lease."""
+        why = (
+            f"{waiting} turn(s) wait for it already and come first"
+            if waiting
+            else f"{active} session(s) are in mid-turn and idle ones cannot give way further"
+        )
         return RuntimeBusy(
             f"session {name!r} needs {format_bytes(needed)} ({needed} bytes), and {self.charged} of the runtime's cap "
-            f"of {self.cap} are charged: {active} session(s) are in mid-turn and idle ones cannot give way further; "
-            "wait for a turn to end (stream waits by itself), give sessions smaller shares, or raise cap"
+            f"of {self.cap} are charged: {why}; wait for a turn to end (stream waits by itself), give sessions smaller "
+            "shares, or raise cap"
         )

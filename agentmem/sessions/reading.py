@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from agentmem.errors import SettingsRefused
+from agentmem.hf.decoding import Decoding, prepare
 from agentmem.marks import Marks
-from agentmem.promotion import check_pins
+from agentmem.promotion import pin_coming, promote
 from agentmem.sessions import turn
 from agentmem.sessions.events import Event
+from agentmem.sessions.text import TextPieces
 from agentmem.sessions.transcript import Entry
 from agentmem.sessions.turn import After, Interrupted, Reply
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from agentmem.sessions.dialogue import Delta, Message, Span
+    from agentmem.sessions.dialogue import Delta, Dialogue, Message, Span
     from agentmem.sessions.session import Session
     from agentmem.sessions.template import ChatTemplate
 
@@ -35,12 +37,12 @@ def messages(
     focus: str = "",
     policy: str | None = None,
 ) -> Iterator[Event]:
-    """Read messages through the chat template."""
-    if session.dialogue.open:
-        close_reply(session)
-    dialogue, delta = template(session).append(session.dialogue, *given)
-    after = _after(session, len(delta.ids), compact, target, focus, policy)
-    spans = _pinned(session, delta, pin=pin)
+    """Read messages through the chat template; an open reply ends where it is."""
+    closed = _closed(session)
+    dialogue, delta = template(session).append(closed, *given)
+    after = _after(session, len(delta.ids), compact, target, focus, policy, pin=pin)
+    spans = _pinned(session, delta, closed.fed, pin=pin)
+    close_reply(session)
     session.dialogue = dialogue
     _take(session, delta, spans)
     yield from _read(session, after)
@@ -56,15 +58,16 @@ def text(
     focus: str = "",
     policy: str | None = None,
 ) -> Iterator[Event]:
-    """Read a text, or ids, as they are."""
+    """Read a text, or ids, as they are; an open reply ends where it is."""
     if isinstance(given, str):
         given = session.tokenizer(given, add_special_tokens=False)["input_ids"]
     ids = [int(each) for each in given]
+    _check_ids(session, ids)
     start = len(session.ids)
-    after = _after(session, len(ids), compact, target, focus, policy)
+    after = _after(session, len(ids), compact, target, focus, policy, pin=pin)
     if pin:
-        _check(session, len(ids))
-        session.memory.rows[0].pins.add(start, start + len(ids))
+        pin_coming(session.memory, session.memory.rows[0], [(start, start + len(ids))])
+    close_reply(session)
     session.ids.extend(ids)
     session.entries.append(Entry(kind="text", role=None, start=start, stop=len(session.ids), pinned=pin))
     yield from _read(session, after)
@@ -93,25 +96,86 @@ def template(session: Session) -> ChatTemplate:
     return session.template
 
 
+def begin_reply(session: Session, options: dict[str, Any]) -> Decoding:
+    """Open a reply, unless one is open already, and have transformers read the options it is decoded by.
+
+    Raises:
+        SettingsRefused: there is nothing that a reply could go on from.
+        UnsupportedGeneration: an option that a session cannot serve. Both leave the session as it was.
+
+    """
+    before = session.dialogue, session.reply, len(session.ids), len(session.entries), session.memory.rows[0].pins
+    try:
+        open_reply(session)
+        _check_new(session)
+        return prepare(session.view, session.ids, session.tokenizer, options)
+    except BaseException:
+        session.dialogue, session.reply, ids, entries, session.memory.rows[0].pins = before
+        del session.ids[ids:]
+        del session.entries[entries:]
+        raise
+
+
+def _check_new(session: Session) -> None:
+    if not session.pending or (session.reply is not None and session.reply.end is not None):
+        raise SettingsRefused(
+            "generate: there is nothing new that a reply could go on from; append a message or read a text first (a "
+            "reply that has ended and was kept open goes on when something was said: session.say)"
+        )
+
+
+def say(session: Session, text: str) -> None:
+    """Put a text into the reply, in place of the end that the model chose; see :meth:`Session.say`."""
+    open_reply(session)
+    reply = session.reply = session.reply or Reply()
+    if reply.end is not None:  # it has not been read: the last id never is before the next turn
+        session.ids.pop()
+        reply.ids.pop()
+        reply.end = None
+    pieces = TextPieces(session.tokenizer, reply.ids)
+    ids = list(session.tokenizer(text, add_special_tokens=False)["input_ids"])
+    reply.ids += ids
+    reply.text += "".join(map(pieces.push, ids)) + pieces.rest()
+    session.ids.extend(ids)
+
+
 def open_reply(session: Session) -> None:
     """Begin a reply, unless one is open already."""
     if session.reply is None:
         if session.template is not None and session.dialogue.messages:
-            session.dialogue, delta = session.template.open_reply(session.dialogue)
-            _take(session, delta, [])
+            dialogue, delta = session.template.open_reply(session.dialogue)
+            spans = _pinned(session, delta, session.dialogue.fed, pin=False)
+            session.dialogue = dialogue
+            _take(session, delta, spans)
         session.reply = Reply()
         session.reply_start = len(session.ids)
 
 
 def close_reply(session: Session) -> None:
-    """End the open reply as it is, and record it."""
-    reply, session.reply = session.reply or Reply(), None
-    if session.dialogue.open:
-        kept = reply.ids[:-1] if reply.end is not None else reply.ids
-        said = str(session.tokenizer.decode(kept, skip_special_tokens=False)) if kept else ""
-        session.dialogue = template(session).close_reply(session.dialogue, said, end=reply.end)
-    if reply.ids:
-        session.entries.append(Entry(kind="reply", role="assistant", start=session.reply_start, stop=len(session.ids)))
+    """End the open reply as it is, if there is one, and record it."""
+    session.dialogue = _closed(session)
+    if (entry := reply_entry(session)) is not None:
+        session.entries.append(entry)
+    session.reply = None
+
+
+def _closed(session: Session) -> Dialogue:
+    """The dialogue with the open reply recorded. An end that is not the template's own counts as text."""
+    if not session.dialogue.open:
+        return session.dialogue
+    made, reply = template(session), session.reply or Reply()
+    end = reply.end if reply.end in made.end_ids else None
+    kept = reply.ids if end is None else reply.ids[:-1]
+    said = str(session.tokenizer.decode(kept, skip_special_tokens=False)) if kept else ""
+    return made.close_reply(session.dialogue, said, end=end)
+
+
+def reply_entry(session: Session) -> Entry | None:
+    """The entry of the open reply, if there is one and it has ids."""
+    if session.reply is None or session.reply_start == len(session.ids):
+        return None
+    pinned = "assistant" in session.settings.pin_roles
+    return Entry(kind="reply", role="assistant", start=session.reply_start, stop=len(session.ids), pinned=pinned)
 
 
 def slots_of(session: Session, target: float) -> int:
@@ -125,20 +189,35 @@ def slots_of(session: Session, target: float) -> int:
     if isinstance(target, int):
         return target
     memory, row = session.memory, session.memory.rows[0]
-    heads = sum(memory.shape.layers[index].kv_heads for index in memory.shape.compactable)
-    held = row.held // max(1, heads) - row.front(memory.plan.prefix) - memory.plan.recent
+    promote(memory, row)
+    lengths = [length for index in memory.shape.compactable if (store := row.stores[index]) for length in store.lengths]
+    held = sum(lengths) // max(1, len(lengths)) - row.front(memory.plan.prefix) - memory.plan.recent
     return max(1, math.ceil(target * max(0, held)))
 
 
 def _after(
-    session: Session, tokens: int, compact: str | None, target: float, focus: str, policy: str | None
+    session: Session, tokens: int, compact: str | None, target: float, focus: str, policy: str | None, *, pin: bool
 ) -> After | None:
     if compact is None:
+        if focus or policy is not None:
+            raise SettingsRefused("focus and policy steer a compaction; ask for one with compact='after'")
         return None
     if compact != "after":
         raise SettingsRefused(f"compact={compact!r} is unknown; write 'after', or leave it out")
+    if pin:
+        raise SettingsRefused("pin=True is never compacted, and compact='after' compacts at once; choose one of them")
     _check_target(target)
-    request = session.request(focus, policy)
+    memory, request = session.memory, session.request(focus, policy)
+    if memory.settings.mode == "off":
+        raise SettingsRefused("compact='after': this session never compacts (mode='off'); leave it out")
+    chosen = request.policy or memory.policy
+    if chosen.compactor is None:
+        raise SettingsRefused(f"compact='after': policy {chosen.name!r} never compacts; name another of the session's")
+    if isinstance(target, int) and target > memory.plan.target:
+        raise SettingsRefused(
+            f"target={target!r}: a compaction of this memory leaves {memory.plan.target} slots per head in all; give "
+            "fewer, a fraction such as 0.25, or raise the share"
+        )
     return After(len(session.ids), tokens, target, request.focus, request.policy)
 
 
@@ -166,27 +245,29 @@ def _take(session: Session, delta: Delta, pinned: Sequence[Span]) -> None:
         )
 
 
-def _pinned(session: Session, delta: Delta, *, pin: bool) -> list[Span]:
+def _pinned(session: Session, delta: Delta, fed: int, *, pin: bool) -> list[Span]:
     """Pin what is to be pinned of a delta that is about to be read; returns the spans that are pinned whole.
+
+    What closes one of the ``fed`` messages that came before is not: a session whose pins are full can go on.
 
     Raises:
         CapTooSmall: the pins do not fit; nothing was changed.
 
     """
-    settings, row, start = session.settings, session.memory.rows[0], len(session.ids)
-    whole = [span for span in delta.spans if pin or span.role in settings.pin_roles or span.name in settings.pin_names]
+    settings, start = session.settings, len(session.ids)
+    new = [span for span in delta.spans if span.message is None or span.message >= fed]
+    whole = [span for span in new if pin or span.role in settings.pin_roles or span.name in settings.pin_names]
     places = [(start + span.start, start + span.stop) for span in whole]
     if settings.pin_pattern and session.memory.language is not None:
         found = Marks(settings.pin_pattern, session.memory.language.read).spans(delta.ids)
         places += [(start + low, start + high) for low, high in found]
-    wanted = row.pins.copy()
-    for low, high in places:
-        wanted.add(low, high)
-    prefix = session.memory.plan.prefix
-    _check(session, wanted.count(prefix, 1 << 60) - row.pins.count(prefix, 1 << 60))
-    row.pins = wanted
+    pin_coming(session.memory, session.memory.rows[0], places)
     return whole
 
 
-def _check(session: Session, more: int) -> None:
-    check_pins(session.memory, session.memory.rows[0], more)
+def _check_ids(session: Session, ids: Sequence[int]) -> None:
+    model: Any = session.runtime.model
+    words = model.get_input_embeddings().weight.shape[0]
+    wrong = [each for each in ids if not 0 <= each < words]
+    if wrong:
+        raise SettingsRefused(f"read: {wrong[:4]} are no ids of this model, which knows 0..{words - 1}")

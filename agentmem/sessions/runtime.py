@@ -4,35 +4,41 @@ from __future__ import annotations
 
 import tempfile
 import threading
+from collections import deque
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, get_args
+from weakref import WeakKeyDictionary
 
 from agentmem import hf
 from agentmem.doors import open_memory
 from agentmem.errors import MemoryClosed, SettingsRefused
-from agentmem.image import give, take
 from agentmem.language import Language
+from agentmem.sessions import keeping
 from agentmem.sessions.asking import Asking
 from agentmem.sessions.holding import Holding, Stage
 from agentmem.sessions.leases import Leases
-from agentmem.sessions.saved import Made, Saved, restore, saved, session_of
+from agentmem.sessions.lending import lend
+from agentmem.sessions.making import check_settings, split, template_digest
+from agentmem.sessions.saved import restore, saved
 from agentmem.sessions.session import Session
 from agentmem.sessions.settings import SessionSettings
-from agentmem.sessions.snapshot import check_row, identity, row_of
-from agentmem.sessions.snapshot_files import read_manifest, read_snapshot, write_snapshot
+from agentmem.sessions.snapshot import identity
 from agentmem.sessions.stats import RuntimeStats
 from agentmem.sessions.template import ChatTemplate
 from agentmem.settings import parse_bytes
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from agentmem.contracts import Policy
     from agentmem.memory import Memory
     from agentmem.sessions.hooks import AfterCompact, BeforeCompact
     from agentmem.sessions.template import Tool
+
+_LOCKS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+"""By model: whoever runs it has its lock, so that runtimes of one model run one forward at a time together."""
 
 
 class Runtime:
@@ -81,12 +87,18 @@ class Runtime:
             raise SettingsRefused(f"pressure: {unknown} unknown; stages are {', '.join(get_args(Stage))}")
         self.leases = Leases(self.cap, pressure)
         self.sessions: list[Session] = []
-        self.lock = threading.RLock()
-        self.waiting = 0
+        self.lock = _LOCKS.setdefault(self.model, threading.RLock())
+        """Held while the model computes or memories move; nobody waits for it on an event loop's thread."""
+        self.guard = threading.RLock()
+        """Held for an instant, while it is written down who holds what."""
+        self.waiters: deque[Callable[[], None]] = deque()
+        """Turns that wait for a lease, the first to be served first; called to have one try again."""
         self.identity = identity(self.model, tokenizer)
         self._spill = None if spill is None else Path(spill)
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
-        self._turns, self._names = count(1), count(1)
+        self.turns, self._names = count(1), count(1)
+        self.templates: WeakKeyDictionary[ChatTemplate, str] = WeakKeyDictionary()
+        """What the chat template of each session was given besides messages, as a digest."""
         self._closed = False
 
     # ---- sessions
@@ -121,19 +133,22 @@ class Runtime:
 
         """
         self._open_or_raise()
-        own, inner = _split({**self.defaults, **settings})
+        settings = {**self.defaults, **settings}
+        check_settings(settings)
+        own, inner = split(settings)
         chosen = SessionSettings.of(**own)
         lease = chosen.lease(self.cap)
         memory = open_memory(self.model, lease, policy or self.policy, self.tokenizer, inner, others)
         template = self._template(chosen, tools, template_options)
         asking = Asking(before_compact, after_compact, chosen.soft)
-        with self.lock:
+        with self.guard:
+            self._open_or_raise()
             holding = Holding(self.model, memory, lease)
             holding.stage = "trim"  # it holds nothing yet, and is charged for that
-            self.leases.holdings.append(holding)
             session = Session(self, name or f"session-{next(self._names)}", chosen, holding, template, asking)
+            self.leases.holdings.append(holding)
             self.sessions.append(session)
-        self._speak(session, memory)
+        self.speak(session, memory)
         return session
 
     def _template(
@@ -144,9 +159,11 @@ class Runtime:
                 raise SettingsRefused("tools: this tokenizer has no chat template; describe them in a text instead")
             return None
         eos = self.model.generation_config.eos_token_id
-        return ChatTemplate(self.tokenizer, tools=tools, history=settings.history, eos=eos, options=options)
+        made = ChatTemplate(self.tokenizer, tools=tools, history=settings.history, eos=eos, options=options)
+        self.templates[made] = template_digest(tools, options)
+        return made
 
-    def _speak(self, session: Session, memory: Memory) -> None:
+    def speak(self, session: Session, memory: Memory) -> None:
         """Have the memory ask for summaries as the conversation would."""
         language = memory.language
         if language is None or session.template is None:
@@ -160,7 +177,7 @@ class Runtime:
 
     def fork(self, session: Session, name: str | None = None) -> Session:
         """See :meth:`Session.fork`."""
-        with self.lock:
+        with self.guard:
             _not_busy(session)
             other = Session(
                 self,
@@ -170,69 +187,61 @@ class Runtime:
                 session.template,
                 Asking(session.asking.before, session.asking.after, session.asking.soft),
             )
-            restore(other, saved(session))
+            state = saved(session)
+            restore(other, state, session.ids[: len(session.ids) - len(state.pending)])
             self.sessions.append(other)
         return other
 
     # ---- leases
 
-    def admit(self, session: Session) -> None:
-        """Give a session its lease for a turn, or refuse.
+    def admit(self, session: Session, *, brief: bool = False) -> None:
+        """Give a session its lease for a turn, or refuse; a ``brief`` one is no turn, so nobody comes before it.
 
         Raises:
-            RuntimeBusy: others are in mid-turn and hold the cap.
+            RuntimeBusy: others are in mid-turn and hold the cap, or wait for it.
 
         """
-        if not self.try_admit(session):
-            with self.lock:
-                needed, active = session.holding.lease, sum(each.busy for each in self.sessions)
-                raise self.leases.refusal(session.name, needed, active)
+        waiting = 0 if brief else len(self.waiters)
+        if waiting or not self.try_admit(session):
+            active = sum(each.busy for each in list(self.sessions))
+            raise self.leases.refusal(session.name, session.holding.lease, active, waiting)
 
     def try_admit(self, session: Session) -> bool:
         """Give a session its lease for a turn if there is room for it, or can be made."""
         with self.lock:
+            self.begin(session)
+            admitted = False
+            try:
+                admitted = lend(self, session)
+            finally:
+                if not admitted:
+                    session.busy = False
+            return admitted
+
+    def begin(self, session: Session) -> None:
+        """From now on nobody forks it, and no other turn of it begins."""
+        with self.guard:
             self._open_or_raise()
             _not_busy(session)
-            holding = session.holding
-            copies = len(holding.sessions) > 1
-            needed = holding.lease - (0 if copies else holding.charged)
-            if not self.leases.free(needed, (holding,), self._active, self._give_way):
-                return False
-            if copies:
-                self._part(session)
-            else:
-                holding.wake(self.identity)
-            session.holding.used = next(self._turns)
             session.busy = True
-            self._speak(session, session.memory)
-            return True
 
     def leave(self, session: Session) -> None:
-        """A turn is over: the session is idle."""
-        with self.lock:
-            session.busy = False
+        """A turn is over: the session is idle. Never waits."""
+        memory = session.holding.memory
+        if memory is not None:
             session.holding.note()
-            if session.holding.memory is not None:
-                session.holding.memory.boundary = _nothing
+            memory.boundary = _nothing
+        session.busy = False
+        self.wake_next()
 
-    def _part(self, session: Session) -> None:
-        """Give a session a memory of its own; the others keep the one that they shared."""
-        shared = session.holding
-        own = shared.copied(self.identity)
-        shared.sessions.discard(id(session))
-        own.sessions = {id(session)}
-        session.holding = own
-        self.leases.holdings.append(own)
+    def wake_next(self) -> None:
+        """Have who has waited longest try again; from any thread."""
+        for wake in list(self.waiters)[:1]:
+            wake()
 
-    def _active(self, holding: Holding) -> bool:
-        return any(session.busy and session.holding is holding for session in self.sessions)
-
-    def _give_way(self, holding: Holding, stage: Stage) -> None:
-        holding.give_way(stage, self._folder(), self.identity)
-
-    def _folder(self) -> Path:
+    def folder(self) -> Path:
+        """Where idle memories go."""
         if self._spill is not None:
-            self._spill.mkdir(parents=True, exist_ok=True)
             return self._spill
         if self._temporary is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="agentmem-")
@@ -242,13 +251,7 @@ class Runtime:
 
     def save(self, session: Session, url: str | os.PathLike[str]) -> None:
         """See :meth:`Session.save`."""
-        self.admit(session)
-        try:
-            image, tensors = take(session.memory)
-            state = {"row": image.model_dump(mode="json"), "session": saved(session).model_dump(mode="json")}
-            write_snapshot(url, tensors, state, identity=self.identity, settings=session_of(session))
-        finally:
-            self.leave(session)
+        keeping.save(self, session, url)
 
     def load(
         self,
@@ -256,48 +259,32 @@ class Runtime:
         *,
         policy: str | Policy | None = None,
         name: str | None = None,
+        others: Sequence[str | Policy] | None = None,
         tools: Sequence[Tool] | None = None,
+        template_options: Mapping[str, Any] | None = None,
+        before_compact: BeforeCompact | None = None,
+        after_compact: AfterCompact | None = None,
         **settings: Any,
     ) -> Session:
         """A session that was saved, of this model and tokenizer; it goes on as if it had never stopped.
 
-        ``settings`` replace those that it was saved with; ``policy`` must be given again if it was no named one.
+        ``settings`` replace those that it was saved with (a ``seed`` begins anew). Tools, template options and hooks
+        are not saved: give them again, and ``policy`` and ``others`` where they were no named ones.
 
         Raises:
             SnapshotRefused: another model's, damaged, hostile, or larger than the session's share.
+            SettingsRefused: what is given here could never work.
             RuntimeBusy: there is no room for it now.
 
         """
-        made = Made.of(read_manifest(url).settings, str(url))
-        own: dict[str, Any] = {**made.settings, **settings}
-        session = self.session(policy or made.policy, name=name or made.name, tools=tools, **own)
-        try:
-            self.admit(session)
-            try:
-                self._fill(session, url)
-            finally:
-                self.leave(session)
-        except BaseException:
-            self.forget(session)
-            raise
-        return session
-
-    def _fill(self, session: Session, url: str | os.PathLike[str]) -> None:
-        tensors, state = read_snapshot(
-            url,
-            identity=self.identity,
-            max_bytes=session.holding.lease,
-            check=lambda found, specs: _check_all(session.memory, found, specs),
-        )
-        give(session.memory, row_of(state), tensors)
-        session.view.columns = session.memory.rows[0].seen
-        restore(session, Saved.of(state))
+        given = keeping.Given(policy, others, tools, template_options, before_compact, after_compact)
+        return keeping.load(self, url, name, given, settings)
 
     # ---- the end
 
     def forget(self, session: Session) -> None:
         """See :meth:`Session.close`."""
-        with self.lock:
+        with self.lock, self.guard:
             if session.closed:
                 return
             session.closed = True
@@ -306,15 +293,18 @@ class Runtime:
             if not session.holding.sessions:
                 session.holding.release()
                 self.leases.holdings.remove(session.holding)
+        self.wake_next()
 
     def close(self) -> None:
         """Close all sessions and leave the model as it was; closing twice does nothing."""
+        self._closed = True
         with self.lock:
             for session in list(self.sessions):
                 self.forget(session)
-            self._closed = True
             if self._temporary is not None:
                 self._temporary.cleanup()
+        for wake in list(self.waiters):
+            wake()
 
     def __enter__(self) -> Self:
         """Close at the end of a block."""
@@ -327,31 +317,21 @@ class Runtime:
     @property
     def stats(self) -> RuntimeStats:
         """A moment of this runtime."""
-        with self.lock:
-            states = [session.stats.state for session in self.sessions]
+        with self.guard:
+            busy = [session.busy for session in self.sessions]
+            here = [session.holding.memory is not None for session in self.sessions]
             return RuntimeStats(
                 cap_bytes=self.cap,
                 charged_bytes=self.leases.charged,
-                active=states.count("active"),
-                idle=states.count("idle"),
-                on_disk=states.count("on disk"),
-                waiting=self.waiting,
+                active=sum(busy),
+                idle=sum(memory and not active for memory, active in zip(here, busy, strict=True)),
+                on_disk=len(here) - sum(here),
+                waiting=len(self.waiters),
             )
 
     def _open_or_raise(self) -> None:
         if self._closed:
             raise MemoryClosed("this runtime was closed; make another one")
-
-
-def _check_all(memory: Memory, state: dict[str, Any], specs: Mapping[str, Any]) -> None:
-    check_row(memory, state, specs)
-    Saved.of(state)
-
-
-def _split(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A session's own settings, and its memory's."""
-    own = {name: value for name, value in values.items() if name in SessionSettings.model_fields}
-    return own, {name: value for name, value in values.items() if name not in own}
 
 
 def _not_busy(session: Session) -> None:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import base64
+import binascii
 import json
 from array import array
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, JsonValue, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from agentmem.errors import SnapshotRefused
 from agentmem.sessions.dialogue import Dialogue
 from agentmem.sessions.transcript import Entry
 from agentmem.sessions.turn import Reply
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from agentmem.sessions.session import Session
+
+Count = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
 class Saved(BaseModel):
@@ -26,11 +28,12 @@ class Saved(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    ids: tuple[NonNegativeInt, ...]
+    pending: tuple[Count, ...]
+    """Ids that the memory has not consumed; those that it has are the row's."""
     dialogue: Dialogue
     entries: tuple[Entry, ...]
-    open_reply: tuple[NonNegativeInt, str] | None
-    """How many of the last ids belong to an open reply, and its text."""
+    open_reply: tuple[Count, str, int | None] | None
+    """How many of the last ids belong to an open reply, its text, and the id that ended it."""
     sampling: str | None
     """State of the sampling generator, base64."""
 
@@ -47,64 +50,72 @@ class Saved(BaseModel):
         except (KeyError, ValidationError) as error:
             raise ValueError(f"the session's state cannot be read: {error}") from error
 
+    def check(self, tokens: int, pinned: int, words: int) -> None:
+        """Refuse a state that is not one of a session whose memory has consumed ``tokens``.
+
+        ``pinned`` is where its last pin ends, ``words`` the size of the vocabulary.
+
+        Raises:
+            ValueError: what is wrong, with the value and the limit.
+
+        """
+        total = tokens + len(self.pending)
+        if wrong := [each for each in self.pending if each >= words]:
+            raise ValueError(f"ids {wrong[:4]} are pending, and the vocabulary ends at {words - 1}")
+        for entry in self.entries:
+            if not 0 <= entry.start <= entry.stop <= total:
+                raise ValueError(f"an entry says tokens {entry.start}..{entry.stop} of {total}")
+        if pinned > total:
+            raise ValueError(f"tokens up to {pinned} are pinned, of {total}")
+        count, _, end = self.open_reply or (0, "", None)
+        if count > total:
+            raise ValueError(f"its open reply has {count} tokens of {total}")
+        if end is not None and (not count or end not in self.pending[-1:]):
+            raise ValueError(f"its open reply of {count} tokens ended with {end}, which is not the last id")
+        if self.dialogue.open and self.open_reply is None:
+            raise ValueError("its dialogue says that a reply is open, and there is none")
+        self.generator()
+
+    def generator(self) -> torch.Generator | None:
+        """The sampling generator in its state; ``None`` where the session had none of its own.
+
+        Raises:
+            ValueError: it is no such state.
+
+        """
+        if self.sampling is None:
+            return None
+        made = torch.Generator()
+        try:
+            octets = base64.b64decode(self.sampling, validate=True)
+            made.set_state(torch.frombuffer(bytearray(octets), dtype=torch.uint8))
+        except (binascii.Error, RuntimeError, ValueError) as error:
+            raise ValueError(f"the state of its sampling is none: {error}") from None
+        return made
+
 
 def saved(session: Session) -> Saved:
     """The state of a session beside its memory, as a value."""
-    drawn = None if session.generator is None else base64.b64encode(bytes(session.generator.get_state().tolist()))
+    drawn, reply = session.generator, session.reply
     return Saved(
-        ids=tuple(session.ids),
+        pending=tuple(session.pending),
         dialogue=session.dialogue,
         entries=tuple(session.entries),
-        open_reply=None if session.reply is None else (len(session.reply.ids), session.reply.text),
-        sampling=None if drawn is None else drawn.decode(),
+        open_reply=None if reply is None else (len(reply.ids), reply.text, reply.end),
+        sampling=None if drawn is None else base64.b64encode(drawn.get_state().numpy().tobytes()).decode(),
     )
 
 
-def restore(session: Session, state: Saved) -> None:
-    """Put a state into a session that has read nothing."""
-    session.ids = array("q", state.ids)
+def restore(session: Session, state: Saved, consumed: Sequence[int]) -> None:
+    """Put a state into a session that has read nothing; ``consumed`` are the ids in its memory."""
+    session.ids = array("q", (*consumed, *state.pending))
     session.dialogue, session.entries = state.dialogue, list(state.entries)
     if state.open_reply is not None:
-        count, text = state.open_reply
-        session.reply = Reply(list(session.ids[len(session.ids) - count :]), text)
+        count, text, end = state.open_reply
         session.reply_start = len(session.ids) - count
-    if state.sampling is not None and session.generator is not None:
-        session.generator.set_state(torch.tensor(list(base64.b64decode(state.sampling)), dtype=torch.uint8))
-
-
-class Made(BaseModel):
-    """How a session was made, as its manifest says it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    policy: str
-    settings: dict[str, JsonValue]
-
-    @classmethod
-    def of(cls, settings: Mapping[str, JsonValue], where: str) -> Self:
-        """Read it.
-
-        Raises:
-            SnapshotRefused: it is not what a session writes there.
-
-        """
-        try:
-            return cls.model_validate(dict(settings))
-        except ValidationError as error:
-            raise SnapshotRefused(
-                f"{where}: the manifest's settings are no session's ({error.error_count()} faults); nothing of it was "
-                "used: load another snapshot"
-            ) from None
-
-
-def session_of(session: Session) -> dict[str, Any]:
-    """What the manifest says of how a session was made; see :class:`Made`."""
-    memory = session.memory
-    settings = memory.settings.model_dump(mode="json")
-    del settings["cap"]
-    return {
-        "name": session.name,
-        "policy": memory.policy.name,
-        "settings": {**settings, **session.settings.model_dump(mode="json")},
-    }
+        session.reply = Reply(list(session.ids[session.reply_start :]), text, end=end)
+    drawn = state.generator()
+    if drawn is not None and session.generator is not None:
+        session.generator = drawn
+    if session.holding.memory is not None:
+        session.heard()  # re-basings of before are no news

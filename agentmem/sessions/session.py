@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Iterator, MutableSequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from agentmem.hf import CappedMemory
     from agentmem.memory import Memory
-    from agentmem.report import CompactionReport, RebaseReport
+    from agentmem.report import CompactionReport, RebaseReport, SummaryReport
     from agentmem.sessions.holding import Holding
     from agentmem.sessions.runtime import Runtime
     from agentmem.sessions.settings import SessionSettings
@@ -90,10 +91,12 @@ class Session:
             tool_call_id: which call a tool's message answers.
             how: ``pin=True`` never compacts it; ``compact="after"`` compacts it right after it was read, with its own
                 queries, to ``target`` (a fraction such as 0.25, or slots per head), with an optional ``focus`` (a text:
-                what must stay recallable) and ``policy`` (one of the session's); ``deadline`` in seconds.
+                what must stay recallable) and ``policy`` (one of the session's: one with adaptive budgets, such as
+                ``am-halving[budgets=adaptive;output_error=0.1]``, leaves what its errors allow instead of ``target``);
+                ``deadline`` in seconds: what is not read by then is read by the next turn.
 
         Raises:
-            SettingsRefused: the template cannot take the message, or pins do not fit.
+            SettingsRefused: the template cannot take the message, or pins do not fit; nothing was changed.
             RuntimeBusy: the runtime has no room for this session now.
 
         """
@@ -129,7 +132,7 @@ class Session:
         """
         for _ in self.events(**options):
             pass
-        return self._last
+        return replace(self._last, ids=list(self._last.ids))
 
     def events(self, *, deadline: float | None = None, keep_open: bool = False, **options: Any) -> Iterator[Event]:
         """The same, event by event; closing the iterator ends the turn after the forward that runs."""
@@ -158,26 +161,25 @@ class Session:
     def say(self, text: str) -> None:
         """Put words into the reply: they are read at the next forward, as if the model had written them.
 
+        They take the place of the end that the model chose, if it has ended a reply that was kept open.
+
         Raises:
             SettingsRefused: the chat template cannot open a reply here.
 
         """
-        reading.open_reply(self)
-        assert self.reply is not None  # noqa: S101  # opened
-        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        self.reply.ids += ids
-        self.reply.text += text
-        self.ids.extend(ids)
+        self.runtime.admit(self)
+        try:
+            reading.say(self, text)
+        finally:
+            self.runtime.leave(self)
 
     def replying(self, options: dict[str, Any], *, keep_open: bool) -> Iterator[Event]:
         """The events of a reply, for whoever drives them; see :meth:`events`."""
-        reading.open_reply(self)
+        decoding = reading.begin_reply(self, options)
         reply = self._last = self.reply or Reply()
-        reply.reason, reply.end = "cancelled", None
+        reply.reason = "cancelled"
         try:
-            yield from turn.write(self, reply, dict(options))
-        except Interrupted as stop:
-            reply.reason = stop.reason
+            yield from turn.write(self, reply, decoding, keep_open=keep_open)
         finally:
             if reply.ids and not keep_open:
                 reading.close_reply(self)
@@ -193,8 +195,12 @@ class Session:
             steps.close()
 
     def steps(self, make: Any, deadline: float | None) -> Steps:
-        """The steps of a turn of an admitted session."""
-        return Steps(self, make(), None if deadline is None else time.monotonic() + deadline)
+        """The steps of a turn of an admitted session, which is idle again if there cannot be any."""
+        try:
+            return Steps(self, make(), None if deadline is None else time.monotonic() + deadline)
+        except BaseException:
+            self.runtime.leave(self)
+            raise
 
     # ---- compaction and pins
 
@@ -260,7 +266,7 @@ class Session:
         """
         self.runtime.admit(self)
         try:
-            pin(self.memory, self.memory.rows[0], start, stop)
+            pin(self.memory, self.memory.rows[0], start, stop, coming=len(self.pending))
         finally:
             self.runtime.leave(self)
 
@@ -268,6 +274,7 @@ class Session:
         """Take note of a compaction."""
         if report.summary is not None:
             made = report.summary
+            self.entries = [entry for entry in self.entries if not _within(entry, made)]
             self.entries.append(Entry(kind="summary", role=None, start=made.start, stop=made.stop, text=made.text))
         self.asking.compacted(report)
 
@@ -332,9 +339,10 @@ class Session:
     def transcript(self) -> Transcript:
         """Everything read and written, as ids and as text, and the summaries that stand in the memory."""
         text = str(self.tokenizer.decode(list(self.ids), skip_special_tokens=False)) if self.ids else ""
+        written = reading.reply_entry(self)
         decoded = (
             entry if entry.text else entry.model_copy(update={"text": self._text(entry.start, entry.stop)})
-            for entry in self.entries
+            for entry in (*self.entries, *(() if written is None else (written,)))
         )
         return Transcript(tuple(self.ids), tuple(decoded), text)
 
@@ -368,6 +376,11 @@ class Session:
             shared_with=len(holding.sessions) - 1,
             history_rewritten=self.dialogue.rewrites,
         )
+
+
+def _within(entry: Entry, made: SummaryReport) -> bool:
+    """Whether an entry is a summary that another one has replaced."""
+    return entry.kind == "summary" and made.start <= entry.start and entry.stop <= made.stop
 
 
 def _made(messages: Sequence[Message | Mapping[str, Any]]) -> list[Message]:

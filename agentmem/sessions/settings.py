@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from agentmem.errors import SettingsRefused
+from agentmem.sessions.dialogue import Role
 from agentmem.settings import parse_bytes
+
+
+def _expression(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"it is no regular expression: {error}") from None
+    return pattern
 
 
 class SessionSettings(BaseModel):
@@ -22,11 +32,11 @@ class SessionSettings(BaseModel):
 
     share: float | int | str = 1.0
     """The lease: a fraction of the runtime's cap (a float, 1.0 at most), or bytes (``4194304``, ``"4MiB"``)."""
-    pin_roles: tuple[str, ...] = ("system",)
+    pin_roles: tuple[Role, ...] = ("system",)
     """Messages of these roles are never compacted; tool schemas belong to the system's."""
     pin_names: tuple[str, ...] = ()
     """Likewise messages of these names."""
-    pin_pattern: str = ""
+    pin_pattern: Annotated[str, AfterValidator(_expression)] = ""
     """Likewise what this regular expression matches in messages that are appended."""
     history: Literal["keep", "refuse"] = "keep"
     """Where the chat template would rewrite what the memory holds: keep the memory's, or refuse."""

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from agentmem import hf
-from agentmem.image import RowImage, check
+from agentmem.errors import MemoryCapExceeded, SnapshotRefused
+from agentmem.image import RowImage, give
+from agentmem.sessions.row_check import check_sizes, check_values
+from agentmem.sessions.snapshot_files import read_manifest, read_snapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    import os
+    from collections.abc import Callable, Iterator, Mapping
+
+    import torch
 
     from agentmem.memory import Memory
     from agentmem.sessions.snapshot_files import TensorSpec
+
+MAX_TOKENS = 1 << 26
+"""Ids of a row are outside the cap, so something else must bound what is read: 512 MiB of them."""
 
 
 def identity(model: Any, tokenizer: Any) -> dict[str, str]:
@@ -25,7 +35,44 @@ def identity(model: Any, tokenizer: Any) -> dict[str, str]:
     return {"model": hf.fingerprint(model), "tokenizer": hashlib.sha256(said.encode()).hexdigest()}
 
 
-def row_of(state: Mapping[str, Any]) -> RowImage:
+def read_row(
+    memory: Memory,
+    url: str | os.PathLike[str],
+    *,
+    identity: Mapping[str, str],
+    dtype: torch.dtype,
+    check: Callable[[RowImage, dict[str, Any]], None] = lambda _image, _state: None,
+) -> dict[str, Any]:
+    """Fill a memory that has read nothing with the row of a snapshot; returns the snapshot's state.
+
+    Args:
+        memory: it is changed by the last step alone, when nothing can be refused any more but for want of room.
+        url: the snapshot's.
+        identity: whose it must be.
+        dtype: of keys and values.
+        check: refuses a state by ValueError, before any tensor is read.
+
+    Raises:
+        SnapshotRefused: another model's, damaged, hostile, or larger than the memory's cap.
+
+    """
+
+    def sizes(state: dict[str, Any], specs: Mapping[str, TensorSpec]) -> None:
+        kinds = {name: (spec.torch_dtype, tuple(spec.shape)) for name, spec in specs.items()}
+        check_sizes(memory, image := _row_of(state), kinds, dtype)
+        check(image, state)
+
+    ids = read_manifest(url).tensors.get("ids")
+    most = memory.plan.cap_bytes + min(8 * MAX_TOKENS, 0 if ids is None else ids.nbytes) + (1 << 16)
+    tensors, state = read_snapshot(url, identity=identity, max_bytes=most, check=sizes)
+    image = _row_of(state)
+    with refusing(url, ValueError, MemoryCapExceeded):
+        check_values(memory, image, tensors)
+        give(memory, image, tensors)
+    return state
+
+
+def _row_of(state: Mapping[str, Any]) -> RowImage:
     """The row's image in a snapshot's state.
 
     Raises:
@@ -38,12 +85,12 @@ def row_of(state: Mapping[str, Any]) -> RowImage:
         raise ValueError(f"the row's state cannot be read: {error}") from error
 
 
-def check_row(memory: Memory, state: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> None:
-    """Refuse what the memory cannot hold, before a tensor is read.
-
-    Raises:
-        ValueError: what is wrong, with the value and the limit.
-
-    """
-    kinds = {name: (spec.torch_dtype, tuple(spec.shape)) for name, spec in specs.items()}
-    check(memory, row_of(state), kinds)
+@contextmanager
+def refusing(url: str | os.PathLike[str], *errors: type[Exception]) -> Iterator[None]:
+    """Say of which snapshot something is wrong."""
+    try:
+        yield
+    except errors as error:
+        raise SnapshotRefused(
+            f"the snapshot in {url} is not used: {error}. Load another snapshot, or begin a new session."
+        ) from error

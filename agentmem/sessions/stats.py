@@ -18,11 +18,11 @@ class SessionStats(BaseModel):
     state: State
     policy: str
     tokens: int
-    """Read and written so far; ``pending`` of them are not in the memory yet."""
+    """Read and written so far; ``pending`` of them are not in the memory yet, the last one between turns."""
     pending: int
     next_position: int
     held_slots: int
-    """Over all layers and KV heads; ``None``-free: 0 on disk."""
+    """Over all layers and KV heads; 0 on disk."""
     capacity: int
     room: int
     """Tokens that fit before the next compaction."""

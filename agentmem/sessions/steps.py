@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from agentmem.hf.frames import own_frame
 from agentmem.sessions.turn import Watch
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class Steps:
 
     def step(self) -> Event | None:
         """The next event, after at most one forward or one compaction; ``None`` when the turn is over."""
-        with self._session.runtime.lock:
+        with self._session.runtime.lock, own_frame():
             return next(self._events, None)
 
     def cancel(self) -> None:
@@ -33,7 +34,7 @@ class Steps:
 
     def close(self) -> None:
         """End the turn where it is and make the session idle; closing twice does nothing."""
-        with self._session.runtime.lock:
+        with self._session.runtime.lock, own_frame():
             if self._open:
                 self._open = False
                 try:

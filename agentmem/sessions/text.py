@@ -8,16 +8,20 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+LOOK_BACK = 64
+"""Ids before a text that tell how it goes on: more than a character has."""
 
 
 class TextPieces:
     """Decodes ids as they come; special tokens are left out. The pieces together are the text of all ids."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        """Nothing yet."""
+    def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
+        """``before`` are the ids that the text goes on from: their own text is not shown again."""
         self._tokenizer = tokenizer
         self._ids: list[int] = []
         self._shown = self._start = 0
+        for token in before[-LOOK_BACK:]:
+            self.push(token)
 
     def push(self, token: int) -> str:
         """What one more id adds to the text; empty while a character is not complete."""

@@ -6,11 +6,13 @@ import math
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from agentmem.errors import SettingsRefused, TurnEnded
-from agentmem.hf.decoding import Decoding, choose, feed, prepare
+from agentmem.compaction import RowCompaction
+from agentmem.errors import TurnEnded
+from agentmem.hf.decoding import Decoding, choose, feed, take_back
 from agentmem.job import USUAL, Request
+from agentmem.promotion import pin_coming
 from agentmem.sessions.events import (
     CompactionFinished,
     CompactionStarted,
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
     from agentmem.contracts import Policy
     from agentmem.memory import Memory
     from agentmem.report import CompactionReport
-    from agentmem.row import Row
     from agentmem.sessions.session import Session
 
 Events = Generator[Event, None, None]
@@ -77,10 +78,10 @@ class After:
     focus: tuple[int, ...] = ()
     policy: Policy | None = None
 
-    def request(self, start: int, stop: int) -> Request:
-        """What to leave of the tokens ``start .. stop``, a part of it all."""
+    def request(self, start: int, tokens: int) -> Request:
+        """What to leave of the ``tokens`` from ``start`` on, a part of it all."""
         share = self.target if isinstance(self.target, float) else self.target / max(1, self.tokens)
-        return Request(max(1, math.ceil(share * (stop - start))), start, self.focus, self.policy)
+        return Request(max(1, math.ceil(share * tokens)), start, self.focus, self.policy)
 
 
 @dataclass(slots=True)
@@ -93,35 +94,51 @@ class Reply:
     end: int | None = None
 
 
-def read(session: Session, after: After | None = None) -> Generator[Event, None, torch.Tensor | None]:
-    """Feed what is pending; yields the events of compactions. Returns the logits after the last token."""
+def read(
+    session: Session, after: After | None = None, *, leave: int = 1
+) -> Generator[Event, None, torch.Tensor | None]:
+    """Feed what is pending but for the last ``leave`` ids; yields the events of compactions.
+
+    Between turns the last id is always left: the forward that a reply begins with needs one, and not every chat
+    template has a generation prompt. Without it (``leave=0``), returns the logits after the last token; nothing can
+    end the turn before they are used.
+    """
     memory = session.memory
     logits: torch.Tensor | None = None
-    row = memory.rows[0]
-    while session.pending:
+    while (count := len(waiting := session.pending) - leave) > 0:
         yield from make_room(session)
         session.watch.check()
-        width = memory.piece([[True] * len(session.pending)], _piece(memory, after))
-        logits = feed(session.view, session.pending[:width])
-        yield from (Rebased(report=report) for report in session.heard())
+        width = memory.piece([[True] * count], _piece(memory, after))
+        logits = feed(session.view, waiting[:width])
+        if leave or width < count:
+            yield from rebased(session)
         if after is not None:
-            yield from _compact_span(session, row, after)
+            yield from _compact_span(session, after, last=width == count)
     return logits
+
+
+def rebased(session: Session) -> Events:
+    """What was re-based since this was asked last."""
+    yield from (Rebased(report=report) for report in session.heard())
 
 
 def _piece(memory: Memory, after: After | None) -> int:
     """Tokens of one forward; no more than a probe has where what was read is compacted with its own queries."""
     most = memory.plan.chunk
-    return most if after is None else max(LEAST_SPAN, min(most, memory.plan.probe_tokens or most, memory.plan.target))
+    if after is None:
+        return most
+    probe = memory.plan_of(after.policy or memory.policy).probe_tokens
+    return max(LEAST_SPAN, min(most, probe or most, memory.plan.target))
 
 
-def _compact_span(session: Session, row: Row, after: After) -> Events:
-    """Compact what has been read of a text and has left the recent window."""
+def _compact_span(session: Session, after: After, *, last: bool) -> Events:
+    """Compact what has been read of a text and has left the recent window, less what is pinned."""
+    row = session.memory.rows[0]
     start = max(after.start, row.intact)
-    stop = row.seen - session.memory.plan.recent
-    last = not session.pending
-    if stop - start >= (LEAST_SPAN if last else max(LEAST_SPAN, _piece(session.memory, after) // 2)):
-        yield from compact(session, after.request(start, stop), forced=False)
+    stop = max(start, row.seen - session.memory.plan.recent)
+    tokens = stop - start - row.pins.count(start, stop)
+    if tokens >= (LEAST_SPAN if last else max(LEAST_SPAN, _piece(session.memory, after) // 2)):
+        yield from compact(session, after.request(start, tokens), forced=False)
 
 
 def make_room(session: Session) -> Events:
@@ -137,7 +154,9 @@ def make_room(session: Session) -> Events:
     else:
         return
     if request is not None:
-        yield from compact(session, request, forced=full)
+        report = yield from compact(session, request, forced=full)
+        if report is None and not full:  # nothing to reclaim yet
+            session.asking.postpone(session)
     elif full:
         raise TurnEnded(
             f"the memory is full ({memory.plan.capacity} slots per head, {row.seen} tokens seen) and before_compact "
@@ -149,45 +168,78 @@ def compact(session: Session, request: Request, *, forced: bool) -> Generator[Ev
     """Compact now; returns the report, ``None`` where there was nothing to reclaim."""
     memory, row = session.memory, session.memory.rows[0]
     policy = request.policy or memory.policy
+    if not RowCompaction(memory, row, request).worthwhile:
+        return None
     yield CompactionStarted(policy=policy.name, tokens_seen=row.seen, slots=row.held, forced=forced)
     report: CompactionReport | None = memory.compact(row, request)
-    yield from (Rebased(report=each) for each in session.heard())
+    yield from rebased(session)
     if report is not None:
         session.compacted(report)
         yield CompactionFinished(report=report)
     return report
 
 
-def write(session: Session, reply: Reply, options: dict[str, Any]) -> Events:
-    """Decode until the reply ends; ``reply`` is filled on the way, so that it is there however the turn ends."""
-    pieces = TextPieces(session.tokenizer)
-    decoding = prepare(session.view, session.ids, session.tokenizer, options)
-    logits = yield from read(session)
-    if logits is None:
-        raise SettingsRefused("generate: nothing is to be read before the reply; append a message first")
-    while True:
-        session.watch.check()
-        token, scores = choose(decoding, logits, session.generator)
-        _take(session, decoding, reply, token)
-        yield TokenEvent(id=token)
-        if text := "" if token in decoding.ends else pieces.push(token):
-            reply.text += text
-            yield TextEvent(text=text)
-        reason = _ended(decoding, reply, token, scores)
-        if reason is not None:
-            break
-        logits = yield from read(session)
-        assert logits is not None  # noqa: S101  # the token that was just chosen is read
-    if rest := pieces.rest():
+def write(session: Session, reply: Reply, decoding: Decoding, *, keep_open: bool) -> Events:
+    """Decode until the reply ends; ``reply`` is filled on the way, so that it is there however the turn ends.
+
+    A character that is incomplete at the end is shown as it is, unless the reply goes on.
+    """
+    pieces, rest = TextPieces(session.tokenizer, reply.ids), ""
+    try:
+        pin_reply(session, max(session.reply_start, session.holding.seen))
+        yield from _decode(session, reply, decoding, pieces)
+    except Interrupted as stop:
+        reply.reason = stop.reason
+    finally:
+        rest = "" if keep_open else pieces.rest()
         reply.text += rest
+    if rest:
         yield TextEvent(text=rest)
+
+
+def _decode(session: Session, reply: Reply, decoding: Decoding, pieces: TextPieces) -> Events:
+    reason: Reason | None = None
+    while reason is None:
+        logits = yield from read(session, leave=0)
+        assert logits is not None  # noqa: S101  # there is always something to read
+        token, scores = _take(session, decoding, reply, logits)
+        text = "" if token in decoding.ends else pieces.push(token)
+        reply.text += text
+        reason = _ended(decoding, reply, token, scores)  # before the events: the turn may end at any of them
+        yield TokenEvent(id=token)
+        if text:
+            yield TextEvent(text=text)
+        yield from rebased(session)
     reply.reason = reason
 
 
-def _take(session: Session, decoding: Decoding, reply: Reply, token: int) -> None:
+def _take(session: Session, decoding: Decoding, reply: Reply, logits: torch.Tensor) -> tuple[int, torch.Tensor]:
+    """Choose the next token and take it into everything; where that fails, the last one is to be read again."""
+    try:
+        token, scores = choose(decoding, logits, session.generator)
+        session.ids.append(token)
+        try:
+            pin_reply(session, len(session.ids) - 1)
+        except BaseException:
+            session.ids.pop()
+            raise
+    except BaseException:
+        take_back(session.view)
+        raise
     decoding.add(token)
     reply.ids.append(token)
-    session.ids.append(token)
+    return token, scores
+
+
+def pin_reply(session: Session, start: int) -> None:
+    """Pin what the model writes, where its role is pinned.
+
+    Raises:
+        CapTooSmall: it does not fit.
+
+    """
+    if "assistant" in session.settings.pin_roles and start < len(session.ids):
+        pin_coming(session.memory, session.memory.rows[0], [(start, len(session.ids))])
 
 
 def _ended(decoding: Decoding, reply: Reply, token: int, scores: torch.Tensor) -> Reason | None:

@@ -1,11 +1,15 @@
 # make install | demo | test | lint | types | format | bench | soak | docs | clean
 #
 # PYTHON       the interpreter that .venv is made with (3.11 or newer)
+# TURNS        of the soak, e.g. make soak TURNS=20 SOAK_CAP=12MiB
 # TORCH_INDEX  where torch comes from, e.g. https://download.pytorch.org/whl/cpu; empty: pip's own index
 
 TORCH_INDEX ?=
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+TURNS ?= 200
+SOAK_CAP ?= 16MiB
 
 BIN := .venv/bin
 PY := $(BIN)/python
@@ -19,7 +23,7 @@ SOURCES := $(shell find agentmem policies -name '*.py') pyproject.toml
 .PHONY: help install model demo test lint types format bench soak docs clean
 
 help:
-	@sed -n '1,4s/^# \{0,1\}//p' Makefile
+	@sed -n '1,5s/^# \{0,1\}//p' Makefile
 
 install: $(INSTALLED)
 
@@ -68,7 +72,7 @@ bench: install
 	$(PY) -m benchmarks.decode
 
 soak: model
-	$(PY) -m benchmarks.soak --turns 200
+	$(PY) -m benchmarks.soak --turns $(TURNS) --cap $(SOAK_CAP)
 
 # The reference, out of the docstrings; the guide is docs/guide.
 docs: install

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from agentmem.sessions import Session
 
 FLAT = 1.02
-"""Resident memory of the second half over that of the first, at most."""
+"""Resident memory of the last quarter over that of the second, at most."""
+LONG = 100
+"""Turns from which on resident memory is judged: before, the process still warms up."""
 ORDERS = ("Go on.", "What does the tool say?", "Name one thing from it.", "Summarise that in a sentence.")
 
 
@@ -69,7 +71,7 @@ class Soak:
             found.append(f"{self.turns - self.answered} of {self.turns} turns were not answered")
         if self.peak_bytes > self.cap_bytes:
             found.append(f"R + T came to {self.peak_bytes} of {self.cap_bytes} bytes")
-        if self.growth > FLAT:
+        if self.turns >= LONG and self.growth > FLAT:
             found.append(f"resident memory grew {self.growth:.3f} times")
         return found
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -92,20 +92,19 @@ async def admitted(session: Session, until: float | None = None) -> None:
     wait = runtime.wait if until is None else min(runtime.wait, until - time.monotonic())
     runtime.waiters.append(place)
     try:
-        async with asyncio.timeout(wait):
-            await _served(session, place)
+        await _served(session, place, asyncio.get_running_loop().time() + wait)
     except TimeoutError:
         raise RuntimeBusy(
-            f"session {session.name!r} waited {wait:.3g} s for its lease of {session.holding.lease} bytes, and no "
-            "other turn ended; raise wait (or the turn's deadline), give sessions smaller shares, or raise cap"
+            f"session {session.name!r} waited {max(0, wait):.3g} s for its lease of {session.holding.lease} bytes, and "
+            "no other turn ended; raise wait (or the turn's deadline), give sessions smaller shares, or raise cap"
         ) from None
     finally:
         runtime.waiters.remove(place)
         runtime.wake_next()
 
 
-async def _served(session: Session, place: _Place) -> None:
-    """Try whenever it is the session's turn to try, until it has its lease."""
+async def _served(session: Session, place: _Place, until: float) -> None:
+    """Try whenever it is the session's turn to try, until it has its lease; a try is never cut short."""
     runtime = session.runtime
     while True:
         place.event.clear()  # before trying: what is freed meanwhile wakes it once more
@@ -119,7 +118,8 @@ async def _served(session: Session, place: _Place) -> None:
                 f"session {session.name!r} would have to wait, and {runtime.max_waiting} turns, the most that may "
                 "(max_waiting), wait for this runtime already; try later, or raise max_waiting"
             )
-        await place.event.wait()
+        async with asyncio.timeout_at(until):
+            await place.event.wait()
 
 
 def _refuse_late(runtime: Runtime) -> None:
@@ -152,15 +152,17 @@ async def _try(session: Session) -> bool:
 
 
 async def _driven(
-    session: Session, make: Callable[[], Iterator[Event]], seconds: float | None
+    session: Session, make: Callable[[], Iterator[Event | None]], seconds: float | None
 ) -> AsyncGenerator[Event, None]:
     until = None if seconds is None else time.monotonic() + seconds
     events = make()  # a generator, which does nothing yet; arguments that nobody knows are refused before any wait
     await admitted(session, until)
     steps = Steps(session, events, until)
     try:
-        while (event := await _run(session, steps.step, steps.cancel)) is not None:
-            yield event
+        while not steps.over:
+            event = await _run(session, steps.tick, steps.cancel)
+            if event is not None:
+                yield event
     except Exception as error:
         yield TurnFailed(error=type(error).__name__, message=str(error))
         raise
@@ -176,12 +178,10 @@ async def _closed(session: Session, steps: Steps) -> None:
     future.result()
 
 
-async def stream(session: Session, options: dict[str, Any]) -> AsyncIterator[Event]:
+def stream(session: Session, options: dict[str, Any]) -> AsyncGenerator[Event, None]:
     """See :meth:`agentmem.sessions.session.Session.stream`."""
     deadline, keep_open = options.pop("deadline", None), options.pop("keep_open", False)
-    async with aclosing(_driven(session, lambda: session.replying(options, keep_open=keep_open), deadline)) as events:
-        async for event in events:
-            yield event
+    return _driven(session, lambda: session.replying(options, keep_open=keep_open), deadline)
 
 
 async def append(session: Session, messages: Sequence[Message], how: dict[str, Any]) -> tuple[CompactionReport, ...]:

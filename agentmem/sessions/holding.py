@@ -44,20 +44,40 @@ class Holding:
         """When it was last used, by the runtime's count."""
         self.policy = memory.policy.name
         self.capacity = memory.plan.capacity
-        self.compactions = self.rebases = self.peak = self._seen = 0
+        self._noted = (0, 0, 0, 0)
         self._template = memory.empty()
         self._working = 0
         """Bytes beside what it holds that an idle memory works with."""
         self._folder: Path | None = None
         self._dtype: torch.dtype = model.dtype
         self._attach(memory)
-        self.note()
 
     @property
     def seen(self) -> int:
         """Tokens that the memory has consumed."""
-        memory = self.memory
-        return self._seen if memory is None else memory.rows[0].seen
+        return self._counts()[0]
+
+    @property
+    def compactions(self) -> int:
+        """Compactions of the memory so far."""
+        return self._counts()[1]
+
+    @property
+    def rebases(self) -> int:
+        """Its re-basings."""
+        return self._counts()[2]
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that it ever held and worked with."""
+        return self._counts()[3]
+
+    def _counts(self) -> tuple[int, int, int, int]:
+        memory, noted = self.memory, self._noted
+        if memory is None:
+            return noted
+        peak = max(noted[3], memory.ledger.peak)
+        return memory.rows[0].seen, len(memory.compactions), len(memory.rebases), peak
 
     @property
     def charged(self) -> int:
@@ -118,7 +138,6 @@ class Holding:
             self._compact_further(memory, request)
             trim(memory, memory.rows[0])
         self.stage = stage
-        self.note()
         return memory.compactions[told:]
 
     def _compact_further(self, memory: Memory, request: Request) -> None:
@@ -193,18 +212,10 @@ class Holding:
     def _detach(self) -> None:
         memory = self.memory
         if memory is not None:
-            self._seen = self.seen
-            self.note()
+            self._noted = self._counts()
             self.memory = self.view = None
             hf.detach(self.model)
             memory.close()
-
-    def note(self) -> None:
-        """Keep the counts that are asked for while the memory is not here."""
-        memory = self.memory
-        if memory is not None:
-            self.compactions, self.rebases = len(memory.compactions), len(memory.rebases)
-            self.peak = max(self.peak, memory.ledger.peak)
 
     def _forget_disk(self) -> None:
         folder, self._folder = self._folder, None

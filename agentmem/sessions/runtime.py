@@ -229,7 +229,6 @@ class Runtime:
         """A turn is over: the session is idle. Never waits."""
         memory = session.holding.memory
         if memory is not None:
-            session.holding.note()
             memory.boundary = _nothing
         session.busy = False
         self.wake_next()

@@ -16,17 +16,28 @@ if TYPE_CHECKING:
 class Steps:
     """The events of one turn of an admitted session. :meth:`close` must be called, whatever happens."""
 
-    def __init__(self, session: Session, events: Iterator[Event], deadline: float | None) -> None:
+    def __init__(self, session: Session, events: Iterator[Event | None], deadline: float | None) -> None:
         """Nothing is run yet; ``deadline`` is on the monotonic clock."""
         self._session, self._events = session, events
-        self._open = True
+        self._open, self.over = True, False
         session.watch = Watch(deadline)
         session.memory.boundary = session.watch.check
 
-    def step(self) -> Event | None:
-        """The next event, after at most one forward or one compaction; ``None`` when the turn is over."""
+    def tick(self) -> Event | None:
+        """At most one forward or one compaction; ``None`` if it told nothing, or when the turn is :attr:`over`."""
         with self._session.runtime.lock, own_frame():
-            return next(self._events, None)
+            try:
+                return next(self._events)
+            except StopIteration:
+                self.over = True
+                return None
+
+    def step(self) -> Event | None:
+        """The next event; ``None`` when the turn is over. Other turns may have theirs between two forwards."""
+        event = None
+        while event is None and not self.over:
+            event = self.tick()
+        return event
 
     def cancel(self) -> None:
         """End the turn at the next boundary; safe from any thread."""

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from itertools import count
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -201,18 +201,17 @@ def kills(model: Any, tokenizer: Any, number: int, dice: random.Random) -> bool:
         session = runtime.session()
         session.append("user", message(1, 1))
         session.save(folder)
-        began = time.perf_counter()
-        session.save(folder)
+        began, calls = time.perf_counter(), _calls(lambda: session.save(folder))
         seconds, saved = time.perf_counter() - began, digest(session)
         for index in range(number):
             session.read([1000 + index])
             new = digest(session)
             child = multiprocessing.get_context("fork").Process(
-                target=_die, args=(session, folder, index, dice.random())
+                target=_die, args=(session, folder, dice.randint(1, calls + 3) if index % 2 == 0 else 0)
             )
             child.start()
             if index % 2:
-                time.sleep(dice.uniform(0, 1.5 * seconds))
+                time.sleep(dice.uniform(0, 3 * seconds))
                 child.kill()
             child.join()
             with runtime.load(folder) as loaded:
@@ -225,16 +224,25 @@ def kills(model: Any, tokenizer: Any, number: int, dice: random.Random) -> bool:
     return set(outcomes) <= {"the old one", "the new one"}
 
 
-def _die(session: Session, folder: Path, index: int, part: float) -> None:
-    """Save, and if nobody kills it die at a call to the system; the last part of them is never reached."""
-    last, calls = (1 + int(part * 40), count(1)) if index % 2 == 0 else (1 << 60, count(1))
+def _calls(call: Callable[[], object], last: int = 0) -> int:
+    """How many calls to the system ``call`` makes; at the ``last`` one the process dies, and nothing is cleaned up."""
+    seen = 0
 
     def watch(_frame: FrameType, event: str, called: Any) -> None:
-        if event == "c_call" and called.__name__ in CALLS and next(calls) == last:
-            os._exit(9)
+        nonlocal seen
+        if event == "c_call" and called.__name__ in CALLS:
+            seen += 1
+            if seen == last:
+                os._exit(9)
 
     sys.setprofile(watch)
-    session.save(folder)
+    call()
+    sys.setprofile(None)
+    return seen
+
+
+def _die(session: Session, folder: Path, last: int) -> None:
+    _calls(lambda: session.save(folder), last)
 
 
 def forged(model: Any, tokenizer: Any, number: int, dice: random.Random) -> bool:
@@ -246,7 +254,7 @@ def forged(model: Any, tokenizer: Any, number: int, dice: random.Random) -> bool
         _scratch() as folder,
     ):
         session = runtime.session(seed=1)
-        session.append("system", "You are terse.")
+        session.append("system", "You are terse, answer in a single short sentence, and never ask anything back.")
         session.append("user", message(2, 0) * 2)
         session.generate(max_new_tokens=8)
         session.append("user", "And then?")

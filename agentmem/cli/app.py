@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from agentmem.cli import calibrate, evaluate, model, plan, policies, run
+from agentmem.cli import calibrate, chat, evaluate, model, plan, policies, run
 from agentmem.cli.console import refuse
 from agentmem.cli.logs import configure
 from agentmem.errors import AgentmemError
@@ -44,6 +44,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("run")(run.run)
+app.command("chat")(chat.chat)
 app.command("plan")(plan.plan)
 app.command("policies")(policies.policies)
 app.command("calibrate")(calibrate.calibrate)

@@ -1,0 +1,152 @@
+"""One conversation of the terminal: its sessions (branches of it, or loaded ones), and a turn in the current one."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from agentmem.cli.console import note
+from agentmem.cli.display import Display
+from agentmem.sessions import CompactionFinished, Message, Rebased, TextEvent, TokenEvent, TurnFinished
+from agentmem.settings import format_bytes
+
+if TYPE_CHECKING:
+    from agentmem.sessions import Event, Runtime, Session
+
+_BAR = 20
+
+
+class Conversation:
+    """Sessions by their names; one of them is the current one. ``options`` are those of ``generate``."""
+
+    def __init__(self, runtime: Runtime, session: Session, options: dict[str, Any]) -> None:
+        """``session`` is where it begins."""
+        self.runtime, self.options = runtime, options
+        self.sessions = {session.name: session}
+        self.session = session
+
+    @property
+    def prompt(self) -> str:
+        """What stands before a person's line: the session's name where there are several."""
+        return "you> " if len(self.sessions) == 1 else f"{self.session.name}> "
+
+    def enter(self, session: Session) -> None:
+        """Go on in this session."""
+        self.sessions[session.name] = self.session = session
+
+    def free_name(self, wanted: str) -> str:
+        """``wanted``, or that with a number if a session has this name already."""
+        name, number = wanted, 2
+        while name in self.sessions:
+            name, number = f"{wanted}-{number}", number + 1
+        return name
+
+    def turn(self, text: str) -> None:
+        """Say something, stream the reply, and show what the memory holds then.
+
+        Ctrl-C ends the reply after the forward or the layer that runs; once more ends it at once.
+
+        Raises:
+            AgentmemError: the turn could not begin or go on; the session is valid.
+
+        """
+        session, started = self.session, time.perf_counter()
+        display = Display(
+            streaming=True,
+            cap_bytes=session.holding.lease,
+            max_new_tokens=self.options["max_new_tokens"],
+        )
+        display.compactions = session.stats.compactions
+        ended: TurnFinished | None = None
+        try:
+            with stopping(session) as stop, display:
+                ended = self._follow(session.appending([Message(role="user", content=text)]), display, stop)
+                if stop.wanted:
+                    ended = None
+                    session.say("")  # an empty reply, so that the roles go on alternating
+                else:
+                    started = time.perf_counter()
+                    ended = self._follow(session.events(**self.options), display, stop)
+        except KeyboardInterrupt:
+            ended = None
+        note(self.bar() + _ending(ended, time.perf_counter() - started))
+
+    def _follow(self, events: Iterator[Event], display: Display, stop: Stop) -> TurnFinished | None:
+        """Show events as they come; the last one."""
+        finished: TurnFinished | None = None
+        with closing(events):  # type: ignore[type-var]  # a generator; closing it ends the turn, whatever happens
+            for event in events:
+                stop.pass_on()
+                if isinstance(event, TextEvent):
+                    display.text(event.text)
+                elif isinstance(event, TokenEvent):
+                    display.token()
+                    display.event(self.session.memory.usage())
+                elif isinstance(event, CompactionFinished | Rebased):
+                    display.event(event.report)
+                elif isinstance(event, TurnFinished):
+                    finished = event
+        return finished
+
+    def bar(self) -> str:
+        """The memory in one line."""
+        stats = self.session.stats
+        used = self.session.memory.usage().used_bytes
+        filled = min(_BAR, round(_BAR * used / stats.lease_bytes))
+        parts = (
+            f"{'━' * filled}{'╌' * (_BAR - filled)} {format_bytes(used)} of {format_bytes(stats.lease_bytes)}",
+            f"{stats.capacity - stats.room} of {stats.capacity} slots",
+            f"{stats.compactions} compaction{'' if stats.compactions == 1 else 's'}",
+        )
+        return " · ".join(parts)
+
+
+def _ending(ended: TurnFinished | None, seconds: float) -> str:
+    """How fast a turn was, and why it ended if not by itself; for the end of a line."""
+    parts = [""]
+    if ended is not None and ended.tokens:
+        parts.append(f"{ended.tokens} tokens, {ended.tokens / max(1e-3, seconds):.1f} tokens/s")
+    if ended is None or ended.reason == "cancelled":
+        parts.append("stopped")
+    elif ended.reason == "length":
+        parts.append("cut by --max-new-tokens")
+    return " · ".join(parts)
+
+
+class Stop:
+    """Ctrl-C during a turn."""
+
+    def __init__(self, session: Session) -> None:
+        """Not wanted yet."""
+        self._session = session
+        self.wanted = False
+
+    def pass_on(self) -> None:
+        """Tell the turn that runs, which may have begun after the signal."""
+        if self.wanted:
+            self._session.watch.cancelled = True
+
+    def signalled(self, _number: int, _frame: object) -> None:
+        """Take the signal."""
+        if self.wanted:
+            raise KeyboardInterrupt
+        self.wanted = True
+        self.pass_on()
+
+
+@contextmanager
+def stopping(session: Session) -> Iterator[Stop]:
+    """Ctrl-C ends the session's turn at the next boundary, a second one at once; nothing off the main thread."""
+    stop = Stop(session)
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.signal(signal.SIGINT, stop.signalled)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)

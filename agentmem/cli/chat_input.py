@@ -1,0 +1,52 @@
+"""What a person types, or a pipe brings: one line a turn."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+from agentmem.cli.console import ERR, OUT, note
+from agentmem.errors import SettingsRefused
+
+
+def read_lines(prompt: Callable[[], str]) -> Iterator[str]:
+    """Lines that are not empty, stripped, until the input ends. Ctrl-C at a terminal's prompt begins the line again.
+
+    Raises:
+        SettingsRefused: the input is not UTF-8.
+        KeyboardInterrupt: Ctrl-C while a pipe is read.
+
+    """
+    interactive = sys.stdin.isatty()
+    if interactive:
+        with suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401  # gives input() its history and its editing
+    while (line := _line(prompt, interactive=interactive)) is not None:
+        if line.strip():
+            yield line.strip()
+
+
+def _line(prompt: Callable[[], str], *, interactive: bool) -> str | None:
+    """The next line, ``None`` at the end."""
+    try:
+        line = _typed(prompt()) if interactive else sys.stdin.readline()
+        line.encode()  # a locale may have let bytes through that are no text
+    except UnicodeError as error:
+        raise SettingsRefused("chat: the input is not UTF-8; convert it first, for example with iconv") from error
+    except EOFError:
+        OUT.print()
+        return None
+    except KeyboardInterrupt:
+        if not interactive:
+            raise
+        note("\n/quit or Ctrl-D leaves")
+        return "\n"
+    return line or None
+
+
+def _typed(prompt: str) -> str:
+    if OUT.is_terminal:
+        return input(prompt) + "\n"
+    ERR.print(prompt, end="", markup=False)  # stdout is for replies
+    return sys.stdin.readline()

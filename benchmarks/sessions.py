@@ -132,7 +132,8 @@ async def many(model: Any, tokenizer: Any, sessions: int = 16, leases: int = 4, 
                     session.generate(max_new_tokens=12, do_sample=False)
                 alone.append(list(session.ids))
     cap, peak, granted, waits, moved = leases * LEASE, _Peak(), list[Session](), list[int](), 0
-    with peak, Runtime(model, tokenizer, cap=cap, share=LEASE, pressure=("trim", "disk"), **SETTINGS) as runtime:
+    options: dict[str, Any] = {"share": LEASE, "pressure": ("trim", "disk"), "wait": 3600.0, **SETTINGS}
+    with peak, Runtime(model, tokenizer, cap=cap, **options) as runtime:
         admit = runtime.try_admit
 
         def noted(session: Session) -> bool:

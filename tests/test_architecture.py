@@ -78,7 +78,7 @@ TABLE = (
     room("agentmem.hf.fingerprint", outside="torch"),
     room("agentmem.hf.cache", rooms=ABOVE, outside="torch transformers"),
     room("agentmem.hf.attach", rooms=ABOVE, outside="torch"),
-    room("agentmem.hf.decoding", rooms="errors", outside="torch transformers"),
+    room("agentmem.hf.decoding", rooms="errors hf.frames", outside="torch transformers"),
     room("agentmem.hf", rooms=ABOVE),
     room("agentmem.doors", rooms=ABOVE, outside="torch"),
     room("agentmem.sessions", rooms=ABOVE, outside="torch pydantic jinja2 fsspec filelock"),

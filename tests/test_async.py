@@ -274,7 +274,7 @@ async def test_a_task_that_is_cancelled_twice_leaves_an_idle_session() -> None:
     """A second cancel during the orderly end of the first changes nothing."""
     with tiny_chat.runtime(1) as made:
         session = made.session()
-        task = asyncio.create_task(session.aappend("user", "x" * 900))
+        task = asyncio.create_task(session.aappend("user", "x" * 300))
         await until(lambda: session.stats.tokens > 0)
         for _ in range(5):
             task.cancel()

@@ -220,7 +220,7 @@ def test_windows_that_were_compacted_cannot_be_kept_again(tmp_path: Path) -> Non
 
 def test_a_long_past_needs_no_longer_share(tmp_path: Path) -> None:
     """Ids are outside the cap: a session with more bytes of ids than its share comes back, from disk and from files."""
-    with tiny_chat.runtime(2.5, "window", pressure=("disk",), slots=32) as made:
+    with tiny_chat.runtime(2.5, "window", tiny_chat.model(layers=1), pressure=("disk",), slots=32) as made:
         count = int(made.cap / 2.5) // 8 + 100
         session = tiny_chat.filled(made, count)
         assert session.stats.lease_bytes < 8 * count
@@ -258,6 +258,18 @@ def test_policies_that_have_no_name_are_given_again(tmp_path: Path) -> None:
         loaded = made.load(tmp_path, policy=policy, others=["window"])
         assert loaded.stats.capacity == session.stats.capacity
         assert tiny_chat.on(loaded) == tiny_chat.on(session)
+
+
+def test_a_policy_that_has_looked_up_its_table_is_still_the_one_of_its_name(default_model: Any, tmp_path: Path) -> None:
+    """What a policy finds out when it is used does not make it another: a new session is loaded by its name."""
+    with Runtime(*default_model, cap="48MiB", policy="am-recall", share=0.5) as made:
+        session = made.session(others=["am-calibrated"])
+        session.save(tmp_path)
+        session.fork().save(tmp_path)
+        loaded = made.load(tmp_path)
+        assert loaded.memory.policy.name == "am-recall"
+        assert loaded.stats.capacity == session.stats.capacity
+        assert (loaded.stats.tokens, loaded.stats.held_slots) == (0, 0)
 
 
 def test_tools_and_template_options_are_given_again(tmp_path: Path) -> None:

@@ -254,7 +254,7 @@ def test_nothing_to_reply_to_is_refused() -> None:
     (lambda session: session.compact(policy="nothing"), SettingsRefused, "this memory was planned for"),
     (lambda session: session.compact(target=2.0), SettingsRefused, "between 0 and 1"),
     (lambda session: session.pin(0, 1000), SettingsRefused, "not among the"),
-], ids=str)  # fmt: skip
+], ids=lambda given: given if isinstance(given, str) else "")  # fmt: skip
 def test_what_is_refused_changes_nothing(call: Any, error: type[Exception], message: str) -> None:
     """With a reply open, which goes on as before; the session is not left in mid-turn."""
     with talk.session() as session:

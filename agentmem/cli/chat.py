@@ -105,4 +105,8 @@ def talk(conversation: Conversation) -> int:
         except AgentmemError as error:
             refusals += 1
             refuse(error)
+        except KeyboardInterrupt:  # before a turn could listen to it, or a second one
+            if not sys.stdin.isatty():
+                raise
+            note("stopped")
     return refusals

@@ -10,6 +10,7 @@ import torch
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList, StopStringCriteria
 
 from agentmem.errors import AgentmemError, UnsupportedGeneration
+from agentmem.hf.frames import own_frame
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -125,7 +126,7 @@ def feed(view: CappedMemory, ids: Sequence[int]) -> torch.Tensor:
     memory = view.memory
     device: Any = view.model.get_input_embeddings().weight.device
     start = memory.rows[0].next_position + memory.rows[0].shift
-    with torch.no_grad():
+    with own_frame(), torch.no_grad():
         output = view.model(
             input_ids=torch.tensor([list(ids)], device=device),
             position_ids=torch.arange(start, start + len(ids), device=device)[None],

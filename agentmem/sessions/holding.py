@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from agentmem.memory import Memory
     from agentmem.report import CompactionReport
+    from agentmem.sessions.making import Named
 
 Stage = Literal["trim", "compact", "disk"]
 """How an idle memory gives way: its room is given back; it is compacted further first; it is moved to disk."""
@@ -43,6 +44,8 @@ class Holding:
         self.used = 0
         """When it was last used, by the runtime's count."""
         self.policy = memory.policy.name
+        self.named: tuple[Named, ...] = ()
+        """Its policy and the others, as a snapshot names them."""
         self.capacity = memory.plan.capacity
         self._noted = (0, 0, 0, 0)
         self._template = memory.empty()
@@ -98,7 +101,9 @@ class Holding:
     def copied(self, identity: Mapping[str, str]) -> Holding:
         """Another holding with an equal memory of its own; this one stays as it is, on disk too."""
         memory = self._read(identity) if self.memory is None else copy(self.memory)
-        return Holding(self.model, memory, self.lease)
+        other = Holding(self.model, memory, self.lease)
+        other.named = self.named
+        return other
 
     # ---- giving way
 

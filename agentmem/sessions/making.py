@@ -38,7 +38,7 @@ class Named(BaseModel):
 
     @classmethod
     def of(cls, policy: Policy) -> Self:
-        """Name a policy."""
+        """Name a policy. It must be fresh: some look up a model's table when they are first used, and keep it."""
         return cls(name=policy.name, parts=_digest(_described(policy)))
 
     def again(self) -> Policy:
@@ -111,8 +111,8 @@ def made_of(session: Session, template: str) -> dict[str, Any]:
     del settings["cap"]
     made = Made(
         name=session.name,
-        policy=Named.of(memory.policy),
-        others=tuple(map(Named.of, memory.others)),
+        policy=session.holding.named[0],
+        others=session.holding.named[1:],
         template=template,
         settings={**settings, **session.settings.model_dump(mode="json")},
     )
@@ -168,7 +168,8 @@ def _described(value: Any, depth: int = 0) -> Any:
     if isinstance(value, torch.Tensor):
         return [kind, value.tolist()]
     if isinstance(value, list | tuple | set | frozenset):
-        return [kind, [_described(item, depth + 1) for item in value]]
+        items = [_described(item, depth + 1) for item in value]
+        return [kind, sorted(items, key=repr) if isinstance(value, set | frozenset) else items]
     if depth > _DEPTH or (callable(value) and hasattr(value, "__qualname__")):
         return getattr(value, "__qualname__", kind)
     return [kind, [[str(name), _described(item, depth + 1)] for name, item in _parts(value)]]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, get_args
 from weakref import WeakKeyDictionary
 
-from agentmem import hf
+from agentmem import hf, plugins
 from agentmem.doors import open_memory
 from agentmem.errors import MemoryClosed, SettingsRefused
 from agentmem.language import Language
@@ -19,7 +19,7 @@ from agentmem.sessions.asking import Asking
 from agentmem.sessions.holding import Holding, Stage
 from agentmem.sessions.leases import Leases
 from agentmem.sessions.lending import lend
-from agentmem.sessions.making import check_settings, split, template_digest
+from agentmem.sessions.making import Named, check_settings, split, template_digest
 from agentmem.sessions.saved import restore, saved
 from agentmem.sessions.session import Session
 from agentmem.sessions.settings import SessionSettings
@@ -138,13 +138,15 @@ class Runtime:
         own, inner = split(settings)
         chosen = SessionSettings.of(**own)
         lease = chosen.lease(self.cap)
-        memory = open_memory(self.model, lease, policy or self.policy, self.tokenizer, inner, others)
+        policies = [plugins.policy(each) for each in (policy or self.policy, *others)]
+        named = tuple(map(Named.of, policies))  # while they are fresh
+        memory = open_memory(self.model, lease, policies[0], self.tokenizer, inner, policies[1:])
         template = self._template(chosen, tools, template_options)
         asking = Asking(before_compact, after_compact, chosen.soft)
         with self.guard:
             self._open_or_raise()
             holding = Holding(self.model, memory, lease)
-            holding.stage = "trim"  # it holds nothing yet, and is charged for that
+            holding.named, holding.stage = named, "trim"  # it holds nothing yet, and is charged for that
             session = Session(self, name or f"session-{next(self._names)}", chosen, holding, template, asking)
             self.leases.holdings.append(holding)
             self.sessions.append(session)

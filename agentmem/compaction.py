@@ -58,12 +58,12 @@ class RowCompaction:
 
     def _job(self, request: Request) -> Job:
         policy = request.policy or self.memory.policy
-        return make_job(self.row, request, policy, self.plan, [index for index, _ in self._stores()])
+        return make_job(self.row, request, policy, self.plan, [index for index, _ in self.row.full()])
 
     @property
     def worthwhile(self) -> bool:
         """Whether a begun compaction is to be finished, or the segments hold more than is to be left on average."""
-        held = [slots for index, store in self._stores() for slots in self.job.held(index, store)]
+        held = [slots for index, store in self.row.full() for slots in self.job.held(index, store)]
         compacts = self.job.policy.compactor is not None
         return self.row.budgets is not None or (compacts and sum(held) > self.job.each * len(held))
 
@@ -162,7 +162,7 @@ class RowCompaction:
             assert store is not None  # noqa: S101  # only layers with stores are dealt for
             return self._segment(layer, store, references)
 
-        held = {index: self.job.held(index, store) for index, store in self._stores()}
+        held = {index: self.job.held(index, store) for index, store in self.row.full()}
         return Dealer(self.job, held, self.memory.ledger, segment)
 
     @property
@@ -172,17 +172,12 @@ class RowCompaction:
 
     # ---- layers
 
-    def _stores(self) -> list[tuple[int, LayerStore]]:
-        return [
-            (index, store) for index in self.memory.shape.compactable if (store := self.row.stores[index]) is not None
-        ]
-
     def _todo(self) -> list[int]:
         """Compactable layers of which some head still holds more than its budget."""
         budgets = self.row.budgets or ()
         return [
             index
-            for index, store in self._stores()
+            for index, store in self.row.full()
             if any(held > kept for held, kept in zip(self.job.held(index, store), budgets[index], strict=True))
         ]
 
@@ -194,7 +189,7 @@ class RowCompaction:
                 return
             try:
                 self.outcome = "compacted" if attempt == 0 else "retried"
-                self.references.each(todo, self._compact_layer)
+                self.references.each(todo, self._compact_layer, self.memory.boundary)
             except PolicyContractBroken:
                 raise
             except Exception as error:  # noqa: BLE001  # whatever a policy or a probe raises must not cost the memory
@@ -211,7 +206,6 @@ class RowCompaction:
             self._evict_layer(layer)
 
     def _compact_layer(self, layer: int, references: tuple[Reference, ...]) -> None:
-        self.memory.boundary()
         store = self.row.stores[layer]
         assert store is not None  # noqa: S101  # _todo lists such layers only
         with self.memory.ledger.borrow(self._fit_bytes(layer, store, references), "the policy's workspace"):
@@ -297,7 +291,7 @@ class RowCompaction:
         """Free slots for every head alike once all layers keep their budgets: as many as the share of R pays for."""
         assert self.row.budgets is not None  # noqa: S101  # dealt before the first layer
         price = kept = 0
-        for index, store in self._stores():
+        for index, store in self.row.full():
             begins, budgets = self.job.begins[index], self.row.budgets[index]
             ends = (begin + budget + self.job.recent for begin, budget in zip(begins, budgets, strict=True))
             price += len(store.lengths) * store.spec.slot_bytes
@@ -307,7 +301,7 @@ class RowCompaction:
     def _deal(self) -> None:
         """Give the headroom to the layers that could not get it when they were committed."""
         headroom = self._headroom()
-        for index, store in self._stores():
+        for index, store in self.row.full():
             settle(self.row, store)  # a layer that keeps all was not touched, and the tail is about to go
             capacities = [length + headroom for length in store.lengths]
             if tuple(capacities) != store.capacities:

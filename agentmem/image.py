@@ -248,21 +248,17 @@ def expand(memory: Memory, row: Row) -> None:
     """Deal out the room that the plan pays for, as after a compaction; a row never compacted grows by itself."""
     if row.dealt_at is not None:
         headroom = _headroom(memory, row)
-        for index, store in _full(memory, row):
+        for index, store in row.full():
             _resize(row, index, store, [length + headroom for length in store.lengths])
     row.recount(memory.plan.capacity, memory.plan.scratch)
 
 
 def _headroom(memory: Memory, row: Row) -> int:
     """Free slots that the plan pays for, for every head alike."""
-    full = _full(memory, row)
+    full = row.full()
     price = sum(len(store.lengths) * store.spec.slot_bytes for _, store in full)
     kept = sum(store.used_bytes for _, store in full)
     return max(0, (memory.plan.capacity * price - kept) // max(1, price))
-
-
-def _full(memory: Memory, row: Row) -> list[tuple[int, LayerStore]]:
-    return [(index, store) for index in memory.shape.compactable if (store := row.stores[index]) is not None]
 
 
 def _resize(row: Row, index: int, store: LayerStore, capacities: list[int]) -> None:

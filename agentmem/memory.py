@@ -94,9 +94,7 @@ class Memory:
         self.rebases: list[RebaseReport] = []
         self.device = torch.device("cpu")
         """Where the model computes, set by the adapter."""
-        self.before: Callable[[Row], Request] = _usual
-        """Asked before a row that is full is compacted; what it raises leaves the row full."""
-        self.boundary: Callable[[], None] = _nothing
+        self.boundary: Callable[[], None] = unwatched
         """Called before each layer of a compaction; what it raises interrupts there."""
         self.stopped: str | None = None
         self._closed = False
@@ -187,7 +185,7 @@ class Memory:
             return
         if row.budgets is None and (self.policy.compactor is None or self.settings.mode != "auto"):
             raise MemoryCapExceeded(self._full(row, tokens))
-        self.compact(row, USUAL if row.budgets is not None else self.before(row))
+        self.compact(row)
         if row.room < tokens:
             raise MemoryCapExceeded(
                 f"a forward of {tokens} tokens does not fit: a row of {self.plan.capacity} slots per head has room "
@@ -195,7 +193,9 @@ class Memory:
             )
 
     def compact(self, row: Row, request: Request = USUAL) -> CompactionReport | None:
-        """Compact one row now; ``None`` when there is nothing to reclaim. What has begun is finished first.
+        """Compact one row now; ``None`` when there is nothing to reclaim.
+
+        What has begun is finished first, and its report returned where nothing is left to reclaim then.
 
         Raises:
             SettingsRefused: ``mode="off"``.
@@ -207,11 +207,10 @@ class Memory:
         keep_in_reach(self, row, 0)
         if self.settings.mode == "off":
             raise SettingsRefused("mode='off' never compacts; open the memory with mode='manual' to compact by hand")
-        if row.budgets is not None and request is not USUAL:
-            self.compact(row)
+        begun = self.compact(row) if row.budgets is not None and request is not USUAL else None
         job = RowCompaction(self, row, request)
         if not job.worthwhile:
-            return None
+            return begun
         report = job.run()
         self.compactions.append(report)
         if len(self.compactions) > WHOLE_REPORTS:
@@ -225,14 +224,13 @@ class Memory:
         assert self.run_transient is not None  # noqa: S101  # the adapter sets it before the first forward
         self.run_transient(probe.ids, row.next_position, Transient(self, row, visit))
 
-    def marks(self, row: Row) -> list[tuple[int, int]]:
-        """The spans of a row's transcript that the policy's pattern names."""
-        pattern = self.policy.queries.pattern
+    def marks(self, row: Row, pattern: str) -> list[tuple[int, int]]:
+        """The spans of a row's transcript that a policy's pattern names."""
         if not pattern or self.language is None:
             return []
-        if row.marks is None:
-            row.marks = Marks(pattern, self.language.read)
-        return row.marks.spans(row.ids)
+        if pattern not in row.marks:
+            row.marks[pattern] = Marks(pattern, self.language.read)
+        return row.marks[pattern].spans(row.ids)
 
     def finish(self, row: Row) -> None:
         """End what was begun and interrupted on a row: a forward, a compaction, a re-basing.
@@ -379,12 +377,7 @@ class Memory:
         self._closed = True
 
 
-def _usual(row: Row) -> Request:  # noqa: ARG001  # what a hook is given
-    """Every compaction is the usual one."""
-    return USUAL
-
-
-def _nothing() -> None:
+def unwatched() -> None:
     """No boundary is watched."""
 
 

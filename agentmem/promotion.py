@@ -49,25 +49,15 @@ def pin_coming(memory: Memory, row: Row, spans: Sequence[tuple[int, int]]) -> No
     wanted, prefix = row.pins.copy(), memory.plan.prefix
     for start, stop in spans:
         wanted.add(start, stop)
-    check_pins(memory, row, wanted.count(prefix, 1 << 60) - row.pins.count(prefix, 1 << 60))
-    row.pins = wanted
-
-
-def check_pins(memory: Memory, row: Row, more: int) -> None:
-    """Refuse ``more`` pinned tokens where a compaction could not reach its target any more.
-
-    Raises:
-        CapTooSmall: names the slots and what there is.
-
-    """
-    pinned = row.pins.count(memory.plan.prefix, 1 << 60) + max(0, more)
-    needed = memory.plan.prefix + pinned + memory.plan.recent + MIN_BUDGET
+    pinned = wanted.count(prefix, 1 << 60)
+    needed = prefix + pinned + memory.plan.recent + MIN_BUDGET
     if needed > memory.plan.target and memory.policy.compactor is not None:
         raise CapTooSmall(
-            f"pins: {pinned} pinned tokens with keep_first={memory.plan.prefix} and keep_recent={memory.plan.recent} "
+            f"pins: {pinned} pinned tokens with keep_first={prefix} and keep_recent={memory.plan.recent} "
             f"need {needed} slots per head, and a compaction leaves {memory.plan.target}; pin less, or raise cap or "
             "target"
         )
+    row.pins = wanted
 
 
 def promote(memory: Memory, row: Row) -> None:
@@ -90,9 +80,8 @@ def _promote(memory: Memory, row: Row, spans: list[tuple[int, int]], front: int)
     prefix = min(memory.plan.prefix, row.seen)
     backs = [(row.behind(start, prefix), row.behind(stop, prefix)) for start, stop in spans]
     wanted = front - prefix + sum(stop - start for start, stop in spans)
-    for index in memory.shape.compactable:
-        store = row.stores[index]
-        if store is None or store.promoted == wanted:
+    for index, store in row.full():
+        if store.promoted == wanted:
             continue
         settle(row, store)
         row.stores[index] = store.reordered(front, backs)

@@ -113,7 +113,7 @@ def _move(memory: Memory, row: Row) -> Move:
     assert memory.positions is not None  # noqa: S101  # the caller has asked
     first, recent = _ends(memory, row)  # positions 0 .. first - 1 are the prefix's
     start = row.next_position - recent
-    longest = max((max(store.lengths) - first - recent for _, store in _full(memory, row)), default=0)
+    longest = max((max(store.lengths) - first - recent for _, store in row.full()), default=0)
     span = min(start - first, max(longest, memory.positions.limit // 2 - first - recent))
     with memory.ledger.borrow(map_scratch(max(1, longest)), "finding gaps"):
         gap = widest_gap(_heads(memory, row), start, span)
@@ -122,7 +122,7 @@ def _move(memory: Memory, row: Row) -> Move:
 
 def _heads(memory: Memory, row: Row) -> Iterator[torch.Tensor]:
     prefix, recent = _ends(memory, row)
-    for _, store in _full(memory, row):
+    for _, store in row.full():
         settle(row, store)
         for head in range(len(store.lengths)):
             yield store.segment(head, prefix, recent).positions
@@ -132,10 +132,6 @@ def _ends(memory: Memory, row: Row) -> tuple[int, int]:
     """Slots of the prefix, and of the recent block: tokens in a row at the end that every head has."""
     prefix = min(memory.plan.prefix, row.seen)
     return prefix, min(memory.plan.recent, row.seen - prefix)
-
-
-def _full(memory: Memory, row: Row) -> list[tuple[int, LayerStore]]:
-    return [(index, store) for index in memory.shape.compactable if (store := row.stores[index]) is not None]
 
 
 def _move_layer(memory: Memory, row: Row, layer: int, old: LayerStore) -> None:

@@ -53,19 +53,24 @@ class References:
             prefix=first,
             start=0 if first <= memory.plan.prefix else first,
             turn=turn,
-            marks=() if self.job.text else memory.marks(row),
+            marks=() if self.job.text else memory.marks(row, queries.pattern),
         )
 
-    def each(self, layers: Sequence[int], visit: Visit) -> None:
-        """Call ``visit(layer, references)`` for the layers in order; a probe's forward runs meanwhile."""
+    def each(self, layers: Sequence[int], visit: Visit, before: Callable[[], None] = lambda: None) -> None:
+        """Call ``visit(layer, references)`` for the layers in order; a probe's forward runs meanwhile.
+
+        ``before`` comes before anything is drawn for a layer: what it raises leaves the row's generator to go on.
+        """
         if not self.probe.ids:
             for layer in layers:
+                before()
                 self._visit(layer, (), visit)
             return
         wanted = set(layers)
 
         def on_layer(layer: int, asked: torch.Tensor) -> None:
             if layer in wanted:
+                before()
                 self._visit(layer, self.probe.references(asked), visit)
 
         self.memory.probe(self.row, self.probe, on_layer)

@@ -140,6 +140,7 @@ class RunReport(_Report):
     stopped: str | None = None
     """Why generation was stopped early, if it was."""
     compactions: tuple[CompactionReport, ...] = ()
+    """All of them; only the newest 128 say something of single layers and spans."""
     rebases: tuple[RebaseReport, ...] = ()
 
 

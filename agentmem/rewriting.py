@@ -103,8 +103,7 @@ class Rewriting:
 
     def _stores(self) -> list[tuple[int, LayerStore]]:
         """The layers that are compacted, with the positions of all their slots."""
-        found = [(index, self.row.stores[index]) for index in self.memory.shape.compactable]
-        stores = [(index, store) for index, store in found if store is not None]
+        stores = self.row.full()
         for _, store in stores:
             settle(self.row, store)
         return stores

@@ -36,7 +36,8 @@ class Row:
         """Re-basings that have ended."""
         self.moving: Move | None = None
         """A re-basing that has begun and not ended."""
-        self.marks: Marks | None = None
+        self.marks: dict[str, Marks] = {}
+        """What was read for each pattern."""
         self.room = room
         """Tokens that can be appended before the row must be compacted."""
         self.budgets: tuple[tuple[int, ...], ...] | None = None
@@ -56,11 +57,21 @@ class Row:
     def recount(self, capacity: int, scratch: int) -> None:
         """Work out room and tail again from the stores, after something was taken back; ``scratch`` slots stay free."""
         del self.tail[self.seen - (self.dealt_at or 0) :]
-        full = [store for store in self.stores if store is not None and store.spec.shape.window is None]
+        full = [store for _, store in self.full()]
         if self.dealt_at is not None:
             self.room = min((store.room for store in full), default=0) - scratch
         else:
             self.room = capacity - scratch - max((max(store.lengths) for store in full), default=0)
+
+    def full(self) -> list[tuple[int, LayerStore]]:
+        """Layers of full attention, which are compacted, and their stores; those that hold something."""
+        stores = enumerate(self.stores)
+        return [(index, store) for index, store in stores if store is not None and store.spec.shape.window is None]
+
+    def mean_slots(self) -> int:
+        """Slots of a head of those layers, on average."""
+        lengths = [length for _, store in self.full() for length in store.lengths]
+        return sum(lengths) // max(1, len(lengths))
 
     def front(self, prefix: int) -> int:
         """Slots at the front of every head that are never compacted: the prefix, and promoted pins."""

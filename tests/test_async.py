@@ -223,7 +223,9 @@ async def test_cancelled_at_random_moments_a_session_goes_on_as_if_it_had_not_be
         assert tiny_chat.same(tiny_chat.slots(session), tiny_chat.slots(twin))
 
 
-@pytest.mark.parametrize("name", ["am-halving", "random-subset", "heavy-hitters"])
+@pytest.mark.parametrize(
+    "name", ["am-halving", "am-halving[probe=random+replay,probe_tokens=32]", "random-subset", "heavy-hitters"]
+)
 @pytest.mark.parametrize("layer", range(LAYERS))
 async def test_a_cancel_inside_a_compaction_takes_effect_at_the_next_layer(name: str, layer: int) -> None:
     """The layers up to there are compacted, the others are not; what goes on ends as an undisturbed compaction does."""

@@ -11,6 +11,7 @@ import talk
 from agentmem.errors import CompactionFailed, SettingsRefused, TurnEnded
 from agentmem.report import CompactionReport
 from agentmem.sessions import CompactionContext, Session
+from agentmem.sessions.turn import Interrupted, Watch
 
 SYSTEM, QUESTION = "You are terse.", "What is the capital of France?"
 Answer = Callable[[CompactionContext], str]
@@ -230,3 +231,28 @@ def test_a_failed_compaction_is_told_as_an_error(monkeypatch: pytest.MonkeyPatch
         assert caller.told == []
         assert len(talk.greedy(session, 5)) == 5
         assert len(caller.told) == session.stats.compactions > 0
+
+
+def test_an_interrupted_compaction_is_told_of_when_it_is_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call of compact finishes it first; its report is returned and told, once, where nothing is left to reclaim."""
+    caller = Caller("proceed")
+    with opened(caller) as session:
+        session.append("user", QUESTION * 4)
+        row, check, layers = session.memory.rows[0], Watch.check, list[int]()
+
+        def cut(watch: Watch) -> None:
+            if row.budgets is not None:
+                layers.append(1)
+                if len(layers) == 2:
+                    raise Interrupted("cancelled")
+            check(watch)
+
+        monkeypatch.setattr(Watch, "check", cut)
+        assert session.compact() is None
+        assert row.budgets is not None
+        assert caller.told == []
+        found = session.compact()
+        assert found is not None
+        assert row.budgets is None
+        assert caller.told == [found] == session.memory.compactions
+        assert session.compact() is None

@@ -19,6 +19,7 @@ from agentmem import doors, plugins
 from agentmem.contracts import Compaction, Compactor, Policy, Queries, Segment, SegmentShape
 from agentmem.errors import SettingsRefused
 from agentmem.hf import CappedMemory
+from agentmem.job import Request
 from agentmem.marks import Marks
 from agentmem.memory import Memory
 from agentmem.policies.am_recall import CRITICAL
@@ -300,3 +301,18 @@ def test_a_row_in_a_batch_is_the_row_alone(probe: str) -> None:
         with capped(made, max_slots=150) as memory:
             alone = model.generate(prompts[row : row + 1], past_key_values=memory, **settings)
         assert together[row].tolist() == alone[0].tolist()
+
+
+def test_another_policy_s_pattern_is_its_own(probes: list[tuple[int, Probe]]) -> None:
+    """A policy beside the memory's own marks what its pattern names, and the memory's own marks nothing for it."""
+    made, _ = policy("replay")
+    settings = tiny.SETTINGS | {"max_slots": SLOTS, "chunk": 320, "cap": 1 << 26}
+    with doors.capped(tiny.llama(), policy="am-halving", tokenizer=Tokenizer(), others=(made,), **settings) as memory:
+        tiny.feed(memory, text(300), pieces=100)
+        row = memory.memory.rows[0]
+        memory.memory.compact(row, Request(slots=200, policy=made))
+        tiny.feed(memory, text(60, seed=1), pieces=60)
+        memory.memory.compact(row, Request(slots=180))
+    (_, first), (_, second) = probes
+    assert {piece.weight for piece in first.pieces} == {1.0, WEIGHT}
+    assert {piece.weight for piece in second.pieces} == {1.0}

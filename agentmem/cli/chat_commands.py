@@ -72,11 +72,8 @@ def _help(_conversation: Conversation, _argument: str) -> None:
 
 
 def _compact(conversation: Conversation, focus: str) -> None:
-    session, before = conversation.session, conversation.session.stats.compactions
-    with stopping(session) as stop:
-        report = session.compact(focus=focus)
-    if report is None and session.stats.compactions > before:
-        report = session.memory.compactions[-1]  # one that had been interrupted is finished now, and it was enough
+    with stopping(conversation.session) as stop:
+        report = conversation.session.compact(focus=focus)
     note(_told(report) if report is not None else "stopped" if stop.wanted else "there is nothing to reclaim yet")
     note(conversation.bar())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -75,10 +75,10 @@ class Conversation:
             ended = None
         note(self.bar() + _ending(ended, time.perf_counter() - started))
 
-    def _follow(self, events: Iterator[Event], display: Display, stop: Stop) -> TurnFinished | None:
+    def _follow(self, events: Generator[Event, None, None], display: Display, stop: Stop) -> TurnFinished | None:
         """Show events as they come; the last one."""
         finished: TurnFinished | None = None
-        with closing(events):  # type: ignore[type-var]  # a generator; closing it ends the turn, whatever happens
+        with closing(events):  # ends the turn, whatever happens
             for event in events:
                 stop.pass_on()
                 if isinstance(event, TextEvent):

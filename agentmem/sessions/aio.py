@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -153,7 +153,7 @@ async def _try(session: Session) -> bool:
 
 
 async def _driven(
-    session: Session, make: Callable[[], Iterator[Event | None]], seconds: float | None
+    session: Session, make: Callable[[], Generator[Event | None, None, None]], seconds: float | None
 ) -> AsyncGenerator[Event, None]:
     until = None if seconds is None else time.monotonic() + seconds
     events = make()  # a generator, which does nothing yet; arguments that nobody knows are refused before any wait

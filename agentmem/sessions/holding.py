@@ -149,9 +149,8 @@ class Holding:
         """Halve the segments, once what has begun is finished. No room is dealt out: it would be given back at once."""
         row, plan, cap = memory.rows[0], memory.plan, memory.ledger.cap
         memory.finish(row)
-        lengths = [each for at in memory.shape.compactable if (store := row.stores[at]) for each in store.lengths]
         pinned = row.front(plan.prefix) + plan.recent
-        slots = (sum(lengths) // max(1, len(lengths)) - pinned) // 2
+        slots = (row.mean_slots() - pinned) // 2
         if slots < MIN_BUDGET or plan is not memory.plan_of(request.policy or memory.policy):
             return
         if memory.policy.compactor is None or memory.settings.mode != "auto":

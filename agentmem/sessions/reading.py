@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from agentmem.errors import SettingsRefused
@@ -36,7 +36,7 @@ def messages(
     target: float = TARGET,
     focus: str = "",
     policy: str | None = None,
-) -> Iterator[Event]:
+) -> Generator[Event | None, None, None]:
     """Read messages through the chat template; an open reply ends where it is."""
     closed = _closed(session)
     dialogue, delta = template(session).append(closed, *given)
@@ -57,7 +57,7 @@ def text(
     target: float = TARGET,
     focus: str = "",
     policy: str | None = None,
-) -> Iterator[Event]:
+) -> Generator[Event | None, None, None]:
     """Read a text, or ids, as they are; an open reply ends where it is."""
     if isinstance(given, str):
         given = session.tokenizer(given, add_special_tokens=False)["input_ids"]
@@ -73,7 +73,7 @@ def text(
     yield from _read(session, after)
 
 
-def _read(session: Session, after: After | None) -> Iterator[Event]:
+def _read(session: Session, after: After | None) -> Generator[Event | None, None, None]:
     reply = Reply(reason="read")
     try:
         yield from turn.read(session, after)
@@ -190,8 +190,7 @@ def slots_of(session: Session, target: float) -> int:
         return target
     memory, row = session.memory, session.memory.rows[0]
     promote(memory, row)
-    lengths = [length for index in memory.shape.compactable if (store := row.stores[index]) for length in store.lengths]
-    held = sum(lengths) // max(1, len(lengths)) - row.front(memory.plan.prefix) - memory.plan.recent
+    held = row.mean_slots() - row.front(memory.plan.prefix) - memory.plan.recent
     return max(1, math.ceil(target * max(0, held)))
 
 

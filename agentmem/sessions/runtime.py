@@ -14,6 +14,7 @@ from agentmem import hf, plugins
 from agentmem.doors import open_memory
 from agentmem.errors import MemoryClosed, SettingsRefused
 from agentmem.language import Language
+from agentmem.memory import unwatched
 from agentmem.sessions import keeping
 from agentmem.sessions.asking import Asking
 from agentmem.sessions.holding import Holding, Stage
@@ -231,7 +232,7 @@ class Runtime:
         """A turn is over: the session is idle. Never waits."""
         memory = session.holding.memory
         if memory is not None:
-            memory.boundary = _nothing
+            memory.boundary = unwatched
         session.busy = False
         self.wake_next()
 
@@ -342,7 +343,3 @@ def _not_busy(session: Session) -> None:
         raise SettingsRefused(
             f"session {session.name!r} is in mid-turn; end the turn first (close its events), or fork before it begins"
         )
-
-
-def _nothing() -> None:
-    """No boundary is watched."""

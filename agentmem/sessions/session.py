@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Iterator, MutableSequence
+from collections.abc import Generator, Iterator, MutableSequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -24,7 +24,7 @@ from agentmem.sessions.turn import Interrupted, Reply, Watch
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import AsyncIterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
     from agentmem.hf import CappedMemory
     from agentmem.memory import Memory
@@ -65,7 +65,7 @@ class Session:
         self.watch = Watch()
         self.busy = self.closed = False
         self.reply_start = 0
-        self._told = 0
+        self._told = holding.rebases
         self._last = Reply()
         holding.sessions.add(id(self))
 
@@ -134,7 +134,9 @@ class Session:
             pass
         return replace(self._last, ids=list(self._last.ids))
 
-    def events(self, *, deadline: float | None = None, keep_open: bool = False, **options: Any) -> Iterator[Event]:
+    def events(
+        self, *, deadline: float | None = None, keep_open: bool = False, **options: Any
+    ) -> Generator[Event, None, None]:
         """The same, event by event; closing the iterator ends the turn after the forward that runs."""
         return self._drive(lambda: self.replying(options, keep_open=keep_open), deadline)
 
@@ -154,7 +156,7 @@ class Session:
 
     def appending(
         self, messages: Sequence[Message | Mapping[str, Any]], *, deadline: float | None = None, **how: Any
-    ) -> Iterator[Event]:
+    ) -> Generator[Event, None, None]:
         """Reading messages event by event; see :meth:`append`."""
         return self._drive(lambda: reading.messages(self, _made(messages), **how), deadline)
 
@@ -167,13 +169,13 @@ class Session:
             SettingsRefused: the chat template cannot open a reply here.
 
         """
-        self.runtime.admit(self)
+        self.runtime.admit(self, brief=True)
         try:
             reading.say(self, text)
         finally:
             self.runtime.leave(self)
 
-    def replying(self, options: dict[str, Any], *, keep_open: bool) -> Iterator[Event]:
+    def replying(self, options: dict[str, Any], *, keep_open: bool) -> Generator[Event | None, None, None]:
         """The events of a reply, for whoever drives them; see :meth:`events`."""
         decoding = reading.begin_reply(self, options)
         reply = self._last = self.reply or Reply()
@@ -185,7 +187,9 @@ class Session:
                 reading.close_reply(self)
         yield turn.finished(reply)
 
-    def _drive(self, make: Any, deadline: float | None) -> Iterator[Event]:
+    def _drive(
+        self, make: Callable[[], Generator[Event | None, None, None]], deadline: float | None
+    ) -> Generator[Event, None, None]:
         self.runtime.admit(self)
         steps = self.steps(make, deadline)
         try:
@@ -194,7 +198,7 @@ class Session:
         finally:
             steps.close()
 
-    def steps(self, make: Any, deadline: float | None) -> Steps:
+    def steps(self, make: Callable[[], Generator[Event | None, None, None]], deadline: float | None) -> Steps:
         """The steps of a turn of an admitted session, which is idle again if there cannot be any."""
         try:
             return Steps(self, make(), None if deadline is None else time.monotonic() + deadline)
@@ -229,7 +233,9 @@ class Session:
         ]
         return found[-1] if found else None
 
-    def _compacting(self, focus: str, target: float | None, policy: str | None, *, force: bool) -> Iterator[Event]:
+    def _compacting(
+        self, focus: str, target: float | None, policy: str | None, *, force: bool
+    ) -> Generator[Event | None, None, None]:
         try:
             yield from turn.read(self)
             row = self.memory.rows[0]
@@ -264,7 +270,7 @@ class Session:
             SettingsRefused: some were compacted already. CapTooSmall: they do not fit.
 
         """
-        self.runtime.admit(self)
+        self.runtime.admit(self, brief=True)
         try:
             pin(self.memory, self.memory.rows[0], start, stop, coming=len(self.pending))
         finally:
@@ -352,11 +358,11 @@ class Session:
     @property
     def stats(self) -> SessionStats:
         """A moment of this session."""
-        holding = self.holding
+        holding, memory = self.holding, self.holding.memory  # read once: another thread may move it to disk meanwhile
         state: Literal["active", "idle", "on disk", "closed"] = "active" if self.busy else "idle"
-        if holding.memory is None:
+        if memory is None:
             state = "closed" if self.closed else "on disk"
-        row = None if holding.memory is None else holding.memory.rows[0]
+        row = None if memory is None else memory.rows[0]
         return SessionStats(
             name=self.name,
             state=state,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 from agentmem.hf.frames import own_frame
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Steps:
     """The events of one turn of an admitted session. :meth:`close` must be called, whatever happens."""
 
-    def __init__(self, session: Session, events: Iterator[Event | None], deadline: float | None) -> None:
+    def __init__(self, session: Session, events: Generator[Event | None, None, None], deadline: float | None) -> None:
         """Nothing is run yet; ``deadline`` is on the monotonic clock."""
         self._session, self._events = session, events
         self._open, self.over = True, False
@@ -49,6 +49,6 @@ class Steps:
             if self._open:
                 self._open = False
                 try:
-                    self._events.close()  # type: ignore[attr-defined]  # generators, all of them
+                    self._events.close()
                 finally:
                     self._session.runtime.leave(self._session)

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from agentmem.report import CompactionReport
     from agentmem.sessions.session import Session
 
-Events = Generator[Event, None, None]
+Events = Generator[Event | None, None, None]
+"""What happens in a turn; ``None`` after a forward that told nothing, so that other turns can have theirs."""
 LEAST_SPAN = 16
 """Tokens of a span that is compacted after it was read, at least."""
 
@@ -96,7 +97,7 @@ class Reply:
 
 def read(
     session: Session, after: After | None = None, *, leave: int = 1
-) -> Generator[Event, None, torch.Tensor | None]:
+) -> Generator[Event | None, None, torch.Tensor | None]:
     """Feed what is pending but for the last ``leave`` ids; yields the events of compactions.
 
     Between turns the last id is always left: the forward that a reply begins with needs one, and not every chat
@@ -114,6 +115,8 @@ def read(
             yield from rebased(session)
         if after is not None:
             yield from _compact_span(session, after, last=width == count)
+        if width < count:
+            yield None
     return logits
 
 
@@ -164,10 +167,15 @@ def make_room(session: Session) -> Events:
         )
 
 
-def compact(session: Session, request: Request, *, forced: bool) -> Generator[Event, None, CompactionReport | None]:
+def compact(
+    session: Session, request: Request, *, forced: bool
+) -> Generator[Event | None, None, CompactionReport | None]:
     """Compact now; returns the report, ``None`` where there was nothing to reclaim."""
     memory, row = session.memory, session.memory.rows[0]
-    policy = request.policy or memory.policy
+    if row.budgets is not None and request is not USUAL:  # one that was interrupted: a compaction of its own
+        begun = yield from compact(session, USUAL, forced=True)
+        return (yield from compact(session, request, forced=forced)) or begun
+    policy = row.job.policy if row.job is not None else request.policy or memory.policy
     if not RowCompaction(memory, row, request).worthwhile:
         return None
     yield CompactionStarted(policy=policy.name, tokens_seen=row.seen, slots=row.held, forced=forced)

@@ -1,6 +1,7 @@
 # make install | demo | test | lint | types | format | bench | soak | docs | clean
 #
 # PYTHON       the interpreter that .venv is made with (3.11 or newer)
+# WORKERS      processes of make test, each with one thread: auto (one a core, at most four), or 0 for none
 # TURNS        of the soak, e.g. make soak TURNS=20 SOAK_CAP=12MiB
 # TORCH_INDEX  where torch comes from, e.g. https://download.pytorch.org/whl/cpu; empty: pip's own index
 
@@ -8,6 +9,7 @@ TORCH_INDEX ?=
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
+WORKERS ?= auto
 TURNS ?= 200
 SOAK_CAP ?= 16MiB
 
@@ -23,7 +25,7 @@ SOURCES := $(shell find agentmem policies -name '*.py') pyproject.toml
 .PHONY: help install model demo test lint types format bench soak docs clean
 
 help:
-	@sed -n '1,5s/^# \{0,1\}//p' Makefile
+	@sed -n '1,6s/^# \{0,1\}//p' Makefile
 
 install: $(INSTALLED)
 
@@ -46,7 +48,7 @@ demo: model
 		--plot build/demo --json build/demo/report.json --trace build/demo/trace.jsonl
 
 test: model
-	$(PY) -m pytest
+	$(PY) -m pytest -n $(WORKERS) --maxprocesses 4
 
 lint: install
 	$(BIN)/ruff format --check .

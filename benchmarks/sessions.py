@@ -243,6 +243,7 @@ def _calls(call: Callable[[], object], last: int = 0) -> int:
 
 
 def _die(session: Session, folder: Path, last: int) -> None:
+    torch.set_num_threads(1)  # a fork has none of its parent's threads, and would wait for them for ever
     _calls(lambda: session.save(folder), last)
 
 

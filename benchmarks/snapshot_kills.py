@@ -66,6 +66,7 @@ def same(loaded: tuple[Mapping[str, torch.Tensor], Any], number: int, elements: 
 
 def saver(told: Connection, folder: str, first: int, elements: int, end_at: int | None) -> None:
     """Save version after version; ``end_at``: die at this call to the system, counted from the second save on."""
+    torch.set_num_threads(1)  # a fork has none of its parent's threads, and would wait for them for ever
     for number in count(first):
         told.send(("begun", number))
         if end_at is not None and number > first:

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
+import torch
 
 import tiny_chat
 from agentmem.errors import SnapshotRefused
@@ -74,6 +75,7 @@ def test_another_model_template_or_tokenizer_is_named(rich: tuple[Runtime, Path]
 
 def killed(session: Session, url: Path, last: int) -> None:
     """Save and die at a call to the system: no buffer is flushed and nothing is cleaned up."""
+    torch.set_num_threads(1)  # a fork has none of its parent's threads, and would wait for them for ever
     calls = count(1)
 
     def watch(_frame: FrameType, event: str, called: Any) -> None:

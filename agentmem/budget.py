@@ -41,7 +41,11 @@ def make_plan(shape: ModelShape, settings: Settings, policy: Policy, rows: int =
             "raise cap, or lower keep_first, keep_recent, min_reclaim, chunk or the number of rows"
             + ("" if len(shape.compactable) == len(shape.layers) else "; its sliding windows are held whole")
         )
-    return at(_largest(least, settings, at) if shape.compactable else UNBOUNDED)
+    if not shape.compactable:
+        return at(UNBOUNDED)
+    reach = _reach(shape, settings, policy)
+    _check_reach(reach, settings, at(least))
+    return at(_largest(least, settings, reach, at))
 
 
 def make_plans(shape: ModelShape, settings: Settings, policies: Sequence[Policy], rows: int = 1) -> tuple[Plan, ...]:
@@ -60,10 +64,12 @@ def make_plans(shape: ModelShape, settings: Settings, policies: Sequence[Policy]
         _check_beside(first, plans[0], policy, plan)
     if not others or not shape.compactable:
         return plans
+    reach = _reach(shape, settings, first)
     low, high = 1, min(plan.capacity for plan in plans)
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if _beside(_at(shape, settings, policies, rows, middle)) else (low, middle - 1)
+        at = _at(shape, settings, policies, rows, middle)
+        low, high = (middle, high) if _beside(at) and _span(*at) <= reach else (low, middle - 1)
     narrowed = settings.model_copy(update={"max_slots": low})
     return tuple(make_plan(shape, narrowed, policy, rows) for policy in policies)
 
@@ -76,6 +82,21 @@ def _beside(plans: Sequence[Plan]) -> bool:
     """Whether the first plan's storage fits beside every plan's workspace."""
     most = max(plan.workspace_bytes for plan in plans)
     return plans[0].resident_bytes + most <= plans[0].cap_bytes
+
+
+def _reach(shape: ModelShape, settings: Settings, policy: Policy) -> int:
+    """Positions that a full row may take with what runs behind it: the model's, where compactions and re-basing go on.
+
+    Slots move down into the gaps that compactions leave, so one must have come before the positions are used up.
+    """
+    if not settings.rebase or policy.compactor is None or shape.positions is None:
+        return UNBOUNDED
+    return shape.positions
+
+
+def _span(*plans: Plan) -> int:
+    """Positions of a full row, and of the longest probe behind it."""
+    return plans[0].capacity + max(plan.probe_tokens for plan in plans)
 
 
 def _check_beside(first: Policy, plan: Plan, other: Policy, others: Plan) -> None:
@@ -108,6 +129,16 @@ def _check_model(shape: ModelShape, policy: Policy) -> None:
         raise SettingsRefused(f"policy {policy.name!r}: {error}") from error
 
 
+def _check_reach(reach: int, settings: Settings, least: Plan) -> None:
+    if _span(least) > reach:
+        raise SettingsRefused(
+            f"rebase: {least.capacity} slots per head, the fewest that keep_first={settings.keep_first}, "
+            f"keep_recent={settings.keep_recent}, target={settings.target} and min_reclaim={settings.min_reclaim} "
+            f"allow, and a probe of {least.probe_tokens} tokens need more than the model's {reach} positions; "
+            "lower them, or the policy's probe_tokens"
+        )
+
+
 def _check_max_slots(least: int, settings: Settings) -> None:
     if settings.max_slots is not None and settings.max_slots < least:
         raise SettingsRefused(
@@ -116,12 +147,12 @@ def _check_max_slots(least: int, settings: Settings) -> None:
         )
 
 
-def _largest(least: int, settings: Settings, at: Callable[[int], Plan]) -> int:
-    """The largest capacity that fits, by bisection: R + T never falls with the capacity."""
+def _largest(least: int, settings: Settings, reach: int, at: Callable[[int], Plan]) -> int:
+    """The largest capacity that fits, by bisection: R + T and the probe never fall with the capacity."""
     low, high = least, settings.max_slots or max(least, settings.cap)
     while low < high:
         middle = (low + high + 1) // 2
-        if _needed(at(middle)) <= settings.cap:
+        if _needed(at(middle)) <= settings.cap and _span(at(middle)) <= reach:
             low = middle
         else:
             high = middle - 1

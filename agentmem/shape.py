@@ -39,6 +39,8 @@ class ModelShape:
     """Whether the attention room has a fused path for the model's device (CPU); else its logits are materialised."""
     fingerprint: str | None = None
     """Tells models of one architecture apart by their weights; ``None`` where no weights are at hand."""
+    positions: int | None = None
+    """Positions that the model was made for; ``None`` where its config does not say."""
 
     def slot_bytes(self, layer: LayerShape, *, scores: bool) -> int:
         """Bytes of one slot: key row, value row, β, position, and a score accumulator where one is kept."""

@@ -12,6 +12,7 @@ import argparse
 import agentmem
 from agentmem import models
 from agentmem.settings import format_bytes
+from refusals import run
 
 
 def main() -> None:
@@ -40,4 +41,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -17,6 +17,7 @@ from agentmem import models
 from agentmem.sessions import CompactionFinished, TokenEvent
 from agentmem.settings import format_bytes
 from problems import Problem, extract, generated, read, same
+from refusals import run
 
 ANSWER_TOKENS = 16
 
@@ -85,4 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

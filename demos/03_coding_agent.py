@@ -1,7 +1,6 @@
 """An agent that writes code, has it tested in a sandbox, and repairs it, inside one memory under a cap.
 
-    python demos/03_coding_agent.py [--model NAME_OR_PATH] [--cap 16MiB] [--tasks 2] [--repairs 1] [--file HUMANEVAL]
-                                    [--inject loop memory write socket]
+    python demos/03_coding_agent.py [--model NAME_OR_PATH] [--cap 16MiB] [--tasks 2] [--file TASKS] [--inject EVIL ...]
 
 Look at how the code is tested (in a process without network, with limits of time and memory) and at what its output
 costs: it is compacted as soon as it was read, with the task in focus. ``--inject`` puts code into the model's mouth
@@ -11,6 +10,7 @@ that a sandbox is for; the agent goes on. The default model rarely passes a test
 from __future__ import annotations
 
 import argparse
+from itertools import zip_longest
 
 import agentmem
 import sandbox
@@ -18,6 +18,7 @@ from agentmem import models
 from agentmem.errors import SettingsRefused
 from agentmem.settings import format_bytes
 from coding_tasks import TASKS, Task, code_in, read_tasks
+from refusals import run
 
 EVIL = {
     "loop": "while True: pass",
@@ -88,12 +89,11 @@ def main() -> None:
     with agentmem.Runtime(model, tokenizer, cap=given.cap, policy=given.policy, keep_recent=32) as runtime:
         session = runtime.session(name="coder")
         session.append("system", "You are a careful Python programmer.")
-        evils = [*given.inject, *[None] * len(tasks)]
-        passed = sum(work_on(session, task, evil, given) for task, evil in zip(tasks, evils, strict=False))
+        passed = sum(work_on(session, *pair, given) for pair in zip_longest(tasks, given.inject[: len(tasks)]))
         stats = session.stats
     print(f"\n{passed} of {len(tasks)} tasks passed; {stats.tokens} tokens in {stats.capacity} slots", end=", ")
     print(f"{stats.compactions} compaction(s), peak {format_bytes(stats.peak_bytes)} of {given.cap}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

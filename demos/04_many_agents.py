@@ -17,6 +17,7 @@ import agentmem
 from agentmem import models
 from agentmem.sessions import TextEvent
 from agentmem.settings import format_bytes
+from refusals import run
 
 LETTERS = {"active": "A", "idle": "i", "on disk": "d", "closed": " "}
 COLOURS = ("red", "blue", "green", "black", "white", "yellow", "purple", "orange")
@@ -95,4 +96,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

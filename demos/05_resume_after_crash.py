@@ -21,6 +21,7 @@ import torch
 
 import agentmem
 from agentmem import models
+from refusals import run
 
 QUESTIONS = ("Tell me how a tower clock works.", "Why does each part matter?", "Which part wears out first?")
 
@@ -95,4 +96,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

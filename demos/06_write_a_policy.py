@@ -19,6 +19,7 @@ from agentmem import Compaction, Compactor, HeadCompaction, Policy, Queries, Seg
 from agentmem.contracts import HeadSegment, SegmentShape
 from agentmem.policies.uniform import Uniform
 from agentmem.testing import check_policy
+from refusals import run
 
 # ---- the policy
 
@@ -91,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

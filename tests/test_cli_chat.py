@@ -99,6 +99,22 @@ def test_sampling_has_a_seed(folder: str) -> None:
     assert len(set(replies)) == 3
 
 
+def test_rebase_goes_on_past_the_model_s_positions(tmp_path: Path) -> None:
+    """With --rebase a model of few positions talks on, though the cap alone has room for more slots than positions."""
+    save_tokenizer(tmp_path)
+    tiny_model("llama", vocab_size=257, eos_token_id=0, bos_token_id=0, max_position_embeddings=288).save_pretrained(
+        tmp_path
+    )
+    lines = [f"turn {number}: tell me more" for number in range(12)]
+    result = chat(str(tmp_path), *lines, "/stats", options=("--policy", "window", "--rebase"))
+    (found,) = stats(result)
+
+    assert result.exit_code == 0, result.output
+    assert int(found["tokens"]) > 288
+    assert int(found["rebases"]) >= 1
+    assert int(found["capacity"]) <= 288
+
+
 def test_a_message_may_begin_with_a_slash(folder: str) -> None:
     """Written with two slashes, of which one is said."""
     result = chat(folder, "//etc", "/stats")

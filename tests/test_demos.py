@@ -73,6 +73,13 @@ def test_a_demo_is_short_and_says_how_it_is_run(path: Path) -> None:
     assert "Look at" in said
 
 
+@pytest.mark.parametrize("number", ["01", "02", "03", "04"])
+def test_a_cap_that_is_too_small_is_a_message(demo: Demo, folder: str, number: str) -> None:
+    """A refusal ends a demo with its words and no traceback."""
+    with pytest.raises(SystemExit, match=r"^agentmem: a cap of .+ is too small: .+; raise cap, or lower"):
+        demo(number, "--model", folder, "--cap", "20KiB")
+
+
 @pytest.mark.usefixtures("_loaded")
 def test_01_generates_text(demo: Demo) -> None:
     """The reply, and a peak below the cap."""

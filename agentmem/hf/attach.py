@@ -185,8 +185,9 @@ _LOCK = threading.Lock()
 def attach(model: PreTrainedModel, memory: Memory) -> CappedMemory:
     """Connect a memory to a model; every attach needs one :func:`detach`."""
     if memory.settings.rebase:  # first of all: it refuses models, which are then left as they were
-        text = model.config.get_text_config(decoder=True)
-        memory.positions = Positions(text.max_position_embeddings, rotations(model))
+        turning = rotations(model)
+        assert memory.shape.positions is not None  # noqa: S101  # a config with RoPE says how many
+        memory.positions = Positions(memory.shape.positions, turning)
     with _LOCK:
         attachment = _ATTACHMENTS.setdefault(model, _Attachment(model))
         if attachment.users == 0:

@@ -67,6 +67,7 @@ def describe(config: PreTrainedConfig, *, itemsize: int, fused: bool = True) -> 
         intermediate=text.intermediate_size,
         vocabulary=text.vocab_size,
         fused=fused,
+        positions=getattr(text, "max_position_embeddings", None),
     )
 
 

@@ -268,22 +268,20 @@ def test_pursuit_restores_the_mass_of_unseen_queries_better_than_highest_attenti
     assert held_out(given, pursued) < 0.5 * held_out(given, attended)
 
 
-@pytest.mark.parametrize("prior", [None, 0.5])
-def test_slots_without_evidence_have_the_prior_weight(prior: float | None) -> None:
-    """Slots that no query looks at, kept for another reason, keep w = 1, or what the prior says of them."""
+def test_slots_without_evidence_keep_their_weight() -> None:
+    """Slots that no query looks at, kept for another reason, keep w = 1."""
     given = problem("well posed")
     facing = given.queries.clone()
     facing[..., 3] = -facing[..., 3].abs() - 1
     keys = given.keys.clone()
     keys[3:5] = torch.tensor([0.0, 0.0, 0.0, 60.0])
     given = Problem(facing, keys, given.bias)
-    weights = None if prior is None else torch.full((14,), prior)
-    found = given.pursue(6, keep=torch.tensor([3, 4]), prior=weights)
+    found = given.pursue(6, keep=torch.tensor([3, 4]))
     away = [place for place, slot in enumerate(found.kept.tolist()) if slot in {3, 4}]
 
     assert found.accepted
     assert float(found.log_weights.abs().max()) > 0.1
-    torch.testing.assert_close(found.log_weights[away], torch.full((2,), math.log(prior or 1.0)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.log_weights[away], torch.zeros(2), atol=1e-4, rtol=0)
 
 
 def test_a_query_of_weight_two_counts_like_two() -> None:

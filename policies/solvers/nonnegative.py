@@ -207,7 +207,7 @@ def pivoting(
     *,
     low: float,
     high: float,
-    anchor: float | torch.Tensor,
+    anchor: float,
     ridge: float,
     capacity: int,
 ) -> Pivoting:

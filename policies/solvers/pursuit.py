@@ -91,12 +91,11 @@ def pursue(
     bound: float = 7.0,
     cutoff: float | None = -7.0,
     keep: torch.Tensor | None = None,
-    prior: torch.Tensor | None = None,
 ) -> Pursuit:
     """Choose ``count`` of the slots and weights w for them, so that ``Φ w ≈ 1`` for every query.
 
     Φ ``[N, T]`` is each slot's attention mass relative to that of the whole segment. Minimises
-    ``|Φ w - 1|² + ridge * mean(diag ΦᵀΦ) * |w - prior|²`` over w that is 0 except for ``count`` slots and there within
+    ``|Φ w - 1|² + ridge * mean(diag ΦᵀΦ) * |w - 1|²`` over w that is 0 except for ``count`` slots and there within
     ``e^-bound .. e^bound``: again and again the slots of the steepest descent are added, then all weights are refitted,
     exactly.
 
@@ -105,13 +104,12 @@ def pursue(
         log_mass: ``[N]`` float32, each query's log mass over the whole segment.
         count: how many slots stay; all of them do when there are no more.
         schedule: how many slots come between two fits.
-        ridge: pull of the weights towards ``prior``, relative to the mean over all ``slots``.
+        ridge: pull of the weights towards 1, relative to the mean over all ``slots``.
         bound: no log weight is larger than this in magnitude.
         cutoff: chosen slots whose log weight is no larger than this are dropped, and others chosen, up to three times.
         keep: indices of slots that are chosen first and never dropped.
-        prior: ``[T]``, the weights of slots without evidence; ``None`` means 1.
 
-    Laws: of equally good slots the later (newer) comes first; a chosen slot without evidence has the prior's weight; an
+    Laws: of equally good slots the later (newer) comes first; a chosen slot without evidence has weight 1; an
     accepted fit has a smaller squared mass error on the fitting queries than w = 1 on the same slots. The working
     memory is :func:`pursuit_bytes`.
 
@@ -133,7 +131,7 @@ def pursue(
             pull,
             low=math.exp(-bound),
             high=math.exp(bound),
-            anchor=1.0 if prior is None else prior.double(),
+            anchor=1.0,
             ridge=ridge * firmer * mean or 1.0,
             capacity=count,
         )

@@ -18,34 +18,8 @@ if TYPE_CHECKING:
 
 
 def make_plan(shape: ModelShape, settings: Settings, policy: Policy, rows: int = 1) -> Plan:
-    """The plan with the largest capacity that keeps R + T under the cap.
-
-    Raises:
-        CapTooSmall: prefix, recent, the smallest budget and the workspace do not fit; names the cap that would do.
-        SettingsRefused: settings contradict each other whatever the cap, or the budgets are another model's.
-
-    """
-    _check_model(shape, policy)
-    at = Planner(shape, settings, policy, rows).at
-    least = _least_capacity(settings, at) if shape.compactable else UNBOUNDED
-    if shape.compactable:
-        _check_max_slots(least, settings)
-    if _needed(at(least)) > settings.cap:
-        at = Planner(shape, settings, policy, rows, frugal=True).at
-    needed = _needed(at(least))
-    if needed > settings.cap:
-        raise CapTooSmall(
-            f"a cap of {format_bytes(settings.cap)} ({settings.cap} bytes) is too small: {rows} row(s) of {least} "
-            f"slots per head (prefix {settings.keep_first} + recent {settings.keep_recent} + budget, target "
-            f"{settings.target}) and the workspace of {policy.name!r} need {needed} bytes ({format_bytes(needed)}); "
-            "raise cap, or lower keep_first, keep_recent, min_reclaim, chunk or the number of rows"
-            + ("" if len(shape.compactable) == len(shape.layers) else "; its sliding windows are held whole")
-        )
-    if not shape.compactable:
-        return at(UNBOUNDED)
-    reach = _reach(shape, settings, policy)
-    _check_reach(reach, settings, at(least))
-    return at(_largest(least, settings, reach, at))
+    """The plan with the largest capacity that keeps R + T under the cap; see :func:`make_plans`."""
+    return make_plans(shape, settings, (policy,), rows)[0]
 
 
 def make_plans(shape: ModelShape, settings: Settings, policies: Sequence[Policy], rows: int = 1) -> tuple[Plan, ...]:
@@ -54,34 +28,39 @@ def make_plans(shape: ModelShape, settings: Settings, policies: Sequence[Policy]
     The first policy is the memory's own, the others may do single compactions of it.
 
     Raises:
-        CapTooSmall: no capacity serves them all.
-        SettingsRefused: as :func:`make_plan`; or another policy needs what this memory does not keep.
+        CapTooSmall: prefix, recent, the smallest budget and the workspace do not fit; names the cap that would do.
+        SettingsRefused: settings contradict each other whatever the cap, or the budgets are another model's; or
+            another policy needs what this memory does not keep.
 
     """
-    first, *others = policies
-    plans = tuple(make_plan(shape, settings, policy, rows) for policy in policies)
-    for policy, plan in zip(others, plans[1:], strict=True):
-        _check_beside(first, plans[0], policy, plan)
-    if not others or not shape.compactable:
-        return plans
-    reach = _reach(shape, settings, first)
-    low, high = 1, min(plan.capacity for plan in plans)
-    while low < high:
-        middle = (low + high + 1) // 2
-        at = _at(shape, settings, policies, rows, middle)
-        low, high = (middle, high) if _beside(at) and _span(*at) <= reach else (low, middle - 1)
-    narrowed = settings.model_copy(update={"max_slots": low})
-    return tuple(make_plan(shape, narrowed, policy, rows) for policy in policies)
+    for policy in policies:
+        _check_model(shape, policy)
+    at = _pricing(shape, settings, policies, rows)
+    reach = _reach(shape, settings, policies[0])
+    least = _least_capacity(settings, at) if shape.compactable else UNBOUNDED
+    if shape.compactable:
+        _check_max_slots(least, settings)
+        _check_reach(reach, settings, at(least))
+    if _needed(at(least)) > settings.cap:
+        at = _pricing(shape, settings, policies, rows, frugal=True)
+    _check_cap(shape, settings, at(least))
+    plans = at(_largest(least, settings, reach, at) if shape.compactable else UNBOUNDED)
+    for policy, plan in zip(policies[1:], plans[1:], strict=True):
+        _check_beside(policies[0], plans[0], policy, plan)
+    return plans
 
 
-def _at(shape: ModelShape, settings: Settings, policies: Sequence[Policy], rows: int, slots: int) -> list[Plan]:
-    return [Planner(shape, settings, policy, rows).at(slots) for policy in policies]
+def _pricing(
+    shape: ModelShape, settings: Settings, policies: Sequence[Policy], rows: int, *, frugal: bool = False
+) -> Callable[[int], tuple[Plan, ...]]:
+    """A function of the capacity: the plans there, whether they fit or not."""
+    planners = [Planner(shape, settings, policy, rows, frugal=frugal) for policy in policies]
+    return lambda capacity: tuple(planner.at(capacity) for planner in planners)
 
 
-def _beside(plans: Sequence[Plan]) -> bool:
-    """Whether the first plan's storage fits beside every plan's workspace."""
-    most = max(plan.workspace_bytes for plan in plans)
-    return plans[0].resident_bytes + most <= plans[0].cap_bytes
+def _needed(plans: Sequence[Plan]) -> int:
+    """R + T: the first plan's storage beside the largest workspace."""
+    return plans[0].resident_bytes + max(plan.workspace_bytes for plan in plans)
 
 
 def _reach(shape: ModelShape, settings: Settings, policy: Policy) -> int:
@@ -94,7 +73,7 @@ def _reach(shape: ModelShape, settings: Settings, policy: Policy) -> int:
     return shape.positions
 
 
-def _span(*plans: Plan) -> int:
+def _span(plans: Sequence[Plan]) -> int:
     """Positions of a full row, and of the longest probe behind it."""
     return plans[0].capacity + max(plan.probe_tokens for plan in plans)
 
@@ -115,10 +94,6 @@ def _check_beside(first: Policy, plan: Plan, other: Policy, others: Plan) -> Non
         )
 
 
-def _needed(plan: Plan) -> int:
-    return plan.resident_bytes + plan.workspace_bytes
-
-
 def _check_model(shape: ModelShape, policy: Policy) -> None:
     if policy.budgets is None:
         return
@@ -129,12 +104,26 @@ def _check_model(shape: ModelShape, policy: Policy) -> None:
         raise SettingsRefused(f"policy {policy.name!r}: {error}") from error
 
 
-def _check_reach(reach: int, settings: Settings, least: Plan) -> None:
+def _check_cap(shape: ModelShape, settings: Settings, least: Sequence[Plan]) -> None:
+    needed = _needed(least)
+    if needed > settings.cap:
+        widest = max(least, key=lambda plan: plan.workspace_bytes)
+        raise CapTooSmall(
+            f"a cap of {format_bytes(settings.cap)} ({settings.cap} bytes) is too small: {widest.rows} row(s) of "
+            f"{widest.capacity} slots per head (prefix {settings.keep_first} + recent {settings.keep_recent} + budget, "
+            f"target {settings.target}) and the workspace of {widest.policy!r} need {needed} bytes "
+            f"({format_bytes(needed)}); raise cap, or lower keep_first, keep_recent, min_reclaim, chunk or the number "
+            "of rows" + ("" if len(shape.compactable) == len(shape.layers) else "; its sliding windows are held whole")
+        )
+
+
+def _check_reach(reach: int, settings: Settings, least: Sequence[Plan]) -> None:
+    probe = _span(least) - least[0].capacity
     if _span(least) > reach:
         raise SettingsRefused(
-            f"rebase: {least.capacity} slots per head, the fewest that keep_first={settings.keep_first}, "
+            f"rebase: {least[0].capacity} slots per head, the fewest that keep_first={settings.keep_first}, "
             f"keep_recent={settings.keep_recent}, target={settings.target} and min_reclaim={settings.min_reclaim} "
-            f"allow, and a probe of {least.probe_tokens} tokens need more than the model's {reach} positions; "
+            f"allow, and a probe of {probe} tokens need more than the model's {reach} positions; "
             "lower them, or the policy's probe_tokens"
         )
 
@@ -147,7 +136,7 @@ def _check_max_slots(least: int, settings: Settings) -> None:
         )
 
 
-def _largest(least: int, settings: Settings, reach: int, at: Callable[[int], Plan]) -> int:
+def _largest(least: int, settings: Settings, reach: int, at: Callable[[int], Sequence[Plan]]) -> int:
     """The largest capacity that fits, by bisection: R + T and the probe never fall with the capacity."""
     low, high = least, settings.max_slots or max(least, settings.cap)
     while low < high:
@@ -159,7 +148,7 @@ def _largest(least: int, settings: Settings, reach: int, at: Callable[[int], Pla
     return low
 
 
-def _least_capacity(settings: Settings, at: Callable[[int], Plan]) -> int:
+def _least_capacity(settings: Settings, at: Callable[[int], Sequence[Plan]]) -> int:
     """The smallest capacity at which a compaction leaves room for a budget and frees ``min_reclaim``."""
     pinned = settings.keep_first + settings.keep_recent + MIN_BUDGET
     if isinstance(settings.target, float) and not 0 < settings.target < 1:
@@ -172,11 +161,14 @@ def _least_capacity(settings: Settings, at: Callable[[int], Plan]) -> int:
     low, high = 1, UNBOUNDED
     while low < high:
         middle = (low + high) // 2
-        plan = at(middle)
-        if plan.target >= pinned and plan.capacity - plan.scratch - plan.target >= settings.min_reclaim:
+        if all(_reclaims(plan, pinned, settings) for plan in at(middle)):
             high = middle
         else:
             low = middle + 1
     if low == UNBOUNDED:
         raise SettingsRefused(f"target: {settings.target!r} leaves no room for keep_first + keep_recent + {MIN_BUDGET}")
     return low
+
+
+def _reclaims(plan: Plan, pinned: int, settings: Settings) -> bool:
+    return plan.target >= pinned and plan.capacity - plan.scratch - plan.target >= settings.min_reclaim

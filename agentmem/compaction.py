@@ -54,7 +54,6 @@ class RowCompaction:
         self.faults: list[str] = []
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.outcome: Outcome = "compacted"
-        self.summary: SummaryReport | None = None
 
     def _job(self, request: Request) -> Job:
         policy = request.policy or self.memory.policy
@@ -107,7 +106,7 @@ class RowCompaction:
             seconds_by_stage=dict(self.seconds),
             layers=tuple(self.layers[index] for index in sorted(self.layers)),
             faults=tuple(self.faults),
-            summary=self.summary,
+            summary=self._summary(),
             worst_spans=self.held_out.worst_spans(),
         )
 
@@ -118,7 +117,7 @@ class RowCompaction:
             return
         try:
             with self._stage("summary"):
-                request, self.summary = Rewriting(self.memory, self.row, self.job, rewrite, language).run()
+                request = Rewriting(self.memory, self.row, self.job, rewrite, language).run()
             self.job = self._job(replace(request, policy=self.job.policy, focus=self.job.focus))
         except SummaryRefused as refused:
             self._note_fault(None, refused, "matching instead")
@@ -127,6 +126,11 @@ class RowCompaction:
             self._note_fault(None, error, "matching instead")
             self.job = self._job(self.request)
         self.references = References(self.memory, self.row, self.job)
+
+    def _summary(self) -> SummaryReport | None:
+        """To be told once, though an interrupt came between its adoption and the end of a compaction."""
+        found, self.row.summary = self.row.summary, None
+        return found
 
     def _prepared(self) -> bool:
         """Find the probe's text and the budgets; ``False`` after two faults, with equal budgets to evict to."""

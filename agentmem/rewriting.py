@@ -45,8 +45,8 @@ class Rewriting:
         """Nothing is written yet."""
         self.memory, self.row, self.job, self.rewrite, self.language = memory, row, job, rewrite, language
 
-    def run(self) -> tuple[Request, SummaryReport]:
-        """Write, place, adopt; returns what is left to compact and what was done.
+    def run(self) -> Request:
+        """Write, place, adopt; the row has a summary then. Returns what is left to compact.
 
         Raises:
             SummaryRefused: it is empty, runs away or has no place; nothing was changed.
@@ -58,7 +58,7 @@ class Rewriting:
         self._check_shorter(len(ids))
         position = self._place(len(ids))
         self._adopt(ids, position)
-        report = SummaryReport(
+        self.row.summary = SummaryReport(
             text=self._text(written),
             tokens=len(ids),
             start=min(self.memory.plan.prefix, self.row.seen),
@@ -69,7 +69,7 @@ class Rewriting:
         )
         recent = tuple(self.row.ids[self.row.seen - self.job.recent :])
         slots = max(1, round(self.rewrite.keep * len(ids)))
-        return Request(slots=min(slots, max(1, self.job.each)), text=ids + recent), report
+        return Request(slots=min(slots, max(1, self.job.each)), text=ids + recent)
 
     def _told(self) -> tuple[int, ...]:
         told = tuple(self.language.ask(self.rewrite.instruction))

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from agentmem.job import Job
     from agentmem.marks import Marks
     from agentmem.rebasing import Move
+    from agentmem.report import SummaryReport
     from agentmem.samples import QuerySample
 
 
@@ -44,6 +45,8 @@ class Row:
         """Segment slots per layer and head of a compaction that has begun and not ended."""
         self.job: Job | None = None
         """What that compaction is to do, while it has begun and not ended."""
+        self.summary: SummaryReport | None = None
+        """The newest summary that the slots hold and no report has told."""
         self.pins = Pins()
         self.promoting: int | None = None
         """Up to which token pins are being promoted, while that has begun and not ended."""

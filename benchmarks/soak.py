@@ -51,6 +51,7 @@ class Soak:
     longest_tool_tokens: int = 0
     compactions: int = 0
     rebases: int = 0
+    median_rebase_kl: float = 0.0
     worst_rebase_kl: float = 0.0
     forwards_audited: int = 0
     peak_bytes: int = 0
@@ -125,7 +126,8 @@ def soaked(model: Any, tokenizer: Any, turns: int, *, cap: str, words: int, seed
         report = session.memory.report()
     soak.tokens_seen = report.num_prompt_tokens + report.num_new_tokens
     soak.compactions, soak.rebases = report.num_compactions, len(report.rebases)
-    soak.worst_rebase_kl = max((each.kl or 0.0 for each in report.rebases), default=0.0)
+    changes = [each.kl or 0.0 for each in report.rebases] or [0.0]
+    soak.median_rebase_kl, soak.worst_rebase_kl = median(changes), max(changes)
     soak.peak_bytes, soak.seconds = report.peak_bytes, time.perf_counter() - began
     return soak
 
@@ -137,7 +139,7 @@ def picture(soak: Soak, path: Path) -> None:
     upper, lower = figure.subplots(2, 1, sharex=True)
     turns = range(1, len(soak.rss) + 1)
     upper.plot(turns, [each / 2**20 for each in soak.rss], color="#1f5fa8")
-    upper.set_ylim(bottom=0)
+    upper.set_ylim(0, 1.1 * max(soak.rss) / 2**20)
     upper.set_ylabel("process, MiB")
     lower.plot(turns, soak.held, color="#2f7d4f")
     lower.set_ylim(bottom=0)

@@ -222,7 +222,7 @@ def test_an_interrupt_behind_the_adoption_leaves_a_row_that_goes_on(
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    with dictation.telling() as memory:
+    with dictation.telling(cap=1 << 24, others=("window",)) as memory:
         dictation.dictate(memory, (*SCRIPT, END))
         with monkeypatch.context() as patch:
             if layer is None:
@@ -234,6 +234,11 @@ def test_an_interrupt_behind_the_adoption_leaves_a_row_that_goes_on(
         tiny.audit(memory.memory)
         logits = tiny.feed(memory, tiny.ids(FULL + 1)[:, FULL:], model=tiny.llama(LAYERS))
         assert torch.isfinite(logits).all()
+        if layer is None:  # nothing was begun behind the summary
+            memory.compact(policy="window", slots=10)
+        told = memory.compactions[0].summary
+        assert told is not None
+        assert (told.slots_after, memory.memory.rows[0].summary) == (2 * LAYERS * ADOPTED, None)
         dictation.feed(memory, 90, seed=1)
         assert memory.compactions[-1].summary is not None
         assert memory.memory.ledger.peak <= memory.plan.cap_bytes

@@ -93,7 +93,8 @@ class Session:
                 queries, to ``target`` (a fraction such as 0.25, or slots per head), with an optional ``focus`` (a text:
                 what must stay recallable) and ``policy`` (one of the session's: one with adaptive budgets, such as
                 ``am-halving[budgets=adaptive;output_error=0.1]``, leaves what its errors allow instead of ``target``);
-                ``deadline`` in seconds: what is not read by then is read by the next turn.
+                ``deadline`` in seconds: what is not read by then is read by the next turn, and no longer compacted
+                after it was read.
 
         Raises:
             SettingsRefused: the template cannot take the message, or pins do not fit; nothing was changed.

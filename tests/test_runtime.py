@@ -125,6 +125,21 @@ def test_an_idle_memory_is_compacted_once_and_its_session_is_told(pressure: tupl
         tiny_chat.audit(made)
 
 
+@pytest.mark.parametrize(("policy", "leases"), [("window", 1.4), ("am-halving", 1.3)])
+def test_an_idle_memory_with_more_pins_than_prefix_is_compacted(policy: str, leases: float) -> None:
+    """Pins that no compaction had moved to the front yet are counted there, and another session gets its bytes."""
+    with tiny_chat.runtime(leases, policy, pressure=("trim", "compact"), slots=96) as made:
+        first, second = made.session(), made.session()
+        first.append("system", "x" * 10)
+        pinned = first.stats.pinned_tokens
+        first.read(tiny_chat.ids(60))
+        assert pinned > first.memory.plan.prefix
+        second.read(tiny_chat.ids(20))
+        assert first.stats.compactions == 1
+        assert first.stats.pinned_tokens == pinned
+        assert tiny_chat.on(first)
+
+
 def test_a_hook_can_keep_an_idle_memory_as_it_is() -> None:
     """``before_compact`` is asked before an idle memory is compacted, and a veto leaves the disk as the next stage."""
     asked: list[CompactionContext] = []

@@ -13,6 +13,7 @@ from agentmem.errors import AgentmemError
 from agentmem.image import copy, expand, take, trim
 from agentmem.job import USUAL, Request
 from agentmem.pricing import MIN_BUDGET
+from agentmem.promotion import promote
 from agentmem.sessions.snapshot import read_row
 from agentmem.sessions.snapshot_files import write_snapshot
 
@@ -149,18 +150,20 @@ class Holding:
         """Halve the segments, once what has begun is finished. No room is dealt out: it would be given back at once."""
         row, plan, cap = memory.rows[0], memory.plan, memory.ledger.cap
         memory.finish(row)
-        pinned = row.front(plan.prefix) + plan.recent
-        slots = (row.mean_slots() - pinned) // 2
-        if slots < MIN_BUDGET or plan is not memory.plan_of(request.policy or memory.policy):
-            return
         if memory.policy.compactor is None or memory.settings.mode != "auto":
             return
+        if plan is not memory.plan_of(request.policy or memory.policy):
+            return
         try:
-            memory.plan = replace(plan, capacity=pinned + slots)
             if self.stage is not None:
                 self._working = plan.workspace_bytes
                 memory.ledger.cap = self.charged
-            memory.compact(row, Request(slots=slots))
+            promote(memory, row)  # pins count as the front, where a compaction would put them first of all
+            pinned = row.front(plan.prefix) + plan.recent
+            slots = (row.mean_slots() - pinned) // 2
+            if slots >= MIN_BUDGET:
+                memory.plan = replace(plan, capacity=pinned + slots)
+                memory.compact(row, Request(slots=slots))
         finally:
             memory.plan, memory.ledger.cap, self._working = plan, cap, 0
 

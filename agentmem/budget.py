@@ -8,6 +8,7 @@ from agentmem.contracts import ModelIdentity
 from agentmem.errors import CapTooSmall, SettingsRefused
 from agentmem.pricing import MIN_BUDGET, UNBOUNDED, Plan, Planner
 from agentmem.settings import format_bytes
+from agentmem.shape import spare_positions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -64,13 +65,13 @@ def _needed(plans: Sequence[Plan]) -> int:
 
 
 def _reach(shape: ModelShape, settings: Settings, policy: Policy) -> int:
-    """Positions that a full row may take with what runs behind it: the model's, where compactions and re-basing go on.
+    """Positions that a full row may take with the probe behind it, where it is compacted and re-based.
 
     Slots move down into the gaps that compactions leave, so one must have come before the positions are used up.
     """
     if not settings.rebase or policy.compactor is None or shape.positions is None:
         return UNBOUNDED
-    return shape.positions
+    return shape.positions - spare_positions(shape.positions)
 
 
 def _span(plans: Sequence[Plan]) -> int:
@@ -123,8 +124,8 @@ def _check_reach(reach: int, settings: Settings, least: Sequence[Plan]) -> None:
         raise SettingsRefused(
             f"rebase: {least[0].capacity} slots per head, the fewest that keep_first={settings.keep_first}, "
             f"keep_recent={settings.keep_recent}, target={settings.target} and min_reclaim={settings.min_reclaim} "
-            f"allow, and a probe of {probe} tokens need more than the model's {reach} positions; "
-            "lower them, or the policy's probe_tokens"
+            f"allow, and a probe of {probe} tokens need more than {reach} of the model's positions "
+            "(one in eight stays free); lower them, chunk, or the policy's probe_tokens"
         )
 
 

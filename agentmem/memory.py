@@ -204,7 +204,9 @@ class Memory:
         """
         self.open_or_raise()
         self.abandon()
-        keep_in_reach(self, row, 0)
+        policy = row.job.policy if row.job is not None else request.policy or self.policy
+        plan = self.plan_of(policy)
+        keep_in_reach(self, row, plan.probe_tokens + plan.scratch)
         if self.settings.mode == "off":
             raise SettingsRefused("mode='off' never compacts; open the memory with mode='manual' to compact by hand")
         begun = self.compact(row) if row.budgets is not None and request is not USUAL else None

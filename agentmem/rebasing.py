@@ -19,6 +19,7 @@ from agentmem.errors import MemoryCapExceeded
 from agentmem.promotion import settle
 from agentmem.report import RebaseReport
 from agentmem.rotation import map_scratch, rebased, shift_keys, shift_scratch, widest_gap
+from agentmem.shape import MIN_SPARE, spare_positions
 from agentmem.steps import Transient
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from agentmem.rotation import Rotation
     from agentmem.row import Row
 
-ASKED = 16
+ASKED = MIN_SPARE
 """Newest tokens that are run again before and after, to measure what re-basing changed."""
 
 
@@ -53,7 +54,7 @@ class Move:
 
 
 def keep_in_reach(memory: Memory, row: Row, tokens: int) -> None:
-    """Re-base a row if ``tokens`` more, and what a memory runs behind them, would leave the model's positions.
+    """Re-base a row if a run of ``tokens`` behind it would leave the model's positions: of a forward or of a probe.
 
     Raises:
         MemoryCapExceeded: the slots alone need more positions than the model has.
@@ -61,28 +62,25 @@ def keep_in_reach(memory: Memory, row: Row, tokens: int) -> None:
     """
     if memory.positions is None:
         return
-    behind = tokens + max(
-        plan.probe_tokens + plan.scratch for plan in (memory.plan, *map(memory.plan_of, memory.others))
-    )
-    if row.moving is None and row.next_position + max(behind, tokens + _asking(memory)) <= memory.positions.limit:
+    if row.moving is None and row.next_position + tokens + _asking(memory) <= memory.positions.limit:
         return
-    rebase(memory, row)
-    if row.next_position + behind > memory.positions.limit:
+    rebase(memory, row, tokens)
+    if row.next_position + tokens > memory.positions.limit:
         raise MemoryCapExceeded(
-            f"re-basing left position {row.next_position}, and {behind} tokens more do not fit the model's "
+            f"re-basing left position {row.next_position}, and {tokens} tokens more do not fit the model's "
             f"{memory.positions.limit} positions; lower the cap or chunk, or feed fewer tokens at once"
         )
 
 
-def rebase(memory: Memory, row: Row) -> None:
+def rebase(memory: Memory, row: Row, tokens: int = 0) -> None:
     """Move a row's slots to lower positions now, and report it; nothing is done where they stand as low as they can.
 
-    A forward that was interrupted is taken back first.
+    ``tokens`` are to fit behind them. A forward that was interrupted is taken back first.
     """
     assert memory.positions is not None  # noqa: S101  # the caller has asked
     memory.abandon()
     began, position = time.perf_counter(), row.next_position
-    move = row.moving or _move(memory, row)
+    move = row.moving or _move(memory, row, tokens)
     if move.start == move.end:
         return
     before = None if row.moving else _asked(memory, row)
@@ -108,13 +106,18 @@ def rebase(memory: Memory, row: Row) -> None:
     memory.publish(report)
 
 
-def _move(memory: Memory, row: Row) -> Move:
-    """Where the recent block begins and is to begin: in the first half of the model's positions."""
+def _move(memory: Memory, row: Row, tokens: int) -> Move:
+    """Where the recent block begins and is to begin.
+
+    It is to end in the first half of the model's positions, and so that ``tokens`` and some more have a place.
+    """
     assert memory.positions is not None  # noqa: S101  # the caller has asked
     first, recent = _ends(memory, row)  # positions 0 .. first - 1 are the prefix's
     start = row.next_position - recent
     longest = max((max(store.lengths) - first - recent for _, store in row.full()), default=0)
-    span = min(start - first, max(longest, memory.positions.limit // 2 - first - recent))
+    limit = memory.positions.limit
+    end = min(limit // 2, limit - spare_positions(limit) - tokens)
+    span = min(start - first, max(longest, end - first - recent))
     with memory.ledger.borrow(map_scratch(max(1, longest)), "finding gaps"):
         gap = widest_gap(_heads(memory, row), start, span)
     return Move(start, first + span, gap)

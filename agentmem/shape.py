@@ -7,6 +7,13 @@ from dataclasses import dataclass
 BIAS_BYTES = 4
 POSITION_BYTES = 4
 SCORE_BYTES = 4
+MIN_SPARE = 16
+"""Positions that stay free at least, where rows are re-based."""
+
+
+def spare_positions(positions: int) -> int:
+    """Positions that stay free, so that rows which are nearly full are not re-based again and again."""
+    return max(MIN_SPARE, positions // 8)
 
 
 @dataclass(frozen=True, slots=True)

@@ -275,11 +275,20 @@ class CappedMemory(Cache):
                 "fewer at once, or raise chunk"
             )
         self.memory.bind(size(inputs)[0])
-        for row in self.memory.rows:
-            keep_in_reach(self.memory, row, count)
+        self._make_room(inputs)
         step = self.memory.begin(self._arriving(inputs))
         step.columns = count
         return step
+
+    def _make_room(self, inputs: dict[str, Any]) -> None:
+        """Compact, then re-base, rows that cannot take their tokens: slots move into gaps that compactions leave."""
+        if self.memory.positions is None:
+            return  # the memory makes room
+        self.memory.abandon()
+        for row, each in zip(self.memory.rows, self._arriving(inputs), strict=True):
+            if each.ids:
+                self.memory.make_room(row, len(each.ids))
+            keep_in_reach(self.memory, row, len(each.ids))
 
     def _arriving(self, inputs: dict[str, Any]) -> list[Arriving]:
         rows, count = size(inputs)

@@ -301,6 +301,16 @@ def test_closing_twice_is_closing_once() -> None:
         ours.generate(variants.prompt(5), max_new_tokens=2)
 
 
+@pytest.mark.parametrize("count", [3, 5, 9])
+def test_a_memory_whose_block_has_ended_is_named(count: int) -> None:
+    """Whatever of the prompt it has seen."""
+    model = variants.private()
+    with agentmem.capped(model, **variants.ROOMY) as memory:
+        model.generate(variants.prompt(5), past_key_values=memory, max_new_tokens=2)
+    with pytest.raises(agentmem.MemoryClosed, match="open another"):
+        model.generate(variants.prompt(count), past_key_values=memory, max_new_tokens=2)
+
+
 def test_a_generation_config_is_not_written() -> None:
     """Neither the model's nor a caller's generation config is changed by a run."""
     model = variants.private()

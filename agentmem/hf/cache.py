@@ -202,7 +202,13 @@ class CappedMemory(Cache):
     # what transformers asks
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002  # transformers' signature
-        """Columns so far, pads included."""
+        """Columns so far, pads included.
+
+        Raises:
+            MemoryClosed: the memory's block has ended.
+
+        """
+        self.memory.open_or_raise()
         return self.columns
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -44,6 +44,9 @@ def plan(
         SettingsRefused: and its subclasses; see :func:`capped`.
 
     """
+    for name, count in (("rows", rows), ("itemsize", itemsize)):
+        if count is not None and (type(count) is not int or count < 1):
+            raise SettingsRefused(f"{name}: {count!r} is no whole number of at least 1; give one")
     chosen = plugins.policy(policy, **(policy_options or {}))
     shape = _shape(model, chosen, itemsize or _itemsize(model))
     return make_plan(shape, Settings.of(cap=cap, **settings), chosen, rows)
@@ -200,10 +203,10 @@ def open_memory(
 def _shape(model: Any, policy: Policy, itemsize: int) -> ModelShape:
     """The shape of a model, or of its config alone, as far as the policy can serve it."""
     config = getattr(model, "config", model)
-    if policy.queries.probing:
-        hf.refuse_probe(config, policy.name)
     device = getattr(getattr(model, "device", None), "type", "cpu")
     shape = hf.describe(config, itemsize=itemsize, fused=device == "cpu")
+    if policy.queries.probing:
+        hf.refuse_probe(config, policy.name)
     if policy.rewrite is not None or any(part.source == "self-study" for part in policy.queries.parts):
         hf.refuse_scratch(shape, policy.name)
     if policy.budgets is not None and type(policy.budgets).check is not Budgets.check and hasattr(model, "get_decoder"):

@@ -269,3 +269,23 @@ def test_phi3_counts_the_probe_and_earlier_turns(phi: Any) -> None:
         variants.refused(phi, UnsupportedGeneration, "80 ids (earlier turns and the probe included)"),
     ):
         ours.generate(variants.prompt(40), max_new_tokens=24)
+
+
+# ---- plans
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"rows": 0}, "rows: 0 is no whole number of at least 1"),
+        ({"rows": -1}, "rows: -1 is no whole number"),
+        ({"rows": "2"}, "rows: '2' is no whole number"),
+        ({"itemsize": -1}, "itemsize: -1 is no whole number"),
+        ({"model": "a/name"}, "'a/name' is neither a transformers model nor a config; load one with"),
+        ({"model": None}, "None is neither a transformers model nor a config"),
+    ],
+)
+def test_a_plan_of_nothing_is_refused(given: dict[str, Any], said: str) -> None:
+    """Counts below one, and what is no model."""
+    with pytest.raises(agentmem.SettingsRefused, match=said):
+        agentmem.plan(**{"model": tiny_model("llama").config, "cap": "24MiB", **given})

@@ -48,6 +48,11 @@ def describe(config: PreTrainedConfig, *, itemsize: int, fused: bool = True) -> 
         UnsupportedModel: names what is not handled.
 
     """
+    if not hasattr(config, "get_text_config"):
+        raise UnsupportedModel(
+            f"{config!r:.80} is neither a transformers model nor a config; load one with AutoModelForCausalLM, or its "
+            "config with AutoConfig"
+        )
     text, family = config.get_text_config(decoder=True), config.model_type
     if config.is_encoder_decoder or family not in FAMILIES:
         raise UnsupportedModel(f"model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")

@@ -60,6 +60,12 @@ def rebased(report: RebaseReport) -> None:
     )
 
 
+def positions_passed(*, row: int, tokens_seen: int, positions: int) -> None:
+    """``positions_passed``: a row that is not re-based stands beyond the positions that the model was made for."""
+    remedy = "rebase=True moves slots to lower positions before"
+    _LOG.warning("positions_passed", row=row, tokens_seen=tokens_seen, positions=positions, remedy=remedy)
+
+
 def compaction_fault(*, row: int, layer: int | None, policy: str, error: str, remedy: str) -> None:
     """``compaction_fault``: a layer could not be compacted as asked; ``remedy`` says what was done instead."""
     _LOG.warning("compaction_fault", row=row, layer=layer, policy=policy, error=error, remedy=remedy)

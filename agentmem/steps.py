@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from agentmem import events
 from agentmem.arena import LayerStore, SlotSpec
 from agentmem.attention import Fresh, attend
 from agentmem.pricing import grown, window_slots
@@ -62,9 +63,10 @@ class Append:
         for row, each in zip(self.memory.rows, self.arriving, strict=True):
             row.tail.extend(each.positions)
             row.room -= len(each.ids)
-            if each.positions:
-                row.next_position = each.positions[-1] + 1
             row.ids.extend(each.ids)
+            if each.positions:
+                before, row.next_position = row.next_position, each.positions[-1] + 1
+                _warn_of_positions(row, before, self.memory.shape.positions)
         self.memory.appended(max(len(each.ids) for each in self.arriving), sum(len(each.ids) for each in self.arriving))
 
     def rollback(self) -> None:
@@ -74,6 +76,11 @@ class Append:
                 if store is not None and store.seen > row.seen:
                     store.drop_tail(store.seen - row.seen)
             row.recount(self.memory.plan.capacity, self.memory.plan.scratch)
+
+
+def _warn_of_positions(row: Row, before: int, limit: int | None) -> None:
+    if limit is not None and before <= limit < row.next_position:
+        events.positions_passed(row=row.index, tokens_seen=row.seen, positions=limit)
 
 
 class Scratch:

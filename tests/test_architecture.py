@@ -56,7 +56,7 @@ TABLE = (
     room("agentmem.job"),
     room("agentmem.promotion", rooms="errors pricing", outside="torch"),
     room("agentmem.probe", rooms="queries"),
-    room("agentmem.steps", rooms="attention arena pricing samples", outside="torch"),
+    room("agentmem.steps", rooms="attention arena events pricing samples", outside="torch"),
     room("agentmem.writing", rooms="steps"),
     room("agentmem.references", rooms="probe queries writing"),
     room("agentmem.dealing", rooms="contracts errors"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,8 +34,6 @@ from agentmem.dealing import check_budgets
 from agentmem.errors import PolicyContractBroken, SettingsRefused
 from agentmem.plugins import policy as named_policy
 
-# ---- exact peaks
-
 
 def peak_allocated(call: Callable[[], object]) -> int:
     """The most bytes that PyTorch's CPU allocator held during ``call`` beyond those it held before.
@@ -43,6 +42,7 @@ def peak_allocated(call: Callable[[], object]) -> int:
     (BLAS packing) are not seen, and freeing a block from before the call does not count, as the profiler reports it
     only where an earlier profile saw the block. Other threads must not allocate meanwhile.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # each profile would write lines to stderr; read at the first one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()
     del result

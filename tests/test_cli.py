@@ -13,8 +13,9 @@ from agentmem import models
 from agentmem.cli.console import OUT
 from agentmem.cli.display import Display
 from agentmem.cli.generation import Generated, _Stream
+from agentmem.testing import tiny_model
 from agentmem.trace import read_trace
-from shell import CAP, CAP_BYTES, SMALL, agentmem, refused, save_model
+from shell import CAP, CAP_BYTES, SMALL, agentmem, refused, save_model, save_tokenizer
 
 RUN_KEYS = {"cap_bytes", "peak_bytes", "num_compactions", "num_new_tokens", "text", "seconds", "tokens_per_second"}
 
@@ -151,6 +152,28 @@ def test_a_prompt_longer_than_the_cap_is_read(folder: str) -> None:
     report = json.loads(result.stdout)
     assert report["num_prompt_tokens"] == 800 > 4 * report["capacity"]
     assert report["peak_bytes"] <= report["cap_bytes"]
+
+
+def test_rebase_goes_on_past_the_model_s_positions(tmp_path: Path) -> None:
+    """``run --rebase`` moves slots and writes on; ``plan --rebase`` plans no more slots than there are positions."""
+    save_tokenizer(tmp_path)
+    tiny_model("llama", vocab_size=257, eos_token_id=0, bos_token_id=0, max_position_embeddings=128).save_pretrained(
+        tmp_path
+    )
+    small = ("--model", str(tmp_path), *SMALL, "--policy", "window")
+    run = ("run", *small, *CAP, "--prompt", "hello", "--max-new-tokens", "200", "--ignore-eos", "--json", "-")
+    rebased, plain = agentmem(*run, "--rebase"), agentmem(*run)
+    plans = [
+        json.loads(agentmem("plan", *small, "--cap", "1MiB", *option, "--json").stdout)["capacity"]
+        for option in (("--rebase",), ())
+    ]
+
+    assert rebased.exit_code == 0, rebased.output
+    report = json.loads(rebased.stdout)
+    assert report["num_prompt_tokens"] + report["num_new_tokens"] > 200
+    assert len(report["rebases"]) >= 1
+    assert json.loads(plain.stdout)["rebases"] == []
+    assert plans[0] <= 128 < plans[1]
 
 
 def test_logs_go_to_stderr_when_asked_for(folder: str) -> None:

@@ -18,6 +18,10 @@ KeepFirst = Annotated[int, typer.Option(min=0, help="First tokens that are never
 KeepRecent = Annotated[int, typer.Option(min=0, help="Last tokens that are never compacted.")]
 Target = Annotated[str, typer.Option(help="What a compaction leaves: a fraction (0.5), slots (256) or bytes (12MiB).")]
 Chunk = Annotated[int, typer.Option(min=1, help="Most tokens in one forward.")]
+Rebase = Annotated[
+    # Without a --no-rebase, for which the help would need a column of its own.
+    bool, typer.Option("--rebase", help="Go on past the model's positions by moving slots to lower ones.")
+]
 Probe = Annotated[
     str | None,
     typer.Option(

@@ -18,6 +18,7 @@ from agentmem.cli.arguments import (
     PolicyName,
     Probe,
     ProbeTokens,
+    Rebase,
     Target,
     parse_target,
     policy_options,
@@ -39,6 +40,7 @@ def plan(
     probe: Probe = None,
     probe_tokens: ProbeTokens = None,
     chunk: Chunk = 1024,
+    rebase: Rebase = False,
     dtype: Annotated[Dtype, typer.Option(help="Number format of keys and values.")] = Dtype.AUTO,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
@@ -55,6 +57,7 @@ def plan(
         keep_recent=keep_recent,
         target=parse_target(target),
         chunk=chunk,
+        rebase=rebase,
     )
     if as_json:
         write_json({**asdict(made), "workspace_bytes": made.workspace_bytes}, STDOUT, "--json")

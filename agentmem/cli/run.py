@@ -17,6 +17,7 @@ from agentmem.cli.arguments import (
     PolicyName,
     Probe,
     ProbeTokens,
+    Rebase,
     Target,
     parse_target,
     policy_options,
@@ -48,6 +49,7 @@ def run(
     probe: Probe = None,
     probe_tokens: ProbeTokens = None,
     chunk: Chunk = 1024,
+    rebase: Rebase = False,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=1e-6, max=1.0, help="Nucleus of the sampling.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling and of the memory.")] = 0,
@@ -70,6 +72,7 @@ def run(
         "keep_recent": keep_recent,
         "target": parse_target(target),
         "chunk": chunk,
+        "rebase": rebase,
         "seed": seed,
     }
     options = policy_options(probe, probe_tokens)

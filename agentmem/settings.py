@@ -48,6 +48,9 @@ def format_bytes(count: int) -> str:
 Mode = Literal["auto", "manual", "off"]
 OnFailure = Literal["evict", "raise", "stop"]
 Target = Annotated[int | float | str, Field(union_mode="left_to_right")]
+SEED_MIN, SEED_MAX = -(1 << 63), (1 << 64) - 1
+"""What a generator of torch takes."""
+Seed = Annotated[int, Field(ge=SEED_MIN, le=SEED_MAX)]
 
 
 def _parse_cap(value: object) -> int:
@@ -84,7 +87,7 @@ class Settings(BaseModel):
     """Most tokens in one forward: prompts are fed in pieces of it, probes are no longer than it."""
     max_slots: int | None = Field(default=None, ge=1)
     """Use at most this many slots per head although the cap has room for more (comparisons at equal slots)."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the memory's own random generator; the global random state is never touched."""
 
     @classmethod

@@ -75,6 +75,7 @@ def test_the_table_has_the_command_that_makes_it(
         (["--tokens", "100000"], "--tokens 100000; lower it"),
         (["--tokens", "20"], "fewer than one window of 640"),
         (["--context", "50"], "leave no segment"),
+        (["--seed", "99999999999999999999"], "seed: 99999999999999999999 is beyond"),
         ([*SMALL, "--policy", "wndow"], "policy 'wndow' is unknown"),
         (["--out", "{text}/t.json"], "cannot write"),
     ],

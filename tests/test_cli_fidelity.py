@@ -121,6 +121,7 @@ def test_fidelity_keeps_what_was_measured_before_an_error(fidelity: list[str]) -
         (("--policies", "window[a"), ("cannot be read",)),
         (("--text", "nowhere.txt"), ("cannot read nowhere.txt",)),
         (("--slots", "9"), ("max_slots: 9",)),
+        (("--seed", "99999999999999999999"), ("seed: ", "less than or equal to 18446744073709551615", "got 999")),
         (("--cap", "8KiB"), ("too small",)),
         (("--json", "."), ("--json: cannot write .",)),
     ],

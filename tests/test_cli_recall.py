@@ -100,6 +100,7 @@ def test_recall_shows_what_is_whole_before_an_error(recall: list[str]) -> None:
         (("--policies", ","), "names no policy"),
         (("--depths", "0.5,x"), "--depths: '0.5,x' is no list of numbers"),
         (("--depths", "0.5,0.2"), "must ascend"),
+        (("--seed", "-9223372036854775809"), "seed: Input should be greater than or equal to -9223372036854775808"),
         (("--depths", "0.001"), "inside the prefix of 4"),
         (("--formats", "riddles"), "'codes', 'names' or 'lists'"),
         (("--tokens", "5000"), "a document takes 5000"),

@@ -40,6 +40,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
         (("--probe", "replay:0", "--prompt", "x"), ("the share of 'replay' is 0.0",)),
         (("--probe", "focus", "--prompt", "x"), ("'focus' needs a text",)),
         (("--target", "1.5", "--prompt", "x"), ("target: 1.5",)),
+        (
+            ("--seed", "99999999999999999999", "--prompt", "x"),
+            ("seed: ", "equal to 18446744073709551615", "got 999"),
+        ),
         (("--prompt", "  \n"), ("--prompt is empty",)),
         (("--prompt-file", "nowhere.txt"), ("cannot read nowhere.txt",)),
         (("--prompt", "x", "--json", "."), ("--json: cannot write .",)),

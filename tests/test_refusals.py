@@ -13,10 +13,27 @@ from transformers.models.t5 import T5ForConditionalGeneration
 import agentmem
 import variants
 from agentmem.errors import (
+    SettingsRefused,
     UnsupportedGeneration,
     UnsupportedModel,
 )
 from agentmem.testing import tiny_model
+
+# ---- settings
+
+
+@pytest.mark.parametrize(("seed", "taken"), [(1 << 64, (1 << 64) - 1), (-(1 << 63) - 1, -(1 << 63))])
+def test_a_seed_that_no_generator_takes_is_refused(seed: int, taken: int) -> None:
+    """With the value and the limit, where torch would only speak of an overflow; the last before it is taken."""
+    model = variants.private()
+    with (
+        pytest.raises(SettingsRefused, match=rf"^seed: Input should be .+ to {taken} \(got {seed}\)"),
+        agentmem.capped(model, "1MiB", seed=seed),
+    ):
+        pass
+    with agentmem.wrap(model, cap="4MiB", seed=taken) as memory:
+        memory.generate(variants.prompt(5), max_new_tokens=1)
+
 
 # ---- arguments of generate
 

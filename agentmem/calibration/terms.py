@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from agentmem.errors import SettingsRefused
+from agentmem.settings import SEED_MAX, SEED_MIN
 
 Method = Literal["attention", "fisher", "loss"]
 
@@ -54,6 +55,9 @@ class Terms:
             rising = all(low < high for low, high in zip((0.0, *values), (*values, 1.0), strict=True))
             if not values or not rising:
                 raise SettingsRefused(f"{name}: {values} do not rise between 0 and 1")
+
+        if not SEED_MIN <= self.seed <= SEED_MAX:
+            raise SettingsRefused(f"seed: {self.seed} is beyond what a generator takes; give one of 64 bits")
 
     @property
     def segment(self) -> int:

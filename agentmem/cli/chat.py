@@ -59,7 +59,7 @@ def chat(
     given = {"keep_recent": keep_recent, "rebase": rebase}
     settings = {name: value for name, value in given.items() if value is not None}
     plugins.policy(policy or _POLICY)  # what needs no model is refused before one is loaded
-    Settings.of(cap=cap, **settings)
+    Settings.of(cap=cap, seed=seed, **settings)
     loaded, tokenizer = load_model(model, dtype)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:

@@ -13,6 +13,7 @@ from agentmem import plugins
 from agentmem.contracts import Queries
 from agentmem.doors import capped, plan
 from agentmem.errors import SettingsRefused
+from agentmem.settings import Seed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,7 +63,7 @@ class Terms(Frozen):
     """A mixture such as ``replay+spread:0.5`` for every policy that asks for queries; ``None`` leaves each its own."""
     probe_tokens: int | None = Field(default=None, ge=1)
     """As many reference tokens for every policy that asks for queries; ``None`` lets the plan choose."""
-    seed: int = 0
+    seed: Seed = 0
 
     @field_validator("probe")
     @classmethod

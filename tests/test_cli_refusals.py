@@ -16,6 +16,7 @@ import typer
 
 from agentmem.cli.display import Display
 from agentmem.cli.prompt import read_prompt
+from agentmem.errors import SettingsRefused
 from agentmem.testing import tiny_model
 from agentmem.trace import read_trace
 from shell import CAP, SMALL, agentmem, refused, save_model, save_tokenizer
@@ -54,6 +55,34 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_bad_input_is_refused(folder: str, arguments: tuple[str, ...], parts: tuple[str, ...]) -> None:
     """Exit code 1 and a line with the value and the remedy."""
     refused(agentmem("run", "--model", folder, *SMALL, *arguments), *parts)
+
+
+def test_pictures_that_cannot_be_kept_are_refused_before_the_work(folder: str, tmp_path: Path) -> None:
+    """Not after it: nothing is generated, and no report is left."""
+    blocked = tmp_path / "file"
+    blocked.touch()
+    paths = ("--plot", str(blocked), "--json", str(tmp_path / "r.json"))
+
+    refused(agentmem("run", "--model", folder, *CAP, *SMALL, *paths, "--prompt", "x"), "--plot: cannot write into")
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_pictures_that_fail_after_the_work_lose_nothing_else(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full by then: the report and the table are there, and the exit code is 1."""
+
+    def full(*_: object) -> None:
+        raise SettingsRefused("plot: cannot write into it: No space left on device")
+
+    monkeypatch.setattr("agentmem.cli.run.draw", full)
+    paths = ("--plot", str(tmp_path), "--json", str(tmp_path / "r.json"), "--max-new-tokens", "5")
+    result = agentmem("run", "--model", folder, *CAP, *SMALL, *paths, "--prompt", "x")
+
+    assert result.exit_code == 1
+    assert "No space left" in result.stderr
+    assert json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["pictures"] == []
+    assert "peak, workspace included" in result.stdout
 
 
 def test_bad_prompts_are_refused(folder: str, tmp_path: Path) -> None:

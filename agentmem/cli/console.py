@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,3 +91,19 @@ def require_writable(path: Path, option: str) -> None:
             path.unlink()
     except OSError as error:
         raise SettingsRefused(f"{option}: cannot write {path}: {error.strerror or error}") from error
+
+
+def require_folder(path: Path, option: str) -> None:
+    """The same for a folder, which is made if it is missing.
+
+    Raises:
+        SettingsRefused: nothing can be written into it.
+
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise SettingsRefused(
+            f"{option}: cannot write into {path}: {error.strerror or error}; give a folder, or leave {option} out"
+        ) from error

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentmem import evaluation, models, plugins
-from agentmem.cli.console import ERR, OUT, STDOUT, note, require_writable, show, table, write_json
+from agentmem.cli.console import ERR, OUT, STDOUT, note, require_folder, require_writable, show, table, write_json
 from agentmem.errors import SettingsRefused
 from agentmem.evaluation.terms import Frozen, Terms
 from agentmem.settings import parse_bytes
@@ -97,10 +97,7 @@ class Delivery:
         if self.json_path not in (None, STDOUT):
             require_writable(Path(str(self.json_path)), "--json")
         if self.plot is not None:
-            try:
-                self.plot.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise SettingsRefused(f"--plot: cannot write {self.plot}: {error.strerror or error}") from error
+            require_folder(self.plot, "--plot")
 
     def rows(self, rows: Sequence[Frozen]) -> None:
         """Write the rows, if that was asked for."""

@@ -22,12 +22,13 @@ from agentmem.cli.arguments import (
     parse_target,
     policy_options,
 )
-from agentmem.cli.console import ERR, OUT, STDOUT, require_writable, show, write_json
+from agentmem.cli.console import ERR, OUT, STDOUT, require_folder, require_writable, show, write_json
 from agentmem.cli.generation import Sampling
 from agentmem.cli.job import Job
 from agentmem.cli.loading import Dtype, load_model
 from agentmem.cli.outcome import Outcome
 from agentmem.cli.prompt import encode, read_prompt
+from agentmem.errors import SettingsRefused
 from agentmem.plots import draw
 from agentmem.settings import Settings
 
@@ -67,6 +68,8 @@ def run(
     text = read_prompt(prompt, prompt_file, source)
     if json_path not in (None, STDOUT):
         require_writable(Path(json_path), "--json")
+    if plot is not None:
+        require_folder(plot, "--plot")
     settings: dict[str, object] = {
         "keep_first": keep_first,
         "keep_recent": keep_recent,
@@ -96,8 +99,12 @@ def _refuse_early(cap: str, policy: str, options: dict[str, object], settings: d
 def _deliver(outcome: Outcome, json_path: str | None, trace: Path | None, plot: Path | None) -> None:
     """Write everything, also of a run that ended early; then say how it ended by the exit code."""
     written: list[tuple[str, Path | str]] = []
+    failure = outcome.error
     if plot is not None:
-        outcome.pictures = draw(outcome.trace, plot)
+        try:
+            outcome.pictures = draw(outcome.trace, plot)
+        except SettingsRefused as error:  # the report and the table are not lost with the pictures
+            failure = failure or error
         written += [("picture", path) for path in outcome.pictures]
     if trace is not None:
         written.append(("trace", trace))
@@ -108,7 +115,7 @@ def _deliver(outcome: Outcome, json_path: str | None, trace: Path | None, plot: 
     console = ERR if json_path == STDOUT else OUT
     console.print()
     show(outcome.table(written), on=console)
-    if outcome.error is not None:
-        raise outcome.error
+    if failure is not None:
+        raise failure
     if outcome.interrupted:
         raise KeyboardInterrupt

@@ -156,6 +156,19 @@ def test_wrong_usage_is_exit_code_2(arguments: tuple[str, ...]) -> None:
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("command", [("run", "--prompt", "x"), ("chat",)], ids=" ".join)
+@pytest.mark.parametrize("temperature", ["1e-45", "1e-38"])
+def test_too_small_a_temperature_is_wrong_usage(folder: str, command: tuple[str, ...], temperature: str) -> None:
+    """Wrong usage, with the value, the limit and what is meant instead; the least that is taken samples."""
+    given = (*command, "--model", folder, "--cap", "4MiB", "--max-new-tokens", "3", "--temperature")
+    result, least = agentmem(*given, temperature, stdin="hello\n"), agentmem(*given, "1e-30", stdin="hello\n")
+
+    assert result.exit_code == 2
+    said = " ".join(result.stderr.replace("│", " ").split())
+    assert f"{float(temperature)} is too small to divide logits by; give at least 1e-30, or 0" in said
+    assert least.exit_code == 0, least.output
+
+
 def test_no_prompt_on_a_terminal_is_wrong_usage(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody is left waiting in front of a silent terminal."""
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))

@@ -6,10 +6,23 @@ from typing import Annotated
 
 import typer
 
+LEAST_TEMPERATURE = 1e-30
+"""Logits of any model stay finite in float32 when they are divided by it."""
+
+
+def _check_temperature(value: float) -> float:
+    if 0 < value < LEAST_TEMPERATURE:
+        raise typer.BadParameter(
+            f"{value} is too small to divide logits by; give at least {LEAST_TEMPERATURE}, or 0 for greedy decoding"
+        )
+    return value
+
+
 Model = Annotated[
     str | None, typer.Option(help="Hugging Face id or folder; without it the default model.", show_default=False)
 ]
 Cap = Annotated[str, typer.Option(help="Hard limit in bytes: 25165824, 24MiB, 1.5GB.")]
+Temperature = Annotated[float, typer.Option(min=0.0, callback=_check_temperature, help="0 is greedy.")]
 PolicyName = Annotated[
     str,
     typer.Option(help="An installed policy, or with options: am-halving\\[budgets=global]; see `agentmem policies`."),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from agentmem import plugins
-from agentmem.cli.arguments import Cap, Model
+from agentmem.cli.arguments import Cap, Model, Temperature
 from agentmem.cli.chat_commands import obey
 from agentmem.cli.chat_conversation import Conversation
 from agentmem.cli.chat_input import read_lines
@@ -35,7 +35,7 @@ def chat(
     system: Annotated[
         str | None, typer.Option(help="The system prompt; it is never compacted.", show_default=False)
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    temperature: Temperature = 0.0,
     top_p: Annotated[float, typer.Option(min=1e-6, max=1.0, help="Nucleus of the sampling.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one reply at most.")] = 512,

@@ -19,6 +19,7 @@ from agentmem.cli.arguments import (
     ProbeTokens,
     Rebase,
     Target,
+    Temperature,
     parse_target,
     policy_options,
 )
@@ -51,7 +52,7 @@ def run(
     probe_tokens: ProbeTokens = None,
     chunk: Chunk = 1024,
     rebase: Rebase = False,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    temperature: Temperature = 0.0,
     top_p: Annotated[float, typer.Option(min=1e-6, max=1.0, help="Nucleus of the sampling.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling and of the memory.")] = 0,
     dtype: Annotated[Dtype, typer.Option(help="Number format; auto is the checkpoint's own.")] = Dtype.AUTO,

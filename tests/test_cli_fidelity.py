@@ -123,6 +123,7 @@ def test_fidelity_keeps_what_was_measured_before_an_error(fidelity: list[str]) -
         (("--slots", "9"), ("max_slots: 9",)),
         (("--seed", "99999999999999999999"), ("seed: ", "less than or equal to 18446744073709551615", "got 999")),
         (("--cap", "8KiB"), ("too small",)),
+        (("--policies", "window,am-halving", "--slots", "128", "--cap", "8KiB"), ("too small",)),
         (("--json", "."), ("--json: cannot write .",)),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
@@ -134,5 +135,6 @@ def test_fidelity_refuses_bad_input(fidelity: list[str], arguments: tuple[str, .
     assert result.exit_code == 1, result.output
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
+    assert "rows were measured" not in result.stderr
     for part in parts:
         assert part in result.stderr

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from shell import agentmem, save_model
+from agentmem import evaluation
+from agentmem.contracts import Policy
+from agentmem.errors import MemoryCapExceeded
+from shell import agentmem, refused, save_model
 
 SCORE = {"facts", "exact", "log_prob", "log_prob_per_token", "recovered"}
 KEYS = SCORE | {
@@ -82,15 +86,43 @@ def test_recall_draws_and_resumes(recall: list[str], tmp_path: Path, folder: str
         assert (tmp_path / "pictures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_recall_shows_what_is_whole_before_an_error(recall: list[str]) -> None:
-    """A policy that cannot serve the terms is an error; finished policies are printed and kept."""
-    result = agentmem(*recall, "--slots", "300", "--policies", "heavy-hitters,am-halving", "--probe", "repeat")
-    broken = agentmem(*recall, "--cap", "8KiB", "--policies", "window")
+def test_recall_shows_what_is_whole_before_an_error(recall: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails while it is measured is an error; finished policies are printed and kept."""
+    policies = ("--slots", "300", "--policies", "heavy-hitters,am-halving", "--probe", "repeat")
+    result = agentmem(*recall, *policies)
+    measure = evaluation.recall.measure
+
+    def broken(model: Any, document: Any, policy: Policy, *arguments: Any, **options: Any) -> Any:
+        if policy.name == "keydiff":
+            raise MemoryCapExceeded("it is full")
+        return measure(model, document, policy, *arguments, **options)
+
+    monkeypatch.setattr(evaluation.recall, "measure", broken)
+    failed = agentmem(*recall, "--slots", "300", "--policies", "heavy-hitters,keydiff", "--probe", "repeat")
 
     assert result.exit_code == 0, result.output
-    assert broken.exit_code == 1
-    assert "too small" in broken.stderr
-    assert "2 of 4 rows were measured" in broken.stderr
+    assert failed.exit_code == 1
+    assert "it is full" in failed.stderr
+    assert "heavy-hitters" in failed.stdout
+    assert "6 of 8 rows were measured; the same command goes on there" in failed.stderr
+
+
+@pytest.mark.parametrize(
+    ("limits", "part"),
+    [
+        (("--policies", "full", "--slots", "20"), "max_slots: 20 is below"),
+        (("--policies", "window", "--cap", "8KiB"), "too small"),
+        (("--policies", "window", "--slots", "300", "--cap", "8KiB"), "too small"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_recall_plans_every_policy_before_it_measures_one(
+    recall: list[str], monkeypatch: pytest.MonkeyPatch, limits: tuple[str, ...], part: str
+) -> None:
+    """Window's limits too, which is always measured; nothing is said of rows, for there is nothing to go on from."""
+    monkeypatch.setattr(evaluation.recall, "measure", pytest.fail)
+
+    refused(agentmem(*recall, *limits), part)
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,7 @@ def fidelity(
     passages = {at: evaluation.passage(tokenizer, source, offset=at, tokens=tokens) for at in offsets}
     work = Work(loaded, tokenizer, specs, kept_in(cache_dir, "fidelity"), fresh, delivery)
     if shot is None:
+        work.check_plans(limits)
         _compare(work, passages, limits)
     else:
         evaluate_one_shot.compare(work, passages, terms, shot)

@@ -15,7 +15,11 @@ def compare(work: Work, passages: dict[int, torch.Tensor], terms: Terms, shot: S
     """Measure every passage and deliver what was found, also before an error or Ctrl-C."""
     done: list[OneShotRow] = []
     tokens = len(next(iter(passages.values()))) - 1
-    wanted = len(passages) * len(one_shot.cases(work.specs, terms, shot, tokens))
+    cases = one_shot.cases(work.specs, terms, shot, tokens)
+    for case in cases:
+        if not isinstance(case.policy, str):  # refused now, not when its turn comes
+            case.terms.plan(work.model, case.policy, min_reclaim=1)
+    wanted = len(passages) * len(cases)
     try:
         for offset, ids in passages.items():
             with bars(tokens, f" from {offset}" if len(passages) > 1 else "") as progress:

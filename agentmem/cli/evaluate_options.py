@@ -130,6 +130,18 @@ class Work:
     fresh: bool
     delivery: Delivery
 
+    def check_plans(self, limits: Iterable[Terms], specs: Iterable[str] | None = None) -> None:
+        """Plan every policy under every limit, so that none is refused after others were measured for minutes.
+
+        Raises:
+            SettingsRefused: a policy cannot serve the terms on this model.
+
+        """
+        chosen = self.specs if specs is None else tuple(specs)
+        for terms in limits:
+            for spec in chosen:
+                terms.plan(self.model, terms.policy(spec))
+
     def note_missing(self, done: int, wanted: int) -> None:
         """Say how much was measured, if not all was."""
         if done < wanted:

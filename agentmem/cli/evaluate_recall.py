@@ -90,6 +90,8 @@ def recall(
     loaded, tokenizer = load_model(model, dtype)
     documents = evaluation.documents(tokenizer, source, quiz, offset=offset, keep_first=keep_first)
     work = Work(loaded, tokenizer, specs, kept_in(cache_dir, "recall"), fresh, delivery)
+    judged = [spec for spec in dict.fromkeys((WINDOW, *specs)) if spec != FULL]  # full memory has terms of its own
+    work.check_plans(limits, judged)
     _compare(work, documents, limits, fidelity)
 
 

@@ -12,7 +12,7 @@ import argparse
 import agentmem
 from agentmem import models
 from agentmem.settings import format_bytes
-from refusals import run
+from refusals import positive, run
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--model", help="a Hugging Face id or path; default: the embedded model")
     parser.add_argument("--cap", default="20MiB")
     parser.add_argument("--policy", default="am-halving")
-    parser.add_argument("--tokens", type=int, default=500)
+    parser.add_argument("--tokens", type=positive, default=500)
     given = parser.parse_args()
 
     model, tokenizer = models.load(given.model)

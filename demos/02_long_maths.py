@@ -17,7 +17,7 @@ from agentmem import models
 from agentmem.sessions import CompactionFinished, TokenEvent
 from agentmem.settings import format_bytes
 from problems import Problem, extract, generated, read, same
-from refusals import run
+from refusals import count, file_for, positive, run
 
 ANSWER_TOKENS = 16
 
@@ -28,10 +28,12 @@ def options() -> argparse.Namespace:
     parser.add_argument("--model", help="a Hugging Face id or path; default: the embedded model")
     parser.add_argument("--cap", default="8MiB")
     parser.add_argument("--policy", default="am-halving")
-    parser.add_argument("--compactions", type=int, default=2, help="of one problem, at most")
-    parser.add_argument("--problems", type=int, default=3, help="how many")
-    parser.add_argument("--file", help='JSON lines with "problem" and "answer"; default: problems are made up')
-    parser.add_argument("--tokens", type=int, default=32768, help="of thinking about one problem, at most")
+    parser.add_argument("--compactions", type=count, default=2, help="of one problem, at most")
+    parser.add_argument("--problems", type=positive, default=3, help="how many")
+    parser.add_argument(
+        "--file", type=file_for(read), help='JSON lines with "problem" and "answer"; default: problems are made up'
+    )
+    parser.add_argument("--tokens", type=positive, default=32768, help="of thinking about one problem, at most")
     return parser.parse_args()
 
 
@@ -78,7 +80,7 @@ def solve(runtime: agentmem.Runtime, problem: Problem, given: argparse.Namespace
 def main() -> None:
     """Solve the problems one by one."""
     given = options()
-    problems = (read(given.file) if given.file else generated(given.problems))[: given.problems]
+    problems = (given.file or generated(given.problems))[: given.problems]
     model, tokenizer = models.load(given.model)
     with agentmem.Runtime(model, tokenizer, cap=given.cap, policy=given.policy, keep_recent=32) as runtime:
         right = sum(solve(runtime, problem, given) for problem in problems)

@@ -18,7 +18,7 @@ from agentmem import models
 from agentmem.errors import SettingsRefused
 from agentmem.settings import format_bytes
 from coding_tasks import TASKS, Task, code_in, read_tasks
-from refusals import run
+from refusals import count, file_for, positive, run
 
 EVIL = {
     "loop": "while True: pass",
@@ -34,10 +34,10 @@ def options() -> argparse.Namespace:
     parser.add_argument("--model", help="a Hugging Face id or path; default: the embedded model")
     parser.add_argument("--cap", default="16MiB")
     parser.add_argument("--policy", default="am-halving")
-    parser.add_argument("--tasks", type=int, default=2, help="how many")
-    parser.add_argument("--file", help="tasks in HumanEval's form, .jsonl or .jsonl.gz; default: a few of our own")
-    parser.add_argument("--repairs", type=int, default=1, help="of one task, at most")
-    parser.add_argument("--tokens", type=int, default=160, help="of one reply, at most")
+    parser.add_argument("--tasks", type=positive, default=2, help="how many")
+    parser.add_argument("--file", type=file_for(read_tasks), help="in HumanEval's form; default: a few of our own")
+    parser.add_argument("--repairs", type=count, default=1, help="of one task, at most")
+    parser.add_argument("--tokens", type=positive, default=160, help="of one reply, at most")
     parser.add_argument("--seconds", type=float, default=5, help="that the code may run")
     parser.add_argument("--inject", nargs="*", default=[], choices=EVIL, help="evil code to reply with, one a task")
     return parser.parse_args()
@@ -84,7 +84,7 @@ def work_on(session: agentmem.Session, task: Task, evil: str | None, given: argp
 def main() -> None:
     """Work on the tasks one after the other, in one conversation."""
     given = options()
-    tasks = (read_tasks(given.file) if given.file else TASKS)[: max(given.tasks, len(given.inject))]
+    tasks = (given.file or TASKS)[: max(given.tasks, len(given.inject))]
     model, tokenizer = models.load(given.model)
     with agentmem.Runtime(model, tokenizer, cap=given.cap, policy=given.policy, keep_recent=32) as runtime:
         session = runtime.session(name="coder")

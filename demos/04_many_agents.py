@@ -17,7 +17,7 @@ import agentmem
 from agentmem import models
 from agentmem.sessions import TextEvent
 from agentmem.settings import format_bytes
-from refusals import run
+from refusals import positive, run
 
 LETTERS = {"active": "A", "idle": "i", "on disk": "d", "closed": " "}
 COLOURS = ("red", "blue", "green", "black", "white", "yellow", "purple", "orange")
@@ -76,10 +76,10 @@ def main() -> None:
     parser.add_argument("--model", help="a Hugging Face id or path; default: the embedded model")
     parser.add_argument("--cap", default="32MiB")
     parser.add_argument("--policy", default="am-halving")
-    parser.add_argument("--agents", type=int, default=8)
+    parser.add_argument("--agents", type=positive, default=8)
     parser.add_argument("--share", type=float, default=0.4, help="of the cap, for an agent at work")
-    parser.add_argument("--turns", type=int, default=2, help="of each agent")
-    parser.add_argument("--tokens", type=int, default=24, help="of one reply, at most")
+    parser.add_argument("--turns", type=positive, default=2, help="of each agent")
+    parser.add_argument("--tokens", type=positive, default=24, help="of one reply, at most")
     given = parser.parse_args()
 
     model, tokenizer = models.load(given.model)

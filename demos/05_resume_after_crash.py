@@ -21,7 +21,7 @@ import torch
 
 import agentmem
 from agentmem import models
-from refusals import run
+from refusals import positive, run
 
 QUESTIONS = ("Tell me how a tower clock works.", "Why does each part matter?", "Which part wears out first?")
 
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--model", help="a Hugging Face id or path; default: the embedded model")
     parser.add_argument("--cap", default="7MiB")
     parser.add_argument("--policy", default="am-halving")
-    parser.add_argument("--tokens", type=int, default=100, help="of every reply")
+    parser.add_argument("--tokens", type=positive, default=100, help="of every reply")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--threads", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()

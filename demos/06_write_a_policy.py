@@ -15,11 +15,11 @@ from collections.abc import Sequence
 import torch
 
 import agentmem
-from agentmem import Compaction, Compactor, HeadCompaction, Policy, Queries, Segment, models
+from agentmem import Compaction, Compactor, HeadCompaction, Policy, Queries, Segment, models, plugins
 from agentmem.contracts import HeadSegment, SegmentShape
 from agentmem.policies.uniform import Uniform
 from agentmem.testing import check_policy
-from refusals import run
+from refusals import positive, run
 
 # ---- the policy
 
@@ -73,16 +73,17 @@ def main() -> None:
     parser.add_argument("--model", help="a Hugging Face id or path; default: the embedded model")
     parser.add_argument("--cap", default="8MiB")
     parser.add_argument("--policy", action="append", help="to compare with; default: am-halving")
-    parser.add_argument("--tokens", type=int, default=200, help="of the reply")
+    parser.add_argument("--tokens", type=positive, default=200, help="of the reply")
     given = parser.parse_args()
 
+    others = [plugins.policy(name) for name in given.policy or ["am-halving"]]
     check = check_policy(neighbours())
     print(check)
     check.raise_if_broken()
     model, tokenizer = models.load(given.model)
     print(f"\n{'policy':14}{'compactions':>12}{'output error':>14}{'mass error':>12}   the end of the reply")
     with agentmem.Runtime(model, tokenizer, cap=given.cap, keep_recent=32) as runtime:
-        for policy in (neighbours(), *(given.policy or ["am-halving"])):
+        for policy in (neighbours(), *others):
             with runtime.session(policy) as session:
                 session.append("user", "Explain how a tower clock works, part by part, and why each part is there.")
                 reply = session.generate(max_new_tokens=given.tokens, min_new_tokens=given.tokens, do_sample=False)

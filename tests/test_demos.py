@@ -80,6 +80,37 @@ def test_a_cap_that_is_too_small_is_a_message(demo: Demo, folder: str, number: s
         demo(number, "--model", folder, "--cap", "20KiB")
 
 
+@pytest.mark.parametrize(
+    ("number", "arguments", "said"),
+    [
+        ("01", ("--tokens", "0"), "--tokens: '0' is too few; give at least 1"),
+        ("02", ("--problems", "-1"), "--problems: '-1' is no whole number from 0 on"),
+        ("02", ("--compactions", "-1"), "--compactions: '-1' is no whole number from 0 on"),
+        ("02", ("--file", "/nope"), "--file: cannot read /nope: No such file"),
+        ("02", ("--file", __file__), "--file: test_demos.py:1: not JSON"),
+        ("03", ("--file", "/nope"), "--file: cannot read /nope: No such file"),
+        ("03", ("--repairs", "many"), "--repairs: 'many' is no whole number"),
+        ("04", ("--agents", "0"), "--agents: '0' is too few"),
+        ("05", ("--tokens", "-3"), "--tokens: '-3' is no whole number"),
+    ],
+)
+def test_options_that_cannot_work_are_wrong_usage(
+    demo: Demo, capfd: pytest.CaptureFixture[str], number: str, arguments: tuple[str, ...], said: str
+) -> None:
+    """Before anything is loaded, with the option, its value and what is wrong."""
+    with pytest.raises(SystemExit, match=r"^2$"):
+        demo(number, *arguments)
+    assert f"error: argument {said}" in capfd.readouterr().err
+
+
+def test_06_looks_its_policies_up_before_the_check(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that is not installed is refused at once, not after minutes."""
+    monkeypatch.setattr("agentmem.testing.check_policy", pytest.fail)
+
+    with pytest.raises(SystemExit, match=r"^agentmem: policy 'nope' is unknown"):
+        demo("06", "--policy", "window", "--policy", "nope")
+
+
 @pytest.mark.usefixtures("_loaded")
 def test_01_generates_text(demo: Demo) -> None:
     """The reply, and a peak below the cap."""

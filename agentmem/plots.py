@@ -5,6 +5,7 @@ Matplotlib's object interface only: nothing global is touched, so it is safe bes
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,7 +82,8 @@ def error_figure(trace: Trace) -> Figure:
         if found:
             numbers, heights = zip(*found, strict=True)
             axes.plot(numbers, heights, marker=marker, color=colour, linewidth=1.4, markersize=5, label=label)
-    axes.set_ylim(bottom=0)
+    known = [value for *_, values in series for value in values if value is not None and math.isfinite(value)]
+    axes.set_ylim(0, 1.12 * max(known, default=0.0) or 1.0)  # room above the highest marker
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel("compaction")
     axes.set_ylabel("error on held-out queries, mean over layers")

@@ -109,6 +109,17 @@ def test_the_errors_are_drawn_once_per_compaction() -> None:
     assert list(output.get_ydata()) == pytest.approx([0.05] * 3)
 
 
+@pytest.mark.parametrize("output_error", [0.05, 0.0])
+def test_no_marker_touches_the_frame(output_error: float) -> None:
+    """The highest error has room above it; the scale begins at 0, also where nothing was lost."""
+    (axes,) = plots.error_figure(saw_tooth(3, output_error=output_error)).axes
+    bottom, top = axes.get_ylim()
+
+    assert bottom == 0
+    assert top >= 1.1 * output_error
+    assert top > 0
+
+
 def test_nothing_global_is_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing never imports pyplot, which would choose a backend for the whole process."""
     monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)

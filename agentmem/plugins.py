@@ -177,7 +177,8 @@ def _only(name: str) -> EntryPoint:
     registered = _registered()
     points = registered.get(name, [])
     if not points:
-        near = difflib.get_close_matches(name, registered, n=3, cutoff=0.5)
+        lower = {each.lower(): each for each in registered}
+        near = [lower[each] for each in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.5)]
         hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
         raise UnknownPolicy(f"policy {name!r} is unknown; {hint}Installed: {', '.join(sorted(registered)) or 'none'}")
     if len(points) > 1:

@@ -79,6 +79,8 @@ def test_an_unknown_name_gets_a_suggestion_and_the_list() -> None:
     """The message holds the nearest names and every installed one."""
     with pytest.raises(UnknownPolicy, match=r"'am-halfing' is unknown; did you mean 'am-halving'.*Installed: .*window"):
         plugins.policy("am-halfing")
+    with pytest.raises(UnknownPolicy, match=r"'AM-HALVING' is unknown; did you mean 'am-halving'"):
+        plugins.policy("AM-HALVING")
 
 
 @pytest.mark.parametrize(

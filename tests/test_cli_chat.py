@@ -187,6 +187,24 @@ def test_a_fork_and_its_origin_part(folder: str) -> None:
     assert {"branch-fork", "branch-fork-fork"} <= set(result.stdout.split())
 
 
+def test_any_blank_ends_a_command_s_name(folder: str) -> None:
+    """A tab too, or several blanks."""
+    result = chat(folder, "/fork\tbranch", "/switch \t main")
+
+    assert result.exit_code == 0, result.output
+    assert "now in 'branch'" in result.stderr
+    assert "now in 'main'" in result.stderr
+
+
+def test_the_command_that_goes_on_from_a_save_can_be_pasted(folder: str, tmp_path: Path) -> None:
+    """A path with a blank in it is quoted for the shell, and written as it is behind /load."""
+    saved = str(tmp_path / "snap one")
+    result = chat(folder, f"/save {saved}", f"/load {saved}")
+
+    assert result.exit_code == 0, result.output
+    assert f"/load {saved}, or `agentmem chat --load '{saved}'`, goes on" in result.stderr
+
+
 def test_forks_share_the_cap_in_turns(folder: str) -> None:
     """Each branch may use the whole cap: the others are on disk meanwhile, and come back as they were."""
     result = chat(folder, "hello", "/fork b", "one", "/switch main", "two", "/switch b", "three", "/stats")

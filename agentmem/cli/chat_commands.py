@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ def obey(conversation: Conversation, line: str) -> bool:
         AgentmemError: it could not be done; the conversation is as before.
 
     """
-    name, _, argument = line.partition(" ")
+    name, argument = (*line.split(maxsplit=1), "")[:2]
     command = COMMANDS.get(name)
     if command is None:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
@@ -111,7 +112,8 @@ def _list(conversation: Conversation) -> None:
 
 def _save(conversation: Conversation, path: str) -> None:
     conversation.session.save(_expanded(path))
-    note(f"saved to {path}; /load {path}, or `agentmem chat --load {path}`, goes on from here")
+    pasted = shlex.quote(_expanded(path))
+    note(f"saved to {path}; /load {path}, or `agentmem chat --load {pasted}`, goes on from here")
 
 
 def _load(conversation: Conversation, path: str) -> None:

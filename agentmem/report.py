@@ -78,7 +78,9 @@ class CompactionReport(_Report):
     """Tokens of the transient forward."""
     seconds: float
     seconds_by_stage: dict[str, float]
-    """``probe`` (the transient forward, less the rest), ``fit``, ``check`` (held-out errors), ``commit``, ``deal``."""
+    """``probe`` (the transient forward: what the other stages leave), ``probe text`` (finding what it reads), ``fit``,
+    ``check`` (held-out errors), ``commit``, ``deal``; ``survey`` (budgets that compare heads) and ``summary``
+    (writing one) where there are any."""
     layers: tuple[LayerReport, ...]
     faults: tuple[str, ...] = ()
     """What went wrong and was repaired, one line each."""

@@ -133,7 +133,8 @@ def _check_max_slots(least: int, settings: Settings) -> None:
     if settings.max_slots is not None and settings.max_slots < least:
         raise SettingsRefused(
             f"max_slots: {settings.max_slots} is below {least}, what keep_first={settings.keep_first}, "
-            f"keep_recent={settings.keep_recent}, target={settings.target} and min_reclaim={settings.min_reclaim} need"
+            f"keep_recent={settings.keep_recent}, target={settings.target} and min_reclaim={settings.min_reclaim} "
+            "need; give as many, or lower those"
         )
 
 

@@ -7,8 +7,9 @@ Nothing here holds ids or renders text: the ids in the memory are the state, and
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
@@ -55,6 +56,11 @@ class Message(BaseModel):
             lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
             known = ", ".join(cls.model_fields)
             raise SettingsRefused(f"message: {'; '.join(lines)}. A message has: {known}") from None
+
+    @classmethod
+    def each(cls, given: Iterable[Message | Mapping[str, Any]]) -> list[Message]:
+        """Messages of what was given; see :meth:`of`."""
+        return [one if isinstance(one, Message) else cls.of(**one) for one in given]
 
 
 class Dialogue(BaseModel):

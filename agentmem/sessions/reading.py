@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from agentmem.errors import SettingsRefused
 from agentmem.hf.decoding import Decoding, prepare
 from agentmem.marks import Marks
-from agentmem.promotion import pin_coming, promote
+from agentmem.promotion import pin_coming
 from agentmem.sessions import turn
 from agentmem.sessions.events import Event
+from agentmem.sessions.steering import check_target, request_of
 from agentmem.sessions.text import TextPieces
 from agentmem.sessions.transcript import Entry
 from agentmem.sessions.turn import After, Interrupted, Reply
@@ -178,22 +178,6 @@ def reply_entry(session: Session) -> Entry | None:
     return Entry(kind="reply", role="assistant", start=session.reply_start, stop=len(session.ids), pinned=pinned)
 
 
-def slots_of(session: Session, target: float) -> int:
-    """Slots per head that a compaction of everything leaves between prefix and recent.
-
-    Raises:
-        SettingsRefused: no fraction between 0 and 1, and no count above 0.
-
-    """
-    _check_target(target)
-    if isinstance(target, int):
-        return target
-    memory, row = session.memory, session.memory.rows[0]
-    promote(memory, row)
-    held = row.mean_slots() - row.front(memory.plan.prefix) - memory.plan.recent
-    return max(1, math.ceil(target * max(0, held)))
-
-
 def _after(
     session: Session, tokens: int, compact: str | None, target: float, focus: str, policy: str | None, *, pin: bool
 ) -> After | None:
@@ -205,8 +189,8 @@ def _after(
         raise SettingsRefused(f"compact={compact!r} is unknown; write 'after', or leave it out")
     if pin:
         raise SettingsRefused("pin=True is never compacted, and compact='after' compacts at once; choose one of them")
-    _check_target(target)
-    memory, request = session.memory, session.request(focus, policy)
+    check_target(target)
+    memory, request = session.memory, request_of(session, focus, policy)
     if memory.settings.mode == "off":
         raise SettingsRefused("compact='after': this session never compacts (mode='off'); leave it out")
     chosen = request.policy or memory.policy
@@ -218,11 +202,6 @@ def _after(
             "fewer, a fraction such as 0.25, or raise the share"
         )
     return After(len(session.ids), tokens, target, request.focus, request.policy)
-
-
-def _check_target(target: float) -> None:
-    if not (0 < target < 1 or (isinstance(target, int) and target >= 1)):
-        raise SettingsRefused(f"target={target!r}: give a fraction between 0 and 1, such as 0.25, or slots per head")
 
 
 # ---- spans and pins

@@ -6,21 +6,20 @@ import time
 from array import array
 from collections.abc import Generator, Iterator, MutableSequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from agentmem.errors import MemoryClosed, SettingsRefused
-from agentmem.job import Request
+from agentmem.errors import MemoryClosed
 from agentmem.promotion import pin
-from agentmem.sessions import aio, reading, turn
+from agentmem.sessions import aio, reading, steering, turn
 from agentmem.sessions.asking import Asking
 from agentmem.sessions.dialogue import Dialogue, Message
 from agentmem.sessions.events import CompactionFinished, Event
 from agentmem.sessions.stats import SessionStats
 from agentmem.sessions.steps import Steps
 from agentmem.sessions.transcript import Entry, Transcript
-from agentmem.sessions.turn import Interrupted, Reply, Watch
+from agentmem.sessions.turn import Reply, Watch
 
 if TYPE_CHECKING:
     import os
@@ -153,13 +152,13 @@ class Session:
         self, messages: Sequence[Message | Mapping[str, Any]], **how: Any
     ) -> tuple[CompactionReport, ...]:
         """:meth:`extend` for asyncio."""
-        return await aio.append(self, _made(messages), how)
+        return await aio.append(self, Message.each(messages), how)
 
     def appending(
         self, messages: Sequence[Message | Mapping[str, Any]], *, deadline: float | None = None, **how: Any
     ) -> Generator[Event, None, None]:
         """Reading messages event by event; see :meth:`append`."""
-        return self._drive(lambda: reading.messages(self, _made(messages), **how), deadline)
+        return self._drive(lambda: reading.messages(self, Message.each(messages), **how), deadline)
 
     def say(self, text: str) -> None:
         """Put words into the reply: they are read at the next forward, as if the model had written them.
@@ -229,40 +228,10 @@ class Session:
         """
         found = [
             event.report
-            for event in self._drive(lambda: self._compacting(focus, target, policy, force=force), None)
+            for event in self._drive(lambda: steering.compacting(self, focus, target, policy, force=force), None)
             if isinstance(event, CompactionFinished)
         ]
         return found[-1] if found else None
-
-    def _compacting(
-        self, focus: str, target: float | None, policy: str | None, *, force: bool
-    ) -> Generator[Event | None, None, None]:
-        try:
-            yield from turn.read(self)
-            row = self.memory.rows[0]
-            if force or row.room <= self.asking.soft * self.memory.plan.capacity:
-                request = self.request(focus, policy)
-                if target is not None:
-                    request = Request(reading.slots_of(self, target), None, request.focus, request.policy)
-                yield from turn.compact(self, request, forced=False)
-        except Interrupted:
-            return
-
-    def request(self, focus: str, policy: str | None) -> Request:
-        """What a caller asks of a compaction.
-
-        Raises:
-            SettingsRefused: see :meth:`compact`.
-
-        """
-        chosen = self.memory.policy if policy is None else self.memory.named(policy)
-        if focus and not chosen.queries.probing:
-            raise SettingsRefused(
-                f"focus: policy {chosen.name!r} runs no probe that a text could be part of; choose one that does, such "
-                "as am-halving"
-            )
-        ids = tuple(self.tokenizer(focus, add_special_tokens=False)["input_ids"]) if focus else ()
-        return Request(None, None, ids, None if policy is None else chosen)
 
     def pin(self, start: int, stop: int) -> None:
         """Never compact the tokens ``start .. stop`` of the transcript again.
@@ -359,39 +328,12 @@ class Session:
     @property
     def stats(self) -> SessionStats:
         """A moment of this session."""
-        holding, memory = self.holding, self.holding.memory  # read once: another thread may move it to disk meanwhile
-        state: Literal["active", "idle", "on disk", "closed"] = "active" if self.busy else "idle"
-        if memory is None:
-            state = "closed" if self.closed else "on disk"
-        row = None if memory is None else memory.rows[0]
-        return SessionStats(
-            name=self.name,
-            state=state,
-            policy=holding.policy,
-            tokens=len(self.ids),
-            pending=len(self.ids) - holding.seen,
-            next_position=0 if row is None else row.next_position,
-            held_slots=0 if row is None else row.held,
-            capacity=holding.capacity,
-            room=0 if row is None else row.room,
-            pinned_tokens=0 if row is None else row.pins.count(0, 1 << 60),
-            lease_bytes=holding.lease,
-            charged_bytes=holding.charged,
-            peak_bytes=holding.peak,
-            compactions=holding.compactions,
-            rebases=holding.rebases,
-            shared_with=len(holding.sessions) - 1,
-            history_rewritten=self.dialogue.rewrites,
-        )
+        return SessionStats.of(self)
 
 
 def _within(entry: Entry, made: SummaryReport) -> bool:
     """Whether an entry is a summary that another one has replaced."""
     return entry.kind == "summary" and made.start <= entry.start and entry.stop <= made.stop
-
-
-def _made(messages: Sequence[Message | Mapping[str, Any]]) -> list[Message]:
-    return [one if isinstance(one, Message) else Message.of(**one) for one in messages]
 
 
 def _reports(events: Iterator[Event]) -> tuple[CompactionReport, ...]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from agentmem.sessions.session import Session
 
 State = Literal["active", "idle", "on disk", "closed"]
 
@@ -37,6 +40,34 @@ class SessionStats(BaseModel):
     """Other sessions that hold the same memory."""
     history_rewritten: bool
     """Whether the chat template would have written older messages otherwise by now; the memory keeps its own."""
+
+    @classmethod
+    def of(cls, session: Session) -> Self:
+        """Look at a session."""
+        holding, memory = session.holding, session.holding.memory  # read once: another thread may move it to disk
+        state: State = "active" if session.busy else "idle"
+        if memory is None:
+            state = "closed" if session.closed else "on disk"
+        row = None if memory is None else memory.rows[0]
+        return cls(
+            name=session.name,
+            state=state,
+            policy=holding.policy,
+            tokens=len(session.ids),
+            pending=len(session.ids) - holding.seen,
+            next_position=0 if row is None else row.next_position,
+            held_slots=0 if row is None else row.held,
+            capacity=holding.capacity,
+            room=0 if row is None else row.room,
+            pinned_tokens=0 if row is None else row.pins.count(0, 1 << 60),
+            lease_bytes=holding.lease,
+            charged_bytes=holding.charged,
+            peak_bytes=holding.peak,
+            compactions=holding.compactions,
+            rebases=holding.rebases,
+            shared_with=len(holding.sessions) - 1,
+            history_rewritten=session.dialogue.rewrites,
+        )
 
 
 class RuntimeStats(BaseModel):

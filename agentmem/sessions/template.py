@@ -74,7 +74,7 @@ class ChatTemplate:
 
         """
         self._require_closed(dialogue)
-        new = tuple(one if isinstance(one, Message) else Message.of(**one) for one in messages)
+        new = tuple(Message.each(messages))
         grown = dialogue.model_copy(update={"messages": (*dialogue.messages, *new)})
         chat = self._renderer.chat(grown)
         if not new or self._must_wait(grown, chat):

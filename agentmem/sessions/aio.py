@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from agentmem.report import CompactionReport
     from agentmem.sessions.dialogue import Message
+    from agentmem.sessions.how import How
     from agentmem.sessions.runtime import Runtime
     from agentmem.sessions.session import Session
 
@@ -156,7 +157,7 @@ async def _driven(
     session: Session, make: Callable[[], Generator[Event | None, None, None]], seconds: float | None
 ) -> AsyncGenerator[Event, None]:
     until = None if seconds is None else time.monotonic() + seconds
-    events = make()  # a generator, which does nothing yet; arguments that nobody knows are refused before any wait
+    events = make()  # a generator, which does nothing yet
     await admitted(session, until)
     steps = Steps(session, events, until)
     try:
@@ -185,8 +186,7 @@ def stream(session: Session, options: dict[str, Any]) -> AsyncGenerator[Event, N
     return _driven(session, lambda: session.replying(options, keep_open=keep_open), deadline)
 
 
-async def append(session: Session, messages: Sequence[Message], how: dict[str, Any]) -> tuple[CompactionReport, ...]:
+async def append(session: Session, messages: Sequence[Message], how: How) -> tuple[CompactionReport, ...]:
     """See :meth:`agentmem.sessions.session.Session.aappend`."""
-    deadline = how.pop("deadline", None)
-    async with aclosing(_driven(session, lambda: reading.messages(session, messages, **how), deadline)) as events:
+    async with aclosing(_driven(session, lambda: reading.messages(session, messages, how), how.deadline)) as events:
         return tuple([event.report async for event in events if isinstance(event, CompactionFinished)])

@@ -11,7 +11,8 @@ from agentmem.marks import Marks
 from agentmem.promotion import pin_coming
 from agentmem.sessions import turn
 from agentmem.sessions.events import Event
-from agentmem.sessions.steering import check_target, request_of
+from agentmem.sessions.how import TARGET, How
+from agentmem.sessions.steering import request_of
 from agentmem.sessions.text import TextPieces
 from agentmem.sessions.transcript import Entry
 from agentmem.sessions.turn import After, Interrupted, Reply
@@ -23,53 +24,32 @@ if TYPE_CHECKING:
     from agentmem.sessions.session import Session
     from agentmem.sessions.template import ChatTemplate
 
-TARGET = 0.25
-"""What is left of a text that is compacted after it was read, unless said otherwise."""
 
-
-def messages(
-    session: Session,
-    given: Sequence[Message],
-    *,
-    pin: bool = False,
-    compact: str | None = None,
-    target: float = TARGET,
-    focus: str = "",
-    policy: str | None = None,
-) -> Generator[Event | None, None, None]:
+def messages(session: Session, given: Sequence[Message], how: How) -> Generator[Event | None, None, None]:
     """Read messages through the chat template; an open reply ends where it is."""
     closed = _closed(session)
     dialogue, delta = template(session).append(closed, *given)
-    after = _after(session, len(delta.ids), compact, target, focus, policy, pin=pin)
-    spans = _pinned(session, delta, closed.fed, pin=pin)
+    after = _after(session, len(delta.ids), how)
+    spans = _pinned(session, delta, closed.fed, pin=how.pin)
     close_reply(session)
     session.dialogue = dialogue
     _take(session, delta, spans)
     yield from _read(session, after)
 
 
-def text(
-    session: Session,
-    given: str | Sequence[int],
-    *,
-    pin: bool = False,
-    compact: str | None = None,
-    target: float = TARGET,
-    focus: str = "",
-    policy: str | None = None,
-) -> Generator[Event | None, None, None]:
+def text(session: Session, given: str | Sequence[int], how: How) -> Generator[Event | None, None, None]:
     """Read a text, or ids, as they are; an open reply ends where it is."""
     if isinstance(given, str):
         given = session.tokenizer(given, add_special_tokens=False)["input_ids"]
     ids = [int(each) for each in given]
     _check_ids(session, ids)
     start = len(session.ids)
-    after = _after(session, len(ids), compact, target, focus, policy, pin=pin)
-    if pin:
+    after = _after(session, len(ids), how)
+    if how.pin:
         pin_coming(session.memory, session.memory.rows[0], [(start, start + len(ids))])
     close_reply(session)
     session.ids.extend(ids)
-    session.entries.append(Entry(kind="text", role=None, start=start, stop=len(session.ids), pinned=pin))
+    session.entries.append(Entry(kind="text", role=None, start=start, stop=len(session.ids), pinned=how.pin))
     yield from _read(session, after)
 
 
@@ -178,19 +158,11 @@ def reply_entry(session: Session) -> Entry | None:
     return Entry(kind="reply", role="assistant", start=session.reply_start, stop=len(session.ids), pinned=pinned)
 
 
-def _after(
-    session: Session, tokens: int, compact: str | None, target: float, focus: str, policy: str | None, *, pin: bool
-) -> After | None:
-    if compact is None:
-        if focus or policy is not None:
-            raise SettingsRefused("focus and policy steer a compaction; ask for one with compact='after'")
+def _after(session: Session, tokens: int, how: How) -> After | None:
+    if how.compact is None:
         return None
-    if compact != "after":
-        raise SettingsRefused(f"compact={compact!r} is unknown; write 'after', or leave it out")
-    if pin:
-        raise SettingsRefused("pin=True is never compacted, and compact='after' compacts at once; choose one of them")
-    check_target(target)
-    memory, request = session.memory, request_of(session, focus, policy)
+    target = TARGET if how.target is None else how.target
+    memory, request = session.memory, request_of(session, how.focus, how.policy)
     if memory.settings.mode == "off":
         raise SettingsRefused("compact='after': this session never compacts (mode='off'); leave it out")
     chosen = request.policy or memory.policy

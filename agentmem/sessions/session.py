@@ -16,6 +16,7 @@ from agentmem.sessions import aio, reading, steering, turn
 from agentmem.sessions.asking import Asking
 from agentmem.sessions.dialogue import Dialogue, Message
 from agentmem.sessions.events import CompactionFinished, Event
+from agentmem.sessions.how import How
 from agentmem.sessions.stats import SessionStats
 from agentmem.sessions.steps import Steps
 from agentmem.sessions.transcript import Entry, Transcript
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from agentmem.hf import CappedMemory
     from agentmem.memory import Memory
-    from agentmem.report import CompactionReport, RebaseReport, SummaryReport
+    from agentmem.report import CompactionReport, RebaseReport
     from agentmem.sessions.holding import Holding
     from agentmem.sessions.runtime import Runtime
     from agentmem.sessions.settings import SessionSettings
@@ -78,7 +79,12 @@ class Session:
         name: str | None = None,
         tool_calls: Sequence[Mapping[str, Any]] | None = None,
         tool_call_id: str | None = None,
-        **how: Any,
+        pin: bool = False,
+        compact: str | None = None,
+        target: float | None = None,
+        focus: str = "",
+        policy: str | None = None,
+        deadline: float | None = None,
     ) -> tuple[CompactionReport, ...]:
         """Read a message through the chat template; returns the reports of the compactions that it took.
 
@@ -88,35 +94,53 @@ class Session:
             name: who speaks; a tool's name.
             tool_calls: calls that an assistant's message makes, as chat templates read them.
             tool_call_id: which call a tool's message answers.
-            how: ``pin=True`` never compacts it; ``compact="after"`` compacts it right after it was read, with its own
-                queries, to ``target`` (a fraction such as 0.25, or slots per head), with an optional ``focus`` (a text:
-                what must stay recallable) and ``policy`` (one of the session's: one with adaptive budgets, such as
-                ``am-halving[budgets=adaptive;output_error=0.1]``, leaves what its errors allow instead of ``target``);
-                ``deadline`` in seconds: what is not read by then is read by the next turn, and no longer compacted
-                after it was read.
+            pin: never compact it.
+            compact: ``"after"`` compacts it right after it was read, with its own queries.
+            target: what that leaves: a fraction, or slots per head; a quarter without it.
+            focus: a text: what must stay recallable.
+            policy: one of the session's: one with adaptive budgets, such as
+                ``am-halving[budgets=adaptive;output_error=0.1]``, leaves what its errors allow instead of ``target``.
+            deadline: seconds; what is not read by then is read by the next turn, and no longer compacted after it was
+                read.
 
         Raises:
             SettingsRefused: the template cannot take the message, or pins do not fit; nothing was changed.
             RuntimeBusy: the runtime has no room for this session now.
 
         """
-        message = Message.of(
-            role=role,
-            content=content,
-            name=name,
-            tool_calls=None if tool_calls is None else tuple(map(dict, tool_calls)),
-            tool_call_id=tool_call_id,
-        )
-        return self.extend([message], **how)
+        how = How(pin, compact, target, focus, policy, deadline)
+        message = Message.of(role=role, content=content, name=name, tool_calls=tool_calls, tool_call_id=tool_call_id)
+        return _reports(self._appending([message], how))
 
-    def extend(self, messages: Sequence[Message | Mapping[str, Any]], **how: Any) -> tuple[CompactionReport, ...]:
+    def extend(
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        *,
+        pin: bool = False,
+        compact: str | None = None,
+        target: float | None = None,
+        focus: str = "",
+        policy: str | None = None,
+        deadline: float | None = None,
+    ) -> tuple[CompactionReport, ...]:
         """Read several messages at once, such as the results of parallel tool calls; see :meth:`append`."""
-        return _reports(self.appending(messages, **how))
+        how = How(pin, compact, target, focus, policy, deadline)
+        return _reports(self._appending(messages, how))
 
-    def read(self, text: str | Sequence[int], **how: Any) -> tuple[CompactionReport, ...]:
+    def read(
+        self,
+        text: str | Sequence[int],
+        *,
+        pin: bool = False,
+        compact: str | None = None,
+        target: float | None = None,
+        focus: str = "",
+        policy: str | None = None,
+        deadline: float | None = None,
+    ) -> tuple[CompactionReport, ...]:
         """Read a text as it is, outside the chat template (or ids, which are never tokenized); see :meth:`append`."""
-        deadline = how.pop("deadline", None)
-        return _reports(self._drive(lambda: reading.text(self, text, **how), deadline))
+        how = How(pin, compact, target, focus, policy, deadline)
+        return _reports(self._drive(lambda: reading.text(self, text, how), deadline))
 
     def generate(self, **options: Any) -> Reply:
         """Have the model reply; ``options`` are Hugging Face's own (``max_new_tokens``, ``temperature``, …).
@@ -144,21 +168,58 @@ class Session:
         """The same for asyncio: forwards run on the model's own thread, one for every event that is asked for."""
         return aio.stream(self, options)
 
-    async def aappend(self, role: str, content: str = "", **how: Any) -> tuple[CompactionReport, ...]:
-        """:meth:`append` for asyncio; a message with more fields comes as ``aextend([message])``."""
-        return await self.aextend([Message.of(role=role, content=content)], **how)
+    async def aappend(
+        self,
+        role: str,
+        content: str = "",
+        *,
+        name: str | None = None,
+        tool_calls: Sequence[Mapping[str, Any]] | None = None,
+        tool_call_id: str | None = None,
+        pin: bool = False,
+        compact: str | None = None,
+        target: float | None = None,
+        focus: str = "",
+        policy: str | None = None,
+        deadline: float | None = None,
+    ) -> tuple[CompactionReport, ...]:
+        """:meth:`append` for asyncio."""
+        how = How(pin, compact, target, focus, policy, deadline)
+        message = Message.of(role=role, content=content, name=name, tool_calls=tool_calls, tool_call_id=tool_call_id)
+        return await aio.append(self, [message], how)
 
     async def aextend(
-        self, messages: Sequence[Message | Mapping[str, Any]], **how: Any
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        *,
+        pin: bool = False,
+        compact: str | None = None,
+        target: float | None = None,
+        focus: str = "",
+        policy: str | None = None,
+        deadline: float | None = None,
     ) -> tuple[CompactionReport, ...]:
         """:meth:`extend` for asyncio."""
+        how = How(pin, compact, target, focus, policy, deadline)
         return await aio.append(self, Message.each(messages), how)
 
     def appending(
-        self, messages: Sequence[Message | Mapping[str, Any]], *, deadline: float | None = None, **how: Any
+        self,
+        messages: Sequence[Message | Mapping[str, Any]],
+        *,
+        pin: bool = False,
+        compact: str | None = None,
+        target: float | None = None,
+        focus: str = "",
+        policy: str | None = None,
+        deadline: float | None = None,
     ) -> Generator[Event, None, None]:
         """Reading messages event by event; see :meth:`append`."""
-        return self._drive(lambda: reading.messages(self, Message.each(messages), **how), deadline)
+        return self._appending(messages, How(pin, compact, target, focus, policy, deadline))
+
+    def _appending(self, messages: Sequence[Message | Mapping[str, Any]], how: How) -> Generator[Event, None, None]:
+        made = Message.each(messages)
+        return self._drive(lambda: reading.messages(self, made, how), how.deadline)
 
     def say(self, text: str) -> None:
         """Put words into the reply: they are read at the next forward, as if the model had written them.
@@ -250,7 +311,7 @@ class Session:
         """Take note of a compaction."""
         if report.summary is not None:
             made = report.summary
-            self.entries = [entry for entry in self.entries if not _within(entry, made)]
+            self.entries = [entry for entry in self.entries if not entry.replaced(made)]
             self.entries.append(Entry(kind="summary", role=None, start=made.start, stop=made.stop, text=made.text))
         self.asking.compacted(report)
 
@@ -314,26 +375,12 @@ class Session:
     @property
     def transcript(self) -> Transcript:
         """Everything read and written, as ids and as text, and the summaries that stand in the memory."""
-        text = str(self.tokenizer.decode(list(self.ids), skip_special_tokens=False)) if self.ids else ""
-        written = reading.reply_entry(self)
-        decoded = (
-            entry if entry.text else entry.model_copy(update={"text": self._text(entry.start, entry.stop)})
-            for entry in (*self.entries, *(() if written is None else (written,)))
-        )
-        return Transcript(tuple(self.ids), tuple(decoded), text)
-
-    def _text(self, start: int, stop: int) -> str:
-        return str(self.tokenizer.decode(list(self.ids[start:stop]), skip_special_tokens=False))
+        return Transcript.of(self, reading.reply_entry(self))
 
     @property
     def stats(self) -> SessionStats:
         """A moment of this session."""
         return SessionStats.of(self)
-
-
-def _within(entry: Entry, made: SummaryReport) -> bool:
-    """Whether an entry is a summary that another one has replaced."""
-    return entry.kind == "summary" and made.start <= entry.start and entry.stop <= made.stop
 
 
 def _reports(events: Iterator[Event]) -> tuple[CompactionReport, ...]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from agentmem.report import SummaryReport
+    from agentmem.sessions.session import Session
 
 Kind = Literal["message", "reply", "text", "summary"]
 
@@ -27,6 +31,10 @@ class Entry(BaseModel):
     pinned: bool = False
     text: str = ""
 
+    def replaced(self, made: SummaryReport) -> bool:
+        """Whether this is a summary that another one has replaced."""
+        return self.kind == "summary" and made.start <= self.start and self.stop <= made.stop
+
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
@@ -35,6 +43,20 @@ class Transcript:
     ids: tuple[int, ...]
     entries: tuple[Entry, ...]
     text: str
+
+    @classmethod
+    def of(cls, session: Session, written: Entry | None) -> Self:
+        """What a session has so far; ``written`` is its open reply's entry."""
+
+        def text(start: int, stop: int) -> str:
+            ids = list(session.ids[start:stop])
+            return str(session.tokenizer.decode(ids, skip_special_tokens=False)) if ids else ""
+
+        decoded = (
+            entry if entry.text else entry.model_copy(update={"text": text(entry.start, entry.stop)})
+            for entry in (*session.entries, *(() if written is None else (written,)))
+        )
+        return cls(tuple(session.ids), tuple(decoded), text(0, len(session.ids)))
 
     def ids_of(self, entry: Entry) -> tuple[int, ...]:
         """The ids of one entry."""

@@ -1,0 +1,42 @@
+"""How a message or a text is read: what a caller asks for beside the words, refused before anything is done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from agentmem.errors import SettingsRefused
+from agentmem.sessions.steering import check_target
+
+TARGET = 0.25
+"""What is left of a text that is compacted after it was read, unless said otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """The keywords of :meth:`agentmem.sessions.session.Session.append`, which says what they are.
+
+    Raises:
+        SettingsRefused: they contradict one another, or a value cannot work; names the keyword.
+
+    """
+
+    pin: bool = False
+    compact: str | None = None
+    target: float | None = None
+    focus: str = ""
+    policy: str | None = None
+    deadline: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what no session could do."""
+        if self.compact is None:
+            if self.focus or self.policy is not None:
+                raise SettingsRefused("focus and policy steer a compaction; ask for one with compact='after'")
+            return
+        if self.compact != "after":
+            raise SettingsRefused(f"compact={self.compact!r} is unknown; write 'after', or leave it out")
+        if self.pin:
+            raise SettingsRefused(
+                "pin=True is never compacted, and compact='after' compacts at once; choose one of them"
+            )
+        check_target(TARGET if self.target is None else self.target)

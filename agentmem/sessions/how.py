@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from agentmem.errors import SettingsRefused
-from agentmem.sessions.steering import check_target
+from agentmem.sessions.arguments import check_target
 
 TARGET = 0.25
 """What is left of a text that is compacted after it was read, unless said otherwise."""
@@ -29,9 +29,11 @@ class How:
 
     def __post_init__(self) -> None:
         """Refuse what no session could do."""
+        if self.target is not None:
+            check_target(self.target)
         if self.compact is None:
-            if self.focus or self.policy is not None:
-                raise SettingsRefused("focus and policy steer a compaction; ask for one with compact='after'")
+            if self.focus or (self.policy, self.target) != (None, None):
+                raise SettingsRefused("target, focus and policy steer a compaction; ask for one with compact='after'")
             return
         if self.compact != "after":
             raise SettingsRefused(f"compact={self.compact!r} is unknown; write 'after', or leave it out")
@@ -39,4 +41,3 @@ class How:
             raise SettingsRefused(
                 "pin=True is never compacted, and compact='after' compacts at once; choose one of them"
             )
-        check_target(TARGET if self.target is None else self.target)

@@ -13,6 +13,7 @@ import torch
 from agentmem.errors import MemoryClosed
 from agentmem.promotion import pin
 from agentmem.sessions import aio, reading, steering, turn
+from agentmem.sessions.arguments import check_target
 from agentmem.sessions.asking import Asking
 from agentmem.sessions.dialogue import Dialogue, Message
 from agentmem.sessions.events import CompactionFinished, Event
@@ -287,6 +288,8 @@ class Session:
             CompactionFailed: with ``on_failure="raise"``.
 
         """
+        if target is not None:
+            check_target(target)
         found = [
             event.report
             for event in self._drive(lambda: steering.compacting(self, focus, target, policy, force=force), None)

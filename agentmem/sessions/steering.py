@@ -51,27 +51,10 @@ def request_of(session: Session, focus: str, policy: str | None) -> Request:
 
 
 def _slots_of(session: Session, target: float) -> int:
-    """Slots per head that a compaction of everything leaves between prefix and recent.
-
-    Raises:
-        SettingsRefused: no fraction between 0 and 1, and no count above 0.
-
-    """
-    check_target(target)
+    """Slots per head that a compaction of everything leaves between prefix and recent."""
     if isinstance(target, int):
         return target
     memory, row = session.memory, session.memory.rows[0]
     promote(memory, row)
     held = row.mean_slots() - row.front(memory.plan.prefix) - memory.plan.recent
     return max(1, math.ceil(target * max(0, held)))
-
-
-def check_target(target: float) -> None:
-    """Refuse what is neither a part of a text nor slots per head.
-
-    Raises:
-        SettingsRefused: no fraction between 0 and 1, and no count above 0.
-
-    """
-    if not (0 < target < 1 or (isinstance(target, int) and target >= 1)):
-        raise SettingsRefused(f"target={target!r}: give a fraction between 0 and 1, such as 0.25, or slots per head")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import inspect
 import json
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from agentmem.sessions.session import Session
     from agentmem.sessions.template import Tool
 
+_BESIDE = ("policy", "name", "others", "tools", "template_options", "before_compact", "after_compact")
+"""Parameters that a wrongly spelt setting may have meant."""
 _DEPTH = 12
 """Parts of parts of a policy that are looked at."""
 
@@ -136,12 +139,22 @@ def check_settings(values: Mapping[str, Any]) -> None:
 
     """
     own, inner = split(values)
+    _check_names(inner)
     if "cap" in inner:
         raise SettingsRefused(f"cap: {inner['cap']!r} is the runtime's; a session has a share of it")
     seed = SessionSettings.of(**own).seed
     if seed is not None and not -(1 << 63) <= seed < 1 << 64:
         raise SettingsRefused(f"seed: {seed} is beyond what a generator takes; give one of 64 bits")
     Settings.of(cap=1, **inner)
+
+
+def _check_names(inner: Mapping[str, Any]) -> None:
+    unknown = sorted(inner.keys() - Settings.model_fields.keys())
+    if unknown:
+        known = sorted({*SessionSettings.model_fields, *Settings.model_fields} - {"cap"})
+        near = difflib.get_close_matches(unknown[0], [*known, *_BESIDE], n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise SettingsRefused(f"{', '.join(unknown)}: no such setting; {hint}Settings are: {', '.join(known)}")
 
 
 # ---- digests

@@ -16,6 +16,7 @@ from agentmem.errors import MemoryClosed, SettingsRefused
 from agentmem.language import Language
 from agentmem.memory import unwatched
 from agentmem.sessions import keeping
+from agentmem.sessions.arguments import check_count, check_name, check_seconds
 from agentmem.sessions.asking import Asking
 from agentmem.sessions.holding import Holding, Stage
 from agentmem.sessions.leases import Leases
@@ -78,14 +79,18 @@ class Runtime:
             settings: defaults of the sessions' :class:`SessionSettings` and :class:`agentmem.settings.Settings`.
 
         Raises:
-            SettingsRefused: a setting cannot work.
+            SettingsRefused: a setting cannot work, whatever the policy. That the cap is too small for a session is
+                for :meth:`session` to say, which knows its policy and its share.
 
         """
         self.model, self.tokenizer, self.policy = hf.text_model(model), tokenizer, policy
         self.cap, self.wait, self.max_waiting, self.defaults = parse_bytes(cap), wait, max_waiting, settings
-        unknown = [stage for stage in pressure if stage not in get_args(Stage)]
-        if unknown:
-            raise SettingsRefused(f"pressure: {unknown} unknown; stages are {', '.join(get_args(Stage))}")
+        check_seconds("wait", wait, 0)
+        check_count("max_waiting", max_waiting)
+        check_settings(settings)
+        SessionSettings.of(**split(settings)[0]).lease(self.cap)
+        plugins.policy(policy)  # sessions make their own: some policies keep what they looked up for a model
+        _check_pressure(pressure)
         self.leases = Leases(self.cap, pressure)
         self.sessions: list[Session] = []
         self.lock = _LOCKS.setdefault(self.model, threading.RLock())
@@ -134,6 +139,7 @@ class Runtime:
 
         """
         self._open_or_raise()
+        check_name(name)
         settings = {**self.defaults, **settings}
         check_settings(settings)
         own, inner = split(settings)
@@ -180,6 +186,7 @@ class Runtime:
 
     def fork(self, session: Session, name: str | None = None) -> Session:
         """See :meth:`Session.fork`."""
+        check_name(name)
         with self.guard:
             _not_busy(session)
             other = Session(
@@ -279,6 +286,7 @@ class Runtime:
             RuntimeBusy: there is no room for it now.
 
         """
+        check_name(name)
         given = keeping.Given(policy, others, tools, template_options, before_compact, after_compact)
         return keeping.load(self, url, name, given, settings)
 
@@ -334,6 +342,12 @@ class Runtime:
     def _open_or_raise(self) -> None:
         if self._closed:
             raise MemoryClosed("this runtime was closed; make another one")
+
+
+def _check_pressure(pressure: Sequence[Stage]) -> None:
+    unknown = [pressure] if isinstance(pressure, str) else [each for each in pressure if each not in get_args(Stage)]
+    if unknown:
+        raise SettingsRefused(f"pressure: {unknown} unknown; stages are {', '.join(get_args(Stage))}, in a list")
 
 
 def _not_busy(session: Session) -> None:

@@ -186,7 +186,7 @@ def open_memory(
 ) -> Memory:
     """A memory for a model that is attached to nothing yet. Arguments and errors as in :func:`capped`."""
     chosen = plugins.policy(policy)
-    beside = [plugins.policy(other) for other in others]
+    beside = plugins.beside(others)
     shape = _shape(model, chosen, _itemsize(model))
     for other in beside:
         shape = replace(shape, fingerprint=_shape(model, other, shape.itemsize).fingerprint or shape.fingerprint)

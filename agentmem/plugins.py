@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING
@@ -17,6 +18,8 @@ from agentmem.contracts import Policy
 from agentmem.errors import SettingsRefused, UnknownPolicy
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from agentmem.contracts import PolicyFactory
 
 GROUP = "agentmem.policies"
@@ -54,12 +57,31 @@ def policy(name_or_policy: str | Policy, **options: object) -> Policy:
                 "give the policy's name with the options, or put them into the policy"
             )
         return name_or_policy
+    if not isinstance(name_or_policy, str):
+        raise SettingsRefused(
+            f"policy {name_or_policy!r} is neither a name nor a Policy; give one of {', '.join(names())}, or a Policy"
+        )
     name, written = _read(name_or_policy)
     twice = ", ".join(sorted(written.keys() & options.keys()))
     if twice:
         raise SettingsRefused(f"policy {name_or_policy!r}: option {twice} is given beside the spec too; give it once")
     made = _make(_only(name), {**written, **options})
     return replace(made, name=name_or_policy.strip()) if written else made
+
+
+def beside(others: Sequence[str | Policy]) -> list[Policy]:
+    """The policies that a memory is planned for beside its own.
+
+    Raises:
+        SettingsRefused: no list of them, or as in :func:`policy`.
+
+    """
+    if isinstance(others, str | Policy) or not isinstance(others, Iterable):
+        raise SettingsRefused(f"others={others!r} is no list of policies; write others=['window']")
+    try:
+        return [policy(each) for each in others]
+    except SettingsRefused as error:
+        raise type(error)(f"others: {error}") from error
 
 
 def specs(text: str) -> list[str]:

@@ -16,6 +16,8 @@ from agentmem.sessions import Runtime
     ({"polcy": "window"}, "^polcy: no such setting; did you mean 'policy'"),
     ({"keep_recnt": 4}, "did you mean 'keep_recent'"),
     ({"policy": "windw"}, "did you mean 'window'"),
+    ({"policy": None}, "^policy None is neither a name nor a Policy; give one of .*window"),
+    ({"policy": 3}, "^policy 3 is neither"),
     ({"policy": "window[size=3]"}, "no option 'size'"),
     ({"keep_recent": -1}, "keep_recent"),
     ({"share": 2.0}, "share: 2.0"),
@@ -48,3 +50,36 @@ def test_a_name_that_is_none_is_refused(name: Any, tmp_path: Path) -> None:
                 call()
         assert made.sessions == [session]
         session.fork("other").save(tmp_path)
+
+
+@pytest.mark.parametrize("tokenizer", [None, "gpt2", object()])
+def test_what_is_no_tokenizer_is_refused(tokenizer: Any) -> None:
+    """The name of one among them."""
+    with pytest.raises(SettingsRefused, match=r"^tokenizer=.* is no tokenizer; load .*AutoTokenizer"):
+        Runtime(tiny_chat.model(), tokenizer, cap="64MiB")
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"policy": 3}, "^policy 3 is neither a name nor a Policy"),
+    ({"policy": ""}, "^policy '' is unknown"),
+    ({"others": [None]}, "^others: policy None is neither"),
+    ({"others": "window"}, r"^others='window' is no list of policies; write others=\['window'\]"),
+    ({"others": ["windw"]}, "^others: .*did you mean 'window'"),
+    ({"others": 3}, "^others=3 is no list"),
+    ({"tools": [lambda x: 1]}, "^tools: no schema can be made of .*docstring"),
+    ({"tools": [3]}, "^tools: 3 is neither a JSON schema .* nor a function"),
+    ({"tools": "x"}, "^tools='x': give a list of JSON schemas or functions"),
+    ({"template_options": 3}, "^template_options=3: give a dict"),
+    ({"template_options": {1: 2}}, "^template_options="),
+    ({"before_compact": 3}, "^before_compact=3: give a function, or leave it out"),
+    ({"after_compact": "x"}, "^after_compact='x': give a function"),
+], ids=lambda given: next(iter(given)) if isinstance(given, dict) else "")  # fmt: skip
+def test_a_session_refuses_what_cannot_work(given: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """A new one, and one that is loaded; nothing is left of either."""
+    with tiny_chat.runtime(3) as made:
+        session = tiny_chat.filled(made, 20)
+        session.save(tmp_path)
+        for call in (made.session, lambda **given: made.load(tmp_path, **given)):
+            with pytest.raises(SettingsRefused, match=message):
+                call(**given)
+        assert made.sessions == [session]

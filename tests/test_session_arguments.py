@@ -9,7 +9,7 @@ import pytest
 
 import talk
 import tiny_chat
-from agentmem.errors import SettingsRefused
+from agentmem.errors import SettingsRefused, UnsupportedGeneration
 from agentmem.sessions import Session
 
 FACT = "The quick brown fox jumps over the lazy dog. "
@@ -75,3 +75,57 @@ def test_a_target_without_a_compaction_is_refused() -> None:
             session, lambda one: one.append("user", FACT, target=0.1), "^target, focus and policy steer a compaction"
         )
         refused(session, lambda one: one.read(FACT, target=4), "compact='after'")
+
+
+@pytest.mark.parametrize(("how", "message"), [
+    ({"focus": 5}, "^focus=5: give a text"),
+    ({"policy": 3}, "^policy=3: give a text"),
+    ({"policy": ["window"]}, "^policy="),
+    ({"deadline": "x"}, "^deadline='x': give a number of seconds"),
+    ({"deadline": float("nan")}, "^deadline=nan"),
+    ({"pin": "yes"}, "^pin='yes': give True or False"),
+    ({"compact": ["after"]}, "is unknown; write 'after'"),
+], ids=lambda given: next(iter(given)) if isinstance(given, dict) else "")  # fmt: skip
+def test_how_a_text_is_read_is_checked(how: dict[str, Any], message: str) -> None:
+    """By name and value, with ``compact`` and without."""
+    with talk.session() as session:
+        for given in (how, {"compact": "after"} | how):
+            refused(session, lambda one, given=given: one.append("user", FACT, **given), message)
+            refused(session, lambda one, given=given: one.read(FACT, **given), message)
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda one: one.extend(["x"]), "^message 'x' is none; write"),
+    (lambda one: one.extend({"role": "user", "content": "x"}), "^messages: .* is no list of them"),
+    (lambda one: one.extend(3), "^messages: 3 is no list"),
+    (lambda one: one.extend([{1: "user"}]), "^message {1: 'user'} is none"),
+    (lambda one: one.append("assistant", "", tool_calls="x"), "^message: tool_calls"),
+    (lambda one: one.append("assistant", "", tool_calls=["x"]), "^message: tool_calls.0"),
+    (lambda one: one.read(5), "^read=5: give a text, or ids, which are whole numbers"),
+    (lambda one: one.read(["a"]), "^read="),
+    (lambda one: one.read([1.5]), "^read="),
+    (lambda one: one.read(None), "^read=None"),
+    (lambda one: one.say(None), "^say=None: give a text"),
+    (lambda one: one.pin("a", 3), "^pin: start='a': give a whole number, 0 at least"),
+    (lambda one: one.pin(0, 3.0), "^pin: stop=3.0"),
+    (lambda one: one.compact(focus=5), "^focus=5"),
+    (lambda one: one.compact(policy=3), "^policy=3"),
+    (lambda one: one.generate(deadline="x"), "^deadline='x'"),
+    (lambda one: one.stream(deadline="x"), "^deadline='x'"),
+])  # fmt: skip
+def test_what_no_session_can_read_is_refused(call: Any, message: str) -> None:
+    """With the argument's name and value; the session goes on."""
+    with talk.session("chatml", "am-halving") as session:
+        session.append("user", FACT)
+        refused(session, call, message)
+        assert len(talk.greedy(session, 3)) == 3
+
+
+@pytest.mark.parametrize("config", [3, "x", {"max_new_tokens": 3}])
+def test_what_is_no_generation_config_is_refused(config: Any) -> None:
+    """As other options of ``generate`` that cannot be served."""
+    with talk.session() as session:
+        session.append("user", FACT)
+        with pytest.raises(UnsupportedGeneration, match=r"^generation_config: .* is no transformers.GenerationConfig"):
+            session.generate(generation_config=config)
+        assert len(talk.greedy(session, 3)) == 3

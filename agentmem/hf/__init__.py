@@ -8,12 +8,23 @@ undone with the last block. Forwards that are not ours reach the original functi
 from agentmem.hf.attach import attach, detach, scope
 from agentmem.hf.cache import CappedMemory
 from agentmem.hf.fingerprint import fingerprint
-from agentmem.hf.support import FAMILIES, describe, end_ids, refuse_probe, refuse_scratch, text_model
+from agentmem.hf.support import (
+    FAMILIES,
+    check_tokenizer,
+    check_tool,
+    describe,
+    end_ids,
+    refuse_probe,
+    refuse_scratch,
+    text_model,
+)
 
 __all__ = [
     "FAMILIES",
     "CappedMemory",
     "attach",
+    "check_tokenizer",
+    "check_tool",
     "describe",
     "detach",
     "end_ids",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import GenerationConfig
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList, StopStringCriteria
 
 from agentmem.errors import AgentmemError, UnsupportedGeneration
@@ -15,7 +16,7 @@ from agentmem.hf.frames import own_frame
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformers import GenerationConfig, LogitsProcessorList
+    from transformers import LogitsProcessorList
 
     from agentmem.hf.cache import CappedMemory
 
@@ -63,13 +64,7 @@ def prepare(view: CappedMemory, ids: Sequence[int], tokenizer: Any, options: dic
         UnsupportedGeneration: an option that is the session's own, or that a capped memory cannot serve.
 
     """
-    for name in _OURS:
-        if options.get(name) is not None:
-            raise UnsupportedGeneration(
-                f"{name}: a session brings its own; leave it out (events: session.events, stream)"
-            )
-    if (options.get("num_return_sequences") or 1) != 1:
-        raise UnsupportedGeneration("num_return_sequences: a session is one row; fork it for more replies")
+    _check(options)
     held: list[Decoding] = []
 
     def hold(
@@ -101,6 +96,19 @@ def prepare(view: CappedMemory, ids: Sequence[int], tokenizer: Any, options: dic
     if stop:
         decoding.criteria = StoppingCriteriaList([*decoding.criteria, StopStringCriteria(tokenizer, stop)])
     return decoding
+
+
+def _check(options: dict[str, Any]) -> None:
+    for name in _OURS:
+        if options.get(name) is not None:
+            raise UnsupportedGeneration(
+                f"{name}: a session brings its own; leave it out (events: session.events, stream)"
+            )
+    if (options.get("num_return_sequences") or 1) != 1:
+        raise UnsupportedGeneration("num_return_sequences: a session is one row; fork it for more replies")
+    config = options.get("generation_config")
+    if config is not None and not isinstance(config, GenerationConfig):
+        raise UnsupportedGeneration(f"generation_config: {config!r} is no transformers.GenerationConfig; give one")
 
 
 def _stop_strings(options: dict[str, Any]) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.utils.chat_template_utils import get_json_schema
 
-from agentmem.errors import UnsupportedModel
+from agentmem.errors import SettingsRefused, UnsupportedModel
 from agentmem.shape import LayerShape, ModelShape
 
 if TYPE_CHECKING:
@@ -39,6 +41,39 @@ def text_model(model: object) -> PreTrainedModel:
             f"{name} is in training mode, whose dropout no replay can repeat; call model.eval() first"
         )
     return inner  # type: ignore[no-any-return]  # duck-typed above
+
+
+def check_tokenizer(tokenizer: object) -> None:
+    """Refuse what cannot read and write a model's text.
+
+    Raises:
+        SettingsRefused: no tokenizer, such as the name of one.
+
+    """
+    if not callable(tokenizer) or not hasattr(tokenizer, "get_vocab") or not hasattr(tokenizer, "decode"):
+        raise SettingsRefused(
+            f"tokenizer={tokenizer!r} is no tokenizer; load the model's own with AutoTokenizer.from_pretrained"
+        )
+
+
+def check_tool(tool: object) -> None:
+    """Refuse what chat templates cannot read as a tool.
+
+    Raises:
+        SettingsRefused: no JSON schema, and no function that transformers can make one of.
+
+    """
+    if isinstance(tool, dict):
+        return
+    if not inspect.isroutine(tool):
+        raise SettingsRefused(f"tools: {tool!r} is neither a JSON schema (a dict) nor a function; give one of the two")
+    try:
+        get_json_schema(tool)
+    except Exception as error:  # transformers has its own for docstrings and for annotations
+        raise SettingsRefused(
+            f"tools: no schema can be made of {tool!r}: {error}; annotate its arguments and describe it and each of "
+            "them in a docstring of Google's style, or give a JSON schema"
+        ) from error
 
 
 def describe(config: PreTrainedConfig, *, itemsize: int, fused: bool = True) -> ModelShape:

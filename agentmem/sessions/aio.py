@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 
 from agentmem.errors import RuntimeBusy
 from agentmem.sessions import reading
+from agentmem.sessions.arguments import check_seconds
 from agentmem.sessions.events import CompactionFinished, Event, TurnFailed
 from agentmem.sessions.steps import Steps
 
@@ -183,6 +184,8 @@ async def _closed(session: Session, steps: Steps) -> None:
 def stream(session: Session, options: dict[str, Any]) -> AsyncGenerator[Event, None]:
     """See :meth:`agentmem.sessions.session.Session.stream`."""
     deadline, keep_open = options.pop("deadline", None), options.pop("keep_open", False)
+    if deadline is not None:
+        check_seconds("deadline", deadline)
     return _driven(session, lambda: session.replying(options, keep_open=keep_open), deadline)
 
 

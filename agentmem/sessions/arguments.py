@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from reprlib import Repr
 
+from agentmem import hf
 from agentmem.errors import SettingsRefused
 
 _SHORT = Repr()
@@ -32,6 +34,49 @@ def check_name(value: object) -> None:
     """Refuse what is no name of a session; ``None`` is none, and one is made."""
     if value is not None and (not isinstance(value, str) or not value):
         raise refusal("name", value, "give a text of one character at least, or leave it out")
+
+
+def check_text(field: str, value: object) -> None:
+    """Refuse what is no text."""
+    if not isinstance(value, str):
+        raise refusal(field, value, "give a text")
+
+
+def check_flag(field: str, value: object) -> None:
+    """Refuse what is neither true nor false."""
+    if not isinstance(value, bool):
+        raise refusal(field, value, "give True or False")
+
+
+def check_hook(field: str, value: object) -> None:
+    """Refuse what cannot be called; ``None`` is no hook."""
+    if value is not None and not callable(value):
+        raise refusal(field, value, "give a function, or leave it out")
+
+
+def check_tools(value: object) -> None:
+    """Refuse what is no list of tools, and tools that are none."""
+    if value is None:
+        return
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise refusal("tools", value, "give a list of JSON schemas or functions")
+    for tool in value:
+        hf.check_tool(tool)
+
+
+def check_variables(value: object) -> None:
+    """Refuse what are no variables of a chat template."""
+    if value is not None and not (isinstance(value, Mapping) and all(isinstance(name, str) for name in value)):
+        raise refusal("template_options", value, "give a dict of the chat template's variables by their names")
+
+
+def check_making(name: object, tools: object, variables: object, **hooks: object) -> None:
+    """Refuse what no session can be made with."""
+    check_name(name)
+    check_tools(tools)
+    check_variables(variables)
+    for field, hook in hooks.items():
+        check_hook(field, hook)
 
 
 def check_target(value: object) -> None:

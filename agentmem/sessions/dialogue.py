@@ -60,7 +60,15 @@ class Message(BaseModel):
     @classmethod
     def each(cls, given: Iterable[Message | Mapping[str, Any]]) -> list[Message]:
         """Messages of what was given; see :meth:`of`."""
-        return [one if isinstance(one, Message) else cls.of(**one) for one in given]
+        if isinstance(given, str | Mapping | Message) or not isinstance(given, Iterable):
+            raise SettingsRefused(f"messages: {given!r} is no list of them; write [{{'role': 'user', 'content': ...}}]")
+        return [one if isinstance(one, Message) else cls._of(one) for one in given]
+
+    @classmethod
+    def _of(cls, given: object) -> Message:
+        if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+            raise SettingsRefused(f"message {given!r} is none; write {{'role': 'user', 'content': ...}}, or a Message")
+        return cls.of(**given)
 
 
 class Dialogue(BaseModel):

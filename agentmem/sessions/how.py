@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from agentmem.errors import SettingsRefused
-from agentmem.sessions.arguments import check_target
+from agentmem.sessions.arguments import check_flag, check_seconds, check_target, check_text
 
 TARGET = 0.25
 """What is left of a text that is compacted after it was read, unless said otherwise."""
@@ -29,6 +29,12 @@ class How:
 
     def __post_init__(self) -> None:
         """Refuse what no session could do."""
+        check_flag("pin", self.pin)
+        check_text("focus", self.focus)
+        if self.policy is not None:
+            check_text("policy", self.policy)
+        if self.deadline is not None:
+            check_seconds("deadline", self.deadline)
         if self.target is not None:
             check_target(self.target)
         if self.compact is None:

@@ -90,7 +90,7 @@ def _again(
 ) -> Session:
     """A session like the one that was saved, which has read nothing."""
     policy = None if given.policy is None else plugins.policy(given.policy)
-    others = None if given.others is None else [plugins.policy(each) for each in given.others]
+    others = None if given.others is None else plugins.beside(given.others)
     made.check_template(template_digest(given.tools, given.template_options), str(url))
     with refusing(url, SettingsRefused):
         return runtime.session(

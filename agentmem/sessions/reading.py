@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from agentmem.hf.decoding import Decoding, prepare
 from agentmem.marks import Marks
 from agentmem.promotion import pin_coming
 from agentmem.sessions import turn
+from agentmem.sessions.arguments import refusal
 from agentmem.sessions.events import Event
 from agentmem.sessions.how import TARGET, How
 from agentmem.sessions.steering import request_of
@@ -39,10 +41,7 @@ def messages(session: Session, given: Sequence[Message], how: How) -> Generator[
 
 def text(session: Session, given: str | Sequence[int], how: How) -> Generator[Event | None, None, None]:
     """Read a text, or ids, as they are; an open reply ends where it is."""
-    if isinstance(given, str):
-        given = session.tokenizer(given, add_special_tokens=False)["input_ids"]
-    ids = [int(each) for each in given]
-    _check_ids(session, ids)
+    ids = _ids(session, given)
     start = len(session.ids)
     after = _after(session, len(ids), how)
     if how.pin:
@@ -215,9 +214,16 @@ def _pinned(session: Session, delta: Delta, fed: int, *, pin: bool) -> list[Span
     return whole
 
 
-def _check_ids(session: Session, ids: Sequence[int]) -> None:
+def _ids(session: Session, given: str | Sequence[int]) -> list[int]:
+    if isinstance(given, str):
+        given = list(session.tokenizer(given, add_special_tokens=False)["input_ids"])
+    try:
+        ids = [operator.index(each) for each in given]
+    except TypeError:
+        raise refusal("read", given, "give a text, or ids, which are whole numbers") from None
     model: Any = session.runtime.model
     words = model.get_input_embeddings().weight.shape[0]
     wrong = [each for each in ids if not 0 <= each < words]
     if wrong:
         raise SettingsRefused(f"read: {wrong[:4]} are no ids of this model, which knows 0..{words - 1}")
+    return ids

@@ -16,7 +16,7 @@ from agentmem.errors import MemoryClosed, SettingsRefused
 from agentmem.language import Language
 from agentmem.memory import unwatched
 from agentmem.sessions import keeping
-from agentmem.sessions.arguments import check_count, check_name, check_seconds
+from agentmem.sessions.arguments import check_count, check_making, check_name, check_seconds
 from agentmem.sessions.asking import Asking
 from agentmem.sessions.holding import Holding, Stage
 from agentmem.sessions.leases import Leases
@@ -83,6 +83,7 @@ class Runtime:
                 for :meth:`session` to say, which knows its policy and its share.
 
         """
+        hf.check_tokenizer(tokenizer)
         self.model, self.tokenizer, self.policy = hf.text_model(model), tokenizer, policy
         self.cap, self.wait, self.max_waiting, self.defaults = parse_bytes(cap), wait, max_waiting, settings
         check_seconds("wait", wait, 0)
@@ -139,13 +140,13 @@ class Runtime:
 
         """
         self._open_or_raise()
-        check_name(name)
+        check_making(name, tools, template_options, before_compact=before_compact, after_compact=after_compact)
         settings = {**self.defaults, **settings}
         check_settings(settings)
         own, inner = split(settings)
         chosen = SessionSettings.of(**own)
         lease = chosen.lease(self.cap)
-        policies = [plugins.policy(each) for each in (policy or self.policy, *others)]
+        policies = [plugins.policy(self.policy if policy is None else policy), *plugins.beside(others)]
         named = tuple(map(Named.of, policies))  # while they are fresh
         memory = open_memory(self.model, lease, policies[0], self.tokenizer, inner, policies[1:])
         template = self._template(chosen, tools, template_options)
@@ -286,7 +287,7 @@ class Runtime:
             RuntimeBusy: there is no room for it now.
 
         """
-        check_name(name)
+        check_making(name, tools, template_options, before_compact=before_compact, after_compact=after_compact)
         given = keeping.Given(policy, others, tools, template_options, before_compact, after_compact)
         return keeping.load(self, url, name, given, settings)
 

@@ -13,7 +13,7 @@ import torch
 from agentmem.errors import MemoryClosed
 from agentmem.promotion import pin
 from agentmem.sessions import aio, reading, steering, turn
-from agentmem.sessions.arguments import check_target
+from agentmem.sessions.arguments import check_count, check_seconds, check_text
 from agentmem.sessions.asking import Asking
 from agentmem.sessions.dialogue import Dialogue, Message
 from agentmem.sessions.events import CompactionFinished, Event
@@ -163,6 +163,8 @@ class Session:
         self, *, deadline: float | None = None, keep_open: bool = False, **options: Any
     ) -> Generator[Event, None, None]:
         """The same, event by event; closing the iterator ends the turn after the forward that runs."""
+        if deadline is not None:
+            check_seconds("deadline", deadline)
         return self._drive(lambda: self.replying(options, keep_open=keep_open), deadline)
 
     def stream(self, **options: Any) -> AsyncIterator[Event]:
@@ -231,6 +233,7 @@ class Session:
             SettingsRefused: the chat template cannot open a reply here.
 
         """
+        check_text("say", text)
         self.runtime.admit(self, brief=True)
         try:
             reading.say(self, text)
@@ -288,8 +291,7 @@ class Session:
             CompactionFailed: with ``on_failure="raise"``.
 
         """
-        if target is not None:
-            check_target(target)
+        How(compact="after", target=target, focus=focus, policy=policy)
         found = [
             event.report
             for event in self._drive(lambda: steering.compacting(self, focus, target, policy, force=force), None)
@@ -304,6 +306,8 @@ class Session:
             SettingsRefused: some were compacted already. CapTooSmall: they do not fit.
 
         """
+        check_count("pin: start", start)
+        check_count("pin: stop", stop)
         self.runtime.admit(self, brief=True)
         try:
             pin(self.memory, self.memory.rows[0], start, stop, coming=len(self.pending))

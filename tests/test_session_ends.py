@@ -8,6 +8,7 @@ import torch
 import agentmem
 import chat_templates
 import talk
+from agentmem.errors import MemoryClosed
 from agentmem.hf.frames import FRAME
 from agentmem.sessions.turn import Interrupted, Watch
 from agentmem.testing import tiny_model
@@ -130,3 +131,18 @@ def test_a_fault_while_a_token_is_chosen_can_be_tried_again() -> None:
         assert talk.greedy(session, 30) == talk.greedy(other, 30)
         assert list(session.ids) == list(other.ids)
         assert session.stats.model_dump(exclude={"name"}) == other.stats.model_dump(exclude={"name"})
+
+
+def test_a_closed_session_has_numbers_and_no_memory() -> None:
+    """It shares nothing with anybody, and says that it is closed wherever its memory is asked for."""
+    with talk.session() as session:
+        session.append("user", FIRST)
+        other = session.fork()
+        assert [session.stats.shared_with, other.stats.shared_with] == [1, 1]
+        session.close()
+        assert [session.stats.shared_with, other.stats.shared_with] == [1, 0]
+        other.close()
+        assert (other.stats.shared_with, other.stats.state) == (0, "closed")
+        for name in ("memory", "view"):
+            with pytest.raises(MemoryClosed, match="is closed, or its memory is on disk"):
+                getattr(other, name)

@@ -6,7 +6,7 @@ import time
 from array import array
 from collections.abc import Generator, Iterator, MutableSequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from agentmem.sessions.runtime import Runtime
     from agentmem.sessions.settings import SessionSettings
     from agentmem.sessions.template import ChatTemplate
+
+T = TypeVar("T")
 
 
 class Session:
@@ -364,15 +366,17 @@ class Session:
     @property
     def memory(self) -> Memory:
         """The memory, while it is not on disk."""
-        if self.holding.memory is None:
-            raise MemoryClosed(f"session {self.name!r} is closed, or its memory is on disk until its next turn")
-        return self.holding.memory
+        return self._here(self.holding.memory)
 
     @property
     def view(self) -> CappedMemory:
-        """What is passed as ``past_key_values``."""
-        assert self.holding.view is not None  # noqa: S101  # comes with the memory
-        return self.holding.view
+        """What is passed as ``past_key_values``, while the memory is not on disk."""
+        return self._here(self.holding.view)
+
+    def _here(self, part: T | None) -> T:
+        if part is None:
+            raise MemoryClosed(f"session {self.name!r} is closed, or its memory is on disk until its next turn")
+        return part
 
     @property
     def pending(self) -> list[int]:

@@ -65,7 +65,7 @@ class SessionStats(BaseModel):
             peak_bytes=holding.peak,
             compactions=holding.compactions,
             rebases=holding.rebases,
-            shared_with=len(holding.sessions) - 1,
+            shared_with=len(holding.sessions - {id(session)}),
             history_rewritten=session.dialogue.rewrites,
         )
 

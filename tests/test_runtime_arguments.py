@@ -83,3 +83,33 @@ def test_a_session_refuses_what_cannot_work(given: dict[str, Any], message: str,
             with pytest.raises(SettingsRefused, match=message):
                 call(**given)
         assert made.sessions == [session]
+
+
+@pytest.mark.parametrize("place", ["", None, 3, b""])
+def test_a_place_that_is_none_is_refused(place: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written to the current folder, and nothing is read from it."""
+    monkeypatch.chdir(tmp_path)
+    with tiny_chat.runtime(2) as made:
+        session = tiny_chat.filled(made, 20)
+        for call in (session.save, made.load):
+            with pytest.raises(SettingsRefused, match=r"^url=.*: give the path of a folder, or a URL"):
+                call(place)
+        with pytest.raises(SettingsRefused, match=r"^spill=''"):
+            Runtime(tiny_chat.model(), tiny_chat.tokenizer(), cap="64MiB", spill="")
+        assert (list(tmp_path.iterdir()), session.stats.state, made.sessions) == ([], "idle", [session])
+
+
+@pytest.mark.parametrize("of", [str, Path])
+def test_a_tilde_is_the_users_folder(of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a session is saved, and where it is loaded from."""
+    home, here = tmp_path / "home", tmp_path / "here"
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("USERPROFILE", str(home))
+    monkeypatch.chdir(here)
+    with tiny_chat.runtime(3) as made:
+        session = tiny_chat.filled(made, 20)
+        session.save(of("~/saved"))
+        assert (home / "saved" / "manifest.json").exists()
+        assert not list(here.iterdir())
+        assert list(made.load(of("~/saved")).ids) == list(session.ids)

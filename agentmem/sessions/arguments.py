@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from reprlib import Repr
 
@@ -68,6 +69,12 @@ def check_variables(value: object) -> None:
     """Refuse what are no variables of a chat template."""
     if value is not None and not (isinstance(value, Mapping) and all(isinstance(name, str) for name in value)):
         raise refusal("template_options", value, "give a dict of the chat template's variables by their names")
+
+
+def check_place(field: str, value: object) -> None:
+    """Refuse what is no path and no URL; an empty one would be the current folder."""
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        raise refusal(field, value, "give the path of a folder, or a URL that fsspec knows")
 
 
 def check_making(name: object, tools: object, variables: object, **hooks: object) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from agentmem import plugins
 from agentmem.errors import SettingsRefused
 from agentmem.image import take
+from agentmem.sessions.arguments import check_place
 from agentmem.sessions.lending import telling
 from agentmem.sessions.making import Made, check_settings, made_of, template_digest
 from agentmem.sessions.saved import Saved, restore, saved
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 def save(runtime: Runtime, session: Session, url: str | os.PathLike[str]) -> None:
     """See :meth:`agentmem.sessions.session.Session.save`."""
+    check_place("url", url)
     if session.holding.quiet:
         runtime.begin(session)  # nothing is to be done but to read, which needs no lease
     else:
@@ -62,6 +64,7 @@ def load(
     runtime: Runtime, url: str | os.PathLike[str], name: str | None, given: Given, settings: Mapping[str, Any]
 ) -> Session:
     """See :meth:`agentmem.sessions.runtime.Runtime.load`."""
+    check_place("url", url)
     check_settings(settings)
     manifest = read_manifest(url)
     if manifest.identity != runtime.identity:

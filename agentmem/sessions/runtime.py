@@ -16,7 +16,7 @@ from agentmem.errors import MemoryClosed, SettingsRefused
 from agentmem.language import Language
 from agentmem.memory import unwatched
 from agentmem.sessions import keeping
-from agentmem.sessions.arguments import check_count, check_making, check_name, check_seconds
+from agentmem.sessions.arguments import check_count, check_making, check_name, check_place, check_seconds
 from agentmem.sessions.asking import Asking
 from agentmem.sessions.holding import Holding, Stage
 from agentmem.sessions.leases import Leases
@@ -26,6 +26,7 @@ from agentmem.sessions.saved import restore, saved
 from agentmem.sessions.session import Session
 from agentmem.sessions.settings import SessionSettings
 from agentmem.sessions.snapshot import identity
+from agentmem.sessions.snapshot_folder import local_path
 from agentmem.sessions.stats import RuntimeStats
 from agentmem.sessions.template import ChatTemplate
 from agentmem.settings import parse_bytes
@@ -92,6 +93,8 @@ class Runtime:
         SessionSettings.of(**split(settings)[0]).lease(self.cap)
         plugins.policy(policy)  # sessions make their own: some policies keep what they looked up for a model
         _check_pressure(pressure)
+        if spill is not None:
+            check_place("spill", spill)
         self.leases = Leases(self.cap, pressure)
         self.sessions: list[Session] = []
         self.lock = _LOCKS.setdefault(self.model, threading.RLock())
@@ -101,7 +104,7 @@ class Runtime:
         self.waiters: deque[Callable[[], None]] = deque()
         """Turns that wait for a lease, the first to be served first; called to have one try again."""
         self.identity = identity(self.model, tokenizer)
-        self._spill = None if spill is None else Path(spill)
+        self._spill = None if spill is None else local_path(spill)
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self.turns, self._names = count(1), count(1)
         self.templates: WeakKeyDictionary[ChatTemplate, str] = WeakKeyDictionary()

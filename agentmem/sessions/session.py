@@ -344,6 +344,7 @@ class Session:
         """Save everything under a path or an fsspec URL, whole or not at all; :meth:`Runtime.load` brings it back.
 
         Raises:
+            SettingsRefused: no path and no URL.
             AgentmemError: it cannot be written; what was saved there before is still whole.
 
         """

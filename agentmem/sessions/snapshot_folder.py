@@ -167,8 +167,13 @@ class StoreFolder(Folder):
             self.store.rm_file(f"{self.root}/{name}")
 
 
+def local_path(path: str | os.PathLike[str]) -> Path:
+    """A path in which ``~`` is the user's folder; that of a user whom the system does not know stays as it is."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  # Path.expanduser fails where there is no such user
+
+
 def open_folder(url: str | os.PathLike[str]) -> Folder:
-    """The folder at a path or at a URL; ``file://`` is a path, and nothing is touched yet.
+    """The folder at a path (``~`` is the user's) or at a URL; ``file://`` is a path, and nothing is touched yet.
 
     Raises:
         ValueError: fsspec does not know the protocol.
@@ -177,7 +182,7 @@ def open_folder(url: str | os.PathLike[str]) -> Folder:
     """
     text = os.fspath(url)
     if "://" not in text:
-        return LocalFolder(Path(text))
+        return LocalFolder(local_path(text))
     from fsspec.core import url_to_fs
     from fsspec.implementations.local import LocalFileSystem
 

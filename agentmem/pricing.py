@@ -211,7 +211,7 @@ class Planner:
         per_slot = self.rows * sum(
             layer.kv_heads * self._slot_bytes(layer) for layer in self.shape.layers if layer.window is None
         )
-        return parse_bytes(target) // max(1, per_slot)
+        return parse_bytes(target, "target") // max(1, per_slot)
 
     def _references(self, capacity: int) -> tuple[int, tuple[int, ...], int]:
         """Tokens of the probe, stored tokens of each stored part, and tokens that are drawn at random."""

@@ -6,7 +6,7 @@ import math
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from agentmem.errors import SettingsRefused
 
@@ -14,27 +14,30 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "m
 _BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 
 
-def parse_bytes(value: int | str) -> int:
-    """Bytes from an integer or a text such as ``"24MiB"``, ``"1.5 GB"``.
+def parse_bytes(value: int | str, field: str = "bytes") -> int:
+    """Bytes from an integer or a text such as ``"24MiB"``, ``"1.5 GB"``; ``field`` is what a refusal names.
 
     Raises:
         SettingsRefused: the text is no byte count, or the count is not positive.
 
     """
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise SettingsRefused(f"bytes: {value!r} is neither an integer nor a text; write 25165824 or '24MiB'")
+        raise SettingsRefused(f"{field}: {value!r} is neither an integer nor a text; write 25165824 or '24MiB'")
     if isinstance(value, str):
         match = _BYTES.fullmatch(value)
         unit = match.group(2).lower() if match else None
         if match is None or unit not in _UNITS:
             raise SettingsRefused(
-                f"bytes: cannot read {value!r}; write an integer, or a number with one of "
+                f"{field}: cannot read {value!r}; write an integer, or a number with one of "
                 "B, KB, MB, GB, KiB, MiB, GiB, as in '24MiB'"
             )
-        value = math.floor(float(match.group(1)) * _UNITS[unit])
-    if value <= 0:
-        raise SettingsRefused(f"bytes: {value} is not positive; give at least 1")
-    return value
+        count = math.floor(float(match.group(1)) * _UNITS[unit])
+    else:
+        count = value
+    if count <= 0:
+        said = f"{value!r} is {count} bytes, and " if isinstance(value, str) else ""
+        raise SettingsRefused(f"{field}: {said}{count} is not positive; give at least 1")
+    return count
 
 
 def format_bytes(count: int) -> str:
@@ -47,14 +50,45 @@ def format_bytes(count: int) -> str:
 
 Mode = Literal["auto", "manual", "off"]
 OnFailure = Literal["evict", "raise", "stop"]
-Target = Annotated[int | float | str, Field(union_mode="left_to_right")]
 SEED_MIN, SEED_MAX = -(1 << 63), (1 << 64) - 1
 """What a generator of torch takes."""
 Seed = Annotated[int, Field(ge=SEED_MIN, le=SEED_MAX)]
 
 
 def _parse_cap(value: object) -> int:
-    return parse_bytes(value)  # type: ignore[arg-type]  # parse_bytes refuses other types itself
+    return parse_bytes(value, "cap")  # type: ignore[arg-type]  # parse_bytes refuses other types itself
+
+
+def check_part(value: int | float | str, field: str) -> None:  # noqa: PYI041  # the two mean different things here
+    """Refuse a text that is no byte count where a fraction could stand, too.
+
+    Raises:
+        SettingsRefused: the text is no byte count.
+
+    """
+    if isinstance(value, str):
+        try:
+            parse_bytes(value, field)
+        except SettingsRefused as error:
+            raise SettingsRefused(f"{error}; a fraction is a number such as 0.5, without quotes") from None
+
+
+def violations(error: ValidationError) -> str:
+    """What a model of settings does not take: field, limit and value of each."""
+    lines = []
+    for item in error.errors():
+        field = item["loc"][0] if item["loc"] else "settings"
+        said = item["msg"].removeprefix("Value error, ").removeprefix(f"{field}: ")
+        lines.append(f"{field}: {said} (got {item['input']!r})")
+    return "; ".join(lines)
+
+
+def _check_target(value: int | float | str) -> int | float | str:  # noqa: PYI041  # the same
+    check_part(value, "target")
+    return value
+
+
+Target = Annotated[int | float | str, Field(union_mode="left_to_right"), AfterValidator(_check_target)]
 
 
 class Settings(BaseModel):
@@ -96,9 +130,5 @@ class Settings(BaseModel):
         try:
             return cls(**values)  # type: ignore[arg-type]  # pydantic validates
         except ValidationError as error:
-            lines = [
-                f"{item['loc'][0] if item['loc'] else 'settings'}: {item['msg']} (got {item['input']!r})"
-                for item in error.errors()
-            ]
             known = ", ".join(sorted(cls.model_fields))
-            raise SettingsRefused("; ".join(lines) + f". Settings are: {known}") from None
+            raise SettingsRefused(violations(error) + f". Settings are: {known}") from None

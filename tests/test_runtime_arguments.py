@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import tiny_chat
-from agentmem.errors import SettingsRefused
+from agentmem.errors import CapTooSmall, SettingsRefused, SnapshotRefused
 from agentmem.sessions import Runtime
 
 
@@ -21,6 +21,12 @@ from agentmem.sessions import Runtime
     ({"policy": "window[size=3]"}, "no option 'size'"),
     ({"keep_recent": -1}, "keep_recent"),
     ({"share": 2.0}, "share: 2.0"),
+    ({"share": "50%"}, "^share: cannot read '50%'.*; a fraction is a number such as 0.5"),
+    ({"share": "0.5"}, "^share: '0.5' is 0 bytes, and 0 is not positive; .* a fraction is a number"),
+    ({"share": True}, "^share: give a fraction of the runtime's cap, such as 0.5, or bytes .got True"),
+    ({"share": 0}, "^share: 0 is not positive"),
+    ({"target": "0.5"}, "^target: '0.5' is 0 bytes, and 0 is not positive; .* a fraction is a number"),
+    ({"target": "half"}, "^target: cannot read 'half'"),
     ({"soft": 0.9}, "soft"),
     ({"wait": "x"}, "^wait='x': give a number of seconds, 0 at least"),
     ({"wait": -1}, "^wait=-1"),
@@ -113,3 +119,28 @@ def test_a_tilde_is_the_users_folder(of: Any, tmp_path: Path, monkeypatch: pytes
         assert (home / "saved" / "manifest.json").exists()
         assert not list(here.iterdir())
         assert list(made.load(of("~/saved")).ids) == list(session.ids)
+
+
+def test_a_cap_that_cannot_be_read_is_refused_by_its_name() -> None:
+    """As every setting is."""
+    for cap, message in (
+        ("4 bits", "^cap: cannot read '4 bits'"),
+        (0, "^cap: 0 is not positive"),
+        (None, "^cap: None"),
+    ):
+        with pytest.raises(SettingsRefused, match=message):
+            Runtime(tiny_chat.model(), tiny_chat.tokenizer(), cap=cap)  # type: ignore[arg-type]  # that is the point
+
+
+def test_a_share_that_is_too_small_is_named(tmp_path: Path) -> None:
+    """With its bytes, those of the runtime, what would do, and the remedy: not another snapshot."""
+    with tiny_chat.runtime(2) as made:
+        with pytest.raises(
+            CapTooSmall, match=rf"^share=1 is 1 of the runtime's {made.cap} bytes: .* need \d+ bytes"
+        ) as told:
+            made.session(share=1)
+        assert str(told.value).endswith("The cap of a session is its share: raise that, or the runtime's cap")
+        tiny_chat.filled(made, 20).save(tmp_path)
+        with pytest.raises(SnapshotRefused, match=r"share=0\.01 is \d+ of .* raise that") as refused:
+            made.load(tmp_path, share=0.01)
+        assert "nother snapshot" not in str(refused.value)

@@ -95,7 +95,7 @@ def _again(
     policy = None if given.policy is None else plugins.policy(given.policy)
     others = None if given.others is None else plugins.beside(given.others)
     made.check_template(template_digest(given.tools, given.template_options), str(url))
-    with refusing(url, SettingsRefused):
+    with refusing(url, SettingsRefused, remedy="Give load what the session can live with."):
         return runtime.session(
             policy or made.policy.again(),
             name=name or made.name,

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 from agentmem import hf, plugins
 from agentmem.doors import open_memory
-from agentmem.errors import MemoryClosed, SettingsRefused
+from agentmem.errors import CapTooSmall, MemoryClosed, SettingsRefused
 from agentmem.language import Language
 from agentmem.memory import unwatched
 from agentmem.sessions import keeping
@@ -86,7 +86,7 @@ class Runtime:
         """
         hf.check_tokenizer(tokenizer)
         self.model, self.tokenizer, self.policy = hf.text_model(model), tokenizer, policy
-        self.cap, self.wait, self.max_waiting, self.defaults = parse_bytes(cap), wait, max_waiting, settings
+        self.cap, self.wait, self.max_waiting, self.defaults = parse_bytes(cap, "cap"), wait, max_waiting, settings
         check_seconds("wait", wait, 0)
         check_count("max_waiting", max_waiting)
         check_settings(settings)
@@ -139,7 +139,7 @@ class Runtime:
                 :class:`agentmem.settings.Settings` (``keep_first``, ``keep_recent``, ``target``, ``rebase``, …).
 
         Raises:
-            SettingsRefused: a setting cannot work; ``CapTooSmall`` names the share that would do.
+            SettingsRefused: a setting cannot work; ``CapTooSmall`` names the share and the bytes that would do.
 
         """
         self._open_or_raise()
@@ -151,7 +151,13 @@ class Runtime:
         lease = chosen.lease(self.cap)
         policies = [plugins.policy(self.policy if policy is None else policy), *plugins.beside(others)]
         named = tuple(map(Named.of, policies))  # while they are fresh
-        memory = open_memory(self.model, lease, policies[0], self.tokenizer, inner, policies[1:])
+        try:
+            memory = open_memory(self.model, lease, policies[0], self.tokenizer, inner, policies[1:])
+        except CapTooSmall as error:
+            raise CapTooSmall(
+                f"share={chosen.share!r} is {lease} of the runtime's {self.cap} bytes: {error}. The cap of a session "
+                "is its share: raise that, or the runtime's cap"
+            ) from error
         template = self._template(chosen, tools, template_options)
         asking = Asking(before_compact, after_compact, chosen.soft)
         with self.guard:

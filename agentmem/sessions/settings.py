@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from agentmem.errors import SettingsRefused
 from agentmem.sessions.dialogue import Role
-from agentmem.settings import parse_bytes
+from agentmem.settings import check_part, parse_bytes, violations
 
 
 def _expression(pattern: str) -> str:
@@ -18,6 +18,14 @@ def _expression(pattern: str) -> str:
     except re.error as error:
         raise ValueError(f"it is no regular expression: {error}") from None
     return pattern
+
+
+def _share(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("give a fraction of the runtime's cap, such as 0.5, or bytes")  # noqa: TRY004  # for pydantic
+    if isinstance(value, str):
+        check_part(value, "share")
+    return value
 
 
 class SessionSettings(BaseModel):
@@ -30,7 +38,7 @@ class SessionSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    share: float | int | str = 1.0
+    share: Annotated[float | int | str, BeforeValidator(_share)] = 1.0
     """The lease: a fraction of the runtime's cap (a float, 1.0 at most), or bytes (``4194304``, ``"4MiB"``)."""
     pin_roles: tuple[Role, ...] = ("system",)
     """Messages of these roles are never compacted; tool schemas belong to the system's."""
@@ -51,8 +59,7 @@ class SessionSettings(BaseModel):
         try:
             return cls(**values)
         except ValidationError as error:
-            lines = [f"{item['loc'][0]}: {item['msg']} (got {item['input']!r})" for item in error.errors()]
-            raise SettingsRefused("; ".join(lines) + f". Settings are: {', '.join(cls.model_fields)}") from None
+            raise SettingsRefused(violations(error) + f". Settings are: {', '.join(cls.model_fields)}") from None
 
     def lease(self, cap: int) -> int:
         """The session's bytes under a runtime's cap.
@@ -67,7 +74,7 @@ class SessionSettings(BaseModel):
                     f"share: {self.share} is no part of the runtime's cap; give one above 0, 1.0 at most"
                 )
             return int(self.share * cap)
-        lease = parse_bytes(self.share)
+        lease = parse_bytes(self.share, "share")
         if lease > cap:
             raise SettingsRefused(f"share: {lease} bytes are more than the runtime's cap of {cap}; give {cap} at most")
         return lease

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from agentmem.memory import Memory
     from agentmem.sessions.snapshot_files import TensorSpec
 
+_OTHER = "Load another snapshot, or begin a new session."
 MAX_TOKENS = 1 << 26
 """Ids of a row are outside the cap, so something else must bound what is read: 512 MiB of them."""
 
@@ -86,11 +87,9 @@ def _row_of(state: Mapping[str, Any]) -> RowImage:
 
 
 @contextmanager
-def refusing(url: str | os.PathLike[str], *errors: type[Exception]) -> Iterator[None]:
+def refusing(url: str | os.PathLike[str], *errors: type[Exception], remedy: str = _OTHER) -> Iterator[None]:
     """Say of which snapshot something is wrong."""
     try:
         yield
     except errors as error:
-        raise SnapshotRefused(
-            f"the snapshot in {url} is not used: {error}. Load another snapshot, or begin a new session."
-        ) from error
+        raise SnapshotRefused(f"the snapshot in {url} is not used: {error}. {remedy}") from error

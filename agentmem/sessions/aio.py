@@ -186,7 +186,7 @@ def stream(session: Session, options: dict[str, Any]) -> AsyncGenerator[Event, N
     deadline, keep_open = options.pop("deadline", None), options.pop("keep_open", False)
     if deadline is not None:
         check_seconds("deadline", deadline)
-    return _driven(session, lambda: session.replying(options, keep_open=keep_open), deadline)
+    return _driven(session, lambda: reading.replying(session, options, keep_open=keep_open), deadline)
 
 
 async def append(session: Session, messages: Sequence[Message], how: How) -> tuple[CompactionReport, ...]:

@@ -95,6 +95,19 @@ def begin_reply(session: Session, options: dict[str, Any]) -> Decoding:
         raise
 
 
+def replying(session: Session, options: dict[str, Any], *, keep_open: bool) -> Generator[Event | None, None, None]:
+    """The events of a reply, for whoever drives them; see :meth:`agentmem.sessions.session.Session.events`."""
+    decoding = begin_reply(session, options)
+    reply = session.last = session.reply or Reply()
+    reply.reason = "cancelled"
+    try:
+        yield from turn.write(session, reply, decoding, keep_open=keep_open)
+    finally:
+        if reply.ids and not keep_open:
+            close_reply(session)
+    yield turn.finished(reply)
+
+
 def _check_new(session: Session) -> None:
     if not session.pending or (session.reply is not None and session.reply.end is not None):
         raise SettingsRefused(

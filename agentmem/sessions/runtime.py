@@ -365,5 +365,6 @@ def _not_busy(session: Session) -> None:
         raise MemoryClosed(f"session {session.name!r} was closed; make another one, or load a snapshot")
     if session.busy:
         raise SettingsRefused(
-            f"session {session.name!r} is in mid-turn; end the turn first (close its events), or fork before it begins"
+            f"session {session.name!r} is in mid-turn; end the turn first (close its events; a stream that is left "
+            "early wants contextlib.aclosing(session.stream(...)) around it), or fork before it begins"
         )

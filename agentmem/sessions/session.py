@@ -12,7 +12,7 @@ import torch
 
 from agentmem.errors import MemoryClosed
 from agentmem.promotion import pin
-from agentmem.sessions import aio, reading, steering, turn
+from agentmem.sessions import aio, reading, steering
 from agentmem.sessions.arguments import check_count, check_seconds, check_text
 from agentmem.sessions.asking import Asking
 from agentmem.sessions.dialogue import Dialogue, Message
@@ -69,7 +69,8 @@ class Session:
         self.busy = self.closed = False
         self.reply_start = 0
         self._told = holding.rebases
-        self._last = Reply()
+        self.last = Reply()
+        """The newest reply, open or not."""
         holding.sessions.add(id(self))
 
     # ---- turns
@@ -148,6 +149,9 @@ class Session:
     def generate(self, **options: Any) -> Reply:
         """Have the model reply; ``options`` are Hugging Face's own (``max_new_tokens``, ``temperature``, …).
 
+        Give ``max_new_tokens``: without it transformers stops after 20 tokens and warns, unless the model's own
+        ``generation_config`` has a length.
+
         ``deadline`` (seconds) ends it early; ``keep_open=True`` leaves the reply open, so that :meth:`say` and the next
         ``generate`` go on with it. Returns the reply: its text, ids and the reason of its end.
 
@@ -159,7 +163,7 @@ class Session:
         """
         for _ in self.events(**options):
             pass
-        return replace(self._last, ids=list(self._last.ids))
+        return replace(self.last, ids=list(self.last.ids))
 
     def events(
         self, *, deadline: float | None = None, keep_open: bool = False, **options: Any
@@ -167,10 +171,13 @@ class Session:
         """The same, event by event; closing the iterator ends the turn after the forward that runs."""
         if deadline is not None:
             check_seconds("deadline", deadline)
-        return self._drive(lambda: self.replying(options, keep_open=keep_open), deadline)
+        return self._drive(lambda: reading.replying(self, options, keep_open=keep_open), deadline)
 
     def stream(self, **options: Any) -> AsyncIterator[Event]:
-        """The same for asyncio: forwards run on the model's own thread, one for every event that is asked for."""
+        """The same for asyncio: forwards run on the model's own thread, one for every event that is asked for.
+
+        Use ``contextlib.aclosing`` where the loop may be left early: a mere ``break`` leaves the session in mid-turn.
+        """
         return aio.stream(self, options)
 
     async def aappend(
@@ -241,18 +248,6 @@ class Session:
             reading.say(self, text)
         finally:
             self.runtime.leave(self)
-
-    def replying(self, options: dict[str, Any], *, keep_open: bool) -> Generator[Event | None, None, None]:
-        """The events of a reply, for whoever drives them; see :meth:`events`."""
-        decoding = reading.begin_reply(self, options)
-        reply = self._last = self.reply or Reply()
-        reply.reason = "cancelled"
-        try:
-            yield from turn.write(self, reply, decoding, keep_open=keep_open)
-        finally:
-            if reply.ids and not keep_open:
-                reading.close_reply(self)
-        yield turn.finished(reply)
 
     def _drive(
         self, make: Callable[[], Generator[Event | None, None, None]], deadline: float | None

@@ -50,7 +50,7 @@ def test_decode_writes_its_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("peak --cap 1200KiB --tokens 1400", r"1400 tokens into \d+ slots per head, [1-9]\d* compactions"),
+        ("peak --cap 1600KiB --tokens 3000", r"3000 tokens into \d+ slots per head, [1-9]\d* compactions"),
         ("rebasing --tokens 900 --new 32 --slots 256 --policy window", r"perplexity, fresh window of  256 .+ ratio"),
         ("solvers --heads 1 --repeats 1 --no-oracles", r'"name": "pursuit-fast", .+"log_mass_error": 0\.\d+'),
         ("sessions cancels --cancels 2", "equal to undisturbed: True"),

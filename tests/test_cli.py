@@ -161,7 +161,19 @@ def test_rebase_goes_on_past_the_model_s_positions(tmp_path: Path) -> None:
         tmp_path
     )
     small = ("--model", str(tmp_path), *SMALL, "--policy", "window")
-    run = ("run", *small, "--cap", "1MiB", "--prompt", "hello", "--max-new-tokens", "200", "--ignore-eos", "--json", "-")
+    run = (
+        "run",
+        *small,
+        "--cap",
+        "1MiB",
+        "--prompt",
+        "hello",
+        "--max-new-tokens",
+        "200",
+        "--ignore-eos",
+        "--json",
+        "-",
+    )
     rebased, plain = agentmem(*run, "--rebase"), agentmem(*run)
     plans = [
         json.loads(agentmem("plan", *small, "--cap", "1MiB", *option, "--json").stdout)["capacity"]

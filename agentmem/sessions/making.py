@@ -142,9 +142,7 @@ def check_settings(values: Mapping[str, Any]) -> None:
     _check_names(inner)
     if "cap" in inner:
         raise SettingsRefused(f"cap: {inner['cap']!r} is the runtime's; a session has a share of it")
-    seed = SessionSettings.of(**own).seed
-    if seed is not None and not -(1 << 63) <= seed < 1 << 64:
-        raise SettingsRefused(f"seed: {seed} is beyond what a generator takes; give one of 64 bits")
+    SessionSettings.of(**own)
     Settings.of(cap=1, **inner)
 
 

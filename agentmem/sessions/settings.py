@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from agentmem.errors import SettingsRefused
 from agentmem.sessions.dialogue import Role
-from agentmem.settings import check_part, parse_bytes, violations
+from agentmem.settings import Seed, check_part, parse_bytes, violations
 
 
 def _expression(pattern: str) -> str:
@@ -50,7 +50,7 @@ class SessionSettings(BaseModel):
     """Where the chat template would rewrite what the memory holds: keep the memory's, or refuse."""
     soft: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     """A ``before_compact`` hook is asked when less than this part of the capacity is free."""
-    seed: int | None = None
+    seed: Seed | None = None
     """Seed of this session's own sampling; ``None`` samples from torch's global generator, as ``generate`` does."""
 
     @classmethod

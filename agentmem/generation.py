@@ -56,7 +56,8 @@ def check_generate(cache: CappedMemory, model: Any, given: Mapping[str, Any]) ->
     options = chosen(model, given)
     for name, (refused, remedy) in REFUSED.items():
         if name in options and refused(options[name]):
-            raise UnsupportedGeneration(f"{name}={options[name]!r}: {remedy}")
+            value = repr(options[name]).partition("\n")[0].rstrip("(")  # of a whole model its name
+            raise UnsupportedGeneration(f"{name}={value}: {remedy}")
     ids = options.get("input_ids", options.get("inputs"))
     prompt = options.get("inputs_embeds", ids)
     if prompt is None:

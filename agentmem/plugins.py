@@ -184,7 +184,7 @@ def _value(text: str) -> object:
             return kind(text)
         except ValueError:
             continue
-    return text
+    return str(text)
 
 
 def _registered() -> dict[str, list[EntryPoint]]:

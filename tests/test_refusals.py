@@ -113,7 +113,7 @@ def test_assisted_decoding_is_refused() -> None:
     model = variants.model()
     with (
         agentmem.wrap(model, **variants.ROOMY) as ours,
-        variants.refused(model, UnsupportedGeneration, "assistant_model", "leave it out"),
+        variants.refused(model, UnsupportedGeneration, "assistant_model=Qwen2ForCausalLM: ", "leave it out"),
     ):
         ours.generate(variants.prompt(5), max_new_tokens=2, assistant_model=variants.model("qwen2"))
 

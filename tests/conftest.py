@@ -72,6 +72,15 @@ def _threads() -> None:
     torch.set_num_threads(1 if worker else min(_THREADS, torch.get_num_threads()))
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """A memory is planned by torch's threads: the caps of these tests are for one, on every machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _seeds() -> None:
     """Every test starts from the same random state of torch, whatever ran before it."""

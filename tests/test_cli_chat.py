@@ -5,12 +5,10 @@ from __future__ import annotations
 import re
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from typer.testing import Result
 
 from agentmem.cli.display import Display
@@ -19,17 +17,10 @@ from agentmem.report import CompactionReport
 from agentmem.testing import tiny_model
 from shell import agentmem, refused, save_model, save_tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CAP = 800 * 1024
 OPTIONS = ("--cap", "800KiB", "--keep-recent", "16", "--max-new-tokens", "24")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """A memory is planned by torch's threads: the caps of these tests are for one, on every machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -6,17 +6,18 @@ import re
 import runpy
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentmem import models
 from agentmem.testing import check_policy
 from shell import save_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 DEMOS = Path(__file__).parents[1] / "demos"
 MAX_LINES = 99
@@ -27,15 +28,6 @@ Demo = Callable[..., str]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny random model on disk, for what takes many tokens."""
     return save_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """A memory is planned by torch's threads: the caps of these tests are for one, on every machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

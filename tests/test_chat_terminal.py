@@ -30,7 +30,8 @@ class Terminal:
         """Start it."""
         import pty
 
-        own = "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)"  # so that its Ctrl-C is a signal
+        own = "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)"  # so that its Ctrl-C is a signal,
+        own += "; import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # in background jobs too
         program = f"{own}; from agentmem.cli import main; sys.exit(main())"
         self._keys, theirs = pty.openpty()
         self.process = subprocess.Popen(

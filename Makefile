@@ -18,7 +18,7 @@ PY := $(BIN)/python
 PIP := $(PY) -m pip --disable-pip-version-check
 INSTALLED := .venv/.installed
 SITE := build/site
-SOURCES := $(shell find agentmem policies -name '*.py') pyproject.toml
+SOURCES := $(shell find agentmem policies -name '*.py' -o -name '*.pyi' -o -name '*.c') pyproject.toml
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -33,7 +33,7 @@ $(PY):
 	@test -n "$(PYTHON)" || { echo "agentmem needs Python 3.11 or newer; name one: make PYTHON=/path/to/python" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 
-$(INSTALLED): pyproject.toml constraints.txt | $(PY)
+$(INSTALLED): pyproject.toml constraints.txt agentmem/decode.c | $(PY)
 	$(if $(TORCH_INDEX),$(PIP) install --constraint constraints.txt --index-url $(TORCH_INDEX) torch)
 	$(PIP) install --constraint constraints.txt --editable '.[cli,dev]'
 	@touch $@
@@ -82,4 +82,4 @@ docs: install
 		agentmem.sessions agentmem.testing
 
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis out
+	rm -rf build dist *.egg-info agentmem/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis out

@@ -13,6 +13,13 @@ import torch
 
 from agentmem.contracts import blocks
 
+try:
+    from agentmem import _decode
+
+    COMPILED = True
+except ImportError:  # installed without a C compiler, or not on Linux
+    COMPILED = False
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -26,6 +33,9 @@ OLD_BLOCK = 128
 """Queries that attend the old slots at a time: bounds the second output that the merge needs."""
 TILE_BYTES = 1 << 19
 """Bytes of one tile of logits in the explicit path."""
+PIECE = 256
+"""Slots of one head that a thread of a compiled decode step takes at least."""
+_VECTOR = 16  # floats that decode.c works on at a time
 
 
 @dataclass(slots=True)
@@ -69,7 +79,13 @@ def fused_bytes(layer: LayerShape, tokens: int, slots: int, itemsize: int) -> in
         _flash_scratch(tokens, tokens, layer.value_dim, itemsize),
         _flash_scratch(packed, slots, layer.value_dim, itemsize),
     )
-    return merge + flash
+    return merge + max(flash, _decode_bytes(layer))
+
+
+def _decode_bytes(layer: LayerShape) -> int:
+    # decode.c: per piece and query an output, its peak and its mass; and the queries once more if they lie apart
+    pieces = layer.kv_heads + 2 * torch.get_num_threads()
+    return (pieces * layer.group * (layer.value_dim + 2) + layer.query_heads * layer.key_dim) * 4
 
 
 def explicit_bytes(layer: LayerShape, tokens: int, slots: int, itemsize: int) -> int:
@@ -118,6 +134,8 @@ def attend(
 
 def _fused(queries: torch.Tensor, runs: Sequence[Run], fresh: Fresh | None, scale: float) -> torch.Tensor:
     tokens = queries.shape[1]
+    if fresh is None and tokens == 1 and _compiled(queries, runs):
+        return _decode_step(queries, runs, scale)
     if fresh is None:
         outputs = [_flash_run(_grouped(queries, run, runs), run, scale)[0] for run in runs]
         merged = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -130,6 +148,59 @@ def _fused(queries: torch.Tensor, runs: Sequence[Run], fresh: Fresh | None, scal
         if run.slots:
             _merge(output, lse, grouped, run, scale)
     return output.reshape(queries.shape[0], tokens, -1)
+
+
+def _compiled(queries: torch.Tensor, runs: Sequence[Run]) -> bool:
+    """Whether ``decode.c`` serves this decode step: float32 of whole vectors, slots one behind the other."""
+    dim = queries.shape[-1]
+    return (
+        COMPILED
+        and queries.dtype == torch.float32
+        and dim % _VECTOR == 0
+        and all(run.slots and run.keys.stride()[1:] == run.values.stride()[1:] == (dim, 1) for run in runs)
+    )
+
+
+def _decode_step(queries: torch.Tensor, runs: Sequence[Run], scale: float) -> torch.Tensor:
+    """One token's queries ``[Hq, 1, d]`` over all runs at once, every head in pieces of like length."""
+    query_heads, _, dim = queries.shape
+    group = query_heads // sum(run.heads for run in runs)
+    threads = torch.get_num_threads()
+    length = max(PIECE, -(-sum(run.heads * run.slots for run in runs) // (2 * threads)))
+    pieces = sum(run.heads * -(-run.slots // length) for run in runs)
+    queries = queries.contiguous()
+    output, scratch = torch.empty_like(queries), queries.new_empty(pieces * group * (dim + 2))
+    _decode.attend(
+        queries.data_ptr(),
+        output.data_ptr(),
+        scratch.data_ptr(),
+        pieces,
+        length,
+        threads,
+        scale,
+        group,
+        dim,
+        dim,
+        [_addresses(run) for run in runs],
+    )
+    return output
+
+
+def _addresses(run: Run) -> tuple[int, int, int, int, int, int, int, int, int]:
+    """A run as ``decode.c`` reads it; address 0 stands for no β."""
+    bias, stride = (0, 0) if run.bias is None else (run.bias.data_ptr(), run.bias.stride(0))
+    keys, values = run.keys, run.values
+    return (
+        run.first,
+        run.heads,
+        run.slots,
+        keys.data_ptr(),
+        values.data_ptr(),
+        bias,
+        keys.stride(0),
+        values.stride(0),
+        stride,
+    )
 
 
 def _merge(output: torch.Tensor, lse: torch.Tensor, grouped: torch.Tensor, run: Run, scale: float) -> None:

@@ -44,7 +44,8 @@ TABLE = (
     room("agentmem.report", outside="pydantic"),
     room("agentmem.events", outside="structlog"),
     room("agentmem.shape", rooms="errors settings"),
-    room("agentmem.attention", rooms="contracts errors shape", outside="torch"),
+    room("agentmem._decode"),
+    room("agentmem.attention", rooms="_decode contracts errors shape", outside="torch"),
     room("agentmem.samples", rooms="queries", outside="torch"),
     room("agentmem.pricing", rooms="queries contracts settings shape attention samples"),
     room("agentmem.budget", rooms="contracts errors settings pricing shape"),
@@ -104,7 +105,8 @@ def modules(root: Path) -> dict[str, Path]:
     """Every module that the distribution installs, by its import name."""
     found = {}
     for folder, package in (("agentmem", "agentmem"), ("policies", "agentmem.policies")):
-        for path in sorted((root / folder).rglob("*.py")):
+        files = (path for path in (root / folder).rglob("*") if path.suffix in {".py", ".pyi"})  # .pyi: a compiled one
+        for path in sorted(files):
             parts = path.relative_to(root / folder).with_suffix("").parts
             found[".".join((package, *(part for part in parts if part != "__init__")))] = path
     return found

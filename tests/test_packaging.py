@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from importlib.metadata import distribution, entry_points, version
 from importlib.resources import files
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from agentmem import attention
 from agentmem.contracts import Policy
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +53,28 @@ def test_the_version_is_one() -> None:
 def test_types_are_shipped() -> None:
     """Type checkers read the annotations of an installed agentmem."""
     assert files("agentmem").joinpath("py.typed").is_file()
+
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("cc") is None or sys.platform != "linux", reason="compiled on Linux, where there is a C compiler"
+)
+
+
+@needs_compiler
+def test_the_compiled_decode_step_is_installed() -> None:
+    """An installation that could not build it goes on without, and would be slower in silence."""
+    assert attention.COMPILED
+
+
+@needs_compiler
+def test_the_decode_step_compiles_without_a_warning(tmp_path: Path) -> None:
+    """With the flags of the installation, and all of the compiler's advice."""
+    (module,) = PROJECT["tool"]["setuptools"]["ext-modules"]
+    advice = ["-Wall", "-Wextra", "-Werror", f"-I{sysconfig.get_paths()['include']}", "-fPIC"]
+    command = ["cc", *module["extra-compile-args"], *advice, "-c", *module["sources"], "-o", str(tmp_path / "decode.o")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_direct_dependency_is_pinned() -> None:

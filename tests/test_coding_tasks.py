@@ -176,7 +176,7 @@ def test_tasks_are_read_plain_and_packed(tmp_path: Path, name: str) -> None:
         ("a.jsonl", b"\n", "a.jsonl holds no task; each of its lines"),
         ("a.jsonl", b"\xff", "a.jsonl cannot be read: .*; give JSON lines as UTF-8"),
         ("a.jsonl.gz", b"{}", "a.jsonl.gz cannot be read: .*; give JSON lines as UTF-8, packed only if .gz"),
-        ("a.jsonl.gz", gzip.compress(b"{}" * 99)[:-9], "a.jsonl.gz cannot be read: .*packed only if .gz"),
+        ("a.jsonl.gz", gzip.compress(b"{}" * 99, mtime=0)[:-9], "a.jsonl.gz cannot be read: .*packed only if .gz"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path: Path, name: str, raw: bytes, message: str) -> None:

@@ -63,7 +63,7 @@ types: $(SITE)/.built
 	cd $(SITE) && ../../$(PY) -m mypy --config-file ../../pyproject.toml -p agentmem
 
 $(SITE)/.built: $(SOURCES) | $(INSTALLED)
-	rm -rf build/lib build/bdist.* $(SITE) dist
+	rm -rf build/lib* build/temp* build/bdist.* $(SITE) dist
 	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	$(PIP) install --quiet --no-deps --target $(SITE) dist/*.whl
 	cd $(SITE) && ../../$(PY) -P -c 'import sys; sys.path.insert(0, "."); import agentmem.policies.am_halving as p; print("wheel:", p.__file__)'

@@ -153,11 +153,18 @@ def _fused(queries: torch.Tensor, runs: Sequence[Run], fresh: Fresh | None, scal
 def _compiled(queries: torch.Tensor, runs: Sequence[Run]) -> bool:
     """Whether ``decode.c`` serves this decode step: float32 of whole vectors, slots one behind the other."""
     dim = queries.shape[-1]
+    return COMPILED and queries.dtype == torch.float32 and dim % _VECTOR == 0 and all(_plain(run, dim) for run in runs)
+
+
+def _plain(run: Run, dim: int) -> bool:
+    """Whether a run lies in memory as ``decode.c`` reads it; it reads addresses, so nothing else may pass."""
+    keys, values, bias = run.keys, run.values, run.bias
     return (
-        COMPILED
-        and queries.dtype == torch.float32
-        and dim % _VECTOR == 0
-        and all(run.slots and run.keys.stride()[1:] == run.values.stride()[1:] == (dim, 1) for run in runs)
+        run.slots > 0
+        and keys.dtype == values.dtype == torch.float32
+        and keys.device.type == values.device.type == "cpu"
+        and keys.stride()[1:] == values.stride()[1:] == (dim, 1)
+        and (bias is None or (bias.dtype == torch.float32 and bias.stride(1) == 1))
     )
 
 

@@ -52,7 +52,7 @@ INLINE float sum(wide x) {
     return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
-/* exp(x) for x <= 0 to 1e-7: 2^m times a polynomial on [-ln2/2, ln2/2] (Cephes expf). */
+/* exp(x) for x <= 0 to 1e-7 of the largest weight: 2^m times a polynomial on [-ln2/2, ln2/2] (Cephes expf). */
 INLINE wide exponential(wide x) {
     wide y = x * 1.44269504088896341f;
     y = choose(y < -126.0f, none - 126.0f, y);
@@ -107,6 +107,10 @@ INLINE void soften(float *row, const float *bias, Shape shape, Py_ssize_t n, flo
     wide tops = none + *peak;
     for (Py_ssize_t j = 0; j < n; j += WIDE) tops = choose(load(row + j) > tops, load(row + j), tops);
     float top = largest(tops);
+    if (top == -INFINITY) { /* nothing to see so far: no weight, unless it is no number */
+        for (Py_ssize_t j = 0; j < n; j++) *mass += row[j] = row[j] == -INFINITY ? 0.0f : NAN;
+        return;
+    }
     if (top > *peak) {
         float shrink = expf(*peak - top);
         *mass *= shrink;

@@ -95,6 +95,21 @@ def test_no_number_stays_no_number() -> None:
     assert output[2:].isnan().all()
 
 
+def test_slots_that_count_nothing_come_first() -> None:
+    """A tile, or a piece, whose slots all have a β of minus infinity takes no part."""
+    queries, runs, heads = problem((700,), 3, 64)
+    assert runs[0].bias is not None
+    runs[0].bias[0, :400] = -torch.inf
+    assert error(queries, runs, heads, 0.125) < 2e-6
+
+
+def test_queries_that_are_no_number() -> None:
+    """Nothing is made up for them."""
+    queries, runs, _ = problem((300,), 2, 64)
+    output, _ = attend(queries * torch.nan, runs, None, 0.125)
+    assert output.isnan().all()
+
+
 def test_queries_may_lie_apart() -> None:
     """A strided view is read as what it shows."""
     queries, runs, heads = problem((50, 50), 2, 64)
@@ -113,6 +128,11 @@ def test_what_it_is_not_made_for_goes_to_torch(monkeypatch: pytest.MonkeyPatch) 
     assert not attention._compiled(queries.half(), half)
     assert not attention._compiled(queries[..., :24], narrow)
     assert not attention._compiled(queries, apart)
+    assert not attention._compiled(queries, half)  # a store keeps the dtype that it began with
+    assert not attention._compiled(queries, [Run(0, runs[0].keys.to("meta"), runs[0].values.to("meta"))])
+    spread = torch.zeros(1, 40)[:, ::2]
+    assert not attention._compiled(queries, [Run(0, runs[0].keys, runs[0].values, spread)])
+    assert not attention._compiled(queries, [Run(0, runs[0].keys[:, :0], runs[0].values[:, :0])])
     monkeypatch.setattr(attention, "COMPILED", False)
     assert not attention._compiled(queries, runs)
 

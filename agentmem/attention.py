@@ -126,7 +126,7 @@ def attend(
     longest = max((run.slots for run in runs), default=0) + queries.shape[1]
     if fresh is None or (window is not None and longest <= window):
         window = None
-    equal_dims = queries.shape[-1] == (runs[0] if runs else fresh).values.shape[-1]  # type: ignore[union-attr]
+    equal_dims = queries.shape[-1] == (runs[0] if runs else fresh).values.shape[-1]  # type: ignore[union-attr]  # one of the two is there
     if explicit or window is not None or not equal_dims or queries.device.type != "cpu":
         return _explicit(queries, runs, fresh, scale, window)
     return _fused(queries, runs, fresh, scale), None

@@ -110,7 +110,7 @@ def _check_extends(
     mask = options.get("attention_mask")
     for row in rows if ids is not None else ():
         line = row.index // copies
-        given = (ids[line] if mask is None else ids[line][mask[line].bool()])[: row.seen].tolist()  # type: ignore[index]
+        given = (ids[line] if mask is None else ids[line][mask[line].bool()])[: row.seen].tolist()  # type: ignore[index]  # rows: there are ids
         if given != list(row.ids):
             pairs = enumerate(zip(given, row.ids, strict=False))
             at = next((place for place, (now, then) in pairs if now != then), len(given))

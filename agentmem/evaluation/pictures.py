@@ -120,8 +120,8 @@ def recall_figure(rows: Sequence[RecallRow]) -> Figure:
         depths = [float(depth) for depth in row.by_depth]
         scores = list(row.by_depth.values())
         label = row.policy if len({each.equal for each in rows}) == 1 else f"{row.policy}, equal {row.equal}"
-        panels[0].plot(depths, [score.exact for score in scores], label=label, **style)  # type: ignore[arg-type]
-        panels[1].plot(depths, [score.log_prob for score in scores], label=label, **style)  # type: ignore[arg-type]
+        panels[0].plot(depths, [score.exact for score in scores], label=label, **style)  # type: ignore[arg-type]  # a mixed dict
+        panels[1].plot(depths, [score.log_prob for score in scores], label=label, **style)  # type: ignore[arg-type]  # a mixed dict
     panels[0].set_ylim(-0.02, 1.02)
     for axes, text in zip(panels, ("share of exact answers", "log-probability of the answer (nats)"), strict=True):
         axes.set_xlabel("depth of the fact in the document")

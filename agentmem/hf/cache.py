@@ -29,7 +29,7 @@ class _Layer(CacheLayerMixin):
     is_croppable = False
 
     def __init__(self, owner: CappedMemory | TransientCache, window: int | None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
         self.owner, self.is_sliding, self.is_initialized = owner, window is not None, True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -327,7 +327,7 @@ class CappedMemory(Cache):
     def _ids(self, inputs: dict[str, Any], rows: int, count: int) -> list[list[int]]:
         given = inputs.get("input_ids")
         if given is not None:
-            return given.tolist()  # type: ignore[no-any-return]
+            return given.tolist()  # type: ignore[no-any-return]  # given is Any
         if self.memory.policy.queries.probing:
             raise UnsupportedGeneration(
                 f"inputs_embeds have no token ids to replay, which policy {self.memory.policy.name!r} needs; "

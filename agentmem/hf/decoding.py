@@ -122,7 +122,7 @@ def _stop_strings(options: dict[str, Any]) -> Any:
 
 def choose(decoding: Decoding, logits: torch.Tensor, generator: torch.Generator | None) -> tuple[int, torch.Tensor]:
     """The next id and the scores ``[1, V]`` it was chosen by; ``logits [V]`` are the model's own."""
-    scores: torch.Tensor = decoding.processors(decoding.so_far, logits[None].float())  # type: ignore[arg-type]
+    scores: torch.Tensor = decoding.processors(decoding.so_far, logits[None].float())  # type: ignore[arg-type]  # asks for a LongTensor by name
     if not decoding.config.do_sample:
         return int(scores.argmax(-1)), scores
     weights = scores.softmax(-1)

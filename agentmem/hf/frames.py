@@ -58,7 +58,7 @@ def _attention(original: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor 
             function = AttentionInterface._global_mapping.get(original)  # noqa: SLF001  # the public mapping has no getter by name
             if function is None:  # eager lives in the modelling file
                 function = sys.modules[type(module).__module__].eager_attention_forward
-            return function(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]
+            return function(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]  # the registry's functions are Any
         frame.attended += 1
         layer: int = module.layer_idx  # type: ignore[assignment]  # every attention module has it
         # Under autocast rotary embeddings make keys float32 and leave values alone; the dtype of the keys counts.
@@ -73,7 +73,7 @@ def _mask(original: str) -> Callable[..., torch.Tensor | None]:
         frame = FRAME.get()
         if frame is None or frame.step is None:
             function: Any = AttentionMaskInterface._global_mapping[original]  # noqa: SLF001
-            return function(*args, **kwargs)  # type: ignore[no-any-return]
+            return function(*args, **kwargs)  # type: ignore[no-any-return]  # the same
         return None  # our attention knows causality, windows and pads by itself
 
     return create

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
+from agentmem.api import CappedModel, CappedOutput, capped, plan, wrap
 from agentmem.contracts import Budgets, Compaction, Compactor, HeadCompaction, Policy, Queries, Rewrite, Segment
-from agentmem.doors import CappedModel, CappedOutput, capped, plan, wrap
 from agentmem.errors import (
     AgentmemError,
     CapBypassed,
@@ -30,9 +30,9 @@ from agentmem.errors import (
     UnsupportedModel,
 )
 from agentmem.hf import CappedMemory
-from agentmem.memory import Usage
-from agentmem.pricing import Plan
-from agentmem.report import CompactionReport, LayerReport, RebaseReport, RunReport, SummaryReport
+from agentmem.memory.memory import Usage
+from agentmem.planning.pricing import Plan
+from agentmem.reporting.report import CompactionReport, LayerReport, RebaseReport, RunReport, SummaryReport
 from agentmem.sessions import CompactionContext, Message, Reply, Runtime, Session
 from agentmem.settings import Settings
 

@@ -14,7 +14,8 @@ import torch
 from torch._C._profiler import _ExtraFields_Allocation, _ProfilerEvent
 from torch.profiler import ProfilerActivity, profile
 
-from agentmem.contract_check import validate
+from agentmem.compaction.budget_rules import check_budgets
+from agentmem.compaction.checks import validate
 from agentmem.contracts import (
     BudgetRequest,
     Budgets,
@@ -30,7 +31,6 @@ from agentmem.contracts import (
     SegmentShape,
     Survey,
 )
-from agentmem.dealing import check_budgets
 from agentmem.errors import PolicyContractBroken, SettingsRefused
 from agentmem.plugins import policy as named_policy
 

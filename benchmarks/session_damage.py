@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from agentmem.sessions.snapshot_files import read_manifest, read_snapshot, write_snapshot
+from agentmem.sessions.snapshots.files import read_manifest, read_snapshot, write_snapshot
 
 
 @dataclass

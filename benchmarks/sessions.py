@@ -27,7 +27,7 @@ import torch
 
 from agentmem import models
 from agentmem.errors import SnapshotRefused
-from agentmem.ledger import Ledger
+from agentmem.memory.ledger import Ledger
 from agentmem.sessions import Runtime, Session, TokenEvent
 from benchmarks.session_damage import FORGERIES, forge
 from benchmarks.snapshot_damage import CORRUPTIONS

@@ -1,6 +1,6 @@
 """Ways to damage or forge a snapshot, by name. Forgeries have all their checksums mended.
 
-Made for the layout of ``agentmem.sessions.snapshot_files`` and the tensors of ``benchmarks.snapshot_kills``.
+Made for the layout of ``agentmem.sessions.snapshots.files`` and the tensors of ``benchmarks.snapshot_kills``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from agentmem.sessions.snapshot_files import write_snapshot
+from agentmem.sessions.snapshots.files import write_snapshot
 
 Corruption = Callable[[Path, random.Random], None]
 

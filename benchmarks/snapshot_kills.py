@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from agentmem.errors import SnapshotRefused
-from agentmem.sessions.snapshot_files import TensorSpec, read_snapshot, write_snapshot
+from agentmem.sessions.snapshots.files import TensorSpec, read_snapshot, write_snapshot
 from benchmarks.snapshot_damage import CORRUPTIONS
 
 IDENTITY = {"model": "5f" * 32, "tokenizer": "a0" * 32}

@@ -28,7 +28,7 @@ from agentmem import Runtime, models
 from agentmem.evaluation.passage import default_text
 
 if TYPE_CHECKING:
-    from agentmem.memory import Memory
+    from agentmem.memory.memory import Memory
     from agentmem.sessions import Session
 
 FLAT = 1.02

@@ -12,7 +12,7 @@ import argparse
 import agentmem
 from agentmem import models
 from agentmem.settings import format_bytes
-from refusals import positive, run
+from support.refusals import positive, run
 
 
 def main() -> None:

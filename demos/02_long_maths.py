@@ -16,8 +16,8 @@ import agentmem
 from agentmem import models
 from agentmem.sessions import CompactionFinished, TokenEvent
 from agentmem.settings import format_bytes
-from problems import Problem, extract, generated, read, same
-from refusals import count, file_for, positive, run
+from support.problems import Problem, extract, generated, read, same
+from support.refusals import count, file_for, positive, run
 
 ANSWER_TOKENS = 16
 

@@ -13,12 +13,12 @@ import argparse
 from itertools import zip_longest
 
 import agentmem
-import sandbox
 from agentmem import models
 from agentmem.errors import SettingsRefused
 from agentmem.settings import format_bytes
-from coding_tasks import TASKS, Task, code_in, read_tasks
-from refusals import count, file_for, positive, run
+from support import sandbox
+from support.coding_tasks import TASKS, Task, code_in, read_tasks
+from support.refusals import count, file_for, positive, run
 
 EVIL = {
     "loop": "while True: pass",

@@ -17,7 +17,7 @@ import agentmem
 from agentmem import models
 from agentmem.sessions import TextEvent
 from agentmem.settings import format_bytes
-from refusals import positive, run
+from support.refusals import positive, run
 
 LETTERS = {"active": "A", "idle": "i", "on disk": "d", "closed": " "}
 COLOURS = ("red", "blue", "green", "black", "white", "yellow", "purple", "orange")

@@ -21,7 +21,7 @@ import torch
 
 import agentmem
 from agentmem import models
-from refusals import positive, run
+from support.refusals import positive, run
 
 QUESTIONS = ("Tell me how a tower clock works.", "Why does each part matter?", "Which part wears out first?")
 

@@ -17,9 +17,9 @@ import torch
 import agentmem
 from agentmem import Compaction, Compactor, HeadCompaction, Policy, Queries, Segment, models, plugins
 from agentmem.contracts import HeadSegment, SegmentShape
-from agentmem.policies.uniform import Uniform
+from agentmem.policies.budgets.uniform import Uniform
 from agentmem.testing import check_policy
-from refusals import positive, run
+from support.refusals import positive, run
 
 # ---- the policy
 

@@ -19,8 +19,8 @@
 | ``merge.py`` | ``merge`` | similar slots become one | D2O, arXiv:2406.13035 |
 | ``full.py`` | ``full`` | never compacts | - |
 
-Parts that policies are composed of: compactors (``attention_matching.py``; ``eviction.py`` is what evictions share),
-selectors (``selectors.py``: highest attention, pursuit, random) and budgets (``budgets.py`` names them):
+Policies are composed of parts. ``compactors/``: Attention Matching, eviction, and the selectors of slots (highest
+attention, pursuit, random). ``budgets/``, by the names in its ``registry.py``:
 
 | file | budgets | slots of a head | paper |
 | --- | --- | --- | --- |

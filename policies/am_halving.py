@@ -13,9 +13,9 @@ from functools import partial
 from typing import Any
 
 from agentmem.contracts import Policy, PolicyFactory, Queries
-from agentmem.policies.attention_matching import AttentionMatching, Mass, Values
-from agentmem.policies.budgets import by_name
-from agentmem.policies.selectors import selector as selector_named
+from agentmem.policies.budgets.registry import by_name
+from agentmem.policies.compactors.attention_matching import AttentionMatching, Mass, Values
+from agentmem.policies.compactors.selectors import selector as selector_named
 from agentmem.policies.solvers.selection import Score
 
 
@@ -42,8 +42,8 @@ def am_halving(
 
     ``probe`` is a mixture as :meth:`Queries.of` reads it, ``probe_tokens`` how many tokens (``None``: the plan
     chooses), ``focus`` the text of a ``focus`` part, ``pattern`` a regular expression for what must not be lost.
-    ``budgets`` is read by :func:`agentmem.policies.budgets.by_name`, options as in ``"calibrated;floor=0.5"``; the rest
-    are the options of :class:`AttentionMatching`.
+    ``budgets`` is read by :func:`agentmem.policies.budgets.registry.by_name`, options as in
+    ``"calibrated;floor=0.5"``; the rest are the options of :class:`AttentionMatching`.
 
     Raises:
         ValueError: an option's value cannot work.

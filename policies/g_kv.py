@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from agentmem.contracts import HeadCompaction, Policy, Queries, Segment, SegmentShape
-from agentmem.policies.budgets import by_name
-from agentmem.policies.eviction import FLOAT, Observation, check_share, check_window, largest_of_group
+from agentmem.policies.budgets.registry import by_name
+from agentmem.policies.compactors.eviction import FLOAT, Observation, check_share, check_window, largest_of_group
 from agentmem.policies.r_kv import check_redundancy
 from agentmem.policies.solvers.attention import LocalAttention
 from agentmem.policies.solvers.redundancy import redundancy, redundancy_bytes

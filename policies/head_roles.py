@@ -19,8 +19,16 @@ from dataclasses import dataclass
 import torch
 
 from agentmem.contracts import Policy, Queries, Segment, SegmentShape, Survey
-from agentmem.policies.budgets import by_name
-from agentmem.policies.eviction import FLOAT, RANKING, Observation, check_pooling, check_share, check_window, pooled
+from agentmem.policies.budgets.registry import by_name
+from agentmem.policies.compactors.eviction import (
+    FLOAT,
+    RANKING,
+    Observation,
+    check_pooling,
+    check_share,
+    check_window,
+    pooled,
+)
 from agentmem.policies.solvers.selection import importance, top
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from agentmem.contracts import Policy, Segment, SegmentShape
-from agentmem.policies.budgets import by_name
-from agentmem.policies.eviction import FLOAT, Eviction
+from agentmem.policies.budgets.registry import by_name
+from agentmem.policies.compactors.eviction import FLOAT, Eviction
 
 
 class HeavyHitters(Eviction):

@@ -17,8 +17,8 @@ from typing import Literal, get_args
 import torch
 
 from agentmem.contracts import HeadCompaction, Policy, Queries, Segment, SegmentShape
-from agentmem.policies.budgets import by_name
-from agentmem.policies.eviction import FLOAT, Observation, check_window
+from agentmem.policies.budgets.registry import by_name
+from agentmem.policies.compactors.eviction import FLOAT, Observation, check_window
 from agentmem.policies.solvers.merging import Rest, merging_bytes
 from agentmem.policies.solvers.merging import merge as merge_slots
 from agentmem.policies.solvers.selection import importance

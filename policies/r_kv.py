@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from agentmem.contracts import Policy, Queries, Segment, SegmentShape
-from agentmem.policies.budgets import by_name
-from agentmem.policies.eviction import (
+from agentmem.policies.budgets.registry import by_name
+from agentmem.policies.compactors.eviction import (
     FLOAT,
     Observation,
     check_pooling,

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from agentmem.contracts import Policy, Queries, Segment, SegmentShape
-from agentmem.policies.budgets import by_name
-from agentmem.policies.eviction import Observation
+from agentmem.policies.budgets.registry import by_name
+from agentmem.policies.compactors.eviction import Observation
 from agentmem.policies.solvers.selection import importance
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from agentmem.contracts import Compaction, Compactor, HeadCompaction, HeadSegment, Policy, Segment, SegmentShape
-from agentmem.policies.budgets import by_name
+from agentmem.policies.budgets.registry import by_name
 
 
 class MostRecent(Compactor):

@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 import torch
 
-from agentmem.contract_check import validate
+from agentmem.compaction.checks import validate
 from agentmem.contracts import (
     BudgetRequest,
     Budgets,

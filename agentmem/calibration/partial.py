@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from agentmem.files import write_whole
+from agentmem.models.files import write_whole
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from agentmem.calibration.partial import REMEDY
-from agentmem.files import write_whole
+from agentmem.models.files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

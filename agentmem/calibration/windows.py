@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from agentmem.contract_check import validate
+from agentmem.compaction.checks import validate
 from agentmem.contracts import Compaction, HeadSegment, Reference, Segment, blocks
 from agentmem.errors import SettingsRefused
 

@@ -12,9 +12,12 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from agentmem.cli import calibrate, chat, evaluate, model, plan, policies, run
+from agentmem.cli import calibrate, model, plan, policies
+from agentmem.cli.chat.command import chat
 from agentmem.cli.console import refuse
+from agentmem.cli.evaluate import app as evaluate
 from agentmem.cli.logs import configure
+from agentmem.cli.run.command import run
 from agentmem.errors import AgentmemError
 
 INTERRUPTED = 130
@@ -43,13 +46,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("run")(run.run)
-app.command("chat")(chat.chat)
+app.command("run")(run)
+app.command("chat")(chat)
 app.command("plan")(plan.plan)
 app.command("policies")(policies.policies)
 app.command("calibrate")(calibrate.calibrate)
 app.add_typer(model.app, name="model")
-app.add_typer(evaluate.app, name="eval")
+app.add_typer(evaluate, name="eval")
 
 
 def _print_version(wanted: bool) -> None:  # noqa: FBT001  # typer calls it so

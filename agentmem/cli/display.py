@@ -10,11 +10,11 @@ from rich.live import Live
 from rich.text import Text
 
 from agentmem.cli.console import ERR, OUT
-from agentmem.report import CompactionReport, RebaseReport
+from agentmem.reporting.report import CompactionReport, RebaseReport
 from agentmem.settings import format_bytes
 
 if TYPE_CHECKING:
-    from agentmem.trace import UsageLike
+    from agentmem.reporting.trace import UsageLike
 
 _BAR = 20
 _REFRESH = 6

@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 import typer
 
-from agentmem import doors, models
+from agentmem import api, models
 from agentmem.cli.arguments import (
     Cap,
     Chunk,
@@ -25,7 +25,7 @@ from agentmem.cli.arguments import (
 )
 from agentmem.cli.console import STDOUT, show, table, write_json
 from agentmem.cli.loading import Dtype
-from agentmem.pricing import Plan
+from agentmem.planning.pricing import Plan
 
 
 def plan(
@@ -46,7 +46,7 @@ def plan(
 ) -> None:
     """Show how many slots a cap holds, and where its bytes go. No weights are loaded."""
     config = models.load_config(model)
-    made = doors.plan(
+    made = api.plan(
         config,
         cap,
         policy,

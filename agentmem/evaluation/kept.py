@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from agentmem.files import write_whole
+from agentmem.models.files import write_whole
 
 if TYPE_CHECKING:
     from agentmem.contracts import Policy
 
 Kept = TypeVar("Kept", bound=BaseModel)
 _DRAWING = frozenset({"pictures.py", "plots.py"})
+_BESIDE = ("calibration", "cli", "policies", "sessions")
+"""Packages that a measurement does not run through; a policy's own sources are added for that policy."""
 
 
 def settings_key(policy: Policy | str, *terms: BaseModel) -> str:
@@ -65,9 +67,9 @@ def _state(part: object) -> str:
 
 def _core() -> set[Path]:
     """The sources of the runtime and of this instrument, without those that only draw."""
-    here = Path(__file__).parent
-    found = {*here.parent.glob("*.py"), *here.parent.glob("hf/*.py"), *here.glob("*.py")}
-    return {path for path in found if path.name not in _DRAWING}
+    package = Path(__file__).parents[1]
+    beside = {package / name for name in _BESIDE}
+    return {path for path in package.rglob("*.py") if path.name not in _DRAWING and beside.isdisjoint(path.parents)}
 
 
 def _policy_sources(policy: Policy) -> set[Path]:
@@ -78,8 +80,13 @@ def _policy_sources(policy: Policy) -> set[Path]:
         if part is None or module is None or not getattr(module, "__file__", None):
             continue
         source = Path(inspect.getfile(module))
-        found.update(source.parent.rglob("*.py") if module.__package__ else [source])
+        found.update(source.parents[_depth(module.__package__)].rglob("*.py") if module.__package__ else [source])
     return found
+
+
+def _depth(package: str) -> int:
+    """Folders between a package and the outermost one around it; ``agentmem`` itself does not count as one."""
+    return package.removeprefix("agentmem.").count(".")
 
 
 @cache

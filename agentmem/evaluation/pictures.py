@@ -1,7 +1,7 @@
 """Pictures of evaluations: KL against compactions, recall by depth, and one against the other.
 
-Matplotlib's object interface only, in the manner of :mod:`agentmem.plots`. Importing this module needs matplotlib;
-nothing else in the room does.
+Matplotlib's object interface only, in the manner of :mod:`agentmem.reporting.plots`. Importing this module needs
+matplotlib; no other module of the package does.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from agentmem import plugins
+from agentmem.api import capped, plan
 from agentmem.contracts import Queries
-from agentmem.doors import capped, plan
 from agentmem.errors import SettingsRefused
 from agentmem.settings import Seed
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from agentmem.contracts import Policy
     from agentmem.hf import CappedMemory
-    from agentmem.pricing import Plan
+    from agentmem.planning.pricing import Plan
 
 Equal = Literal["slots", "bytes"]
 _ROOMY = 1 << 50

@@ -13,19 +13,19 @@ from weakref import WeakKeyDictionary
 import torch
 
 from agentmem.errors import CapBypassed, UnsupportedModel
-from agentmem.generation import check_generate, chosen
 from agentmem.hf.cache import CappedMemory, TransientCache, mask_columns, size, transient_forward
-from agentmem.hf.frames import FRAME, SCOPE, Frame, own_frame, rename
+from agentmem.hf.forward_context import FRAME, SCOPE, Frame, own_frame, rename
+from agentmem.hf.generate_checks import check_generate, chosen
 from agentmem.hf.rope import rotations
-from agentmem.rebasing import Positions
-from agentmem.steps import Adopt, Append, Scratch, Transient
+from agentmem.memory.forwards import Adopt, Append, Scratch, Transient
+from agentmem.memory.positions import Positions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from transformers import PreTrainedModel
 
-    from agentmem.memory import Memory
+    from agentmem.memory.memory import Memory
 
 
 @dataclass(eq=False)

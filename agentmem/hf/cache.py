@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from agentmem.compaction.request import USUAL, Request
 from agentmem.errors import MemoryCapExceeded, SettingsRefused, UnsupportedGeneration
-from agentmem.hf.frames import FRAME, own_frame
-from agentmem.job import USUAL, Request
-from agentmem.rebasing import keep_in_reach
-from agentmem.steps import Adopt, Append, Arriving, Scratch, Transient
+from agentmem.hf.forward_context import FRAME, own_frame
+from agentmem.memory.forwards import Adopt, Append, Arriving, Scratch, Transient
+from agentmem.memory.positions import keep_in_reach
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedModel
 
-    from agentmem.memory import Event, Memory, Usage
-    from agentmem.pricing import Plan
-    from agentmem.report import CompactionReport, RunReport
+    from agentmem.memory.memory import Event, Memory, Usage
+    from agentmem.planning.pricing import Plan
+    from agentmem.reporting.report import CompactionReport, RunReport
 
 
 class _Layer(CacheLayerMixin):
@@ -148,7 +148,7 @@ class CappedMemory(Cache):
 
         Raises:
             SettingsRefused: ``mode="off"``, or a policy that the memory was not planned for.
-            CompactionFailed: see :class:`agentmem.compaction.RowCompaction`.
+            CompactionFailed: see :class:`agentmem.compaction.run.RowCompaction`.
 
         """
         request = USUAL

@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from agentmem.errors import UnsupportedModel
-from agentmem.hf.frames import FRAME, Frame, own_frame, rename
+from agentmem.hf.forward_context import FRAME, Frame, own_frame, rename
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList, StopStringCriteria
 
 from agentmem.errors import AgentmemError, UnsupportedGeneration
-from agentmem.hf.frames import own_frame
+from agentmem.hf.forward_context import own_frame
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

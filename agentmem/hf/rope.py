@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from agentmem.errors import UnsupportedModel
-from agentmem.rotation import Rotation
+from agentmem.memory.rotation import Rotation
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

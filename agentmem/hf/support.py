@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils.chat_template_utils import get_json_schema
 
 from agentmem.errors import SettingsRefused, UnsupportedModel
-from agentmem.shape import LayerShape, ModelShape
+from agentmem.planning.model_shape import LayerShape, ModelShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

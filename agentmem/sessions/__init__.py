@@ -1,6 +1,6 @@
 """The agent runtime: conversations that keep their memory inside a cap, and can be forked, saved and loaded."""
 
-from agentmem.sessions.dialogue import Message
+from agentmem.sessions.chat.dialogue import Message
 from agentmem.sessions.events import (
     CompactionFinished,
     CompactionStarted,

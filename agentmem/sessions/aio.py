@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from agentmem.errors import RuntimeBusy
-from agentmem.sessions import reading
+from agentmem.sessions import ingestion
 from agentmem.sessions.arguments import check_seconds
 from agentmem.sessions.events import CompactionFinished, Event, TurnFailed
-from agentmem.sessions.steps import Steps
+from agentmem.sessions.turn_steps import Steps
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from agentmem.report import CompactionReport
-    from agentmem.sessions.dialogue import Message
-    from agentmem.sessions.how import How
+    from agentmem.reporting.report import CompactionReport
+    from agentmem.sessions.chat.dialogue import Message
+    from agentmem.sessions.options import How
     from agentmem.sessions.runtime import Runtime
     from agentmem.sessions.session import Session
 
@@ -186,10 +186,10 @@ def stream(session: Session, options: dict[str, Any]) -> AsyncGenerator[Event, N
     deadline, keep_open = options.pop("deadline", None), options.pop("keep_open", False)
     if deadline is not None:
         check_seconds("deadline", deadline)
-    return _driven(session, lambda: reading.replying(session, options, keep_open=keep_open), deadline)
+    return _driven(session, lambda: ingestion.replying(session, options, keep_open=keep_open), deadline)
 
 
 async def append(session: Session, messages: Sequence[Message], how: How) -> tuple[CompactionReport, ...]:
     """See :meth:`agentmem.sessions.session.Session.aappend`."""
-    async with aclosing(_driven(session, lambda: reading.messages(session, messages, how), how.deadline)) as events:
+    async with aclosing(_driven(session, lambda: ingestion.messages(session, messages, how), how.deadline)) as events:
         return tuple([event.report async for event in events if isinstance(event, CompactionFinished)])

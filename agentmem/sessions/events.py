@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from agentmem.report import CompactionReport, RebaseReport
+from agentmem.reporting.report import CompactionReport, RebaseReport
 
 Reason = Literal["end", "stop", "length", "cancelled", "deadline", "read"]
 """Why a turn ended: an end token, a stopping criterion, the length, a cancelled consumer, a deadline; ``read`` where

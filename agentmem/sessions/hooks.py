@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from agentmem.report import CompactionReport
+from agentmem.reporting.report import CompactionReport
 
 PROCEED, POSTPONE, VETO = "proceed", "postpone", "veto"
 

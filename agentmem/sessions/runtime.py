@@ -11,24 +11,24 @@ from typing import TYPE_CHECKING, Any, Self, get_args
 from weakref import WeakKeyDictionary
 
 from agentmem import hf, plugins
-from agentmem.doors import open_memory
+from agentmem.api import open_memory
 from agentmem.errors import CapTooSmall, MemoryClosed, SettingsRefused
 from agentmem.language import Language
-from agentmem.memory import unwatched
-from agentmem.sessions import keeping
+from agentmem.memory.memory import unwatched
 from agentmem.sessions.arguments import check_count, check_making, check_name, check_place, check_seconds
-from agentmem.sessions.asking import Asking
-from agentmem.sessions.holding import Holding, Stage
-from agentmem.sessions.leases import Leases
-from agentmem.sessions.lending import lend
-from agentmem.sessions.making import Named, check_settings, split, template_digest
-from agentmem.sessions.saved import restore, saved
+from agentmem.sessions.chat.template import ChatTemplate
+from agentmem.sessions.hook_calls import Asking
+from agentmem.sessions.leasing.admission import Leases
+from agentmem.sessions.leasing.holding import Holding, Stage
+from agentmem.sessions.leasing.swapping import lend
 from agentmem.sessions.session import Session
 from agentmem.sessions.settings import SessionSettings
-from agentmem.sessions.snapshot import identity
-from agentmem.sessions.snapshot_folder import local_path
+from agentmem.sessions.snapshots import archive
+from agentmem.sessions.snapshots.folder import local_path
+from agentmem.sessions.snapshots.recipe import Named, check_settings, split, template_digest
+from agentmem.sessions.snapshots.session_state import restore, saved
+from agentmem.sessions.snapshots.snapshot import identity
 from agentmem.sessions.stats import RuntimeStats
-from agentmem.sessions.template import ChatTemplate
 from agentmem.settings import parse_bytes
 
 if TYPE_CHECKING:
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from agentmem.contracts import Policy
-    from agentmem.memory import Memory
+    from agentmem.memory.memory import Memory
+    from agentmem.sessions.chat.template import Tool
     from agentmem.sessions.hooks import AfterCompact, BeforeCompact
-    from agentmem.sessions.template import Tool
 
 _LOCKS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 """By model: whoever runs it has its lock, so that runtimes of one model run one forward at a time together."""
@@ -270,7 +270,7 @@ class Runtime:
 
     def save(self, session: Session, url: str | os.PathLike[str]) -> None:
         """See :meth:`Session.save`."""
-        keeping.save(self, session, url)
+        archive.save(self, session, url)
 
     def load(
         self,
@@ -297,8 +297,8 @@ class Runtime:
 
         """
         check_making(name, tools, template_options, before_compact=before_compact, after_compact=after_compact)
-        given = keeping.Given(policy, others, tools, template_options, before_compact, after_compact)
-        return keeping.load(self, url, name, given, settings)
+        given = archive.Given(policy, others, tools, template_options, before_compact, after_compact)
+        return archive.load(self, url, name, given, settings)
 
     # ---- the end
 

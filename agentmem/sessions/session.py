@@ -11,29 +11,29 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import torch
 
 from agentmem.errors import MemoryClosed
-from agentmem.promotion import pin
-from agentmem.sessions import aio, reading, steering
+from agentmem.memory.pinning import pin
+from agentmem.sessions import aio, compaction_requests, ingestion
 from agentmem.sessions.arguments import check_count, check_seconds, check_text
-from agentmem.sessions.asking import Asking
-from agentmem.sessions.dialogue import Dialogue, Message
+from agentmem.sessions.chat.dialogue import Dialogue, Message
 from agentmem.sessions.events import CompactionFinished, Event
-from agentmem.sessions.how import How
+from agentmem.sessions.hook_calls import Asking
+from agentmem.sessions.options import How
 from agentmem.sessions.stats import SessionStats
-from agentmem.sessions.steps import Steps
 from agentmem.sessions.transcript import Entry, Transcript
 from agentmem.sessions.turn import Reply, Watch
+from agentmem.sessions.turn_steps import Steps
 
 if TYPE_CHECKING:
     import os
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
     from agentmem.hf import CappedMemory
-    from agentmem.memory import Memory
-    from agentmem.report import CompactionReport, RebaseReport
-    from agentmem.sessions.holding import Holding
+    from agentmem.memory.memory import Memory
+    from agentmem.reporting.report import CompactionReport, RebaseReport
+    from agentmem.sessions.chat.template import ChatTemplate
+    from agentmem.sessions.leasing.holding import Holding
     from agentmem.sessions.runtime import Runtime
     from agentmem.sessions.settings import SessionSettings
-    from agentmem.sessions.template import ChatTemplate
 
 T = TypeVar("T")
 
@@ -144,7 +144,7 @@ class Session:
     ) -> tuple[CompactionReport, ...]:
         """Read a text as it is, outside the chat template (or ids, which are never tokenized); see :meth:`append`."""
         how = How(pin, compact, target, focus, policy, deadline)
-        return _reports(self._drive(lambda: reading.text(self, text, how), deadline))
+        return _reports(self._drive(lambda: ingestion.text(self, text, how), deadline))
 
     def generate(self, **options: Any) -> Reply:
         """Have the model reply; ``options`` are Hugging Face's own (``max_new_tokens``, ``temperature``, …).
@@ -171,7 +171,7 @@ class Session:
         """The same, event by event; closing the iterator ends the turn after the forward that runs."""
         if deadline is not None:
             check_seconds("deadline", deadline)
-        return self._drive(lambda: reading.replying(self, options, keep_open=keep_open), deadline)
+        return self._drive(lambda: ingestion.replying(self, options, keep_open=keep_open), deadline)
 
     def stream(self, **options: Any) -> AsyncIterator[Event]:
         """The same for asyncio: forwards run on the model's own thread, one for every event that is asked for.
@@ -231,7 +231,7 @@ class Session:
 
     def _appending(self, messages: Sequence[Message | Mapping[str, Any]], how: How) -> Generator[Event, None, None]:
         made = Message.each(messages)
-        return self._drive(lambda: reading.messages(self, made, how), how.deadline)
+        return self._drive(lambda: ingestion.messages(self, made, how), how.deadline)
 
     def say(self, text: str) -> None:
         """Put words into the reply: they are read at the next forward, as if the model had written them.
@@ -245,7 +245,7 @@ class Session:
         check_text("say", text)
         self.runtime.admit(self, brief=True)
         try:
-            reading.say(self, text)
+            ingestion.say(self, text)
         finally:
             self.runtime.leave(self)
 
@@ -291,7 +291,9 @@ class Session:
         How(compact="after", target=target, focus=focus, policy=policy)
         found = [
             event.report
-            for event in self._drive(lambda: steering.compacting(self, focus, target, policy, force=force), None)
+            for event in self._drive(
+                lambda: compaction_requests.compacting(self, focus, target, policy, force=force), None
+            )
             if isinstance(event, CompactionFinished)
         ]
         return found[-1] if found else None
@@ -382,7 +384,7 @@ class Session:
     @property
     def transcript(self) -> Transcript:
         """Everything read and written, as ids and as text, and the summaries that stand in the memory."""
-        return Transcript.of(self, reading.reply_entry(self))
+        return Transcript.of(self, ingestion.reply_entry(self))
 
     @property
     def stats(self) -> SessionStats:

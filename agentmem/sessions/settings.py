@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from agentmem.errors import SettingsRefused
-from agentmem.sessions.dialogue import Role
+from agentmem.sessions.chat.dialogue import Role
 from agentmem.settings import Seed, check_part, parse_bytes, violations
 
 

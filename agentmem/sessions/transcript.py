@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, Self
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
-    from agentmem.report import SummaryReport
+    from agentmem.reporting.report import SummaryReport
     from agentmem.sessions.session import Session
 
 Kind = Literal["message", "reply", "text", "summary"]

@@ -8,11 +8,12 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from agentmem.compaction import RowCompaction
+from agentmem.compaction.request import USUAL, Request
+from agentmem.compaction.run import RowCompaction
 from agentmem.errors import TurnEnded
 from agentmem.hf.decoding import Decoding, choose, feed, take_back
-from agentmem.job import USUAL, Request
-from agentmem.promotion import pin_coming
+from agentmem.memory.pinning import pin_coming
+from agentmem.sessions.chat.text_decoder import TextPieces
 from agentmem.sessions.events import (
     CompactionFinished,
     CompactionStarted,
@@ -23,14 +24,13 @@ from agentmem.sessions.events import (
     TokenEvent,
     TurnFinished,
 )
-from agentmem.sessions.text import TextPieces
 
 if TYPE_CHECKING:
     import torch
 
     from agentmem.contracts import Policy
-    from agentmem.memory import Memory
-    from agentmem.report import CompactionReport
+    from agentmem.memory.memory import Memory
+    from agentmem.reporting.report import CompactionReport
     from agentmem.sessions.session import Session
 
 Events = Generator[Event | None, None, None]

@@ -1,0 +1,259 @@
+"""Two doors to the same machinery: a context manager around unmodified code, and an object with ``generate``."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
+
+from agentmem import hf, plugins
+from agentmem.contracts import Budgets
+from agentmem.errors import CompactionFailed, MemoryUnused, SettingsRefused
+from agentmem.language import Language
+from agentmem.memory.memory import Memory
+from agentmem.planning.capacity import make_plan
+from agentmem.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    import torch
+
+    from agentmem.contracts import Policy
+    from agentmem.planning.model_shape import ModelShape
+    from agentmem.planning.pricing import Plan
+    from agentmem.reference_queries.probe import Words
+    from agentmem.reporting.report import RunReport
+
+
+def plan(
+    model: Any,
+    cap: int | str,
+    policy: str | Policy = "am-halving",
+    *,
+    rows: int = 1,
+    itemsize: int | None = None,
+    policy_options: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Plan:
+    """What a cap comes to on a model (or on its config alone: no weights are needed then).
+
+    ``itemsize`` is the bytes of one number of K and V; by default the model's own dtype.
+
+    Raises:
+        SettingsRefused: and its subclasses; see :func:`capped`.
+
+    """
+    for name, count in (("rows", rows), ("itemsize", itemsize)):
+        if count is not None and (type(count) is not int or count < 1):
+            raise SettingsRefused(f"{name}: {count!r} is no whole number of at least 1; give one")
+    chosen = plugins.policy(policy, **(policy_options or {}))
+    shape = _shape(model, chosen, itemsize or _itemsize(model))
+    return make_plan(shape, Settings.of(cap=cap, **settings), chosen, rows)
+
+
+@contextmanager
+def capped(
+    model: Any,
+    cap: int | str,
+    policy: str | Policy = "am-halving",
+    *,
+    tokenizer: Any = None,
+    policy_options: Mapping[str, Any] | None = None,
+    others: Sequence[str | Policy] = (),
+    **settings: Any,
+) -> Iterator[hf.CappedMemory]:
+    """Cap the KV memory of a model while the block runs; pass the yielded memory as ``past_key_values``.
+
+    Args:
+        model: a transformers causal language model in eval mode.
+        cap: bytes, as an integer or a text such as ``"24MiB"``.
+        policy: the name of an installed policy, or a :class:`agentmem.contracts.Policy`.
+        tokenizer: needed by the probes ``repeat``, ``focus`` and ``self-study`` and by a ``pattern`` (``am-recall``).
+        policy_options: options of the named policy.
+        others: policies that single calls of ``memory.compact(policy=...)`` may ask for; they are planned for.
+        settings: see :class:`agentmem.settings.Settings`.
+
+    Raises:
+        SettingsRefused: a setting cannot work (``CapTooSmall``, ``UnknownPolicy``, ``UnsupportedModel``).
+        MemoryUnused: the block ended well but no forward ever used the memory.
+
+    """
+    inner = hf.text_model(model)
+    chosen = plugins.policy(policy, **(policy_options or {}))
+    memory = open_memory(inner, cap, chosen, tokenizer, settings, others)
+    view = hf.attach(inner, memory)
+    try:
+        with hf.scope(inner):
+            yield view
+    finally:
+        hf.detach(inner)
+        memory.close()
+    if not memory.used:
+        raise MemoryUnused(
+            "no forward used the memory of this capped block; pass it on: model.generate(..., past_key_values=memory)"
+        )
+
+
+@dataclass(frozen=True)
+class CappedOutput:
+    """What ``generate`` returned, and what the memory did. ``report`` covers the memory's whole life so far."""
+
+    output: Any
+    report: RunReport
+
+    @property
+    def sequences(self) -> torch.Tensor:
+        """The ids ``[rows, columns]``, prompt included, whichever form ``generate`` returned."""
+        sequences: torch.Tensor = getattr(self.output, "sequences", self.output)
+        return sequences
+
+
+class CappedModel:
+    """A model whose ``generate`` runs under a cap. The memory lives over turns until :meth:`reset` or :meth:`close`."""
+
+    def __init__(self, model: Any, memory: Memory) -> None:
+        """Use :func:`wrap`."""
+        self._model = model
+        self._template = memory
+        self.memory = hf.attach(model, memory)
+
+    def generate(self, *args: Any, **kwargs: Any) -> CappedOutput:
+        """``model.generate`` with its own arguments; ``past_key_values`` is ours.
+
+        Raises:
+            UnsupportedGeneration: an argument that a capped memory cannot serve.
+            MemoryCapExceeded: the policy never compacts and the cap is reached.
+            CompactionFailed: with ``on_failure="raise"``.
+
+        """
+        if kwargs.get("past_key_values") is not None:
+            raise SettingsRefused(
+                "past_key_values: this model brings its own memory; leave it out, or use agentmem.capped"
+            )
+        try:
+            output = self._model.generate(*args, past_key_values=self.memory, **kwargs)
+        except CompactionFailed:
+            if self.memory.memory.stopped is None:
+                raise
+            output = self.memory.padded_transcripts()
+        return CappedOutput(output, self.memory.report())
+
+    def reset(self) -> None:
+        """Drop the conversation and start with an empty memory under the same settings."""
+        old = self._template
+        self.close()
+        self._template = old.empty()
+        self.memory = hf.attach(self._model, self._template)
+
+    def close(self) -> None:
+        """Free the memory and leave the model as it was; closing twice does nothing."""
+        if not self._template.closed:
+            hf.detach(self._model)
+            self._template.close()
+
+    def __enter__(self) -> Self:
+        """Close at the end of a block."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+        self.close()
+
+
+def wrap(
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    cap: int | str,
+    policy: str | Policy = "am-halving",
+    policy_options: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> CappedModel:
+    """A model with a capped ``generate``. Arguments and errors as in :func:`capped`."""
+    inner = hf.text_model(model)
+    chosen = plugins.policy(policy, **(policy_options or {}))
+    return CappedModel(inner, open_memory(inner, cap, chosen, tokenizer, settings))
+
+
+def open_memory(
+    model: Any,
+    cap: int | str,
+    policy: str | Policy,
+    tokenizer: Any,
+    settings: Mapping[str, Any],
+    others: Sequence[str | Policy] = (),
+) -> Memory:
+    """A memory for a model that is attached to nothing yet. Arguments and errors as in :func:`capped`."""
+    chosen = plugins.policy(policy)
+    beside = plugins.beside(others)
+    shape = _shape(model, chosen, _itemsize(model))
+    for other in beside:
+        shape = replace(shape, fingerprint=_shape(model, other, shape.itemsize).fingerprint or shape.fingerprint)
+    return Memory(
+        shape,
+        Settings.of(cap=cap, **settings),
+        chosen,
+        others=beside,
+        words={each.name: _words(each, tokenizer) for each in (chosen, *beside)},
+        language=None if tokenizer is None else _language(tokenizer, hf.end_ids(model)),
+    )
+
+
+def _shape(model: Any, policy: Policy, itemsize: int) -> ModelShape:
+    """The shape of a model, or of its config alone, as far as the policy can serve it."""
+    config = getattr(model, "config", model)
+    device = getattr(getattr(model, "device", None), "type", "cpu")
+    shape = hf.describe(config, itemsize=itemsize, fused=device == "cpu")
+    if policy.queries.probing:
+        hf.refuse_probe(config, policy.name)
+    if policy.rewrite is not None or any(part.source == "self-study" for part in policy.queries.parts):
+        hf.refuse_scratch(shape, policy.name)
+    if policy.budgets is not None and type(policy.budgets).check is not Budgets.check and hasattr(model, "get_decoder"):
+        shape = replace(shape, fingerprint=hf.fingerprint(model))
+    return shape
+
+
+def _words(policy: Policy, tokenizer: Any) -> Words:
+    """The ids of the probe's own texts; tokenized once, at the edge."""
+    worded = [part for part in policy.queries.probing if part.texts]
+    needs: str | None = worded[0].source if worded else "pattern" if policy.queries.pattern else None
+    needs = "a summary" if policy.rewrite is not None else needs
+    if needs and tokenizer is None:
+        raise SettingsRefused(
+            f"policy {policy.name!r} with {needs!r} reads or writes text and needs a tokenizer; pass tokenizer=..., or "
+            "use probe='replay' without a pattern or summary"
+        )
+    return {
+        part.source: tuple(tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in part.texts)
+        for part in worded
+    }
+
+
+def _language(tokenizer: Any, ends: tuple[int, ...]) -> Language:
+    def write(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def ask(text: str) -> list[int]:
+        if not getattr(tokenizer, "chat_template", None):
+            return write(f"\n\n{text}\n")
+        said = [{"role": "user", "content": text}]
+        return write(tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True))
+
+    return Language(_reader(tokenizer), write, ask, ends)
+
+
+def _reader(tokenizer: Any) -> Callable[[Sequence[int]], list[str]]:
+    """The text of each id as it stands behind another one: some decoders drop the space before the first."""
+
+    def read(ids: Sequence[int]) -> list[str]:
+        anchor = tokenizer(".", add_special_tokens=False)["input_ids"][-1]
+        skip = len(tokenizer.decode([anchor]))
+        return [text[skip:] for text in tokenizer.batch_decode([[anchor, each] for each in ids])]
+
+    return read
+
+
+def _itemsize(model: Any) -> int:
+    dtype = getattr(model, "dtype", None)
+    return int(dtype.itemsize) if dtype is not None else 4

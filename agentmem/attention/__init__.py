@@ -1,0 +1,1 @@
+"""Attention over ragged runs of slots with β: one definition, one path per backend."""

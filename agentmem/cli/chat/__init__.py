@@ -1,0 +1,1 @@
+"""``agentmem chat``: a conversation in the terminal."""

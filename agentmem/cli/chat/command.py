@@ -1,0 +1,112 @@
+"""``agentmem chat``: a conversation in the terminal, whose memory stays under a hard cap."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from agentmem import plugins
+from agentmem.cli.arguments import Cap, Model, Temperature
+from agentmem.cli.chat.commands import obey
+from agentmem.cli.chat.conversation import Conversation
+from agentmem.cli.chat.input import read_lines
+from agentmem.cli.console import note, refuse
+from agentmem.cli.loading import Dtype, load_model
+from agentmem.errors import AgentmemError, SettingsRefused
+from agentmem.sessions import Runtime
+from agentmem.settings import Settings, format_bytes
+
+if TYPE_CHECKING:
+    from agentmem.sessions import Session
+
+_POLICY = "am-halving"
+
+
+def chat(
+    *,
+    model: Model = None,
+    cap: Cap = "24MiB",
+    policy: Annotated[
+        str | None,
+        typer.Option(help=f"An installed policy, or with options; without it {_POLICY}.", show_default=False),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="The system prompt; it is never compacted.", show_default=False)
+    ] = None,
+    temperature: Temperature = 0.0,
+    top_p: Annotated[float, typer.Option(min=1e-6, max=1.0, help="Nucleus of the sampling.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one reply at most.")] = 512,
+    keep_recent: Annotated[
+        int | None,
+        typer.Option(min=0, help="Last tokens that are never compacted; without it 96.", show_default=False),
+    ] = None,
+    rebase: Annotated[
+        bool | None,
+        typer.Option(help="Go on past the model's positions by moving slots to lower ones.", show_default=False),
+    ] = None,
+    load: Annotated[
+        str | None,
+        typer.Option(help="Go on with a saved conversation; its own settings hold.", show_default=False),
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Number format; auto is the checkpoint's own.")] = Dtype.AUTO,
+) -> None:
+    """Talk with a model, one line a turn. /help lists the commands; lines may come from a pipe."""
+    if load is not None and system is not None:
+        raise typer.BadParameter("--system belongs to a new conversation; leave it out with --load")
+    given = {"keep_recent": keep_recent, "rebase": rebase}
+    settings = {name: value for name, value in given.items() if value is not None}
+    plugins.policy(policy or _POLICY)  # what needs no model is refused before one is loaded
+    Settings.of(cap=cap, seed=seed, **settings)
+    loaded, tokenizer = load_model(model, dtype)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    if temperature > 0:
+        options |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
+    # Idle branches go to disk rather than being compacted further: what was said in them stays as it was.
+    with Runtime(loaded, tokenizer, cap=cap, policy=_POLICY, pressure=("trim", "disk"), seed=seed) as runtime:
+        session = _begin(runtime, policy, settings, system, load)
+        refusals = talk(Conversation(runtime, session, options))
+    if refusals and not sys.stdin.isatty():
+        raise typer.Exit(1)  # nobody was there to read the refusals
+
+
+def _begin(
+    runtime: Runtime, policy: str | None, settings: dict[str, Any], system: str | None, load: str | None
+) -> Session:
+    """The first session: a new one, or one that was saved."""
+    if load is not None:
+        return runtime.load(load, policy=policy, **settings)
+    session = runtime.session(policy, name="main", **settings)
+    if session.template is None:
+        raise SettingsRefused(
+            "chat: this model's tokenizer has no chat template, so there are no roles to talk in; choose a chat model "
+            "with --model, or continue a text with `agentmem run --raw`"
+        )
+    if system is not None:
+        session.append("system", system)
+    return session
+
+
+def talk(conversation: Conversation) -> int:
+    """Turn by turn until /quit or the end of the input; the number of lines that were refused."""
+    stats, refusals = conversation.session.stats, 0
+    note(
+        f"{stats.policy}: {stats.capacity} slots per head under {format_bytes(stats.lease_bytes)}, {stats.tokens} "
+        "tokens so far; /help lists the commands"
+    )
+    for line in read_lines(lambda: conversation.prompt):
+        try:
+            if not line.startswith("/") or line.startswith("//"):
+                conversation.turn(line.removeprefix("/"))
+            elif not obey(conversation, line):
+                break
+        except AgentmemError as error:
+            refusals += 1
+            refuse(error)
+        except KeyboardInterrupt:  # before a turn could listen to it, or a second one
+            if not sys.stdin.isatty():
+                raise
+            note("stopped")
+    return refusals

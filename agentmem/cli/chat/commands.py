@@ -1,0 +1,167 @@
+"""The commands of ``agentmem chat``: one function each, one table."""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from agentmem.cli.chat.conversation import stopping
+from agentmem.cli.console import note, show, table
+from agentmem.errors import SettingsRefused
+from agentmem.settings import format_bytes
+
+if TYPE_CHECKING:
+    from agentmem.cli.chat.conversation import Conversation
+    from agentmem.reporting.report import CompactionReport
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """``run`` is called with the conversation and the text after the command's name; it returns whether to go on."""
+
+    usage: str
+    summary: str
+    run: Callable[[Conversation, str], object]
+
+    @property
+    def name(self) -> str:
+        """With its slash."""
+        return self.usage.partition(" ")[0]
+
+    def check(self, argument: str) -> None:
+        """Refuse an argument that is missing or too many.
+
+        Raises:
+            SettingsRefused: with the usage.
+
+        """
+        wanted = self.usage.partition(" ")[2]
+        if argument and not wanted:
+            raise SettingsRefused(f"{self.name} takes nothing, and {argument!r} was given; write {self.name}")
+        if not argument and wanted and not wanted.startswith("["):
+            raise SettingsRefused(f"{self.name} needs {wanted}; write {self.usage}")
+
+
+def obey(conversation: Conversation, line: str) -> bool:
+    """Run a line that begins with a slash; whether the conversation goes on.
+
+    Raises:
+        SettingsRefused: there is no such command, or it is used wrongly.
+        AgentmemError: it could not be done; the conversation is as before.
+
+    """
+    name, argument = (*line.split(maxsplit=1), "")[:2]
+    command = COMMANDS.get(name)
+    if command is None:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise SettingsRefused(
+            f"{name} is no command; {hint}/help lists them. A message that begins with a slash is written with two: "
+            f"/{name}"
+        )
+    command.check(argument.strip())
+    return command.run(conversation, argument.strip()) is not False
+
+
+def _help(_conversation: Conversation, _argument: str) -> None:
+    lines = [(command.usage, command.summary) for command in COMMANDS.values()]
+    show(table(None, ("command", "what it does"), lines, left=(0, 1)))
+
+
+def _compact(conversation: Conversation, focus: str) -> None:
+    with stopping(conversation.session) as stop:
+        report = conversation.session.compact(focus=focus)
+    note(_told(report) if report is not None else "stopped" if stop.wanted else "there is nothing to reclaim yet")
+    note(conversation.bar())
+
+
+def _told(report: CompactionReport) -> str:
+    parts = [f"compacted {report.slots_before} slots to {report.slots_after} in {report.seconds:.1f} s"]
+    if report.output_error is not None:
+        parts.append(f"output error {report.output_error:.3f}")
+    return " · ".join([*parts, *report.faults])
+
+
+def _stats(conversation: Conversation, _argument: str) -> None:
+    lines = [(name, str(value)) for name, value in conversation.session.stats.model_dump().items()]
+    show(table(None, ("session", ""), lines, left=(0, 1)))
+    lines = [(name, str(value)) for name, value in conversation.runtime.stats.model_dump().items()]
+    show(table(None, ("runtime", ""), lines, left=(0, 1)))
+    if len(conversation.sessions) > 1:
+        _list(conversation)
+
+
+def _list(conversation: Conversation) -> None:
+    found = [session.stats for session in conversation.sessions.values()]
+    lines = [
+        (
+            "*" if stats.name == conversation.session.name else "",
+            stats.name,
+            stats.state,
+            str(stats.tokens),
+            format_bytes(stats.charged_bytes),
+        )
+        for stats in found
+    ]
+    show(table(None, ("", "name", "state", "tokens", "charged"), lines, left=(0, 1, 2)))
+
+
+def _save(conversation: Conversation, path: str) -> None:
+    conversation.session.save(_expanded(path))
+    pasted = shlex.quote(_expanded(path))
+    note(f"saved to {path}; /load {path}, or `agentmem chat --load {pasted}`, goes on from here")
+
+
+def _load(conversation: Conversation, path: str) -> None:
+    name = conversation.free_name(Path(path).stem or "loaded")
+    conversation.enter(conversation.runtime.load(_expanded(path), name=name))
+    note(f"now in {name!r}, loaded from {path}")
+    note(conversation.bar())
+
+
+def _expanded(path: str) -> str:
+    return path if "://" in path else str(Path(path).expanduser())
+
+
+def _fork(conversation: Conversation, name: str) -> None:
+    before = conversation.session.name
+    if name in conversation.sessions:
+        raise SettingsRefused(f"/fork: there is a session {name!r} already; choose another name, or /switch {name}")
+    conversation.enter(conversation.session.fork(name or conversation.free_name(f"{before}-fork")))
+    note(f"now in {conversation.session.name!r}, with the same past; /switch {before} goes back")
+
+
+def _switch(conversation: Conversation, name: str) -> None:
+    if not name:
+        _list(conversation)
+        return
+    session = conversation.sessions.get(name)
+    if session is None:
+        near = difflib.get_close_matches(name, conversation.sessions, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise SettingsRefused(f"/switch: no session {name!r}; {hint}there are {', '.join(conversation.sessions)}")
+    conversation.enter(session)
+    note(f"now in {name!r}")
+
+
+def _quit(_conversation: Conversation, _argument: str) -> bool:
+    return False
+
+
+COMMANDS = {
+    command.name: command
+    for command in (
+        Command("/help", "this list", _help),
+        Command("/compact [FOCUS]", "compact the memory now; FOCUS is a text that must stay recallable", _compact),
+        Command("/stats", "this session and the runtime in numbers", _stats),
+        Command("/save PATH", "save this session into a folder, or under an fsspec URL", _save),
+        Command("/load PATH", "go on with a saved session, beside those that are open", _load),
+        Command("/fork [NAME]", "go on in a copy of this session", _fork),
+        Command("/switch [NAME]", "go on in another session; without NAME list them", _switch),
+        Command("/quit", "leave, as at the end of the input", _quit),
+    )
+}

@@ -1,0 +1,1 @@
+"""``agentmem eval``: fidelity and recall of policies."""

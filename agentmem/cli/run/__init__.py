@@ -1,0 +1,1 @@
+"""``agentmem run``: generate under a cap and report what happened."""

@@ -1,0 +1,1 @@
+"""One compaction of one sequence: request, budgets, reference queries, fit, checks, commit."""

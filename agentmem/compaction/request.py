@@ -1,0 +1,80 @@
+"""What one compaction is to do: which slots of a row, by which policy, down to how many. Integers only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from agentmem.compaction.budget_rules import Slots
+    from agentmem.contracts import Policy
+    from agentmem.memory.sequence import Row
+    from agentmem.memory.store import LayerStore
+    from agentmem.planning.pricing import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """How a compaction differs from the usual one, which takes all between prefix and recent down to the target.
+
+    ``slots``: what to leave of the segment, per head on average. ``start``: the first token of the segment; it and all
+    after it are intact. ``focus``: ids of a text that must stay recallable. ``policy``: which of the memory's policies.
+    ``text``: what the segment holds now, where that is not the transcript.
+    """
+
+    slots: int | None = None
+    start: int | None = None
+    focus: tuple[int, ...] = ()
+    policy: Policy | None = None
+    text: tuple[int, ...] = ()
+
+
+USUAL = Request()
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One compaction of one row, worked out; it stays the same when an interrupted one goes on.
+
+    ``begins[layer][head]`` is the first slot of a segment, whose end is ``recent`` slots before the head's; sliding
+    layers have none. ``each`` and ``most`` are the slots per head to leave: on average, and at most if adaptive.
+    """
+
+    policy: Policy
+    plan: Plan
+    begins: Slots
+    recent: int
+    each: int
+    most: int
+    first: int
+    """The first token whose text may be run again for its queries."""
+    focus: tuple[int, ...] = ()
+    text: tuple[int, ...] = ()
+    whole: bool = True
+    """Whether the segment is all between prefix and recent."""
+
+    def held(self, layer: int, store: LayerStore) -> tuple[int, ...]:
+        """Slots of each head's segment now."""
+        pairs = zip(store.lengths, self.begins[layer], strict=True)
+        return tuple(max(0, length - begin - self.recent) for length, begin in pairs)
+
+
+def make_job(row: Row, request: Request, policy: Policy, plan: Plan, layers: Sequence[int]) -> Job:
+    """The job of a row whose compactable layers are ``layers``; pins must have been promoted."""
+    front = row.front(plan.prefix)
+    recent = min(plan.recent, row.seen - min(plan.prefix, row.seen))
+    usual = request.start is None
+    tail = 0 if usual else row.behind(max(request.start or 0, row.intact), plan.prefix)
+    begins: list[tuple[int, ...]] = [()] * len(row.stores)
+    for layer in layers:
+        store = row.stores[layer]
+        assert store is not None  # noqa: S101  # the caller lists layers that hold something
+        begins[layer] = tuple(min(front, length) if usual else length - tail for length in store.lengths)
+    each = max(0, plan.target - front - recent) if request.slots is None else request.slots
+    most = max(0, plan.limit - front - recent) if request.slots is None else request.slots
+    if not usual and policy.budgets is not None and policy.budgets.adaptive:
+        most = max(0, tail - recent)  # errors say how much of a span stays, up to all of it
+    first = min(plan.prefix, row.seen) if usual else max(request.start or 0, row.intact)
+    return Job(policy, plan, tuple(begins), recent, each, most, first, request.focus, request.text, usual)

@@ -1,0 +1,357 @@
+"""One compaction of one row: budgets, then layer by layer fit → check → commit, then headroom.
+
+State *k* of a compaction is "layers before k compacted"; a commit swaps one store for another, so every state decodes
+correctly and an interrupted compaction goes on where it was. Failed layers are tried once more, then evicted to their
+budgets (or the failure is raised), and the report says so.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections import defaultdict
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from agentmem.compaction.budgets import Dealer
+from agentmem.compaction.checks import validate
+from agentmem.compaction.held_out import Errors, HeldOut, split_references
+from agentmem.compaction.references import References
+from agentmem.compaction.request import USUAL, Job, Request, make_job
+from agentmem.compaction.summary import Rewriting, SummaryRefused
+from agentmem.contracts import Compaction, HeadCompaction, Segment, SegmentShape
+from agentmem.errors import CompactionFailed, PolicyContractBroken
+from agentmem.memory.pinning import promote, settle
+from agentmem.reporting import log_events
+from agentmem.reporting.report import CompactionReport, LayerReport, Outcome, SummaryReport
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from agentmem.contracts import Compactor, Reference
+    from agentmem.memory.memory import Memory
+    from agentmem.memory.sequence import Row
+    from agentmem.memory.store import LayerStore
+
+ATTEMPTS = 2
+
+
+class RowCompaction:
+    """Compacts one row of a memory to its target and deals the freed slots out as headroom."""
+
+    def __init__(self, memory: Memory, row: Row, request: Request = USUAL) -> None:
+        """Pins are promoted, and nothing else is changed yet; a compaction that has begun goes on as it was asked."""
+        self.memory, self.row, self.plan = memory, row, memory.plan_of(request.policy or memory.policy)
+        self.request = request
+        promote(memory, row)
+        self.job = row.job or self._job(request)
+        self.references = References(memory, row, self.job)
+        self.held_out = HeldOut()
+        self.layers: dict[int, LayerReport] = {}
+        self.faults: list[str] = []
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.outcome: Outcome = "compacted"
+
+    def _job(self, request: Request) -> Job:
+        policy = request.policy or self.memory.policy
+        return make_job(self.row, request, policy, self.plan, [index for index, _ in self.row.full()])
+
+    @property
+    def worthwhile(self) -> bool:
+        """Whether a begun compaction is to be finished, or the segments hold more than is to be left on average."""
+        held = [slots for index, store in self.row.full() for slots in self.job.held(index, store)]
+        compacts = self.job.policy.compactor is not None
+        return self.row.budgets is not None or (compacts and sum(held) > self.job.each * len(held))
+
+    def run(self) -> CompactionReport:
+        """Do it.
+
+        Raises:
+            CompactionFailed: a layer, or what comes before the first, failed twice and ``on_failure`` is not ``evict``;
+                the memory is valid, and the compaction goes on at the next attempt.
+            PolicyContractBroken: the policy returned something that its contract forbids.
+
+        """
+        memory, row, policy = self.memory, self.row, self.job.policy
+        began, slots, resident = time.perf_counter(), row.held, memory.ledger.resident
+        log_events.compaction_started(row=row.index, policy=policy.name, tokens_seen=row.seen, slots=slots)
+        outside = memory.ledger.outside() if policy.queries.outside_cap else nullcontext()
+        with torch.no_grad(), memory.ledger.watch() as peak, outside:
+            self._rewrite()
+            if self._prepared():
+                self._compact_layers()
+            else:
+                self._evict_layers()
+            with self._stage("deal"):
+                self._deal()
+        seconds = time.perf_counter() - began
+        self.seconds["probe"] = max(0.0, seconds - sum(self.seconds.values()))
+        return CompactionReport(
+            index=len(memory.compactions),
+            row=row.index,
+            policy=policy.name,
+            tokens_seen=row.seen,
+            slots_before=slots,
+            slots_after=row.held,
+            bytes_before=resident,
+            bytes_after=memory.ledger.resident,
+            bytes_peak=peak[0],
+            queries=str(self.references.queries),
+            outside_cap=policy.queries.outside_cap,
+            probe_tokens=len(self.references.probe.ids),
+            seconds=seconds,
+            seconds_by_stage=dict(self.seconds),
+            layers=tuple(self.layers[index] for index in sorted(self.layers)),
+            faults=tuple(self.faults),
+            summary=self._summary(),
+            worst_spans=self.held_out.worst_spans(),
+        )
+
+    def _rewrite(self) -> None:
+        """Have the segment summarised, where the policy asks for it; what goes wrong leaves it to matching."""
+        rewrite, language = self.job.policy.rewrite, self.memory.language
+        if rewrite is None or language is None or not self.job.whole or self.row.budgets is not None:
+            return
+        try:
+            with self._stage("summary"):
+                request = Rewriting(self.memory, self.row, self.job, rewrite, language).run()
+            self.job = self._job(replace(request, policy=self.job.policy, focus=self.job.focus))
+        except SummaryRefused as refused:
+            self._note_fault(None, refused, "matching instead")
+        except Exception as error:  # noqa: BLE001  # whatever a forward raises must not cost the memory
+            traceback.clear_frames(error.__traceback__)
+            self._note_fault(None, error, "matching instead")
+            self.job = self._job(self.request)
+        self.references = References(self.memory, self.row, self.job)
+
+    def _summary(self) -> SummaryReport | None:
+        """To be told once, though an interrupt came between its adoption and the end of a compaction."""
+        found, self.row.summary = self.row.summary, None
+        return found
+
+    def _prepared(self) -> bool:
+        """Find the probe's text and the budgets; ``False`` after two faults, with equal budgets to evict to."""
+        for attempt in range(ATTEMPTS):
+            try:
+                with self._stage("probe text"):
+                    self.references.prepare()
+                if self.row.budgets is None:
+                    self.row.budgets = self._dealer().deal(self.references, lambda: self._stage("survey"))
+                    self._begin()
+            except PolicyContractBroken:
+                raise
+            except Exception as error:  # noqa: BLE001  # whatever a policy or a probe raises must not cost the memory
+                traceback.clear_frames(error.__traceback__)
+                fault = error
+                self._note_fault(None, error, self._remedy(attempt))
+            else:
+                return True
+        if self.memory.settings.on_failure != "evict":
+            self._fail(None, fault)
+        if self.row.budgets is None:
+            self.row.budgets = self._dealer().equal()
+            self._begin()
+        return False
+
+    def _begin(self) -> None:
+        """From now on the compaction goes on until it is done; what it will compact is no longer intact."""
+        self.row.job, self.row.intact = self.job, self.row.seen - self.job.recent
+
+    def _dealer(self) -> Dealer:
+        def segment(layer: int, references: tuple[Reference, ...]) -> Segment:
+            store = self.row.stores[layer]
+            assert store is not None  # noqa: S101  # only layers with stores are dealt for
+            return self._segment(layer, store, references)
+
+        held = {index: self.job.held(index, store) for index, store in self.row.full()}
+        return Dealer(self.job, held, self.memory.ledger, segment)
+
+    @property
+    def _compactor(self) -> Compactor:
+        assert self.job.policy.compactor is not None  # noqa: S101  # make_room refuses policies that never compact
+        return self.job.policy.compactor
+
+    # ---- layers
+
+    def _todo(self) -> list[int]:
+        """Compactable layers of which some head still holds more than its budget."""
+        budgets = self.row.budgets or ()
+        return [
+            index
+            for index, store in self.row.full()
+            if any(held > kept for held, kept in zip(self.job.held(index, store), budgets[index], strict=True))
+        ]
+
+    def _compact_layers(self) -> None:
+        fault: Exception | None = None
+        for attempt in range(ATTEMPTS):
+            todo = self._todo()
+            if not todo:
+                return
+            try:
+                self.outcome = "compacted" if attempt == 0 else "retried"
+                self.references.each(todo, self._compact_layer, self.memory.boundary)
+            except PolicyContractBroken:
+                raise
+            except Exception as error:  # noqa: BLE001  # whatever a policy or a probe raises must not cost the memory
+                traceback.clear_frames(error.__traceback__)  # they hold views into stores that are about to go
+                fault = error
+                self._note_fault((self._todo() or todo[-1:])[0], error, self._remedy(attempt))
+        todo = self._todo()
+        if todo and self.memory.settings.on_failure != "evict" and fault is not None:
+            self._fail(todo[0], fault)
+        self._evict_layers()
+
+    def _evict_layers(self) -> None:
+        for layer in self._todo():
+            self._evict_layer(layer)
+
+    def _compact_layer(self, layer: int, references: tuple[Reference, ...]) -> None:
+        store = self.row.stores[layer]
+        assert store is not None  # noqa: S101  # _todo lists such layers only
+        with self.memory.ledger.borrow(self._fit_bytes(layer, store, references), "the policy's workspace"):
+            compaction, errors = self._fit(layer, store, references)
+            self._commit(layer, store, compaction, errors)
+
+    def _fit_bytes(self, layer: int, store: LayerStore, references: Sequence[Reference]) -> int:
+        """The workspace of this very segment: heads that hold more than an equal share may need more than planned."""
+        assert self.row.budgets is not None  # noqa: S101  # dealt before the first layer
+        shape = self.memory.shape.layers[layer]
+        segment = SegmentShape(
+            heads=shape.kv_heads,
+            group=shape.group,
+            slots=max(1, *self.job.held(layer, store)),
+            budget=max(1, *self.row.budgets[layer]),
+            queries=sum(each.tokens for each in references),
+            key_dim=shape.key_dim,
+            value_dim=shape.value_dim,
+            itemsize=store.spec.dtype.itemsize,
+        )
+        return max(self.plan.fit_bytes, self._compactor.workspace(segment))
+
+    def _fit(self, layer: int, store: LayerStore, references: tuple[Reference, ...]) -> tuple[Compaction, Errors]:
+        """A function of its own, so that no view into the old store outlives it."""
+        assert self.row.budgets is not None  # noqa: S101  # dealt before the first layer
+        held_out, fitted = split_references(references)
+        segment = self._segment(layer, store, fitted if self._compactor.fits else references)
+        slots = [min(kept, head.slots) for kept, head in zip(self.row.budgets[layer], segment.heads, strict=True)]
+        with self._stage("fit"):
+            compaction = self._compactor.compact(segment, slots)
+            validate(compaction, segment, slots, policy=self.job.policy.name)
+        with self._stage("check"), self.memory.ledger.borrow(self.plan.check_bytes, "held-out errors"):
+            return compaction, self.held_out.measure(segment, compaction, held_out)
+
+    def _evict_layer(self, layer: int) -> None:
+        store, budgets = self.row.stores[layer], self.row.budgets
+        assert store is not None and budgets is not None  # noqa: S101, PT018  # _todo lists such layers only
+        self.outcome = "evicted"
+        settle(self.row, store)
+        held = self.job.held(layer, store)
+        with self.memory.ledger.borrow(self.plan.fit_bytes, "the slots that stay"):
+            kept = [
+                torch.arange(count - min(slots, count), count, device=store.spec.device)
+                for slots, count in zip(budgets[layer], held, strict=True)
+            ]
+            self._commit(layer, store, Compaction(tuple(HeadCompaction(each) for each in kept)), (None, None))
+
+    def _commit(self, layer: int, store: LayerStore, compaction: Compaction, errors: Errors) -> None:
+        with self._stage("commit"):
+            replacement = store.compacted(compaction, self.job.begins[layer], self.job.recent, self._headroom())
+            self.row.stores[layer] = replacement
+            store.free()
+        bias_min, bias_max = replacement.bias_range()
+        self.layers[layer] = LayerReport(
+            layer=layer,
+            slots_before=sum(store.lengths),
+            slots_after=sum(replacement.lengths),
+            output_error=errors[0],
+            log_mass_error=errors[1],
+            bias_min=bias_min,
+            bias_max=bias_max,
+            condition=compaction.numerics.condition,
+            fallbacks=compaction.numerics.fallbacks,
+            outcome=self.outcome,
+        )
+
+    def _segment(self, layer: int, store: LayerStore, references: tuple[Reference, ...]) -> Segment:
+        settle(self.row, store)
+        return Segment(
+            layer=layer,
+            heads=tuple(
+                store.segment(head, begin, self.job.recent) for head, begin in enumerate(self.job.begins[layer])
+            ),
+            references=references,
+            scale=self.memory.scales[layer],
+            generator=self.row.generator,
+            workspace_bytes=self.plan.fit_bytes,
+        )
+
+    # ---- headroom
+
+    def _headroom(self) -> int:
+        """Free slots for every head alike once all layers keep their budgets: as many as the share of R pays for."""
+        assert self.row.budgets is not None  # noqa: S101  # dealt before the first layer
+        price = kept = 0
+        for index, store in self.row.full():
+            begins, budgets = self.job.begins[index], self.row.budgets[index]
+            ends = (begin + budget + self.job.recent for begin, budget in zip(begins, budgets, strict=True))
+            price += len(store.lengths) * store.spec.slot_bytes
+            kept += store.spec.slot_bytes * sum(map(min, store.lengths, ends))
+        return (self.plan.capacity * price - kept) // price
+
+    def _deal(self) -> None:
+        """Give the headroom to the layers that could not get it when they were committed."""
+        headroom = self._headroom()
+        for index, store in self.row.full():
+            settle(self.row, store)  # a layer that keeps all was not touched, and the tail is about to go
+            capacities = [length + headroom for length in store.lengths]
+            if tuple(capacities) != store.capacities:
+                self.row.stores[index] = store.resized(capacities)
+                store.free()
+        self.row.budgets = self.row.job = None
+        self.row.intact = self.row.seen - self.job.recent
+        self.row.compactions += 1
+        self.row.dealt_at = self.row.seen
+        self.row.tail = type(self.row.tail)("i")
+        self.row.recount(self.memory.plan.capacity, self.memory.plan.scratch)  # its own policy's, whoever compacted
+
+    # ---- faults and time
+
+    def _note_fault(self, layer: int | None, error: Exception, remedy: str) -> None:
+        self.faults.append(f"{_place(layer)}: {type(error).__name__}: {error} ({remedy})")
+        log_events.compaction_fault(
+            row=self.row.index, layer=layer, policy=self.job.policy.name, error=repr(error), remedy=remedy
+        )
+
+    def _remedy(self, attempt: int) -> str:
+        if self.row.budgets is not None and not self._todo():  # a probe can fail behind its last layer
+            return "every layer was done"
+        if attempt + 1 < ATTEMPTS:
+            return "tried again"
+        return "evicted to budget" if self.memory.settings.on_failure == "evict" else "raised"
+
+    def _fail(self, layer: int | None, fault: Exception) -> None:
+        where = _place(layer) if layer is None else f"at {_place(layer)}"
+        message = (
+            f"policy {self.job.policy.name!r} failed {ATTEMPTS} times {where} "
+            f"({type(fault).__name__}: {fault}); on_failure={self.memory.settings.on_failure!r}: the memory is valid "
+            "with the layers before it compacted, and the next forward tries again; on_failure='evict' would go on"
+        )
+        if self.memory.settings.on_failure == "stop":
+            self.memory.stopped = message
+        raise CompactionFailed(message) from fault
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - began
+
+
+def _place(layer: int | None) -> str:
+    return "before the first layer" if layer is None else f"layer {layer}"

@@ -1,0 +1,154 @@
+"""Summaries: the model writes one in scratch slots, and its own slots replace the segment in mid-memory.
+
+Source: summarisation before compaction is arXiv:2602.16284 (offline there); this is its online form.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from agentmem.compaction.request import Request
+from agentmem.compaction.writing import write
+from agentmem.contracts import MIN_SUMMARY
+from agentmem.memory.forwards import Adopt
+from agentmem.memory.pinning import settle
+from agentmem.planning.pricing import MAX_REQUEST
+from agentmem.reporting.report import SummaryReport
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from agentmem.compaction.request import Job
+    from agentmem.contracts import Rewrite
+    from agentmem.language import Language
+    from agentmem.memory.memory import Memory
+    from agentmem.memory.sequence import Row
+    from agentmem.memory.store import LayerStore
+
+NO_REPEAT = 8
+"""No run of so many tokens is written twice in a summary: greedy decoding would go round in circles."""
+VARIETY = 0.4
+"""The least part of a summary's tokens that must differ from one another."""
+_ENDS = (".", "!", "?", "\n", "\u3002", "\uff01", "\uff1f")  # full-width ones too
+
+
+class SummaryRefused(Exception):  # no user meets it: matching takes the summary's place
+    """Why a summary cannot be used."""
+
+
+class Rewriting:
+    """Replaces the segment of one job by a summary of it."""
+
+    def __init__(self, memory: Memory, row: Row, job: Job, rewrite: Rewrite, language: Language) -> None:
+        """Nothing is written yet."""
+        self.memory, self.row, self.job, self.rewrite, self.language = memory, row, job, rewrite, language
+
+    def run(self) -> Request:
+        """Write, place, adopt; the row has a summary then. Returns what is left to compact.
+
+        Raises:
+            SummaryRefused: it is empty, runs away or has no place; nothing was changed.
+
+        """
+        before, written = self.row.held, self._written(self._told())
+        lead = self.language.write(self.rewrite.lead)
+        ids = (*lead, *written)
+        self._check_shorter(len(ids))
+        position = self._place(len(ids))
+        self._adopt(ids, position)
+        self.row.summary = SummaryReport(
+            text=self._text(written),
+            tokens=len(ids),
+            start=min(self.memory.plan.prefix, self.row.seen),
+            stop=self.row.seen - self.job.recent,
+            position=position,
+            slots_before=before,
+            slots_after=self.row.held,
+        )
+        recent = tuple(self.row.ids[self.row.seen - self.job.recent :])
+        slots = max(1, round(self.rewrite.keep * len(ids)))
+        return Request(slots=min(slots, max(1, self.job.each)), text=ids + recent)
+
+    def _told(self) -> tuple[int, ...]:
+        told = tuple(self.language.ask(self.rewrite.instruction))
+        if len(told) > MAX_REQUEST:
+            raise SummaryRefused(f"its instruction has {len(told)} tokens, {MAX_REQUEST} at most; shorten it")
+        return told
+
+    def _written(self, told: tuple[int, ...]) -> tuple[int, ...]:
+        """What the model wrote, cut to whole sentences where it did not end by itself."""
+        plan = self.job.plan
+        most = len(told) + min(plan.scratch - MAX_REQUEST, plan.chunk - len(self.language.write(self.rewrite.lead)))
+        found = write(self.memory, self.row, told, most, no_repeat=NO_REPEAT)[len(told) :]
+        ended = bool(found) and found[-1] in self.language.ends
+        written = found[:-1] if ended else self._whole_sentences(found)
+        if len(written) < MIN_SUMMARY or not self._text(written).strip():
+            why = "empty" if ended or not found else "a runaway that never ends a sentence"
+            raise SummaryRefused(f"it is {why}: {len(found)} tokens were written, {len(written)} can be used")
+        if len(set(written)) < VARIETY * len(written):
+            raise SummaryRefused(
+                f"it is a runaway that goes round in circles: {len(set(written))} different tokens of {len(written)}"
+            )
+        return written
+
+    def _whole_sentences(self, found: tuple[int, ...]) -> tuple[int, ...]:
+        pieces = self.language.read(found)
+        ends = [index for index, piece in enumerate(pieces) if piece.rstrip(" ").endswith(_ENDS)]
+        return found[: ends[-1] + 1] if ends else ()
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return "".join(self.language.read(ids))
+
+    def _stores(self) -> list[tuple[int, LayerStore]]:
+        """The layers that are compacted, with the positions of all their slots."""
+        stores = self.row.full()
+        for _, store in stores:
+            settle(self.row, store)
+        return stores
+
+    def _check_shorter(self, count: int) -> None:
+        held = [slots for index, store in self._stores() for slots in self.job.held(index, store)]
+        if count * len(held) >= sum(held):
+            raise SummaryRefused(f"its {count} tokens are no fewer than the {sum(held) / len(held):g} slots per head")
+
+    def _place(self, count: int) -> int:
+        """The first of ``count`` free positions before the recent window, behind what is never compacted.
+
+        Re-basing moves every head's pinned slots apart from the others', so those of all heads are looked at.
+        """
+        found: set[int] = set()
+        stop = self.row.next_position
+        for index, store in self._stores():
+            for head, (begin, length) in enumerate(zip(self.job.begins[index], store.lengths, strict=True)):
+                found.update(store.segment(head, 0, length - begin).positions.tolist())
+                stop = min([stop, *store.segment(head, length - self.job.recent, 0).positions[:1].tolist()])
+        fixed = sorted(found)
+        while fixed:
+            last = fixed.pop()
+            if stop - last - 1 >= count:
+                return stop - count
+            stop = last
+        if stop < count:
+            raise SummaryRefused(f"there are no {count} free positions in a row before the recent window")
+        return stop - count
+
+    def _adopt(self, ids: tuple[int, ...], position: int) -> None:
+        """Replace the segments; what an interrupt or a fault leaves half done is a compaction to equal budgets."""
+        memory, row, before = self.memory, self.row, self._stores()
+        positions = torch.arange(position, position + len(ids), dtype=torch.int32)
+        step = Adopt(memory, row, self.job.begins, self.job.recent, positions)
+        assert memory.run_transient is not None  # noqa: S101  # the adapter sets it before the first forward
+        each, intact = max(1, self.job.each), row.intact
+        row.job, row.budgets = self.job, tuple((each,) * len(heads) for heads in self.job.begins)
+        row.intact = row.seen - self.job.recent
+        try:
+            with torch.no_grad():
+                memory.run_transient(ids, position, step)
+        except BaseException:
+            if all(row.stores[index] is store for index, store in before):
+                row.job, row.budgets, row.intact = None, None, intact
+            raise
+        row.job = row.budgets = None
+        row.recount(memory.plan.capacity, memory.plan.scratch)  # from here on an interrupt leaves a row with room

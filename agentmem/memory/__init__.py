@@ -1,0 +1,1 @@
+"""Keys and values under the cap: sequences, their stores, the ledger of bytes. It knows neither policies nor models."""

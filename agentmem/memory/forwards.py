@@ -1,0 +1,220 @@
+"""How a forward reaches a memory: :class:`Append` for tokens that stay, :class:`Transient` for those that do not.
+
+Both are called once a layer, with the model's own queries, keys and values (RoPE applied).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from agentmem.attention.ragged import Fresh, attend
+from agentmem.memory.store import LayerStore, SlotSpec
+from agentmem.planning.pricing import grown, window_slots
+from agentmem.reference_queries.stored import QuerySample
+from agentmem.reporting import log_events
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from agentmem.compaction.budget_rules import Slots
+    from agentmem.memory.memory import Memory
+    from agentmem.memory.sequence import Row
+
+
+class Arriving(NamedTuple):
+    """The tokens of one forward that belong to one row: their ids, positions, and columns in the batch."""
+
+    ids: Sequence[int]
+    positions: Sequence[int]
+    columns: slice | torch.Tensor
+
+
+class Append:
+    """A forward whose tokens stay. ``commit`` or ``rollback`` ends it."""
+
+    def __init__(self, memory: Memory, arriving: Sequence[Arriving]) -> None:
+        """Room for the tokens must have been made."""
+        self.memory, self.arriving = memory, arriving
+        self.whole = all(isinstance(each.columns, slice) for each in arriving)
+        self.columns = 0
+        """Columns of the forward, pads included; set by whoever counts them."""
+
+    def attend(
+        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Append the tokens' slots and attend: ``queries [B, Hq, q, d]`` → ``[B, q, Hq, dv]``."""
+        memory = self.memory
+        if len(self.arriving) == 1 and self.whole:
+            output = append_row(memory, memory.rows[0], layer, queries[0], keys[0], values[0], scale)
+            return output.transpose(0, 1).contiguous().unsqueeze(0)
+        output = queries.new_zeros(queries.shape[0], queries.shape[2], queries.shape[1], values.shape[-1])
+        for row, arriving in zip(memory.rows, self.arriving, strict=True):
+            if arriving.ids:
+                index, columns = row.index, arriving.columns
+                asked, key, value = (each[index][:, columns] for each in (queries, keys, values))
+                part = append_row(memory, row, layer, asked, key, value, scale)
+                output[index, columns] = part.transpose(0, 1)
+        return output
+
+    def commit(self) -> None:
+        """The forward ended well: the rows have consumed the tokens."""
+        for row, each in zip(self.memory.rows, self.arriving, strict=True):
+            row.tail.extend(each.positions)
+            row.room -= len(each.ids)
+            row.ids.extend(each.ids)
+            if each.positions:
+                before, row.next_position = row.next_position, each.positions[-1] + 1
+                _warn_of_positions(row, before, self.memory.shape.positions)
+        self.memory.appended(max(len(each.ids) for each in self.arriving), sum(len(each.ids) for each in self.arriving))
+
+    def rollback(self) -> None:
+        """The forward failed: take back what some layers had appended."""
+        for row in self.memory.rows:
+            for store in row.stores:
+                if store is not None and store.seen > row.seen:
+                    store.drop_tail(store.seen - row.seen)
+            row.recount(self.memory.plan.capacity, self.memory.plan.scratch)
+
+
+def _warn_of_positions(row: Row, before: int, limit: int | None) -> None:
+    if limit is not None and before <= limit < row.next_position:
+        log_events.positions_passed(row=row.index, tokens_seen=row.seen, positions=limit)
+
+
+class Scratch:
+    """Forwards of one row whose slots stay until :meth:`rollback`: what the model writes for itself.
+
+    The slots are those that the plan keeps free; nothing is scored, sampled or recorded.
+    """
+
+    def __init__(self, memory: Memory, row: Row) -> None:
+        """Nothing is appended yet."""
+        self.memory, self.row = memory, row
+
+    def attend(
+        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Append and attend: ``queries [1, Hq, q, d]`` → ``[1, q, Hq, dv]``."""
+        output = append_row(self.memory, self.row, layer, queries[0], keys[0], values[0], scale, scratch=True)
+        return output.transpose(0, 1).contiguous().unsqueeze(0)
+
+    def rollback(self) -> None:
+        """Take back all that was appended."""
+        for store in self.row.stores:
+            if store is not None and store.seen > self.row.seen:
+                store.drop_tail(store.seen - self.row.seen)
+
+
+class Adopt:
+    """A forward whose slots replace a segment, layer by layer: a summary's, which sees only what is never compacted.
+
+    A layer's store is swapped when the layer has attended, so every state between two layers decodes.
+    """
+
+    def __init__(self, memory: Memory, row: Row, begins: Slots, recent: int, positions: torch.Tensor) -> None:
+        """``begins`` are the segments' first slots by layer and head; ``positions [n]`` int32 are the new slots'."""
+        self.memory, self.row, self.begins, self.recent, self.positions = memory, row, begins, recent, positions
+
+    def attend(
+        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Attend, then replace: ``queries [1, Hq, n, d]`` → ``[1, n, Hq, dv]``."""
+        memory, store = self.memory, self.row.stores[layer]
+        assert store is not None  # noqa: S101  # a row that is rewritten holds something in every layer
+        memory.boundary()
+        memory.ledger.touch(memory.plan.forward_bytes, "attention of a summary")
+        front = store.front(min(self.begins[layer]))
+        output, _ = attend(queries[0], front, Fresh(keys[0], values[0]), scale)
+        self.row.stores[layer] = store.rewritten(self.begins[layer], self.recent, keys[0], values[0], self.positions)
+        store.free()
+        return output.transpose(0, 1).contiguous().unsqueeze(0)
+
+
+class Transient:
+    """A forward that leaves nothing behind: one row's slots and, causally, the tokens' own keys and values.
+
+    ``visit(layer, queries [Hq, q, d])`` is called before a layer attends, so what it commits is what is attended.
+    """
+
+    def __init__(self, memory: Memory, row: Row, visit: Callable[[int, torch.Tensor], None]) -> None:
+        """Nothing is allocated here."""
+        self.memory, self.row, self.visit = memory, row, visit
+
+    def attend(
+        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Attend without appending: ``queries [1, Hq, q, d]`` → ``[1, q, Hq, dv]``."""
+        self.visit(layer, queries[0])
+        shape = self.memory.shape.layers[layer]
+        store = self.row.stores[layer]
+        runs = [] if store is None else store.runs(shape.window and shape.window - 1, scored=False)
+        self.memory.ledger.touch(self.memory.plan.forward_bytes, "attention of a probe")
+        output, _ = attend(queries[0], runs, Fresh(keys[0], values[0]), scale, window=shape.window)
+        return output.transpose(0, 1).contiguous().unsqueeze(0)
+
+
+def append_row(
+    memory: Memory,
+    row: Row,
+    layer: int,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    *,
+    scratch: bool = False,
+) -> torch.Tensor:
+    """Append one row's slots of one layer and attend: ``queries [Hq, q, d]`` → ``[Hq, q, dv]``.
+
+    ``scratch`` slots are neither scored nor sampled: they will be taken back.
+    """
+    shape, count = memory.shape.layers[layer], keys.shape[1]
+    memory.scales[layer] = scale
+    store = _roomy(memory, row, layer, keys, count)
+    scored = memory.policy.scores == "received" and shape.window is None and not scratch
+    memory.ledger.touch(memory.plan.forward_bytes, "attention")
+    with torch.no_grad():
+        if count == 1:
+            store.append(keys, values)
+            output, _ = attend(queries, store.runs(shape.window, scored=scored), None, scale, explicit=scored)
+        else:
+            fresh = Fresh(keys, values)
+            runs = store.runs(shape.window and shape.window - 1, scored=scored)
+            output, received = attend(queries, runs, fresh, scale, window=shape.window, explicit=scored)
+            store.append(keys, values, received if scored else None)
+        if memory.plan.stored and shape.window is None and not scratch:
+            _sample(memory, row, layer, queries)
+    return output
+
+
+def _roomy(memory: Memory, row: Row, layer: int, like: torch.Tensor, count: int) -> LayerStore:
+    """The store of a layer, with allocated room for ``count`` more slots."""
+    store, window = row.stores[layer], memory.shape.layers[layer].window
+    limit = memory.plan.capacity if window is None else window_slots(window, memory.plan.chunk)
+    if store is not None and window is not None and store.lengths[0] + count > limit:
+        store.slide(window - 1)
+    if store is not None and store.room >= count:
+        return store
+    if store is None:
+        scores = memory.policy.scores != "none" and window is None
+        spec = SlotSpec(memory.shape.layers[layer], like.dtype, like.device, scores)
+        store = LayerStore(spec, [grown(count, limit)] * spec.shape.kv_heads, memory.ledger)
+        store.moves = row.moves
+    else:
+        old, store = store, store.resized([grown(max(store.lengths) + count, limit)] * len(store.lengths))
+        row.stores[layer] = store
+        old.free()
+    row.stores[layer] = store
+    return store
+
+
+def _sample(memory: Memory, row: Row, layer: int, queries: torch.Tensor) -> None:
+    if not row.samples[layer]:
+        parts = zip(memory.policy.queries.stored, memory.plan.stored, strict=True)
+        row.samples[layer] = tuple(
+            QuerySample(part, memory.shape.layers[layer], size, queries, memory.ledger) for part, size in parts
+        )
+    for sample in row.samples[layer]:
+        sample.offer(queries, row.seen)

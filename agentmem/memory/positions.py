@@ -1,0 +1,206 @@
+"""Re-basing: when the next position nears the end of a model's positions, a row's slots move to lower ones.
+
+The prefix stays. The recent window moves as one block; in each head's segment, slots at most ``gap`` apart move
+together and wider gaps are closed to it, so that order is kept and no more distance is lost than must be. Kept keys are
+turned exactly from where they are. A layer is replaced as a whole, and a re-basing that was interrupted goes on before
+the next forward.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from agentmem.errors import MemoryCapExceeded
+from agentmem.memory.forwards import Transient
+from agentmem.memory.pinning import settle
+from agentmem.memory.rotation import map_scratch, rebased, shift_keys, shift_scratch, widest_gap
+from agentmem.planning.model_shape import MIN_SPARE, spare_positions
+from agentmem.reporting import log_events
+from agentmem.reporting.report import RebaseReport
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from agentmem.memory.memory import Memory
+    from agentmem.memory.rotation import Rotation
+    from agentmem.memory.sequence import Row
+    from agentmem.memory.store import LayerStore
+
+ASKED = MIN_SPARE
+"""Newest tokens that are run again before and after, to measure what re-basing changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """How a model counts: so many positions, and how each layer's keys turn with them."""
+
+    limit: int
+    rotations: tuple[Rotation, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A re-basing that has begun: the recent block goes from ``start`` to ``end``; no head's ``gap`` is smaller."""
+
+    start: int
+    end: int
+    gap: int
+    turned: set[int] = field(default_factory=set)
+    """Layers whose stored queries have been turned."""
+
+
+def keep_in_reach(memory: Memory, row: Row, tokens: int) -> None:
+    """Re-base a row if a run of ``tokens`` behind it would leave the model's positions: of a forward or of a probe.
+
+    Raises:
+        MemoryCapExceeded: the slots alone need more positions than the model has.
+
+    """
+    if memory.positions is None:
+        return
+    if row.moving is None and row.next_position + tokens + _asking(memory) <= memory.positions.limit:
+        return
+    rebase(memory, row, tokens)
+    if row.next_position + tokens > memory.positions.limit:
+        raise MemoryCapExceeded(
+            f"re-basing left position {row.next_position}, and {tokens} tokens more do not fit the model's "
+            f"{memory.positions.limit} positions; lower the cap or chunk, or feed fewer tokens at once"
+        )
+
+
+def rebase(memory: Memory, row: Row, tokens: int = 0) -> None:
+    """Move a row's slots to lower positions now, and report it; nothing is done where they stand as low as they can.
+
+    ``tokens`` are to fit behind them. A forward that was interrupted is taken back first.
+    """
+    assert memory.positions is not None  # noqa: S101  # the caller has asked
+    memory.abandon()
+    began, position = time.perf_counter(), row.next_position
+    move = row.moving or _move(memory, row, tokens)
+    if move.start == move.end:
+        return
+    before = None if row.moving else _asked(memory, row)
+    row.moving = move
+    for layer, store in enumerate(row.stores):
+        if store is not None and store.moves == row.moves:
+            _move_layer(memory, row, layer, store)
+    _move_samples(row, memory.positions.rotations, move)
+    row.moves, row.moving = row.moves + 1, None
+    row.next_position += move.end - move.start
+    row.shift -= move.end - move.start
+    report = RebaseReport(
+        row=row.index,
+        tokens_seen=row.seen,
+        position_before=position,
+        position_after=row.next_position,
+        gap=move.gap,
+        kl=None if before is None else _divergence(before, _asked(memory, row)),
+        seconds=time.perf_counter() - began,
+    )
+    memory.rebases.append(report)
+    log_events.rebased(report)
+    memory.publish(report)
+
+
+def _move(memory: Memory, row: Row, tokens: int) -> Move:
+    """Where the recent block begins and is to begin.
+
+    It is to end in the first half of the model's positions, and so that ``tokens`` and some more have a place.
+    """
+    assert memory.positions is not None  # noqa: S101  # the caller has asked
+    first, recent = _ends(memory, row)  # positions 0 .. first - 1 are the prefix's
+    start = row.next_position - recent
+    longest = max((max(store.lengths) - first - recent for _, store in row.full()), default=0)
+    limit = memory.positions.limit
+    end = min(limit // 2, limit - spare_positions(limit) - tokens)
+    span = min(start - first, max(longest, end - first - recent))
+    with memory.ledger.borrow(map_scratch(max(1, longest)), "finding gaps"):
+        gap = widest_gap(_heads(memory, row), start, span)
+    return Move(start, first + span, gap)
+
+
+def _heads(memory: Memory, row: Row) -> Iterator[torch.Tensor]:
+    prefix, recent = _ends(memory, row)
+    for _, store in row.full():
+        settle(row, store)
+        for head in range(len(store.lengths)):
+            yield store.segment(head, prefix, recent).positions
+
+
+def _ends(memory: Memory, row: Row) -> tuple[int, int]:
+    """Slots of the prefix, and of the recent block: tokens in a row at the end that every head has."""
+    prefix = min(memory.plan.prefix, row.seen)
+    return prefix, min(memory.plan.recent, row.seen - prefix)
+
+
+def _move_layer(memory: Memory, row: Row, layer: int, old: LayerStore) -> None:
+    """Build the layer anew with other positions and turned keys, then swap."""
+    assert memory.positions is not None and row.moving is not None  # noqa: S101, PT018  # the caller has set them
+    move, shape = row.moving, memory.shape.layers[layer]
+    if shape.window is None:
+        settle(row, old)
+    longest = max(old.lengths)
+    scratch = shift_scratch(longest, shape.key_dim, old.spec.dtype.itemsize) + 3 * map_scratch(longest)
+    with memory.ledger.borrow(scratch, "turning keys"):
+        new = old.resized(old.capacities)
+        for head in range(len(new.lengths)):
+            _move_head(memory, row, new, head, layer, move)
+    new.moves = row.moves + 1
+    row.stores[layer] = new
+    old.free()
+
+
+def _move_head(memory: Memory, row: Row, store: LayerStore, head: int, layer: int, move: Move) -> None:
+    assert memory.positions is not None  # noqa: S101  # the caller has asked
+    rotation, delta = memory.positions.rotations[layer], move.end - move.start
+    length = store.lengths[head]
+    if memory.shape.layers[layer].window is not None:  # the newest tokens, whose positions are not kept here
+        keys = store.segment(head, 0, 0).keys
+        positions = torch.arange(row.next_position - length, row.next_position, dtype=torch.int32)
+        shift_keys(keys, positions, torch.tensor(delta, dtype=torch.int32).expand(length), rotation)
+        return
+    prefix, recent = _ends(memory, row)
+    middle, newest = store.segment(head, prefix, recent), store.segment(head, length - recent, 0)
+    if middle.slots:
+        gap = widest_gap([middle.positions], move.start, move.end - prefix)  # its own: it need not suffer for others
+        deltas = rebased(middle.positions, move.start, move.end, gap)
+        shift_keys(middle.keys, middle.positions, deltas, rotation)
+        middle.positions.add_(deltas)
+    if newest.slots:
+        shift_keys(newest.keys, newest.positions, torch.tensor(delta, dtype=torch.int32).expand(recent), rotation)
+        newest.positions.add_(delta)
+
+
+def _move_samples(row: Row, rotations: tuple[Rotation, ...], move: Move) -> None:
+    """Turn stored queries along, so that they ask from as far as they did."""
+    for layer, samples in enumerate(row.samples):
+        for sample in () if layer in move.turned else samples:
+            positions = sample.tokens(row.seen).sub_(row.shift)
+            deltas = torch.tensor(move.end - move.start, dtype=torch.int32).expand(sample.filled)
+            for head in sample.queries[:, : sample.filled]:
+                shift_keys(head, positions, deltas, rotations[layer])
+        move.turned.add(layer)
+
+
+def _asking(memory: Memory) -> int:
+    """Tokens that are run again: no more than scratch is planned for."""
+    return min(ASKED, memory.plan.chunk)
+
+
+def _asked(memory: Memory, row: Row) -> torch.Tensor | None:
+    """Log-probabilities ``[n, V]`` of what follows the newest tokens when they are read again; the model's own work."""
+    ids = tuple(row.ids[-_asking(memory) :])
+    if memory.run_logits is None or min(ids, default=-1) < 0:
+        return None
+    logits = memory.run_logits(ids, row.next_position, Transient(memory, row, lambda _layer, _queries: None)).float()
+    return logits.sub_(logits.logsumexp(-1, keepdim=True))
+
+
+def _divergence(before: torch.Tensor, after: torch.Tensor | None) -> float:
+    assert after is not None  # noqa: S101  # the same ids were asked before
+    differences = after.neg_().add_(before)  # in place: beside the slots two sets of logits are enough
+    return float(before.exp_().flatten().dot(differences.flatten())) / before.shape[0]

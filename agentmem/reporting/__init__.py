@@ -1,0 +1,1 @@
+"""What happened, for people and programs: reports, traces, pictures, log events."""

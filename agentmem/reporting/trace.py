@@ -1,0 +1,164 @@
+"""A run as JSON lines: one line per event, each complete when written, so a killed run leaves a valid file.
+
+Line kinds: ``start`` (cap and policy, once), ``usage`` (after every forward), ``compaction`` (a whole
+:class:`~agentmem.reporting.report.CompactionReport`). Every line has ``kind`` and ``t``, seconds since the start.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, Self, TextIO
+
+from pydantic import ValidationError
+
+from agentmem.errors import SettingsRefused
+from agentmem.reporting.report import CompactionReport, RebaseReport
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+
+class UsageLike(Protocol):
+    """What the memory tells after every forward; slots and bytes are sums over rows."""
+
+    @property
+    def tokens_seen(self) -> int: ...  # noqa: D102  # the fields of a Usage, described there
+    @property
+    def held_slots(self) -> int: ...  # noqa: D102
+    @property
+    def resident_bytes(self) -> int: ...  # noqa: D102
+    @property
+    def used_bytes(self) -> int: ...  # noqa: D102
+    @property
+    def peak_bytes(self) -> int: ...  # noqa: D102
+
+
+_USAGE_FIELDS = ("tokens_seen", "held_slots", "resident_bytes", "used_bytes", "peak_bytes")
+
+
+@dataclass(frozen=True, slots=True)
+class UsagePoint:
+    """The memory after one forward. ``t`` in seconds since the start; bytes are bytes."""
+
+    t: float
+    tokens_seen: int
+    held_slots: int
+    resident_bytes: int
+    used_bytes: int
+    peak_bytes: int
+
+
+@dataclass
+class Trace:
+    """The events of one run, in order. Subscribe it to a memory to record, or get one from :func:`read_trace`."""
+
+    cap_bytes: int | None = None
+    policy: str | None = None
+    points: list[UsagePoint] = field(default_factory=list)
+    compactions: list[CompactionReport] = field(default_factory=list)
+    compacted_at: list[int] = field(default_factory=list)
+    """Tokens seen by all rows together at each compaction (a report counts its own row's)."""
+    _started: float = field(default_factory=time.perf_counter, repr=False)
+
+    def __call__(self, event: CompactionReport | RebaseReport | UsageLike) -> None:
+        """Record one event."""
+        if isinstance(event, CompactionReport):
+            self.compacted(event)
+        elif not isinstance(event, RebaseReport):
+            elapsed = time.perf_counter() - self._started
+            self.points.append(UsagePoint(elapsed, *(int(getattr(event, name)) for name in _USAGE_FIELDS)))
+
+    def compacted(self, report: CompactionReport) -> None:
+        """Record one compaction, at the tokens of the last forward."""
+        self.compactions.append(report)
+        self.compacted_at.append(self.points[-1].tokens_seen if self.points else report.tokens_seen)
+
+
+class TraceWriter:
+    """Writes events to ``path`` as they come; the file is truncated first.
+
+    Raises:
+        SettingsRefused: the file cannot be written.
+
+    """
+
+    def __init__(self, path: Path, *, cap_bytes: int, policy: str) -> None:
+        """Open the file and write the ``start`` line."""
+        self.path = path
+        self._started = time.perf_counter()
+        with ExitStack() as undo:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                # Line-buffered: what is on disk ends at a line's end unless the machine itself dies.
+                self._file: TextIO = undo.enter_context(path.open("w", encoding="utf-8", buffering=1))
+            except OSError as error:
+                raise SettingsRefused(f"trace: cannot write {path}: {error.strerror or error}") from error
+            self._line("start", {"cap_bytes": cap_bytes, "policy": policy})
+            self._close = undo.pop_all().close
+
+    def __call__(self, event: CompactionReport | RebaseReport | UsageLike) -> None:
+        """Write one event."""
+        if isinstance(event, CompactionReport):
+            self._line("compaction", event.model_dump(mode="json"))
+        elif not isinstance(event, RebaseReport):
+            self._line("usage", {name: int(getattr(event, name)) for name in _USAGE_FIELDS})
+
+    def close(self) -> None:
+        """Close the file; closing twice is allowed."""
+        self._close()
+
+    def __enter__(self) -> Self:
+        """The writer itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        """Close the file."""
+        self.close()
+
+    def _line(self, kind: str, fields: dict[str, object]) -> None:
+        elapsed = round(time.perf_counter() - self._started, 6)
+        try:
+            self._file.write(json.dumps({"kind": kind, "t": elapsed, **fields}) + "\n")
+        except OSError as error:
+            raise SettingsRefused(f"trace: cannot write {self.path}: {error.strerror or error}") from error
+
+
+def read_trace(path: Path) -> Trace:
+    """The events in a trace file. A last line that was cut off by a kill is left out.
+
+    Raises:
+        SettingsRefused: the file cannot be read, or a line other than the last is no trace event.
+
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    except OSError as error:
+        raise SettingsRefused(f"trace: cannot read {path}: {error.strerror or error}") from error
+    trace = Trace()
+    for number, line in enumerate(lines, start=1):
+        try:
+            _add(trace, json.loads(line))
+        except (ValueError, KeyError, TypeError, ValidationError) as error:
+            if number == len(lines) and not line.endswith("\n"):
+                break
+            raise SettingsRefused(f"trace: line {number} of {path} is no trace event: {line.strip()[:60]!r}") from error
+    return trace
+
+
+def _add(trace: Trace, event: dict[str, object]) -> None:
+    kind, elapsed = event.pop("kind"), event.pop("t")
+    if kind == "start":
+        trace.cap_bytes, trace.policy = int(str(event["cap_bytes"])), str(event["policy"])
+    elif kind == "usage":
+        trace.points.append(UsagePoint(float(str(elapsed)), *(int(str(event[name])) for name in _USAGE_FIELDS)))
+    elif kind == "compaction":
+        # JSON knows no tuples: model_validate_json is the mode that accepts lists for them.
+        trace.compacted(CompactionReport.model_validate_json(json.dumps(event)))
+    else:
+        raise ValueError(kind)

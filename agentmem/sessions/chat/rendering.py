@@ -1,0 +1,165 @@
+"""Conversations through a tokenizer's chat template, with a sentinel in place of one message where that is asked."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+
+from agentmem.errors import SettingsRefused
+from agentmem.sessions.chat.control_tokens import Markup
+
+if TYPE_CHECKING:
+    from agentmem.sessions.chat.dialogue import Dialogue, Message
+
+Chat = list[dict[str, Any]]
+Tool = dict[str, Any] | Callable[..., Any]
+
+# What templates raise: their own refusals, and Python's where a message lacks what they read.
+_FAULTS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+
+
+class Renderer:
+    """One template with its tools and variables. ``markup`` knows its control tokens."""
+
+    def __init__(self, tokenizer: Any, tools: Sequence[Tool] | None, options: Mapping[str, Any] | None) -> None:
+        """Find the template, and check that it has a place for the tools.
+
+        Raises:
+            SettingsRefused: no template, tools that are no schemas, or no place for them.
+
+        """
+        self.tokenizer, self.options = tokenizer, dict(options or {})
+        # Letters and digits survive trimming and every kind of escaping; random ones occur in no message.
+        self.sentinel, mark = (f"x{secrets.token_hex(16)}x" for _ in range(2))
+        self.markup = Markup(tokenizer, self._source(tools), mark)
+        # A tool's description may come from a server elsewhere, so it must not spell control tokens either.
+        self.tools = [self.markup.neutral(tool, "tool") for tool in tools] if tools else None
+        if self.tools:
+            self._check_tools()
+
+    def _source(self, tools: Sequence[Tool] | None) -> str:
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise SettingsRefused(
+                "chat_template: the tokenizer has none, so turns cannot be written. Set tokenizer.chat_template to the "
+                "model's Jinja template, or load an instruction-tuned model"
+            )
+        try:
+            return str(self.tokenizer.get_chat_template(None, tools))
+        except ValueError as error:
+            raise SettingsRefused(f"chat_template: {error}") from error
+
+    def _check_tools(self) -> None:
+        user, system = {"role": "user", "content": "x"}, {"role": "system", "content": "x"}
+        faults = []
+        for chat in ([system, user], [user]):
+            try:
+                if self.write(chat, opened=True) != self.write(chat, opened=True, tools=None):
+                    return
+            except SettingsRefused as error:
+                faults.append(str(error))
+        reason = faults[0] if len(faults) > 1 else "it renders the same text with them as without"
+        raise SettingsRefused(
+            f"tools: the chat template has no place for {len(self.tools or ())} tool(s): {reason}. "
+            "Write them into the system message, or use a model whose template knows tools"
+        )
+
+    def chat(self, dialogue: Dialogue) -> Chat:
+        """The messages as the template reads them. Given ones cannot spell control tokens; replies stay as they are."""
+        replies = set(dialogue.generated)
+        return [self._plain(message, given=at not in replies) for at, message in enumerate(dialogue.messages)]
+
+    def _plain(self, message: Message, *, given: bool) -> dict[str, Any]:
+        plain = message.model_dump(exclude_none=True, mode="json")
+        if given:
+            return {key: self.markup.neutral(value, message.role) for key, value in plain.items()}
+        return plain
+
+    def write(self, chat: Chat, *, opened: bool = False, tools: Sequence[Tool] | str | None = "own") -> str:
+        """The whole conversation; ``opened`` adds the generation prompt.
+
+        Raises:
+            SettingsRefused: the template refuses it; the message is the template's own.
+
+        """
+        try:
+            text = self.tokenizer.apply_chat_template(
+                chat,
+                tools=self.tools if isinstance(tools, str) else tools,
+                tokenize=False,
+                add_generation_prompt=opened,
+                **self.options,
+            )
+        except _FAULTS as error:
+            roles = ", ".join(str(message["role"]) for message in chat[-4:])
+            raise SettingsRefused(
+                f"the chat template refuses the conversation: {error}. Its last roles are {roles}; "
+                "order the messages as the template wants them, or write what it has no role for into a user's message"
+            ) from error
+        return str(text)
+
+    def tail(self, chat: Chat, index: int, *, opened: bool = False) -> str | None:
+        """What follows one message's content, wherever the template puts it; ``None`` if that cannot be told."""
+        return self._after(_marked(chat, index, self.sentinel), opened=opened)
+
+    def reply_tail(self, chat: Chat, index: int, ends: Sequence[str], *, ended: bool, opened: bool) -> str | None:
+        """What is still to be fed after a generated reply: its closing markup without a sampled end, and the rest.
+
+        A reply with calls is rendered with a sentinel for the last call's name: it ends at the first end text after
+        it. Where the template has no place for calls, or writes no end after them, they are left out.
+        """
+        reply = chat[index]
+        if "tool_calls" in reply:
+            bare = [{**call, "function": {**call.get("function", {}), "arguments": {}}} for call in reply["tool_calls"]]
+            silent = {**reply, "content": "", "tool_calls": bare}  # the text spells the calls already
+            calls = [*chat[:index], silent, *chat[index + 1 :]]
+            text = self._after(_marked(calls, index, self.sentinel), opened=opened)
+            found = [(text.find(end), -len(end)) for end in ends if end in text] if text else []
+            if text and found:
+                place, length = min(found)
+                return text[place - length if ended else place :]
+            chat = [*chat[:index], {"role": reply["role"], "content": ""}, *chat[index + 1 :]]
+        text = self._after(_marked(chat, index, self.sentinel), opened=opened)
+        if text is None or not ended:
+            return text
+        bare_text = text.lstrip()
+        first = next((end for end in ends if bare_text.startswith(end)), None)
+        return text if first is None else bare_text.removeprefix(first)
+
+    def _after(self, chat: Chat, *, opened: bool) -> str | None:
+        try:
+            pieces = self.write(chat, opened=opened).split(self.sentinel)
+        except SettingsRefused:
+            return None
+        return pieces[1] if len(pieces) == 2 else None  # noqa: PLR2004  # exactly one sentinel
+
+    def before(self, chat: Chat, index: int) -> str:
+        """What the template writes before one message's content; the message is the last. Empty if that is unknown."""
+        try:
+            text, found, _ = self.write(_marked(chat, index, self.sentinel)).partition(self.sentinel)
+        except SettingsRefused:
+            return ""
+        return text if found else ""
+
+    def shows(self, chat: Chat, index: int, *, opened: bool = False) -> bool:
+        """Whether the template writes that message at all.
+
+        Raises:
+            SettingsRefused: it refuses the conversation.
+
+        """
+        return self.sentinel in self.write(_marked(chat, index, self.sentinel), opened=opened)
+
+
+def _marked(chat: Chat, index: int, sentinel: str) -> Chat:
+    """The chat with the sentinel for one message's content, or for the name of its last call."""
+    message = chat[index]
+    if message.get("tool_calls"):
+        *others, last = message["tool_calls"]
+        last = {**last, "function": {**last.get("function", {}), "name": sentinel}}
+        marked = {**message, "tool_calls": [*others, last]}
+    else:
+        marked = {**message, "content": sentinel}
+    return [*chat[:index], marked, *chat[index + 1 :]]

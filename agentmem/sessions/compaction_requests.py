@@ -1,0 +1,60 @@
+"""Compactions that a caller asks for: what is to be left, by which policy, and what must stay recallable."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from typing import TYPE_CHECKING
+
+from agentmem.compaction.request import Request
+from agentmem.errors import SettingsRefused
+from agentmem.memory.pinning import promote
+from agentmem.sessions import turn
+from agentmem.sessions.events import Event
+from agentmem.sessions.turn import Interrupted
+
+if TYPE_CHECKING:
+    from agentmem.sessions.session import Session
+
+
+def compacting(
+    session: Session, focus: str, target: float | None, policy: str | None, *, force: bool
+) -> Generator[Event | None, None, None]:
+    """The events of a compaction now; see :meth:`agentmem.sessions.session.Session.compact`."""
+    try:
+        yield from turn.read(session)
+        row = session.memory.rows[0]
+        if force or row.room <= session.asking.soft * session.memory.plan.capacity:
+            request = request_of(session, focus, policy)
+            if target is not None:
+                request = Request(_slots_of(session, target), None, request.focus, request.policy)
+            yield from turn.compact(session, request, forced=False)
+    except Interrupted:
+        return
+
+
+def request_of(session: Session, focus: str, policy: str | None) -> Request:
+    """What a caller asks of a compaction.
+
+    Raises:
+        SettingsRefused: no such policy, or a focus with a policy that has no probe.
+
+    """
+    chosen = session.memory.policy if policy is None else session.memory.named(policy)
+    if focus and not chosen.queries.probing:
+        raise SettingsRefused(
+            f"focus: policy {chosen.name!r} runs no probe that a text could be part of; choose one that does, such as "
+            "am-halving"
+        )
+    ids = tuple(session.tokenizer(focus, add_special_tokens=False)["input_ids"]) if focus else ()
+    return Request(None, None, ids, None if policy is None else chosen)
+
+
+def _slots_of(session: Session, target: float) -> int:
+    """Slots per head that a compaction of everything leaves between prefix and recent."""
+    if isinstance(target, int):
+        return target
+    memory, row = session.memory, session.memory.rows[0]
+    promote(memory, row)
+    held = row.mean_slots() - row.front(memory.plan.prefix) - memory.plan.recent
+    return max(1, math.ceil(target * max(0, held)))

@@ -1,0 +1,242 @@
+"""Reading messages and texts: what is new of them, what of it is pinned, and when it is compacted."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any
+
+from agentmem.errors import SettingsRefused
+from agentmem.hf.decoding import Decoding, prepare
+from agentmem.memory.pinning import pin_coming
+from agentmem.reference_queries.patterns import Marks
+from agentmem.sessions import turn
+from agentmem.sessions.arguments import refusal
+from agentmem.sessions.chat.text_decoder import TextPieces
+from agentmem.sessions.compaction_requests import request_of
+from agentmem.sessions.events import Event
+from agentmem.sessions.options import TARGET, How
+from agentmem.sessions.transcript import Entry
+from agentmem.sessions.turn import After, Interrupted, Reply
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from agentmem.sessions.chat.dialogue import Delta, Dialogue, Message, Span
+    from agentmem.sessions.chat.template import ChatTemplate
+    from agentmem.sessions.session import Session
+
+
+def messages(session: Session, given: Sequence[Message], how: How) -> Generator[Event | None, None, None]:
+    """Read messages through the chat template; an open reply ends where it is."""
+    closed = _closed(session)
+    dialogue, delta = template(session).append(closed, *given)
+    after = _after(session, len(delta.ids), how)
+    spans = _pinned(session, delta, closed.fed, pin=how.pin)
+    close_reply(session)
+    session.dialogue = dialogue
+    _take(session, delta, spans)
+    yield from _read(session, after)
+
+
+def text(session: Session, given: str | Sequence[int], how: How) -> Generator[Event | None, None, None]:
+    """Read a text, or ids, as they are; an open reply ends where it is."""
+    ids = _ids(session, given)
+    start = len(session.ids)
+    after = _after(session, len(ids), how)
+    if how.pin:
+        pin_coming(session.memory, session.memory.rows[0], [(start, start + len(ids))])
+    close_reply(session)
+    session.ids.extend(ids)
+    session.entries.append(Entry(kind="text", role=None, start=start, stop=len(session.ids), pinned=how.pin))
+    yield from _read(session, after)
+
+
+def _read(session: Session, after: After | None) -> Generator[Event | None, None, None]:
+    reply = Reply(reason="read")
+    try:
+        yield from turn.read(session, after)
+    except Interrupted as stop:
+        reply.reason = stop.reason
+    yield turn.finished(reply)
+
+
+def template(session: Session) -> ChatTemplate:
+    """The session's chat template.
+
+    Raises:
+        SettingsRefused: its tokenizer has none.
+
+    """
+    if session.template is None:
+        raise SettingsRefused(
+            "this tokenizer has no chat template, so there are no roles; use session.read(text), or a chat model"
+        )
+    return session.template
+
+
+def begin_reply(session: Session, options: dict[str, Any]) -> Decoding:
+    """Open a reply, unless one is open already, and have transformers read the options it is decoded by.
+
+    Raises:
+        SettingsRefused: there is nothing that a reply could go on from.
+        UnsupportedGeneration: an option that a session cannot serve. Both leave the session as it was.
+
+    """
+    before = session.dialogue, session.reply, len(session.ids), len(session.entries), session.memory.rows[0].pins
+    try:
+        open_reply(session)
+        _check_new(session)
+        return prepare(session.view, session.ids, session.tokenizer, options)
+    except BaseException:
+        session.dialogue, session.reply, ids, entries, session.memory.rows[0].pins = before
+        del session.ids[ids:]
+        del session.entries[entries:]
+        raise
+
+
+def replying(session: Session, options: dict[str, Any], *, keep_open: bool) -> Generator[Event | None, None, None]:
+    """The events of a reply, for whoever drives them; see :meth:`agentmem.sessions.session.Session.events`."""
+    decoding = begin_reply(session, options)
+    reply = session.last = session.reply or Reply()
+    reply.reason = "cancelled"
+    try:
+        yield from turn.write(session, reply, decoding, keep_open=keep_open)
+    finally:
+        if reply.ids and not keep_open:
+            close_reply(session)
+    yield turn.finished(reply)
+
+
+def _check_new(session: Session) -> None:
+    if not session.pending or (session.reply is not None and session.reply.end is not None):
+        raise SettingsRefused(
+            "generate: there is nothing new that a reply could go on from; append a message or read a text first (a "
+            "reply that has ended and was kept open goes on when something was said: session.say)"
+        )
+
+
+def say(session: Session, text: str) -> None:
+    """Put a text into the reply, in place of the end that the model chose; see :meth:`Session.say`."""
+    open_reply(session)
+    reply = session.reply = session.reply or Reply()
+    if reply.end is not None:  # it has not been read: the last id never is before the next turn
+        session.ids.pop()
+        reply.ids.pop()
+        reply.end = None
+    pieces = TextPieces(session.tokenizer, reply.ids)
+    ids = list(session.tokenizer(text, add_special_tokens=False)["input_ids"])
+    reply.ids += ids
+    reply.text += "".join(map(pieces.push, ids)) + pieces.rest()
+    session.ids.extend(ids)
+
+
+def open_reply(session: Session) -> None:
+    """Begin a reply, unless one is open already."""
+    if session.reply is None:
+        if session.template is not None and session.dialogue.messages:
+            dialogue, delta = session.template.open_reply(session.dialogue)
+            spans = _pinned(session, delta, session.dialogue.fed, pin=False)
+            session.dialogue = dialogue
+            _take(session, delta, spans)
+        session.reply = Reply()
+        session.reply_start = len(session.ids)
+
+
+def close_reply(session: Session) -> None:
+    """End the open reply as it is, if there is one, and record it."""
+    session.dialogue = _closed(session)
+    if (entry := reply_entry(session)) is not None:
+        session.entries.append(entry)
+    session.reply = None
+
+
+def _closed(session: Session) -> Dialogue:
+    """The dialogue with the open reply recorded. An end that is not the template's own counts as text."""
+    if not session.dialogue.open:
+        return session.dialogue
+    made, reply = template(session), session.reply or Reply()
+    end = reply.end if reply.end in made.end_ids else None
+    kept = reply.ids if end is None else reply.ids[:-1]
+    said = str(session.tokenizer.decode(kept, skip_special_tokens=False)) if kept else ""
+    return made.close_reply(session.dialogue, said, end=end)
+
+
+def reply_entry(session: Session) -> Entry | None:
+    """The entry of the open reply, if there is one and it has ids."""
+    if session.reply is None or session.reply_start == len(session.ids):
+        return None
+    pinned = "assistant" in session.settings.pin_roles
+    return Entry(kind="reply", role="assistant", start=session.reply_start, stop=len(session.ids), pinned=pinned)
+
+
+def _after(session: Session, tokens: int, how: How) -> After | None:
+    if how.compact is None:
+        return None
+    target = TARGET if how.target is None else how.target
+    memory, request = session.memory, request_of(session, how.focus, how.policy)
+    if memory.settings.mode == "off":
+        raise SettingsRefused("compact='after': this session never compacts (mode='off'); leave it out")
+    chosen = request.policy or memory.policy
+    if chosen.compactor is None:
+        raise SettingsRefused(f"compact='after': policy {chosen.name!r} never compacts; name another of the session's")
+    if isinstance(target, int) and target > memory.plan.target:
+        raise SettingsRefused(
+            f"target={target!r}: a compaction of this memory leaves {memory.plan.target} slots per head in all; give "
+            "fewer, a fraction such as 0.25, or raise the share"
+        )
+    return After(len(session.ids), tokens, target, request.focus, request.policy)
+
+
+# ---- spans and pins
+
+
+def _take(session: Session, delta: Delta, pinned: Sequence[Span]) -> None:
+    start = len(session.ids)
+    session.ids.extend(delta.ids)
+    for span in delta.spans:
+        session.entries.append(
+            Entry(
+                kind="message",
+                role=span.role,
+                name=span.name,
+                start=start + span.start,
+                stop=start + span.stop,
+                pinned=span in pinned,
+            )
+        )
+
+
+def _pinned(session: Session, delta: Delta, fed: int, *, pin: bool) -> list[Span]:
+    """Pin what is to be pinned of a delta that is about to be read; returns the spans that are pinned whole.
+
+    What closes one of the ``fed`` messages that came before is not: a session whose pins are full can go on.
+
+    Raises:
+        CapTooSmall: the pins do not fit; nothing was changed.
+
+    """
+    settings, start = session.settings, len(session.ids)
+    new = [span for span in delta.spans if span.message is None or span.message >= fed]
+    whole = [span for span in new if pin or span.role in settings.pin_roles or span.name in settings.pin_names]
+    places = [(start + span.start, start + span.stop) for span in whole]
+    if settings.pin_pattern and session.memory.language is not None:
+        found = Marks(settings.pin_pattern, session.memory.language.read).spans(delta.ids)
+        places += [(start + low, start + high) for low, high in found]
+    pin_coming(session.memory, session.memory.rows[0], places)
+    return whole
+
+
+def _ids(session: Session, given: str | Sequence[int]) -> list[int]:
+    if isinstance(given, str):
+        given = list(session.tokenizer(given, add_special_tokens=False)["input_ids"])
+    try:
+        ids = [operator.index(each) for each in given]
+    except TypeError:
+        raise refusal("read", given, "give a text, or ids, which are whole numbers") from None
+    model: Any = session.runtime.model
+    words = model.get_input_embeddings().weight.shape[0]
+    wrong = [each for each in ids if not 0 <= each < words]
+    if wrong:
+        raise SettingsRefused(f"read: {wrong[:4]} are no ids of this model, which knows 0..{words - 1}")
+    return ids

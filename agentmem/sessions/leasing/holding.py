@@ -1,0 +1,230 @@
+"""What sessions hold: one memory, in use, idle or on disk, with the bytes that the runtime's cap is charged for it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from agentmem import hf
+from agentmem.compaction.request import USUAL, Request
+from agentmem.errors import AgentmemError
+from agentmem.memory.pinning import promote
+from agentmem.memory.state import copy, expand, take, trim
+from agentmem.planning.pricing import MIN_BUDGET
+from agentmem.sessions.snapshots.files import write_snapshot
+from agentmem.sessions.snapshots.snapshot import read_row
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import torch
+
+    from agentmem.memory.memory import Memory
+    from agentmem.reporting.report import CompactionReport
+    from agentmem.sessions.snapshots.recipe import Named
+
+Stage = Literal["trim", "compact", "disk"]
+"""How an idle memory gives way: its room is given back; it is compacted further first; it is moved to disk."""
+_STAGES: tuple[Stage, ...] = get_args(Stage)
+
+
+class Holding:
+    """One memory of a model. Several sessions may share it as long as none of them writes."""
+
+    def __init__(self, model: Any, memory: Memory, lease: int) -> None:
+        """Hold a memory that is attached to no model yet."""
+        self.model, self.lease = model, lease
+        self.memory: Memory | None = None
+        self.view: hf.CappedMemory | None = None
+        self.sessions: set[int] = set()
+        self.stage: Stage | None = None
+        """How far it has given way; ``None`` while it has its whole lease."""
+        self.used = 0
+        """When it was last used, by the runtime's count."""
+        self.policy = memory.policy.name
+        self.named: tuple[Named, ...] = ()
+        """Its policy and the others, as a snapshot names them."""
+        self.capacity = memory.plan.capacity
+        self._noted = (0, 0, 0, 0)
+        self._template = memory.empty()
+        self._working = 0
+        """Bytes beside what it holds that an idle memory works with."""
+        self._folder: Path | None = None
+        self._dtype: torch.dtype = model.dtype
+        self._attach(memory)
+
+    @property
+    def seen(self) -> int:
+        """Tokens that the memory has consumed."""
+        return self._counts()[0]
+
+    @property
+    def compactions(self) -> int:
+        """Compactions of the memory so far."""
+        return self._counts()[1]
+
+    @property
+    def rebases(self) -> int:
+        """Its re-basings."""
+        return self._counts()[2]
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that it ever held and worked with."""
+        return self._counts()[3]
+
+    def _counts(self) -> tuple[int, int, int, int]:
+        memory, noted = self.memory, self._noted
+        if memory is None:
+            return noted
+        peak = max(noted[3], memory.ledger.peak)
+        return memory.rows[0].seen, len(memory.compactions), len(memory.rebases), peak
+
+    @property
+    def charged(self) -> int:
+        """Bytes of the runtime's cap: the lease, what an idle memory holds, or nothing on disk."""
+        memory = self.memory
+        if memory is None:
+            return 0
+        return self.lease if self.stage is None else memory.ledger.resident + self._working
+
+    @property
+    def quiet(self) -> bool:
+        """Whether the memory is here and nothing that was begun is to be finished, so that reading it needs no room."""
+        if self.memory is None:
+            return False
+        row = self.memory.rows[0]
+        return row.budgets is None and row.moving is None and row.promoting is None
+
+    def copied(self, identity: Mapping[str, str]) -> Holding:
+        """Another holding with an equal memory of its own; this one stays as it is, on disk too."""
+        memory = self._read(identity) if self.memory is None else copy(self.memory)
+        other = Holding(self.model, memory, self.lease)
+        other.named = self.named
+        return other
+
+    # ---- giving way
+
+    def give_way(
+        self,
+        stage: Stage,
+        folder: Path,
+        identity: Mapping[str, str],
+        *,
+        left: int = 0,
+        ask: Callable[[], Request | None] = lambda: USUAL,
+    ) -> list[CompactionReport]:
+        """Free bytes, unless it has given way as far already; the reports of compactions that this took.
+
+        A memory whose room was given back is compacted only where ``left``, what is charged to nobody, has room for
+        the workspace; and no memory twice before it is used again. ``ask`` says how it is to be done, ``None`` if not
+        at all.
+
+        Raises:
+            CompactionFailed: one had begun and cannot be finished.
+            AgentmemError: the disk cannot be written; nothing is lost then.
+
+        """
+        memory = self.memory
+        if memory is None or (self.stage is not None and _STAGES.index(stage) <= _STAGES.index(self.stage)):
+            return []
+        if self.stage is not None and not self.quiet:
+            return []  # a compaction that failed before would be tried again, which takes the lease
+        told = len(memory.compactions)
+        if stage == "disk":
+            self._to_disk(memory, folder, identity)
+        elif stage == "trim":
+            trim(memory, memory.rows[0])
+        elif (self.stage is not None and memory.plan.workspace_bytes > left) or (request := ask()) is None:
+            return []
+        else:
+            self._compact_further(memory, request)
+            trim(memory, memory.rows[0])
+        self.stage = stage
+        return memory.compactions[told:]
+
+    def _compact_further(self, memory: Memory, request: Request) -> None:
+        """Halve the segments, once what has begun is finished. No room is dealt out: it would be given back at once."""
+        row, plan, cap = memory.rows[0], memory.plan, memory.ledger.cap
+        memory.finish(row)
+        if memory.policy.compactor is None or memory.settings.mode != "auto":
+            return
+        if plan is not memory.plan_of(request.policy or memory.policy):
+            return
+        try:
+            if self.stage is not None:
+                self._working = plan.workspace_bytes
+                memory.ledger.cap = self.charged
+            promote(memory, row)  # pins count as the front, where a compaction would put them first of all
+            pinned = row.front(plan.prefix) + plan.recent
+            slots = (row.mean_slots() - pinned) // 2
+            if slots >= MIN_BUDGET:
+                memory.plan = replace(plan, capacity=pinned + slots)
+                memory.compact(row, Request(slots=slots))
+        finally:
+            memory.plan, memory.ledger.cap, self._working = plan, cap, 0
+
+    def _to_disk(self, memory: Memory, folder: Path, identity: Mapping[str, str]) -> None:
+        image, tensors = take(memory)
+        self._dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), self._dtype)
+        moved = False
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._folder = Path(tempfile.mkdtemp(prefix="idle-", dir=folder))
+            write_snapshot(self._folder, tensors, {"row": image.plain()}, identity=identity)
+            moved = True
+        except (OSError, AgentmemError) as error:
+            raise AgentmemError(
+                f"an idle memory of {memory.ledger.resident} bytes cannot be moved to {folder}: {error}. Nothing is "
+                "lost: it stays where it was. Mend the folder (spill), or leave 'disk' out of pressure"
+            ) from error
+        finally:
+            tensors.clear()
+            if not moved:
+                self._forget_disk()
+        self._detach()
+
+    # ---- coming back
+
+    def wake(self, identity: Mapping[str, str]) -> None:
+        """Bring everything back: from disk, and with the room of the whole lease. The lease must have been granted."""
+        if self.memory is None:
+            self._attach(self._read(identity))
+            self._forget_disk()
+        elif self.stage is not None:
+            expand(self.memory, self.memory.rows[0])
+        self.stage = None
+
+    def release(self) -> None:
+        """Free the memory, on disk too."""
+        self._detach()
+        self._forget_disk()
+
+    def _read(self, identity: Mapping[str, str]) -> Memory:
+        assert self._folder is not None  # noqa: S101  # a memory that is not here is on disk
+        memory = self._template.empty()
+        memory.device = self._template.device
+        read_row(memory, self._folder, identity=identity, dtype=self._dtype)
+        return memory
+
+    def _attach(self, memory: Memory) -> None:
+        view = hf.attach(self.model, memory)
+        memory.bind(1)
+        view.columns, self._template.device = memory.rows[0].seen, memory.device
+        self.memory, self.view = memory, view
+
+    def _detach(self) -> None:
+        memory = self.memory
+        if memory is not None:
+            self._noted = self._counts()
+            self.memory = self.view = None
+            hf.detach(self.model)
+            memory.close()
+
+    def _forget_disk(self) -> None:
+        folder, self._folder = self._folder, None
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,86 @@
+"""Giving a session its lease: who gives way for it, and its memory brought back, or made its own.
+
+The runtime's lock is held.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from agentmem.errors import CompactionFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from agentmem.compaction.request import Request
+    from agentmem.sessions.leasing.holding import Holding, Stage
+    from agentmem.sessions.runtime import Runtime
+    from agentmem.sessions.session import Session
+
+
+def lend(runtime: Runtime, session: Session) -> bool:
+    """Give a session its lease if there is room for it, or can be made; it must count as busy already."""
+    shared = session.holding
+    copies = len(shared.sessions) > 1
+    needed = shared.lease - (0 if copies else shared.charged)
+
+    def may_yield(holding: Holding) -> bool:
+        if holding is shared:
+            return copies  # with its own copy the session leaves it to the others, which are idle
+        return not any(each.busy for each in _sharing(runtime, holding))
+
+    def give_way(holding: Holding, stage: Stage) -> None:
+        if holding is not shared or stage != "compact":  # who asks is not compacted for it
+            _give_way(runtime, holding, stage)
+
+    if not runtime.leases.free(needed, may_yield, give_way):
+        return False
+    if copies:
+        _part(runtime, session)
+    else:
+        shared.wake(runtime.identity)
+    session.holding.used = next(runtime.turns)
+    runtime.speak(session, session.memory)
+    return True
+
+
+def _part(runtime: Runtime, session: Session) -> None:
+    """Give a session a memory of its own; the others keep the one that they shared."""
+    shared = session.holding
+    with telling(runtime, shared):
+        own = shared.copied(runtime.identity)
+    with runtime.guard:
+        shared.sessions.discard(id(session))
+        own.sessions = {id(session)}
+        session.holding = own
+        runtime.leases.holdings.append(own)
+
+
+def _give_way(runtime: Runtime, holding: Holding, stage: Stage) -> None:
+    def ask() -> Request | None:
+        answers = [each.asking.ask(each, full=False) for each in _sharing(runtime, holding)]
+        return None if None in answers else answers[0]
+
+    try:
+        with telling(runtime, holding):
+            holding.give_way(stage, runtime.folder(), runtime.identity, left=runtime.leases.left, ask=ask)
+    except CompactionFailed:
+        return  # it gives way no further; its own next turn is told
+
+
+def _sharing(runtime: Runtime, holding: Holding) -> list[Session]:
+    return [each for each in list(runtime.sessions) if each.holding is holding]
+
+
+@contextmanager
+def telling(runtime: Runtime, holding: Holding) -> Iterator[None]:
+    """Tell the sessions of a holding what is compacted in the block."""
+    memory, sharing = holding.memory, _sharing(runtime, holding)
+    before = 0 if memory is None else len(memory.compactions)
+    try:
+        yield
+    finally:
+        for report in () if memory is None else memory.compactions[before:]:
+            for each in sharing:
+                each.compacted(report)

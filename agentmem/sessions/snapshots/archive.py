@@ -1,0 +1,119 @@
+"""Saving sessions and loading them again: everything is checked before any of it is used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from agentmem import plugins
+from agentmem.errors import SettingsRefused
+from agentmem.memory.state import take
+from agentmem.sessions.arguments import check_place
+from agentmem.sessions.leasing.swapping import telling
+from agentmem.sessions.snapshots.files import read_manifest, read_snapshot, write_snapshot
+from agentmem.sessions.snapshots.recipe import Made, check_settings, made_of, template_digest
+from agentmem.sessions.snapshots.session_state import Saved, restore, saved
+from agentmem.sessions.snapshots.snapshot import read_row, refusing
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping, Sequence
+
+    from agentmem.contracts import Policy
+    from agentmem.memory.state import RowImage
+    from agentmem.sessions.chat.template import Tool
+    from agentmem.sessions.hooks import AfterCompact, BeforeCompact
+    from agentmem.sessions.runtime import Runtime
+    from agentmem.sessions.session import Session
+
+
+def save(runtime: Runtime, session: Session, url: str | os.PathLike[str]) -> None:
+    """See :meth:`agentmem.sessions.session.Session.save`."""
+    check_place("url", url)
+    if session.holding.quiet:
+        runtime.begin(session)  # nothing is to be done but to read, which needs no lease
+    else:
+        runtime.admit(session, brief=True)
+    try:
+        with runtime.lock, telling(runtime, session.holding):
+            image, tensors = take(session.memory)
+        made = made_of(session, _template_of(runtime, session))
+        state = {"row": image.plain(), "session": saved(session).model_dump(mode="json")}
+        write_snapshot(url, tensors, state, identity=runtime.identity, settings=made)
+    finally:
+        runtime.leave(session)
+
+
+def _template_of(runtime: Runtime, session: Session) -> str:
+    return template_digest(None, None) if session.template is None else runtime.templates[session.template]
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What is not saved, or is given anew."""
+
+    policy: str | Policy | None
+    others: Sequence[str | Policy] | None
+    tools: Sequence[Tool] | None
+    template_options: Mapping[str, Any] | None
+    before_compact: BeforeCompact | None
+    after_compact: AfterCompact | None
+
+
+def load(
+    runtime: Runtime, url: str | os.PathLike[str], name: str | None, given: Given, settings: Mapping[str, Any]
+) -> Session:
+    """See :meth:`agentmem.sessions.runtime.Runtime.load`."""
+    check_place("url", url)
+    check_settings(settings)
+    manifest = read_manifest(url)
+    if manifest.identity != runtime.identity:
+        read_snapshot(url, identity=runtime.identity, max_bytes=0)  # which says whose it is
+    made = Made.of(manifest.settings, str(url))
+    session = _again(runtime, url, name, made, given, settings)
+    try:
+        runtime.admit(session, brief=True)
+        try:
+            _fill(runtime, session, url, anew="seed" in settings)
+        finally:
+            runtime.leave(session)
+    except BaseException:
+        runtime.forget(session)
+        raise
+    return session
+
+
+def _again(
+    runtime: Runtime,
+    url: str | os.PathLike[str],
+    name: str | None,
+    made: Made,
+    given: Given,
+    settings: Mapping[str, Any],
+) -> Session:
+    """A session like the one that was saved, which has read nothing."""
+    policy = None if given.policy is None else plugins.policy(given.policy)
+    others = None if given.others is None else plugins.beside(given.others)
+    made.check_template(template_digest(given.tools, given.template_options), str(url))
+    with refusing(url, SettingsRefused, remedy="Give load what the session can live with."):
+        return runtime.session(
+            policy or made.policy.again(),
+            name=name or made.name,
+            others=[each.again() for each in made.others] if others is None else others,
+            tools=given.tools,
+            template_options=given.template_options,
+            before_compact=given.before_compact,
+            after_compact=given.after_compact,
+            **{**made.settings, **settings},
+        )
+
+
+def _fill(runtime: Runtime, session: Session, url: str | os.PathLike[str], *, anew: bool) -> None:
+    def check(image: RowImage, state: dict[str, Any]) -> None:
+        pinned = max((high for _, high in image.pins), default=0)
+        Saved.of(state).check(image.tokens, pinned, session.memory.shape.vocabulary)
+
+    memory = session.memory
+    state = Saved.of(read_row(memory, url, identity=runtime.identity, dtype=runtime.model.dtype, check=check))
+    session.view.columns = memory.rows[0].seen
+    restore(session, state.model_copy(update={"sampling": None}) if anew else state, memory.rows[0].ids)

@@ -1,0 +1,364 @@
+"""Snapshots as files: tensors and a JSON state in one folder, whole or absent, and verified before they are used.
+
+A snapshot is three files: ``state-*.json``, ``tensors-*.safetensors`` and ``manifest.json``, which names the other two
+with their sizes and SHA-256. A save writes two new data files beside the old ones, then renames the new manifest over
+the old one, then deletes what the new manifest does not name. So whenever it is cut short, ``manifest.json`` names
+complete files: the old ones or the new ones. What it left behind goes with the next save.
+
+- Local folders: every step is flushed to the disk (data, manifest, names in the folder) before the next one begins, and
+  a lock makes savers wait for one another: the last one wins. Windows has no flush for the names in a folder.
+- URLs (fsspec): the same order of steps. A store flushes as it sees fit; a rename may be a copy, which object stores
+  make appear whole and others may not. There is no lock: of two savers at once the last rename wins and is whole, and
+  files of the other may stay for a day (:data:`LEFTOVER_SECONDS`) before a save takes them for left over.
+
+The tensors are read once: hashed while they are read into their final places, and handed out only if the hash is right.
+A library that reads by path would read a second time what somebody may have changed since it was hashed.
+Checksums find damage, not forgery: who can write the folder can write a whole snapshot. Hence ``check``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from typing import Any, BinaryIO, Final
+
+import torch
+from pydantic import ValidationError
+
+from agentmem.errors import AgentmemError, SnapshotRefused
+from agentmem.sessions.snapshots.folder import Folder, open_folder
+from agentmem.sessions.snapshots.manifest import (
+    DATA_NAME,
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    MAX_STATE_BYTES,
+    FileSpec,
+    Manifest,
+    TensorSpec,
+    header,
+    in_file_order,
+    parsed,
+    spelled,
+)
+
+__all__ = ["Manifest", "TensorSpec", "read_manifest", "read_snapshot", "write_snapshot"]
+
+LEFTOVER_SECONDS: Final = 24 * 3600
+"""In a store, where nobody knows who else is saving: age at which a file that no manifest names is deleted."""
+
+Check = Callable[[dict[str, Any], Mapping[str, TensorSpec]], None]
+
+_VERSION: Final = version("agentmem-runtime")
+_BLOCK: Final = 1 << 20
+_UNCHANGED = "What was there before is there still, or else all of the new snapshot is. Mend the cause and save again."
+_UNUSED = "Nothing of it was used: load another snapshot, or begin a new session."
+
+
+def write_snapshot(
+    url: str | os.PathLike[str],
+    tensors: Mapping[str, torch.Tensor],
+    state: Mapping[str, Any],
+    *,
+    identity: Mapping[str, str],
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Save tensors and a state under a path or an fsspec URL; the folder should hold nothing else.
+
+    Args:
+        url: the folder; it is made if missing.
+        tensors: by names of printable ASCII; any dtype that safetensors knows (except 4-bit), any device and strides.
+        state: dicts with string keys, lists, strings, integers, finite floats, booleans and None, as JSON has them.
+        identity: whose snapshot it is; only who names the same identity can read it.
+        settings: like ``state``, but kept in the manifest, to be read without the rest.
+
+    Raises:
+        AgentmemError: something cannot be saved, or not be written; the old snapshot or the new one is there, whole.
+
+    Memory: the state's JSON, and for a tensor that is not contiguous on the CPU a copy of it (two if it is neither),
+    one tensor at a time.
+    """
+    with _told(AgentmemError, str(url), _UNCHANGED):
+        folder = open_folder(url)
+        text = _state_text(state)
+        specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+        with folder.saving():
+            outdated = _named(folder)
+            token = f"{int(time.time()):010x}-{secrets.token_hex(8)}"
+            contents = _contents(tensors, specs)
+            about = {
+                "agentmem": _VERSION,
+                "identity": dict(identity),
+                "settings": dict(settings or {}),
+            }
+            manifest = _save(folder, token, text, contents, {**about, "tensors": specs})
+            _sweep(folder, manifest.file_names, outdated)
+
+
+def read_manifest(url: str | os.PathLike[str]) -> Manifest:
+    """What the snapshot under ``url`` says of itself; its data files are not looked at.
+
+    Raises:
+        SnapshotRefused: there is none, or it is damaged or of an unknown format version.
+
+    """
+    with _told(SnapshotRefused, str(url), _UNUSED):
+        return _manifest(open_folder(url))
+
+
+def read_snapshot(
+    url: str | os.PathLike[str],
+    *,
+    identity: Mapping[str, str],
+    max_bytes: int,
+    check: Check | None = None,
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors (on the CPU) and the state under ``url``, verified.
+
+    Args:
+        url: the folder, a path or an fsspec URL.
+        identity: what the snapshot must have been saved with, exactly.
+        max_bytes: of all tensors together; a state has a limit of its own, 64 MiB of JSON.
+        check: called with the state and the tensors' dtypes and shapes, before any tensor is allocated; it raises
+            ValueError to refuse the snapshot.
+
+    Raises:
+        SnapshotRefused: it is missing, another model's, damaged, too large or hostile; the message says which.
+
+    Memory: the tensors, 2 MiB, and the state; while that is parsed, up to three copies of its JSON.
+    """
+    with _told(SnapshotRefused, str(url), _UNUSED):
+        folder = open_folder(url)
+        manifest = _manifest(folder)
+        while True:
+            try:
+                return _load(folder, manifest, identity, max_bytes, check)
+            except FileNotFoundError:  # perhaps a save has replaced the snapshot meanwhile
+                newer = _manifest(folder)
+                if newer == manifest:
+                    raise
+                manifest = newer
+
+
+def _save(
+    folder: Folder, token: str, text: bytes, contents: Iterable[bytes | memoryview], about: Mapping[str, Any]
+) -> Manifest:
+    """Write the data files and the manifest, and publish. Nothing stays of a save that fails before it publishes."""
+    state_name, tensor_name, scratch = (
+        f"state-{token}.json",
+        f"tensors-{token}.safetensors",
+        f"manifest-{token}.scratch",
+    )
+    published = False
+    try:
+        state_file = _put(folder, state_name, [text])
+        tensor_file = _put(folder, tensor_name, contents)
+        manifest = Manifest(**about, state_file=state_file, tensor_file=tensor_file)
+        raw = manifest.to_bytes()
+        if Manifest.from_bytes(raw) != manifest:
+            raise ValueError("settings hold a value that JSON gives back as another")
+        folder.write(scratch, [raw])
+        published = True  # from here on nobody knows which manifest is there
+        folder.publish(scratch, MANIFEST)
+    finally:
+        if not published:
+            for name in (state_name, tensor_name, scratch):
+                with suppress(OSError):
+                    folder.remove(name)
+    return manifest
+
+
+def _put(folder: Folder, name: str, blocks: Iterable[bytes | memoryview]) -> FileSpec:
+    digest, size = hashlib.sha256(), 0
+
+    def watched() -> Iterator[bytes | memoryview]:
+        nonlocal size
+        for block in blocks:
+            digest.update(block)
+            size += len(block)
+            yield block
+
+    folder.write(name, watched())
+    return FileSpec(name=name, size=size, sha256=digest.hexdigest())
+
+
+def _contents(tensors: Mapping[str, torch.Tensor], specs: Mapping[str, TensorSpec]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, tensor by tensor."""
+    yield header(specs)
+    for name, _ in in_file_order(specs):
+        yield from _octets(tensors[name])
+        yield b""  # whoever still holds the last block lets go of its tensor before the next one is copied
+
+
+def _octets(tensor: torch.Tensor) -> Iterator[memoryview]:
+    plain = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
+    flat = plain.as_strided((plain.numel(),), (1,))  # flatten() keeps the stride of a single element, whatever it is
+    octets = flat.view(torch.uint8).numpy().data
+    for start in range(0, len(octets), _BLOCK):
+        yield octets[start : start + _BLOCK]
+
+
+def _state_text(state: Mapping[str, Any]) -> bytes:
+    """The state as JSON that gives back exactly this state within the limits of a reader."""
+    text = spelled(dict(state), sort_keys=False)
+    if parsed(text, MAX_STATE_BYTES) != dict(state):
+        raise ValueError(
+            "the state holds a value that JSON gives back as another (a tuple, or a key that is no string)"
+        )
+    return text
+
+
+def _sweep(folder: Folder, kept: frozenset[str], outdated: frozenset[str]) -> None:
+    """Delete what the manifest does not name; what cannot be deleted now goes with the next save."""
+    with suppress(OSError):
+        for name in folder.names():
+            if name not in kept and DATA_NAME.fullmatch(name) and (name in outdated or _left_over(folder, name)):
+                with suppress(OSError):
+                    folder.remove(name)
+
+
+def _left_over(folder: Folder, name: str) -> bool:
+    age = time.time() - int(name.partition("-")[2].partition("-")[0], 16)
+    return folder.exclusive or age > LEFTOVER_SECONDS
+
+
+def _named(folder: Folder) -> frozenset[str]:
+    """Names of the data files of the snapshot that is there; none if there is none that can be read."""
+    try:
+        return _manifest(folder).file_names
+    except (OSError, ValueError):
+        return frozenset()
+
+
+def _manifest(folder: Folder) -> Manifest:
+    try:
+        with folder.read(MANIFEST) as (stream, size):
+            if size > MAX_MANIFEST_BYTES:
+                raise ValueError(f"{MANIFEST} has {size} bytes; the limit is {MAX_MANIFEST_BYTES}")
+            raw = _Reader(stream, MANIFEST, size).take(size)
+    except (FileNotFoundError, NotADirectoryError):
+        raise SnapshotRefused(
+            f"there is no snapshot in {folder.shown}: it has no {MANIFEST}. Check the path, or save a session there."
+        ) from None
+    with _said_of(MANIFEST):
+        return Manifest.from_bytes(raw)
+
+
+def _load(
+    folder: Folder, manifest: Manifest, identity: Mapping[str, str], max_bytes: int, check: Check | None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    _check_identity(folder, manifest, identity)
+    if manifest.tensor_bytes > max_bytes:
+        raise SnapshotRefused(
+            f"the tensors of the snapshot in {folder.shown} need {manifest.tensor_bytes} bytes; the limit is "
+            f"{max_bytes}. Raise the limit, or load another snapshot."
+        )
+    with _verified(folder, manifest.state_file, MAX_STATE_BYTES) as reader:
+        text = reader.take(manifest.state_file.size)
+    with _said_of(manifest.state_file.name):
+        state = parsed(text, MAX_STATE_BYTES)
+    del text
+    if check is not None:
+        check(state, manifest.tensors)
+    return _read_tensors(folder, manifest), state
+
+
+def _check_identity(folder: Folder, manifest: Manifest, identity: Mapping[str, str]) -> None:
+    for name in sorted({*manifest.identity, *identity}):
+        found, expected = manifest.identity.get(name, "none"), identity.get(name, "none")
+        if found != expected:
+            raise SnapshotRefused(
+                f"the snapshot in {folder.shown} is of another {name}: its fingerprint is {found}, and {expected} is "
+                f"expected here. Load it with the {name} that it was saved with, or begin a new session."
+            )
+
+
+def _read_tensors(folder: Folder, manifest: Manifest) -> dict[str, torch.Tensor]:
+    expected = header(manifest.tensors)
+    with _verified(folder, manifest.tensor_file, manifest.tensor_file.size) as reader:
+        if reader.take(len(expected)) != expected:
+            raise ValueError(f"the header of {manifest.tensor_file.name} is not that of the manifest's tensors")
+        return {name: _read_tensor(reader, name, spec) for name, spec in in_file_order(manifest.tensors)}
+
+
+def _read_tensor(reader: _Reader, name: str, spec: TensorSpec) -> torch.Tensor:
+    try:
+        octets = torch.empty(spec.nbytes, dtype=torch.uint8)
+    except (RuntimeError, MemoryError) as error:
+        raise OSError(f"tensor {name} needs {spec.nbytes} bytes, which this machine does not give: {error}") from error
+    reader.fill(octets.numpy().data)
+    if spec.torch_dtype is torch.bool and octets.numel() and int(octets.max()) > 1:
+        raise ValueError(f"tensor {name} is of booleans and has a byte {int(octets.max())}; 0 and 1 are allowed")
+    return octets.view(spec.torch_dtype).reshape(spec.shape)
+
+
+class _Reader:
+    """A stream whose bytes are hashed as they are read."""
+
+    def __init__(self, stream: BinaryIO, name: str, size: int) -> None:
+        self._stream, self.name, self.size, self.digest = stream, name, size, hashlib.sha256()
+
+    def fill(self, room: memoryview) -> None:
+        """Read exactly as much as ``room`` takes."""
+        done = 0
+        while done < len(room):
+            block = self._stream.read(min(_BLOCK, len(room) - done))
+            if not block:
+                raise ValueError(f"{self.name} ends before its {self.size} bytes")
+            room[done : done + len(block)] = block
+            self.digest.update(block)
+            done += len(block)
+
+    def take(self, size: int) -> bytes:
+        """The next ``size`` bytes."""
+        room = bytearray(size)
+        self.fill(memoryview(room))
+        return bytes(room)
+
+
+@contextmanager
+def _verified(folder: Folder, spec: FileSpec, limit: int) -> Iterator[_Reader]:
+    """A reader of a data file, which must be read whole; its size is checked before, its SHA-256 after."""
+    with folder.read(spec.name) as (stream, size):
+        if size != spec.size or size > limit:
+            raise ValueError(f"{spec.name} has {size} bytes; the manifest says {spec.size}, and the limit is {limit}")
+        reader = _Reader(stream, spec.name, size)
+        yield reader
+        if reader.digest.hexdigest() != spec.sha256:
+            raise ValueError(f"{spec.name} has SHA-256 {reader.digest.hexdigest()}; the manifest says {spec.sha256}")
+
+
+@contextmanager
+def _said_of(name: str) -> Iterator[None]:
+    """Begin the message of a ValueError with the name of the file."""
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        place = ".".join(str(part)[:80] for part in first["loc"])
+        raise ValueError(f"{name}: {place}: {first['msg']}") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+@contextmanager
+def _told(kind: type[AgentmemError], where: str, remedy: str) -> Iterator[None]:
+    """Any fault of files or of what is in them as ``kind``; what is told already passes."""
+    try:
+        yield
+    except AgentmemError:
+        raise
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        shown = re.sub("//[^/@]*@", "//", where)  # no passwords in messages
+        raise kind(f"snapshot in {shown}: {_reason(error)}. {remedy}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
+    return str(error) or type(error).__name__

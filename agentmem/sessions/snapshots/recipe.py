@@ -1,0 +1,193 @@
+"""How a session was made: what its snapshot's manifest says of it, and what of that can be made again from words."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+
+from agentmem import plugins
+from agentmem.contracts import Policy
+from agentmem.errors import SettingsRefused, SnapshotRefused
+from agentmem.sessions.settings import SessionSettings
+from agentmem.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from agentmem.sessions.chat.template import Tool
+    from agentmem.sessions.session import Session
+
+_BESIDE = ("policy", "name", "others", "tools", "template_options", "before_compact", "after_compact")
+"""Parameters that a wrongly spelt setting may have meant."""
+_DEPTH = 12
+"""Parts of parts of a policy that are looked at."""
+
+
+class Named(BaseModel):
+    """A policy as a snapshot names it, and what it is made of in 64 hexadecimal digits."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    parts: str
+
+    @classmethod
+    def of(cls, policy: Policy) -> Self:
+        """Name a policy. It must be fresh: some look up a model's table when they are first used, and keep it."""
+        return cls(name=policy.name, parts=_digest(_described(policy)))
+
+    def again(self) -> Policy:
+        """The policy of that name, if it is the same.
+
+        Raises:
+            SettingsRefused: there is none, or it is made of something else now.
+
+        """
+        try:
+            made = plugins.policy(self.name)
+        except SettingsRefused as error:
+            raise SettingsRefused(f"{error}; give it again (policy=..., others=...)") from error
+        if Named.of(made) != self:
+            raise SettingsRefused(
+                f"policy {self.name!r} is no longer, or never was, what that name stands for; give it again "
+                "(policy=..., others=...)"
+            )
+        return made
+
+
+class Made(BaseModel):
+    """How a session was made."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    policy: Named
+    others: tuple[Named, ...]
+    template: str
+    """The tools and the variables of its chat template in 64 hexadecimal digits."""
+    settings: dict[str, JsonValue]
+
+    @classmethod
+    def of(cls, settings: Mapping[str, JsonValue], where: str) -> Self:
+        """Read it.
+
+        Raises:
+            SnapshotRefused: it is not what a session writes there.
+
+        """
+        try:
+            made = cls.model_validate(dict(settings))
+            check_settings(made.settings)
+        except (ValidationError, SettingsRefused) as error:
+            raise SnapshotRefused(
+                f"{where}: the manifest's settings are no session's ({error}); nothing of it was used: load another "
+                "snapshot"
+            ) from None
+        return made
+
+    def check_template(self, template: str, where: str) -> None:
+        """Refuse other tools or other variables than those whose text is in the memory.
+
+        Raises:
+            SnapshotRefused: they differ.
+
+        """
+        if self.template != template:
+            raise SnapshotRefused(
+                f"{where}: it was saved with other tools or template_options than are given now, and the memory holds "
+                "what the chat template wrote of them; give the same"
+            )
+
+
+def made_of(session: Session, template: str) -> dict[str, Any]:
+    """What the manifest says of how a session was made."""
+    memory = session.memory
+    settings = memory.settings.model_dump(mode="json")
+    del settings["cap"]
+    made = Made(
+        name=session.name,
+        policy=session.holding.named[0],
+        others=session.holding.named[1:],
+        template=template,
+        settings={**settings, **session.settings.model_dump(mode="json")},
+    )
+    return made.model_dump(mode="json")
+
+
+# ---- settings
+
+
+def split(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A session's own settings, and its memory's."""
+    own = {name: value for name, value in values.items() if name in SessionSettings.model_fields}
+    return own, {name: value for name, value in values.items() if name not in own}
+
+
+def check_settings(values: Mapping[str, Any]) -> None:
+    """Refuse settings that could work under no cap.
+
+    Raises:
+        SettingsRefused: names the field, the value and the limit.
+
+    """
+    own, inner = split(values)
+    _check_names(inner)
+    if "cap" in inner:
+        raise SettingsRefused(f"cap: {inner['cap']!r} is the runtime's; a session has a share of it")
+    SessionSettings.of(**own)
+    Settings.of(cap=1, **inner)
+
+
+def _check_names(inner: Mapping[str, Any]) -> None:
+    unknown = sorted(inner.keys() - Settings.model_fields.keys())
+    if unknown:
+        known = sorted({*SessionSettings.model_fields, *Settings.model_fields} - {"cap"})
+        near = difflib.get_close_matches(unknown[0], [*known, *_BESIDE], n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise SettingsRefused(f"{', '.join(unknown)}: no such setting; {hint}Settings are: {', '.join(known)}")
+
+
+# ---- digests
+
+
+def template_digest(tools: Sequence[Tool] | None, options: Mapping[str, Any] | None) -> str:
+    """What a chat template is given besides messages; a function counts by its name, signature and docstring."""
+    told = [
+        tool if isinstance(tool, dict) else [tool.__qualname__, str(inspect.signature(tool)), tool.__doc__]
+        for tool in tools or ()
+    ]
+    return _digest([told, dict(options or {})])
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=repr).encode()).hexdigest()
+
+
+def _described(value: Any, depth: int = 0) -> Any:
+    """What an object is made of, as JSON: the names of its classes, and their fields."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    if isinstance(value, torch.Tensor):
+        return [kind, value.tolist()]
+    if isinstance(value, list | tuple | set | frozenset):
+        items = [_described(item, depth + 1) for item in value]
+        return [kind, sorted(items, key=repr) if isinstance(value, set | frozenset) else items]
+    if depth > _DEPTH or (callable(value) and hasattr(value, "__qualname__")):
+        return getattr(value, "__qualname__", kind)
+    return [kind, [[str(name), _described(item, depth + 1)] for name, item in _parts(value)]]
+
+
+def _parts(value: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(value, Mapping):
+        return value.items()
+    names = [field.name for field in fields(value)] if is_dataclass(value) else sorted(getattr(value, "__dict__", {}))
+    return [(name, getattr(value, name)) for name in names]

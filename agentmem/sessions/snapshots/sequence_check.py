@@ -1,0 +1,210 @@
+"""Whether a row that comes from elsewhere is one that this memory can go on from: sizes first, values after reading.
+
+Checksums tell damage, not lies. Every law here is one that later work relies on: what breaks it would end in an index
+out of range, in slots that nothing accounts for, or at positions that no token has. All raise ValueError with the
+value and the limit.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from agentmem.memory.pins import Pins
+from agentmem.memory.state import columns
+from agentmem.planning.pricing import MIN_BUDGET
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from agentmem.memory.memory import Memory
+    from agentmem.memory.state import LayerImage, RowImage, SampleImage
+    from agentmem.planning.model_shape import LayerShape
+    from agentmem.queries import Part
+
+    Kind = tuple[torch.dtype, tuple[int, ...]]
+    """Dtype and shape of a tensor."""
+
+_DTYPES = {"bias": torch.float32, "positions": torch.int32, "scores": torch.float32}
+
+
+# ---- sizes
+
+
+def check_sizes(memory: Memory, image: RowImage, kinds: Mapping[str, Kind], dtype: torch.dtype) -> None:
+    """Refuse, before anything is allocated, a row that the memory cannot hold or whose counts contradict each other.
+
+    ``kinds`` are the tensors' dtypes and shapes; keys and values must be of ``dtype``.
+    """
+    shapes = memory.shape.layers
+    _hold(len(image.layers) == len(shapes), f"it has {len(image.layers)} layers, the model has {len(shapes)}")
+    _hold(len(image.scales) == len(shapes), f"it has {len(image.scales)} scales for {len(shapes)} layers")
+    _check_counts(memory, image)
+    wanted: dict[str, Kind] = {
+        "ids": (torch.int64, (image.tokens,)),
+        "generator": (torch.uint8, tuple(torch.Generator().get_state().shape)),
+    }
+    held = 0
+    for index, (layer, shape) in enumerate(zip(image.layers, shapes, strict=True)):
+        _hold((layer is None) == (image.tokens == 0), f"layer {index} of {image.tokens} tokens is not as it must be")
+        if layer is not None:
+            _check_lengths(memory, image, index, layer, shape)
+            wanted |= _kinds(memory, index, layer, shape, dtype)
+            held += _check_samples(memory, image, index, layer, shape)
+            scored = memory.scored and shape.window is None
+            held += sum(layer.lengths) * memory.shape.slot_bytes(shape, scores=scored)
+    most = memory.plan.resident_bytes
+    _hold(held <= most, f"it needs {held} bytes, and a share of {memory.plan.cap_bytes} has room for {most}")
+    _compare(kinds, wanted)
+
+
+def _check_counts(memory: Memory, image: RowImage) -> None:
+    plan, tokens = memory.plan, image.tokens
+    _hold(
+        image.next_position + image.shift == tokens,
+        f"next position {image.next_position} + shift {image.shift} are not its {tokens} tokens",
+    )
+    for name, value in (("intact", image.intact), ("dealt_at", image.dealt_at or 0), ("pins", image.promoted_until)):
+        _hold(value <= tokens, f"{name} at token {value} of {tokens}")
+    _hold(image.dealt_at is not None or image.intact == 0, f"intact from {image.intact} on, yet never compacted")
+    _hold(list(image.pins) == _apart(image.pins), f"pins {image.pins[:4]} are no spans in order")
+    unmoved = Pins(list(image.pins)).count(max(plan.prefix, image.promoted_until), image.intact)
+    _hold(unmoved == 0, f"{unmoved} pinned tokens before {image.intact} were compacted, not moved to the front")
+    recent = image.recent(plan.prefix, plan.recent)
+    _hold(
+        recent <= tokens - image.intact,
+        f"tokens before {image.intact} of {tokens} have been compacted, so keep_recent={plan.recent} cannot be kept; "
+        f"give at most {tokens - image.intact}",
+    )
+    pinned = Pins(list(image.pins)).count(plan.prefix, 1 << 60)
+    needed = plan.prefix + pinned + plan.recent + MIN_BUDGET
+    _hold(
+        pinned == 0 or needed <= plan.target or memory.policy.compactor is None,
+        f"{pinned} pinned tokens need {needed} slots per head, and a compaction under this share leaves {plan.target}",
+    )
+
+
+def _apart(pins: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The spans as :class:`Pins` would keep them."""
+    made = Pins()
+    for low, high in pins:
+        made.add(low, high)
+    return made.spans
+
+
+def _check_lengths(memory: Memory, image: RowImage, index: int, layer: LayerImage, shape: LayerShape) -> None:
+    _hold(len(layer.lengths) == shape.kv_heads, f"layer {index} has {len(layer.lengths)} KV heads")
+    low, high = min(layer.lengths), max(layer.lengths)
+    if shape.window is not None:
+        least, most = min(image.tokens, shape.window - 1), min(image.tokens, 2 * shape.window - 1)
+        _hold(low == high and least <= low <= most, f"layer {index} holds {low} … {high} slots of its window")
+        return
+    least = _never_compacted(memory, image)
+    _hold(low >= least, f"layer {index} holds {low} slots in a head, of which {least} were never compacted")
+    most = _fullest(memory) if image.dealt_at is not None else image.tokens
+    _hold(high <= min(most, image.tokens), f"layer {index} holds {high} slots in a head; {most} are the most here")
+
+
+def _never_compacted(memory: Memory, image: RowImage) -> int:
+    """Slots that every head has: the prefix, promoted pins, and the tokens after the last compaction and before it."""
+    prefix = min(memory.plan.prefix, image.tokens)
+    start = max(image.intact, prefix)
+    behind = image.tokens - start - Pins(list(image.pins)).count(start, image.promoted_until)
+    return image.front(memory.plan.prefix) + behind
+
+
+def _fullest(memory: Memory) -> int:
+    """Slots that the fullest head of a full row can hold, as the plan has priced it."""
+    plan, budgets = memory.plan, memory.policy.budgets
+    if budgets is None or budgets.head_ceiling == 1:
+        return plan.capacity
+    pinned = plan.prefix + plan.recent
+    least = pinned if budgets.adaptive else plan.limit
+    return pinned + plan.most_budget + max(0, plan.capacity - least) + 1
+
+
+def _check_samples(memory: Memory, image: RowImage, index: int, layer: LayerImage, shape: LayerShape) -> int:
+    """Refuse stored queries that are not as full as they must be; returns the bytes that they will take."""
+    parts = memory.policy.queries.stored if shape.window is None else ()
+    _hold(len(layer.samples) == len(parts), f"layer {index} has {len(layer.samples)} samples instead of {len(parts)}")
+    for sample, part in zip(layer.samples, parts, strict=True):
+        filled = _filled(sample, part, image.tokens)
+        right = sample.filled == filled <= sample.size
+        _hold(right, f"layer {index}: {sample.filled} of {sample.size} queries are stored instead of {filled}")
+    sizes = (min(sample.size, size) for sample, size in zip(layer.samples, memory.plan.stored, strict=False))
+    return sum(sizes) * shape.query_heads * shape.key_dim * memory.shape.itemsize
+
+
+def _filled(sample: SampleImage, part: Part, tokens: int) -> int:
+    return math.ceil(tokens / sample.stride) if part.source == "context" else min(sample.size, tokens)
+
+
+def _kinds(memory: Memory, index: int, layer: LayerImage, shape: LayerShape, dtype: torch.dtype) -> dict[str, Kind]:
+    dims = {"keys": (shape.key_dim,), "values": (shape.value_dim,)}
+    wanted: dict[str, Kind] = {
+        f"layer.{index}.head.{head}.{name}": (_DTYPES.get(name, dtype), (length, *dims.get(name, ())))
+        for head, length in enumerate(layer.lengths)
+        for name in columns(shape.window, scored=memory.scored)
+    }
+    for at, sample in enumerate(layer.samples):
+        wanted[f"layer.{index}.sample.{at}"] = (dtype, (shape.query_heads, sample.filled, shape.key_dim))
+    return wanted
+
+
+def _compare(kinds: Mapping[str, Kind], wanted: Mapping[str, Kind]) -> None:
+    _hold(set(kinds) == set(wanted), f"tensors {sorted(set(kinds) ^ set(wanted))[:4]} are missing or too many")
+    for name, (dtype, sizes) in wanted.items():
+        found = kinds[name]
+        _hold(found[1] == sizes, f"{name} has shape {list(found[1])} instead of {list(sizes)}")
+        _hold(found[0] == dtype, f"{name} is of {found[0]} instead of {dtype}")
+
+
+# ---- values
+
+
+def check_values(memory: Memory, image: RowImage, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse values that no memory writes: ids beyond the vocabulary, numbers that are none, positions out of place."""
+    words = memory.shape.vocabulary
+    _check_range("ids", tensors["ids"], 0, words - 1)
+    try:
+        torch.Generator().set_state(tensors["generator"])
+    except RuntimeError as error:
+        raise ValueError(f"its generator's state is none: {error}") from None
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel():
+            low, high = (float(end) for end in tensor.aminmax())  # NaN is handed on, and nothing is allocated
+            _hold(math.isfinite(low) and math.isfinite(high), f"{name} is not finite: from {low} to {high}")
+    for index, (layer, shape) in enumerate(zip(image.layers, memory.shape.layers, strict=True)):
+        for head in range(0 if layer is None else shape.kv_heads):
+            name = f"layer.{index}.head.{head}"
+            if layer is not None and not layer.biased:
+                _hold(not tensors[f"{name}.bias"].any(), f"{name}.bias has a β, and layer {index} says it has none")
+            if shape.window is None:
+                _check_positions(memory, image, f"{name}.positions", tensors[f"{name}.positions"])
+
+
+def _check_positions(memory: Memory, image: RowImage, name: str, positions: torch.Tensor) -> None:
+    """The prefix is the first tokens, the recent window the last ones, and what lies between is in order."""
+    prefix, stop = min(memory.plan.prefix, image.tokens), image.next_position
+    recent, front = image.recent(memory.plan.prefix, memory.plan.recent), image.front(memory.plan.prefix)
+    _check_range(name, positions, 0, stop - 1)
+    first = torch.equal(positions[:prefix], torch.arange(prefix, dtype=torch.int32))
+    _hold(first, f"{name} does not begin with the first {prefix} tokens (keep_first), which were compacted or moved")
+    last = torch.equal(positions[len(positions) - recent :], torch.arange(stop - recent, stop, dtype=torch.int32))
+    _hold(last, f"{name} does not end with the last {recent} tokens (keep_recent), which were compacted or moved")
+    _hold(len(set(positions.tolist())) == len(positions), f"{name} has one of them twice")
+    behind = positions[front:]
+    _hold(bool((behind[1:] > behind[:-1]).all()), f"{name} are not in order behind slot {front}")
+
+
+def _check_range(name: str, values: torch.Tensor, least: int, most: int) -> None:
+    if values.numel():
+        low, high = (int(end) for end in values.aminmax())
+        _hold(least <= low and high <= most, f"{name} are from {low} to {high}; {least} to {most} are allowed")
+
+
+def _hold(law: bool, broken: str) -> None:  # noqa: FBT001  # reads as a sentence
+    if not law:
+        raise ValueError(broken)

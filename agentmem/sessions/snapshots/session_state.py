@@ -1,0 +1,121 @@
+"""What of a session is neither tensors nor the row's: its dialogue, its pending ids, whose tokens are whose."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from array import array
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from agentmem.sessions.chat.dialogue import Dialogue
+from agentmem.sessions.transcript import Entry
+from agentmem.sessions.turn import Reply
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from agentmem.sessions.session import Session
+
+Count = Annotated[int, Field(ge=0, lt=1 << 31)]
+
+
+class Saved(BaseModel):
+    """The state of one session beside its memory."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pending: tuple[Count, ...]
+    """Ids that the memory has not consumed; those that it has are the row's."""
+    dialogue: Dialogue
+    entries: tuple[Entry, ...]
+    open_reply: tuple[Count, str, int | None] | None
+    """How many of the last ids belong to an open reply, its text, and the id that ended it."""
+    sampling: str | None
+    """State of the sampling generator, base64."""
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Self:
+        """Read it out of a snapshot's state.
+
+        Raises:
+            ValueError: there is none, or it is none.
+
+        """
+        try:
+            return cls.model_validate_json(json.dumps(state["session"]))
+        except (KeyError, ValidationError) as error:
+            raise ValueError(f"the session's state cannot be read: {error}") from error
+
+    def check(self, tokens: int, pinned: int, words: int) -> None:
+        """Refuse a state that is not one of a session whose memory has consumed ``tokens``.
+
+        ``pinned`` is where its last pin ends, ``words`` the size of the vocabulary.
+
+        Raises:
+            ValueError: what is wrong, with the value and the limit.
+
+        """
+        total = tokens + len(self.pending)
+        if wrong := [each for each in self.pending if each >= words]:
+            raise ValueError(f"ids {wrong[:4]} are pending, and the vocabulary ends at {words - 1}")
+        for entry in self.entries:
+            if not 0 <= entry.start <= entry.stop <= total:
+                raise ValueError(f"an entry says tokens {entry.start}..{entry.stop} of {total}")
+        if pinned > total:
+            raise ValueError(f"tokens up to {pinned} are pinned, of {total}")
+        count, _, end = self.open_reply or (0, "", None)
+        if count > total:
+            raise ValueError(f"its open reply has {count} tokens of {total}")
+        if end is not None and (not count or end not in self.pending[-1:]):
+            raise ValueError(f"its open reply of {count} tokens ended with {end}, which is not the last id")
+        if self.dialogue.open and self.open_reply is None:
+            raise ValueError("its dialogue says that a reply is open, and there is none")
+        self.generator()
+
+    def generator(self) -> torch.Generator | None:
+        """The sampling generator in its state; ``None`` where the session had none of its own.
+
+        Raises:
+            ValueError: it is no such state.
+
+        """
+        if self.sampling is None:
+            return None
+        made = torch.Generator()
+        try:
+            octets = base64.b64decode(self.sampling, validate=True)
+            made.set_state(torch.frombuffer(bytearray(octets), dtype=torch.uint8))
+        except (binascii.Error, RuntimeError, ValueError) as error:
+            raise ValueError(f"the state of its sampling is none: {error}") from None
+        return made
+
+
+def saved(session: Session) -> Saved:
+    """The state of a session beside its memory, as a value."""
+    drawn, reply = session.generator, session.reply
+    return Saved(
+        pending=tuple(session.pending),
+        dialogue=session.dialogue,
+        entries=tuple(session.entries),
+        open_reply=None if reply is None else (len(reply.ids), reply.text, reply.end),
+        sampling=None if drawn is None else base64.b64encode(drawn.get_state().numpy().tobytes()).decode(),
+    )
+
+
+def restore(session: Session, state: Saved, consumed: Sequence[int]) -> None:
+    """Put a state into a session that has read nothing; ``consumed`` are the ids in its memory."""
+    session.ids = array("q", (*consumed, *state.pending))
+    session.dialogue, session.entries = state.dialogue, list(state.entries)
+    if state.open_reply is not None:
+        count, text, end = state.open_reply
+        session.reply_start = len(session.ids) - count
+        session.reply = Reply(list(session.ids[session.reply_start :]), text, end=end)
+    drawn = state.generator()
+    if drawn is not None and session.generator is not None:
+        session.generator = drawn
+    if session.holding.memory is not None:
+        session.heard()  # re-basings of before are no news

@@ -1,0 +1,95 @@
+"""A session as a snapshot: what of it is tensors, what is state, and whose it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from agentmem import hf
+from agentmem.errors import MemoryCapExceeded, SnapshotRefused
+from agentmem.memory.state import RowImage, give
+from agentmem.sessions.snapshots.files import read_manifest, read_snapshot
+from agentmem.sessions.snapshots.sequence_check import check_sizes, check_values
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Iterator, Mapping
+
+    import torch
+
+    from agentmem.memory.memory import Memory
+    from agentmem.sessions.snapshots.files import TensorSpec
+
+_OTHER = "Load another snapshot, or begin a new session."
+MAX_TOKENS = 1 << 26
+"""Ids of a row are outside the cap, so something else must bound what is read: 512 MiB of them."""
+
+
+def identity(model: Any, tokenizer: Any) -> dict[str, str]:
+    """Whose snapshots these are: 64 hexadecimal digits for the model's weights, and for the tokenizer."""
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    said = json.dumps([vocabulary, str(tokenizer.chat_template), tokenizer.all_special_tokens])
+    return {"model": hf.fingerprint(model), "tokenizer": hashlib.sha256(said.encode()).hexdigest()}
+
+
+def read_row(
+    memory: Memory,
+    url: str | os.PathLike[str],
+    *,
+    identity: Mapping[str, str],
+    dtype: torch.dtype,
+    check: Callable[[RowImage, dict[str, Any]], None] = lambda _image, _state: None,
+) -> dict[str, Any]:
+    """Fill a memory that has read nothing with the row of a snapshot; returns the snapshot's state.
+
+    Args:
+        memory: it is changed by the last step alone, when nothing can be refused any more but for want of room.
+        url: the snapshot's.
+        identity: whose it must be.
+        dtype: of keys and values.
+        check: refuses a state by ValueError, before any tensor is read.
+
+    Raises:
+        SnapshotRefused: another model's, damaged, hostile, or larger than the memory's cap.
+
+    """
+
+    def sizes(state: dict[str, Any], specs: Mapping[str, TensorSpec]) -> None:
+        kinds = {name: (spec.torch_dtype, tuple(spec.shape)) for name, spec in specs.items()}
+        check_sizes(memory, image := _row_of(state), kinds, dtype)
+        check(image, state)
+
+    ids = read_manifest(url).tensors.get("ids")
+    most = memory.plan.cap_bytes + min(8 * MAX_TOKENS, 0 if ids is None else ids.nbytes) + (1 << 16)
+    tensors, state = read_snapshot(url, identity=identity, max_bytes=most, check=sizes)
+    image = _row_of(state)
+    with refusing(url, ValueError, MemoryCapExceeded):
+        check_values(memory, image, tensors)
+        give(memory, image, tensors)
+    return state
+
+
+def _row_of(state: Mapping[str, Any]) -> RowImage:
+    """The row's image in a snapshot's state.
+
+    Raises:
+        ValueError: there is none, or it is none.
+
+    """
+    try:
+        return RowImage.model_validate_json(json.dumps(state["row"]))
+    except (KeyError, ValidationError) as error:
+        raise ValueError(f"the row's state cannot be read: {error}") from error
+
+
+@contextmanager
+def refusing(url: str | os.PathLike[str], *errors: type[Exception], remedy: str = _OTHER) -> Iterator[None]:
+    """Say of which snapshot something is wrong."""
+    try:
+        yield
+    except errors as error:
+        raise SnapshotRefused(f"the snapshot in {url} is not used: {error}. {remedy}") from error

@@ -1,0 +1,1 @@
+"""Head budgets: how many slots each head of each layer keeps."""

@@ -1,0 +1,48 @@
+"""Global budgets: the slots with the highest scores of all heads and layers, wherever they are.
+
+Source: Ada-KV, arXiv:2407.11550, which shares out within a layer; here over all layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from agentmem.contracts import BudgetRequest, Budgets
+from agentmem.policies.budgets.water_filling import Demand, deal
+
+
+@dataclass(frozen=True)
+class Global(Budgets):
+    """A head gets a slot for each of its scores that is among the highest of all, and at least the floor.
+
+    Scores are compared as the compactor's survey gives them. Of equal scores, the earlier head's goes first.
+    """
+
+    floor: float = 0.5
+    """The fraction of an equal share that every head gets."""
+    head_ceiling: float = 4.0
+    layer_ceiling: float = 2.0
+    needs_survey = True
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot work."""
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"floor: {self.floor!r} is no fraction of an equal share; give 0 to 1")
+        for name in ("head_ceiling", "layer_ceiling"):
+            if not 1 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}: {getattr(self, name)!r} equal shares cannot be dealt; give 1 or more")
+
+    def deal(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
+        """The threshold falls until enough scores lie above it."""
+        if len(request.surveys) != len(request.held):
+            raise ValueError(
+                f"{len(request.surveys)} surveys for {len(request.held)} layers: global budgets compare the scores of "
+                "all layers; deal them in a memory, which surveys every layer first"
+            )
+        return deal(request, [[_scored(scores) for scores in survey.scores] for survey in request.surveys], self.floor)
+
+
+def _scored(scores: torch.Tensor) -> Demand:
+    return lambda threshold: int((scores >= threshold).sum())

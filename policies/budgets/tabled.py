@@ -1,0 +1,97 @@
+"""Budgets that follow a table: which table that is, and for which model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from agentmem.contracts import BudgetRequest, Budgets, ModelIdentity
+from agentmem.policies.budgets.head_table import HeadTable, fitting, read_table, shipped_tables
+
+HEAD_CEILING = 4.0
+"""The most for one head, in equal shares: a table that asks for more is cut. Every head's workspace is planned so."""
+LAYER_CEILING = 2.0
+"""The most for a layer's heads together, likewise."""
+
+
+class Tabled(Budgets):
+    """Follows a file's table, or the shipped one of the model that :meth:`check` is asked about.
+
+    ``floor`` is the fraction of an equal share that every head gets. ``any_weights`` takes a table made for other
+    weights of the same heads, as a fine-tune may. ``head_ceiling`` and ``layer_ceiling`` are in equal shares.
+
+    Raises:
+        ValueError: the file is no table or lacks what is needed, or an option's value cannot work.
+
+    """
+
+    def __init__(
+        self,
+        table: str | Path | None = None,
+        *,
+        floor: float = 0.25,
+        head_ceiling: float = HEAD_CEILING,
+        layer_ceiling: float = LAYER_CEILING,
+        any_weights: bool = False,
+    ) -> None:
+        if not 0 <= floor <= 1:
+            raise ValueError(f"floor: {floor!r} is no fraction of an equal share; give 0 to 1")
+        for name, value in (("head_ceiling", head_ceiling), ("layer_ceiling", layer_ceiling)):
+            if not 1 <= value < float("inf"):
+                raise ValueError(f"{name}: {value!r} equal shares cannot be dealt; give 1 or more")
+        self.floor, self.any_weights = floor, any_weights
+        self.head_ceiling, self.layer_ceiling = head_ceiling, layer_ceiling
+        self._most = (head_ceiling, layer_ceiling)
+        self._table: HeadTable | None = None
+        self._model: ModelIdentity | None = None
+        if table is None:
+            self._tables = tuple(found for found in shipped_tables() if not self.lacks(found))
+            return
+        self._tables = (read_table(table),)
+        if lacking := self.lacks(self._tables[0]):
+            raise ValueError(lacking)
+        self._choose(self._tables[0])
+
+    def lacks(self, table: HeadTable) -> str:  # noqa: ARG002  # those that need nothing but shares ask nothing
+        """What a table lacks for these budgets, in words, or nothing."""
+        return ""
+
+    def ceilings(self, table: HeadTable) -> tuple[float, float]:  # noqa: ARG002  # the same
+        """The most that the table can give to a head and to a layer, in equal shares."""
+        return self._most
+
+    def _choose(self, table: HeadTable) -> None:
+        self._table = table
+        asked = self.ceilings(table)
+        self.head_ceiling, self.layer_ceiling = (max(1.0, min(pair)) for pair in zip(asked, self._most, strict=True))
+
+    def check(self, model: ModelIdentity) -> None:
+        """Choose the model's table.
+
+        Raises:
+            ValueError: there is none for it, or these budgets serve another model.
+
+        """
+        served = self._model
+        known = model.fingerprint is not None  # a plan from a config alone knows no weights
+        if served is not None and (
+            served.kv_heads != model.kv_heads or (known and served.fingerprint != model.fingerprint)
+        ):
+            raise ValueError(f"these budgets serve {served.name} already, and {model.name} is another; make new ones")
+        self._choose(fitting(self._tables, model, any_weights=self.any_weights))
+        self._model = model if known else served
+
+    def table_for(self, request: BudgetRequest) -> HeadTable:
+        """The table, if it has the request's heads.
+
+        Raises:
+            ValueError: it has others, or there is none yet.
+
+        """
+        heads = tuple(map(len, request.held))
+        if self._table is None:
+            raise ValueError(
+                f"no table was chosen for {len(heads)} layers; call check(model) first, or give table=FILE"
+            )
+        if self._table.model.kv_heads != heads:
+            raise ValueError(f"table {self._table.source!r} is for heads {self._table.model.kv_heads}, not {heads}")
+        return self._table

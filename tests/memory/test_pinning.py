@@ -1,0 +1,195 @@
+"""Compactions that are asked for: pinned tokens, spans that are compacted apart, other policies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from agentmem import plugins
+from agentmem.compaction.request import Request
+from agentmem.errors import CapTooSmall, SettingsRefused
+from agentmem.hf import CappedMemory
+from agentmem.memory.pinning import pin, promote
+from agentmem.memory.pins import Pins
+from agentmem.memory.store import LayerStore
+from support import tiny
+
+TOLERANCE = 2e-5
+
+
+def stores(memory: CappedMemory) -> list[LayerStore]:
+    """The stores of the only row."""
+    return [store for store in memory.memory.rows[0].stores if store is not None]
+
+
+def slot(store: LayerStore, head: int, position: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Key and value of the slot that a head has at a position."""
+    segment = store.segment(head, 0, 0)
+    at = (segment.positions == position).nonzero()
+    return None if not len(at) else (segment.keys[at[0, 0]].clone(), segment.values[at[0, 0]].clone())
+
+
+@pytest.mark.parametrize("kind", ["window", "heavy-hitters", "replay", "replay+spread"])
+def test_pinned_tokens_keep_their_slots_bit_for_bit(kind: str) -> None:
+    """Through four compactions every head of every layer has the keys, values and positions of all pinned tokens."""
+    with tiny.capped(kind) as memory:
+        tiny.feed(memory, tiny.ids(20))
+        row = memory.memory.rows[0]
+        pin(memory.memory, row, 6, 9)
+        pin(memory.memory, row, 14, 16)
+        pinned = [6, 7, 8, 14, 15]
+        promote(memory.memory, row)  # settles positions, so that slots can be found
+        for store in stores(memory):
+            store.settle(torch.frombuffer(row.tail, dtype=torch.int32))
+        before = [slot(store, head, at) for store in stores(memory) for head in range(2) for at in pinned]
+        tiny.feed(memory, tiny.ids(120, seed=1))
+        assert len(memory.compactions) >= 4
+        after = [slot(store, head, at) for store in stores(memory) for head in range(2) for at in pinned]
+        for old, new in zip(before, after, strict=True):
+            assert old is not None
+            assert new is not None
+            assert torch.equal(old[0], new[0])
+            assert torch.equal(old[1], new[1])
+        tiny.audit(memory.memory)
+
+
+@pytest.mark.parametrize("kind", ["heavy-hitters", "replay"])
+def test_promotion_changes_no_logit(kind: str) -> None:
+    """Moving pinned slots to the front leaves what the memory answers as it was; bytes and counts too."""
+    with tiny.capped(kind) as memory:
+        tiny.feed(memory, tiny.ids(40))
+        row, question = memory.memory.rows[0], tiny.ids(3, seed=2)[0].tolist()
+        pin(memory.memory, row, 10, 13)
+        pin(memory.memory, row, 20, 21)
+        before, bytes_before = memory.peek(question), memory.memory.ledger.resident
+        promote(memory.memory, row)
+
+        assert [store.promoted for store in stores(memory)] == [4] * 2
+        assert row.front(4) == 8
+        assert torch.allclose(memory.peek(question), before, atol=TOLERANCE)
+        assert memory.memory.ledger.resident == bytes_before
+        tiny.audit(memory.memory)
+
+
+def test_an_interrupted_promotion_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt between two layers leaves a memory that answers the same and is finished by the next compaction."""
+    with tiny.capped("window") as memory:
+        tiny.feed(memory, tiny.ids(40))
+        row, question = memory.memory.rows[0], tiny.ids(3, seed=2)[0].tolist()
+        pin(memory.memory, row, 10, 13)
+        before, real, calls = memory.peek(question), LayerStore.reordered, list[int]()
+
+        def interrupted(self: LayerStore, *given: Any) -> LayerStore:
+            calls.append(1)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return real(self, *given)
+
+        monkeypatch.setattr(LayerStore, "reordered", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            memory.compact()
+        assert [store.promoted for store in stores(memory)] == [3, 0]
+        assert torch.allclose(memory.peek(question), before, atol=TOLERANCE)
+        tiny.feed(memory, tiny.ids(4, seed=4))
+        memory.compact()
+        assert [store.promoted for store in stores(memory)] == [3, 3]
+        for store in stores(memory):
+            assert store.segment(0, 0, 0).positions[:7].tolist() == [0, 1, 2, 3, 10, 11, 12]
+
+
+def test_a_pin_that_cannot_be_kept_is_refused() -> None:
+    """Compacted tokens, tokens that are not there, and more than a compaction could leave: value, limit, remedy."""
+    with tiny.capped("window") as memory:
+        tiny.feed(memory, tiny.ids(60))
+        row = memory.memory.rows[0]
+        assert row.intact == 48 - 8
+        with pytest.raises(SettingsRefused, match="before 40 have been compacted"):
+            pin(memory.memory, row, 20, 50)
+        with pytest.raises(SettingsRefused, match=r"50..61 are not among the 60"):
+            pin(memory.memory, row, 50, 61)
+        pin(memory.memory, row, 0, 4)
+        assert row.pins.count(4, 60) == 0
+        with pytest.raises(CapTooSmall, match=r"12 pinned tokens.*need 25 slots per head, and a compaction leaves 24"):
+            pin(memory.memory, row, 45, 57)
+        pin(memory.memory, row, 45, 56)
+        assert row.pins.spans == [(0, 4), (45, 56)]
+
+
+def test_pins_are_spans() -> None:
+    """Against a set of tokens: touching spans join, counts and cuts are those of the set."""
+    pins, tokens = Pins(), set[int]()
+    for start, stop in ((5, 7), (9, 12), (7, 9), (20, 25), (3, 4), (11, 14), (8, 8)):
+        pins.add(start, stop)
+        tokens |= set(range(start, stop))
+        assert {at for low, high in pins.spans for at in range(low, high)} == tokens
+        assert all(high < low for (_, high), (low, _) in zip(pins.spans, pins.spans[1:], strict=False))
+        for low, high in ((0, 30), (6, 10), (12, 12), (13, 22)):
+            assert pins.count(low, high) == len(tokens & set(range(low, high)))
+
+
+# ---- spans
+
+
+@pytest.mark.parametrize("kind", ["window", "heavy-hitters", "replay", "replay+spread"])
+def test_a_span_is_compacted_apart(kind: str) -> None:
+    """Only the span's slots go: everything before it and the recent window stay bit for bit."""
+    with tiny.capped(kind) as memory:
+        tiny.feed(memory, tiny.ids(60))
+        row = memory.memory.rows[0]
+        for store in stores(memory):
+            store.settle(torch.frombuffer(row.tail, dtype=torch.int32))
+        start, before = 50, [store.segment(head, 0, 0) for store in stores(memory) for head in range(2)]
+        kept = [(each.keys[:-10].clone(), each.keys[-8:].clone(), each.slots) for each in before]
+        report = memory.memory.compact(row, Request(slots=1, start=start))
+
+        assert report is not None
+        assert report.slots_before - report.slots_after == 4  # two layers of two heads gave one of two slots
+        after = [store.segment(head, 0, 0) for store in stores(memory) for head in range(2)]
+        for (front, recent, slots), new in zip(kept, after, strict=True):
+            assert new.slots == slots - 1
+            assert torch.equal(new.keys[: len(front)], front)
+            assert torch.equal(new.keys[-8:], recent)
+        tiny.audit(memory.memory)
+        tiny.feed(memory, tiny.ids(60, seed=3))
+        tiny.audit(memory.memory)
+
+
+def test_a_span_is_probed_with_its_own_text() -> None:
+    """The probe of a span that is shorter than a probe may be runs the span's tokens and no other."""
+    with tiny.capped("replay") as memory:
+        tiny.feed(memory, tiny.ids(44))
+        report = memory.memory.compact(memory.memory.rows[0], Request(slots=4, start=38))
+        whole = memory.memory.compact(memory.memory.rows[0], Request(slots=4))
+    assert whole is not None
+    assert report is None or report.probe_tokens == 6
+    assert whole.probe_tokens == memory.plan.probe_tokens
+
+
+def test_a_focus_is_among_the_queries() -> None:
+    """Its text is run in the probe, a quarter of the reference tokens at most."""
+    with tiny.capped("replay") as memory:
+        tiny.feed(memory, tiny.ids(44))
+        report = memory.memory.compact(memory.memory.rows[0], Request(focus=(5, 6, 7, 8)))
+    assert report is not None
+    assert report.queries == "focus+replay"
+
+
+# ---- policies beside the memory's own
+
+
+def test_another_policy_does_one_compaction() -> None:
+    """A memory is planned for all of them; the report says which one ran; a stranger is refused."""
+    other = plugins.policy("window")
+    with tiny.capped_by(tiny.KINDS["replay"], others=(other,)) as memory:
+        tiny.feed(memory, tiny.ids(44))
+        (report,) = memory.compact(policy="window")
+        assert (report.policy, report.queries) == ("window", "none")
+        with pytest.raises(SettingsRefused, match="planned for 'am-halving', 'window'"):
+            memory.compact(policy="keydiff")
+    with (
+        pytest.raises(SettingsRefused, match="needs scores that are received"),
+        tiny.capped_by(tiny.KINDS["replay"], others=("heavy-hitters",)),
+    ):
+        pass

@@ -1,0 +1,64 @@
+"""Benchmarks run on a tiny model: what they measure is not looked at, only that they come to their end."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentmem import models
+from agentmem.testing import tiny_model
+from support import tiny_chat
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny model in place of the default one."""
+    loaded = tiny_model("llama", vocab_size=40000, max_position_embeddings=16384), tiny_chat.tokenizer()
+    monkeypatch.setattr(models, "load", lambda *_args, **_options: loaded)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> object:
+    """Run ``python -m benchmarks.name``; its exit code."""
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    try:
+        runpy.run_module(f"benchmarks.{name}", run_name="__main__")
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
+def test_decode_writes_its_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Four rows of the documented keys, every ratio that of its two medians."""
+    monkeypatch.setenv("BENCH_JSON", str(tmp_path / "bench.json"))
+
+    assert run(monkeypatch, "decode") == 0
+
+    rows: list[dict[str, Any]] = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
+    names = ["decode_1024", "decode_4096", "decode_8192_seen_1024_held", "unequal_heads_1024"]
+    assert [each["name"] for each in rows] == names
+    for each in rows:
+        assert set(each) == {"name", "median_ms", "stock_median_ms", "ratio"}
+        assert each["ratio"] == pytest.approx(each["median_ms"] / each["stock_median_ms"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("peak --cap 1600KiB --tokens 3000", r"3000 tokens into \d+ slots per head, [1-9]\d* compactions"),
+        ("rebasing --tokens 900 --new 32 --slots 256 --policy window", r"perplexity, fresh window of  256 .+ ratio"),
+        ("solvers --heads 1 --repeats 1 --no-oracles", r'"name": "pursuit-fast", .+"log_mass_error": 0\.\d+'),
+        ("sessions cancels --cancels 2", "equal to undisturbed: True"),
+    ],
+)
+def test_a_benchmark_ends_well(
+    command: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 0, and the line that says what was found."""
+    assert run(monkeypatch, *command.split()) == 0
+    assert re.search(said, capsys.readouterr().out)

@@ -1,0 +1,124 @@
+"""What is installed: the entry points, the version, the type marker, and every package on disk."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+from importlib.metadata import distribution, entry_points, version
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from agentmem.attention import ragged
+from agentmem.contracts import Policy
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_the_built_in_policies_enter_by_the_public_door() -> None:
+    """Each entry point of the group loads and builds a policy of its own name."""
+    built_in = {point.name: point for point in entry_points(group="agentmem.policies") if point.dist is not None}
+
+    assert {"am-halving", "full", "heavy-hitters", "window"} <= built_in.keys()
+    for name in ("am-halving", "full", "heavy-hitters", "window"):
+        policy = built_in[name].load()()
+        assert isinstance(policy, Policy)
+        assert policy.name == name
+
+
+def test_every_package_on_disk_is_installed() -> None:
+    """No folder with an __init__.py is forgotten in pyproject.toml, and none is listed that does not exist."""
+    on_disk = {
+        ".".join((package, *path.parent.relative_to(ROOT / folder).parts))
+        for folder, package in (("agentmem", "agentmem"), ("policies", "agentmem.policies"))
+        for path in (ROOT / folder).rglob("__init__.py")
+    }
+
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == on_disk
+
+
+def test_the_version_is_one() -> None:
+    """The installed distribution and CITATION.cff have the version of pyproject.toml."""
+    declared = PROJECT["project"]["version"]
+
+    assert version("agentmem-runtime") == declared
+    assert f"\nversion: {declared}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def test_types_are_shipped() -> None:
+    """Type checkers read the annotations of an installed agentmem."""
+    assert files("agentmem").joinpath("py.typed").is_file()
+
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("cc") is None or sys.platform != "linux", reason="compiled on Linux, where there is a C compiler"
+)
+
+
+@needs_compiler
+def test_the_compiled_decode_step_is_installed() -> None:
+    """An installation that could not build it goes on without, and would be slower in silence."""
+    assert ragged.COMPILED
+
+
+@needs_compiler
+def test_the_decode_step_compiles_without_a_warning(tmp_path: Path) -> None:
+    """With the flags of the installation, and all of the compiler's advice."""
+    (module,) = PROJECT["tool"]["setuptools"]["ext-modules"]
+    advice = ["-Wall", "-Wextra", "-Werror", f"-I{sysconfig.get_paths()['include']}", "-fPIC"]
+    command = ["cc", *module["extra-compile-args"], *advice, "-c", *module["sources"], "-o", str(tmp_path / "decode.o")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_direct_dependency_is_pinned() -> None:
+    """constraints.txt has an exact version for every requirement of the project and of its extras."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {line.partition("==")[0] for line in lines if "==" in line and not line.startswith("#")}
+    project = PROJECT["project"]
+    wanted = [
+        *project["dependencies"],
+        *(item for extra in project["optional-dependencies"].values() for item in extra),
+    ]
+
+    assert {requirement.partition(">=")[0] for requirement in wanted} <= pinned
+
+
+def test_importing_agentmem_is_quiet_and_pulls_in_no_policy() -> None:
+    """``import agentmem`` prints nothing and imports neither the policies nor what only the command line needs."""
+    code = (
+        "import sys, agentmem\n"
+        "unwanted = {'agentmem.policies', 'agentmem.cli', 'typer', 'matplotlib', 'gguf'} & sys.modules.keys()\n"
+        "sys.exit(f'imported: {sorted(unwanted)}' if unwanted else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_the_command_line_names_the_extra_that_is_missing(missing: str) -> None:
+    """Without the extra the console script exits with 1 and one line that says what to install."""
+    code = f"import sys; sys.modules[{missing!r}] = None; from agentmem.cli import main; sys.exit(main())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "pip install 'agentmem-runtime[cli]'" in done.stderr
+
+
+def test_the_console_script_is_the_guarded_door() -> None:
+    """The script that users type is agentmem.cli:main, which survives a missing extra."""
+    scripts = {
+        point.name: point.value
+        for point in distribution("agentmem-runtime").entry_points.select(group="console_scripts")
+    }
+
+    assert scripts == {"agentmem": "agentmem.cli:main"}

@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from agentmem.cli import calibrate, model, plan, policies
 from agentmem.cli.chat.command import chat
 from agentmem.cli.console import refuse
-from agentmem.cli.evaluate import app as evaluate
+from agentmem.cli.evaluate.app import app as evaluate
 from agentmem.cli.logs import configure
 from agentmem.cli.run.command import run
 from agentmem.errors import AgentmemError

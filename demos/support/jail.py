@@ -77,7 +77,7 @@ def _close_stdin() -> None:
 def restrict(orders: dict[str, Any], out_of_memory: Callable[[], None]) -> list[str]:
     """Put the guards that were asked for on this process; the names of those that are in force."""
     sys.path.insert(0, os.path.dirname(_HERE))  # noqa: PTH120 (see above)
-    from support import kernel_guards as kernel
+    import kernel_guards as kernel
 
     sys.path[0] = _FOLDER
     kernel.die_with_parent()

@@ -229,7 +229,7 @@ def test_a_transcript_is_run_whole_and_said_to_be_outside_the_cap() -> None:
 def test_texts_need_a_tokenizer() -> None:
     """Without one the parts that say something are refused by name, before any work."""
     with pytest.raises(SettingsRefused, match=r"'am-halving'.*'focus'.*needs a tokenizer.*'replay'"):
-        tiny.agentmem.doors.wrap(tiny.llama(), cap="1MiB", policy=policy("focus+replay"))
+        tiny.agentmem.api.wrap(tiny.llama(), cap="1MiB", policy=policy("focus+replay"))
 
 
 class Nothing(Compactor):

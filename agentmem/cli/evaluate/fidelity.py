@@ -107,7 +107,7 @@ def fidelity(
         work.check_plans(limits)
         _compare(work, passages, limits)
     else:
-        one_shot.compare(work, passages, terms, shot)
+        compare_one_shot(work, passages, terms, shot)
 
 
 def _shot(wanted: bool, ratios: str | None, continuation: int | None, others: dict[str, object]) -> Shot | None:  # noqa: FBT001  # a command's flag

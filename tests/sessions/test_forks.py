@@ -164,7 +164,7 @@ def test_forks_of_an_interrupted_compaction_both_finish_it() -> None:
         made.admit(session)
         session.memory.boundary = stop
         told.clear()
-        with pytest.raises(Interrupted), hf.frames.own_frame():
+        with pytest.raises(Interrupted), hf.forward_context.own_frame():
             session.memory.compact(session.memory.rows[0])
         made.leave(session)
         assert session.memory.rows[0].budgets is not None

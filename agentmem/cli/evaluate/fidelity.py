@@ -10,6 +10,7 @@ import typer
 
 from agentmem import evaluation
 from agentmem.cli.arguments import Chunk, Model, Probe, ProbeTokens, parse_target
+from agentmem.cli.evaluate.one_shot import compare as compare_one_shot
 from agentmem.cli.evaluate.options import (
     POLICIES,
     CacheDir,

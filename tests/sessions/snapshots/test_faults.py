@@ -21,6 +21,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from agentmem.errors import AgentmemError, SnapshotRefused
 from agentmem.sessions.snapshots import files
+from agentmem.sessions.snapshots import folder as snapshot_folder
 from agentmem.sessions.snapshots.files import read_manifest
 from support.snapshot_versions import data_files, load, loaded_version, save, tensors_of
 
@@ -132,7 +133,7 @@ def test_each_step_is_on_the_disk_before_the_next_begins(folder: Path, monkeypat
 def test_new_folders_are_flushed_into_their_parents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder that a save makes is on the disk as well, up to the first that was there."""
     flushed: list[Path] = []
-    monkeypatch.setattr(folder, "_sync", flushed.append)
+    monkeypatch.setattr(snapshot_folder, "_sync", flushed.append)
 
     save(tmp_path / "a" / "b", 1)
 
@@ -200,7 +201,7 @@ def test_savers_wait_for_one_another(folder: Path) -> None:
 
 def test_a_save_that_waits_too_long_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While another process saves, a save ends with an error after the limit and touches nothing."""
-    monkeypatch.setattr(folder, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(snapshot_folder, "LOCK_SECONDS", 0.1)
     before = data_files(folder)
 
     with (

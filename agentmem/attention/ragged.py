@@ -7,6 +7,7 @@ Shapes: queries ``[Hq, q, d]``; a :class:`Run` holds KV heads whose slots lie al
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +22,7 @@ except ImportError:  # installed without a C compiler, or not on Linux
     COMPILED = False
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from agentmem.planning.model_shape import LayerShape
 
@@ -29,13 +30,20 @@ if TYPE_CHECKING:
 # returns the log-sum-exp, so that old slots and fresh keys are attended apart and merged without any dense mask.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001  # no public name returns the lse
 
-OLD_BLOCK = 128
-"""Queries that attend the old slots at a time: bounds the second output that the merge needs."""
+TOKENS = 128
+"""Tokens of a chunk that the fused path attends with at a time, fewer where many query heads share a KV head."""
+ROWS = 512
+"""Queries of one KV head in a call of the kernel: so many tokens of all heads of its group."""
+SPAN = 512
+"""Keys in a call of the kernel that may pack them; the spans are merged by their log-sum-exp."""
+PACKING = 16
+"""Queries of one head from which on the kernel may copy 16-bit keys and values into the layout of AMX tiles."""
 TILE_BYTES = 1 << 19
 """Bytes of one tile of logits in the explicit path."""
 PIECE = 256
 """Slots of one head that a thread of a compiled decode step takes at least."""
 _VECTOR = 16  # floats that decode.c works on at a time
+_LANES = 64  # numbers to a block of what the kernel packs
 
 
 @dataclass(slots=True)
@@ -72,14 +80,22 @@ class Fresh:
 
 def fused_bytes(layer: LayerShape, tokens: int, slots: int, itemsize: int) -> int:
     """Bytes that the fused path of :func:`attend` allocates at most besides its output."""
-    block = min(OLD_BLOCK, tokens)
-    merge = layer.query_heads * (block * (layer.value_dim * itemsize + 4 * 4) + tokens * 4)
-    packed = max(block, layer.group)  # a decode step's rows are its group
-    flash = max(
-        _flash_scratch(tokens, tokens, layer.value_dim, itemsize),
-        _flash_scratch(packed, slots, layer.value_dim, itemsize),
+    block = min(TOKENS, ROWS // layer.group or 1, tokens)
+    chunk = _block_bytes(layer, layer.kv_heads, block, max(slots, tokens), itemsize)
+    step = layer.query_heads * (layer.key_dim + layer.value_dim + 2) * itemsize + _kernel_bytes(
+        layer, layer.kv_heads, layer.group, slots, itemsize
     )
-    return merge + max(flash, _decode_bytes(layer))
+    return max(chunk, step, _decode_bytes(layer))
+
+
+def _block_bytes(layer: LayerShape, heads: int, tokens: int, keys: int, itemsize: int) -> int:
+    """Bytes of attending with one block of tokens: the sum so far, one part of it, and what makes or merges a part."""
+    rows = heads * layer.group * tokens
+    total, part = rows * (layer.value_dim + 1) * max(4, itemsize), rows * (layer.value_dim * itemsize + 8)
+    merge = rows * (layer.value_dim + 3) * max(4, itemsize)
+    own = _kernel_bytes(layer, heads * layer.group, tokens, tokens, itemsize)
+    seen = _kernel_bytes(layer, heads, layer.group * tokens, keys, itemsize) + rows * layer.key_dim * itemsize
+    return total + part + max(merge, own, seen)
 
 
 def _decode_bytes(layer: LayerShape) -> int:
@@ -97,13 +113,22 @@ def explicit_bytes(layer: LayerShape, tokens: int, slots: int, itemsize: int) ->
     return tiles + casts + rows * (2 * layer.value_dim + layer.key_dim) * 4 + 4 * layer.kv_heads * span * 4
 
 
-def _flash_scratch(tokens: int, slots: int, value_dim: int, itemsize: int) -> int:
+def _kernel_bytes(layer: LayerShape, heads: int, rows: int, keys: int, itemsize: int) -> int:
     # aten/native/cpu/FlashAttentionKernel.cpp: per thread one [q_split, kv_split] tile (for 16-bit inputs another one
-    # in their dtype) and one [q_split, dv] accumulator.
-    split = 256 if tokens >= 768 else 64 if tokens >= 192 else 32  # noqa: PLR2004  # the kernel's own thresholds
-    split = min(split, tokens)
-    tile = min(512, slots) * (4 if itemsize >= 4 else 4 + itemsize)  # noqa: PLR2004  # float32 or wider
-    return torch.get_num_threads() * split * (tile + (2 + value_dim) * 4)
+    # in their dtype) and one [q_split, dv] accumulator. Where it packs, a copy of all keys and values, in blocks of 64
+    # numbers, and per thread one more of a span's values and of as many queries.
+    split = 256 if rows >= 768 else 64 if rows >= 192 else 32  # noqa: PLR2004  # the kernel's own thresholds
+    split, threads = min(split, rows), torch.get_num_threads()
+    tile = min(512, keys) * (4 if itemsize >= 4 else 4 + itemsize)  # noqa: PLR2004  # float32 or wider
+    scratch = threads * split * (tile + (2 + layer.value_dim) * 4)
+    if not _packs(rows, itemsize):
+        return scratch
+    span, width, depth = (-(-count // _LANES) * _LANES for count in (min(keys, SPAN), layer.value_dim, layer.key_dim))
+    return scratch + ((heads + threads) * span * (width + depth) + threads * split * depth) * itemsize
+
+
+def _packs(rows: int, itemsize: int) -> bool:
+    return itemsize < 4 and rows >= PACKING  # noqa: PLR2004  # narrower than float32
 
 
 def attend(
@@ -133,21 +158,44 @@ def attend(
 
 
 def _fused(queries: torch.Tensor, runs: Sequence[Run], fresh: Fresh | None, scale: float) -> torch.Tensor:
-    tokens = queries.shape[1]
-    if fresh is None and tokens == 1 and _compiled(queries, runs):
-        return _decode_step(queries, runs, scale)
-    if fresh is None:
-        outputs = [_flash_run(_grouped(queries, run, runs), run, scale)[0] for run in runs]
-        merged = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return merged.reshape(queries.shape[0], tokens, -1)
-    kv_heads = fresh.keys.shape[0]
-    group = queries.shape[0] // kv_heads
-    grouped = queries.view(kv_heads, group, tokens, -1)
-    output, lse = _flash_expanded(grouped, fresh.keys, fresh.values, scale, causal=True)
-    for run in runs:
-        if run.slots:
-            _merge(output, lse, grouped, run, scale)
-    return output.reshape(queries.shape[0], tokens, -1)
+    heads = sum(run.heads for run in runs) if fresh is None else fresh.keys.shape[0]
+    group, tokens = queries.shape[0] // heads, queries.shape[1]
+    if fresh is None and tokens == 1:
+        if _compiled(queries, runs):
+            return _decode_step(queries, runs, scale)
+        if not _packs(group, queries.dtype.itemsize):
+            return _step(queries, runs, scale)
+    width = (runs[0] if fresh is None else fresh).values.shape[-1]
+    grouped = queries.view(heads, group, tokens, -1)
+    output = queries.new_empty(tokens, heads, group, width).permute(1, 2, 0, 3)  # as the model goes on with it
+    for block in blocks(tokens, _tokens(group, queries.dtype)):
+        output[:, :, block] = _attend_block(grouped[:, :, block], runs, fresh, scale, block)[0]
+    return output.flatten(0, 1)
+
+
+def _step(queries: torch.Tensor, runs: Sequence[Run], scale: float) -> torch.Tensor:
+    """One token's queries ``[Hq, 1, d]``, a call a run: a group is rows of one KV head, whose slots are read once."""
+    group = queries.shape[0] // sum(run.heads for run in runs)
+    rows = (queries[run.first * group : (run.first + run.heads) * group].view(run.heads, group, 1, -1) for run in runs)
+    outputs = [_flash_rows(each, run, scale)[0] for each, run in zip(rows, runs, strict=True)]
+    merged = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return merged.reshape(queries.shape[0], 1, -1)
+
+
+@cache
+def _most_rows(dtype: torch.dtype) -> int:
+    """Queries of one head that the kernel takes at a time: few where it packs and ATen was told not to."""
+    asked = torch.zeros(1, 1, _LANES, _LANES, dtype=dtype)
+    try:
+        _flash(asked, asked, asked)
+    except RuntimeError:  # ATEN_CPU_CAPABILITY leaves out AVX-512 on a CPU with AMX
+        return PACKING - 1
+    return ROWS
+
+
+def _tokens(group: int, dtype: torch.dtype) -> int:
+    """Tokens to attend with at a time."""
+    return min(TOKENS, max(1, _most_rows(dtype) // group))
 
 
 def _compiled(queries: torch.Tensor, runs: Sequence[Run]) -> bool:
@@ -210,63 +258,60 @@ def _addresses(run: Run) -> tuple[int, int, int, int, int, int, int, int, int]:
     )
 
 
-def _merge(output: torch.Tensor, lse: torch.Tensor, grouped: torch.Tensor, run: Run, scale: float) -> None:
-    """Fold the old slots of one run into ``output``, a block of queries at a time."""
-    heads = slice(run.first, run.first + run.heads)
-    for block in blocks(grouped.shape[2], OLD_BLOCK):
-        _merge_block(output[heads, :, block], lse[heads, :, block], grouped[heads, :, block], run, scale)
-
-
-def _merge_block(output: torch.Tensor, lse: torch.Tensor, grouped: torch.Tensor, run: Run, scale: float) -> None:
-    """Weight both parts by their mass (log-sum-exp). A function of its own, so that no block outlives its turn."""
-    old, old_lse = _flash_run(grouped, run, scale)
-    share = (old_lse - lse).sigmoid_().unsqueeze(-1)
-    output.lerp_(old, share.to(old.dtype))
-
-
-def _flash_run(grouped: torch.Tensor, run: Run, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output ``[h, group, q, dv]`` and log-sum-exp ``[h, group, q]`` of ``grouped [h, group, q, d]`` over one run."""
-    heads, group, tokens, _ = grouped.shape
-    if tokens == 1:  # the group as rows of one KV head: keys and values are read once for all of it
-        output, lse = _flash(
-            grouped.reshape(1, heads, group, -1),
-            run.keys[None],
-            run.values[None],
-            0.0,
-            attn_mask=None if run.bias is None else run.bias[None, :, None],
-            scale=scale,
-        )
-        return output.reshape(heads, group, 1, -1), lse.reshape(heads, group, 1)
-    return _flash_expanded(grouped, run.keys, run.values, scale, bias=run.bias)
-
-
-def _flash_expanded(
-    grouped: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    scale: float,
-    *,
-    bias: torch.Tensor | None = None,
-    causal: bool = False,
+def _attend_block(
+    grouped: torch.Tensor, runs: Sequence[Run], fresh: Fresh | None, scale: float, block: slice
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kernel over ``keys [h, n, d]``, each KV head seen by its whole group through a view."""
-    group = grouped.shape[1]
-    output, lse = _flash(
-        grouped,
-        keys.unsqueeze(1).expand(-1, group, -1, -1),
-        values.unsqueeze(1).expand(-1, group, -1, -1),
-        0.0,
-        causal,
-        attn_mask=None if bias is None else bias[:, None, None],
-        scale=scale,
-    )
+    """A block of a chunk's tokens ``[h, group, b, d]``: output ``[h, group, b, dv]``, log-sum-exp ``[h, group, b]``.
+
+    Both at least float32. What is seen is attended in parts, and every part counts by its mass.
+    """
+    dtype = torch.promote_types(grouped.dtype, torch.float32)
+    output = grouped.new_zeros(*grouped.shape[:3], (fresh or runs[0]).values.shape[-1], dtype=dtype)
+    lse = grouped.new_full(grouped.shape[:3], -torch.inf, dtype=dtype)
+    if fresh is not None:
+        _merge(output, lse, *_flash_own(grouped, fresh.keys[:, block], fresh.values[:, block], scale))
+        runs = [*runs, Run(0, fresh.keys[:, : block.start], fresh.values[:, : block.start])]
+    for run in runs:
+        heads = slice(run.first, run.first + run.heads)
+        for part in _spans(run, grouped.shape[1] * grouped.shape[2]):
+            _merge(output[heads], lse[heads], *_flash_rows(grouped[heads], part, scale))
     return output, lse
 
 
-def _grouped(queries: torch.Tensor, run: Run, runs: Sequence[Run]) -> torch.Tensor:
-    """The queries of one run's heads, ``[h, group, q, d]``."""
-    group = queries.shape[0] // sum(each.heads for each in runs)
-    return queries[run.first * group : (run.first + run.heads) * group].view(run.heads, group, *queries.shape[1:])
+def _spans(run: Run, rows: int) -> Iterator[Run]:
+    """The slots of a run, as many at a time as the kernel may pack."""
+    for span in blocks(run.slots, SPAN if _packs(rows, run.keys.dtype.itemsize) else max(1, run.slots)):
+        yield Run(run.first, run.keys[:, span], run.values[:, span], None if run.bias is None else run.bias[:, span])
+
+
+def _merge(output: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
+    """Add a part to what was attended so far, each weighted by its mass. No part outlives its turn."""
+    share = (part_lse - lse).sigmoid_().unsqueeze(-1)
+    output.lerp_(part.to(output.dtype), share)
+    torch.logaddexp(lse, part_lse, out=lse)
+
+
+def _flash_rows(grouped: torch.Tensor, run: Run, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """``grouped [h, group, b, d]`` over all slots of a run; the group's queries are rows of one head, read together."""
+    heads, group, tokens, _ = grouped.shape
+    output, lse = _flash(
+        grouped.reshape(1, heads, group * tokens, -1),
+        run.keys[None],
+        run.values[None],
+        0.0,
+        attn_mask=None if run.bias is None else run.bias[None, :, None],
+        scale=scale,
+    )
+    return output.reshape(heads, group, tokens, -1), lse.reshape(heads, group, tokens)
+
+
+def _flash_own(
+    grouped: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``grouped [h, group, b, d]`` over the keys ``[h, b, d]`` of the same tokens, which see no later ones."""
+    shared = (each.unsqueeze(1).expand(-1, grouped.shape[1], -1, -1) for each in (keys, values))
+    output, lse = _flash(grouped, *shared, 0.0, True, scale=scale)  # noqa: FBT003  # takes no keyword
+    return output, lse
 
 
 def _explicit(
@@ -326,12 +371,20 @@ def local(
     ``keys [T, d]``, ``values [T, dv]``, ``bias [T]`` float32; the log-mass ``[group, n]`` float32 is
     ``log Σ exp(scale · q·k + β)``, what the mass equations of Attention Matching compare (arXiv:2602.16284, §3).
     """
-    run = Run(0, keys[None], values[None], bias[None])
     if queries.device.type == "cpu" and keys.shape[-1] == values.shape[-1]:
-        output, lse = _flash_run(queries[None], run, scale)
-        return output[0].float(), lse[0]
+        return _local(queries, Run(0, keys[None], values[None], bias[None]), scale)
     logits = (queries.float() @ keys.float().T).mul_(scale).add_(bias)
     return logits.softmax(-1) @ values.float(), logits.logsumexp(-1)
+
+
+def _local(queries: torch.Tensor, run: Run, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    output = queries.new_empty(*queries.shape[:2], run.values.shape[-1], dtype=torch.float32)
+    mass = queries.new_empty(queries.shape[:2], dtype=torch.float32)
+    for block in blocks(queries.shape[1], _tokens(queries.shape[0], queries.dtype)):
+        output[:, block], mass[:, block] = (
+            each[0] for each in _attend_block(queries[None, :, block], [run], None, scale, block)
+        )
+    return output, mass
 
 
 def local_bytes(layer: LayerShape, queries: int, before: int, after: int, itemsize: int, *, fused: bool) -> int:
@@ -339,6 +392,7 @@ def local_bytes(layer: LayerShape, queries: int, before: int, after: int, itemsi
     outputs = 4 * layer.group * queries * (layer.value_dim * (itemsize + 4) + 8)
     slots = after * (layer.key_dim + layer.value_dim) * (itemsize + 4) + after * 12
     if fused:
-        return outputs + slots + _flash_scratch(queries, before, layer.value_dim, itemsize)
+        block = min(TOKENS, ROWS // layer.group or 1, queries)
+        return outputs + slots + _block_bytes(layer, 1, block, before, itemsize)
     casts = before * (layer.key_dim + layer.value_dim) * 4
     return outputs + slots + 3 * layer.group * queries * before * 4 + casts

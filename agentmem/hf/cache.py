@@ -368,4 +368,7 @@ def _present(ids: list[int], positions: list[int], valid: list[bool]) -> Arrivin
     if all(valid):
         return Arriving(ids, positions, slice(None))
     columns = [column for column, present in enumerate(valid) if present]
+    span = slice(columns[0], columns[-1] + 1) if columns else slice(0)
+    if span.stop - (span.start or 0) == len(columns):  # no pads in between: views, where an index would copy
+        return Arriving(ids[span], positions[span], span)
     return Arriving([ids[each] for each in columns], [positions[each] for each in columns], torch.tensor(columns))

@@ -37,7 +37,7 @@ class Append:
     def __init__(self, memory: Memory, arriving: Sequence[Arriving]) -> None:
         """Room for the tokens must have been made."""
         self.memory, self.arriving = memory, arriving
-        self.whole = all(isinstance(each.columns, slice) for each in arriving)
+        self.whole = all(isinstance(each.columns, slice) and each.columns == slice(None) for each in arriving)
         self.columns = 0
         """Columns of the forward, pads included; set by whoever counts them."""
 

@@ -301,7 +301,10 @@ class Planner:
         slots, chunk = self.slots(layer, fullest), self.settings.chunk
         fused = ragged.fused_bytes(layer, chunk, slots, self.shape.itemsize)
         explicit = self.policy.scores == "received" or layer.window is not None or not self._fused(layer)
-        return max(fused, ragged.explicit_bytes(layer, chunk, slots, self.shape.itemsize)) if explicit else fused
+        most = max(fused, ragged.explicit_bytes(layer, chunk, slots, self.shape.itemsize)) if explicit else fused
+        # a row of a batch is attended beside the output of all
+        own = layer.query_heads * chunk * layer.value_dim * self.shape.itemsize if self.rows > 1 else 0
+        return most + own
 
 
 def window_slots(window: int, chunk: int) -> int:

@@ -15,6 +15,8 @@ from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
+import torch
+
 from agentmem.errors import RuntimeBusy
 from agentmem.sessions import ingestion
 from agentmem.sessions.arguments import check_seconds
@@ -46,13 +48,25 @@ def _thread(model: Any) -> ThreadPoolExecutor:
 
 async def _run(session: Session, call: Callable[[], T], cancel: Callable[[], None] = lambda: None) -> T:
     """Run a call on the model's thread. When the task is cancelled, ``cancel`` is called and what runs ends first."""
-    future = asyncio.get_running_loop().run_in_executor(_thread(session.runtime.model), call)
+    future = _submitted(session, call)
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
         cancel()
         await _ended(future)
         raise
+
+
+def _submitted(session: Session, call: Callable[[], T]) -> asyncio.Future[T]:
+    """Have the model's thread run a call with the caller's number of torch threads, by which its memory is planned."""
+    threads = torch.get_num_threads()
+
+    def counted() -> T:
+        if torch.get_num_threads() != threads:  # it is kept per thread: the worker's is from when it began
+            torch.set_num_threads(threads)
+        return call()
+
+    return asyncio.get_running_loop().run_in_executor(_thread(session.runtime.model), counted)
 
 
 async def _ended(future: asyncio.Future[Any]) -> None:
@@ -176,7 +190,7 @@ async def _driven(
 
 async def _closed(session: Session, steps: Steps) -> None:
     """End a turn in order even when the task that had it is being cancelled."""
-    future = asyncio.get_running_loop().run_in_executor(_thread(session.runtime.model), steps.close)
+    future = _submitted(session, steps.close)
     await _ended(future)
     future.result()
 

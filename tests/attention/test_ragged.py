@@ -253,6 +253,10 @@ SHAPES = (
     Problem("long chunk", (700,), group=2, tokens=800, fresh=True, biased=True),
     Problem("one query head", (900,), group=1, tokens=512, fresh=True),
     Problem("window", (40, 40), tokens=33, fresh=True, window=20),
+    Problem("decode of many query heads", (3000,), group=70, biased=True, key_dim=64, value_dim=64),
+    Problem(
+        "chunk over many slots", (3000,) * 2, group=7, tokens=200, fresh=True, biased=True, key_dim=80, value_dim=80
+    ),
     Problem("32 heads", (2000,) * 8, group=4, tokens=512, fresh=True, biased=True, key_dim=64, value_dim=64),
 )
 SPENT = [(problem, dtype) for problem in SHAPES for dtype in (DTYPES if problem.name != "32 heads" else DTYPES[:2])]
@@ -277,6 +281,18 @@ def test_attention_allocates_no_more_than_it_promises(problem: Problem, dtype: t
         else fused_bytes(problem.layer, problem.tokens, slots, dtype.itemsize)
     )
     assert spent(problem, dtype, explicit=explicit) <= promised
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("group", "tokens"), [(1, 1), (4, 1), (70, 1), (3, 200)])
+def test_what_the_fused_path_promises_does_not_grow_with_slots(group: int, tokens: int, dtype: torch.dtype) -> None:
+    """Whatever copies of keys and values torch's kernel makes: a call of it sees a bounded number of slots."""
+    layer = LayerShape(2, 2 * group, 64, 64)
+    assert fused_bytes(layer, tokens, 1 << 20, dtype.itemsize) == fused_bytes(layer, tokens, 1 << 10, dtype.itemsize)
+    few, many = (
+        Problem("", (slots,) * 2, group, tokens, fresh=tokens > 1, biased=True) for slots in (1 << 10, 1 << 12)
+    )
+    assert spent(many, dtype, explicit=False) == spent(few, dtype, explicit=False)
 
 
 @pytest.mark.parametrize("dims", [(16, 16), (24, 8)], ids=["equal dims", "keys wider"])

@@ -103,7 +103,7 @@ def _one_thread() -> Iterator[None]:
 def test_attention_scratch_is_counted_for_every_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """More threads take more scratch, so the same cap has room for fewer slots."""
     alone = make_plan(LLAMA, Settings.of(cap=8_000_000), plugins.policy("window"))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 32)
     crowded = make_plan(LLAMA, Settings.of(cap=8_000_000), plugins.policy("window"))
     assert crowded.capacity < alone.capacity
     assert total(crowded) <= 8_000_000

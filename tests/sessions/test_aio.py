@@ -302,3 +302,19 @@ async def test_closing_the_runtime_ends_turns_and_waits() -> None:
     kinds, error = await failing(stream)
     assert isinstance(error, MemoryClosed)
     assert kinds[-1] == TurnFailed(error="MemoryClosed", message=str(error))
+
+
+async def test_the_model_s_thread_has_the_torch_threads_of_whoever_asks() -> None:
+    """Plans are made with the caller's number of threads; a worker that began with another one takes it over."""
+    before, seen = torch.get_num_threads(), list[int]()
+    session = tiny_chat.runtime(1).session()
+    handle = session.runtime.model.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+    try:
+        for threads in (2, 1):
+            torch.set_num_threads(threads)
+            seen.clear()
+            await session.aappend("user", "hi")
+            assert set(seen) == {threads}
+    finally:
+        handle.remove()
+        torch.set_num_threads(before)

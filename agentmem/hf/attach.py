@@ -92,7 +92,7 @@ class _Attachment:
         cache.memory.bind(rows)
         decoder, start = self.model.get_decoder(), 0
         while (start := start + (width := cache.memory.piece([row[start:] for row in valid], count - start))) < count:
-            with torch.no_grad():
+            with own_frame(holds=False), torch.no_grad():
                 decoder(**_cut(inputs, start - width, start, cache.columns))
         return (), {**inputs, **_cut(inputs, start - width, count, cache.columns)}
 
@@ -156,8 +156,8 @@ def _leave(module: torch.nn.Module, args: tuple[Any, ...], output: object) -> No
         return
     layers = len(frame.memory.layers)
     if output is not None and frame.attended == layers:
-        frame.memory.columns += frame.step.columns
-        frame.step.commit()
+        if not frame.outer or not frame.outer.holds:
+            frame.step.commit()
         return
     frame.step.rollback()
     if output is not None:

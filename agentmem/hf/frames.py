@@ -37,6 +37,8 @@ class Frame:
     memory: CappedMemory | None = None
     attended: int = 0
     """Layers whose attention call came here so far."""
+    holds: bool = False
+    """Whether forwards right inside it wait for :meth:`agentmem.memory.Memory.commit`."""
 
 
 FRAME: ContextVar[Frame | None] = ContextVar("agentmem_frame", default=None)
@@ -108,10 +110,15 @@ def rename(config: PreTrainedConfig) -> Callable[[], None]:
 
 
 @contextmanager
-def own_frame() -> Iterator[None]:
-    """Leave no frame behind: an interrupt, which torch's hooks do not see, would."""
+def own_frame(*, holds: bool | None = None) -> Iterator[None]:
+    """Leave no frame behind: an interrupt, which torch's hooks do not see, would.
+
+    ``holds`` says whether a forward in the block is committed later, by whoever uses its output.
+    """
     frame = FRAME.get()
     try:
+        if holds is not None:
+            FRAME.set(Frame(frame, holds=holds))
         yield
     finally:
         FRAME.set(frame)

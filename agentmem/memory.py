@@ -17,6 +17,7 @@ from agentmem.errors import MemoryCapExceeded, MemoryClosed, SettingsRefused, Un
 from agentmem.job import USUAL, Request
 from agentmem.ledger import Ledger
 from agentmem.marks import Marks
+from agentmem.owner import Owner
 from agentmem.pricing import window_slots
 from agentmem.rebasing import keep_in_reach, rebase
 from agentmem.report import CompactionReport, RebaseReport, RunReport
@@ -103,6 +104,7 @@ class Memory:
         self._subscribers: list[Callable[[Event], None]] = []
         self.progress = Progress()
         """What the rows have consumed."""
+        self.owner = Owner()
         self._pending: Append | None = None
 
     def empty(self) -> Memory:

@@ -58,14 +58,17 @@ class _Attachment:
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
             given = _named(signature, args, kwargs)
-            cache = given.get("past_key_values")
+            cache, hold = given.get("past_key_values"), None
             if isinstance(cache, CappedMemory):
                 cache.open_for(model)
+                hold = cache.memory.owner.take()
                 check_generate(cache, model, given)
             elif cache is None and chosen(model, given).get("use_cache", True):
                 self._refuse_bypass("generate without past_key_values")
             with own_frame():
-                return original(*args, **kwargs)
+                found = original(*args, **kwargs)
+            del hold  # the thread has owned the memory until now
+            return found
 
         def undo() -> None:
             del model.generate
@@ -106,6 +109,7 @@ class _Attachment:
         cache, wanted = inputs.get("past_key_values"), inputs.get("use_cache")
         if isinstance(cache, CappedMemory):
             cache.open_for(self.model)
+            frame.hold = cache.memory.owner.take()
             frame.memory = cache
             frame.step = cache.begin(inputs)
             moved = cache.moved(inputs)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from agentmem.hf.cache import CappedMemory
+    from agentmem.owner import Hold
 
 
 class Step(Protocol):
@@ -35,6 +36,8 @@ class Frame:
     outer: Frame | None
     step: Step | None = None
     memory: CappedMemory | None = None
+    hold: Hold | None = None
+    """That its thread owns the memory meanwhile."""
     attended: int = 0
     """Layers whose attention call came here so far."""
     holds: bool = False

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 import traceback
+from array import array
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -129,7 +130,8 @@ class RowCompaction:
 
     def _summary(self) -> SummaryReport | None:
         """To be told once, though an interrupt came between its adoption and the end of a compaction."""
-        found, self.row.summary = self.row.summary, None
+        found = self.row.state.summary
+        self.row.change(summary=None)
         return found
 
     def _prepared(self) -> bool:
@@ -139,8 +141,7 @@ class RowCompaction:
                 with self._stage("probe text"):
                     self.references.prepare()
                 if self.row.budgets is None:
-                    self.row.budgets = self._dealer().deal(self.references, lambda: self._stage("survey"))
-                    self._begin()
+                    self._begin(self._dealer().deal(self.references, lambda: self._stage("survey")))
             except PolicyContractBroken:
                 raise
             except Exception as error:  # noqa: BLE001  # whatever a policy or a probe raises must not cost the memory
@@ -152,13 +153,12 @@ class RowCompaction:
         if self.memory.settings.on_failure != "evict":
             self._fail(None, fault)
         if self.row.budgets is None:
-            self.row.budgets = self._dealer().equal()
-            self._begin()
+            self._begin(self._dealer().equal())
         return False
 
-    def _begin(self) -> None:
+    def _begin(self, budgets: tuple[tuple[int, ...], ...]) -> None:
         """From now on the compaction goes on until it is done; what it will compact is no longer intact."""
-        self.row.job, self.row.intact = self.job, self.row.seen - self.job.recent
+        self.row.change(budgets=budgets, job=self.job, intact=self.row.seen - self.job.recent)
 
     def _dealer(self) -> Dealer:
         def segment(layer: int, references: tuple[Reference, ...]) -> Segment:
@@ -260,8 +260,7 @@ class RowCompaction:
     def _commit(self, layer: int, store: LayerStore, compaction: Compaction, errors: Errors) -> None:
         with self._stage("commit"):
             replacement = store.compacted(compaction, self.job.begins[layer], self.job.recent, self._headroom())
-            self.row.stores[layer] = replacement
-            store.free()
+            self.row.replace(layer, replacement)
         bias_min, bias_max = replacement.bias_range()
         self.layers[layer] = LayerReport(
             layer=layer,
@@ -309,14 +308,17 @@ class RowCompaction:
             settle(self.row, store)  # a layer that keeps all was not touched, and the tail is about to go
             capacities = [length + headroom for length in store.lengths]
             if tuple(capacities) != store.capacities:
-                self.row.stores[index] = store.resized(capacities)
-                store.free()
-        self.row.budgets = self.row.job = None
-        self.row.intact = self.row.seen - self.job.recent
-        self.row.compactions += 1
-        self.row.dealt_at = self.row.seen
-        self.row.tail = type(self.row.tail)("i")
-        self.row.recount(self.memory.plan.capacity, self.memory.plan.scratch)  # its own policy's, whoever compacted
+                self.row.replace(index, store.resized(capacities))
+        room = min((store.room for _, store in self.row.full()), default=0) - self.memory.plan.scratch
+        self.row.change(
+            budgets=None,
+            job=None,
+            intact=self.row.seen - self.job.recent,
+            compactions=self.row.compactions + 1,
+            dealt_at=self.row.seen,
+            tail=array("i"),
+            full_at=self.row.seen + room,  # by the memory's own policy's plan, whoever compacted
+        )
 
     # ---- faults and time
 

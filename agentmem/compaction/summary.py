@@ -58,7 +58,7 @@ class Rewriting:
         self._check_shorter(len(ids))
         position = self._place(len(ids))
         self._adopt(ids, position)
-        self.row.summary = SummaryReport(
+        summary = SummaryReport(
             text=self._text(written),
             tokens=len(ids),
             start=min(self.memory.plan.prefix, self.row.seen),
@@ -67,6 +67,8 @@ class Rewriting:
             slots_before=before,
             slots_after=self.row.held,
         )
+        full_at = self.row.measured(self.memory.plan.capacity, self.memory.plan.scratch)
+        self.row.change(job=None, budgets=None, summary=summary, full_at=full_at)
         recent = tuple(self.row.ids[self.row.seen - self.job.recent :])
         slots = max(1, round(self.rewrite.keep * len(ids)))
         return Request(slots=min(slots, max(1, self.job.each)), text=ids + recent)
@@ -141,14 +143,12 @@ class Rewriting:
         step = Adopt(memory, row, self.job.begins, self.job.recent, positions)
         assert memory.run_transient is not None  # noqa: S101  # the adapter sets it before the first forward
         each, intact = max(1, self.job.each), row.intact
-        row.job, row.budgets = self.job, tuple((each,) * len(heads) for heads in self.job.begins)
-        row.intact = row.seen - self.job.recent
+        budgets = tuple((each,) * len(heads) for heads in self.job.begins)
+        row.change(job=self.job, budgets=budgets, intact=row.seen - self.job.recent)
         try:
             with torch.no_grad():
                 memory.run_transient(ids, position, step)
         except BaseException:
             if all(row.stores[index] is store for index, store in before):
-                row.job, row.budgets, row.intact = None, None, intact
+                row.change(job=None, budgets=None, intact=intact)
             raise
-        row.job = row.budgets = None
-        row.recount(memory.plan.capacity, memory.plan.scratch)  # from here on an interrupt leaves a row with room

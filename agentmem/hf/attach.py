@@ -58,14 +58,17 @@ class _Attachment:
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
             given = _named(signature, args, kwargs)
-            cache = given.get("past_key_values")
+            cache, hold = given.get("past_key_values"), None
             if isinstance(cache, CappedMemory):
                 cache.open_for(model)
+                hold = cache.memory.owner.take()
                 check_generate(cache, model, given)
             elif cache is None and chosen(model, given).get("use_cache", True):
                 self._refuse_bypass("generate without past_key_values")
             with own_frame():
-                return original(*args, **kwargs)
+                found = original(*args, **kwargs)
+            del hold  # the thread has owned the memory until now
+            return found
 
         def undo() -> None:
             del model.generate
@@ -92,7 +95,7 @@ class _Attachment:
         cache.memory.bind(rows)
         decoder, start = self.model.get_decoder(), 0
         while (start := start + (width := cache.memory.piece([row[start:] for row in valid], count - start))) < count:
-            with torch.no_grad():
+            with own_frame(holds=False), torch.no_grad():
                 decoder(**_cut(inputs, start - width, start, cache.columns))
         return (), {**inputs, **_cut(inputs, start - width, count, cache.columns)}
 
@@ -106,6 +109,7 @@ class _Attachment:
         cache, wanted = inputs.get("past_key_values"), inputs.get("use_cache")
         if isinstance(cache, CappedMemory):
             cache.open_for(self.model)
+            frame.hold = cache.memory.owner.take()
             frame.memory = cache
             frame.step = cache.begin(inputs)
             moved = cache.moved(inputs)
@@ -156,8 +160,8 @@ def _leave(module: torch.nn.Module, args: tuple[Any, ...], output: object) -> No
         return
     layers = len(frame.memory.layers)
     if output is not None and frame.attended == layers:
-        frame.memory.columns += frame.step.columns
-        frame.step.commit()
+        if not frame.outer or not frame.outer.holds:
+            frame.step.commit()
         return
     frame.step.rollback()
     if output is not None:

@@ -108,9 +108,13 @@ class CappedMemory(Cache):
         """View a memory that was opened for ``model``; :func:`attach` connects the two."""
         super().__init__(layers=[_Layer(self, layer.window) for layer in memory.shape.layers])
         self.memory, self.model = memory, model
-        self.columns = 0
 
     # what happened
+
+    @property
+    def columns(self) -> int:
+        """Columns so far, pads included."""
+        return self.memory.progress.consumed.columns
 
     @property
     def plan(self) -> Plan:

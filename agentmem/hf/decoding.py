@@ -129,12 +129,15 @@ def choose(decoding: Decoding, logits: torch.Tensor, generator: torch.Generator 
     return int(torch.multinomial(weights.cpu(), 1, generator=generator)), scores
 
 
-def feed(view: CappedMemory, ids: Sequence[int]) -> torch.Tensor:
-    """Run tokens that stay, at the row's next positions; the logits ``[V]`` after the last."""
+def feed(view: CappedMemory, ids: Sequence[int], *, holds: bool) -> torch.Tensor:
+    """Run tokens that stay, at the row's next positions; the logits ``[V]`` after the last.
+
+    With ``holds`` they are consumed by ``view.memory.commit()``: whoever loses the logits can feed them again.
+    """
     memory = view.memory
     device: Any = view.model.get_input_embeddings().weight.device
     start = memory.rows[0].next_position + memory.rows[0].shift
-    with own_frame(), torch.no_grad():
+    with own_frame(holds=holds), torch.no_grad():
         output = view.model(
             input_ids=torch.tensor([list(ids)], device=device),
             position_ids=torch.arange(start, start + len(ids), device=device)[None],
@@ -144,19 +147,3 @@ def feed(view: CappedMemory, ids: Sequence[int]) -> torch.Tensor:
         )
     logits: torch.Tensor = output.logits[0, -1]
     return logits
-
-
-def take_back(view: CappedMemory) -> None:
-    """Forget the token that was fed last, so that it can be fed again; nothing may have happened in between.
-
-    Score accumulators and stored queries keep what they have taken from it.
-    """
-    memory = view.memory
-    (row,) = memory.rows
-    row.ids.pop()
-    row.next_position -= 1
-    view.columns -= 1
-    for store in row.stores:
-        if store is not None:
-            store.drop_tail(store.seen - row.seen)
-    row.recount(memory.plan.capacity, memory.plan.scratch)

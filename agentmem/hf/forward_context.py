@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from agentmem.hf.cache import CappedMemory
+    from agentmem.memory.owner import Hold
 
 
 class Step(Protocol):
@@ -35,8 +36,12 @@ class Frame:
     outer: Frame | None
     step: Step | None = None
     memory: CappedMemory | None = None
+    hold: Hold | None = None
+    """That its thread owns the memory meanwhile."""
     attended: int = 0
     """Layers whose attention call came here so far."""
+    holds: bool = False
+    """Whether forwards right inside it wait for :meth:`agentmem.memory.memory.Memory.commit`."""
 
 
 FRAME: ContextVar[Frame | None] = ContextVar("agentmem_frame", default=None)
@@ -108,10 +113,15 @@ def rename(config: PreTrainedConfig) -> Callable[[], None]:
 
 
 @contextmanager
-def own_frame() -> Iterator[None]:
-    """Leave no frame behind: an interrupt, which torch's hooks do not see, would."""
+def own_frame(*, holds: bool | None = None) -> Iterator[None]:
+    """Leave no frame behind: an interrupt, which torch's hooks do not see, would.
+
+    ``holds`` says whether a forward in the block is committed later, by whoever uses its output.
+    """
     frame = FRAME.get()
     try:
+        if holds is not None:
+            FRAME.set(Frame(frame, holds=holds))
         yield
     finally:
         FRAME.set(frame)

@@ -5,11 +5,13 @@ Both are called once a layer, with the model's own queries, keys and values (RoP
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from agentmem.attention.ragged import Fresh, attend
+from agentmem.memory.sequence import Consumed
 from agentmem.memory.store import LayerStore, SlotSpec
 from agentmem.planning.pricing import grown, window_slots
 from agentmem.reference_queries.stored import QuerySample
@@ -60,22 +62,31 @@ class Append:
 
     def commit(self) -> None:
         """The forward ended well: the rows have consumed the tokens."""
-        for row, each in zip(self.memory.rows, self.arriving, strict=True):
-            row.tail.extend(each.positions)
-            row.room -= len(each.ids)
-            row.ids.extend(each.ids)
-            if each.positions:
-                before, row.next_position = row.next_position, each.positions[-1] + 1
-                _warn_of_positions(row, before, self.memory.shape.positions)
-        self.memory.appended(max(len(each.ids) for each in self.arriving), sum(len(each.ids) for each in self.arriving))
+        memory, before = self.memory, [row.next_position for row in self.memory.rows]
+        for row, each in zip(memory.rows, self.arriving, strict=True):
+            row.write(each.ids, each.positions)
+        memory.progress.consumed = self._consumed(memory.progress.consumed)
+        for row, position in zip(memory.rows, before, strict=True):
+            _warn_of_positions(row, position, memory.shape.positions)
+        memory.appended(self)
+
+    def _consumed(self, past: Consumed) -> Consumed:
+        """What the rows have consumed with the tokens."""
+        counts = [len(each.ids) for each in self.arriving]
+        prompt, new = (sum(counts), 0) if max(counts) > 1 else (0, sum(counts))
+        ends = zip(self.memory.rows, self.arriving, past.positions, strict=True)
+        return Consumed(
+            tuple(map(operator.add, past.tokens, counts)),
+            tuple(each.positions[-1] + 1 + row.shift if each.positions else place for row, each, place in ends),
+            past.columns + self.columns,
+            past.prompt_tokens + prompt,
+            past.new_tokens + new,
+        )
 
     def rollback(self) -> None:
         """The forward failed: take back what some layers had appended."""
         for row in self.memory.rows:
-            for store in row.stores:
-                if store is not None and store.seen > row.seen:
-                    store.drop_tail(store.seen - row.seen)
-            row.recount(self.memory.plan.capacity, self.memory.plan.scratch)
+            row.take_back()
 
 
 def _warn_of_positions(row: Row, before: int, limit: int | None) -> None:
@@ -102,9 +113,7 @@ class Scratch:
 
     def rollback(self) -> None:
         """Take back all that was appended."""
-        for store in self.row.stores:
-            if store is not None and store.seen > self.row.seen:
-                store.drop_tail(store.seen - self.row.seen)
+        self.row.take_back()
 
 
 class Adopt:
@@ -127,8 +136,8 @@ class Adopt:
         memory.ledger.touch(memory.plan.forward_bytes, "attention of a summary")
         front = store.front(min(self.begins[layer]))
         output, _ = attend(queries[0], front, Fresh(keys[0], values[0]), scale)
-        self.row.stores[layer] = store.rewritten(self.begins[layer], self.recent, keys[0], values[0], self.positions)
-        store.free()
+        new = store.rewritten(self.begins[layer], self.recent, keys[0], values[0], self.positions)
+        self.row.replace(layer, new)
         return output.transpose(0, 1).contiguous().unsqueeze(0)
 
 
@@ -194,7 +203,8 @@ def _roomy(memory: Memory, row: Row, layer: int, like: torch.Tensor, count: int)
     store, window = row.stores[layer], memory.shape.layers[layer].window
     limit = memory.plan.capacity if window is None else window_slots(window, memory.plan.chunk)
     if store is not None and window is not None and store.lengths[0] + count > limit:
-        store.slide(window - 1)
+        store = store.slid(window - 1)
+        row.replace(layer, store)
     if store is not None and store.room >= count:
         return store
     if store is None:
@@ -203,10 +213,8 @@ def _roomy(memory: Memory, row: Row, layer: int, like: torch.Tensor, count: int)
         store = LayerStore(spec, [grown(count, limit)] * spec.shape.kv_heads, memory.ledger)
         store.moves = row.moves
     else:
-        old, store = store, store.resized([grown(max(store.lengths) + count, limit)] * len(store.lengths))
-        row.stores[layer] = store
-        old.free()
-    row.stores[layer] = store
+        store = store.resized([grown(max(store.lengths) + count, limit)] * len(store.lengths))
+    row.replace(layer, store)
     return store
 
 

@@ -9,35 +9,51 @@ from agentmem.errors import MemoryCapExceeded
 from agentmem.settings import format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 
 class Ledger:
-    """Bytes held (R) and borrowed (T) under one cap. Integers only; the tensors live elsewhere."""
+    """Bytes held (R) and borrowed (T) under one cap. Integers only; the tensors live elsewhere.
+
+    R is the sum over holders, each entered and struck out by one store: an interrupt finds an entry made or not made.
+    What an interrupt leaves (a loan without an end, an entry of a holder that nobody uses) :meth:`recover` takes back.
+    """
 
     def __init__(self, cap: int) -> None:
         """Open an account of ``cap`` bytes."""
         self.cap = cap
-        self.resident = 0
         self.transient = 0
         self.peak = 0
         self._mark = 0
         self._outside = False
+        self._held: dict[int, int] = {}
+        """Bytes by the identity of who holds them."""
 
-    def hold(self, count: int, what: str) -> None:
-        """Add ``count`` bytes to R. Call it before the allocation.
+    @property
+    def resident(self) -> int:
+        """R: bytes that are held."""
+        return sum(self._held.values())
+
+    def hold(self, holder: object, count: int, what: str) -> None:
+        """Add ``count`` bytes to R, held by ``holder``. Call it before the allocation.
 
         Raises:
             MemoryCapExceeded: R + T would cross the cap; nothing was added.
 
         """
         self._check(count, what)
-        self.resident += count
-        self._note()
+        self._note(count)
+        self._held[id(holder)] = count
 
-    def release(self, count: int) -> None:
-        """Take ``count`` bytes off R, after the tensors were dropped."""
-        self.resident -= count
+    def release(self, holder: object) -> None:
+        """Take what ``holder`` holds off R, after the tensors were dropped; doing so twice does nothing."""
+        self._held.pop(id(holder), None)
+
+    def recover(self, holders: Iterable[object]) -> None:
+        """Nothing is borrowed, and nobody but ``holders`` holds anything: true before each forward or compaction."""
+        self.transient, self._outside = 0, False
+        if len(self._held) != len(kept := set(map(id, holders))):
+            self._held = {holder: count for holder, count in self._held.items() if holder in kept}
 
     def touch(self, count: int, what: str) -> None:
         """Count ``count`` bytes in T for an instant: for scratch that is gone before anything else is allocated.
@@ -61,12 +77,13 @@ class Ledger:
         """
         count = 0 if self._outside else count
         self._check(count, what)
-        self.transient += count
-        self._note()
+        self._note(count)
+        before = self.transient
         try:
+            self.transient = before + count
             yield
         finally:
-            self.transient -= count
+            self.transient = before
 
     @contextmanager
     def outside(self) -> Iterator[None]:

@@ -15,8 +15,9 @@ from agentmem.compaction.run import RowCompaction
 from agentmem.errors import MemoryCapExceeded, MemoryClosed, SettingsRefused, UnsupportedGeneration
 from agentmem.memory.forwards import Adopt, Append, Arriving, Scratch, Transient
 from agentmem.memory.ledger import Ledger
+from agentmem.memory.owner import Owner
 from agentmem.memory.positions import keep_in_reach, rebase
-from agentmem.memory.sequence import Row
+from agentmem.memory.sequence import Consumed, Progress, Row
 from agentmem.planning.capacity import make_plans
 from agentmem.planning.pricing import window_slots
 from agentmem.reference_queries.patterns import Marks
@@ -24,14 +25,16 @@ from agentmem.reporting import log_events
 from agentmem.reporting.report import CompactionReport, RebaseReport, RunReport
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from agentmem.contracts import Policy
     from agentmem.language import Language
     from agentmem.memory.positions import Positions
+    from agentmem.memory.store import LayerStore
     from agentmem.planning.model_shape import ModelShape
     from agentmem.planning.pricing import Plan
     from agentmem.reference_queries.probe import Probe, Words
+    from agentmem.reference_queries.stored import QuerySample
     from agentmem.settings import Settings
 
 
@@ -99,7 +102,9 @@ class Memory:
         self.stopped: str | None = None
         self._closed = False
         self._subscribers: list[Callable[[Event], None]] = []
-        self._prompt_tokens = self._new_tokens = 0
+        self.progress = Progress()
+        """What the rows have consumed."""
+        self.owner = Owner()
         self._pending: Append | None = None
 
     def empty(self) -> Memory:
@@ -131,7 +136,8 @@ class Memory:
             cap_bytes=self.plan.cap_bytes, capacity=self.plan.capacity, rows=rows, policy=self.policy.name
         )
         room, layers, seed = self.plan.capacity - self.plan.scratch, len(self.shape.layers), self.settings.seed
-        self.rows = [Row(index, layers, room, seed) for index in range(rows)]
+        self.progress.consumed = Consumed((0,) * rows, (0,) * rows)
+        self.rows = [Row(index, layers, room, seed, self.progress) for index in range(rows)]
 
     def piece(self, arriving: Sequence[Sequence[bool]], limit: int) -> int:
         """Columns of a batch that can be fed now: as many as no row has to be compacted for, ``limit`` at most.
@@ -248,15 +254,6 @@ class Memory:
             rebase(self, row)
 
     @property
-    def counted(self) -> tuple[int, int]:
-        """Tokens consumed in forwards of more than one token, and one at a time."""
-        return self._prompt_tokens, self._new_tokens
-
-    @counted.setter
-    def counted(self, counts: tuple[int, int]) -> None:
-        self._prompt_tokens, self._new_tokens = counts
-
-    @property
     def scored(self) -> bool:
         """Whether slots have scores."""
         return self.policy.scores != "none"
@@ -272,18 +269,29 @@ class Memory:
         return self._pending
 
     def abandon(self) -> None:
-        """Take back a forward that neither ended nor failed: an interrupt ended it between two layers."""
-        if self._pending is not None:
-            self._pending.rollback()
-            self._pending = None
+        """Take back what was begun and never committed, wherever an interrupt or a fault ended it.
 
-    def appended(self, longest: int, tokens: int) -> None:
-        """Account a committed forward."""
+        Everything that is to begin anew calls it first: no forward, no compaction and no loan is under way then.
+        """
         self._pending = None
-        if longest > 1:
-            self._prompt_tokens += tokens
-        else:
-            self._new_tokens += tokens
+        self.ledger.recover(self._holders())
+        for row in self.rows:
+            row.take_back()
+
+    def _holders(self) -> Iterator[LayerStore | QuerySample]:
+        for row in self.rows:
+            yield from (store for store in row.stores if store is not None)
+            yield from (sample for layer in row.samples for sample in layer)
+
+    def commit(self) -> None:
+        """The forward that has attended in every layer ended well: the rows have consumed its tokens."""
+        if self._pending is not None:
+            self._pending.commit()
+
+    def appended(self, step: Append) -> None:
+        """A forward was committed."""
+        if self._pending is step:
+            self._pending = None
         if self._subscribers:
             self.publish(self.usage())
 
@@ -325,8 +333,8 @@ class Memory:
             capacity=self.plan.capacity,
             rows=len(self.rows),
             num_compactions=len(self.compactions),
-            num_prompt_tokens=self._prompt_tokens,
-            num_new_tokens=self._new_tokens,
+            num_prompt_tokens=self.progress.consumed.prompt_tokens,
+            num_new_tokens=self.progress.consumed.new_tokens,
             seconds_compacting=sum(report.seconds for report in self.compactions),
             stopped=self.stopped,
             compactions=tuple(self.compactions),
@@ -368,15 +376,12 @@ class Memory:
 
     def close(self) -> None:
         """Free all slots; the reports stay readable."""
-        for row in self.rows:
-            for store in row.stores:
-                if store is not None:
-                    store.free()
-            for sample in (sample for layer in row.samples for sample in layer):
-                self.ledger.release(sample.held_bytes)
-            row.stores = [None] * len(row.stores)
-            row.samples = [()] * len(row.samples)
         self._closed = True
+        for row in self.rows:
+            for layer in range(len(row.stores)):
+                row.replace(layer, None)
+            row.samples = [()] * len(row.samples)
+        self.ledger.recover(())
 
 
 def unwatched() -> None:

@@ -73,7 +73,8 @@ def promote(memory: Memory, row: Row) -> None:
     if spans:
         row.promoting = stop
         _promote(memory, row, spans, row.front(prefix))
-    row.pins.until, row.promoting = stop, None
+    row.pins.until = stop
+    row.promoting = None
 
 
 def _promote(memory: Memory, row: Row, spans: list[tuple[int, int]], front: int) -> None:
@@ -84,10 +85,10 @@ def _promote(memory: Memory, row: Row, spans: list[tuple[int, int]], front: int)
         if store.promoted == wanted:
             continue
         settle(row, store)
-        row.stores[index] = store.reordered(front, backs)
-        store.free()
+        row.replace(index, store.reordered(front, backs))
 
 
 def settle(row: Row, store: LayerStore) -> None:
     """Write the positions of what was appended since the last compaction into a store."""
-    store.settle(torch.frombuffer(row.tail, dtype=torch.int32) if row.tail else torch.empty(0))
+    tail = row.tail[:]  # a copy: an array whose buffer some traceback keeps could not grow any more
+    store.settle(torch.frombuffer(tail, dtype=torch.int32) if tail else torch.empty(0))

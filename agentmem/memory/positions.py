@@ -84,14 +84,12 @@ def rebase(memory: Memory, row: Row, tokens: int = 0) -> None:
     if move.start == move.end:
         return
     before = None if row.moving else _asked(memory, row)
-    row.moving = move
+    row.change(moving=move)
     for layer, store in enumerate(row.stores):
         if store is not None and store.moves == row.moves:
             _move_layer(memory, row, layer, store)
     _move_samples(row, memory.positions.rotations, move)
-    row.moves, row.moving = row.moves + 1, None
-    row.next_position += move.end - move.start
-    row.shift -= move.end - move.start
+    row.change(moves=row.moves + 1, moving=None, shift=row.shift + move.start - move.end)
     report = RebaseReport(
         row=row.index,
         tokens_seen=row.seen,
@@ -150,8 +148,7 @@ def _move_layer(memory: Memory, row: Row, layer: int, old: LayerStore) -> None:
         for head in range(len(new.lengths)):
             _move_head(memory, row, new, head, layer, move)
     new.moves = row.moves + 1
-    row.stores[layer] = new
-    old.free()
+    row.replace(layer, new)
 
 
 def _move_head(memory: Memory, row: Row, store: LayerStore, head: int, layer: int, move: Move) -> None:

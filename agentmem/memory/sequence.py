@@ -1,15 +1,24 @@
-"""One sequence of a batch: its stores, and what it has consumed."""
+"""One sequence of a batch: its stores, and what it has consumed.
+
+Nothing here is changed in two places. What a forward changes, for all rows at once, is one :class:`Consumed`; what a
+compaction or a re-basing changes is one :class:`RowState`; a layer's slots are one store. Each is replaced by a single
+assignment, so an interrupt finds the old or the new one. Ids and positions are written behind the end that those values
+state, and count from the moment that they do.
+"""
 
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from agentmem.memory.pins import Pins
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from agentmem.compaction.request import Job
     from agentmem.memory.positions import Move
     from agentmem.memory.store import LayerStore
@@ -18,57 +27,116 @@ if TYPE_CHECKING:
     from agentmem.reporting.report import SummaryReport
 
 
+class Consumed(NamedTuple):
+    """What all rows of a memory have consumed: a forward is committed by replacing it."""
+
+    tokens: tuple[int, ...] = ()
+    """Of each row."""
+    positions: tuple[int, ...] = ()
+    """The next position of each row, as whoever feeds it counts: re-basing leaves it alone."""
+    columns: int = 0
+    """Columns, pads included."""
+    prompt_tokens: int = 0
+    """Tokens of forwards of more than one token; of those of one: ``new_tokens``."""
+    new_tokens: int = 0
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a memory keeps its :class:`Consumed`, for its rows to read."""
+
+    consumed: Consumed = field(default_factory=Consumed)
+
+
+@dataclass(frozen=True, slots=True)
+class RowState:
+    """What compactions and re-basings change of a row."""
+
+    full_at: int
+    """Tokens that the row will have consumed when it must be compacted."""
+    tail: array[int] = field(default_factory=lambda: array("i"))
+    """Positions of the tokens appended since ``dealt_at``."""
+    dealt_at: int | None = None
+    """Tokens seen when headroom was last dealt; ``None`` while stores still grow towards the capacity."""
+    intact: int = 0
+    """Tokens from this one on have a slot in every head, as they were appended."""
+    compactions: int = 0
+    budgets: tuple[tuple[int, ...], ...] | None = None
+    """Segment slots per layer and head of a compaction that has begun and not ended."""
+    job: Job | None = None
+    """What that compaction is to do, while it has begun and not ended."""
+    summary: SummaryReport | None = None
+    """The newest summary that the slots hold and no report has told."""
+    shift: int = 0
+    """What re-basing took off the positions so far."""
+    moves: int = 0
+    """Re-basings that have ended."""
+    moving: Move | None = None
+    """A re-basing that has begun and not ended."""
+
+
 class Row:
     """One sequence: its stores, and what it has consumed."""
 
-    def __init__(self, index: int, layers: int, room: int, seed: int) -> None:
+    def __init__(self, index: int, layers: int, room: int, seed: int, progress: Progress) -> None:
         """An empty row with room for so many tokens; its randomness does not depend on the other rows."""
         self.index = index
-        self.stores: list[LayerStore | None] = [None] * layers
+        self.state = RowState(full_at=room)
+        self._progress = progress
+        self._stores: tuple[LayerStore | None, ...] = (None,) * layers
+        self._ids: array[int] = array("q")
         self.samples: list[tuple[QuerySample, ...]] = [()] * layers
         """Per layer, one sample for each stored part of the policy's queries."""
-        self.ids: array[int] = array("q")
-        self.tail: array[int] = array("i")
-        """Positions of the tokens appended since the last compaction."""
-        self.next_position = 0
-        self.shift = 0
-        """What re-basing took off the positions so far."""
-        self.moves = 0
-        """Re-basings that have ended."""
-        self.moving: Move | None = None
-        """A re-basing that has begun and not ended."""
         self.marks: dict[str, Marks] = {}
         """What was read for each pattern."""
-        self.room = room
-        """Tokens that can be appended before the row must be compacted."""
-        self.budgets: tuple[tuple[int, ...], ...] | None = None
-        """Segment slots per layer and head of a compaction that has begun and not ended."""
-        self.job: Job | None = None
-        """What that compaction is to do, while it has begun and not ended."""
-        self.summary: SummaryReport | None = None
-        """The newest summary that the slots hold and no report has told."""
         self.pins = Pins()
         self.promoting: int | None = None
         """Up to which token pins are being promoted, while that has begun and not ended."""
-        self.intact = 0
-        """Tokens from this one on have a slot in every head, as they were appended."""
-        self.compactions = 0
         self.generator = torch.Generator().manual_seed(seed)
-        self.dealt_at: int | None = None
-        """Tokens seen when headroom was last dealt; ``None`` while stores still grow towards the capacity."""
 
-    def recount(self, capacity: int, scratch: int) -> None:
-        """Work out room and tail again from the stores, after something was taken back; ``scratch`` slots stay free."""
-        del self.tail[self.seen - (self.dealt_at or 0) :]
+    # ---- changes
+
+    def change(self, **changes: Any) -> None:
+        """Replace parts of the state, all at once."""
+        self.state = replace(self.state, **changes)
+
+    def replace(self, layer: int, store: LayerStore | None) -> None:
+        """Put a store in the place of a layer's, which is freed: the only way to change what a row holds."""
+        old = self._stores[layer]
+        self._stores = (*self._stores[:layer], store, *self._stores[layer + 1 :])
+        if old is not None:
+            old.free()
+
+    def write(self, ids: Sequence[int], positions: Sequence[int]) -> None:
+        """Write tokens behind the last one; they count once the memory's :class:`Consumed` says so."""
+        del self._ids[self.seen :]
+        self._ids.extend(ids)
+        del self.state.tail[self._tail_length() :]
+        self.state.tail.extend(positions)
+
+    def take_back(self) -> None:
+        """Drop the slots of tokens that were never committed."""
+        for store in self._stores:
+            if store is not None and store.seen > self.seen:
+                store.drop_tail(store.seen - self.seen)
+
+    def measured(self, capacity: int, scratch: int) -> int:
+        """``full_at``, worked out from the stores; ``scratch`` slots stay free."""
         full = [store for _, store in self.full()]
         if self.dealt_at is not None:
-            self.room = min((store.room for store in full), default=0) - scratch
-        else:
-            self.room = capacity - scratch - max((max(store.lengths) for store in full), default=0)
+            return self.seen + min((store.room for store in full), default=0) - scratch
+        return self.seen + capacity - scratch - max((max(store.lengths) for store in full), default=0)
+
+    # ---- what it holds
+
+    @property
+    def stores(self) -> tuple[LayerStore | None, ...]:
+        """The slots of each layer."""
+        return self._stores
 
     def full(self) -> list[tuple[int, LayerStore]]:
         """Layers of full attention, which are compacted, and their stores; those that hold something."""
-        stores = enumerate(self.stores)
+        stores = enumerate(self._stores)
         return [(index, store) for index, store in stores if store is not None and store.spec.shape.window is None]
 
     def mean_slots(self) -> int:
@@ -86,11 +154,80 @@ class Row:
         return self.seen - token - self.pins.count(max(token, prefix), self.pins.until)
 
     @property
-    def seen(self) -> int:
-        """Tokens that the row has consumed."""
-        return len(self.ids)
-
-    @property
     def held(self) -> int:
         """Slots physically occupied, over all layers and heads."""
-        return sum(sum(store.lengths) for store in self.stores if store is not None)
+        return sum(sum(store.lengths) for store in self._stores if store is not None)
+
+    # ---- what it has consumed
+
+    @property
+    def seen(self) -> int:
+        """Tokens that the row has consumed."""
+        return self._progress.consumed.tokens[self.index]
+
+    @property
+    def ids(self) -> array[int]:
+        """Their ids."""
+        ids, seen = self._ids, self.seen
+        return ids if len(ids) == seen else ids[:seen]
+
+    @property
+    def tail(self) -> array[int]:
+        """Positions of the tokens appended since the last compaction."""
+        tail, length = self.state.tail, self._tail_length()
+        return tail if len(tail) == length else tail[:length]
+
+    def _tail_length(self) -> int:
+        return self.seen - (self.dealt_at or 0)
+
+    @property
+    def next_position(self) -> int:
+        """The position of the next token."""
+        return self._progress.consumed.positions[self.index] - self.shift
+
+    @property
+    def room(self) -> int:
+        """Tokens that can be appended before the row must be compacted."""
+        return self.state.full_at - self.seen
+
+    # ---- parts of the state, by their names
+
+    @property
+    def dealt_at(self) -> int | None:
+        """See :class:`RowState`."""
+        return self.state.dealt_at
+
+    @property
+    def intact(self) -> int:
+        """See :class:`RowState`."""
+        return self.state.intact
+
+    @property
+    def compactions(self) -> int:
+        """See :class:`RowState`."""
+        return self.state.compactions
+
+    @property
+    def budgets(self) -> tuple[tuple[int, ...], ...] | None:
+        """See :class:`RowState`."""
+        return self.state.budgets
+
+    @property
+    def job(self) -> Job | None:
+        """See :class:`RowState`."""
+        return self.state.job
+
+    @property
+    def shift(self) -> int:
+        """See :class:`RowState`."""
+        return self.state.shift
+
+    @property
+    def moves(self) -> int:
+        """See :class:`RowState`."""
+        return self.state.moves
+
+    @property
+    def moving(self) -> Move | None:
+        """See :class:`RowState`."""
+        return self.state.moving

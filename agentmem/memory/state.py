@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from agentmem.memory.pinning import promote, settle
 from agentmem.memory.pins import Pins
+from agentmem.memory.sequence import Consumed
 from agentmem.memory.store import LayerStore, SlotSpec
 from agentmem.reference_queries.stored import QuerySample
 from agentmem.reporting.report import CompactionReport, RebaseReport
@@ -112,7 +113,7 @@ def take(memory: Memory) -> tuple[RowImage, dict[str, torch.Tensor]]:
                 settle(row, store)
             tensors |= _views(index, store)
             tensors |= {f"layer.{index}.sample.{at}": each.kept for at, each in enumerate(row.samples[index])}
-    counts = memory.counted
+    consumed = memory.progress.consumed
     image = RowImage(
         tokens=row.seen,
         next_position=row.next_position,
@@ -123,8 +124,8 @@ def take(memory: Memory) -> tuple[RowImage, dict[str, torch.Tensor]]:
         dealt_at=row.dealt_at,
         pins=tuple(row.pins.spans),
         promoted_until=row.pins.until,
-        prompt_tokens=counts[0],
-        new_tokens=counts[1],
+        prompt_tokens=consumed.prompt_tokens,
+        new_tokens=consumed.new_tokens,
         scales=tuple(memory.scales),
         layers=tuple(_layer(row, index) for index in range(len(row.stores))),
         compaction_reports=tuple(memory.compactions),
@@ -171,17 +172,29 @@ def give(memory: Memory, image: RowImage, tensors: dict[str, torch.Tensor]) -> N
     """
     memory.bind(1)
     (row,) = memory.rows
-    row.ids = array("q", tensors.pop("ids").tolist())
-    row.tail = array("i", bytes(4 * (image.tokens - (image.dealt_at or 0))))  # in the stores all positions are settled
+    row.write(tensors.pop("ids").tolist(), ())
     row.generator.set_state(tensors.pop("generator"))
-    row.next_position, row.shift, row.moves = image.next_position, image.shift, image.moves
-    row.intact, row.compactions, row.dealt_at = image.intact, image.compactions, image.dealt_at
+    row.change(
+        tail=array("i", bytes(4 * (image.tokens - (image.dealt_at or 0)))),  # in the stores all positions are settled
+        shift=image.shift,
+        moves=image.moves,
+        intact=image.intact,
+        compactions=image.compactions,
+        dealt_at=image.dealt_at,
+    )
+    memory.progress.consumed = Consumed(
+        (image.tokens,),
+        (image.next_position + image.shift,),
+        image.tokens,
+        image.prompt_tokens,
+        image.new_tokens,
+    )
     row.pins = Pins([(low, high) for low, high in image.pins], image.promoted_until)
     memory.compactions[:], memory.rebases[:] = image.compaction_reports, image.rebase_reports
-    memory.counted, memory.scales = (image.prompt_tokens, image.new_tokens), list(image.scales)
+    memory.scales = list(image.scales)
     for index, layer in enumerate(image.layers):
         if layer is not None:
-            row.stores[index] = _store(memory, row, index, layer, tensors)
+            row.replace(index, _store(memory, row, index, layer, tensors))
             row.samples[index] = _samples(memory, row, index, layer, tensors)
     expand(memory, row)
 
@@ -241,7 +254,7 @@ def trim(memory: Memory, row: Row) -> None:
         if store is not None:
             _resize(row, index, store, store.lengths)
     if row.dealt_at is not None:
-        row.room = _headroom(memory, row) - memory.plan.scratch  # as it will be
+        row.change(full_at=row.seen + _headroom(memory, row) - memory.plan.scratch)  # as it will be
 
 
 def expand(memory: Memory, row: Row) -> None:
@@ -250,7 +263,7 @@ def expand(memory: Memory, row: Row) -> None:
         headroom = _headroom(memory, row)
         for index, store in row.full():
             _resize(row, index, store, [length + headroom for length in store.lengths])
-    row.recount(memory.plan.capacity, memory.plan.scratch)
+    row.change(full_at=row.measured(memory.plan.capacity, memory.plan.scratch))
 
 
 def _headroom(memory: Memory, row: Row) -> int:
@@ -263,8 +276,7 @@ def _headroom(memory: Memory, row: Row) -> int:
 
 def _resize(row: Row, index: int, store: LayerStore, capacities: list[int]) -> None:
     if store.capacities != tuple(capacities):
-        row.stores[index] = store.resized(capacities)
-        store.free()
+        row.replace(index, store.resized(capacities))
 
 
 def copy(memory: Memory) -> Memory:

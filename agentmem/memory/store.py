@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -40,6 +40,13 @@ class SlotSpec:
         return rows + 4 + 4 + (4 if self.scores else 0)
 
 
+class Extent(NamedTuple):
+    """How far a store is filled: one value, so that no interrupt finds one part without the other."""
+
+    lengths: list[int]
+    seen: int
+
+
 class LayerStore:
     """The slots of one layer of one row: ``keys [S, d]``, ``values [S, dv]``, ``bias [S]``, ``positions [S]``.
 
@@ -50,8 +57,8 @@ class LayerStore:
     """
 
     __slots__ = (
-        "bias", "biased", "capacities", "held_bytes", "keys", "ledger", "lengths", "moves", "positions",
-        "promoted", "scores", "seen", "settled", "spec", "starts", "uniform", "values",
+        "bias", "biased", "capacities", "extent", "held_bytes", "keys", "ledger", "moves", "positions",
+        "promoted", "scores", "settled", "spec", "starts", "uniform", "values",
     )  # fmt: skip
 
     def __init__(self, spec: SlotSpec, capacities: Sequence[int], ledger: Ledger) -> None:
@@ -64,19 +71,17 @@ class LayerStore:
         self.spec, self.ledger = spec, ledger
         self.capacities = tuple(capacities)
         self.starts = (0, *accumulate(self.capacities))[:-1]
-        self.lengths = [0] * len(self.capacities)
+        self.extent = Extent([0] * len(self.capacities), 0)
         self.settled = [0] * len(self.capacities)
         self.uniform = len(set(self.capacities)) == 1
         self.biased = False
-        self.seen = 0
-        """Tokens ever appended, whatever became of their slots."""
         self.moves = 0
         """How often its slots were moved to lower positions."""
         self.promoted = 0
         """Slots of pinned tokens that were moved to the front, behind the prefix."""
-        total, self.held_bytes = sum(self.capacities), 0
-        ledger.hold(total * spec.slot_bytes, "a layer's slots")
+        total = sum(self.capacities)
         self.held_bytes = total * spec.slot_bytes
+        ledger.hold(self, self.held_bytes, "a layer's slots")
         try:
             self._allocate(total)
         except BaseException:  # the machine itself may be out of memory
@@ -92,6 +97,16 @@ class LayerStore:
             self.bias = torch.zeros(total, dtype=torch.float32, device=device)
             self.positions = torch.empty(total, dtype=torch.int32, device=device)
             self.scores = torch.zeros(total, dtype=torch.float32, device=device) if spec.scores else None
+
+    @property
+    def lengths(self) -> list[int]:
+        """Slots that each head has filled."""
+        return self.extent.lengths
+
+    @property
+    def seen(self) -> int:
+        """Tokens ever appended, whatever became of their slots."""
+        return self.extent.seen
 
     @property
     def allocated_bytes(self) -> int:
@@ -122,13 +137,12 @@ class LayerStore:
         self.scores = None
 
     def _release(self) -> None:
-        held, self.held_bytes = self.held_bytes, 0
-        self.ledger.release(held)
+        self.held_bytes = 0
+        self.ledger.release(self)
 
     def __del__(self) -> None:
         """An interrupt between a swap and the freeing of the old store must not leave its bytes in the account."""
-        if getattr(self, "held_bytes", 0):
-            self._release()
+        self.ledger.release(self)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor | None = None) -> None:
         """Append ``keys [H, q, d]`` and ``values [H, q, dv]`` to every head; the caller has made room."""
@@ -139,7 +153,7 @@ class LayerStore:
             self.values.view(heads, -1, values.shape[2])[:, start : start + count] = values
             if scores is not None and self.scores is not None:
                 self.scores.view(heads, -1)[:, start : start + count] = scores
-            self.lengths, self.seen = [start + count] * heads, self.seen + count
+            self.extent = Extent([start + count] * heads, self.seen + count)
             return
         for head, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
             span = slice(start + length, start + length + count)
@@ -148,28 +162,16 @@ class LayerStore:
             if scores is not None and self.scores is not None:
                 self.scores[span] = scores[head]
         # Last, so that a fault before leaves nothing to be taken back that was never there.
-        self.lengths, self.seen = [length + count for length in self.lengths], self.seen + count
+        self.extent = Extent([length + count for length in self.lengths], self.seen + count)
 
     def drop_tail(self, count: int) -> None:
         """Forget the last ``count`` appended slots of every head (their β and scores become zero again)."""
-        for head, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
+        for start, length in zip(self.starts, self.lengths, strict=True):
             if self.scores is not None:
                 self.scores[start + length - count : start + length] = 0
-            self.lengths[head] = length - count
-        self.seen -= count
-
-    def slide(self, keep: int) -> None:
-        """Keep only the last ``keep`` slots of every head (the fixed-window rule), moving them to the front."""
-        for head, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
-            shift = length - keep
-            if shift <= 0:
-                continue
-            for tensor in (self.keys, self.values, *(() if self.scores is None else (self.scores,))):
-                # Blocks no longer than the shift never overlap with where they are moved from.
-                for begin in range(start, start + keep, shift):
-                    end = min(begin + shift, start + keep)
-                    tensor[begin:end] = tensor[begin + shift : end + shift]
-            self.lengths[head] = keep
+        lengths = [length - count for length in self.lengths]
+        self.settled = list(map(min, self.settled, lengths))
+        self.extent = Extent(lengths, self.seen - count)
 
     def runs(self, last: int | None = None, *, scored: bool = True) -> list[Run]:
         """Views for attention: one run where all heads lie alike, else one a head.
@@ -300,6 +302,19 @@ class LayerStore:
         store.biased = self.biased
         return store._filled(self.lengths, self.settled, self)
 
+    def slid(self, keep: int) -> LayerStore:
+        """A new store with only the last ``keep`` slots of every head (the fixed-window rule)."""
+        store = LayerStore(self.spec, self.capacities, self.ledger)
+        lengths = [min(keep, length) for length in self.lengths]
+        try:
+            for head, (length, kept) in enumerate(zip(self.lengths, lengths, strict=True)):
+                self._write_spans(store, head, [(length - kept, length)])
+        except BaseException:
+            store.free()
+            raise
+        store.biased = self.biased
+        return store._filled(lengths, [0] * len(lengths), self)
+
     def reordered(self, front: int, spans: Sequence[tuple[int, int]]) -> LayerStore:
         """A new store in which some of the last slots stand behind the first ``front`` ones, order kept otherwise.
 
@@ -339,7 +354,7 @@ class LayerStore:
         self, lengths: Sequence[int], settled: Sequence[int], *, seen: int, promoted: int, moves: int
     ) -> LayerStore:
         """Say what was written into a new store; returns it."""
-        self.lengths, self.settled = list(lengths), list(settled)
-        self.seen, self.promoted, self.moves = seen, promoted, moves
+        self.extent, self.settled = Extent(list(lengths), seen), list(settled)
+        self.promoted, self.moves = promoted, moves
         self.uniform = len(set(self.capacities)) == 1 and len(set(lengths)) == 1
         return self

@@ -34,16 +34,16 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_THREADS: WeakKeyDictionary[Any, ThreadPoolExecutor] = WeakKeyDictionary()
-_GUARD = threading.Lock()
+THREADS: WeakKeyDictionary[Any, ThreadPoolExecutor] = WeakKeyDictionary()
+GUARD = threading.Lock()
 
 
 def _thread(model: Any) -> ThreadPoolExecutor:
     """The one thread on which a model computes for asyncio, whatever loops there are."""
-    with _GUARD:
-        if model not in _THREADS:
-            _THREADS[model] = ThreadPoolExecutor(1, thread_name_prefix="agentmem-model")
-        return _THREADS[model]
+    with GUARD:
+        if model not in THREADS:
+            THREADS[model] = ThreadPoolExecutor(1, thread_name_prefix="agentmem-model")
+        return THREADS[model]
 
 
 async def _run(session: Session, call: Callable[[], T], cancel: Callable[[], None] = lambda: None) -> T:

@@ -17,6 +17,7 @@ from agentmem.language import Language
 from agentmem.memory.memory import unwatched
 from agentmem.sessions.arguments import check_count, check_making, check_name, check_place, check_seconds
 from agentmem.sessions.chat.template import ChatTemplate
+from agentmem.sessions.forking import RUNTIMES
 from agentmem.sessions.hook_calls import Asking
 from agentmem.sessions.leasing.admission import Leases
 from agentmem.sessions.leasing.holding import Holding, Stage
@@ -110,6 +111,7 @@ class Runtime:
         self.templates: WeakKeyDictionary[ChatTemplate, str] = WeakKeyDictionary()
         """What the chat template of each session was given besides messages, as a digest."""
         self._closed = False
+        RUNTIMES.add(self)
 
     # ---- sessions
 
@@ -228,13 +230,14 @@ class Runtime:
 
     def try_admit(self, session: Session) -> bool:
         """Give a session its lease for a turn if there is room for it, or can be made."""
+        admitted = False
         with self.lock:
-            self.begin(session)
-            admitted = False
+            free = not session.busy
             try:
+                self.begin(session)
                 admitted = lend(self, session)
             finally:
-                if not admitted:
+                if not admitted and free:
                     session.busy = False
             return admitted
 
@@ -247,10 +250,12 @@ class Runtime:
 
     def leave(self, session: Session) -> None:
         """A turn is over: the session is idle. Never waits."""
-        memory = session.holding.memory
-        if memory is not None:
-            memory.boundary = unwatched
-        session.busy = False
+        try:
+            memory = session.holding.memory
+            if memory is not None:
+                memory.boundary = unwatched
+        finally:
+            session.busy = False
         self.wake_next()
 
     def wake_next(self) -> None:

@@ -258,7 +258,11 @@ class Session:
             while (event := steps.step()) is not None:
                 yield event
         finally:
-            steps.close()
+            try:
+                steps.close()
+            finally:  # once more, should an interrupt come between
+                if steps.holds:
+                    self.runtime.leave(self)
 
     def steps(self, make: Callable[[], Generator[Event | None, None, None]], deadline: float | None) -> Steps:
         """The steps of a turn of an admitted session, which is idle again if there cannot be any."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from agentmem.compaction.request import USUAL, Request
 from agentmem.compaction.run import RowCompaction
 from agentmem.errors import TurnEnded
-from agentmem.hf.decoding import Decoding, choose, feed, take_back
+from agentmem.hf.decoding import Decoding, choose, feed
 from agentmem.memory.pinning import pin_coming
 from agentmem.sessions.chat.text_decoder import TextPieces
 from agentmem.sessions.events import (
@@ -101,23 +101,24 @@ def read(
     """Feed what is pending but for the last ``leave`` ids; yields the events of compactions.
 
     Between turns the last id is always left: the forward that a reply begins with needs one, and not every chat
-    template has a generation prompt. Without it (``leave=0``), returns the logits after the last token; nothing can
-    end the turn before they are used.
+    template has a generation prompt. Without it (``leave=0``), returns the logits after the last token; the last
+    forward is consumed when they have been used.
     """
     memory = session.memory
-    logits: torch.Tensor | None = None
     while (count := len(waiting := session.pending) - leave) > 0:
         yield from make_room(session)
         session.watch.check()
         width = memory.piece([[True] * count], _piece(memory, after))
-        logits = feed(session.view, waiting[:width])
-        if leave or width < count:
-            yield from rebased(session)
+        holds = not leave and width == count
+        logits = feed(session.view, waiting[:width], holds=holds)
+        if holds:
+            return logits
+        yield from rebased(session)
         if after is not None:
             yield from _compact_span(session, after, last=width == count)
         if width < count:
             yield None
-    return logits
+    return None
 
 
 def rebased(session: Session) -> Events:
@@ -213,7 +214,8 @@ def _decode(session: Session, reply: Reply, decoding: Decoding, pieces: TextPiec
         token, scores = _take(session, decoding, reply, logits)
         text = "" if token in decoding.ends else pieces.push(token)
         reply.text += text
-        reason = _ended(decoding, reply, token, scores)  # before the events: the turn may end at any of them
+        reply.ids.append(token)
+        reason = _ended(decoding, token, scores)  # before the events: the turn may end at any of them
         yield TokenEvent(id=token)
         if text:
             yield TextEvent(text=text)
@@ -222,20 +224,20 @@ def _decode(session: Session, reply: Reply, decoding: Decoding, pieces: TextPiec
 
 
 def _take(session: Session, decoding: Decoding, reply: Reply, logits: torch.Tensor) -> tuple[int, torch.Tensor]:
-    """Choose the next token and take it into everything; where that fails, the last one is to be read again."""
-    try:
-        token, scores = choose(decoding, logits, session.generator)
-        session.ids.append(token)
-        try:
-            pin_reply(session, len(session.ids) - 1)
-        except BaseException:
-            session.ids.pop()
-            raise
-    except BaseException:
-        take_back(session.view)
-        raise
+    """Choose the next token, take it into the conversation, and only then count what it was chosen by as read.
+
+    Wherever this ends early there is something left to be read again.
+    """
+    token, scores = choose(decoding, logits, session.generator)
     decoding.add(token)
-    reply.ids.append(token)
+    reply.end = token if token in decoding.ends else None
+    session.ids.append(token)
+    try:
+        pin_reply(session, len(session.ids) - 1)
+    except BaseException:
+        session.ids.pop()
+        raise
+    session.memory.commit()
     return token, scores
 
 
@@ -250,9 +252,8 @@ def pin_reply(session: Session, start: int) -> None:
         pin_coming(session.memory, session.memory.rows[0], [(start, len(session.ids))])
 
 
-def _ended(decoding: Decoding, reply: Reply, token: int, scores: torch.Tensor) -> Reason | None:
+def _ended(decoding: Decoding, token: int, scores: torch.Tensor) -> Reason | None:
     if token in decoding.ends:
-        reply.end = token
         return "end"
     if not decoding.stops(scores):
         return None

@@ -20,6 +20,8 @@ class Steps:
         """Nothing is run yet; ``deadline`` is on the monotonic clock."""
         self._session, self._events = session, events
         self._open, self.over = True, False
+        self.holds = True
+        """Whether the session is still in this turn."""
         session.watch = Watch(deadline)
         session.memory.boundary = session.watch.check
 
@@ -52,3 +54,4 @@ class Steps:
                     self._events.close()
                 finally:
                     self._session.runtime.leave(self._session)
+                    self.holds = False

@@ -17,6 +17,7 @@ from agentmem.hf import CappedMemory
 from agentmem.hf.cache import TransientCache
 from agentmem.memory.forwards import Transient, _roomy
 from agentmem.memory.memory import Memory
+from agentmem.memory.sequence import Consumed
 from agentmem.testing import peak_allocated
 from support import tiny
 
@@ -104,9 +105,8 @@ def test_every_state_between_two_commits_decodes(kind: str, layer: int) -> None:
     with tiny.capped_by(made(kind), MODEL) as memory:
         feed(memory, tokens)
         assert budgets is not None
-        memory.memory.rows[0].budgets = tuple(
-            dealt if index < layer else (FULL,) * 2 for index, dealt in enumerate(budgets)
-        )
+        changed = tuple(dealt if index < layer else (FULL,) * 2 for index, dealt in enumerate(budgets))
+        memory.memory.rows[0].change(budgets=changed)
         memory.compact()
         lengths = [store.lengths[0] for store in memory.memory.rows[0].stores if store is not None]
         assert lengths == [24] * layer + [48] * (LAYERS - layer)
@@ -219,9 +219,9 @@ def test_a_fault_keeps_no_old_slots_alive() -> None:
         row = memory.rows[0]
         for layer in range(LAYERS):
             _roomy(memory, row, layer, torch.zeros(1), FULL)
-        row.ids.extend(range(FULL))
-        row.tail.extend(range(FULL))
-        row.room = 0
+        row.write(range(FULL), range(FULL))
+        memory.progress.consumed = Consumed((FULL,), (FULL,))
+        row.change(full_at=FULL)
         return row
 
     try:

@@ -13,29 +13,31 @@ from agentmem.memory.ledger import Ledger
 def test_what_is_held_and_borrowed_adds_up() -> None:
     """R is what was held and not released; T what is borrowed right now; the peak is the most of their sum."""
     ledger = Ledger(100)
-    ledger.hold(40, "slots")
+    ledger.hold("a", 25, "slots")
+    ledger.hold("b", 15, "slots")
     with ledger.borrow(30, "a fit"), ledger.borrow(20, "a check"):
         assert (ledger.resident, ledger.transient) == (40, 50)
-    ledger.release(15)
+    ledger.release("b")
+    ledger.release("b")
     assert (ledger.resident, ledger.transient, ledger.peak) == (25, 0, 90)
 
 
 def test_the_cap_itself_may_be_reached() -> None:
     """R + T = cap is allowed; one byte more is not."""
     ledger = Ledger(100)
-    ledger.hold(60, "slots")
+    ledger.hold("60", 60, "slots")
     with ledger.borrow(40, "a fit"), pytest.raises(MemoryCapExceeded):
-        ledger.hold(1, "slots")
+        ledger.hold("1", 1, "slots")
 
 
 @pytest.mark.parametrize("verb", ["hold", "borrow"])
 def test_a_refusal_names_value_limit_and_remedy_and_changes_nothing(verb: str) -> None:
     """The message has the bytes asked for, the bytes there, the cap and what to do."""
     ledger = Ledger(100)
-    ledger.hold(60, "slots")
+    ledger.hold("60", 60, "slots")
     said = r"a fit needs 41 B \(41 bytes\) on top of 60.*101 of a cap of 100.*raise"
     with pytest.raises(MemoryCapExceeded, match=said):
-        ledger.hold(41, "a fit") if verb == "hold" else ledger.borrow(41, "a fit").__enter__()
+        ledger.hold("41", 41, "a fit") if verb == "hold" else ledger.borrow(41, "a fit").__enter__()
     assert (ledger.resident, ledger.transient, ledger.peak) == (60, 0, 60)
 
 
@@ -53,7 +55,7 @@ def test_watching_finds_the_peak_of_a_block() -> None:
     ledger = Ledger(100)
     with ledger.borrow(90, "before"):
         pass
-    ledger.hold(10, "slots")
+    ledger.hold("10", 10, "slots")
     with ledger.watch() as outer:
         with ledger.borrow(20, "first"):
             pass
@@ -67,13 +69,13 @@ def test_watching_finds_the_peak_of_a_block() -> None:
 def test_what_is_outside_is_not_counted_as_borrowed() -> None:
     """An oracle may take what it needs; what is held is counted all the same; afterwards all is as before."""
     ledger = Ledger(100)
-    ledger.hold(60, "slots")
+    ledger.hold("60", 60, "slots")
     with ledger.watch() as peak, ledger.outside(), ledger.borrow(1000, "a fit"):
         ledger.touch(1000, "attention")
         assert (ledger.resident, ledger.transient) == (60, 0)
-        ledger.hold(30, "a store")
+        ledger.hold("30", 30, "a store")
         with pytest.raises(MemoryCapExceeded):
-            ledger.hold(11, "another")
+            ledger.hold("11", 11, "another")
     assert (ledger.resident, ledger.transient, ledger.peak) == (90, 0, 90)
     assert peak == [90]
     with pytest.raises(MemoryCapExceeded):
@@ -107,20 +109,35 @@ def test_a_loan_that_began_inside_is_given_back_inside() -> None:
 )
 def test_no_order_of_calls_crosses_the_cap(cap: int, counts: list[tuple[str, int]]) -> None:
     """Whatever is asked for, R + T ≤ peak ≤ cap, and a refusal leaves the account as it was."""
-    ledger, held = Ledger(cap), 0
+    ledger, held, holders = Ledger(cap), 0, list[tuple[object, int]]()
     for verb, count in counts:
         if verb == "release":
-            count = min(count, held)  # noqa: PLW2901 - nobody releases what is not held
-            ledger.release(count)
-            held -= count
+            holder, freed = holders.pop() if holders else (object(), 0)
+            ledger.release(holder)
+            held -= freed
         elif held + count > cap:
             with pytest.raises(MemoryCapExceeded):
-                ledger.hold(count, "slots")
+                ledger.hold(object(), count, "slots")
         elif verb == "hold":
-            ledger.hold(count, "slots")
+            holders.append((object(), count))
+            ledger.hold(*holders[-1], "slots")
             held += count
         else:
             with ledger.borrow(count, "a fit"):
                 assert (ledger.resident, ledger.transient) == (held, count)
         assert (ledger.resident, ledger.transient) == (held, 0)
         assert held <= ledger.peak <= cap
+
+
+def test_recovering_leaves_what_the_named_hold() -> None:
+    """Loans without an end and entries of nobody are taken back; those who hold something keep it."""
+    ledger, kept, lost = Ledger(100), object(), object()
+    ledger.hold(kept, 30, "slots")
+    ledger.hold(lost, 20, "slots")
+    loan, outside = ledger.borrow(40, "a fit"), ledger.outside()
+    loan.__enter__()
+    outside.__enter__()
+    ledger.recover([kept])
+    assert (ledger.resident, ledger.transient) == (30, 0)
+    with pytest.raises(MemoryCapExceeded):
+        ledger.touch(71, "attention")

@@ -59,8 +59,7 @@ def test_a_whole_compaction_allocates_no_more_than_planned(kind: str) -> None:
     def compact() -> None:
         for layer, store in enumerate(row.stores):  # born again: the profiler sees only frees of what it saw allocated
             assert store is not None
-            row.stores[layer] = store.resized(store.capacities)
-            store.free()
+            row.replace(layer, store.resized(store.capacities))
         reports.append(memory.compact(row))
 
     resident = memory.ledger.resident - memory.plan.stored_bytes

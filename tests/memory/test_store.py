@@ -206,10 +206,10 @@ def test_dropping_the_tail_takes_back_what_was_appended(kind: str, ledger: Ledge
 
 @pytest.mark.parametrize("keep", [0, 1, 3, 5, 8, 9])
 def test_sliding_keeps_the_newest_slots(kind: str, ledger: Ledger, keep: int) -> None:
-    """Any shift moves the last slots to the front without overwriting one that is still to be moved."""
+    """Any shift moves the last slots to the front of a new store; nothing is copied twice."""
     model, store = Model(SPECS[kind]), LayerStore(SPECS[kind], (9, 9, 9), ledger)
     model.append(store, 8)
-    store.slide(keep)
+    store = store.slid(keep)
     kept = min(keep, 8)
     run = store.runs()[0]
     assert store.lengths == [kept] * 3

@@ -51,9 +51,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     threads: list[int] = []
     feed = turn.feed
 
-    def watched(*args: Any) -> torch.Tensor:
+    def watched(*args: Any, **options: Any) -> torch.Tensor:
         threads.append(threading.get_ident())
-        return feed(*args)
+        return feed(*args, **options)
 
     monkeypatch.setattr(turn, "feed", watched)
     return threads

@@ -24,7 +24,7 @@ async def test_a_long_prompt_lets_other_turns_have_theirs(monkeypatch: pytest.Mo
     """While one session reads a prompt of many pieces, another writes a token after every piece of it or two."""
     fed: list[int] = []
     feed = turn.feed
-    monkeypatch.setattr(turn, "feed", lambda view, ids: (fed.append(len(ids)), feed(view, ids))[1])
+    monkeypatch.setattr(turn, "feed", lambda view, ids, **more: (fed.append(len(ids)), feed(view, ids, **more))[1])
     with tiny_chat.runtime(2, "full", slots=900) as made:
         writer, reader = tiny_chat.filled(made, 20), made.session()
         between: list[int] = []

@@ -213,7 +213,7 @@ class Holding:
     def _attach(self, memory: Memory) -> None:
         view = hf.attach(self.model, memory)
         memory.bind(1)
-        view.columns, self._template.device = memory.rows[0].seen, memory.device
+        self._template.device = memory.device
         self.memory, self.view = memory, view
 
     def _detach(self) -> None:

@@ -115,5 +115,4 @@ def _fill(runtime: Runtime, session: Session, url: str | os.PathLike[str], *, an
 
     memory = session.memory
     state = Saved.of(read_row(memory, url, identity=runtime.identity, dtype=runtime.model.dtype, check=check))
-    session.view.columns = memory.rows[0].seen
     restore(session, state.model_copy(update={"sampling": None}) if anew else state, memory.rows[0].ids)

@@ -358,8 +358,7 @@ def test_a_whole_compaction_allocates_no_more_than_planned(error: float) -> None
             memory.rows[0].stores
         ):  # born again: the profiler sees only frees of what it saw allocated
             assert store is not None
-            memory.rows[0].stores[layer] = store.resized(store.capacities)
-            store.free()
+            memory.rows[0].replace(layer, store.resized(store.capacities))
         assert memory.compact(memory.rows[0]) is not None
 
     resident = memory.ledger.resident

@@ -1,0 +1,87 @@
+"""One memory is one thread's at a time; what threads held does not follow into a forked process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+
+import pytest
+
+from agentmem.errors import UnsupportedGeneration
+from agentmem.memory.owner import Owner
+from support import tiny
+from support import tiny_chat as tc
+
+
+def test_another_thread_is_refused_while_one_owns_it() -> None:
+    """It is refused by name, the owner may take it again, and it is free once nobody keeps the hold."""
+    owner, said = Owner(), list[str]()
+
+    def ask() -> None:
+        try:
+            owner.take()
+        except UnsupportedGeneration as error:
+            said.append(str(error))
+
+    hold = owner.take()
+    assert owner.take() is hold
+    one = threading.Thread(target=ask)
+    one.start()
+    one.join()
+    del hold
+    two = threading.Thread(target=ask)
+    two.start()
+    two.join()
+    assert len(said) == 1
+    assert "in use by thread 'MainThread'" in said[0]
+
+
+def test_two_threads_cannot_mix_their_tokens() -> None:
+    """A generate in another thread, in the middle of one here, is refused; this one goes on."""
+    refused: list[BaseException] = []
+    with tiny.capped("window") as memory:
+
+        def other() -> None:
+            try:
+                tiny.feed(memory, tiny.ids(4, seed=1))
+            except UnsupportedGeneration as error:
+                refused.append(error)
+
+        def step(_: object, scores: object) -> object:
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+            return scores
+
+        options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+        tokens = tiny.llama().generate(tiny.ids(20), past_key_values=memory, logits_processor=[step], **options)
+        assert len(refused) == 3
+        assert memory.transcript() == tokens[0, :-1].tolist()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_stream_in_a_forked_process_ends() -> None:
+    """A worker that was forked after streams ran streams by a thread of its own."""
+
+    async def turn() -> str:
+        session = runtime.session()
+        await session.aappend("user", "hi")
+        return (await tc.events(session, max_new_tokens=2))[-1].type
+
+    with tc.runtime(3) as runtime:
+        assert asyncio.run(turn()) == "turn_finished"
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if asyncio.run(asyncio.wait_for(turn(), 20)) == "turn_finished" else 1)
+        end, status = time.monotonic() + 30, None
+        while time.monotonic() < end and status is None:
+            found, code = os.waitpid(child, os.WNOHANG)
+            status = code if found else None
+            time.sleep(0.05)
+        if status is None:
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+        assert status == 0

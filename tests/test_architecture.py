@@ -36,7 +36,7 @@ def room(name: str, rooms: str = "", outside: str = "") -> Room:
 # The order is the direction of data: a row never imports a later one. Imports for type checkers only are free.
 TABLE = (
     room("agentmem.errors"),
-    room("agentmem.queries", outside="torch"),
+    room("agentmem.queries", outside="torch regex"),
     room("agentmem.contracts", rooms="queries", outside="torch"),
     room("agentmem.language"),
     room("agentmem.files", rooms="errors"),
@@ -51,7 +51,7 @@ TABLE = (
     room("agentmem.budget", rooms="contracts errors settings pricing shape"),
     room("agentmem.ledger", rooms="errors settings"),
     room("agentmem.arena", rooms="contracts errors shape ledger attention", outside="torch"),
-    room("agentmem.marks"),
+    room("agentmem.marks", rooms="errors", outside="regex"),
     room("agentmem.pins"),
     room("agentmem.row", rooms="pins", outside="torch"),
     room("agentmem.job"),
@@ -82,7 +82,7 @@ TABLE = (
     room("agentmem.hf.decoding", rooms="errors hf.frames", outside="torch transformers"),
     room("agentmem.hf", rooms=ABOVE),
     room("agentmem.doors", rooms=ABOVE, outside="torch"),
-    room("agentmem.sessions", rooms=ABOVE, outside="torch pydantic jinja2 fsspec filelock"),
+    room("agentmem.sessions", rooms=ABOVE, outside="torch pydantic jinja2 fsspec filelock regex"),
     room("agentmem.download", rooms="errors"),
     room(
         "agentmem.models",

@@ -13,6 +13,7 @@ from agentmem.contracts import without_files
 from agentmem.errors import SettingsRefused, SnapshotRefused
 from agentmem.marks import Marks
 from agentmem.policies.am_recall import CRITICAL
+from agentmem.sessions.snapshot_manifest import FORMAT, Manifest, parsed, spelled
 
 
 @pytest.mark.parametrize("table", ["/dev/zero", "table.json"])
@@ -67,3 +68,20 @@ def test_a_long_spec_is_refused_at_once_and_in_few_words(spec: str) -> None:
     with pytest.raises(SettingsRefused) as refused:
         plugins.policy(spec)
     assert len(str(refused.value)) < 5000
+
+
+@pytest.mark.parametrize("unit", [b"400,", b"]", b'"ab",'])
+def test_a_text_of_too_many_values_is_refused_before_it_is_built(unit: bytes) -> None:
+    """Values and closing brackets are counted in the bytes."""
+    with pytest.raises(ValueError, match="the limit is"):
+        parsed(b'{"row":[' + unit * (3 << 20) + b"0]}", 64 << 20)
+
+
+@pytest.mark.parametrize("where", ["manifest", "settings", "tensors"])
+def test_many_foreign_keys_are_refused_in_few_words(where: str) -> None:
+    """A manifest with too many keys is refused by their number, before each is looked at."""
+    keys = {f"{number:05x}": 1 for number in range(20_000)}
+    body = {"format": FORMAT, "version": 1} | (keys if where == "manifest" else {where: keys})
+    with pytest.raises(ValueError, match=f"{where} has .* keys; the limit is") as refused:
+        Manifest.from_bytes(b'{"manifest":' + spelled(body) + b"}")
+    assert len(str(refused.value)) < 200

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -354,3 +356,27 @@ def blocks(length: int, size: int) -> Iterator[slice]:
     """Consecutive slices of at most ``size`` that cover ``range(length)``."""
     for start in range(0, length, size):
         yield slice(start, min(start + size, length))
+
+
+_FILES: ContextVar[bool] = ContextVar("files", default=True)
+
+
+@contextmanager
+def without_files() -> Iterator[None]:
+    """In the block a policy is made from words that nobody vouches for: its factory must open no file they name."""
+    token = _FILES.set(False)
+    try:
+        yield
+    finally:
+        _FILES.reset(token)
+
+
+def check_file(path: object) -> None:
+    """Refuse to open a file that an option names, where that is not allowed.
+
+    Raises:
+        ValueError: the policy is made from what a snapshot says.
+
+    """
+    if not _FILES.get():
+        raise ValueError(f"file {str(path)[:80]!r} is named by a snapshot, which alone must not have files opened")

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from agentmem.contracts import PolicyFactory
 
 GROUP = "agentmem.policies"
+MAX_SPEC = 4096
+"""Characters of a spec, or of a list of them, at most: they may come from a snapshot."""
 SPEC = "name[option=value,option=value]"
 """How a policy with options is written."""
 
@@ -61,6 +63,7 @@ def policy(name_or_policy: str | Policy, **options: object) -> Policy:
         raise SettingsRefused(
             f"policy {name_or_policy!r} is neither a name nor a Policy; give one of {', '.join(names())}, or a Policy"
         )
+    _check_length(name_or_policy)
     name, written = _read(name_or_policy)
     twice = ", ".join(sorted(written.keys() & options.keys()))
     if twice:
@@ -91,6 +94,7 @@ def specs(text: str) -> list[str]:
         SettingsRefused: the list is empty, or a bracket has no partner.
 
     """
+    _check_length(text)
     found = [spec.strip() for spec in _split(text, text) if spec.strip()]
     if not found:
         raise SettingsRefused(f"policies: {text!r} names no policy; write am-halving,window")
@@ -114,6 +118,13 @@ def catalogue() -> list[CatalogueRow]:
         else:
             rows.append(CatalogueRow(name, made.summary, made.source, distribution))
     return rows
+
+
+def _check_length(spec: str) -> None:
+    if len(spec) > MAX_SPEC:
+        raise SettingsRefused(
+            f"policy {spec[:40]!r}… has {len(spec)} characters; {MAX_SPEC} are allowed. Make the policy in Python"
+        )
 
 
 def _read(spec: str) -> tuple[str, dict[str, object]]:

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal, cast, get_args
 
+import regex
 import torch
 
 Source = Literal["replay", "repeat", "spread", "transcript", "focus", "self-study", "live", "context", "random"]
@@ -39,7 +40,8 @@ WORDED: dict[str, tuple[str, ...]] = {
 """Sources that use texts, with their defaults: one after the other at successive compactions."""
 MAX_INSTRUCTION = 32
 """Tokens of an instruction of ``self-study`` at most."""
-_PART = re.compile(r"\s*([a-z-]+)(?::(\d+\.?\d*|\.\d+))?(?:\*(\d+\.?\d*|\.\d+))?\s*")
+_NUMBER = r"(\d++(?:\.\d*+)?|\.\d++)"  # possessive: a run of digits is read once, whatever follows it
+_PART = re.compile(rf"\s*+([a-z-]++)(?::{_NUMBER})?(?:\*{_NUMBER})?\s*+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,9 @@ class Queries:
         for piece in text.split("+"):
             match = _PART.fullmatch(piece)
             if match is None:
-                raise ValueError(f"probe: cannot read {piece!r}; write source[:share][*weight], as in replay:3+spread")
+                raise ValueError(
+                    f"probe: cannot read {piece[:80]!r}; write source[:share][*weight], as in replay:3+spread"
+                )
             source, share, weight = match.groups()
             words = focus if source == "focus" else ""
             parts.append(Part(cast("Source", source), float(share or 1), float(weight or 1), words))
@@ -107,8 +111,8 @@ class Queries:
                 f"probe_tokens: {self.tokens!r} is too few or no whole number; give at least 1, or None for the plan's"
             )
         try:
-            re.compile(self.pattern)
-        except re.error as error:
+            regex.compile(self.pattern)
+        except regex.error as error:
             raise ValueError(f"pattern: {self.pattern!r} is no regular expression: {error}") from error
         if not 0 < self.pattern_weight < float("inf"):
             raise ValueError(f"pattern_weight: {self.pattern_weight} is no weight; give a number above 0")

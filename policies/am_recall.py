@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from agentmem.policies.am_halving import preset
 
-CRITICAL = r"\d+|[A-Z][\w'-]+|\w*[_\d]\w*"
-"""Numbers, capitalised words, identifiers."""
+CRITICAL = r"\d+|[A-Z][\w'-]+|(?<![^\W\d])\w*[_\d]\w*"
+"""Numbers, capitalised words, identifiers. An identifier is looked for once in a word, so the search is linear."""
 
 am_recall = preset(
     "am-recall",

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 class Request:
     """How a compaction differs from the usual one, which takes all between prefix and recent down to the target.
 
-    ``slots``: what to leave of the segment, per head on average. ``start``: the first token of the segment; it and all
-    after it are intact. ``focus``: ids of a text that must stay recallable. ``policy``: which of the memory's policies.
-    ``text``: what the segment holds now, where that is not the transcript.
+    ``slots``: what to leave of the segment, per head on average. ``start``: the first token of the segment, which
+    leaves out what of it is the prefix's or has been compacted. ``focus``: ids of a text that must stay recallable.
+    ``policy``: which of the memory's policies. ``text``: what the segment holds now, if that is not the transcript.
     """
 
     slots: int | None = None
@@ -66,7 +66,8 @@ def make_job(row: Row, request: Request, policy: Policy, plan: Plan, layers: Seq
     front = row.front(plan.prefix)
     recent = min(plan.recent, row.seen - min(plan.prefix, row.seen))
     usual = request.start is None
-    tail = 0 if usual else row.behind(max(request.start or 0, row.intact), plan.prefix)
+    start = row.compactable(request.start or 0, plan.prefix)
+    tail = 0 if usual else row.behind(start, plan.prefix)
     begins: list[tuple[int, ...]] = [()] * len(row.stores)
     for layer in layers:
         store = row.stores[layer]
@@ -76,5 +77,5 @@ def make_job(row: Row, request: Request, policy: Policy, plan: Plan, layers: Seq
     most = max(0, plan.limit - front - recent) if request.slots is None else request.slots
     if not usual and policy.budgets is not None and policy.budgets.adaptive:
         most = max(0, tail - recent)  # errors say how much of a span stays, up to all of it
-    first = min(plan.prefix, row.seen) if usual else max(request.start or 0, row.intact)
+    first = min(plan.prefix, row.seen) if usual else start
     return Job(policy, plan, tuple(begins), recent, each, most, first, request.focus, request.text, usual)

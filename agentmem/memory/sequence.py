@@ -153,6 +153,10 @@ class Row:
         """Slots in every head that intact tokens from ``token`` on have, promoted ones aside."""
         return self.seen - token - self.pins.count(max(token, prefix), self.pins.until)
 
+    def compactable(self, start: int, prefix: int) -> int:
+        """The first token from ``start`` on that a span may begin with: behind the prefix, and never compacted."""
+        return max(start, self.intact, min(prefix, self.seen))
+
     @property
     def held(self) -> int:
         """Slots physically occupied, over all layers and heads."""

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from itertools import accumulate, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
+
+import regex
+
+from agentmem.errors import SettingsRefused
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+SECONDS: Final = 2.0
+"""How long one search may take: some patterns need exponential time on some texts."""
 
 
 class Marks:
@@ -15,7 +21,7 @@ class Marks:
 
     def __init__(self, pattern: str, read: Callable[[Sequence[int]], list[str]]) -> None:
         """``read`` gives the text of each id."""
-        self.pattern, self.read = re.compile(pattern), read
+        self.pattern, self.read = regex.compile(pattern), read
         self._text = ""
         self._ends: list[int] = []
 
@@ -23,19 +29,21 @@ class Marks:
         """Token spans ``start .. stop`` of all matches, with the token before, whose query asks for the first.
 
         Ascending and apart; matches that touch become one span.
+
+        Raises:
+            SettingsRefused: the search took longer than :data:`SECONDS`.
+
         """
         pieces = self.read(transcript[len(self._ends) :])
         self._ends += islice(accumulate(map(len, pieces), initial=len(self._text)), 1, None)
         self._text += "".join(pieces)
         found: list[tuple[int, int]] = []
         token = 0
-        for match in self.pattern.finditer(self._text):
-            if match.start() == match.end():
-                continue
-            while self._ends[token] <= match.start():
+        for first, last in self._matches():
+            while self._ends[token] <= first:
                 token += 1
             stop = token
-            while self._ends[stop] < match.end():
+            while self._ends[stop] < last:
                 stop += 1
             start = max(0, token - 1)
             if found and start <= found[-1][1]:
@@ -43,3 +51,19 @@ class Marks:
             else:
                 found.append((start, stop + 1))
         return found
+
+    def _matches(self) -> list[tuple[int, int]]:
+        """Matches that are not empty; other threads run meanwhile.
+
+        Raises:
+            SettingsRefused: the search took longer than :data:`SECONDS`.
+
+        """
+        try:
+            found = [match.span() for match in self.pattern.finditer(self._text, timeout=SECONDS, concurrent=True)]
+        except TimeoutError:
+            raise SettingsRefused(
+                f"pattern {self.pattern.pattern[:80]!r}: searching {len(self._text)} characters took longer than "
+                f"{SECONDS:g} s; give a pattern without nested repetitions"
+            ) from None
+        return [(first, last) for first, last in found if first < last]

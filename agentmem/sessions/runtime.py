@@ -21,6 +21,7 @@ from agentmem.sessions.forking import RUNTIMES
 from agentmem.sessions.hook_calls import Asking
 from agentmem.sessions.leasing.admission import Leases
 from agentmem.sessions.leasing.holding import Holding, Stage
+from agentmem.sessions.leasing.spill import Spill
 from agentmem.sessions.leasing.swapping import lend
 from agentmem.sessions.session import Session
 from agentmem.sessions.settings import SessionSettings
@@ -105,7 +106,7 @@ class Runtime:
         self.waiters: deque[Callable[[], None]] = deque()
         """Turns that wait for a lease, the first to be served first; called to have one try again."""
         self.identity = identity(self.model, tokenizer)
-        self._spill = None if spill is None else local_path(spill)
+        self._spill = None if spill is None else Spill(local_path(spill))
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self.turns, self._names = count(1), count(1)
         self.templates: WeakKeyDictionary[ChatTemplate, str] = WeakKeyDictionary()
@@ -266,7 +267,7 @@ class Runtime:
     def folder(self) -> Path:
         """Where idle memories go."""
         if self._spill is not None:
-            return self._spill
+            return self._spill.folder()
         if self._temporary is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="agentmem-")
         return Path(self._temporary.name)
@@ -328,6 +329,8 @@ class Runtime:
                 self.forget(session)
             if self._temporary is not None:
                 self._temporary.cleanup()
+            if self._spill is not None:
+                self._spill.close()
         for wake in list(self.waiters):
             wake()
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal, Self
 
+import regex
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from agentmem.errors import SettingsRefused
@@ -14,8 +14,8 @@ from agentmem.settings import Seed, check_part, parse_bytes, violations
 
 def _expression(pattern: str) -> str:
     try:
-        re.compile(pattern)
-    except re.error as error:
+        regex.compile(pattern)
+    except regex.error as error:
         raise ValueError(f"it is no regular expression: {error}") from None
     return pattern
 

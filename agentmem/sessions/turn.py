@@ -138,7 +138,7 @@ def _piece(memory: Memory, after: After | None) -> int:
 def _compact_span(session: Session, after: After, *, last: bool) -> Events:
     """Compact what has been read of a text and has left the recent window, less what is pinned."""
     row = session.memory.rows[0]
-    start = max(after.start, row.intact)
+    start = row.compactable(after.start, session.memory.plan.prefix)
     stop = max(start, row.seen - session.memory.plan.recent)
     tokens = stop - start - row.pins.count(start, stop)
     if tokens >= (LEAST_SPAN if last else max(LEAST_SPAN, _piece(session.memory, after) // 2)):

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from agentmem.contracts import ModelIdentity
+from agentmem.contracts import ModelIdentity, check_file
 
 VERSION = 1
+MAX_BYTES = 16 << 20
+"""Of a table's file, which is checked before it is read."""
 _MAKE = (
     "make one with `agentmem calibrate --model MODEL --out FILE` and give it as budgets='calibrated;table=FILE' (for a "
     "fine-tune add ';any_weights=true'), or use budgets=global, which needs none"
@@ -57,11 +60,20 @@ def read_table(path: str | Path) -> HeadTable:
         ValueError: there is no such file, or it is no table.
 
     """
+    check_file(path)
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = _text(Path(path).expanduser())
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"table {str(path)!r} cannot be read: {error}; {_MAKE}") from error
     return _parsed(text, str(path))
+
+
+def _text(path: Path) -> str:
+    """The text of a plain file that is not too large: a device has no end, and a pipe may never answer."""
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_BYTES:
+        raise OSError(f"it is no plain file of at most {MAX_BYTES} bytes")
+    return path.read_text(encoding="utf-8")
 
 
 def shipped_tables() -> tuple[HeadTable, ...]:

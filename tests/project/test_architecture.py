@@ -37,7 +37,7 @@ def room(name: str, rooms: str = "", outside: str = "") -> Room:
 # The order is the direction of data: a row never imports a later one. Imports for type checkers only are free.
 TABLE = (
     room("agentmem.errors"),
-    room("agentmem.queries", outside="torch"),
+    room("agentmem.queries", outside="torch regex"),
     room("agentmem.contracts", rooms="queries", outside="torch"),
     room("agentmem.language"),
     room("agentmem.models.files", rooms="errors"),
@@ -59,7 +59,7 @@ TABLE = (
         rooms="contracts errors planning.model_shape memory.ledger attention.ragged",
         outside="torch",
     ),
-    room("agentmem.reference_queries.patterns"),
+    room("agentmem.reference_queries.patterns", rooms="errors", outside="regex"),
     room("agentmem.memory.pins"),
     room("agentmem.memory.sequence", rooms="memory.pins", outside="torch"),
     room("agentmem.compaction.request"),
@@ -110,7 +110,7 @@ TABLE = (
     room("agentmem.hf.decoding", rooms="errors hf.forward_context", outside="torch transformers"),
     room("agentmem.hf", rooms=ABOVE),
     room("agentmem.api", rooms=ABOVE, outside="torch"),
-    room("agentmem.sessions", rooms=ABOVE, outside="torch pydantic jinja2 fsspec filelock"),
+    room("agentmem.sessions", rooms=ABOVE, outside="torch pydantic jinja2 fsspec filelock regex"),
     room("agentmem.models.download", rooms="errors"),
     room(
         "agentmem.models",

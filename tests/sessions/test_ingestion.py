@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import agentmem.api
+from agentmem.compaction.request import Request
 from agentmem.errors import SettingsRefused
 from agentmem.memory.memory import Memory
 from agentmem.memory.store import LayerStore
@@ -275,3 +277,28 @@ def test_a_session_that_never_compacts_refuses_to_compact_after() -> None:
     """``mode="off"``: before anything is read."""
     with begun(mode="off") as session, pytest.raises(SettingsRefused, match="mode='off'"):
         session.append("tool", FACT * 10, compact="after")
+
+
+@pytest.mark.parametrize("before", ["", "Hi", SYSTEM], ids=["first of all", "behind two letters", "behind a prompt"])
+def test_a_document_near_the_start_leaves_the_prefix_as_it_is(before: str, tmp_path: Path) -> None:
+    """``keep_first`` is kept where a document reaches into it; the session can be saved and loaded."""
+    with talk.session(policy="am-halving", **(ROOMY | {"keep_first": 24})) as session:
+        if before:
+            session.append("system", before)
+        assert session.append("user", FACT * 10, compact="after", target=0.2)
+
+        for store in stores(session):
+            assert all(store.positions[start : start + 24].tolist() == list(range(24)) for start in store.starts)
+        session.save(tmp_path)
+        talk.runtime().load(tmp_path).close()
+
+
+def test_a_request_for_a_span_never_reaches_into_the_prefix() -> None:
+    """A memory's own ``compact`` with a start inside the prefix begins behind it."""
+    with talk.session(policy="window", **(ROOMY | {"keep_first": 24})) as session:
+        session.read(FACT * 4)
+        session.memory.compact(session.memory.rows[0], Request(slots=16, start=0))
+
+        for store in stores(session):
+            assert all(length == 24 + 16 + 8 for length in store.lengths)
+            assert all(store.positions[start : start + 24].tolist() == list(range(24)) for start in store.starts)

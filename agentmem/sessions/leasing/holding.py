@@ -111,7 +111,7 @@ class Holding:
     def give_way(
         self,
         stage: Stage,
-        folder: Path,
+        folder: Callable[[], Path],
         identity: Mapping[str, str],
         *,
         left: int = 0,
@@ -167,19 +167,18 @@ class Holding:
         finally:
             memory.plan, memory.ledger.cap, self._working = plan, cap, 0
 
-    def _to_disk(self, memory: Memory, folder: Path, identity: Mapping[str, str]) -> None:
+    def _to_disk(self, memory: Memory, folder: Callable[[], Path], identity: Mapping[str, str]) -> None:
         image, tensors = take(memory)
         self._dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), self._dtype)
         moved = False
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._folder = Path(tempfile.mkdtemp(prefix="idle-", dir=folder))
+            self._folder = Path(tempfile.mkdtemp(prefix="idle-", dir=folder()))
             write_snapshot(self._folder, tensors, {"row": image.plain()}, identity=identity)
             moved = True
         except (OSError, AgentmemError) as error:
             raise AgentmemError(
-                f"an idle memory of {memory.ledger.resident} bytes cannot be moved to {folder}: {error}. Nothing is "
-                "lost: it stays where it was. Mend the folder (spill), or leave 'disk' out of pressure"
+                f"an idle memory of {memory.ledger.resident} bytes cannot be moved to the spill folder: {error}. "
+                "Nothing is lost: it stays where it was. Mend the folder (spill), or leave 'disk' out of pressure"
             ) from error
         finally:
             tensors.clear()

@@ -64,7 +64,7 @@ def _give_way(runtime: Runtime, holding: Holding, stage: Stage) -> None:
 
     try:
         with telling(runtime, holding):
-            holding.give_way(stage, runtime.folder(), runtime.identity, left=runtime.leases.left, ask=ask)
+            holding.give_way(stage, runtime.folder, runtime.identity, left=runtime.leases.left, ask=ask)
     except CompactionFailed:
         return  # it gives way no further; its own next turn is told
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from agentmem import plugins
-from agentmem.errors import SettingsRefused
+from agentmem.errors import SettingsRefused, SnapshotRefused
 from agentmem.memory.state import take
 from agentmem.sessions.arguments import check_place
 from agentmem.sessions.leasing.swapping import telling
@@ -95,6 +95,7 @@ def _again(
     policy = None if given.policy is None else plugins.policy(given.policy)
     others = None if given.others is None else plugins.beside(given.others)
     made.check_template(template_digest(given.tools, given.template_options), str(url))
+    _check_pattern(runtime, made, settings, url)
     with refusing(url, SettingsRefused, remedy="Give load what the session can live with."):
         return runtime.session(
             policy or made.policy.again(),
@@ -105,6 +106,21 @@ def _again(
             before_compact=given.before_compact,
             after_compact=given.after_compact,
             **{**made.settings, **settings},
+        )
+
+
+def _check_pattern(runtime: Runtime, made: Made, settings: Mapping[str, Any], url: str | os.PathLike[str]) -> None:
+    """Refuse a pattern that only the snapshot brings: a search for it would run on all that is appended.
+
+    Raises:
+        SnapshotRefused: neither the caller nor the runtime gives a ``pin_pattern`` of its own.
+
+    """
+    saved_one = made.settings.get("pin_pattern")
+    if saved_one and "pin_pattern" not in settings and saved_one != runtime.defaults.get("pin_pattern"):
+        raise SnapshotRefused(
+            f"the snapshot in {url} brings pin_pattern={str(saved_one)[:80]!r}, which a snapshot alone must not have "
+            "run. Give load the same pin_pattern if you trust it, or pin_pattern='' to go on without"
         )
 
 

@@ -24,6 +24,11 @@ _OPEN = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0
 """Never through a symbolic link, and never waiting for the other end of a pipe."""
 
 
+def _private(name: str, flags: int) -> int:
+    """Open a file that only this user can read: it holds a conversation."""
+    return os.open(name, flags, 0o600)
+
+
 class Folder(ABC):
     """Files that appear under new names, and one rename that makes them count.
 
@@ -101,9 +106,8 @@ class LocalFolder(Folder):
 
     def write(self, name: str, blocks: Iterable[bytes | memoryview]) -> None:
         """Make a file that is not there yet, and flush it to the disk."""
-        with (self.path / name).open("xb") as file:
-            for block in blocks:
-                file.write(block)
+        with open(self.path / name, "xb", opener=_private) as file:
+            file.writelines(blocks)
             file.flush()
             os.fsync(file.fileno())
 

@@ -28,8 +28,12 @@ MAX_DEPTH: Final = 64
 """Lists and objects inside one another."""
 MAX_CONTAINERS: Final = 1 << 20
 """Lists and objects in one JSON text: they cost far more memory than bytes in the file."""
+MAX_VALUES: Final = 1 << 21
+"""Values and keys in one JSON text, likewise."""
 MAX_TENSORS: Final = 1 << 14
 MAX_DIMS: Final = 16
+MAX_KEYS: Final = 256
+"""Keys of a manifest and of the settings in it."""
 
 _NAMES = {
     "BOOL": "bool",
@@ -179,10 +183,21 @@ class Manifest(_Frozen):
                 f"format version {shortened(body.get('version'))} is unknown; this agentmem reads version {VERSION}. "
                 "Load it with the agentmem that wrote it, or with a newer one"
             )
+        for name, most in (("tensors", MAX_TENSORS), ("settings", MAX_KEYS)):
+            _check_count(name, body.get(name), most)
+        settings = body.get("settings")
+        for name, value in {"manifest": body, **(settings if isinstance(settings, dict) else {})}.items():
+            _check_count(name, value, MAX_KEYS)
         manifest = cls.model_validate(body)
         if manifest.to_bytes() != raw:
             raise ValueError("its content does not match its checksum")
         return manifest
+
+
+def _check_count(name: str, found: object, most: int) -> None:
+    """Refuse too many keys before each becomes an error of its own."""
+    if isinstance(found, dict) and len(found) > most:
+        raise ValueError(f"{name[:80]} has {len(found)} keys; the limit is {most}")
 
 
 def in_file_order(tensors: Mapping[str, TensorSpec]) -> list[tuple[str, TensorSpec]]:
@@ -235,10 +250,14 @@ _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 
 
 def _check_nesting(raw: bytes) -> None:
-    brackets = re.sub(rb"[^\[\]{}]++", b"", _STRING.sub(b"", raw))
-    containers = brackets.count(b"[") + brackets.count(b"{")
+    marks = _STRING.sub(b"", raw)
+    values = marks.count(b",")
+    containers = max(marks.count(b"[") + marks.count(b"{"), marks.count(b"]") + marks.count(b"}"))
     if containers > MAX_CONTAINERS:
         raise ValueError(f"JSON with {containers} lists and objects; the limit is {MAX_CONTAINERS}")
+    if values > MAX_VALUES:
+        raise ValueError(f"JSON with {values} values; the limit is {MAX_VALUES}")
+    brackets = re.sub(rb"[^\[\]{}]++", b"", marks)
     depth = deepest = 0
     for bracket in brackets:
         depth += 1 if bracket in b"[{" else -1

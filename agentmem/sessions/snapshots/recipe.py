@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
-from agentmem import plugins
+from agentmem import contracts, plugins
 from agentmem.contracts import Policy
 from agentmem.errors import SettingsRefused, SnapshotRefused
 from agentmem.sessions.settings import SessionSettings
@@ -52,7 +52,9 @@ class Named(BaseModel):
 
         """
         try:
-            made = plugins.policy(self.name)
+            with contracts.without_files():
+                made = plugins.policy(self.name)
+            _check_pattern(made)
         except SettingsRefused as error:
             raise SettingsRefused(f"{error}; give it again (policy=..., others=...)") from error
         if Named.of(made) != self:
@@ -61,6 +63,15 @@ class Named(BaseModel):
                 "(policy=..., others=...)"
             )
         return made
+
+
+def _check_pattern(made: Policy) -> None:
+    """Refuse a pattern that only the snapshot's spec brings, not the installed policy of that name."""
+    plain = plugins.policy(made.name.partition("[")[0])
+    if made.queries.pattern not in ("", plain.queries.pattern):
+        raise SettingsRefused(
+            f"policy {made.name[:80]!r}: it brings a pattern, which a snapshot alone must not have run"
+        )
 
 
 class Made(BaseModel):

@@ -12,6 +12,7 @@ from agentmem.promotion import promote
 from agentmem.sessions import turn
 from agentmem.sessions.events import Event
 from agentmem.sessions.turn import Interrupted
+from agentmem.sessions.vocabulary import tokens
 
 if TYPE_CHECKING:
     from agentmem.sessions.session import Session
@@ -46,7 +47,7 @@ def request_of(session: Session, focus: str, policy: str | None) -> Request:
             f"focus: policy {chosen.name!r} runs no probe that a text could be part of; choose one that does, such as "
             "am-halving"
         )
-    ids = tuple(session.tokenizer(focus, add_special_tokens=False)["input_ids"]) if focus else ()
+    ids = tuple(tokens(session, "focus", focus)) if focus else ()
     return Request(None, None, ids, None if policy is None else chosen)
 
 

@@ -22,10 +22,25 @@ from agentmem.errors import AgentmemError
 
 INTERRUPTED = 130
 """128 + SIGINT, as shells report it."""
+_SHOWN = 80
+"""Characters of an argument that an error quotes."""
 
 
 class Refusing(TyperGroup):
     """Turns refusals into a line on stderr and exit code 1, and Ctrl-C into exit code 130; never a traceback."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse bytes that are no text before any option is read; Python passes them on as lone surrogates."""
+        for word in args:
+            try:
+                word.encode()
+            except UnicodeEncodeError as error:
+                raise typer.BadParameter(
+                    f"the argument {ascii(word)[:_SHOWN]} is not UTF-8 at {error.start}; convert it first, for example "
+                    "with iconv, or rename the file",
+                    ctx,
+                ) from None
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from agentmem.cli.printable import escaped, printable
 from agentmem.errors import SettingsRefused
 
 if TYPE_CHECKING:
@@ -26,12 +27,12 @@ STDOUT = "-"
 
 def refuse(error: Exception) -> None:
     """One error as ``agentmem: …`` on stderr, unwrapped, so that it can be searched for."""
-    ERR.print(f"agentmem: {error}", style="red" if ERR.is_terminal else None, markup=False, soft_wrap=True)
+    ERR.print(printable(f"agentmem: {error}"), style="red" if ERR.is_terminal else None, markup=False, soft_wrap=True)
 
 
 def note(text: str) -> None:
     """A remark on stderr."""
-    ERR.print(text, style="dim" if ERR.is_terminal else None, markup=False, soft_wrap=True)
+    ERR.print(printable(text), style="dim" if ERR.is_terminal else None, markup=False, soft_wrap=True)
 
 
 def table(title: str | None, columns: Sequence[str], lines: Iterable[Sequence[str]], *, left: Sequence[int]) -> Table:
@@ -47,7 +48,7 @@ def table(title: str | None, columns: Sequence[str], lines: Iterable[Sequence[st
     for index, column in enumerate(columns):
         made.add_column(column, justify="left" if index in left else "right", overflow="fold")
     for line in lines:
-        made.add_row(*map(Text, line))
+        made.add_row(*(Text(printable(cell)) for cell in line))
     return made
 
 
@@ -63,7 +64,7 @@ def write_json(value: object, target: str, option: str) -> None:
         SettingsRefused: the file cannot be written.
 
     """
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    text = escaped(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
     if target == STDOUT:
         OUT.file.write(text + "\n")
         OUT.file.flush()

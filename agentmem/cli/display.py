@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.text import Text
 
 from agentmem.cli.console import ERR, OUT
+from agentmem.cli.printable import printable
 from agentmem.reporting.report import CompactionReport, RebaseReport
 from agentmem.settings import format_bytes
 
@@ -55,10 +56,10 @@ class Display:
             OUT.file.flush()
 
     def text(self, piece: str) -> None:
-        """Show a piece of generated text."""
+        """Show a piece of generated text, without what would steer the terminal."""
         if not self.streaming or not piece:
             return
-        self._written = True
+        self._written, piece = True, printable(piece)
         if not self._shared:
             OUT.file.write(piece)
             OUT.file.flush()

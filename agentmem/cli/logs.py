@@ -10,6 +10,7 @@ from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from agentmem.cli.console import ERR
+from agentmem.cli.printable import printable
 
 _LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
 
@@ -20,6 +21,11 @@ class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
         ERR.print(Text.from_ansi(self.format(record)), soft_wrap=True)
+
+
+def _printable_values(_logger: object, _name: str, values: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """What a record says, which may quote a model, before the renderer adds its own colours."""
+    return {name: printable(value) if isinstance(value, str) else value for name, value in values.items()}
 
 
 def configure(verbosity: int) -> None:
@@ -36,7 +42,11 @@ def configure(verbosity: int) -> None:
             foreign_pre_chain=shared,
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                structlog.dev.ConsoleRenderer(colors=ERR.is_terminal, pad_event_to=0),
+                structlog.processors.format_exc_info,
+                _printable_values,
+                structlog.dev.ConsoleRenderer(
+                    colors=ERR.is_terminal, pad_event_to=0, exception_formatter=structlog.dev.plain_traceback
+                ),
             ],
         )
     )

@@ -85,6 +85,7 @@ def prepare(view: CappedMemory, ids: Sequence[int], tokenizer: Any, options: dic
     stop, mask = _stop_strings(rest), torch.ones_like(given)
     try:
         model.generate(given, attention_mask=mask, past_key_values=view, custom_generate=hold, **rest)
+        stops = [StopStringCriteria(tokenizer, stop)] if stop else []
     except AgentmemError:
         raise
     except (TypeError, ValueError) as error:
@@ -93,8 +94,7 @@ def prepare(view: CappedMemory, ids: Sequence[int], tokenizer: Any, options: dic
     for each in decoding.criteria:
         if view.memory.positions is not None and isinstance(each, MaxLengthCriteria):
             each.max_position_embeddings = None  # it would warn of positions that re-basing never reaches
-    if stop:
-        decoding.criteria = StoppingCriteriaList([*decoding.criteria, StopStringCriteria(tokenizer, stop)])
+    decoding.criteria = StoppingCriteriaList([*decoding.criteria, *stops])
     return decoding
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from reprlib import Repr
 
@@ -12,6 +13,7 @@ from agentmem.errors import SettingsRefused
 
 _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def refusal(field: str, value: object, remedy: str) -> SettingsRefused:
@@ -35,12 +37,37 @@ def check_name(value: object) -> None:
     """Refuse what is no name of a session; ``None`` is none, and one is made."""
     if value is not None and (not isinstance(value, str) or not value):
         raise refusal("name", value, "give a text of one character at least, or leave it out")
+    check_encodable("name", value)
 
 
 def check_text(field: str, value: object) -> None:
     """Refuse what is no text."""
     if not isinstance(value, str):
         raise refusal(field, value, "give a text")
+
+
+def check_encodable(field: str, value: object) -> None:
+    """Refuse text that no tokenizer can read, in lists and dicts too: half of a character that takes two surrogates.
+
+    Such halves come of an emoji that was cut in two, and of bytes that are not UTF-8 (file names, for example).
+
+    Raises:
+        SettingsRefused: names the field, the surrogate and its place.
+
+    """
+    if isinstance(value, str):
+        if (found := _SURROGATE.search(value)) is not None:
+            raise SettingsRefused(
+                f"{field}: the character {found.group()!a} at {found.start()} is half of a surrogate pair, which no "
+                "encoding has; repair the text first, for example with text.encode('utf-8', 'replace').decode()"
+            )
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            check_encodable(field, key)
+            check_encodable(f"{field}.{key}", item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            check_encodable(field, item)
 
 
 def check_flag(field: str, value: object) -> None:

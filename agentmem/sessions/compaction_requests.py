@@ -10,6 +10,7 @@ from agentmem.compaction.request import Request
 from agentmem.errors import SettingsRefused
 from agentmem.memory.pinning import promote
 from agentmem.sessions import turn
+from agentmem.sessions.chat.vocabulary import tokens
 from agentmem.sessions.events import Event
 from agentmem.sessions.turn import Interrupted
 
@@ -46,7 +47,7 @@ def request_of(session: Session, focus: str, policy: str | None) -> Request:
             f"focus: policy {chosen.name!r} runs no probe that a text could be part of; choose one that does, such as "
             "am-halving"
         )
-    ids = tuple(session.tokenizer(focus, add_special_tokens=False)["input_ids"]) if focus else ()
+    ids = tuple(tokens(session, "focus", focus)) if focus else ()
     return Request(None, None, ids, None if policy is None else chosen)
 
 

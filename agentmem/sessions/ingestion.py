@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from agentmem.errors import SettingsRefused
@@ -13,6 +14,7 @@ from agentmem.reference_queries.patterns import Marks
 from agentmem.sessions import turn
 from agentmem.sessions.arguments import refusal
 from agentmem.sessions.chat.text_decoder import TextPieces
+from agentmem.sessions.chat.vocabulary import check_known, tokens
 from agentmem.sessions.compaction_requests import request_of
 from agentmem.sessions.events import Event
 from agentmem.sessions.options import TARGET, How
@@ -31,6 +33,7 @@ def messages(session: Session, given: Sequence[Message], how: How) -> Generator[
     """Read messages through the chat template; an open reply ends where it is."""
     closed = _closed(session)
     dialogue, delta = template(session).append(closed, *given)
+    check_known(session, "append", delta.ids)
     after = _after(session, len(delta.ids), how)
     spans = _pinned(session, delta, closed.fed, pin=how.pin)
     close_reply(session)
@@ -83,13 +86,21 @@ def begin_reply(session: Session, options: dict[str, Any]) -> Decoding:
         UnsupportedGeneration: an option that a session cannot serve. Both leave the session as it was.
 
     """
-    before = session.dialogue, session.reply, len(session.ids), len(session.entries), session.memory.rows[0].pins
-    try:
+    with _restoring(session):
         open_reply(session)
         _check_new(session)
         return prepare(session.view, session.ids, session.tokenizer, options)
+
+
+@contextmanager
+def _restoring(session: Session) -> Iterator[None]:
+    """Leave the session as it was if the block fails; the block takes nothing away and changes no reply."""
+    row, ids, entries = session.memory.rows[0], len(session.ids), len(session.entries)
+    before = session.dialogue, session.reply, session.reply_start, row.pins
+    try:
+        yield
     except BaseException:
-        session.dialogue, session.reply, ids, entries, session.memory.rows[0].pins = before
+        session.dialogue, session.reply, session.reply_start, row.pins = before
         del session.ids[ids:]
         del session.entries[entries:]
         raise
@@ -118,17 +129,17 @@ def _check_new(session: Session) -> None:
 
 def say(session: Session, text: str) -> None:
     """Put a text into the reply, in place of the end that the model chose; see :meth:`Session.say`."""
-    open_reply(session)
-    reply = session.reply = session.reply or Reply()
+    ids = tokens(session, "say", text)
+    with _restoring(session):
+        open_reply(session)
+        reply = session.reply or Reply()
+        kept = reply.ids if reply.end is None else reply.ids[:-1]
+        pieces = TextPieces(session.tokenizer, kept)
+        said = "".join(map(pieces.push, ids)) + pieces.rest()
     if reply.end is not None:  # it has not been read: the last id never is before the next turn
         session.ids.pop()
-        reply.ids.pop()
-        reply.end = None
-    pieces = TextPieces(session.tokenizer, reply.ids)
-    ids = list(session.tokenizer(text, add_special_tokens=False)["input_ids"])
-    reply.ids += ids
-    reply.text += "".join(map(pieces.push, ids)) + pieces.rest()
     session.ids.extend(ids)
+    reply.ids, reply.text, reply.end = [*kept, *ids], reply.text + said, None
 
 
 def open_reply(session: Session) -> None:
@@ -136,6 +147,7 @@ def open_reply(session: Session) -> None:
     if session.reply is None:
         if session.template is not None and session.dialogue.messages:
             dialogue, delta = session.template.open_reply(session.dialogue)
+            check_known(session, "chat_template", delta.ids)
             spans = _pinned(session, delta, session.dialogue.fed, pin=False)
             session.dialogue = dialogue
             _take(session, delta, spans)
@@ -229,14 +241,10 @@ def _pinned(session: Session, delta: Delta, fed: int, *, pin: bool) -> list[Span
 
 def _ids(session: Session, given: str | Sequence[int]) -> list[int]:
     if isinstance(given, str):
-        given = list(session.tokenizer(given, add_special_tokens=False)["input_ids"])
+        return tokens(session, "read", given)
     try:
         ids = [operator.index(each) for each in given]
     except TypeError:
         raise refusal("read", given, "give a text, or ids, which are whole numbers") from None
-    model: Any = session.runtime.model
-    words = model.get_input_embeddings().weight.shape[0]
-    wrong = [each for each in ids if not 0 <= each < words]
-    if wrong:
-        raise SettingsRefused(f"read: {wrong[:4]} are no ids of this model, which knows 0..{words - 1}")
+    check_known(session, "read", ids)
     return ids

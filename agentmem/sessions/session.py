@@ -78,7 +78,7 @@ class Session:
     def append(
         self,
         role: str,
-        content: str = "",
+        content: str | Sequence[Mapping[str, Any]] | None = "",
         *,
         name: str | None = None,
         tool_calls: Sequence[Mapping[str, Any]] | None = None,
@@ -93,10 +93,10 @@ class Session:
         """Read a message through the chat template; returns the reports of the compactions that it took.
 
         Args:
-            role: system, user, assistant or tool.
-            content: its text. Control tokens in it are read as text.
+            role: system (or developer), user, assistant or tool.
+            content: its text, also as OpenAI's list of text parts, or ``None``. Control tokens in it are read as text.
             name: who speaks; a tool's name.
-            tool_calls: calls that an assistant's message makes, as chat templates read them.
+            tool_calls: calls that an assistant's message makes; their arguments as dicts or as JSON texts.
             tool_call_id: which call a tool's message answers.
             pin: never compact it.
             compact: ``"after"`` compacts it right after it was read, with its own queries.
@@ -183,7 +183,7 @@ class Session:
     async def aappend(
         self,
         role: str,
-        content: str = "",
+        content: str | Sequence[Mapping[str, Any]] | None = "",
         *,
         name: str | None = None,
         tool_calls: Sequence[Mapping[str, Any]] | None = None,

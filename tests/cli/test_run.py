@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from agentmem import models
 from agentmem.cli.console import OUT
 from agentmem.cli.display import Display
+from agentmem.cli.printable import printable
 from agentmem.cli.run.generation import Generated, _Stream
 from agentmem.reporting.trace import read_trace
 from agentmem.testing import tiny_model
@@ -52,7 +53,7 @@ def test_run_keeps_the_cap_and_reports_it(folder: str, tmp_path: Path) -> None:
     assert report["num_compactions"] >= 2
     assert report["peak_bytes"] <= report["cap_bytes"] == CAP_BYTES
     assert (report["num_new_tokens"], report["finish"], report["error"]) == (300, "length", None)
-    assert report["text"] in result.stdout
+    assert printable(report["text"]) in result.stdout
     trace = read_trace(paths["run.jsonl"])
     assert len(trace.compactions) == report["num_compactions"]
     assert trace.points[-1].tokens_seen == report["num_prompt_tokens"] + 299

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from agentmem.cli.console import note
 from agentmem.cli.display import Display
+from agentmem.cli.printable import printable
 from agentmem.sessions import CompactionFinished, Message, Rebased, TextEvent, TokenEvent, TurnFinished
 from agentmem.settings import format_bytes
 
@@ -32,7 +33,7 @@ class Conversation:
     @property
     def prompt(self) -> str:
         """What stands before a person's line: the session's name where there are several."""
-        return "you> " if len(self.sessions) == 1 else f"{self.session.name}> "
+        return "you> " if len(self.sessions) == 1 else printable(f"{self.session.name}> ")
 
     def enter(self, session: Session) -> None:
         """Go on in this session."""

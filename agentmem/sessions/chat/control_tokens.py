@@ -13,6 +13,7 @@ from bisect import bisect_right
 from typing import TYPE_CHECKING, Any
 
 from agentmem.errors import SettingsRefused
+from agentmem.sessions.arguments import check_encodable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -117,6 +118,7 @@ class Markup:
 
     def _tokens(self, text: str) -> tuple[list[int], list[int]]:
         fast = bool(self.tokenizer.is_fast)
+        check_encodable("chat_template: the text that it writes", text)
         made = self.tokenizer(
             text, add_special_tokens=False, split_special_tokens=False, return_offsets_mapping=fast, verbose=False
         )

@@ -14,6 +14,8 @@ from typing import Any, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from agentmem.errors import SettingsRefused
+from agentmem.sessions.arguments import check_encodable
+from agentmem.sessions.chat.message_shapes import plain
 
 __all__ = ["ROLES", "Delta", "Dialogue", "Message", "Role", "Span"]
 
@@ -39,12 +41,26 @@ class Message(BaseModel):
     """Who speaks: the tool's name in a tool message, or a participant's."""
     tool_calls: tuple[dict[str, JsonValue], ...] | None = None
     """Calls that an assistant's message makes."""
+    reasoning_content: str | None = None
+    """What an assistant thought before the content, for templates that write it."""
     tool_call_id: str | None = None
     """Which call a tool's message answers."""
 
+    @model_validator(mode="after")
+    def _encodable(self) -> Self:
+        for name in type(self).model_fields:
+            check_encodable(name, getattr(self, name))
+        return self
+
     @classmethod
     def of(cls, **fields: object) -> Message:
-        """Build a message; every violation becomes one :class:`SettingsRefused`."""
+        """Build a message of any shape that :mod:`agentmem.sessions.chat.message_shapes` reads.
+
+        Raises:
+            SettingsRefused: every violation, with the field.
+
+        """
+        fields = plain(fields)
         role = fields.get("role")
         if role not in ROLES:
             near = difflib.get_close_matches(str(role).lower(), ROLES, n=1, cutoff=0.6)
@@ -53,7 +69,7 @@ class Message(BaseModel):
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
-            lines = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+            lines = [": ".join(filter(None, (".".join(map(str, item["loc"])), item["msg"]))) for item in error.errors()]
             known = ", ".join(cls.model_fields)
             raise SettingsRefused(f"message: {'; '.join(lines)}. A message has: {known}") from None
 
@@ -66,6 +82,8 @@ class Message(BaseModel):
 
     @classmethod
     def _of(cls, given: object) -> Message:
+        if isinstance(given, BaseModel):  # an SDK's own class
+            given = given.model_dump()
         if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
             raise SettingsRefused(f"message {given!r} is none; write {{'role': 'user', 'content': ...}}, or a Message")
         return cls.of(**given)

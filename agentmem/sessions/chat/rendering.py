@@ -6,9 +6,10 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
 
 from agentmem.errors import SettingsRefused
+from agentmem.sessions.arguments import check_encodable
 from agentmem.sessions.chat.control_tokens import Markup
 
 if TYPE_CHECKING:
@@ -18,7 +19,18 @@ Chat = list[dict[str, Any]]
 Tool = dict[str, Any] | Callable[..., Any]
 
 # What templates raise: their own refusals, and Python's where a message lacks what they read.
-_FAULTS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+_FAULTS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+)
+_SHOWN = 300
+"""Characters of an error's text: it may quote the whole template."""
 
 
 class Renderer:
@@ -32,6 +44,7 @@ class Renderer:
 
         """
         self.tokenizer, self.options = tokenizer, dict(options or {})
+        check_encodable("tools", list(tools or ()))
         # Letters and digits survive trimming and every kind of escaping; random ones occur in no message.
         self.sentinel, mark = (f"x{secrets.token_hex(16)}x" for _ in range(2))
         self.markup = Markup(tokenizer, self._source(tools), mark)
@@ -93,11 +106,7 @@ class Renderer:
                 **self.options,
             )
         except _FAULTS as error:
-            roles = ", ".join(str(message["role"]) for message in chat[-4:])
-            raise SettingsRefused(
-                f"the chat template refuses the conversation: {error}. Its last roles are {roles}; "
-                "order the messages as the template wants them, or write what it has no role for into a user's message"
-            ) from error
+            raise _refusal(chat, error) from error
         return str(text)
 
     def tail(self, chat: Chat, index: int, *, opened: bool = False) -> str | None:
@@ -151,6 +160,24 @@ class Renderer:
 
         """
         return self.sentinel in self.write(_marked(chat, index, self.sentinel), opened=opened)
+
+
+def _refusal(chat: Chat, error: Exception) -> SettingsRefused:
+    """What is said of a conversation that the template cannot write: its own words, and what can be done."""
+    roles = ", ".join(str(message["role"]) for message in chat[-4:])
+    if isinstance(error, TemplateSyntaxError):
+        remedy = f"it is no Jinja template (line {error.lineno}); set tokenizer.chat_template to the model's own"
+    elif isinstance(error, UndefinedError | LookupError | AttributeError | TypeError):
+        remedy = (
+            "it reads a field that the message lacks, or a variable that nobody gave: complete the message (name, "
+            "tool_calls, tool_call_id, reasoning_content), or give the variable in template_options"
+        )
+    else:
+        remedy = "order the messages as the template wants them, or write what it has no role for into a user's message"
+    return SettingsRefused(
+        f"chat_template: the chat template refuses the conversation: {str(error)[:_SHOWN]}. "
+        f"Its last roles are {roles}; {remedy}"
+    )
 
 
 def _marked(chat: Chat, index: int, sentinel: str) -> Chat:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from agentmem import events
+from agentmem.ambient import own_state
 from agentmem.contract_check import validate
 from agentmem.contracts import Compaction, HeadCompaction, Segment, SegmentShape
 from agentmem.dealer import Dealer
@@ -79,7 +80,7 @@ class RowCompaction:
         began, slots, resident = time.perf_counter(), row.held, memory.ledger.resident
         events.compaction_started(row=row.index, policy=policy.name, tokens_seen=row.seen, slots=slots)
         outside = memory.ledger.outside() if policy.queries.outside_cap else nullcontext()
-        with torch.no_grad(), memory.ledger.watch() as peak, outside:
+        with own_state(), torch.no_grad(), memory.ledger.watch() as peak, outside:
             self._rewrite()
             if self._prepared():
                 self._compact_layers()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from agentmem import events
+from agentmem.ambient import own_state
 from agentmem.errors import MemoryCapExceeded
 from agentmem.promotion import settle
 from agentmem.report import RebaseReport
@@ -77,6 +78,11 @@ def rebase(memory: Memory, row: Row, tokens: int = 0) -> None:
 
     ``tokens`` are to fit behind them. A forward that was interrupted is taken back first.
     """
+    with own_state():
+        _rebase(memory, row, tokens)
+
+
+def _rebase(memory: Memory, row: Row, tokens: int) -> None:
     assert memory.positions is not None  # noqa: S101  # the caller has asked
     memory.abandon()
     began, position = time.perf_counter(), row.next_position

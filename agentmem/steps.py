@@ -16,7 +16,7 @@ from agentmem.pricing import grown, window_slots
 from agentmem.samples import QuerySample
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from agentmem.dealing import Slots
     from agentmem.memory import Memory
@@ -125,6 +125,7 @@ class Adopt:
         assert store is not None  # noqa: S101  # a row that is rewritten holds something in every layer
         memory.boundary()
         memory.ledger.touch(memory.plan.forward_bytes, "attention of a summary")
+        queries, keys, values = _as_stored(store, queries, keys, values)
         front = store.front(min(self.begins[layer]))
         output, _ = attend(queries[0], front, Fresh(keys[0], values[0]), scale)
         self.row.stores[layer] = store.rewritten(self.begins[layer], self.recent, keys[0], values[0], self.positions)
@@ -149,6 +150,8 @@ class Transient:
         self.visit(layer, queries[0])
         shape = self.memory.shape.layers[layer]
         store = self.row.stores[layer]
+        if store is not None:
+            queries, keys, values = _as_stored(store, queries, keys, values)
         runs = [] if store is None else store.runs(shape.window and shape.window - 1, scored=False)
         self.memory.ledger.touch(self.memory.plan.forward_bytes, "attention of a probe")
         output, _ = attend(queries[0], runs, Fresh(keys[0], values[0]), scale, window=shape.window)
@@ -173,6 +176,7 @@ def append_row(
     shape, count = memory.shape.layers[layer], keys.shape[1]
     memory.scales[layer] = scale
     store = _roomy(memory, row, layer, keys, count)
+    queries, keys, values = _as_stored(store, queries, keys, values)
     scored = memory.policy.scores == "received" and shape.window is None and not scratch
     memory.ledger.touch(memory.plan.forward_bytes, "attention")
     with torch.no_grad():
@@ -187,6 +191,11 @@ def append_row(
         if memory.plan.stored and shape.window is None and not scratch:
             _sample(memory, row, layer, queries)
     return output
+
+
+def _as_stored(store: LayerStore, *tensors: torch.Tensor) -> Iterator[torch.Tensor]:
+    """In the dtype of a store's slots, which the first keys set: autocast may have come or gone since."""
+    return (tensor.to(store.spec.dtype) for tensor in tensors)
 
 
 def _roomy(memory: Memory, row: Row, layer: int, like: torch.Tensor, count: int) -> LayerStore:

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from agentmem.ambient import own_state
 from agentmem.errors import CapBypassed, UnsupportedModel
 from agentmem.generation import check_generate, chosen
 from agentmem.hf.cache import CappedMemory, TransientCache, mask_columns, size, transient_forward
@@ -107,8 +108,9 @@ class _Attachment:
         if isinstance(cache, CappedMemory):
             cache.open_for(self.model)
             frame.memory = cache
-            frame.step = cache.begin(inputs)
-            moved = cache.moved(inputs)
+            with own_state():
+                frame.step = cache.begin(inputs)
+                moved = cache.moved(inputs)
             return None if moved is None else ((), moved)
         if isinstance(cache, TransientCache):
             frame.step = cache.step

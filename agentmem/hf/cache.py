@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from agentmem.ambient import callers_state
 from agentmem.errors import MemoryCapExceeded, SettingsRefused, UnsupportedGeneration
 from agentmem.hf.frames import FRAME, own_frame
 from agentmem.job import USUAL, Request
@@ -87,7 +88,11 @@ def transient_forward(
 ) -> Any:
     """The output of a model or of its decoder for ``ids`` at positions ``start, start + 1, …``; ``step`` attends."""
     device: Any = module.get_input_embeddings().weight.device
-    with own_frame(), torch.no_grad():  # an interrupt, which torch's hooks do not see, would leave its frame behind
+    with (
+        callers_state(),
+        own_frame(),
+        torch.no_grad(),
+    ):  # an interrupt, which torch's hooks do not see, would leave its frame behind
         return module(
             input_ids=torch.tensor([list(ids)], device=device),
             position_ids=torch.arange(start, start + len(ids), device=device)[None],

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from agentmem.ambient import computing_dtype, own_state
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -61,9 +63,12 @@ def _attention(original: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor 
             return function(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]  # the registry's functions are Any
         frame.attended += 1
         layer: int = module.layer_idx  # type: ignore[assignment]  # every attention module has it
-        # Under autocast rotary embeddings make keys float32 and leave values alone; the dtype of the keys counts.
-        query, value = query.to(key.dtype), value.to(key.dtype)
-        return frame.step.attend(layer, query, key, value, kwargs.get("scaling") or query.shape[-1] ** -0.5), None
+        # Under autocast rotary embeddings make keys float32 and leave values alone; stock attention casts all of them.
+        dtype = computing_dtype(key)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        with own_state():
+            output = frame.step.attend(layer, query, key, value, kwargs.get("scaling") or query.shape[-1] ** -0.5)
+        return output.to(dtype), None
 
     return forward
 

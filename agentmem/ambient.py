@@ -55,7 +55,7 @@ def callers_state() -> Iterator[None]:
 
 
 def computing_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """The dtype in which stock attention computes with ``tensor``: autocast's where that is on, which spares float64."""
+    """The dtype in which stock attention computes with ``tensor``: that of autocast, which spares float64."""
     kind = tensor.device.type
     if tensor.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)

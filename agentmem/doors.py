@@ -203,8 +203,8 @@ def open_memory(
 def _shape(model: Any, policy: Policy, itemsize: int) -> ModelShape:
     """The shape of a model, or of its config alone, as far as the policy can serve it."""
     config = getattr(model, "config", model)
-    device = getattr(getattr(model, "device", None), "type", "cpu")
-    shape = hf.describe(config, itemsize=itemsize, fused=device == "cpu")
+    device = hf.input_device(model).type if hasattr(model, "get_input_embeddings") else "cpu"
+    shape = hf.describe(config, itemsize=itemsize, fused=device in ("cpu", "meta"))
     if policy.queries.probing:
         hf.refuse_probe(config, policy.name)
     if policy.rewrite is not None or any(part.source == "self-study" for part in policy.queries.parts):

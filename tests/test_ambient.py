@@ -1,4 +1,4 @@
-"""Torch's ambient state (autocast, default dtype and device, grad and deterministic mode) and what it must not change."""
+"""Torch's ambient state (autocast, default dtype and device, modes) and what it must not change."""
 
 from __future__ import annotations
 

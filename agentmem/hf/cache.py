@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from agentmem.ambient import callers_state
 from agentmem.errors import MemoryCapExceeded, SettingsRefused, UnsupportedGeneration
 from agentmem.hf.frames import FRAME, own_frame
+from agentmem.hf.support import input_device, refuse_training
 from agentmem.job import USUAL, Request
 from agentmem.rebasing import keep_in_reach
 from agentmem.steps import Adopt, Append, Arriving, Scratch, Transient
@@ -87,7 +88,8 @@ def transient_forward(
     **more: Any,
 ) -> Any:
     """The output of a model or of its decoder for ``ids`` at positions ``start, start + 1, …``; ``step`` attends."""
-    device: Any = module.get_input_embeddings().weight.device
+    device = input_device(module)
+    refuse_training(module)
     with (
         callers_state(),
         own_frame(),
@@ -269,6 +271,22 @@ class CappedMemory(Cache):
         self.memory.open_or_raise()
         if model is not self.model:
             raise UnsupportedGeneration(FOREIGN)
+        refuse_training(model)
+
+    def refuse_pads_at_the_end(self, valid: Sequence[Sequence[bool]]) -> None:
+        """Refuse rows that end with pads where the last column's output is wanted: it would follow a pad.
+
+        Raises:
+            UnsupportedGeneration: names the first such row.
+
+        """
+        for index, row in enumerate(valid):
+            seen = self.memory.rows[index].seen if self.memory.rows else 0
+            if not row[-1] and (seen or any(row)):
+                raise UnsupportedGeneration(
+                    f"row {index} ends with a pad, and what follows is wanted of its last column; pad on the left "
+                    "(tokenizer.padding_side='left')"
+                )
 
     def begin(self, inputs: dict[str, Any]) -> Append:
         """Read one forward's arguments and start it.

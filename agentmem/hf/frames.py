@@ -6,8 +6,9 @@ import sys
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
+import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from agentmem.ambient import computing_dtype, own_state
@@ -15,7 +16,6 @@ from agentmem.ambient import computing_dtype, own_state
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    import torch
     from transformers import PreTrainedConfig
 
     from agentmem.hf.cache import CappedMemory
@@ -88,9 +88,26 @@ def _register(original: str) -> str:
     """The name under which ``original`` is wrapped; with the mask too, or sdpa would be handed no mask silently."""
     name = f"agentmem_{original}"
     if name not in AttentionInterface._global_mapping:  # noqa: SLF001
-        AttentionInterface.register(name, _attention(original))
-        AttentionMaskInterface.register(name, _mask(original))
-    return name
+        # never traced: a compiled forward would hand the addresses of tensors that do not exist to compiled code
+        AttentionInterface.register(name, torch.compiler.disable(_attention(original)))
+        AttentionMaskInterface.register(name, torch.compiler.disable(_mask(original)))
+    return _Renamed(name, original)
+
+
+class _Renamed(str):
+    """Our name of an attention implementation; a copy of the config, or a pickle, has the original's."""
+
+    __slots__ = ("original",)
+
+    def __new__(cls, name: str, original: str) -> Self:
+        """``original`` is the name that was there."""
+        made = super().__new__(cls, name)
+        made.original = original
+        return made
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        """The original name, for ``copy.deepcopy`` and ``pickle``."""
+        return str, (self.original,)
 
 
 _RENAMED: dict[int, list[str]] = {}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 from agentmem import hf, plugins
 from agentmem.budget import make_plan
 from agentmem.contracts import Budgets
-from agentmem.errors import CompactionFailed, MemoryUnused, SettingsRefused
+from agentmem.errors import CompactionFailed, CopyRefused, MemoryUnused, SettingsRefused
 from agentmem.language import Language
 from agentmem.memory import Memory
 from agentmem.settings import Settings
@@ -138,6 +138,16 @@ class CappedModel:
                 raise
             output = self.memory.padded_transcripts()
         return CappedOutput(output, self.memory.report())
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse ``copy`` and ``pickle``."""
+        raise CopyRefused.of(self)
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else is asked of it is the model's: ``config``, ``device``, ``generation_config`` and so on."""
+        if name.startswith("__") or name == "_model":
+            raise AttributeError(name)
+        return getattr(self._model, name)
 
     def reset(self) -> None:
         """Drop the conversation and start with an empty memory under the same settings."""

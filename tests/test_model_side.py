@@ -115,3 +115,21 @@ def test_training_mode_in_a_block_is_refused() -> None:
             memory.peek([5])
         model.eval()
         model(input_ids=ids[:, :1], past_key_values=memory)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_what_holds_a_memory_is_not_copied(copied: Callable[[Any], Any]) -> None:
+    """Copies and pickles of a memory or a wrapped model are refused at once, and name fork()."""
+    with agentmem.wrap(variants.private(), **variants.ROOMY) as wrapped:
+        for held in (wrapped, wrapped.memory):
+            with pytest.raises(agentmem.CopyRefused, match=r"fork\(\)"):
+                copied(held)
+
+
+def test_a_wrapped_model_answers_for_its_model() -> None:
+    """Attributes that a wrapped model has not are the model's own."""
+    model = variants.private()
+    with agentmem.wrap(model, **variants.ROOMY) as wrapped:
+        assert wrapped.config is model.config
+        assert wrapped.device == model.device
+        assert wrapped.generation_config is model.generation_config

@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from agentmem.ambient import callers_state
-from agentmem.errors import MemoryCapExceeded, SettingsRefused, UnsupportedGeneration
+from agentmem.errors import CopyRefused, MemoryCapExceeded, SettingsRefused, UnsupportedGeneration
 from agentmem.hf.frames import FRAME, own_frame
 from agentmem.hf.support import input_device, refuse_training
 from agentmem.job import USUAL, Request
@@ -116,6 +116,10 @@ class CappedMemory(Cache):
         super().__init__(layers=[_Layer(self, layer.window) for layer in memory.shape.layers])
         self.memory, self.model = memory, model
         self.columns = 0
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse ``copy`` and ``pickle``."""
+        raise CopyRefused.of(self)
 
     # what happened
 

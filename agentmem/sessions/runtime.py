@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 from agentmem import hf, plugins
 from agentmem.doors import open_memory
-from agentmem.errors import CapTooSmall, MemoryClosed, SettingsRefused
+from agentmem.errors import CapTooSmall, CopyRefused, MemoryClosed, SettingsRefused
 from agentmem.language import Language
 from agentmem.memory import unwatched
 from agentmem.sessions import keeping
@@ -325,6 +325,10 @@ class Runtime:
                 self._temporary.cleanup()
         for wake in list(self.waiters):
             wake()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse ``copy`` and ``pickle``."""
+        raise CopyRefused.of(self)
 
     def __enter__(self) -> Self:
         """Close at the end of a block."""

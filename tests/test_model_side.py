@@ -13,6 +13,7 @@ from accelerate import cpu_offload
 
 import agentmem
 from tests import variants
+from tests.tiny_chat import tokenizer
 
 
 def _layers(model: Any) -> None:
@@ -133,3 +134,12 @@ def test_a_wrapped_model_answers_for_its_model() -> None:
         assert wrapped.config is model.config
         assert wrapped.device == model.device
         assert wrapped.generation_config is model.generation_config
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_sessions_and_runtimes_are_not_copied(copied: Callable[[Any], Any]) -> None:
+    """Copies and pickles of a session or of its runtime are refused at once."""
+    with agentmem.Runtime(variants.private(), tokenizer(), cap="64MiB") as runtime, runtime.session() as session:
+        for held in (runtime, session):
+            with pytest.raises(agentmem.CopyRefused, match=r"fork\(\)"):
+                copied(held)

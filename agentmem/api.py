@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from agentmem import hf, plugins
 from agentmem.contracts import Budgets
-from agentmem.errors import CompactionFailed, MemoryUnused, SettingsRefused
+from agentmem.errors import CompactionFailed, CopyRefused, MemoryUnused, SettingsRefused
 from agentmem.language import Language
 from agentmem.memory.memory import Memory
 from agentmem.planning.capacity import make_plan
@@ -139,6 +139,16 @@ class CappedModel:
             output = self.memory.padded_transcripts()
         return CappedOutput(output, self.memory.report())
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse ``copy`` and ``pickle``."""
+        raise CopyRefused.of(self)
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else is asked of it is the model's: ``config``, ``device``, ``generation_config`` and so on."""
+        if name.startswith("__") or name == "_model":
+            raise AttributeError(name)
+        return getattr(self._model, name)
+
     def reset(self) -> None:
         """Drop the conversation and start with an empty memory under the same settings."""
         old = self._template
@@ -203,8 +213,8 @@ def open_memory(
 def _shape(model: Any, policy: Policy, itemsize: int) -> ModelShape:
     """The shape of a model, or of its config alone, as far as the policy can serve it."""
     config = getattr(model, "config", model)
-    device = getattr(getattr(model, "device", None), "type", "cpu")
-    shape = hf.describe(config, itemsize=itemsize, fused=device == "cpu")
+    device = hf.input_device(model).type if hasattr(model, "get_input_embeddings") else "cpu"
+    shape = hf.describe(config, itemsize=itemsize, fused=device in ("cpu", "meta"))
     if policy.queries.probing:
         hf.refuse_probe(config, policy.name)
     if policy.rewrite is not None or any(part.source == "self-study" for part in policy.queries.parts):

@@ -16,6 +16,7 @@ AgentmemError
 ├── ModelUnavailable                    a model could not be fetched, verified or read
 ├── SnapshotRefused (ValueError)        a saved session that cannot be trusted or does not fit; nothing was loaded
 ├── RuntimeBusy                         no room for another session now; nothing was changed
+├── CopyRefused (TypeError)             a memory, session or runtime cannot be copied or pickled
 └── TurnEnded                           a turn was ended early (deadline, hook); the session is valid
 """
 
@@ -84,6 +85,18 @@ class SnapshotRefused(AgentmemError, ValueError):
 
 class RuntimeBusy(AgentmemError):
     """The runtime's cap is leased out and nobody can give way in time; nothing was changed."""
+
+
+class CopyRefused(AgentmemError, TypeError):
+    """What holds slots under a cap, or a share of one, cannot be copied or pickled; nothing was changed."""
+
+    @classmethod
+    def of(cls, held: object) -> CopyRefused:
+        """The refusal for that object."""
+        return cls(
+            f"a {type(held).__name__} cannot be copied or pickled: its bytes are counted under one cap. Go on in two "
+            "ways with session.fork() of an agentmem.Runtime, or keep it in a file with session.save(...)"
+        )
 
 
 class TurnEnded(AgentmemError):

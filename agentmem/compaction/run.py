@@ -26,6 +26,7 @@ from agentmem.compaction.summary import Rewriting, SummaryRefused
 from agentmem.contracts import Compaction, HeadCompaction, Segment, SegmentShape
 from agentmem.errors import CompactionFailed, PolicyContractBroken
 from agentmem.memory.pinning import promote, settle
+from agentmem.memory.torch_state import own_state
 from agentmem.reporting import log_events
 from agentmem.reporting.report import CompactionReport, LayerReport, Outcome, SummaryReport
 
@@ -80,7 +81,7 @@ class RowCompaction:
         began, slots, resident = time.perf_counter(), row.held, memory.ledger.resident
         log_events.compaction_started(row=row.index, policy=policy.name, tokens_seen=row.seen, slots=slots)
         outside = memory.ledger.outside() if policy.queries.outside_cap else nullcontext()
-        with torch.no_grad(), memory.ledger.watch() as peak, outside:
+        with own_state(), torch.no_grad(), memory.ledger.watch() as peak, outside:
             self._rewrite()
             if self._prepared():
                 self._compact_layers()

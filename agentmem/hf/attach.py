@@ -17,8 +17,10 @@ from agentmem.hf.cache import CappedMemory, TransientCache, mask_columns, size, 
 from agentmem.hf.forward_context import FRAME, SCOPE, Frame, own_frame, rename
 from agentmem.hf.generate_checks import check_generate, chosen
 from agentmem.hf.rope import rotations
+from agentmem.hf.support import input_device
 from agentmem.memory.forwards import Adopt, Append, Scratch, Transient
 from agentmem.memory.positions import Positions
+from agentmem.memory.torch_state import own_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -40,15 +42,18 @@ class _Attachment:
         """Rename the attention implementation, set the hooks, guard ``generate``."""
         decoder = self.model.get_decoder()
         self.undo.append(rename(decoder.config))
+        untraced = torch.compiler.disable
         split = functools.partial(self._split, inspect.signature(self.model.forward))
         enter = functools.partial(self._enter, inspect.signature(decoder.forward))
         handles = [
-            self.model.register_forward_pre_hook(split, with_kwargs=True),
-            decoder.register_forward_pre_hook(enter, with_kwargs=True),
-            decoder.register_forward_hook(_leave, always_call=True),
+            self.model.register_forward_pre_hook(untraced(split), with_kwargs=True),
+            decoder.register_forward_pre_hook(untraced(enter), with_kwargs=True),
+            decoder.register_forward_hook(untraced(_leave), always_call=True),
         ]
         self.undo.extend(handle.remove for handle in handles)
         self._guard_generate()
+        hooks = {handle.id for handle in handles}
+        self.undo.extend(_leave_out_of_copies(module, hooks) for module in (self.model, decoder))
 
     def _guard_generate(self) -> None:
         model: Any = self.model
@@ -75,6 +80,7 @@ class _Attachment:
             if own is not None:
                 model.generate = own
 
+        generate.agentmem_own = own  # type: ignore[attr-defined]  # what a copy of the model is to have
         model.generate = generate  # on the instance only
         self.undo.append(undo)
 
@@ -92,6 +98,7 @@ class _Attachment:
             return None  # every position's output is wanted: the forward must fit as it is
         cache.open_for(self.model)
         valid = mask_columns(inputs, cache.columns, count) or [[True] * count] * rows
+        cache.refuse_pads_at_the_end(valid)
         cache.memory.bind(rows)
         decoder, start = self.model.get_decoder(), 0
         while (start := start + (width := cache.memory.piece([row[start:] for row in valid], count - start))) < count:
@@ -111,8 +118,9 @@ class _Attachment:
             cache.open_for(self.model)
             frame.hold = cache.memory.owner.take()
             frame.memory = cache
-            frame.step = cache.begin(inputs)
-            moved = cache.moved(inputs)
+            with own_state():
+                frame.step = cache.begin(inputs)
+                moved = cache.moved(inputs)
             return None if moved is None else ((), moved)
         if isinstance(cache, TransientCache):
             frame.step = cache.step
@@ -126,6 +134,27 @@ class _Attachment:
                 f"{what} inside a capped block would grow a cache outside the cap; pass past_key_values=memory, "
                 "or use_cache=False if no memory is wanted"
             )
+
+
+def _leave_out_of_copies(module: Any, hooks: set[int]) -> Callable[[], None]:
+    """Have ``copy.deepcopy`` and ``pickle`` see a module as it is without us; returns what undoes this."""
+
+    def reduce(protocol: Any) -> tuple[Any, ...]:
+        made, arguments, state, *rest = type(module).__reduce_ex__(module, protocol)
+        clean = {name: each for name, each in state.items() if name not in ("generate", "__reduce_ex__")}
+        original = getattr(state.get("generate"), "agentmem_own", None)
+        if original is not None:
+            clean["generate"] = original
+        for name, each in state.items():
+            if "_hooks" in name and isinstance(each, dict):
+                clean[name] = type(each)((key, hook) for key, hook in each.items() if key not in hooks)
+        return (made, arguments, clean, *rest)
+
+    def undo() -> None:
+        del module.__reduce_ex__
+
+    module.__reduce_ex__ = reduce  # copy and pickle look it up on the instance
+    return undo
 
 
 def _named(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -212,7 +241,7 @@ def attach(model: PreTrainedModel, memory: Memory) -> CappedMemory:
         return logits
 
     memory.run_transient, memory.run_scratch, memory.run_logits = run_transient, run_scratch, run_logits
-    memory.device = torch.device(model.device)
+    memory.device = input_device(model)
     return view
 
 

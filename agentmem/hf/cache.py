@@ -8,10 +8,12 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from agentmem.compaction.request import USUAL, Request
-from agentmem.errors import MemoryCapExceeded, SettingsRefused, UnsupportedGeneration
+from agentmem.errors import CopyRefused, MemoryCapExceeded, SettingsRefused, UnsupportedGeneration
 from agentmem.hf.forward_context import FRAME, own_frame
+from agentmem.hf.support import input_device, refuse_training
 from agentmem.memory.forwards import Adopt, Append, Arriving, Scratch, Transient
 from agentmem.memory.positions import keep_in_reach
+from agentmem.memory.torch_state import callers_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -86,8 +88,10 @@ def transient_forward(
     **more: Any,
 ) -> Any:
     """The output of a model or of its decoder for ``ids`` at positions ``start, start + 1, …``; ``step`` attends."""
-    device: Any = module.get_input_embeddings().weight.device
-    with own_frame(), torch.no_grad():  # an interrupt, which torch's hooks do not see, would leave its frame behind
+    device = input_device(module)
+    refuse_training(module)
+    # own_frame: an interrupt, which torch's hooks do not see, would leave its frame behind
+    with callers_state(), own_frame(), torch.no_grad():
         return module(
             input_ids=torch.tensor([list(ids)], device=device),
             position_ids=torch.arange(start, start + len(ids), device=device)[None],
@@ -108,6 +112,10 @@ class CappedMemory(Cache):
         """View a memory that was opened for ``model``; :func:`attach` connects the two."""
         super().__init__(layers=[_Layer(self, layer.window) for layer in memory.shape.layers])
         self.memory, self.model = memory, model
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse ``copy`` and ``pickle``."""
+        raise CopyRefused.of(self)
 
     # what happened
 
@@ -268,6 +276,22 @@ class CappedMemory(Cache):
         self.memory.open_or_raise()
         if model is not self.model:
             raise UnsupportedGeneration(FOREIGN)
+        refuse_training(model)
+
+    def refuse_pads_at_the_end(self, valid: Sequence[Sequence[bool]]) -> None:
+        """Refuse rows that end with pads where the last column's output is wanted: it would follow a pad.
+
+        Raises:
+            UnsupportedGeneration: names the first such row.
+
+        """
+        for index, row in enumerate(valid):
+            seen = self.memory.rows[index].seen if self.memory.rows else 0
+            if not row[-1] and (seen or any(row)):
+                raise UnsupportedGeneration(
+                    f"row {index} ends with a pad, and what follows is wanted of its last column; pad on the left "
+                    "(tokenizer.padding_side='left')"
+                )
 
     def begin(self, inputs: dict[str, Any]) -> Append:
         """Read one forward's arguments and start it.

@@ -119,7 +119,7 @@ def attended(
     group = queries.shape[0] // keys.shape[0]
     if bias is not None:
         queries, keys, values = queries.float(), keys.float(), values.float()
-        added = torch.zeros(keys.shape[0], 1, before + count, device=queries.device)
+        added = torch.zeros(keys.shape[0], 1, before + count, dtype=torch.float32, device=queries.device)
         added[:, 0, :before] = bias
         seen = added.masked_fill(~seen, float("-inf")).repeat_interleave(group, dim=0)
     return scaled_dot_product_attention(

@@ -12,6 +12,7 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria, Stoppin
 
 from agentmem.errors import AgentmemError, UnsupportedGeneration
 from agentmem.hf.forward_context import own_frame
+from agentmem.hf.support import input_device
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,7 +79,7 @@ def prepare(view: CappedMemory, ids: Sequence[int], tokenizer: Any, options: dic
         held.append(Decoding(logits_processor, stopping_criteria, generation_config, input_ids, input_ids.shape[1]))
         return input_ids
 
-    device: Any = view.model.get_input_embeddings().weight.device
+    device = input_device(view.model)
     given = torch.tensor([list(ids)], device=device)
     model: Any = view.model
     rest = {name: value for name, value in options.items() if name not in _OURS}
@@ -135,7 +136,7 @@ def feed(view: CappedMemory, ids: Sequence[int], *, holds: bool) -> torch.Tensor
     With ``holds`` they are consumed by ``view.memory.commit()``: whoever loses the logits can feed them again.
     """
     memory = view.memory
-    device: Any = view.model.get_input_embeddings().weight.device
+    device = input_device(view.model)
     start = memory.rows[0].next_position + memory.rows[0].shift
     with own_frame(holds=holds), torch.no_grad():
         output = view.model(

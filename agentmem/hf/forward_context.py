@@ -6,18 +6,20 @@ import sys
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
+import torch
 from transformers import AttentionInterface, AttentionMaskInterface
+
+from agentmem.memory.torch_state import computing_dtype, own_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    import torch
     from transformers import PreTrainedConfig
 
     from agentmem.hf.cache import CappedMemory
-    from agentmem.memory.owner import Hold
+    from agentmem.memory.memory.owner import Hold
 
 
 class Step(Protocol):
@@ -66,9 +68,12 @@ def _attention(original: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor 
             return function(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]  # the registry's functions are Any
         frame.attended += 1
         layer: int = module.layer_idx  # type: ignore[assignment]  # every attention module has it
-        # Under autocast rotary embeddings make keys float32 and leave values alone; the dtype of the keys counts.
-        query, value = query.to(key.dtype), value.to(key.dtype)
-        return frame.step.attend(layer, query, key, value, kwargs.get("scaling") or query.shape[-1] ** -0.5), None
+        # Under autocast rotary embeddings make keys float32 and leave values alone; stock attention casts all of them.
+        dtype = computing_dtype(key)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        with own_state():
+            output = frame.step.attend(layer, query, key, value, kwargs.get("scaling") or query.shape[-1] ** -0.5)
+        return output.to(dtype), None
 
     return forward
 
@@ -88,9 +93,26 @@ def _register(original: str) -> str:
     """The name under which ``original`` is wrapped; with the mask too, or sdpa would be handed no mask silently."""
     name = f"agentmem_{original}"
     if name not in AttentionInterface._global_mapping:  # noqa: SLF001
-        AttentionInterface.register(name, _attention(original))
-        AttentionMaskInterface.register(name, _mask(original))
-    return name
+        # never traced: a compiled forward would hand the addresses of tensors that do not exist to compiled code
+        AttentionInterface.register(name, torch.compiler.disable(_attention(original)))
+        AttentionMaskInterface.register(name, torch.compiler.disable(_mask(original)))
+    return _Renamed(name, original)
+
+
+class _Renamed(str):
+    """Our name of an attention implementation; a copy of the config, or a pickle, has the original's."""
+
+    __slots__ = ("original",)
+
+    def __new__(cls, name: str, original: str) -> Self:
+        """``original`` is the name that was there."""
+        made = super().__new__(cls, name)
+        made.original = original
+        return made
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        """The original name, for ``copy.deepcopy`` and ``pickle``."""
+        return str, (self.original,)
 
 
 _RENAMED: dict[int, list[str]] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils.chat_template_utils import get_json_schema
@@ -28,8 +29,7 @@ def text_model(model: object) -> PreTrainedModel:
     """
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     name = type(inner).__name__
-    if hasattr(inner, "_orig_mod") or getattr(inner, "_compiled_call_impl", None) is not None:
-        raise UnsupportedModel(f"{name} is compiled, which freezes the attention call; pass the uncompiled model")
+    _refuse_compiled(inner)
     if not hasattr(inner, "generate") or not hasattr(inner, "get_decoder") or not hasattr(inner, "config"):
         raise UnsupportedModel(f"{name} is no transformers causal language model; load one with AutoModelForCausalLM")
     if getattr(model, "active_peft_config", None) is not None and model.active_peft_config.is_prompt_learning:  # type: ignore[attr-defined]
@@ -41,6 +41,51 @@ def text_model(model: object) -> PreTrainedModel:
             f"{name} is in training mode, whose dropout no replay can repeat; call model.eval() first"
         )
     return inner  # type: ignore[no-any-return]  # duck-typed above
+
+
+def _refuse_compiled(model: Any) -> None:
+    """Refuse a compiled model, or a compiled part of one that holds an attention call."""
+    if hasattr(model, "_orig_mod"):
+        raise UnsupportedModel(
+            f"{type(model).__name__} is compiled, which freezes the attention call; pass the uncompiled model"
+        )
+    for path, module in model.named_modules() if hasattr(model, "named_modules") else ():
+        if _is_compiled(module) and any(hasattr(each, "layer_idx") for each in module.modules()):
+            raise UnsupportedModel(
+                f"{type(module).__name__} ({path or 'the model'}) is compiled, which freezes the attention call; pass "
+                "the uncompiled model"
+            )
+
+
+def refuse_training(model: Any) -> None:
+    """Refuse a forward in training mode.
+
+    Raises:
+        UnsupportedModel: ``model.train()`` was called after the memory was opened.
+
+    """
+    if model.training:
+        raise UnsupportedModel(
+            f"{type(model).__name__} is in training mode, whose dropout no replay can repeat; call model.eval() first"
+        )
+
+
+def _is_compiled(module: Any) -> bool:
+    forward = getattr(module, "forward", None)
+    replaced = hasattr(forward, "_torchdynamo_orig_callable") and not getattr(forward, "_torchdynamo_disable", False)
+    return replaced or hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its ids: its embeddings' device, or where accelerate runs them if it offloads weights."""
+    embeddings = model.get_input_embeddings()
+    hooks = [getattr(embeddings, "_hf_hook", None)]
+    hooks.extend(getattr(hooks[0], "hooks", ()))
+    found = next((hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None), None)
+    if found is not None:
+        return torch.device(found)
+    device: torch.device = embeddings.weight.device
+    return device
 
 
 def check_tokenizer(tokenizer: object) -> None:

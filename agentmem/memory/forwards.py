@@ -18,7 +18,7 @@ from agentmem.reference_queries.stored import QuerySample
 from agentmem.reporting import log_events
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from agentmem.compaction.budget_rules import Slots
     from agentmem.memory.memory import Memory
@@ -134,6 +134,7 @@ class Adopt:
         assert store is not None  # noqa: S101  # a row that is rewritten holds something in every layer
         memory.boundary()
         memory.ledger.touch(memory.plan.forward_bytes, "attention of a summary")
+        queries, keys, values = _as_stored(store, queries, keys, values)
         front = store.front(min(self.begins[layer]))
         output, _ = attend(queries[0], front, Fresh(keys[0], values[0]), scale)
         new = store.rewritten(self.begins[layer], self.recent, keys[0], values[0], self.positions)
@@ -158,6 +159,8 @@ class Transient:
         self.visit(layer, queries[0])
         shape = self.memory.shape.layers[layer]
         store = self.row.stores[layer]
+        if store is not None:
+            queries, keys, values = _as_stored(store, queries, keys, values)
         runs = [] if store is None else store.runs(shape.window and shape.window - 1, scored=False)
         self.memory.ledger.touch(self.memory.plan.forward_bytes, "attention of a probe")
         output, _ = attend(queries[0], runs, Fresh(keys[0], values[0]), scale, window=shape.window)
@@ -182,6 +185,7 @@ def append_row(
     shape, count = memory.shape.layers[layer], keys.shape[1]
     memory.scales[layer] = scale
     store = _roomy(memory, row, layer, keys, count)
+    queries, keys, values = _as_stored(store, queries, keys, values)
     scored = memory.policy.scores == "received" and shape.window is None and not scratch
     memory.ledger.touch(memory.plan.forward_bytes, "attention")
     with torch.no_grad():
@@ -196,6 +200,11 @@ def append_row(
         if memory.plan.stored and shape.window is None and not scratch:
             _sample(memory, row, layer, queries)
     return output
+
+
+def _as_stored(store: LayerStore, *tensors: torch.Tensor) -> Iterator[torch.Tensor]:
+    """In the dtype of a store's slots, which the first keys set: autocast may have come or gone since."""
+    return (tensor.to(store.spec.dtype) for tensor in tensors)
 
 
 def _roomy(memory: Memory, row: Row, layer: int, like: torch.Tensor, count: int) -> LayerStore:

@@ -18,6 +18,7 @@ from agentmem.errors import MemoryCapExceeded
 from agentmem.memory.forwards import Transient
 from agentmem.memory.pinning import settle
 from agentmem.memory.rotation import map_scratch, rebased, shift_keys, shift_scratch, widest_gap
+from agentmem.memory.torch_state import own_state
 from agentmem.planning.model_shape import MIN_SPARE, spare_positions
 from agentmem.reporting import log_events
 from agentmem.reporting.report import RebaseReport
@@ -77,6 +78,11 @@ def rebase(memory: Memory, row: Row, tokens: int = 0) -> None:
 
     ``tokens`` are to fit behind them. A forward that was interrupted is taken back first.
     """
+    with own_state():
+        _rebase(memory, row, tokens)
+
+
+def _rebase(memory: Memory, row: Row, tokens: int) -> None:
     assert memory.positions is not None  # noqa: S101  # the caller has asked
     memory.abandon()
     began, position = time.perf_counter(), row.next_position

@@ -104,7 +104,7 @@ class QuerySample:
 def _random_like(kept: torch.Tensor, tokens: int, generator: torch.Generator) -> torch.Tensor:
     """Random directions ``[Hq, tokens, d]`` with each query head's root mean square norm."""
     heads, _, width = kept.shape
-    drawn = torch.randn(heads, tokens, width, generator=generator).to(kept.device)
+    drawn = torch.randn(heads, tokens, width, generator=generator, dtype=torch.float32).to(kept.device)
     norms = kept.float().square().sum(-1).mean(-1).sqrt_()
     drawn.mul_((norms[:, None] / drawn.norm(dim=-1)).unsqueeze_(-1))
     return drawn.to(kept.dtype)

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 from agentmem import hf, plugins
 from agentmem.api import open_memory
-from agentmem.errors import CapTooSmall, MemoryClosed, SettingsRefused
+from agentmem.errors import CapTooSmall, CopyRefused, MemoryClosed, SettingsRefused
 from agentmem.language import Language
 from agentmem.memory.memory import unwatched
 from agentmem.sessions.arguments import check_count, check_making, check_name, check_place, check_seconds
@@ -333,6 +333,10 @@ class Runtime:
                 self._spill.close()
         for wake in list(self.waiters):
             wake()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse ``copy`` and ``pickle``."""
+        raise CopyRefused.of(self)
 
     def __enter__(self) -> Self:
         """Close at the end of a block."""

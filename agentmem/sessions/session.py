@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 
-from agentmem.errors import MemoryClosed
+from agentmem.errors import CopyRefused, MemoryClosed
 from agentmem.memory.pinning import pin
 from agentmem.sessions import aio, compaction_requests, ingestion
 from agentmem.sessions.arguments import check_count, check_seconds, check_text
@@ -354,6 +354,10 @@ class Session:
     def close(self) -> None:
         """Free the memory; closing twice does nothing."""
         self.runtime.forget(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse ``copy`` and ``pickle``."""
+        raise CopyRefused.of(self)
 
     def __enter__(self) -> Self:
         """Close at the end of a block."""

@@ -12,5 +12,5 @@ def lots(keys: torch.Tensor, seed: int) -> torch.Tensor:
     the result, and what rounding changes in a key (in a batch, say) changes nothing. Working memory: two tensors of T.
     """
     mark = hash((seed, *(keys[-1] > 0).tolist()))  # of numbers: the same in every process
-    drawn = torch.rand(len(keys), generator=torch.Generator().manual_seed(mark))
+    drawn = torch.rand(len(keys), generator=torch.Generator().manual_seed(mark), dtype=torch.float32)
     return drawn.to(keys.device)

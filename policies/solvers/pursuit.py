@@ -145,7 +145,7 @@ def pursue(
             continue
         return chase.result(pull, total)
     kept = top(gram.diagonal(), count)
-    plain = torch.zeros(count, device=gram.device)
+    plain = torch.zeros(count, dtype=torch.float32, device=gram.device)
     return Pursuit(kept, plain, accepted=False, error=math.inf, condition=math.inf, fits=0, replaced=0, converged=False)
 
 
@@ -238,7 +238,9 @@ class _Chase:
         weights = problem.outcome(converged=self.converged).solution
         fitted, plain = (_squared(gram, pull, vector) for vector in (weights, chosen.double()))
         accepted = fitted < plain - _BLUR * total
-        log_weights = weights[kept].log_().float() if accepted else torch.zeros(len(kept), device=gram.device)
+        log_weights = torch.zeros(len(kept), dtype=torch.float32, device=gram.device)
+        if accepted:
+            log_weights = weights[kept].log_().float()
         return Pursuit(
             kept,
             log_weights,

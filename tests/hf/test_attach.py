@@ -270,7 +270,7 @@ def test_an_attention_that_is_changed_in_the_block_is_noticed() -> None:
 
 
 def test_autocast_keeps_working() -> None:
-    """Under autocast keys and values come in different dtypes: tokens equal stock's, and the keys' dtype is kept."""
+    """Under autocast keys and values come in different dtypes: tokens equal stock's, and slots have autocast's."""
     model, ids = variants.model(), variants.prompt(40)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         stock = variants.greedy(model, ids, 10)
@@ -284,7 +284,7 @@ def test_autocast_keeps_working() -> None:
     # Linear layers round to bfloat16, 2^-8 of logits up to 10, a few times over.
     torch.testing.assert_close(variants.steps(ours), variants.steps(stock), rtol=0, atol=0.25)
     assert store is not None
-    assert store.spec.dtype == torch.float32
+    assert store.spec.dtype == torch.bfloat16
     assert tight.report().num_compactions >= 2
 
 

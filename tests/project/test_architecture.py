@@ -53,6 +53,7 @@ TABLE = (
         rooms="queries contracts settings planning.model_shape attention.ragged reference_queries.stored",
     ),
     room("agentmem.planning.capacity", rooms="contracts errors settings planning.pricing planning.model_shape"),
+    room("agentmem.memory.torch_state", outside="torch"),
     room("agentmem.memory.ledger", rooms="errors settings"),
     room(
         "agentmem.memory.store",
@@ -81,7 +82,7 @@ TABLE = (
     room(
         "agentmem.memory.positions",
         rooms="errors reporting.log_events reporting.report planning.model_shape memory.pinning memory.rotation "
-        "memory.forwards",
+        "memory.forwards memory.torch_state",
         outside="torch",
     ),
     room(
@@ -100,14 +101,14 @@ TABLE = (
     ),
     room("agentmem.plugins", rooms="contracts errors"),
     room("agentmem.hf.generate_checks", rooms="errors settings"),
-    room("agentmem.hf.support", rooms="errors planning.model_shape", outside="transformers"),
+    room("agentmem.hf.support", rooms="errors planning.model_shape", outside="torch transformers"),
     room("agentmem.hf.rope", rooms="errors memory.rotation", outside="torch"),
-    room("agentmem.hf.forward_context", rooms="memory.owner", outside="transformers"),
+    room("agentmem.hf.forward_context", rooms="memory.owner memory.torch_state", outside="torch transformers"),
     room("agentmem.hf.capture", rooms="errors hf.forward_context", outside="torch"),
     room("agentmem.hf.fingerprint", outside="torch"),
     room("agentmem.hf.cache", rooms=ABOVE, outside="torch transformers"),
     room("agentmem.hf.attach", rooms=ABOVE, outside="torch"),
-    room("agentmem.hf.decoding", rooms="errors hf.forward_context", outside="torch transformers"),
+    room("agentmem.hf.decoding", rooms="errors hf.forward_context hf.support", outside="torch transformers"),
     room("agentmem.hf", rooms=ABOVE),
     room("agentmem.api", rooms=ABOVE, outside="torch"),
     room("agentmem.sessions", rooms=ABOVE, outside="torch pydantic jinja2 fsspec filelock regex"),

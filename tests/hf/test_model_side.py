@@ -1,0 +1,145 @@
+"""What may be done to a model beside a capped block: compiling, copying, offloading, padding, training."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from tests.tiny_chat import tokenizer
+
+import agentmem
+from tests import variants
+
+
+def _layers(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+
+
+COMPILED: dict[str, Callable[[Any], Any]] = {
+    "forward": lambda model: setattr(model, "forward", torch.compile(model.forward, backend="eager")),
+    "decoder's forward": lambda model: setattr(
+        model.model, "forward", torch.compile(model.model.forward, backend="eager")
+    ),
+    "decoder": lambda model: model.model.compile(backend="eager"),
+    "layers": _layers,
+    "attention": lambda model: model.model.layers[0].self_attn.compile(backend="eager"),
+    "wrapped layer": lambda model: model.model.layers.__setitem__(
+        0, torch.compile(model.model.layers[0], backend="eager")
+    ),
+}
+
+
+@pytest.mark.parametrize("way", COMPILED)
+def test_a_compiled_part_that_attends_is_refused(way: str) -> None:
+    """Every way to compile a model, or a part that holds an attention call, is refused by name."""
+    model = variants.private()
+    COMPILED[way](model)
+
+    with pytest.raises(agentmem.UnsupportedModel, match="is compiled"), agentmem.capped(model, **variants.ROOMY):
+        pass
+
+
+def test_a_compiled_mlp_works() -> None:
+    """A compiled part without an attention call is served as it is."""
+    model, ids = variants.private(), variants.prompt(60)
+    stock = model.generate(ids, max_new_tokens=5, do_sample=False)
+    model.model.layers[0].mlp.compile(backend="eager")
+    with agentmem.capped(model, **variants.ROOMY) as memory:
+        ours = model.generate(ids, past_key_values=memory, max_new_tokens=5, do_sample=False)
+
+    assert torch.equal(ours, stock)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])  # noqa: S301  # our own
+def test_a_copy_of_a_capped_model_is_a_stock_one(copied: Callable[[Any], Any]) -> None:
+    """Whatever is hung on a capped model, on its decoder and on its config stays out of copies."""
+    model, ids = variants.private(), variants.prompt(20)
+    with agentmem.wrap(model, **variants.ROOMY):
+        twin = copied(model)
+    with torch.no_grad():
+        for weight in twin.parameters():
+            weight.normal_(generator=torch.Generator().manual_seed(3))
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+
+    assert twin.config._attn_implementation == model.config._attn_implementation == "sdpa"
+    assert "generate" not in vars(twin)
+    assert "__reduce_ex__" not in {*vars(twin), *vars(model)}
+    for module in (twin, twin.model):
+        assert not module._forward_pre_hooks
+        assert not module._forward_hooks
+    assert torch.equal(twin.generate(ids, **options), type(twin).generate(twin, ids, **options))
+    with agentmem.capped(twin, **variants.ROOMY) as memory:
+        assert torch.equal(
+            twin.generate(ids, past_key_values=memory, **options), twin.generate(ids, use_cache=False, **options)
+        )
+
+
+def test_offloaded_weights_are_served() -> None:
+    """Weights that are on no device between forwards: ids go where accelerate runs the embeddings."""
+    model, ids = variants.private(), variants.prompt(60)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with agentmem.capped(model, on_failure="raise", **variants.TIGHT) as memory:
+        model.generate(ids, past_key_values=memory, max_new_tokens=20, do_sample=False)
+        assert memory.peek([5]).shape == (1, 128)
+
+    assert memory.memory.shape.fused
+    assert [each.faults for each in memory.report().compactions] == [()] * memory.report().num_compactions
+
+
+def test_pads_at_the_end_are_refused_before_any_work() -> None:
+    """A prompt that is padded on the right has no output that its row could go on from."""
+    model, ids = variants.model(), variants.prompt(4, rows=2)
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    fragments = ("row 0 ends with a pad", "padding_side='left'")
+    with agentmem.capped(model, **variants.ROOMY) as memory:
+        with variants.refused(model, agentmem.UnsupportedGeneration, *fragments):
+            model.generate(ids, attention_mask=mask, past_key_values=memory, max_new_tokens=2)
+        assert not memory.memory.used
+        model.generate(ids, attention_mask=mask.flip(1), past_key_values=memory, max_new_tokens=2)
+
+
+def test_training_mode_in_a_block_is_refused() -> None:
+    """``model.train()`` after a memory was opened refuses the next forward; ``eval`` goes on."""
+    model, ids = variants.private(), variants.prompt(20)
+    with agentmem.capped(model, **variants.ROOMY) as memory:
+        model.generate(ids, past_key_values=memory, max_new_tokens=1)
+        model.train()
+        with variants.refused(model, agentmem.UnsupportedModel, "in training mode", "model.eval()"):
+            model(input_ids=ids[:, :1], past_key_values=memory)
+        with variants.refused(model, agentmem.UnsupportedModel, "in training mode"):
+            memory.peek([5])
+        model.eval()
+        model(input_ids=ids[:, :1], past_key_values=memory)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_what_holds_a_memory_is_not_copied(copied: Callable[[Any], Any]) -> None:
+    """Copies and pickles of a memory or a wrapped model are refused at once, and name fork()."""
+    with agentmem.wrap(variants.private(), **variants.ROOMY) as wrapped:
+        for held in (wrapped, wrapped.memory):
+            with pytest.raises(agentmem.CopyRefused, match=r"fork\(\)"):
+                copied(held)
+
+
+def test_a_wrapped_model_answers_for_its_model() -> None:
+    """Attributes that a wrapped model has not are the model's own."""
+    model = variants.private()
+    with agentmem.wrap(model, **variants.ROOMY) as wrapped:
+        assert wrapped.config is model.config
+        assert wrapped.device == model.device
+        assert wrapped.generation_config is model.generation_config
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_sessions_and_runtimes_are_not_copied(copied: Callable[[Any], Any]) -> None:
+    """Copies and pickles of a session or of its runtime are refused at once."""
+    with agentmem.Runtime(variants.private(), tokenizer(), cap="64MiB") as runtime, runtime.session() as session:
+        for held in (runtime, session):
+            with pytest.raises(agentmem.CopyRefused, match=r"fork\(\)"):
+                copied(held)

@@ -169,38 +169,75 @@ _X32 = 0x40000000  # the third ABI of x86_64: the same calls by other numbers
 _LOAD, _EQUAL, _AT_LEAST, _AND, _RETURN = 0x20, 0x15, 0x35, 0x54, 0x06
 _ALLOW, _KILL, _REFUSE = 0x7FFF0000, 0x80000000, 0x00050000  # the latter + errno
 _NUMBER, _ARCHITECTURE = 0, 4  # offsets in struct seccomp_data
+_DENIED, _ABSENT = (_RETURN, 0, 0, _REFUSE | errno.EPERM), (_RETURN, 0, 0, _REFUSE | errno.ENOSYS)
 _ALL = 0xFFFFFFFF
 _CLONE3 = 435
 _CLONE_THREAD = 0x10000
 _AF_UNIX = _SOCK_STREAM = 1
 
-# Calls refused whatever their arguments; by number on x86_64 and aarch64, None where there is no such call.
-_REFUSED: dict[str, tuple[int | None, int | None]] = {
-    # network: a stream socketpair has no address, so what is left of sockets reaches nobody
-    "socket": (41, 198), "connect": (42, 203), "bind": (49, 200), "listen": (50, 201), "accept": (43, 202),
-    "accept4": (288, 242), "io_uring_setup": (425, 425),
-    # processes: none is started, none is traced, none is reached
-    "fork": (57, None), "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281), "ptrace": (101, 117),
-    "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "tkill": (200, 130),
-    "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240), "pidfd_send_signal": (424, 424),
-    "pidfd_open": (434, 434), "pidfd_getfd": (438, 438), "unshare": (272, 97), "setns": (308, 268),
-    # memory that no limit counts, or that outlives the process
-    "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "semget": (64, 190),
-    "msgget": (68, 186), "mq_open": (240, 180), "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
-    # modes, owners, times and attributes of files: Landlock does not guard them
-    "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, None),
-    "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54), "utime": (132, None), "utimes": (235, None),
-    "futimesat": (261, None), "utimensat": (280, 88), "setxattr": (188, 5), "lsetxattr": (189, 6),
-    "fsetxattr": (190, 7), "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16),
-    "setxattrat": (463, 463), "removexattrat": (466, 466), "truncate": (76, 45),
-    # the kernel itself, and this process's own limits
-    "setrlimit": (160, 164), "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282),
-    "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51),
+# Calls allowed whatever their arguments; by number on x86_64 and aarch64, None where there is no such call. All others
+# are refused: what is not here cannot reach another process, the network, or memory that no limit counts, and neither
+# can a call that a later kernel brings. Landlock says which files they reach.
+_ALLOWED: dict[str, tuple[int | None, int | None]] = {
+    # files and folders, not their modes, owners, times and attributes: Landlock does not guard them
+    "read": (0, 63), "write": (1, 64), "open": (2, None), "openat": (257, 56), "creat": (85, None), "close": (3, 57),
+    "close_range": (436, 436), "stat": (4, None), "fstat": (5, 80), "lstat": (6, None), "newfstatat": (262, 79),
+    "statx": (332, 291), "access": (21, None), "faccessat": (269, 48), "faccessat2": (439, 439), "lseek": (8, 62),
+    "pread64": (17, 67), "pwrite64": (18, 68), "readv": (19, 65), "writev": (20, 66), "preadv": (295, 69),
+    "pwritev": (296, 70), "preadv2": (327, 286), "pwritev2": (328, 287), "sendfile": (40, 71),
+    "copy_file_range": (326, 285), "dup": (32, 23), "dup2": (33, None), "dup3": (292, 24), "pipe": (22, None),
+    "pipe2": (293, 59), "flock": (73, 32), "fsync": (74, 82), "fdatasync": (75, 83), "fadvise64": (221, 223),
+    "ftruncate": (77, 46), "getdents": (78, None), "getdents64": (217, 61), "getcwd": (79, 17), "chdir": (80, 49),
+    "fchdir": (81, 50), "rename": (82, None), "renameat": (264, 38), "renameat2": (316, 276), "mkdir": (83, None),
+    "mkdirat": (258, 34), "rmdir": (84, None), "link": (86, None), "linkat": (265, 37), "unlink": (87, None),
+    "unlinkat": (263, 35), "symlink": (88, None), "symlinkat": (266, 36), "readlink": (89, None),
+    "readlinkat": (267, 78), "umask": (95, 166), "statfs": (137, 43), "fstatfs": (138, 44), "getxattr": (191, 8),
+    "lgetxattr": (192, 9), "fgetxattr": (193, 10), "listxattr": (194, 11), "llistxattr": (195, 12),
+    "flistxattr": (196, 13),
+    # memory and threads of this process
+    "mmap": (9, 222), "mprotect": (10, 226), "munmap": (11, 215), "brk": (12, 214), "mremap": (25, 216),
+    "msync": (26, 227), "mincore": (27, 232), "madvise": (28, 233), "mseal": (462, 462), "futex": (202, 98),
+    "set_tid_address": (218, 96), "set_robust_list": (273, 99), "rseq": (334, 293), "membarrier": (324, 283),
+    "sched_yield": (24, 124), "arch_prctl": (158, None), "gettid": (186, 178), "getcpu": (309, 168), "exit": (60, 93),
+    "exit_group": (231, 94), "restart_syscall": (219, 128),
+    # its signals and its waiting
+    "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139), "rt_sigpending": (127, 136),
+    "rt_sigtimedwait": (128, 137), "rt_sigsuspend": (130, 133), "sigaltstack": (131, 132), "pause": (34, None),
+    "wait4": (61, 260), "poll": (7, None), "ppoll": (271, 73), "select": (23, None), "pselect6": (270, 72),
+    "epoll_create": (213, None), "epoll_create1": (291, 20), "epoll_ctl": (233, 21), "epoll_wait": (232, None),
+    "epoll_pwait": (281, 22), "epoll_pwait2": (441, 441), "eventfd": (284, None), "eventfd2": (290, 19),
+    "nanosleep": (35, 101), "clock_nanosleep": (230, 115), "alarm": (37, None), "getitimer": (36, 102),
+    "setitimer": (38, 103), "timerfd_create": (283, 85), "timerfd_settime": (286, 86), "timerfd_gettime": (287, 87),
+    # ends of a stream socketpair, which has no address; not sendmsg, which hides open files in transit
+    "sendto": (44, 206), "recvfrom": (45, 207), "shutdown": (48, 210), "getsockname": (51, 204),
+    "getpeername": (52, 205), "setsockopt": (54, 208), "getsockopt": (55, 209),
+    # what it may know
+    "getpid": (39, 172), "getppid": (110, 173), "getpgrp": (111, None), "getpgid": (121, 155), "getsid": (124, 156),
+    "getuid": (102, 174), "getgid": (104, 176), "geteuid": (107, 175), "getegid": (108, 177), "getgroups": (115, 158),
+    "getresuid": (118, 148), "getresgid": (120, 150), "getpriority": (140, 141), "getrlimit": (97, 163),
+    "getrusage": (98, 165), "sched_getaffinity": (204, 123), "sched_get_priority_max": (146, 125),
+    "sched_get_priority_min": (147, 126), "uname": (63, 160), "sysinfo": (99, 179), "times": (100, 153),
+    "time": (201, None), "gettimeofday": (96, 169), "clock_gettime": (228, 113), "clock_getres": (229, 114),
+    "getrandom": (318, 278),
 }  # fmt: skip
+_NEWEST = 470  # calls from here on are unknown to this table: ENOSYS makes the C library fall back on older ones
+
+# Calls allowed for these values of one argument: name → numbers, index of the argument, values.
+_CHOICES: dict[str, tuple[tuple[int, int], int, tuple[int, ...]]] = {
+    # copies and flags of descriptors, locks; not F_SETOWN and F_SETSIG, which send signals to other processes
+    "fcntl": ((72, 25), 1, (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1032)),
+    # TCGETS, TIOCGWINSZ, FIONREAD, FIOCLEX, FIONCLEX, FIONBIO; not FIOASYNC, not the attributes of files
+    "ioctl": ((16, 29), 1, (0x5401, 0x5413, 0x541B, 0x5451, 0x5450, 0x5421)),
+    # PR_SET_NAME, PR_GET_NAME, PR_SET_VMA; not PR_SET_PDEATHSIG, not PR_SET_DUMPABLE
+    "prctl": ((157, 167), 0, (15, 16, 0x53564D41)),
+    "fallocate": ((285, 47), 1, (0,)),  # FALLOC_FL_KEEP_SIZE passes the limit on the size of a file
+}
 
 
 def filter_program(machine: str, pid: int) -> list[Instruction] | None:
-    """The BPF program that refuses calls with EPERM, for the process ``pid``; None for an unknown machine.
+    """The BPF program that allows what Python needs, for the process ``pid``; None for an unknown machine.
+
+    What it does not know is refused with EPERM, what is newer than it with ENOSYS.
 
     A call through another architecture's door kills the process: its numbers mean other calls.
     """
@@ -209,17 +246,20 @@ def filter_program(machine: str, pid: int) -> list[Instruction] | None:
     audit, column = _ARCHITECTURES[machine]
     program: list[Instruction] = [(_LOAD, 0, 0, _ARCHITECTURE), (_EQUAL, 1, 0, audit), (_RETURN, 0, 0, _KILL)]
     program += [(_LOAD, 0, 0, _NUMBER), (_AT_LEAST, 0, 1, _X32), (_RETURN, 0, 0, _KILL)]
-    for numbers in _REFUSED.values():
+    program += [(_AT_LEAST, 0, 1, _NEWEST), _ABSENT]
+    for numbers in _ALLOWED.values():
         if (number := numbers[column]) is not None:
-            program += _block(number, [(_RETURN, 0, 0, _REFUSE | errno.EPERM)])
-    program += _block(_CLONE3, [(_RETURN, 0, 0, _REFUSE | errno.ENOSYS)])  # its flags are out of sight: use clone
+            program += _block(number, [(_RETURN, 0, 0, _ALLOW)])
+    for pair, index, values in _CHOICES.values():
+        program += _block(pair[column], _one_of(index, values))
+    program += _block(_CLONE3, [_ABSENT])  # its flags are out of sight: use clone
     own = (0, _ALL, pid)
     program += _block((56, 220)[column], _only((0, _CLONE_THREAD, _CLONE_THREAD)))  # clone: threads, no processes
     program += _block((62, 129)[column], _only(own))  # kill
     program += _block((234, 131)[column], _only(own))  # tgkill
     program += _block((53, 199)[column], _only((0, _ALL, _AF_UNIX), (1, 0xF, _SOCK_STREAM)))  # socketpair: asyncio's
     program += _block((302, 261)[column], _only((0, _ALL, 0), (2, _ALL, 0), (2.5, _ALL, 0)))  # prlimit64: reads its own
-    return [*program, (_RETURN, 0, 0, _ALLOW)]
+    return [*program, _DENIED]
 
 
 def seccomp() -> bool:
@@ -251,4 +291,10 @@ def _only(*tests: tuple[float, int, int]) -> list[Instruction]:
     body: list[Instruction] = []
     for left, (index, mask, value) in zip(reversed(range(len(tests))), tests, strict=True):
         body += [(_LOAD, 0, 0, 16 + int(8 * index)), (_AND, 0, 0, mask), (_EQUAL, 0, 3 * left + 1, value)]
-    return [*body, (_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _REFUSE | errno.EPERM)]
+    return [*body, (_RETURN, 0, 0, _ALLOW), _DENIED]
+
+
+def _one_of(index: int, values: Sequence[int]) -> list[Instruction]:
+    """Allow when the lower word of an argument is one of these values, else EPERM."""
+    tests = [(_EQUAL, len(values) - at, 0, value) for at, value in enumerate(values)]
+    return [(_LOAD, 0, 0, 16 + 8 * index), *tests, _DENIED, (_RETURN, 0, 0, _ALLOW)]

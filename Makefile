@@ -35,7 +35,7 @@ $(PY):
 
 $(INSTALLED): pyproject.toml constraints.txt agentmem/attention/decode.c | $(PY)
 	$(if $(TORCH_INDEX),$(PIP) install --constraint constraints.txt --index-url $(TORCH_INDEX) torch)
-	$(PIP) install --constraint constraints.txt --editable '.[cli,dev]'
+	$(PIP) install --constraint constraints.txt --editable '.[cli,dev,docs]'
 	@touch $@
 
 model: install
@@ -76,10 +76,9 @@ bench: install
 soak: model
 	$(PY) -m benchmarks.soak --turns $(TURNS) --cap $(SOAK_CAP)
 
-# The reference, out of the docstrings; the guide is docs/guide.
+# The guide, and the reference out of the docstrings, as one site that can be searched; a dead link ends the build.
 docs: install
-	$(PY) -m pdoc --docformat google --output-directory build/docs agentmem agentmem.contracts agentmem.queries \
-		agentmem.sessions agentmem.testing
+	$(PY) -m mkdocs build --strict --quiet --site-dir build/docs
 
 clean:
 	rm -rf build dist *.egg-info agentmem/*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis out

@@ -5,18 +5,19 @@
 
 What stops what (``Outcome.guards`` names what was in force; each is optional, none needs root):
 
-- always: the wall clock, a bound on output and on the folder; the whole process group is killed; no stdin, no
-  environment, no site-packages, a folder that is removed afterwards;
+- always: the wall clock, a bound on output, on the folder and (Linux) on threads; the whole process group is killed; no
+  stdin, no environment, no site-packages, a folder that is removed afterwards;
 - ``limits``: memory, CPU time, size of a file, open files; no capabilities (POSIX; memory is enforced on Linux only);
 - ``landlock``: no file is written outside the folder, and none read but the interpreter's own (Linux ≥ 5.13);
-- ``seccomp``: no sockets, processes, signals to others, changes of modes or owners (Linux on x86_64 and aarch64);
+- ``seccomp``: only the system calls that Python needs: no sockets, processes, signals or priorities of others, changes
+  of modes or owners (Linux on x86_64 and aarch64);
 - ``watchdog``: a thread that measures memory, where ``limits`` cannot bound it;
 - ``audit``: Python's audit hook refuses the same, everywhere. It is a guard rail, **not a security boundary**.
 
 With ``landlock`` and ``seccomp`` the kernel itself refuses, native code included; what is left is to learn whether a
 path exists, and to use one's seconds. Without them, on macOS and Windows, code that is bent on getting out gets out:
-use a container or a virtual machine there. The folder is looked through every 20 ms: it can pass its bound by as much
-as is written in between.
+use a container or a virtual machine there. Every 20 ms the process is stopped for as long as it takes to count its
+threads and its files, removed ones that are still open too: it can pass a bound by as much as it does in between.
 ``check`` is not fooled by code that exits early or prints what a passing test prints. A solution runs in the process
 of its tests, though: one that is bent on it can replace what the tests call, or find the harness in its memory.
 """
@@ -41,7 +42,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-Status = Literal["passed", "failed", "timeout", "memory", "output", "disk", "refused"]
+from holdings import measure
+
+Status = Literal["passed", "failed", "timeout", "memory", "output", "disk", "threads", "refused"]
 
 MIB = 1 << 20
 GUARDS = ("limits", "landlock", "seccomp", "watchdog", "audit")
@@ -49,6 +52,7 @@ _JAIL = Path(__file__).with_name("jail.py")
 _MIN_MEMORY = 64 * MIB
 _DISK = 16 * MIB  # of the folder, and of each file
 _ENTRIES = 1000  # files and folders in the folder
+_THREADS = 64  # that run at a time
 _FLOOD = 16  # output is read up to this many times what is kept
 _POLL = 0.02  # seconds
 _START = 60.0  # seconds that the interpreter may take to start, on a busy machine
@@ -190,6 +194,7 @@ def _reason(status: Status, verdict: str | None, exit_code: int, limits: _Limits
         "timeout": f"stopped: still running after {limits.seconds:g} s",
         "output": f"stopped: it printed more than {_FLOOD * limits.output} bytes",
         "disk": f"stopped: more than {_DISK // MIB} MiB or {_ENTRIES} files in its folder",
+        "threads": f"stopped: more than {_THREADS} threads at a time",
         "memory": f"out of memory: the limit is {limits.memory // MIB} MiB",
         "refused": "refused by the sandbox: it may only use its own folder, no network and no other process",
     }
@@ -248,8 +253,19 @@ def _watch(process: subprocess.Popen[bytes], output: _Output, folder: Path, limi
             return "timeout"
         if output.flooded:
             return "output"
-        if _too_much(folder):
-            return "disk"
+        if crossed := _crossed(process.pid, folder):
+            return crossed
+
+
+def _crossed(pid: int, folder: Path) -> Status | None:
+    """Which bound on what the process holds is crossed; a folder that cannot be looked through is too large."""
+    try:
+        held = measure(pid, folder, _DISK, _ENTRIES)
+    except OSError:
+        return "disk"
+    if held.threads > _THREADS:
+        return "threads"
+    return "disk" if held.size > _DISK or held.entries > _ENTRIES else None
 
 
 @dataclass(frozen=True)
@@ -328,24 +344,6 @@ def _folder(files: Mapping[str, str]) -> Iterator[Path]:
         yield folder
     finally:
         _remove(folder)
-
-
-def _too_much(folder: Path) -> bool:
-    """Whether the folder holds more than it may, or cannot be looked through."""
-    waiting, size, entries = [str(folder)], 0, 0
-    try:
-        while waiting and size <= _DISK and entries <= _ENTRIES:
-            with os.scandir(waiting.pop()) as found:
-                for entry in found:
-                    entries += 1
-                    size += entry.stat(follow_symlinks=False).st_size
-                    if entry.is_dir(follow_symlinks=False):
-                        waiting.append(entry.path)
-    except FileNotFoundError:  # removed meanwhile: look again next time
-        return False
-    except OSError:
-        return True
-    return size > _DISK or entries > _ENTRIES
 
 
 def _remove(folder: Path) -> None:

@@ -284,10 +284,10 @@ def test_the_agent_goes_on() -> None:
 def test_an_interrupt_of_the_caller_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Control-C while code runs reaches the caller, and takes process and folder with it."""
 
-    def interrupt(folder: Path) -> bool:
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sandbox, "_too_much", interrupt)
+    monkeypatch.setattr(sandbox, "measure", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run("while True: pass", seconds=60)
 

@@ -30,6 +30,7 @@ class Attack:
 
 EVERY = {"landlock": 1, "seccomp": 0, "audit": 0}
 CALLS = {"seccomp": 0, "audit": 0}
+SECCOMP = {"seccomp": 0}
 LIBC = "import ctypes\nlibc = ctypes.CDLL(None)\n"
 FORK = "pid = os.fork()\nif pid == 0:\n    os._exit(0)\nos.waitpid(pid, 0)"
 # The grandchild leaves by itself soon, for the run that lets it through.
@@ -102,7 +103,15 @@ ATTACKS = (
     Attack("kill all", "os.kill(-1, 0)", CALLS),
     Attack("limits", "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (20, 20))", CALLS),
     Attack("shared memory", LIBC + "i = libc.shmget(0, 4096, 0o1600)\nassert i >= 0\nlibc.shmctl(i, 0, None)", CALLS),
-    Attack("hidden file", "os.memfd_create('x')", {"seccomp": 0}),
+    Attack("cores of the parent", "os.sched_setaffinity(os.getppid(), os.sched_getaffinity(os.getppid()))", SECCOMP),
+    Attack("priority of the parent", "os.setpriority(os.PRIO_PROCESS, os.getppid(), 0)", SECCOMP),
+    Attack("priority of the user", "os.setpriority(os.PRIO_USER, os.getuid(), 0)", SECCOMP),
+    Attack("scheduler", "os.sched_setscheduler(os.getppid(), os.SCHED_OTHER, os.sched_param(0))", SECCOMP),
+    Attack("limits of the parent", "import resource\nresource.prlimit(os.getppid(), resource.RLIMIT_CORE)", CALLS),
+    Attack("signals by a descriptor", "import fcntl\nfcntl.fcntl(1, fcntl.F_SETOWN, os.getppid())", SECCOMP),
+    Attack("outlive the parent", LIBC + "assert libc.prctl(1, 0) == 0", CALLS),
+    Attack("space beyond the end", LIBC + "assert libc.fallocate(os.open('i', 0o102), 1, 0, 4096) == 0", CALLS),
+    Attack("hidden file", "os.memfd_create('x')", SECCOMP),
 )
 PROGRAM = """
 import json, os, sys
@@ -292,6 +301,53 @@ def test_the_filter_says_what_it_is_to_say(machine: str) -> None:
     for expected, number, arguments in calls:
         assert verdict(program, audit, number, *arguments) == expected, (number, arguments)
     assert verdict(program, 0x40000003, read) == KILL  # a 32-bit call
+
+
+REACHING = {  # x86_64, aarch64: calls that reach other processes, or what no limit counts
+    "sched_setaffinity": (203, 122), "setpriority": (141, 140), "sched_setscheduler": (144, 119),
+    "sched_setattr": (314, 274), "sched_setparam": (142, 118), "ioprio_set": (251, 30), "ptrace": (101, 117),
+    "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "process_madvise": (440, 440),
+    "process_mrelease": (448, 448), "pidfd_open": (434, 434), "pidfd_getfd": (438, 438), "kcmp": (312, 272),
+    "pidfd_send_signal": (424, 424), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
+    "tkill": (200, 130), "move_pages": (279, 239), "migrate_pages": (256, 238), "perf_event_open": (298, 241),
+    "bpf": (321, 280), "keyctl": (250, 219), "add_key": (248, 217), "userfaultfd": (323, 282),
+    "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "sendmsg": (46, 211), "get_robust_list": (274, 100),
+    "setns": (308, 268), "unshare": (272, 97), "memfd_create": (319, 279), "setpgid": (109, 154),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("column", range(2))
+def test_no_call_that_reaches_others_is_allowed(column: int) -> None:
+    """Scheduling, tracing and memory of other processes are refused for every argument; newer calls are not there."""
+    machine = tuple(MACHINES)[column]
+    program, audit = kernel_guards.filter_program(machine, pid=77), MACHINES[machine][0]
+    assert program is not None
+    told = {name: verdict(program, audit, numbers[column], 0, 77) for name, numbers in REACHING.items()}
+
+    assert told == dict.fromkeys(REACHING, EPERM)
+    assert verdict(program, audit, 999) == ENOSYS
+
+
+@pytest.mark.parametrize(
+    ("call", "index", "allowed", "refused"),
+    [
+        ((72, 25), 1, (1, 2, 4, 6, 1030), (8, 10, 15, 1026)),  # fcntl: not F_SETOWN, F_SETSIG, F_SETOWN_EX, F_NOTIFY
+        ((16, 29), 1, (0x5401, 0x5413, 0x5421), (0x5412, 0x5452, 0x8901, 0x40086602)),  # ioctl: not TIOCSTI, FIOASYNC
+        ((157, 167), 0, (15, 0x53564D41), (1, 4, 22)),  # prctl: not PR_SET_PDEATHSIG, PR_SET_DUMPABLE
+        ((285, 47), 1, (0,), (1, 3)),  # fallocate: not FALLOC_FL_KEEP_SIZE
+    ],
+    ids=["fcntl", "ioctl", "prctl", "fallocate"],
+)
+def test_calls_of_many_uses_are_allowed_for_some(
+    call: tuple[int, int], index: int, allowed: tuple[int, ...], refused: tuple[int, ...]
+) -> None:
+    """Of fcntl, ioctl, prctl and fallocate only what Python and its library need is allowed."""
+    for number, (machine, (audit, _)) in zip(call, MACHINES.items(), strict=True):
+        program = kernel_guards.filter_program(machine, pid=77)
+        assert program is not None
+        for value in (*allowed, *refused):
+            told = verdict(program, audit, number, *[0] * index, value)
+            assert told == (ALLOW if value in allowed else EPERM), (machine, value)
 
 
 def test_an_unknown_machine_has_no_filter() -> None:

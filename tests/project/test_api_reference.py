@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
-import pdoc
 import pytest
 
 import agentmem
 from agentmem import sessions
 
-PUBLIC = ("agentmem", "agentmem.contracts", "agentmem.queries", "agentmem.sessions", "agentmem.testing")
-"""What `make docs` renders first; the others follow from it."""
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("module", [agentmem, sessions], ids=["agentmem", "agentmem.sessions"])
@@ -23,13 +23,14 @@ def test_every_public_name_has_a_docstring(module: object) -> None:
     assert [name for name in missing if name != "Event"] == []
 
 
-def test_the_reference_renders(tmp_path: Path) -> None:
-    """Every public module becomes a page that names what is in it, without a warning."""
-    pdoc.render.configure(docformat="google")
-    pdoc.pdoc(*PUBLIC, output_directory=tmp_path)
+def test_the_site_renders(tmp_path: Path) -> None:
+    """Guide and reference become one site without a warning, name what is public, and fetch nothing when read."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
-    page = (tmp_path / "agentmem.html").read_text(encoding="utf-8")
-    for name in agentmem.__all__:
-        assert f'id="{name}"' in page, name
-    runtime = (tmp_path / "agentmem" / "sessions.html").read_text(encoding="utf-8")
-    assert "SettingsRefused" in runtime
+    page = (tmp_path / "reference" / "index.html").read_text(encoding="utf-8")
+    missing = [name for name in agentmem.__all__ if name != "__version__" and f'id="agentmem.{name}"' not in page]
+    assert missing == []
+    assert "fonts.googleapis.com" not in page
+    assert (tmp_path / "search" / "search_index.json").exists()

@@ -42,7 +42,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from holdings import measure
+from support.holdings import measure
 
 Status = Literal["passed", "failed", "timeout", "memory", "output", "disk", "threads", "refused"]
 

@@ -11,7 +11,7 @@ import pytest
 import agentmem
 from agentmem import sessions
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("module", [agentmem, sessions], ids=["agentmem", "agentmem.sessions"])

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-import sandbox
-from sandbox import run
+from support import sandbox
+from support.sandbox import run
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the count needs Linux's waitid and /proc")
 

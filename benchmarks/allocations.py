@@ -3,8 +3,8 @@
     python -m benchmarks.allocations [--small]
 
 Each group of cells runs in a fresh process under ``allocations.c`` (Linux with glibc and a C compiler). A cell's peak
-is that of a capped ``generate`` minus that of its largest plain forward (in pieces alike); it must be at most the cap, which is planned
-to suffice for the cell's slots and no more.
+is that of a capped ``generate`` minus that of the largest plain forward of its pieces' widths; it must be at most the
+cap, which is planned to suffice for the cell's slots and no more.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import torch
 
 from agentmem.errors import CapBypassed, UnsupportedModel
 from agentmem.hf.cache import CappedMemory, TransientCache, mask_columns, size, transient_forward
-from agentmem.hf.forward_context import FRAME, SCOPE, Frame, own_frame, rename
+from agentmem.hf.forward_context import FRAME, SCOPE, Frame, own_frame, rename, untraced
 from agentmem.hf.generate_checks import check_generate, chosen
 from agentmem.hf.rope import rotations
 from agentmem.hf.support import input_device
@@ -42,7 +42,6 @@ class _Attachment:
         """Rename the attention implementation, set the hooks, guard ``generate``."""
         decoder = self.model.get_decoder()
         self.undo.append(rename(decoder.config))
-        untraced = torch.compiler.disable
         split = functools.partial(self._split, inspect.signature(self.model.forward))
         enter = functools.partial(self._enter, inspect.signature(decoder.forward))
         handles = [
@@ -140,7 +139,8 @@ def _leave_out_of_copies(module: Any, hooks: set[int]) -> Callable[[], None]:
     """Have ``copy.deepcopy`` and ``pickle`` see a module as it is without us; returns what undoes this."""
 
     def reduce(protocol: Any) -> tuple[Any, ...]:
-        made, arguments, state, *rest = type(module).__reduce_ex__(module, protocol)
+        reduced: Any = type(module).__reduce_ex__(module, protocol)
+        made, arguments, state, *rest = reduced
         clean = {name: each for name, each in state.items() if name not in ("generate", "__reduce_ex__")}
         original = getattr(state.get("generate"), "agentmem_own", None)
         if original is not None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from agentmem.hf.cache import CappedMemory
-    from agentmem.memory.memory.owner import Hold
+    from agentmem.memory.owner import Hold
 
 
 class Step(Protocol):
@@ -89,13 +89,19 @@ def _mask(original: str) -> Callable[..., torch.Tensor | None]:
     return create
 
 
+def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, never traced by ``torch.compile``."""
+    disable: Callable[..., Callable[..., Any]] = torch.compiler.disable  # torch leaves it untyped
+    return disable(function)
+
+
 def _register(original: str) -> str:
     """The name under which ``original`` is wrapped; with the mask too, or sdpa would be handed no mask silently."""
     name = f"agentmem_{original}"
     if name not in AttentionInterface._global_mapping:  # noqa: SLF001
         # never traced: a compiled forward would hand the addresses of tensors that do not exist to compiled code
-        AttentionInterface.register(name, torch.compiler.disable(_attention(original)))
-        AttentionMaskInterface.register(name, torch.compiler.disable(_mask(original)))
+        AttentionInterface.register(name, untraced(_attention(original)))
+        AttentionMaskInterface.register(name, untraced(_mask(original)))
     return _Renamed(name, original)
 
 
@@ -103,6 +109,7 @@ class _Renamed(str):
     """Our name of an attention implementation; a copy of the config, or a pickle, has the original's."""
 
     __slots__ = ("original",)
+    original: str
 
     def __new__(cls, name: str, original: str) -> Self:
         """``original`` is the name that was there."""

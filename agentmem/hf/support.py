@@ -79,9 +79,9 @@ def _is_compiled(module: Any) -> bool:
 def input_device(model: Any) -> torch.device:
     """Where a model takes its ids: its embeddings' device, or where accelerate runs them if it offloads weights."""
     embeddings = model.get_input_embeddings()
-    hooks = [getattr(embeddings, "_hf_hook", None)]
-    hooks.extend(getattr(hooks[0], "hooks", ()))
-    found = next((hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None), None)
+    hook = getattr(embeddings, "_hf_hook", None)
+    devices = [getattr(each, "execution_device", None) for each in (hook, *getattr(hook, "hooks", ()))]
+    found = next((device for device in devices if device is not None), None)
     if found is not None:
         return torch.device(found)
     device: torch.device = embeddings.weight.device

@@ -139,8 +139,8 @@ def _leave_out_of_copies(module: Any, hooks: set[int]) -> Callable[[], None]:
     """Have ``copy.deepcopy`` and ``pickle`` see a module as it is without us; returns what undoes this."""
 
     def reduce(protocol: Any) -> tuple[Any, ...]:
-        reduced: Any = type(module).__reduce_ex__(module, protocol)
-        made, arguments, state, *rest = reduced
+        own: Any = type(module)
+        made, arguments, state, *rest = own.__reduce_ex__(module, protocol)
         clean = {name: each for name, each in state.items() if name not in ("generate", "__reduce_ex__")}
         original = getattr(state.get("generate"), "agentmem_own", None)
         if original is not None:

@@ -65,14 +65,15 @@ class _Attachment:
             cache, hold = given.get("past_key_values"), None
             if isinstance(cache, CappedMemory):
                 cache.open_for(model)
-                hold = cache.memory.owner.take()
                 check_generate(cache, model, given)
+                hold = cache.memory.owner.take()
             elif cache is None and chosen(model, given).get("use_cache", True):
                 self._refuse_bypass("generate without past_key_values")
-            with own_frame():
-                found = original(*args, **kwargs)
-            del hold  # the thread has owned the memory until now
-            return found
+            try:
+                with own_frame():
+                    return original(*args, **kwargs)
+            finally:
+                del hold  # the thread owns the memory until now; a traceback that is kept must not keep it
 
         def undo() -> None:
             del model.generate
@@ -185,6 +186,7 @@ def _leave(module: torch.nn.Module, args: tuple[Any, ...], output: object) -> No
     if frame is None:
         return
     FRAME.set(frame.outer)
+    frame.hold = None
     if not isinstance(frame.step, Append) or frame.memory is None:
         return
     layers = len(frame.memory.layers)

@@ -153,4 +153,7 @@ def own_frame(*, holds: bool | None = None) -> Iterator[None]:
             FRAME.set(Frame(frame, holds=holds))
         yield
     finally:
+        left = FRAME.get()
+        while left is not None and left is not frame:
+            left.hold, left = None, left.outer  # a traceback that is kept would go on owning the memory
         FRAME.set(frame)

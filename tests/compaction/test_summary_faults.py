@@ -237,7 +237,7 @@ def test_an_interrupt_behind_the_adoption_leaves_a_row_that_goes_on(
             memory.compact(policy="window", slots=10)
         told = memory.compactions[0].summary
         assert told is not None
-        assert (told.slots_after, memory.memory.rows[0].summary) == (2 * LAYERS * ADOPTED, None)
+        assert (told.slots_after, memory.memory.rows[0].state.summary) == (2 * LAYERS * ADOPTED, None)
         dictation.feed(memory, 90, seed=1)
         assert memory.compactions[-1].summary is not None
         assert memory.memory.ledger.peak <= memory.plan.cap_bytes

@@ -238,7 +238,7 @@ def test_06_checks_a_policy(demo: Demo) -> None:
 def test_06_uses_a_policy_and_compares_it(demo: Demo, folder: str) -> None:
     """Sessions compact with it and with the others; errors stand where there is a probe."""
     said = demo(
-        "06", "--model", folder, "--cap", "900KiB", "--tokens", "600", "--policy", "window", "--policy", "merge"
+        "06", "--model", folder, "--cap", "900KiB", "--tokens", "900", "--policy", "window", "--policy", "merge"
     )
     found = dict(re.findall(r"^([\w-]+) +([1-9]\d*) +(?:0\.\d+|-) +", said, re.MULTILINE))
 

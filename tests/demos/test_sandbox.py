@@ -295,9 +295,9 @@ def test_an_interrupt_of_the_caller_ends_the_run(monkeypatch: pytest.MonkeyPatch
 @linux
 def test_a_caller_that_is_killed_takes_the_code_with_it(folders: Path) -> None:
     """Without a chance to clean up, only the folder stays: the kernel ends the process."""
-    demos = str(Path(sandbox.__file__).parent)
+    demos = str(Path(sandbox.__file__).parents[1])
     code = f"import sys, tempfile\nsys.path.insert(0, {demos!r})\ntempfile.tempdir = {str(folders)!r}\n"
-    code += "import sandbox\nsandbox.run('while True: pass', seconds=60)"
+    code += "from support import sandbox\nsandbox.run('while True: pass', seconds=60)"
     caller = subprocess.Popen([sys.executable, "-c", code])
     deadline = time.monotonic() + 20
     while not processes_in(folders):

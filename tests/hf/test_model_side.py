@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from tests.tiny_chat import tokenizer
 
 import agentmem
-from tests import variants
+from support import variants
+from support.tiny_chat import tokenizer
 
 
 def _layers(model: Any) -> None:

@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import torch
-from tests.tiny import tokenizer
 
 import agentmem
 from agentmem import plugins
-from tests import variants
+from support import variants
+from support.tiny import tokenizer
 
 POLICIES = (
     "am-halving",
@@ -114,10 +114,11 @@ def test_tokens_below_the_cap_equal_stock_under_the_same_autocast(variant: str) 
                 store = memory.memory.rows[0].stores[0]
         assert store is not None
         assert store.spec.dtype == torch.bfloat16
-        # bfloat16's 2^-8 of logits up to 2, and what the order of the sums makes of it in two layers
-        torch.testing.assert_close(variants.steps(ours)[:, 0], variants.steps(stock)[:, 0], rtol=0, atol=2**-4)
+        exact = variants.steps(variants.greedy(model, ids, 1))[:, 0]
+        naive = (variants.steps(stock)[:, 0] - exact).abs().max()  # what bfloat16 alone costs stock
+        assert (variants.steps(ours)[:, 0] - exact).abs().max() <= 2 * naive
         margin = variants.steps(stock)[0].float().topk(2).values.diff().abs().min()
-        assert margin < 2**-4 or torch.equal(ours.sequences, stock.sequences)
+        assert margin < 4 * naive or torch.equal(ours.sequences, stock.sequences)
 
 
 @pytest.mark.parametrize("policy", ["am-halving", "heavy-hitters"])

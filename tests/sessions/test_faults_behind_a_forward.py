@@ -38,14 +38,14 @@ def test_a_fault_in_the_head_leaves_something_to_read(error: BaseException, step
 
 LINES = (
     ("decoding.py", "feed", "logits: torch.Tensor"),
-    ("steps.py", "commit", "for row, each in zip"),
-    ("steps.py", "commit", "memory.progress.consumed ="),
-    ("compaction.py", "_deal", "self.row.change"),
+    ("memory/forwards.py", "commit", "for row, each in zip"),
+    ("memory/forwards.py", "commit", "memory.progress.consumed ="),
+    ("compaction/run.py", "_deal", "self.row.change"),
     ("ledger.py", "hold", "self._held["),
-    ("arena.py", "_release", "self.ledger.release"),
+    ("memory/store.py", "_release", "self.ledger.release"),
     ("runtime.py", "leave", "session.busy = False"),
     ("runtime.py", "try_admit", "admitted = lend"),
-    ("sessions/steps.py", "close", "with self._session.runtime.lock"),
+    ("sessions/turn_steps.py", "close", "with self._session.runtime.lock"),
 )
 
 

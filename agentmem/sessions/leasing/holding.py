@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from agentmem import hf
 from agentmem.compaction.request import USUAL, Request
-from agentmem.errors import AgentmemError
+from agentmem.errors import AgentmemError, CompactionFailed
 from agentmem.memory.pinning import promote
-from agentmem.memory.state import copy, expand, take, trim
+from agentmem.memory.state import copy, expand, trim
 from agentmem.planning.pricing import MIN_BUDGET
 from agentmem.sessions.snapshots.files import write_snapshot
-from agentmem.sessions.snapshots.snapshot import read_row
+from agentmem.sessions.snapshots.snapshot import read_row, take_row
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -168,13 +168,16 @@ class Holding:
             memory.plan, memory.ledger.cap, self._working = plan, cap, 0
 
     def _to_disk(self, memory: Memory, folder: Callable[[], Path], identity: Mapping[str, str]) -> None:
-        image, tensors = take(memory)
-        self._dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), self._dtype)
+        tensors: dict[str, torch.Tensor] = {}
         moved = False
         try:
+            image, tensors = take_row(memory)
+            self._dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), self._dtype)
             self._folder = Path(tempfile.mkdtemp(prefix="idle-", dir=folder()))
             write_snapshot(self._folder, tensors, {"row": image.plain()}, identity=identity)
             moved = True
+        except CompactionFailed:
+            raise
         except (OSError, AgentmemError) as error:
             raise AgentmemError(
                 f"an idle memory of {memory.ledger.resident} bytes cannot be moved to the spill folder: {error}. "

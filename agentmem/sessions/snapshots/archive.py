@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from agentmem import plugins
 from agentmem.errors import SettingsRefused, SnapshotRefused
-from agentmem.memory.state import take
 from agentmem.sessions.arguments import check_place
 from agentmem.sessions.leasing.swapping import telling
 from agentmem.sessions.snapshots.files import read_manifest, read_snapshot, write_snapshot
 from agentmem.sessions.snapshots.recipe import Made, check_settings, made_of, template_digest
 from agentmem.sessions.snapshots.session_state import Saved, restore, saved
-from agentmem.sessions.snapshots.snapshot import read_row, refusing
+from agentmem.sessions.snapshots.snapshot import read_row, refusing, take_row
 
 if TYPE_CHECKING:
     import os
@@ -36,7 +35,7 @@ def save(runtime: Runtime, session: Session, url: str | os.PathLike[str]) -> Non
         runtime.admit(session, brief=True)
     try:
         with runtime.lock, telling(runtime, session.holding):
-            image, tensors = take(session.memory)
+            image, tensors = take_row(session.memory)
         made = made_of(session, _template_of(runtime, session))
         state = {"row": image.plain(), "session": saved(session).model_dump(mode="json")}
         write_snapshot(url, tensors, state, identity=runtime.identity, settings=made)

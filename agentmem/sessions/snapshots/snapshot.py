@@ -7,19 +7,18 @@ import json
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from pydantic import ValidationError
 
 from agentmem import hf
-from agentmem.errors import MemoryCapExceeded, SnapshotRefused
-from agentmem.memory.state import RowImage, give
+from agentmem.errors import AgentmemError, MemoryCapExceeded, SnapshotRefused
+from agentmem.memory.state import RowImage, give, take
 from agentmem.sessions.snapshots.files import read_manifest, read_snapshot
 from agentmem.sessions.snapshots.sequence_check import check_sizes, check_values
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator, Mapping
-
-    import torch
 
     from agentmem.memory.memory import Memory
     from agentmem.sessions.snapshots.files import TensorSpec
@@ -34,6 +33,29 @@ def identity(model: Any, tokenizer: Any) -> dict[str, str]:
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     said = json.dumps([vocabulary, str(tokenizer.chat_template), tokenizer.all_special_tokens])
     return {"model": hf.fingerprint(model), "tokenizer": hashlib.sha256(said.encode()).hexdigest()}
+
+
+def take_row(memory: Memory) -> tuple[RowImage, dict[str, torch.Tensor]]:
+    """The row of a memory as values and views of its tensors, which pass the checks that :func:`read_row` makes.
+
+    Raises:
+        AgentmemError: a snapshot of it could not be read again, e.g. for an infinite number among its keys; the
+            memory stays as it is.
+        CompactionFailed: see :func:`agentmem.memory.state.take`.
+
+    """
+    image, tensors = take(memory)
+    kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    dtypes = (kind[0] for name, kind in kinds.items() if name.endswith(".keys"))
+    try:
+        check_sizes(memory, image, kinds, next(dtypes, torch.float32))
+        check_values(memory, image, tensors)
+    except ValueError as error:
+        raise AgentmemError(
+            f"this memory cannot be saved, since no runtime could load it again: {error}. It stays usable as it is; "
+            "numbers that are not finite come from the model: load it in float32 or bfloat16"
+        ) from None
+    return image, tensors
 
 
 def read_row(

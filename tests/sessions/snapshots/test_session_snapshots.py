@@ -321,3 +321,22 @@ def test_a_place_that_cannot_be_written_leaves_the_session(tmp_path: Path) -> No
             made.load(tmp_path / "good")
         turn.close()  # type: ignore[attr-defined]  # a generator
         assert tiny_chat.on(session) == tiny_chat.on(made.load(tmp_path / "good"))
+
+
+@pytest.mark.parametrize("way", ["save", "disk"])
+def test_what_could_not_be_loaded_again_is_not_written(way: str, tmp_path: Path) -> None:
+    """An infinite number in the memory is told when it is saved or moved to disk; the session goes on as it was."""
+    with tiny_chat.runtime(1.5, "window", pressure=("disk",), spill=tmp_path / "spill") as made:
+        session = tiny_chat.filled(made, 30)
+        store = session.memory.rows[0].stores[0]
+        assert store is not None
+        store.values[7, 0] = float("inf")
+        other = made.session()
+        write = {"save": lambda: session.save(tmp_path / "saved"), "disk": lambda: other.read(tiny_chat.ids(20))}[way]
+        with pytest.raises(AgentmemError, match=r"not finite.*(stays|Nothing is lost)"):
+            write()
+        assert not (tmp_path / "saved").exists()
+        assert not list(tmp_path.rglob("idle-*"))
+        assert session.stats.state == "idle"
+        assert session.stats.tokens == 30
+        tiny_chat.audit(made)

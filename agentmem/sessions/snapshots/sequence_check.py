@@ -190,9 +190,12 @@ def _check_positions(memory: Memory, image: RowImage, name: str, positions: torc
     prefix, stop = min(memory.plan.prefix, image.tokens), image.next_position
     recent, front = image.recent(memory.plan.prefix, memory.plan.recent), image.front(memory.plan.prefix)
     _check_range(name, positions, 0, stop - 1)
-    first = torch.equal(positions[:prefix], torch.arange(prefix, dtype=torch.int32))
+    first = torch.equal(positions[:prefix], torch.arange(prefix, dtype=torch.int32, device=positions.device))
     _hold(first, f"{name} does not begin with the first {prefix} tokens (keep_first), which were compacted or moved")
-    last = torch.equal(positions[len(positions) - recent :], torch.arange(stop - recent, stop, dtype=torch.int32))
+    last = torch.equal(
+        positions[len(positions) - recent :],
+        torch.arange(stop - recent, stop, dtype=torch.int32, device=positions.device),
+    )
     _hold(last, f"{name} does not end with the last {recent} tokens (keep_recent), which were compacted or moved")
     _hold(len(set(positions.tolist())) == len(positions), f"{name} has one of them twice")
     behind = positions[front:]

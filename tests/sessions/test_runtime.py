@@ -218,7 +218,7 @@ def test_a_spill_folder_that_cannot_be_written_loses_nothing(tmp_path: Path) -> 
         assert tiny_chat.on(twin) == ids
         assert session.stats.state == "on disk"
         assert len(list(place.rglob("idle-*"))) == 1
-    assert list(place.rglob("idle-*")) == []
+    assert {path.name for path in place.rglob("*")} <= {"spill.lock"}
 
 
 def test_a_memory_that_is_lost_on_disk_is_told_to_its_session_alone(tmp_path: Path) -> None:

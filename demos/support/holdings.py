@@ -11,12 +11,14 @@ import os
 import signal
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 _BLOCK = 512  # bytes, the unit of st_blocks everywhere
 _PROC = Path("/proc")
+_PATIENCE = 0.1  # seconds until a group stands still, on a busy machine
 
 
 @dataclass(frozen=True)
@@ -49,18 +51,29 @@ def measure(pid: int, folder: Path, file: int, entries: int) -> Holdings:
 
 @contextlib.contextmanager
 def _standing_still(pid: int) -> Iterator[None]:
-    """Stop the group and wait until it stands; let it go on afterwards. Systems without waitid measure it moving."""
+    """Stop the group and wait until it stands; let it go on afterwards. Systems without waitid measure it moving.
+
+    So is a process that does not stand soon: in the middle of a ``vfork`` it cannot stop before its child goes on, and
+    the child is stopped with it.
+    """
     if sys.platform == "win32" or not hasattr(os, "waitid"):
         yield
         return
     try:
         with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended
             os.killpg(pid, signal.SIGSTOP)
-            os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            until = time.monotonic() + _PATIENCE
+            while not _stands(pid) and time.monotonic() < until:
+                time.sleep(0.001)
         yield
     finally:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGCONT)
+
+
+def _stands(pid: int) -> bool:
+    """Whether a child has stopped or ended."""
+    return os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
 
 
 def _in_folder(folder: Path, most: int) -> tuple[int, int]:

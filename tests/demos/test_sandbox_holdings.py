@@ -51,6 +51,17 @@ while True: threading.Thread(target=lock.acquire, daemon=True).start()
 """
 
 
+SPAWNING = "import subprocess, sys\nwhile True: subprocess.run(['/bin/true'])"
+
+
+def test_a_process_that_cannot_stop_does_not_hold_up_the_watch() -> None:
+    """A process in the middle of a vfork waits for its child, which was stopped with it: the run still ends in time."""
+    outcome = run(SPAWNING, seconds=3, guards=())
+
+    assert outcome.status == "timeout"
+    assert outcome.seconds < 10
+
+
 @pytest.mark.parametrize(
     ("code", "guards"),
     [(MOVING, sandbox.GUARDS), (OPEN, sandbox.GUARDS), (MAPPED, ("limits", "landlock", "seccomp"))],

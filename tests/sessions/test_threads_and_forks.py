@@ -75,7 +75,11 @@ def test_a_stream_in_a_forked_process_ends() -> None:
         assert asyncio.run(turn()) == "turn_finished"
         child = os.fork()
         if child == 0:
-            os._exit(0 if asyncio.run(asyncio.wait_for(turn(), 20)) == "turn_finished" else 1)
+            code = 1
+            try:
+                code = 0 if asyncio.run(asyncio.wait_for(turn(), 20)) == "turn_finished" else 1
+            finally:  # whatever it raises: a second pytest must not go on in the child
+                os._exit(code)
         end, status = time.monotonic() + 30, None
         while time.monotonic() < end and status is None:
             found, code = os.waitpid(child, os.WNOHANG)

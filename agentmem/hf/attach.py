@@ -15,7 +15,7 @@ import torch
 from agentmem.errors import CapBypassed, UnsupportedModel
 from agentmem.hf.cache import CappedMemory, TransientCache, mask_columns, size, transient_forward
 from agentmem.hf.forward_context import FRAME, SCOPE, Frame, own_frame, rename, untraced
-from agentmem.hf.generate_checks import check_generate, chosen
+from agentmem.hf.generate_checks import check_adapters, check_forward, check_generate, chosen
 from agentmem.hf.rope import rotations
 from agentmem.hf.support import input_device
 from agentmem.memory.forwards import Adopt, Append, Scratch, Transient
@@ -92,7 +92,10 @@ class _Attachment:
         cache = inputs.get("past_key_values")
         if not isinstance(cache, CappedMemory):
             return None
+        check_forward(inputs)
         rows, count = size(inputs)
+        if count > 1 or not cache.memory.rows:  # not at every token: it visits every module
+            check_adapters(self.model)
         keep = inputs.get("logits_to_keep", 0)
         if count == 1 or not isinstance(keep, int) or keep < 1 or inputs.get("output_hidden_states"):
             return None  # every position's output is wanted: the forward must fit as it is
@@ -115,6 +118,7 @@ class _Attachment:
         inputs = _named(signature, args, kwargs)
         cache, wanted = inputs.get("past_key_values"), inputs.get("use_cache")
         if isinstance(cache, CappedMemory):
+            check_forward(inputs)  # again: the decoder may be called by itself
             cache.open_for(self.model)
             frame.hold = cache.memory.owner.take()
             frame.memory = cache

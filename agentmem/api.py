@@ -200,13 +200,16 @@ def open_memory(
     shape = _shape(model, chosen, _itemsize(model))
     for other in beside:
         shape = replace(shape, fingerprint=_shape(model, other, shape.itemsize).fingerprint or shape.fingerprint)
+    wished = Settings.of(cap=cap, **settings)
     return Memory(
         shape,
-        Settings.of(cap=cap, **settings),
+        wished,
         chosen,
         others=beside,
         words={each.name: _words(each, tokenizer) for each in (chosen, *beside)},
         language=None if tokenizer is None else _language(tokenizer, hf.end_ids(model)),
+        device=hf.input_device(model),
+        positions=hf.positions(model, shape.positions) if wished.rebase and shape.positions else None,
     )
 
 

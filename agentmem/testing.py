@@ -14,7 +14,7 @@ import torch
 from torch._C._profiler import _ExtraFields_Allocation, _ProfilerEvent
 from torch.profiler import ProfilerActivity, profile
 
-from agentmem.compaction.budget_rules import check_budgets
+from agentmem.compaction.budgets import check_budgets
 from agentmem.compaction.checks import validate
 from agentmem.contracts import (
     BudgetRequest,

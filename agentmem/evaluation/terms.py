@@ -140,7 +140,7 @@ class Reader:
         position = 0
         while position < len(ids):
             # A full memory has room 0: one token makes it compact, as in decoding, and then there is room again.
-            room = min(self.memory.room(), self.capacity, self.memory.memory.slack())
+            room = min(self.memory.room(), self.capacity, self.memory.engine.most_tokens)
             stop = min(position + max(1, room), len(ids))
             began = time.perf_counter()
             with torch.no_grad():

@@ -8,6 +8,7 @@ undone with the last block. Forwards that are not ours reach the original functi
 from agentmem.hf.attach import attach, detach, scope
 from agentmem.hf.cache import CappedMemory
 from agentmem.hf.fingerprint import fingerprint
+from agentmem.hf.rope import positions
 from agentmem.hf.support import (
     FAMILIES,
     check_tokenizer,
@@ -31,6 +32,7 @@ __all__ = [
     "end_ids",
     "fingerprint",
     "input_device",
+    "positions",
     "refuse_probe",
     "refuse_scratch",
     "scope",

@@ -12,18 +12,16 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from agentmem.engine import Engine
 from agentmem.errors import CapBypassed, UnsupportedModel
-from agentmem.hf.cache import CappedMemory, TransientCache, mask_columns, size, transient_forward
+from agentmem.hf.cache import CappedMemory, TransientCache, mask_columns, size
 from agentmem.hf.forward_context import FRAME, SCOPE, Frame, own_frame, rename, untraced
+from agentmem.hf.forwards import ModelForwards
 from agentmem.hf.generate_checks import check_adapters, check_forward, check_generate, chosen
-from agentmem.hf.rope import rotations
-from agentmem.hf.support import input_device
-from agentmem.memory.forwards import Adopt, Append, Scratch, Transient
-from agentmem.memory.positions import Positions
 from agentmem.memory.torch_state import own_state
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from transformers import PreTrainedModel
 
@@ -104,7 +102,7 @@ class _Attachment:
         cache.refuse_pads_at_the_end(valid)
         cache.memory.bind(rows)
         decoder, start = self.model.get_decoder(), 0
-        while (start := start + (width := cache.memory.piece([row[start:] for row in valid], count - start))) < count:
+        while (start := start + (width := cache.engine.piece([row[start:] for row in valid], count - start))) < count:
             with own_frame(holds=False), torch.no_grad():
                 decoder(**_cut(inputs, start - width, start, cache.columns))
         return (), {**inputs, **_cut(inputs, start - width, count, cache.columns)}
@@ -121,7 +119,7 @@ class _Attachment:
             check_forward(inputs)  # again: the decoder may be called by itself
             cache.open_for(self.model)
             frame.hold = cache.memory.owner.take()
-            frame.memory = cache
+            frame.engine = cache.engine
             with own_state():
                 frame.step = cache.begin(inputs)
                 moved = cache.moved(inputs)
@@ -191,14 +189,15 @@ def _leave(module: torch.nn.Module, args: tuple[Any, ...], output: object) -> No
         return
     FRAME.set(frame.outer)
     frame.hold = None
-    if not isinstance(frame.step, Append) or frame.memory is None:
+    engine = frame.engine
+    if engine is None or frame.step is None:  # None: it was refused before it began
         return
-    layers = len(frame.memory.layers)
+    layers = len(engine.memory.shape.layers)
     if output is not None and frame.attended == layers:
         if not frame.outer or not frame.outer.holds:
-            frame.step.commit()
+            engine.commit()
         return
-    frame.step.rollback()
+    engine.abandon()
     if output is not None:
         raise UnsupportedModel(
             f"{frame.attended} of {layers} layers asked the memory in this forward: the attention implementation was "
@@ -223,32 +222,12 @@ _LOCK = threading.Lock()
 
 def attach(model: PreTrainedModel, memory: Memory) -> CappedMemory:
     """Connect a memory to a model; every attach needs one :func:`detach`."""
-    if memory.settings.rebase:  # first of all: it refuses models, which are then left as they were
-        turning = rotations(model)
-        assert memory.shape.positions is not None  # noqa: S101  # a config with RoPE says how many
-        memory.positions = Positions(memory.shape.positions, turning)
     with _LOCK:
         attachment = _ATTACHMENTS.setdefault(model, _Attachment(model))
         if attachment.users == 0:
             attachment.install()
         attachment.users += 1
-    view = CappedMemory(memory, model)
-    decoder = model.get_decoder()
-
-    def run_transient(ids: Sequence[int], start: int, step: Adopt | Transient) -> None:
-        transient_forward(decoder, memory, ids, start, step)
-
-    def run_scratch(ids: Sequence[int], start: int, step: Scratch) -> torch.Tensor:
-        logits: torch.Tensor = transient_forward(model, memory, ids, start, step, logits_to_keep=1).logits[0, -1]
-        return logits
-
-    def run_logits(ids: Sequence[int], start: int, step: Transient) -> torch.Tensor:
-        logits: torch.Tensor = transient_forward(model, memory, ids, start, step).logits[0]
-        return logits
-
-    memory.run_transient, memory.run_scratch, memory.run_logits = run_transient, run_scratch, run_logits
-    memory.device = input_device(model)
-    return view
+    return CappedMemory(Engine(memory, ModelForwards(model, memory.shape)), model)
 
 
 def detach(model: PreTrainedModel) -> None:

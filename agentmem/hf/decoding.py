@@ -133,11 +133,11 @@ def choose(decoding: Decoding, logits: torch.Tensor, generator: torch.Generator 
 def feed(view: CappedMemory, ids: Sequence[int], *, holds: bool) -> torch.Tensor:
     """Run tokens that stay, at the row's next positions; the logits ``[V]`` after the last.
 
-    With ``holds`` they are consumed by ``view.memory.commit()``: whoever loses the logits can feed them again.
+    With ``holds`` they are consumed by ``view.engine.commit()``: whoever loses the logits can feed them again.
     """
     memory = view.memory
     device = input_device(view.model)
-    start = memory.rows[0].next_position + memory.rows[0].shift
+    start = memory.rows[0].next_position + memory.rows[0].shift  # as this caller counts
     with own_frame(holds=holds), torch.no_grad():
         output = view.model(
             input_ids=torch.tensor([list(ids)], device=device),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig
 
-    from agentmem.hf.cache import CappedMemory
+    from agentmem.engine import Engine
     from agentmem.memory.owner import Hold
 
 
@@ -37,13 +37,14 @@ class Frame:
 
     outer: Frame | None
     step: Step | None = None
-    memory: CappedMemory | None = None
+    engine: Engine | None = None
+    """That of the memory whose tokens the forward appends."""
     hold: Hold | None = None
     """That its thread owns the memory meanwhile."""
     attended: int = 0
     """Layers whose attention call came here so far."""
     holds: bool = False
-    """Whether forwards right inside it wait for :meth:`agentmem.memory.memory.Memory.commit`."""
+    """Whether forwards right inside it wait for :meth:`agentmem.engine.Engine.commit`."""
 
 
 FRAME: ContextVar[Frame | None] = ContextVar("agentmem_frame", default=None)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from agentmem.hf import CappedMemory
+    from agentmem.hf.cache import CappedMemory
 
 REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_beams": (lambda value: value > 1, "beams reorder whole memories; use num_beams=1"),

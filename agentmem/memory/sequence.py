@@ -19,8 +19,7 @@ from agentmem.memory.pins import Pins
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from agentmem.compaction.request import Job
-    from agentmem.memory.positions import Move
+    from agentmem.memory.jobs import Job, Move
     from agentmem.memory.store import LayerStore
     from agentmem.reference_queries.patterns import Marks
     from agentmem.reference_queries.stored import QuerySample
@@ -61,10 +60,8 @@ class RowState:
     intact: int = 0
     """Tokens from this one on have a slot in every head, as they were appended."""
     compactions: int = 0
-    budgets: tuple[tuple[int, ...], ...] | None = None
-    """Segment slots per layer and head of a compaction that has begun and not ended."""
     job: Job | None = None
-    """What that compaction is to do, while it has begun and not ended."""
+    """A compaction that has begun and not ended."""
     summary: SummaryReport | None = None
     """The newest summary that the slots hold and no report has told."""
     shift: int = 0
@@ -158,6 +155,11 @@ class Row:
         return max(start, self.intact, min(prefix, self.seen))
 
     @property
+    def quiet(self) -> bool:
+        """Whether no compaction and no re-basing is under way."""
+        return self.state.job is None and self.state.moving is None
+
+    @property
     def held(self) -> int:
         """Slots physically occupied, over all layers and heads."""
         return sum(sum(store.lengths) for store in self._stores if store is not None)
@@ -210,11 +212,6 @@ class Row:
     def compactions(self) -> int:
         """See :class:`RowState`."""
         return self.state.compactions
-
-    @property
-    def budgets(self) -> tuple[tuple[int, ...], ...] | None:
-        """See :class:`RowState`."""
-        return self.state.budgets
 
     @property
     def job(self) -> Job | None:

@@ -96,14 +96,9 @@ def _spelled(value: Any) -> Any:
 
 
 def take(memory: Memory) -> tuple[RowImage, dict[str, torch.Tensor]]:
-    """The only row of a memory: its values, and views of its tensors by name. What has begun is finished first.
-
-    Raises:
-        CompactionFailed: a compaction had begun and cannot be finished.
-
-    """
+    """The only row of a memory, where nothing is under way: its values, and views of its tensors by name."""
     (row,) = memory.rows
-    memory.finish(row)
+    assert row.quiet  # noqa: S101  # Engine.finish comes first
     if row.promoting is not None:
         promote(memory, row)
     tensors = {"ids": torch.tensor(row.ids, dtype=torch.int64), "generator": row.generator.get_state()}
@@ -249,7 +244,6 @@ def _fill(sample: QuerySample, image: SampleImage, kept: torch.Tensor, seen: int
 
 def trim(memory: Memory, row: Row) -> None:
     """Give back all room: every store is as large as what it holds. :func:`expand` brings it back."""
-    memory.finish(row)
     for index, store in enumerate(row.stores):
         if store is not None:
             _resize(row, index, store, store.lengths)
@@ -280,9 +274,8 @@ def _resize(row: Row, index: int, store: LayerStore, capacities: list[int]) -> N
 
 
 def copy(memory: Memory) -> Memory:
-    """Another memory with an equal row; the bytes are its own."""
+    """Another memory with an equal row, where nothing is under way; the bytes are its own."""
     other = memory.empty()
-    other.device = memory.device
     image, views = take(memory)
     give(other, image, views)
     return other

@@ -304,7 +304,8 @@ class Runtime:
         """
         check_making(name, tools, template_options, before_compact=before_compact, after_compact=after_compact)
         given = archive.Given(policy, others, tools, template_options, before_compact, after_compact)
-        return archive.load(self, url, name, given, settings)
+        session: Session = archive.load(self, url, name, given, settings)
+        return session
 
     # ---- the end
 

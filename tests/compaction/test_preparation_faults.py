@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from agentmem.compaction.budget_rules import equal_shares
+from agentmem.compaction.budgets import equal_shares
 from agentmem.contracts import BudgetRequest, Budgets, Policy, Queries
 from agentmem.errors import CompactionFailed, PolicyContractBroken
 from agentmem.memory.ledger import Ledger

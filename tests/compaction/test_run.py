@@ -100,13 +100,14 @@ def test_every_state_between_two_commits_decodes(kind: str, layer: int) -> None:
         with pytest.raises(CompactionFailed, match=said):
             memory.compact()
         tiny.audit(memory.memory)
-        slots, states, budgets = snapshot(memory.memory), decoded(memory), memory.memory.rows[0].budgets
+        slots, states, job = snapshot(memory.memory), decoded(memory), memory.memory.rows[0].job
         assert memory.transcript() == tokens[0].tolist()
     with tiny.capped_by(made(kind), MODEL) as memory:
         feed(memory, tokens)
-        assert budgets is not None
-        changed = tuple(dealt if index < layer else (FULL,) * 2 for index, dealt in enumerate(budgets))
-        memory.memory.rows[0].change(budgets=changed)
+        assert job is not None
+        changed = tuple(dealt if index < layer else (FULL,) * 2 for index, dealt in enumerate(job.budgets))
+        core = memory.memory
+        core.rows[0].change(job=replace(job, policy=core.policy, plan=core.plan, budgets=changed))
         memory.compact()
         lengths = [store.lengths[0] for store in memory.memory.rows[0].stores if store is not None]
         assert lengths == [24] * layer + [48] * (LAYERS - layer)
@@ -212,7 +213,7 @@ def test_a_fault_keeps_no_old_slots_alive() -> None:
                 assert store is not None
                 store.append(torch.zeros(1).expand(2, FULL, 16), torch.zeros(1).expand(2, FULL, 16))
             gc.disable()
-            memory.memory.compact(row)
+            memory.engine.compact(row)
 
     def bound(memory: Memory) -> Any:
         memory.bind(1)
@@ -380,7 +381,7 @@ def test_budgets_that_break_their_laws_are_refused(wrong: int, law: str) -> None
         with pytest.raises(PolicyContractBroken, match=f"'greedy'.*{law}"):
             memory.compact()
         assert same(snapshot(memory.memory), before)
-        assert memory.memory.rows[0].budgets is None
+        assert memory.memory.rows[0].job is None
 
 
 class Surveying(Ragged):

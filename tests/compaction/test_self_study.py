@@ -53,7 +53,7 @@ def filled(memory: CappedMemory) -> list[Any]:
     """Everything of row 0 that a forward could change: filled slots, score columns, samples, counts, randomness."""
     core, row = memory.memory, memory.memory.rows[0]
     found: list[Any] = [core.ledger.resident, core.ledger.transient, memory.columns, row.generator.get_state().tolist()]
-    found += [list(row.ids), list(row.tail), row.next_position, row.room, row.budgets, row.held]
+    found += [list(row.ids), list(row.tail), row.next_position, row.room, row.job, row.held]
     for store in (each for each in row.stores if each is not None):
         found += [list(store.lengths), list(store.settled), store.seen, store.capacities]
         found += [None if store.scores is None else store.scores.tolist()]
@@ -75,8 +75,8 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Told:
     calls: Told = []
     original = references.write
 
-    def watched(self: Memory, row: Row, instruction: Sequence[int], most: int) -> tuple[int, ...]:
-        result = original(self, row, instruction, most)
+    def watched(self: Memory, forwards: Any, row: Row, instruction: Sequence[int], most: int) -> tuple[int, ...]:
+        result = original(self, forwards, row, instruction, most)
         calls.append((tuple(instruction), result))
         return result
 
@@ -157,14 +157,14 @@ def test_writing_goes_on_at_the_following_positions(monkeypatch: pytest.MonkeyPa
     """Every forward starts where the one before ended, the first at the row's next position, after compactions too."""
     seen: list[tuple[int, int, int]] = []
     with exact() as memory:
-        core, scratch = memory.memory, memory.memory.run_scratch
-        assert scratch is not None
+        core, forwards = memory.memory, memory.engine.forwards
+        scratch = forwards.next_logits
 
-        def watched(ids: Sequence[int], start: int, step: Scratch) -> int:
+        def watched(ids: Sequence[int], start: int, step: Scratch) -> torch.Tensor:
             seen.append((core.rows[0].seen, start, len(ids)))
             return scratch(ids, start, step)
 
-        monkeypatch.setattr(core, "run_scratch", watched)
+        monkeypatch.setattr(forwards, "next_logits", watched)
         tiny.feed(memory, tiny.ids(FIRST + 17))
         assert core.rows[0].next_position == FIRST + 17
     for moment in (FIRST, FIRST + 16):
@@ -233,10 +233,10 @@ def test_nothing_of_it_is_left_between_compactions(kind: str) -> None:
     with exact(KINDS[kind]) as memory:
         tiny.feed(memory, tiny.ids(FIRST + 10))
         core, before = memory.memory, filled(memory)
-        first = write(core, core.rows[0], (5, 6, 7), SCRATCH)
+        first = write(core, memory.engine.forwards, core.rows[0], (5, 6, 7), SCRATCH)
 
         assert filled(memory) == before
-        assert write(core, core.rows[0], (5, 6, 7), SCRATCH) == first
+        assert write(core, memory.engine.forwards, core.rows[0], (5, 6, 7), SCRATCH) == first
         assert len(first) == SCRATCH
 
 

@@ -178,7 +178,7 @@ def test_an_interrupt_before_anything_is_replaced_costs_nothing(where: str, monk
             with pytest.raises(KeyboardInterrupt):
                 dictation.feed(memory, FULL + 1)
         assert dictation.lengths(memory) == [[FULL] * 2] * LAYERS
-        assert memory.memory.rows[0].budgets is None
+        assert memory.memory.rows[0].job is None
         logits = tiny.feed(memory, tiny.ids(FULL + 1)[:, FULL:], model=tiny.llama(LAYERS))
         assert dictation.same(dictation.heads(memory), undisturbed()[0])
         assert logits.tolist() == undisturbed()[1]

@@ -87,9 +87,9 @@ def test_a_compaction_finishes_an_interrupted_re_basing_first(call: int, monkeyp
                 with monkeypatch.context() as patch:
                     counted(patch, call)
                     with pytest.raises(KeyboardInterrupt):
-                        rebase(memory.memory, memory.memory.rows[0])
+                        rebase(memory.memory, memory.engine.forwards, memory.memory.rows[0])
             else:
-                rebase(memory.memory, memory.memory.rows[0])
+                rebase(memory.memory, memory.engine.forwards, memory.memory.rows[0])
             seen.clear()
             (report,) = memory.compact(slots=4)
             assert not report.faults
@@ -129,7 +129,7 @@ def test_a_compaction_that_was_interrupted_is_re_based_and_goes_on() -> None:
         with pytest.raises(KeyboardInterrupt):
             memory.compact()
         row = memory.memory.rows[0]
-        rebase(memory.memory, row)
+        rebase(memory.memory, memory.engine.forwards, row)
         check_order(memory)
         tiny.feed(memory, tiny.ids(200), model=model())
         check_order(memory)

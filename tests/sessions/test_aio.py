@@ -249,7 +249,7 @@ async def test_a_cancel_inside_a_compaction_takes_effect_at_the_next_layer(name:
         states.append([sum(store.lengths) for store in row.stores if store])
         smaller = [now < then for now, then in zip(states[0], before, strict=True)]
         assert smaller == [at <= layer for at in range(LAYERS)]
-        assert (row.budgets is None) == (layer == LAYERS - 1)  # after the last layer there is no boundary
+        assert (row.job is None) == (layer == LAYERS - 1)  # after the last layer there is no boundary
         assert torch.isfinite(session.view.peek([7])).all()
         tiny_chat.audit(made)
 

@@ -11,7 +11,7 @@ from agentmem import hf
 from agentmem.errors import MemoryClosed, RuntimeBusy, SettingsRefused
 from agentmem.reporting.report import CompactionReport
 from agentmem.sessions import Session
-from agentmem.sessions.turn import Interrupted
+from agentmem.sessions.conversation import Interrupted
 from support import tiny_chat
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -165,9 +165,9 @@ def test_forks_of_an_interrupted_compaction_both_finish_it() -> None:
         session.memory.boundary = stop
         told.clear()
         with pytest.raises(Interrupted), hf.forward_context.own_frame():
-            session.memory.compact(session.memory.rows[0])
+            session.engine.compact(session.memory.rows[0])
         made.leave(session)
-        assert session.memory.rows[0].budgets is not None
+        assert session.memory.rows[0].job is not None
         fork = session.fork()
         ids = tiny_chat.on(fork)
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 import agentmem.api
+from agentmem.compaction.references import References
 from agentmem.compaction.request import Request
 from agentmem.errors import SettingsRefused
-from agentmem.memory.memory import Memory
 from agentmem.memory.store import LayerStore
 from agentmem.reference_queries.probe import Probe
 from agentmem.sessions import CompactionFinished, Session
@@ -33,14 +33,14 @@ class Watched:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.spans: list[Probe] = []
         self.whole: list[Probe] = []
-        real = Memory.probe
+        real = References.run
 
-        def probe(memory: Memory, row: Any, probe: Probe, visit: Any) -> None:
-            assert row.job is not None
-            (self.whole if row.job.whole else self.spans).append(probe)
-            real(memory, row, probe, visit)
+        def run(references: References, visit: Any) -> None:
+            assert references.row.job is not None
+            (self.whole if references.row.job.whole else self.spans).append(references.probe)
+            real(references, visit)
 
-        patch.setattr(Memory, "probe", probe)
+        patch.setattr(References, "run", run)
 
 
 @contextmanager
@@ -297,7 +297,7 @@ def test_a_request_for_a_span_never_reaches_into_the_prefix() -> None:
     """A memory's own ``compact`` with a start inside the prefix begins behind it."""
     with talk.session(policy="window", **(ROOMY | {"keep_first": 24})) as session:
         session.read(FACT * 4)
-        session.memory.compact(session.memory.rows[0], Request(slots=16, start=0))
+        session.engine.compact(session.memory.rows[0], Request(slots=16, start=0))
 
         for store in stores(session):
             assert all(length == 24 + 16 + 8 for length in store.lengths)

@@ -14,7 +14,7 @@ from agentmem import plugins
 from agentmem.errors import AgentmemError, CompactionFailed, MemoryClosed, RuntimeBusy, SettingsRefused
 from agentmem.reporting.report import CompactionReport
 from agentmem.sessions import CompactionContext, Runtime, Session
-from agentmem.sessions.turn import Interrupted
+from agentmem.sessions.conversation import Interrupted
 from support import tiny, tiny_chat
 
 
@@ -37,9 +37,9 @@ def interrupt(session: Session) -> None:
     session.runtime.admit(session)
     session.memory.boundary = stop
     with pytest.raises(Interrupted):
-        session.memory.compact(session.memory.rows[0])
+        session.engine.compact(session.memory.rows[0])
     session.runtime.leave(session)
-    assert session.memory.rows[0].budgets is not None
+    assert session.memory.rows[0].job is not None
 
 
 # ---- giving way

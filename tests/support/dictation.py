@@ -74,9 +74,8 @@ def telling(
 
 def dictate(memory: CappedMemory, *scripts: Sequence[int]) -> list[int]:
     """Let the model write these texts, one a summary, over and over; END ends a text. Tells how often it wrote."""
-    core, writings, said = memory.memory, list[Scratch](), list[int]()
-    run = core.run_scratch
-    assert run is not None
+    core, forwards, writings, said = memory.memory, memory.engine.forwards, list[Scratch](), list[int]()
+    run = forwards.next_logits
     assert core.language is not None
     core.language = replace(core.language, ends=(END,))
 
@@ -90,7 +89,7 @@ def dictate(memory: CappedMemory, *scripts: Sequence[int]) -> list[int]:
         said[-1] += 1
         return logits
 
-    core.run_scratch = dictated
+    forwards.next_logits = dictated  # type: ignore[method-assign]
     return said
 
 

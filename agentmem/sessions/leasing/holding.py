@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from agentmem.engine import Engine
     from agentmem.memory.memory import Memory
     from agentmem.reporting.report import CompactionReport
     from agentmem.sessions.snapshots.recipe import Named
@@ -97,14 +98,31 @@ class Holding:
         if self.memory is None:
             return False
         row = self.memory.rows[0]
-        return row.budgets is None and row.moving is None and row.promoting is None
+        return row.quiet and row.promoting is None
 
     def copied(self, identity: Mapping[str, str]) -> Holding:
         """Another holding with an equal memory of its own; this one stays as it is, on disk too."""
-        memory = self._read(identity) if self.memory is None else copy(self.memory)
+        memory = self._read(identity) if self.memory is None else copy(self.finished())
         other = Holding(self.model, memory, self.lease)
         other.named = self.named
         return other
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the memory, which must be here."""
+        assert self.view is not None  # noqa: S101  # the caller has asked for it
+        return self.view.engine
+
+    def finished(self) -> Memory:
+        """The memory, which must be here, once what was begun in it is ended.
+
+        Raises:
+            CompactionFailed: a compaction had begun and cannot be finished.
+
+        """
+        memory = self.engine.memory
+        self.engine.finish(memory.rows[0])
+        return memory
 
     # ---- giving way
 
@@ -137,7 +155,7 @@ class Holding:
         if stage == "disk":
             self._to_disk(memory, folder, identity)
         elif stage == "trim":
-            trim(memory, memory.rows[0])
+            trim(self.finished(), memory.rows[0])
         elif (self.stage is not None and memory.plan.workspace_bytes > left) or (request := ask()) is None:
             return []
         else:
@@ -149,8 +167,9 @@ class Holding:
     def _compact_further(self, memory: Memory, request: Request) -> None:
         """Halve the segments, once what has begun is finished. No room is dealt out: it would be given back at once."""
         row, plan, cap = memory.rows[0], memory.plan, memory.ledger.cap
-        memory.finish(row)
-        if memory.policy.compactor is None or memory.settings.mode != "auto":
+        engine = self.engine
+        engine.finish(row)
+        if not engine.automatic:
             return
         if plan is not memory.plan_of(request.policy or memory.policy):
             return
@@ -163,7 +182,7 @@ class Holding:
             slots = (row.mean_slots() - pinned) // 2
             if slots >= MIN_BUDGET:
                 memory.plan = replace(plan, capacity=pinned + slots)
-                memory.compact(row, Request(slots=slots))
+                engine.compact(row, Request(slots=slots))
         finally:
             memory.plan, memory.ledger.cap, self._working = plan, cap, 0
 
@@ -171,7 +190,7 @@ class Holding:
         tensors: dict[str, torch.Tensor] = {}
         moved = False
         try:
-            image, tensors = take_row(memory)
+            image, tensors = take_row(self.finished())
             self._dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), self._dtype)
             self._folder = Path(tempfile.mkdtemp(prefix="idle-", dir=folder()))
             write_snapshot(self._folder, tensors, {"row": image.plain()}, identity=identity)
@@ -208,14 +227,12 @@ class Holding:
     def _read(self, identity: Mapping[str, str]) -> Memory:
         assert self._folder is not None  # noqa: S101  # a memory that is not here is on disk
         memory = self._template.empty()
-        memory.device = self._template.device
         read_row(memory, self._folder, identity=identity, dtype=self._dtype)
         return memory
 
     def _attach(self, memory: Memory) -> None:
         view = hf.attach(self.model, memory)
         memory.bind(1)
-        self._template.device = memory.device
         self.memory, self.view = memory, view
 
     def _detach(self) -> None:

@@ -14,12 +14,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from agentmem.compaction.request import Request
+    from agentmem.sessions.conversation import Conversation, Host
     from agentmem.sessions.leasing.holding import Holding, Stage
-    from agentmem.sessions.runtime import Runtime
-    from agentmem.sessions.session import Session
 
 
-def lend(runtime: Runtime, session: Session) -> bool:
+def lend(runtime: Host, session: Conversation) -> bool:
     """Give a session its lease if there is room for it, or can be made; it must count as busy already."""
     shared = session.holding
     copies = len(shared.sessions) > 1
@@ -45,7 +44,7 @@ def lend(runtime: Runtime, session: Session) -> bool:
     return True
 
 
-def _part(runtime: Runtime, session: Session) -> None:
+def _part(runtime: Host, session: Conversation) -> None:
     """Give a session a memory of its own; the others keep the one that they shared."""
     shared = session.holding
     with telling(runtime, shared):
@@ -57,9 +56,9 @@ def _part(runtime: Runtime, session: Session) -> None:
         runtime.leases.holdings.append(own)
 
 
-def _give_way(runtime: Runtime, holding: Holding, stage: Stage) -> None:
+def _give_way(runtime: Host, holding: Holding, stage: Stage) -> None:
     def ask() -> Request | None:
-        answers = [each.asking.ask(each, full=False) for each in _sharing(runtime, holding)]
+        answers = [each.asking.ask(each.name, each.memory, full=False) for each in _sharing(runtime, holding)]
         return None if None in answers else answers[0]
 
     try:
@@ -69,12 +68,12 @@ def _give_way(runtime: Runtime, holding: Holding, stage: Stage) -> None:
         return  # it gives way no further; its own next turn is told
 
 
-def _sharing(runtime: Runtime, holding: Holding) -> list[Session]:
+def _sharing(runtime: Host, holding: Holding) -> list[Conversation]:
     return [each for each in list(runtime.sessions) if each.holding is holding]
 
 
 @contextmanager
-def telling(runtime: Runtime, holding: Holding) -> Iterator[None]:
+def telling(runtime: Host, holding: Holding) -> Iterator[None]:
     """Tell the sessions of a holding what is compacted in the block."""
     memory, sharing = holding.memory, _sharing(runtime, holding)
     before = 0 if memory is None else len(memory.compactions)

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from agentmem.sessions.chat.template import Tool
-    from agentmem.sessions.session import Session
 
 _BESIDE = ("policy", "name", "others", "tools", "template_options", "before_compact", "after_compact")
 """Parameters that a wrongly spelt setting may have meant."""
@@ -116,21 +115,6 @@ class Made(BaseModel):
                 f"{where}: it was saved with other tools or template_options than are given now, and the memory holds "
                 "what the chat template wrote of them; give the same"
             )
-
-
-def made_of(session: Session, template: str) -> dict[str, Any]:
-    """What the manifest says of how a session was made."""
-    memory = session.memory
-    settings = memory.settings.model_dump(mode="json")
-    del settings["cap"]
-    made = Made(
-        name=session.name,
-        policy=session.holding.named[0],
-        others=session.holding.named[1:],
-        template=template,
-        settings={**settings, **session.settings.model_dump(mode="json")},
-    )
-    return made.model_dump(mode="json")
 
 
 # ---- settings

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from agentmem import api, plugins
 from agentmem.compaction import budgets
-from agentmem.compaction.budget_rules import check_budgets, most_slots
+from agentmem.compaction.budgets import check_budgets, most_slots
 from agentmem.compaction.held_out import CURVE_FRACTIONS, error_curves, split_references
 from agentmem.contracts import BudgetRequest, Curve, Policy, Reference, Segment, Survey
 from agentmem.hf import CappedMemory, describe
@@ -32,6 +32,7 @@ from agentmem.settings import Settings
 from agentmem.testing import Case, make_segment, peak_allocated
 from oracles import matching as oracle
 from support import tiny, variants
+from support.no_model import Forwards, engine
 
 PINNED = 4 + 8
 HEADS = 4
@@ -340,18 +341,19 @@ def test_a_whole_compaction_allocates_no_more_than_planned(error: float) -> None
     plan = make_plan(shape, Settings.of(cap=1 << 30, **settings), made)
     memory = Memory(shape, Settings.of(cap=plan.resident_bytes + plan.workspace_bytes, **settings), made)
     memory.bind(1)
+    runs = engine(memory)
     for start in range(0, 200, 40):
-        step = memory.begin([Arriving(range(40), range(start, start + 40), slice(None))])
+        step = runs.begin([Arriving(range(40), range(start, start + 40), slice(None))])
         for layer in range(2):
             step.attend(layer, torch.randn(1, 4, 40, 16), torch.randn(1, 2, 40, 16), torch.randn(1, 2, 40, 16), 0.25)
-        step.commit()
+        runs.commit()
     asked = [torch.randn(4, plan.probe_tokens, 16) for _ in range(2)]
 
     def probe(_: object, __: int, step: Transient) -> None:
         for layer, queries in enumerate(asked):
             step.visit(layer, queries)
 
-    memory.run_transient = probe
+    runs.forwards = Forwards(probe)
 
     def compact() -> None:
         for layer, store in enumerate(
@@ -359,7 +361,7 @@ def test_a_whole_compaction_allocates_no_more_than_planned(error: float) -> None
         ):  # born again: the profiler sees only frees of what it saw allocated
             assert store is not None
             memory.rows[0].replace(layer, store.resized(store.capacities))
-        assert memory.compact(memory.rows[0]) is not None
+        assert runs.compact(memory.rows[0]) is not None
 
     resident = memory.ledger.resident
     memory.ledger.cap += plan.capacity * 2 * 148  # for the rebirth alone

@@ -12,7 +12,7 @@ import torch
 from agentmem import plugins
 from agentmem.errors import AgentmemError, RuntimeBusy, SettingsRefused, SnapshotRefused
 from agentmem.sessions import Runtime, Session
-from agentmem.sessions.turn import Interrupted
+from agentmem.sessions.conversation import Interrupted
 from support import tiny_chat
 
 GEMMA = tiny_chat.model("gemma3_text", layers=2)
@@ -127,7 +127,7 @@ def test_an_interrupted_compaction_is_finished_by_a_save(tmp_path: Path) -> None
         session.runtime.admit(session)
         session.memory.boundary = stop
         with pytest.raises(Interrupted):
-            session.memory.compact(session.memory.rows[0])
+            session.engine.compact(session.memory.rows[0])
         made.leave(session)
         told.clear()
         session.save(tmp_path)

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentmem import plugins
-from agentmem.compaction.budget_rules import Slots, check_budgets, make_request, most_slots
+from agentmem.compaction.budgets import check_budgets, make_request, most_slots
 from agentmem.contracts import BudgetRequest, Budgets, Survey
 from agentmem.errors import PolicyContractBroken
+from agentmem.memory.jobs import Slots
 from agentmem.planning.capacity import make_plan
 from agentmem.planning.model_shape import LayerShape, ModelShape
 from agentmem.planning.pricing import Plan

@@ -30,7 +30,7 @@ from agentmem.errors import (
     UnsupportedGeneration,
     UnsupportedModel,
 )
-from agentmem.hf import CappedMemory
+from agentmem.hf import CappedCache
 from agentmem.memory.memory import Usage
 from agentmem.planning.pricing import Plan
 from agentmem.reporting.report import CompactionReport, LayerReport, RebaseReport, RunReport, SummaryReport
@@ -44,7 +44,7 @@ __all__ = [
     "Budgets",
     "CapBypassed",
     "CapTooSmall",
-    "CappedMemory",
+    "CappedCache",
     "CappedModel",
     "CappedOutput",
     "Compaction",

@@ -98,7 +98,7 @@ def capped(model: Any, stack: ExitStack, held: int, seen: int, policy: Any) -> A
     """A memory that has seen ``seen`` tokens and holds ``held`` slots per head, right after a compaction if any."""
     room = max(STEPS + 8, held)
     memory = stack.enter_context(
-        agentmem.capped(model, "2GiB", policy, max_slots=held + room, target=held, chunk=CHUNK)
+        agentmem.capped(model, cap="2GiB", policy=policy, max_slots=held + room, target=held, chunk=CHUNK)
     )
     feed(model, memory, tokens_of(seen))
     if seen > held:

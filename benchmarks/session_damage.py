@@ -252,7 +252,12 @@ def _made(parts: Parts, dice: random.Random) -> None:
     changes: list[dict[str, Any]] = [
         *({"policy": policy | {"name": "window"}}, {"policy": policy | {"name": "../x"}}, {"policy": None}),
         *({"policy": policy | {"name": "am-halving[probe=spread]"}}, {"policy": "window"}, {"name": None}),
-        *({"others": [policy | {"name": "nobody"}]}, {"others": None}, {"settings": []}, {"settings": None}),
+        *(
+            {"extra_policies": [policy | {"name": "nobody"}]},
+            {"extra_policies": None},
+            {"settings": []},
+            {"settings": None},
+        ),
         *({"template": "00" * 32}, {"template": None}, {"extra": 1}),
     ]
     parts.settings |= dice.choice(changes)

@@ -14,7 +14,7 @@ import torch
 
 from agentmem.engine import Engine
 from agentmem.errors import CapBypassed, UnsupportedModel
-from agentmem.hf.cache import CappedMemory, TransientCache, mask_columns, size
+from agentmem.hf.cache import CappedCache, TransientCache, mask_columns, size
 from agentmem.hf.forward_context import FRAME, SCOPE, Frame, own_frame, rename, untraced
 from agentmem.hf.forwards import ModelForwards
 from agentmem.hf.generate_checks import check_adapters, check_forward, check_generate, chosen
@@ -61,12 +61,15 @@ class _Attachment:
         def generate(*args: Any, **kwargs: Any) -> Any:
             given = _named(signature, args, kwargs)
             cache, hold = given.get("past_key_values"), None
-            if isinstance(cache, CappedMemory):
+            if cache is None and chosen(model, given).get("use_cache", True):
+                cache = self._in_scope()
+                if cache is not None:
+                    kwargs = {**kwargs, "past_key_values": cache}
+                    given = {**given, "past_key_values": cache}
+            if isinstance(cache, CappedCache):
                 cache.open_for(model)
                 check_generate(cache, model, given)
                 hold = cache.memory.owner.take()
-            elif cache is None and chosen(model, given).get("use_cache", True):
-                self._refuse_bypass("generate without past_key_values")
             try:
                 with own_frame():
                     return original(*args, **kwargs)
@@ -88,7 +91,7 @@ class _Attachment:
         """Feed all but the last piece of a long prompt before the forward itself, which then sees that piece only."""
         inputs = _named(signature, args, kwargs)
         cache = inputs.get("past_key_values")
-        if not isinstance(cache, CappedMemory):
+        if not isinstance(cache, CappedCache):
             return None
         check_forward(inputs)
         rows, count = size(inputs)
@@ -115,7 +118,7 @@ class _Attachment:
         FRAME.set(frame)  # first of all: _leave runs even when what follows raises
         inputs = _named(signature, args, kwargs)
         cache, wanted = inputs.get("past_key_values"), inputs.get("use_cache")
-        if isinstance(cache, CappedMemory):
+        if isinstance(cache, CappedCache):
             check_forward(inputs)  # again: the decoder may be called by itself
             cache.open_for(self.model)
             frame.hold = cache.memory.owner.take()
@@ -130,8 +133,23 @@ class _Attachment:
             self._refuse_bypass("a forward without past_key_values")
         return None
 
+    def _in_scope(self) -> CappedCache | None:
+        """The memory that ``generate`` takes where none is passed; ``None`` outside every block of the model.
+
+        Raises:
+            CapBypassed: more than one block caps the model here.
+
+        """
+        found = [cache for cache in SCOPE.get() if isinstance(cache, CappedCache) and cache.model is self.model]
+        if len(found) > 1:
+            raise CapBypassed(
+                f"generate without past_key_values where {len(found)} blocks cap this model; pass the memory that is "
+                "meant: past_key_values=memory"
+            )
+        return found[0] if found else None
+
     def _refuse_bypass(self, what: str) -> None:
-        if id(self.model) in SCOPE.get():
+        if any(isinstance(cache, CappedCache) and cache.model is self.model for cache in SCOPE.get()):
             raise CapBypassed(
                 f"{what} inside a capped block would grow a cache outside the cap; pass past_key_values=memory, "
                 "or use_cache=False if no memory is wanted"
@@ -206,9 +224,9 @@ def _leave(module: torch.nn.Module, args: tuple[Any, ...], output: object) -> No
 
 
 @contextmanager
-def scope(model: PreTrainedModel) -> Iterator[None]:
-    """In this context, growing another cache on the model by default is a bypass."""
-    token = SCOPE.set((*SCOPE.get(), id(model)))
+def scope(cache: CappedCache) -> Iterator[None]:
+    """In this context ``generate`` takes this memory, and growing another cache on its model by default is a bypass."""
+    token = SCOPE.set((*SCOPE.get(), cache))
     try:
         with own_frame():
             yield
@@ -220,14 +238,14 @@ _ATTACHMENTS: WeakKeyDictionary[PreTrainedModel, _Attachment] = WeakKeyDictionar
 _LOCK = threading.Lock()
 
 
-def attach(model: PreTrainedModel, memory: Memory) -> CappedMemory:
+def attach(model: PreTrainedModel, memory: Memory) -> CappedCache:
     """Connect a memory to a model; every attach needs one :func:`detach`."""
     with _LOCK:
         attachment = _ATTACHMENTS.setdefault(model, _Attachment(model))
         if attachment.users == 0:
             attachment.install()
         attachment.users += 1
-    return CappedMemory(Engine(memory, ModelForwards(model, memory.shape)), model)
+    return CappedCache(Engine(memory, ModelForwards(model, memory.shape)), model)
 
 
 def detach(model: PreTrainedModel) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from transformers import PreTrainedConfig
+    from transformers.cache_utils import Cache
 
     from agentmem.engine import Engine
     from agentmem.memory.owner import Hold
@@ -48,8 +49,8 @@ class Frame:
 
 
 FRAME: ContextVar[Frame | None] = ContextVar("agentmem_frame", default=None)
-SCOPE: ContextVar[tuple[int, ...]] = ContextVar("agentmem_scope", default=())
-"""Identities of the models that this context has capped: only here is growing another cache a bypass."""
+SCOPE: ContextVar[tuple[Cache, ...]] = ContextVar("agentmem_scope", default=())
+"""The memories of the capped blocks that this context is in: only here is growing another cache a bypass."""
 
 
 def _attention(original: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from weakref import WeakKeyDictionary
 
     from agentmem.engine import Engine
-    from agentmem.hf import CappedMemory
+    from agentmem.hf import CappedCache
     from agentmem.memory.memory import Memory
     from agentmem.reporting.report import CompactionReport, RebaseReport
     from agentmem.sessions.chat.template import ChatTemplate
@@ -150,7 +150,7 @@ class Conversation:
         return self.view.engine
 
     @property
-    def view(self) -> CappedMemory:
+    def view(self) -> CappedCache:
         """What is passed as ``past_key_values``, while the memory is not on disk."""
         return self._here(self.holding.view)
 

@@ -39,7 +39,7 @@ class Asking:
         if self.before is None:
             return USUAL
         row = memory.rows[0]
-        names = tuple(policy.name for policy in (memory.policy, *memory.others))
+        names = tuple(policy.name for policy in (memory.policy, *memory.extra_policies))
         answer = self.before(CompactionContext(session, full, row.seen, row.held, row.room, memory.policy.name, names))
         if answer == PROCEED:
             return USUAL

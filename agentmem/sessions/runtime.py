@@ -121,7 +121,7 @@ class Runtime:
         policy: str | Policy | None = None,
         *,
         name: str | None = None,
-        others: Sequence[str | Policy] = (),
+        extra_policies: Sequence[str | Policy] = (),
         tools: Sequence[Tool] | None = None,
         template_options: Mapping[str, Any] | None = None,
         before_compact: BeforeCompact | None = None,
@@ -133,7 +133,7 @@ class Runtime:
         Args:
             policy: name, spec or policy; the runtime's without it.
             name: for reports and errors.
-            others: policies that hooks and calls of ``compact`` may ask for.
+            extra_policies: policies that hooks and calls of ``compact`` may ask for.
             tools: JSON schemas or functions, for the chat template; they are pinned with the system prompt.
             template_options: the chat template's own variables.
             before_compact: asked before a compaction; see :mod:`agentmem.sessions.hooks`.
@@ -152,7 +152,7 @@ class Runtime:
         own, inner = split(settings)
         chosen = SessionSettings.of(**own)
         lease = chosen.lease(self.cap)
-        policies = [plugins.policy(self.policy if policy is None else policy), *plugins.beside(others)]
+        policies = [plugins.policy(self.policy if policy is None else policy), *plugins.beside(extra_policies)]
         named = tuple(map(Named.of, policies))  # while they are fresh
         try:
             memory = open_memory(self.model, lease, policies[0], self.tokenizer, inner, policies[1:])
@@ -284,7 +284,7 @@ class Runtime:
         *,
         policy: str | Policy | None = None,
         name: str | None = None,
-        others: Sequence[str | Policy] | None = None,
+        extra_policies: Sequence[str | Policy] | None = None,
         tools: Sequence[Tool] | None = None,
         template_options: Mapping[str, Any] | None = None,
         before_compact: BeforeCompact | None = None,
@@ -294,7 +294,7 @@ class Runtime:
         """A session that was saved, of this model and tokenizer; it goes on as if it had never stopped.
 
         ``settings`` replace those that it was saved with (a ``seed`` begins anew). Tools, template options and hooks
-        are not saved: give them again, and ``policy`` and ``others`` where they were no named ones.
+        are not saved: give them again, and ``policy`` and ``extra_policies`` where they were no named ones.
 
         Raises:
             SnapshotRefused: another model's, damaged, hostile, or larger than the session's share.
@@ -303,7 +303,7 @@ class Runtime:
 
         """
         check_making(name, tools, template_options, before_compact=before_compact, after_compact=after_compact)
-        given = archive.Given(policy, others, tools, template_options, before_compact, after_compact)
+        given = archive.Given(policy, extra_policies, tools, template_options, before_compact, after_compact)
         session: Session = archive.load(self, url, name, given, settings)
         return session
 

@@ -13,7 +13,7 @@ import torch
 from agentmem import api
 from agentmem.contracts import BudgetRequest, Budgets, Compaction, HeadCompaction, Policy, Survey
 from agentmem.errors import CompactionFailed, PolicyContractBroken
-from agentmem.hf import CappedMemory
+from agentmem.hf import CappedCache
 from agentmem.hf.cache import TransientCache
 from agentmem.memory.forwards import Transient, _roomy
 from agentmem.memory.memory import Memory
@@ -58,7 +58,7 @@ def same(left: list[tuple[torch.Tensor, ...]], right: list[tuple[torch.Tensor, .
     return all(torch.equal(a, b) for one, other in pairs for a, b in zip(one, other, strict=True))
 
 
-def decoded(memory: CappedMemory) -> torch.Tensor:
+def decoded(memory: CappedCache) -> torch.Tensor:
     """The hidden states of three tokens that the memory is asked about and does not keep."""
     row = memory.memory.rows[0]
     windows = [None] * LAYERS
@@ -73,7 +73,7 @@ def decoded(memory: CappedMemory) -> torch.Tensor:
     return result.last_hidden_state
 
 
-def feed(memory: CappedMemory, tokens: torch.Tensor, pieces: int = 1 << 20) -> torch.Tensor:
+def feed(memory: CappedCache, tokens: torch.Tensor, pieces: int = 1 << 20) -> torch.Tensor:
     """Feed the shared model."""
     return tiny.feed(memory, tokens, pieces, model=MODEL)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from agentmem.contracts import BudgetRequest, Budgets, Policy
-from agentmem.hf import CappedMemory
+from agentmem.hf import CappedCache
 from agentmem.planning.model_shape import BIAS_BYTES, POSITION_BYTES, SCORE_BYTES
 from agentmem.reporting.report import CompactionReport
 from support import tiny
@@ -79,7 +79,7 @@ def capped(policy: Policy, **settings: Any) -> Any:
     return tiny.capped_by(policy, MODEL, cap=tiny.need(policy, MODEL, **settings), **settings)
 
 
-def lengths(memory: CappedMemory) -> list[list[int]]:
+def lengths(memory: CappedCache) -> list[list[int]]:
     """Slots held by every head of every layer."""
     return [store.lengths for store in memory.memory.rows[0].stores if store is not None]
 
@@ -117,7 +117,7 @@ def test_allocated_storage_is_the_sum_of_budgets_and_headroom(kind: str, budgets
     assert all(one != other for one, other in pairwise(toy.dealt))
 
 
-def allocated(memory: CappedMemory, dealt: Slots, slot: int) -> int:
+def allocated(memory: CappedCache, dealt: Slots, slot: int) -> int:
     """Check every store against what its heads were dealt; return the bytes of all."""
     stores = [store for store in memory.memory.rows[0].stores if store is not None]
     held = [[PINNED + kept for kept in heads] for heads in dealt]

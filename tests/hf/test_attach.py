@@ -47,7 +47,7 @@ class Held:
     heads: list[reference.Slots]
 
 
-def held(memory: agentmem.CappedMemory) -> list[Held]:
+def held(memory: agentmem.CappedCache) -> list[Held]:
     """Keys, values and β of every layer of row 0."""
     layers = []
     for store in memory.memory.rows[0].stores:

@@ -39,7 +39,7 @@ def opened(caller: Caller, **settings: object) -> Session:
     """A session of 64 slots per head with that caller's hooks, soon full."""
     made = talk.runtime().session(
         "window",
-        others=("key-norm", "am-halving"),
+        extra_policies=("key-norm", "am-halving"),
         before_compact=caller.before,
         after_compact=caller.after,
         **(talk.TIGHT | settings),

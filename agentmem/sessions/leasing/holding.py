@@ -39,7 +39,7 @@ class Holding:
         """Hold a memory that is attached to no model yet."""
         self.model, self.lease = model, lease
         self.memory: Memory | None = None
-        self.view: hf.CappedMemory | None = None
+        self.view: hf.CappedCache | None = None
         self.sessions: set[int] = set()
         self.stage: Stage | None = None
         """How far it has given way; ``None`` while it has its whole lease."""

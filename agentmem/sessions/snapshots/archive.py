@@ -49,7 +49,7 @@ def _made_of(session: Conversation, template: str) -> dict[str, Any]:
     made = Made(
         name=session.name,
         policy=session.holding.named[0],
-        others=session.holding.named[1:],
+        extra_policies=session.holding.named[1:],
         template=template,
         settings={**settings, **session.settings.model_dump(mode="json")},
     )
@@ -65,7 +65,7 @@ class Given:
     """What is not saved, or is given anew."""
 
     policy: str | Policy | None
-    others: Sequence[str | Policy] | None
+    extra_policies: Sequence[str | Policy] | None
     tools: Sequence[Tool] | None
     template_options: Mapping[str, Any] | None
     before_compact: BeforeCompact | None
@@ -105,14 +105,14 @@ def _again(
 ) -> Any:
     """A session like the one that was saved, which has read nothing."""
     policy = None if given.policy is None else plugins.policy(given.policy)
-    others = None if given.others is None else plugins.beside(given.others)
+    extra_policies = None if given.extra_policies is None else plugins.beside(given.extra_policies)
     made.check_template(template_digest(given.tools, given.template_options), str(url))
     _check_pattern(runtime, made, settings, url)
     with refusing(url, SettingsRefused, remedy="Give load what the session can live with."):
         return runtime.session(
             policy or made.policy.again(),
             name=name or made.name,
-            others=[each.again() for each in made.others] if others is None else others,
+            extra_policies=[each.again() for each in made.extra_policies] if extra_policies is None else extra_policies,
             tools=given.tools,
             template_options=given.template_options,
             before_compact=given.before_compact,

@@ -19,7 +19,7 @@ from agentmem.compaction import budgets
 from agentmem.compaction.budgets import check_budgets, most_slots
 from agentmem.compaction.held_out import CURVE_FRACTIONS, error_curves, split_references
 from agentmem.contracts import BudgetRequest, Curve, Policy, Reference, Segment, Survey
-from agentmem.hf import CappedMemory, describe
+from agentmem.hf import CappedCache, describe
 from agentmem.memory.forwards import Arriving, Transient
 from agentmem.memory.memory import Memory
 from agentmem.planning.capacity import make_plan
@@ -234,7 +234,7 @@ def policy(error: float, **options: Any) -> Policy:
     return replace(plugins.policy("am-halving", **options), budgets=targets(error))
 
 
-def exact(made: Policy, **settings: Any) -> AbstractContextManager[CappedMemory]:
+def exact(made: Policy, **settings: Any) -> AbstractContextManager[CappedCache]:
     """The smallest cap that 48 slots per head need; a refusal by the ledger is an error."""
     settings = {"on_failure": "raise"} | settings
     return tiny.capped_by(made, cap=tiny.need(made, tiny.llama(), **settings), **settings)
@@ -389,7 +389,9 @@ def test_what_was_not_measured_is_not_taken_for_good(options: dict[str, Any]) ->
             return [self.decode(row) for row in rows]
 
     chosen = policy(IMPOSSIBLE, **options)
-    with api.capped(tiny.llama(), 1 << 24, chosen, tokenizer=Text(), **tiny.SETTINGS, on_failure="raise") as memory:
+    with api.capped(
+        tiny.llama(), cap=1 << 24, policy=chosen, tokenizer=Text(), **tiny.SETTINGS, on_failure="raise"
+    ) as memory:
         tiny.feed(memory, torch.arange(3, 52)[None])
         assert memory.compactions[0].slots_after == memory.plan.limit * HEADS
 

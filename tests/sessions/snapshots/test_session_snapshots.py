@@ -249,13 +249,13 @@ def test_policies_that_have_no_name_are_given_again(tmp_path: Path) -> None:
     policy = plugins.policy("am-halving", probe="live", probe_tokens=24)
     assert policy.name == "am-halving"
     with tiny_chat.runtime(3, policy) as made:
-        session = made.session(policy, others=[replace(plugins.policy("window"), name="mine")])
+        session = made.session(policy, extra_policies=[replace(plugins.policy("window"), name="mine")])
         session.read(tiny_chat.ids(90))
         session.save(tmp_path)
-        for given in ({}, {"policy": policy}, {"others": ["window"]}):
+        for given in ({}, {"policy": policy}, {"extra_policies": ["window"]}):
             with pytest.raises(SnapshotRefused, match="give it again"):
                 made.load(tmp_path, **given)
-        loaded = made.load(tmp_path, policy=policy, others=["window"])
+        loaded = made.load(tmp_path, policy=policy, extra_policies=["window"])
         assert loaded.stats.capacity == session.stats.capacity
         assert tiny_chat.on(loaded) == tiny_chat.on(session)
 
@@ -263,7 +263,7 @@ def test_policies_that_have_no_name_are_given_again(tmp_path: Path) -> None:
 def test_a_policy_that_has_looked_up_its_table_is_still_the_one_of_its_name(default_model: Any, tmp_path: Path) -> None:
     """What a policy finds out when it is used does not make it another: a new session is loaded by its name."""
     with Runtime(*default_model, cap="48MiB", policy="am-recall", share=0.5) as made:
-        session = made.session(others=["am-calibrated"])
+        session = made.session(extra_policies=["am-calibrated"])
         session.save(tmp_path)
         session.fork().save(tmp_path)
         loaded = made.load(tmp_path)

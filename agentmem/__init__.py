@@ -1,7 +1,7 @@
 """A hard cap in bytes on the KV memory of a Hugging Face model, compacted in mid-thought.
 
-Two doors to the same machinery: :func:`capped`, a context manager around unmodified code, and :func:`wrap`, an object
-with ``generate``. :func:`plan` says beforehand what a cap comes to. :class:`Runtime` keeps whole conversations.
+:func:`capped`, a context manager, runs unmodified code under a cap; :func:`wrap` makes a model whose ``generate`` does.
+:func:`plan` says beforehand what a cap comes to. :class:`Runtime` keeps whole conversations.
 """
 
 from __future__ import annotations

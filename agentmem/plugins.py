@@ -1,4 +1,4 @@
-"""Policies by name: the entry-point group ``agentmem.policies``, the same door for built-ins and third parties.
+"""Policies by name: the entry-point group ``agentmem.policies``, the same way for built-ins and third parties.
 
 An entry point names a factory: called with keyword options, all of them optional, it returns a
 :class:`agentmem.contracts.Policy`. This is the only dynamic import of the project. A *spec* is a policy with options

@@ -25,8 +25,8 @@ FLOOR = 1
 """The least slots of a head's segment."""
 
 
-class Dealer:
-    """Deals integer slots to every layer and head of one job, for the whole compaction at once."""
+class BudgetAllocator:
+    """Allocates integer slots to every layer and head of one job, for the whole compaction at once."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Dealer:
         """``held`` are the slots of every compactable layer's segments, ``segment`` makes one of them."""
         self.job, self.held, self.ledger, self.segment = job, held, ledger, segment
 
-    def deal(
+    def allocate(
         self, references: References, stage: Callable[[], AbstractContextManager[None]] = nullcontext
     ) -> tuple[tuple[int, ...], ...]:
         """Segment slots per layer and head, indexed like the model's layers (sliding ones are empty).
@@ -46,7 +46,7 @@ class Dealer:
         ``stage`` is entered around the survey, for the clock.
 
         Raises:
-            PolicyContractBroken: the policy's budgets break their laws.
+            PolicyContractBroken: the policy's budgets break their invariants.
 
         """
         with self.ledger.borrow(self.job.plan.survey_bytes, "scores of all layers"):
@@ -55,9 +55,9 @@ class Dealer:
                 with stage():
                     surveys = self._surveys(references)
             request = self._request(surveys)
-            dealt = self._budgets.deal(request)
-        check_budgets(self.job.policy.name, self._budgets, request, dealt)
-        return self._by_layer(dealt)
+            allocated = self._budgets.allocate(request)
+        check_budgets(self.job.policy.name, self._budgets, request, allocated)
+        return self._by_layer(allocated)
 
     def equal(self) -> Slots:
         """Equal shares, for when the policy's own budgets cannot be had."""
@@ -67,8 +67,8 @@ class Dealer:
         return make_request(self.job.plan, tuple(self.held.values()), self.job.each, self.job.most, surveys)
 
     def _by_layer(self, budgets: Slots) -> Slots:
-        dealt = dict(zip(self.held, budgets, strict=True))
-        return tuple(tuple(dealt.get(index, ())) for index in range(len(self.job.begins)))
+        allocated = dict(zip(self.held, budgets, strict=True))
+        return tuple(tuple(allocated.get(index, ())) for index in range(len(self.job.begins)))
 
     def _surveys(self, references: References) -> tuple[Survey, ...]:
         surveys: dict[int, Survey] = {}
@@ -108,7 +108,7 @@ class Dealer:
 
 
 def make_request(plan: Plan, held: Slots, each: int, most: int, surveys: tuple[Survey, ...]) -> BudgetRequest:
-    """What to deal to layers whose heads' segments hold ``held`` slots: ``each`` on average, up to ``most``."""
+    """What to allocate to layers whose heads' segments hold ``held`` slots: ``each`` on average, up to ``most``."""
     heads = sum(map(len, held))
     widest = max(map(len, held), default=0)
     return BudgetRequest(
@@ -129,33 +129,33 @@ def equal_shares(request: BudgetRequest) -> Slots:
     ]
     shares = [[0] * len(row) for row in request.held]
     left = min(request.total, most_slots(request))
-    for dealt, (most, layer, head) in enumerate(sorted(heads)):
-        shares[layer][head] = min(most, left // (len(heads) - dealt))
+    for allocated, (most, layer, head) in enumerate(sorted(heads)):
+        shares[layer][head] = min(most, left // (len(heads) - allocated))
         left -= shares[layer][head]
     return tuple(map(tuple, shares))
 
 
-def check_budgets(policy: str, budgets: Budgets, request: BudgetRequest, dealt: Slots) -> None:
-    """Refuse what breaks the laws of :class:`agentmem.contracts.Budgets`.
+def check_budgets(policy: str, budgets: Budgets, request: BudgetRequest, allocated: Slots) -> None:
+    """Refuse what breaks the invariants of :class:`agentmem.contracts.Budgets`.
 
     Raises:
-        PolicyContractBroken: names the policy, the law and the value.
+        PolicyContractBroken: names the policy, the invariant and the value.
 
     """
-    if [len(layer) for layer in dealt] != [len(layer) for layer in request.held]:
-        raise PolicyContractBroken(f"policy {policy!r}: budgets {dealt!r} have not the shape of {request.held!r}")
-    pairs = [pair for held, kept in zip(request.held, dealt, strict=True) for pair in zip(held, kept, strict=True)]
+    if [len(layer) for layer in allocated] != [len(layer) for layer in request.held]:
+        raise PolicyContractBroken(f"policy {policy!r}: budgets {allocated!r} have not the shape of {request.held!r}")
+    pairs = [pair for held, kept in zip(request.held, allocated, strict=True) for pair in zip(held, kept, strict=True)]
     if any(not 0 <= kept <= held for held, kept in pairs):
         raise PolicyContractBroken(
-            f"policy {policy!r}: a head's budget lies outside 0..held: {dealt!r} of {request.held!r}"
+            f"policy {policy!r}: a head's budget lies outside 0..held: {allocated!r} of {request.held!r}"
         )
     if any(kept > request.ceiling for _, kept in pairs):
         raise PolicyContractBroken(
-            f"policy {policy!r}: a head's budget exceeds the ceiling {request.ceiling}: {dealt!r}"
+            f"policy {policy!r}: a head's budget exceeds the ceiling {request.ceiling}: {allocated!r}"
         )
-    if any(sum(kept) > request.layer_ceiling for kept in dealt):
+    if any(sum(kept) > request.layer_ceiling for kept in allocated):
         raise PolicyContractBroken(
-            f"policy {policy!r}: a layer's budgets exceed its ceiling {request.layer_ceiling} together: {dealt!r}"
+            f"policy {policy!r}: a layer's budgets exceed its ceiling {request.layer_ceiling} together: {allocated!r}"
         )
     _check_sum(policy, budgets, request, sum(kept for _, kept in pairs))
 

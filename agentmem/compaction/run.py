@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from agentmem.compaction.budgets import Dealer
+from agentmem.compaction.budgets import BudgetAllocator
 from agentmem.compaction.checks import validate
 from agentmem.compaction.held_out import Errors, HeldOut, split_references
 from agentmem.compaction.references import References
@@ -44,7 +44,7 @@ ATTEMPTS = 2
 
 
 class RowCompaction:
-    """Compacts one row of a memory to its target and deals the freed slots out as headroom."""
+    """Compacts one row of a memory to its target and gives the freed slots out as headroom."""
 
     def __init__(self, memory: Memory, forwards: Forwards, row: Row, request: Request = USUAL) -> None:
         """Pins are promoted, and nothing else is changed yet; a compaction that has begun goes on as it was asked."""
@@ -89,8 +89,8 @@ class RowCompaction:
                 self._compact_layers()
             else:
                 self._evict_layers()
-            with self._stage("deal"):
-                self._deal()
+            with self._stage("headroom"):
+                self._give_headroom()
         seconds = time.perf_counter() - began
         self.seconds["probe"] = max(0.0, seconds - sum(self.seconds.values()))
         return CompactionReport(
@@ -132,7 +132,7 @@ class RowCompaction:
         self.references = References(self.memory, self.forwards, self.row, self.job)
 
     def _summary(self) -> SummaryReport | None:
-        """To be told once, though an interrupt came between its adoption and the end of a compaction."""
+        """Return and clear the pending summary, so that it is reported exactly once, even after an interrupt."""
         found = self.row.state.summary
         self.row.change(summary=None)
         return found
@@ -144,7 +144,7 @@ class RowCompaction:
                 with self._stage("probe text"):
                     self.references.prepare()
                 if self.row.job is None:
-                    self._begin(self._dealer().deal(self.references, lambda: self._stage("survey")))
+                    self._begin(self._allocator().allocate(self.references, lambda: self._stage("survey")))
             except PolicyContractBroken:
                 raise
             except Exception as error:  # noqa: BLE001  # whatever a policy or a probe raises must not cost the memory
@@ -156,7 +156,7 @@ class RowCompaction:
         if self.memory.settings.on_failure != "evict":
             self._fail(None, fault)
         if self.row.job is None:
-            self._begin(self._dealer().equal())
+            self._begin(self._allocator().equal())
         return False
 
     def _begin(self, budgets: Slots) -> None:
@@ -164,14 +164,14 @@ class RowCompaction:
         self.job = replace(self.job, budgets=budgets)
         self.row.change(job=self.job, intact=self.row.seen - self.job.recent)
 
-    def _dealer(self) -> Dealer:
+    def _allocator(self) -> BudgetAllocator:
         def segment(layer: int, references: tuple[Reference, ...]) -> Segment:
             store = self.row.stores[layer]
-            assert store is not None  # noqa: S101  # only layers with stores are dealt for
+            assert store is not None  # noqa: S101  # only layers with stores are allocated for
             return self._segment(layer, store, references)
 
         held = {index: self.job.held(index, store) for index, store in self.row.full()}
-        return Dealer(self.job, held, self.memory.ledger, segment)
+        return BudgetAllocator(self.job, held, self.memory.ledger, segment)
 
     @property
     def _compactor(self) -> Compactor:
@@ -302,7 +302,7 @@ class RowCompaction:
             kept += store.spec.slot_bytes * sum(map(min, store.lengths, ends))
         return (self.plan.capacity * price - kept) // price
 
-    def _deal(self) -> None:
+    def _give_headroom(self) -> None:
         """Give the headroom to the layers that could not get it when they were committed."""
         headroom = self._headroom()
         for index, store in self.row.full():
@@ -315,7 +315,7 @@ class RowCompaction:
             job=None,
             intact=self.row.seen - self.job.recent,
             compactions=self.row.compactions + 1,
-            dealt_at=self.row.seen,
+            headroom_at=self.row.seen,
             tail=array("i"),
             full_at=self.row.seen + room,  # by the memory's own policy's plan, whoever compacted
         )

@@ -57,7 +57,7 @@ class Rewriting:
             SummaryRefused: it is empty, runs away or has no place; nothing was changed.
 
         """
-        before, written = self.row.held, self._written(self._told())
+        before, written = self.row.held, self._written(self._instruction())
         lead = self.language.write(self.rewrite.lead)
         ids = (*lead, *written)
         self._check_shorter(len(ids))
@@ -78,17 +78,19 @@ class Rewriting:
         slots = max(1, round(self.rewrite.keep * len(ids)))
         return Request(slots=min(slots, max(1, self.job.each)), text=ids + recent)
 
-    def _told(self) -> tuple[int, ...]:
-        told = tuple(self.language.ask(self.rewrite.instruction))
-        if len(told) > MAX_REQUEST:
-            raise SummaryRefused(f"its instruction has {len(told)} tokens, {MAX_REQUEST} at most; shorten it")
-        return told
+    def _instruction(self) -> tuple[int, ...]:
+        instruction = tuple(self.language.ask(self.rewrite.instruction))
+        if len(instruction) > MAX_REQUEST:
+            raise SummaryRefused(f"its instruction has {len(instruction)} tokens, {MAX_REQUEST} at most; shorten it")
+        return instruction
 
-    def _written(self, told: tuple[int, ...]) -> tuple[int, ...]:
+    def _written(self, instruction: tuple[int, ...]) -> tuple[int, ...]:
         """What the model wrote, cut to whole sentences where it did not end by itself."""
         plan = self.job.plan
-        most = len(told) + min(plan.scratch - MAX_REQUEST, plan.chunk - len(self.language.write(self.rewrite.lead)))
-        found = write(self.memory, self.forwards, self.row, told, most, no_repeat=NO_REPEAT)[len(told) :]
+        most = len(instruction) + min(
+            plan.scratch - MAX_REQUEST, plan.chunk - len(self.language.write(self.rewrite.lead))
+        )
+        found = write(self.memory, self.forwards, self.row, instruction, most, no_repeat=NO_REPEAT)[len(instruction) :]
         ended = bool(found) and found[-1] in self.language.ends
         written = found[:-1] if ended else self._whole_sentences(found)
         if len(written) < MIN_SUMMARY or not self._text(written).strip():

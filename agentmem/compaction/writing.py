@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def write(
-    memory: Memory, forwards: Forwards, row: Row, told: Sequence[int], most: int, *, no_repeat: int = 0
+    memory: Memory, forwards: Forwards, row: Row, instruction: Sequence[int], most: int, *, no_repeat: int = 0
 ) -> tuple[int, ...]:
     """What the model writes after an instruction, greedily: at most ``most`` tokens with it.
 
@@ -23,15 +23,15 @@ def write(
     early at a token that ends a text; no run of ``no_repeat`` tokens is written twice.
     """
     ends = () if memory.language is None else memory.language.ends
-    step, written, fed = Scratch(memory, row), list(told), 0
+    step, written, fed = Scratch(memory, row), list(instruction), 0
     try:
-        while len(written) < most and (fed < len(told) or written[-1] not in ends):
+        while len(written) < most and (fed < len(instruction) or written[-1] not in ends):
             memory.boundary()
             piece = written[fed : fed + memory.plan.chunk]
             scores = forwards.next_logits(piece, row.next_position + fed, step)
             fed += len(piece)
             if fed == len(written):
-                scores[repeats(written[len(told) :], no_repeat)] = float("-inf")
+                scores[repeats(written[len(instruction) :], no_repeat)] = float("-inf")
                 written.append(int(scores.argmax()))
     finally:
         step.rollback()

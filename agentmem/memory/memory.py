@@ -220,12 +220,12 @@ class Memory:
             self.compactions[-1 - WHOLE_REPORTS] = self.compactions[-1 - WHOLE_REPORTS].brief()
 
     def publish_usage(self) -> None:
-        """Tell the subscribers, if there are any, how the memory stands after a forward."""
+        """Pass the memory's usage after a forward to the subscribers, if there are any."""
         if self._subscribers:
             self.publish(self.usage())
 
     def publish(self, event: Event) -> None:
-        """Tell the subscribers."""
+        """Call the subscribers."""
         for callback in self._subscribers:
             callback(event)
 

@@ -76,7 +76,7 @@ async def _ended(future: asyncio.Future[Any]) -> None:
             await asyncio.wait([future])
         except asyncio.CancelledError as error:
             cancelled = error
-    future.exception()  # seen, so that nobody is told that it was not
+    future.exception()  # asyncio warns of an exception that nobody retrieves
     if cancelled is not None:
         raise cancelled
 

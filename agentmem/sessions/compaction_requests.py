@@ -21,7 +21,7 @@ def compacting(
     try:
         yield from turn.read(session)
         row = session.memory.rows[0]
-        if force or row.room <= session.asking.soft * session.memory.plan.capacity:
+        if force or row.room <= session.hooks.soft * session.memory.plan.capacity:
             request = request_of(session, focus, policy)
             if target is not None:
                 request = Request(_slots_of(session, target), None, request.focus, request.policy)

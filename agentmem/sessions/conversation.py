@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from agentmem.reporting.report import CompactionReport, RebaseReport
     from agentmem.sessions.chat.template import ChatTemplate
     from agentmem.sessions.events import Reason
-    from agentmem.sessions.hook_calls import Asking
+    from agentmem.sessions.hook_calls import HookCalls
     from agentmem.sessions.leasing.admission import Leases
     from agentmem.sessions.leasing.holding import Holding
     from agentmem.sessions.settings import SessionSettings
@@ -118,11 +118,11 @@ class Conversation:
         settings: SessionSettings,
         holding: Holding,
         template: ChatTemplate | None,
-        asking: Asking,
+        hooks: HookCalls,
     ) -> None:
         """Nothing has been read."""
         self.runtime, self.name, self.settings, self.holding = runtime, name, settings, holding
-        self.template, self.asking = template, asking
+        self.template, self.hooks = template, hooks
         self.tokenizer: Any = runtime.tokenizer
         self.ids: MutableSequence[int] = array("q")
         """Everything read and sampled, consumed by the memory or not yet."""
@@ -134,7 +134,7 @@ class Conversation:
         self.watch = Watch()
         self.busy = self.closed = False
         self.reply_start = 0
-        self._told = holding.rebases
+        self._reported_rebases = holding.rebases
         self.last = Reply()
         """The newest reply, open or not."""
         holding.sessions.add(id(self))
@@ -170,9 +170,9 @@ class Conversation:
             made = report.summary
             self.entries = [entry for entry in self.entries if not entry.replaced(made)]
             self.entries.append(Entry(kind="summary", role=None, start=made.start, stop=made.stop, text=made.text))
-        self.asking.compacted(report)
+        self.hooks.compacted(report)
 
-    def heard(self) -> list[RebaseReport]:
+    def new_rebases(self) -> list[RebaseReport]:
         """Re-basings that were not reported yet."""
-        told, self._told = self._told, len(self.memory.rebases)
-        return self.memory.rebases[told:]
+        reported, self._reported_rebases = self._reported_rebases, len(self.memory.rebases)
+        return self.memory.rebases[reported:]

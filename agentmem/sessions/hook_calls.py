@@ -1,4 +1,4 @@
-"""Asking the caller before a compaction, and telling them after it."""
+"""The hooks of one session: what is called before a compaction, and after it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from agentmem.reporting.report import CompactionReport
 
 
-class Asking:
-    """One session's hooks, and what they answered last."""
+class HookCalls:
+    """The hooks of one session, and what they answered last."""
 
     def __init__(self, before: BeforeCompact | None, after: AfterCompact | None, soft: float) -> None:
         """``soft`` is the part of the capacity below which ``before`` is asked early."""
@@ -29,7 +29,7 @@ class Asking:
             return False
         return row.room <= self.soft * memory.plan.capacity
 
-    def ask(self, session: str, memory: Memory, *, full: bool) -> Request | None:
+    def before_compaction(self, session: str, memory: Memory, *, full: bool) -> Request | None:
         """What is to be done with the memory of the session of that name; ``None`` to leave it for now.
 
         Raises:

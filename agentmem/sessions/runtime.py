@@ -18,7 +18,7 @@ from agentmem.memory.memory import unwatched
 from agentmem.sessions.arguments import check_count, check_making, check_name, check_place, check_seconds
 from agentmem.sessions.chat.template import ChatTemplate
 from agentmem.sessions.forking import RUNTIMES
-from agentmem.sessions.hook_calls import Asking
+from agentmem.sessions.hook_calls import HookCalls
 from agentmem.sessions.leasing.admission import Leases
 from agentmem.sessions.leasing.holding import Holding, Stage
 from agentmem.sessions.leasing.spill import Spill
@@ -50,7 +50,7 @@ class Runtime:
     """Sessions of one model under one cap, which is the sum of what they all hold and work with.
 
     A session has a *lease*, its share of the cap; it is charged while a turn runs. When another session needs the
-    bytes, idle memories give way in stages: their free room is taken (nothing is lost), they are compacted further
+    bytes, idle memories are preempted in stages: their free room is taken (nothing is lost), they are compacted further
     (their policy's loss), they are moved to disk (nothing is lost). They come back when they are used. The model runs
     one forward at a time.
     """
@@ -75,7 +75,7 @@ class Runtime:
             tokenizer: its tokenizer; roles need one with a chat template.
             cap: bytes, as an integer or a text such as ``"64MiB"``.
             policy: of sessions that name none.
-            pressure: the stages by which idle memories give way, in order; leave out what must not happen.
+            pressure: the stages by which idle memories are preempted, in order; leave out what must not happen.
             spill: the folder where idle memories go; by default a temporary one, which the runtime deletes.
             wait: seconds that a stream waits for its lease.
             max_waiting: streams that may wait at once; more are refused at once.
@@ -136,8 +136,8 @@ class Runtime:
             extra_policies: policies that hooks and calls of ``compact`` may ask for.
             tools: JSON schemas or functions, for the chat template; they are pinned with the system prompt.
             template_options: the chat template's own variables.
-            before_compact: asked before a compaction; see :mod:`agentmem.sessions.hooks`.
-            after_compact: told its report.
+            before_compact: called before a compaction; see :mod:`agentmem.sessions.hooks`.
+            after_compact: called with its report.
             settings: :class:`SessionSettings` (``share``, ``pin_roles``, ``soft``, ``seed``, …) and
                 :class:`agentmem.settings.Settings` (``keep_first``, ``keep_recent``, ``target``, ``rebase``, …).
 
@@ -162,12 +162,12 @@ class Runtime:
                 "is its share: raise that, or the runtime's cap"
             ) from error
         template = self._template(chosen, tools, template_options)
-        asking = Asking(before_compact, after_compact, chosen.soft)
+        hooks = HookCalls(before_compact, after_compact, chosen.soft)
         with self.guard:
             self._open_or_raise()
             holding = Holding(self.model, memory, lease)
             holding.named, holding.stage = named, "trim"  # it holds nothing yet, and is charged for that
-            session = Session(self, name or f"session-{next(self._names)}", chosen, holding, template, asking)
+            session = Session(self, name or f"session-{next(self._names)}", chosen, holding, template, hooks)
             self.leases.holdings.append(holding)
             self.sessions.append(session)
         self.speak(session, memory)
@@ -208,7 +208,7 @@ class Runtime:
                 session.settings,
                 session.holding,
                 session.template,
-                Asking(session.asking.before, session.asking.after, session.asking.soft),
+                HookCalls(session.hooks.before, session.hooks.after, session.hooks.soft),
             )
             state = saved(session)
             restore(other, state, session.ids[: len(session.ids) - len(state.pending)])

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from agentmem.reporting.report import CompactionReport
 
 Events = Generator[Event | None, None, None]
-"""What happens in a turn; ``None`` after a forward that told nothing, so that other turns can have theirs."""
+"""What happens in a turn; ``None`` after a forward without an event, so that other turns can have theirs."""
 LEAST_SPAN = 16
 """Tokens of a span that is compacted after it was read, at least."""
 
@@ -81,8 +81,8 @@ def read(
 
 
 def rebased(session: Conversation) -> Events:
-    """What was re-based since this was asked last."""
-    yield from (Rebased(report=report) for report in session.heard())
+    """What was re-based since the last call."""
+    yield from (Rebased(report=report) for report in session.new_rebases())
 
 
 def _piece(memory: Memory, after: After | None) -> int:
@@ -112,14 +112,14 @@ def make_room(session: Conversation) -> Events:
     full = row.room < 1 or row.job is not None
     if row.job is not None:
         request: Request | None = USUAL
-    elif full or session.asking.early(memory):
-        request = session.asking.ask(session.name, memory, full=full)
+    elif full or session.hooks.early(memory):
+        request = session.hooks.before_compaction(session.name, memory, full=full)
     else:
         return
     if request is not None:
         report = yield from compact(session, request, forced=full)
         if report is None and not full:  # nothing to reclaim yet
-            session.asking.postpone(memory)
+            session.hooks.postpone(memory)
     elif full:
         raise TurnEnded(
             f"the memory is full ({memory.plan.capacity} slots per head, {row.seen} tokens seen) and before_compact "

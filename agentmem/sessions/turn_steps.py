@@ -28,7 +28,7 @@ class Steps:
         session.memory.boundary = session.watch.check
 
     def tick(self) -> Event | None:
-        """At most one forward or one compaction; ``None`` if it told nothing, or when the turn is :attr:`over`."""
+        """At most one forward or one compaction; ``None`` if there was no event, or when the turn is :attr:`over`."""
         with self._session.runtime.lock, own_frame():
             try:
                 return next(self._events)

@@ -105,7 +105,7 @@ def test_every_state_between_two_commits_decodes(kind: str, layer: int) -> None:
     with tiny.capped_by(made(kind), MODEL) as memory:
         feed(memory, tokens)
         assert job is not None
-        changed = tuple(dealt if index < layer else (FULL,) * 2 for index, dealt in enumerate(job.budgets))
+        changed = tuple(allocated if index < layer else (FULL,) * 2 for index, allocated in enumerate(job.budgets))
         core = memory.memory
         core.rows[0].change(job=replace(job, policy=core.policy, plan=core.plan, budgets=changed))
         memory.compact()
@@ -313,7 +313,7 @@ def test_an_error_in_mid_forward_is_taken_back_at_once() -> None:
 
 @pytest.mark.parametrize("layer", [0, 2])
 def test_a_broken_contract_is_raised_and_nothing_of_that_layer_committed(layer: int) -> None:
-    """It names policy, layer, head and law; a mended policy goes on from there."""
+    """It names policy, layer, head and invariant; a mended policy goes on from there."""
     policy = faulty("window", layer, [])
     assert isinstance(policy.compactor, tiny.Faulty)
     compactor, inner = policy.compactor, policy.compactor.inner
@@ -338,7 +338,7 @@ def test_a_broken_contract_is_raised_and_nothing_of_that_layer_committed(layer: 
 
 
 class Ragged(Budgets):
-    """Deals more to the first head of every layer, up to what it holds; says what it was asked."""
+    """Allocates more to the first head of every layer, up to what it holds; says what it was asked."""
 
     needs_survey = False
     head_ceiling = 1.5
@@ -347,7 +347,7 @@ class Ragged(Budgets):
         self.wrong = wrong
         self.requests: list[BudgetRequest] = []
 
-    def deal(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
+    def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
         """Three quarters and a quarter of what a layer's heads would get alike."""
         self.requests.append(request)
         each = request.total // len(request.held)
@@ -356,7 +356,7 @@ class Ragged(Budgets):
 
 
 def test_unequal_budgets_cost_unequal_bytes() -> None:
-    """Heads hold what they were dealt; headroom is alike for all; the bytes are those of equal budgets."""
+    """Heads hold what they were allocated; headroom is alike for all; the bytes are those of equal budgets."""
     budgets = Ragged()
     with tiny.capped_by(replace(made("replay"), budgets=budgets), MODEL) as memory:
         feed(memory, tiny.ids(FULL))
@@ -372,13 +372,15 @@ def test_unequal_budgets_cost_unequal_bytes() -> None:
     assert budgets.requests[1].held == ((42, 30),) * 3
 
 
-@pytest.mark.parametrize(("wrong", "law"), [(1, "exceed its ceiling 24"), (-1, "sum to 69 slots"), (100, "outside")])
-def test_budgets_that_break_their_laws_are_refused(wrong: int, law: str) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "invariant"), [(1, "exceed its ceiling 24"), (-1, "sum to 69 slots"), (100, "outside")]
+)
+def test_budgets_that_break_their_laws_are_refused(wrong: int, invariant: str) -> None:
     """Their sum and their bounds are checked before any layer is touched."""
     with tiny.capped_by(replace(made("window"), budgets=Ragged(wrong), name="greedy"), MODEL) as memory:
         feed(memory, tiny.ids(FULL))
         before = snapshot(memory.memory)
-        with pytest.raises(PolicyContractBroken, match=f"'greedy'.*{law}"):
+        with pytest.raises(PolicyContractBroken, match=f"'greedy'.*{invariant}"):
             memory.compact()
         assert same(snapshot(memory.memory), before)
         assert memory.memory.rows[0].job is None

@@ -363,7 +363,7 @@ class Lopsided(Budgets):
 
     head_ceiling = layer_ceiling = 1.9
 
-    def deal(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
+    def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
         """The first head, then the others alike."""
         first = min(request.held[0][0], request.ceiling, request.total * 2 // 5)
         each, left = divmod(request.total - first, 3)

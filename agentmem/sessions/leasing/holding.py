@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from agentmem.sessions.snapshots.recipe import Named
 
 Stage = Literal["trim", "compact", "disk"]
-"""How an idle memory gives way: its room is given back; it is compacted further first; it is moved to disk."""
+"""How an idle memory is preempted: its room is given back; it is compacted further first; it is moved to disk."""
 _STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
@@ -42,7 +42,7 @@ class Holding:
         self.view: hf.CappedCache | None = None
         self.sessions: set[int] = set()
         self.stage: Stage | None = None
-        """How far it has given way; ``None`` while it has its whole lease."""
+        """How far it has been preempted; ``None`` while it has its whole lease."""
         self.used = 0
         """When it was last used, by the runtime's count."""
         self.policy = memory.policy.name
@@ -124,9 +124,9 @@ class Holding:
         self.engine.finish(memory.rows[0])
         return memory
 
-    # ---- giving way
+    # ---- preemption
 
-    def give_way(
+    def preempt(
         self,
         stage: Stage,
         folder: Callable[[], Path],
@@ -135,7 +135,7 @@ class Holding:
         left: int = 0,
         ask: Callable[[], Request | None] = lambda: USUAL,
     ) -> list[CompactionReport]:
-        """Free bytes, unless it has given way as far already; the reports of compactions that this took.
+        """Free bytes, unless it has been preempted as far already; the reports of compactions that this took.
 
         A memory whose room was given back is compacted only where ``left``, what is charged to nobody, has room for
         the workspace; and no memory twice before it is used again. ``ask`` says how it is to be done, ``None`` if not
@@ -151,7 +151,7 @@ class Holding:
             return []
         if self.stage is not None and not self.quiet:
             return []  # a compaction that failed before would be tried again, which takes the lease
-        told = len(memory.compactions)
+        before = len(memory.compactions)
         if stage == "disk":
             self._to_disk(memory, folder, identity)
         elif stage == "trim":
@@ -162,10 +162,10 @@ class Holding:
             self._compact_further(memory, request)
             trim(memory, memory.rows[0])
         self.stage = stage
-        return memory.compactions[told:]
+        return memory.compactions[before:]
 
     def _compact_further(self, memory: Memory, request: Request) -> None:
-        """Halve the segments, once what has begun is finished. No room is dealt out: it would be given back at once."""
+        """Halve the segments, once what has begun is finished. No room is given out: it would be given back at once."""
         row, plan, cap = memory.rows[0], memory.plan, memory.ledger.cap
         engine = self.engine
         engine.finish(row)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from agentmem import plugins
 from agentmem.errors import SettingsRefused, SnapshotRefused
 from agentmem.sessions.arguments import check_place
-from agentmem.sessions.leasing.swapping import telling
+from agentmem.sessions.leasing.swapping import reporting_compactions
 from agentmem.sessions.snapshots.files import read_manifest, read_snapshot, write_snapshot
 from agentmem.sessions.snapshots.recipe import Made, check_settings, template_digest
 from agentmem.sessions.snapshots.session_state import Saved, restore, saved
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from agentmem.contracts import Policy
-    from agentmem.memory.state import RowImage
+    from agentmem.memory.state import SavedRow
     from agentmem.sessions.chat.template import Tool
     from agentmem.sessions.conversation import Conversation, Host
     from agentmem.sessions.hooks import AfterCompact, BeforeCompact
@@ -33,7 +33,7 @@ def save(runtime: Host, session: Conversation, url: str | os.PathLike[str]) -> N
     else:
         runtime.admit(session, brief=True)
     try:
-        with runtime.lock, telling(runtime, session.holding):
+        with runtime.lock, reporting_compactions(runtime, session.holding):
             image, tensors = take_row(session.holding.finished())
         made = _made_of(session, _template_of(runtime, session))
         state = {"row": image.plain(), "session": saved(session).model_dump(mode="json")}
@@ -137,7 +137,7 @@ def _check_pattern(runtime: Host, made: Made, settings: Mapping[str, Any], url: 
 
 
 def _fill(runtime: Host, session: Conversation, url: str | os.PathLike[str], *, anew: bool) -> None:
-    def check(image: RowImage, state: dict[str, Any]) -> None:
+    def check(image: SavedRow, state: dict[str, Any]) -> None:
         pinned = max((high for _, high in image.pins), default=0)
         Saved.of(state).check(image.tokens, pinned, session.memory.shape.vocabulary)
 

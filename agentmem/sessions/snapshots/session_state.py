@@ -117,4 +117,4 @@ def restore(session: Conversation, state: Saved, consumed: Sequence[int]) -> Non
     if drawn is not None and session.generator is not None:
         session.generator = drawn
     if session.holding.memory is not None:
-        session.heard()  # re-basings of before are no news
+        session.new_rebases()  # re-basings of before are no news

@@ -80,13 +80,13 @@ def test_a_loaded_session_goes_on_as_if_it_had_never_stopped(kind: str, sampled:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_trim_disk_and_coming_back_lose_nothing(kind: str) -> None:
-    """However often a session gives way between turns, its tokens and slots are those of one that never did."""
+    """However often a session is preempted between turns, its tokens and slots are those of one that never did."""
     with opened(kind, pressure=("trim", "disk")) as made:
         session, twin = (tiny_chat.filled(made, 40, name=name) for name in ("away", "here"))
         for round_, stage in enumerate(("trim", "disk", "trim", "disk")):
             charged = session.stats.charged_bytes
             with made.lock:
-                session.holding.give_way(stage, made.folder, made.identity)  # type: ignore[arg-type]
+                session.holding.preempt(stage, made.folder, made.identity)  # type: ignore[arg-type]
             assert session.stats.charged_bytes < charged
             assert session.stats.state == ("on disk" if stage == "disk" else "idle")
             for each in (session, twin):

@@ -167,7 +167,8 @@ def stream(
     """One :class:`Recalled` per policy and document: full memory first, then window, then the others.
 
     Each is saved in ``cache_dir`` before it is yielded. What was saved with the same model, document, settings and code
-    is not measured again unless ``fresh``. ``progress`` is called with the policy's name and the tokens of all documents done.
+    is not measured again unless ``fresh``. ``progress`` is called with the policy's name and the number of tokens
+    done so far.
 
     Raises:
         AgentmemError: see :func:`measure`; what was saved before stays.

@@ -8,6 +8,7 @@ undone with the last block. Forwards that are not ours reach the original functi
 from agentmem.hf.attach import attach, detach, scope
 from agentmem.hf.cache import CappedMemory
 from agentmem.hf.fingerprint import fingerprint
+from agentmem.hf.model_identity import model_identity, weights
 from agentmem.hf.support import (
     FAMILIES,
     check_tokenizer,
@@ -31,8 +32,10 @@ __all__ = [
     "end_ids",
     "fingerprint",
     "input_device",
+    "model_identity",
     "refuse_probe",
     "refuse_scratch",
     "scope",
     "text_model",
+    "weights",
 ]

@@ -29,7 +29,7 @@ from agentmem.sessions.snapshots import archive
 from agentmem.sessions.snapshots.folder import local_path
 from agentmem.sessions.snapshots.recipe import Named, check_settings, split, template_digest
 from agentmem.sessions.snapshots.session_state import restore, saved
-from agentmem.sessions.snapshots.snapshot import identity
+from agentmem.sessions.snapshots.snapshot import Identity
 from agentmem.sessions.stats import RuntimeStats
 from agentmem.settings import parse_bytes
 
@@ -105,7 +105,7 @@ class Runtime:
         """Held for an instant, while it is written down who holds what."""
         self.waiters: deque[Callable[[], None]] = deque()
         """Turns that wait for a lease, the first to be served first; called to have one try again."""
-        self.identity = identity(self.model, tokenizer)
+        self.identity = Identity(self.model, tokenizer)
         self._spill = None if spill is None else Spill(local_path(spill))
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self.turns, self._names = count(1), count(1)

@@ -106,6 +106,7 @@ TABLE = (
     room("agentmem.hf.forward_context", rooms="memory.owner memory.torch_state", outside="torch transformers"),
     room("agentmem.hf.capture", rooms="errors hf.forward_context", outside="torch"),
     room("agentmem.hf.fingerprint", outside="torch"),
+    room("agentmem.hf.model_identity", rooms="hf.fingerprint", outside="torch transformers"),
     room("agentmem.hf.cache", rooms=ABOVE, outside="torch transformers"),
     room("agentmem.hf.attach", rooms=ABOVE, outside="torch"),
     room("agentmem.hf.decoding", rooms="errors hf.forward_context hf.support", outside="torch transformers"),

@@ -18,7 +18,7 @@ from agentmem.sessions.snapshots.files import write_snapshot
 from agentmem.sessions.snapshots.snapshot import read_row, take_row
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     import torch
 
@@ -45,6 +45,8 @@ class Holding:
         self.used = 0
         """When it was last used, by the runtime's count."""
         self.policy = memory.policy.name
+        self.identity: dict[str, str] = {}
+        """Of which model its keys are, as a snapshot names it; taken before its first token is read."""
         self.named: tuple[Named, ...] = ()
         """Its policy and the others, as a snapshot names them."""
         self.capacity = memory.plan.capacity
@@ -99,11 +101,11 @@ class Holding:
         row = self.memory.rows[0]
         return row.budgets is None and row.moving is None and row.promoting is None
 
-    def copied(self, identity: Mapping[str, str]) -> Holding:
+    def copied(self) -> Holding:
         """Another holding with an equal memory of its own; this one stays as it is, on disk too."""
-        memory = self._read(identity) if self.memory is None else copy(self.memory)
+        memory = self._read() if self.memory is None else copy(self.memory)
         other = Holding(self.model, memory, self.lease)
-        other.named = self.named
+        other.named, other.identity = self.named, self.identity
         return other
 
     # ---- giving way
@@ -112,7 +114,6 @@ class Holding:
         self,
         stage: Stage,
         folder: Callable[[], Path],
-        identity: Mapping[str, str],
         *,
         left: int = 0,
         ask: Callable[[], Request | None] = lambda: USUAL,
@@ -135,7 +136,7 @@ class Holding:
             return []  # a compaction that failed before would be tried again, which takes the lease
         told = len(memory.compactions)
         if stage == "disk":
-            self._to_disk(memory, folder, identity)
+            self._to_disk(memory, folder)
         elif stage == "trim":
             trim(memory, memory.rows[0])
         elif (self.stage is not None and memory.plan.workspace_bytes > left) or (request := ask()) is None:
@@ -167,14 +168,14 @@ class Holding:
         finally:
             memory.plan, memory.ledger.cap, self._working = plan, cap, 0
 
-    def _to_disk(self, memory: Memory, folder: Callable[[], Path], identity: Mapping[str, str]) -> None:
+    def _to_disk(self, memory: Memory, folder: Callable[[], Path]) -> None:
         tensors: dict[str, torch.Tensor] = {}
         moved = False
         try:
             image, tensors = take_row(memory)
             self._dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), self._dtype)
             self._folder = Path(tempfile.mkdtemp(prefix="idle-", dir=folder()))
-            write_snapshot(self._folder, tensors, {"row": image.plain()}, identity=identity)
+            write_snapshot(self._folder, tensors, {"row": image.plain()}, identity=self.identity)
             moved = True
         except CompactionFailed:
             raise
@@ -191,10 +192,10 @@ class Holding:
 
     # ---- coming back
 
-    def wake(self, identity: Mapping[str, str]) -> None:
+    def wake(self) -> None:
         """Bring everything back: from disk, and with the room of the whole lease. The lease must have been granted."""
         if self.memory is None:
-            self._attach(self._read(identity))
+            self._attach(self._read())
             self._forget_disk()
         elif self.stage is not None:
             expand(self.memory, self.memory.rows[0])
@@ -205,11 +206,11 @@ class Holding:
         self._detach()
         self._forget_disk()
 
-    def _read(self, identity: Mapping[str, str]) -> Memory:
+    def _read(self) -> Memory:
         assert self._folder is not None  # noqa: S101  # a memory that is not here is on disk
         memory = self._template.empty()
         memory.device = self._template.device
-        read_row(memory, self._folder, identity=identity, dtype=self._dtype)
+        read_row(memory, self._folder, identity=self.identity, dtype=self._dtype)
         return memory
 
     def _attach(self, memory: Memory) -> None:

@@ -39,7 +39,9 @@ def lend(runtime: Runtime, session: Session) -> bool:
     if copies:
         _part(runtime, session)
     else:
-        shared.wake(runtime.identity)
+        shared.wake()
+    if not session.holding.seen:
+        session.holding.identity = runtime.identity.now()  # whose keys it will hold
     session.holding.used = next(runtime.turns)
     runtime.speak(session, session.memory)
     return True
@@ -49,7 +51,7 @@ def _part(runtime: Runtime, session: Session) -> None:
     """Give a session a memory of its own; the others keep the one that they shared."""
     shared = session.holding
     with telling(runtime, shared):
-        own = shared.copied(runtime.identity)
+        own = shared.copied()
     with runtime.guard:
         shared.sessions.discard(id(session))
         own.sessions = {id(session)}
@@ -64,7 +66,7 @@ def _give_way(runtime: Runtime, holding: Holding, stage: Stage) -> None:
 
     try:
         with telling(runtime, holding):
-            holding.give_way(stage, runtime.folder, runtime.identity, left=runtime.leases.left, ask=ask)
+            holding.give_way(stage, runtime.folder, left=runtime.leases.left, ask=ask)
     except CompactionFailed:
         return  # it gives way no further; its own next turn is told
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from agentmem import hf
 from agentmem.errors import AgentmemError, MemoryCapExceeded, SnapshotRefused
 from agentmem.memory.state import RowImage, give, take
-from agentmem.sessions.snapshots.files import read_manifest, read_snapshot
+from agentmem.sessions.snapshots.files import read_manifest, read_snapshot, shown
 from agentmem.sessions.snapshots.sequence_check import check_sizes, check_values
 
 if TYPE_CHECKING:
@@ -28,11 +28,26 @@ MAX_TOKENS = 1 << 26
 """Ids of a row are outside the cap, so something else must bound what is read: 512 MiB of them."""
 
 
-def identity(model: Any, tokenizer: Any) -> dict[str, str]:
-    """Whose snapshots these are: 64 hexadecimal digits for the model's weights, and for the tokenizer."""
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    said = json.dumps([vocabulary, str(tokenizer.chat_template), tokenizer.all_special_tokens])
-    return {"model": hf.fingerprint(model), "tokenizer": hashlib.sha256(said.encode()).hexdigest()}
+class Identity:
+    """Whose snapshots a runtime writes and reads: what makes keys what they are, part by part."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        """Read all weights and the vocabulary, once: what takes long and is not expected to change."""
+        self._model, self._tokenizer = model, tokenizer
+        vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        self._read = {
+            "weights": hf.weights(model),
+            "tokenizer": _digest(json.dumps([vocabulary, tokenizer.all_special_tokens])),
+        }
+
+    def now(self) -> dict[str, str]:
+        """Each part as it is now, by its name; see :func:`agentmem.hf.model_identity.model_identity`."""
+        template = _digest(str(self._tokenizer.chat_template))
+        return {**hf.model_identity(self._model), **self._read, "chat template": template}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def take_row(memory: Memory) -> tuple[RowImage, dict[str, torch.Tensor]]:
@@ -114,4 +129,4 @@ def refusing(url: str | os.PathLike[str], *errors: type[Exception], remedy: str 
     try:
         yield
     except errors as error:
-        raise SnapshotRefused(f"the snapshot in {url} is not used: {error}. {remedy}") from error
+        raise SnapshotRefused(f"the snapshot in {shown(url)} is not used: {error}. {remedy}") from error

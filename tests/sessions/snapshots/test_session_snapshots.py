@@ -86,7 +86,7 @@ def test_trim_disk_and_coming_back_lose_nothing(kind: str) -> None:
         for round_, stage in enumerate(("trim", "disk", "trim", "disk")):
             charged = session.stats.charged_bytes
             with made.lock:
-                session.holding.give_way(stage, made.folder, made.identity)  # type: ignore[arg-type]
+                session.holding.give_way(stage, made.folder)  # type: ignore[arg-type]
             assert session.stats.charged_bytes < charged
             assert session.stats.state == ("on disk" if stage == "disk" else "idle")
             for each in (session, twin):

@@ -36,12 +36,13 @@ def room(name: str, rooms: str = "", outside: str = "") -> Room:
 
 # The order is the direction of data: a row never imports a later one. Imports for type checkers only are free.
 TABLE = (
-    room("agentmem.errors"),
+    room("agentmem.untrusted"),
+    room("agentmem.errors", rooms="untrusted"),
     room("agentmem.queries", outside="torch regex"),
     room("agentmem.contracts", rooms="queries", outside="torch"),
     room("agentmem.language"),
     room("agentmem.models.files", rooms="errors"),
-    room("agentmem.settings", rooms="errors", outside="pydantic"),
+    room("agentmem.settings", rooms="errors untrusted", outside="pydantic"),
     room("agentmem.reporting.report", outside="pydantic"),
     room("agentmem.reporting.log_events", outside="structlog"),
     room("agentmem.planning.model_shape", rooms="errors settings"),
@@ -116,18 +117,18 @@ TABLE = (
     room("agentmem.models.download", rooms="errors"),
     room(
         "agentmem.models",
-        rooms="errors settings models.download",
+        rooms="errors settings untrusted models.download",
         outside="torch transformers tokenizers safetensors filelock",
     ),
     room("agentmem.testing", rooms=ABOVE, outside="torch transformers"),
-    room("agentmem.reporting.trace", rooms="errors reporting.report", outside="pydantic"),
+    room("agentmem.reporting.trace", rooms="errors untrusted reporting.report"),
     room("agentmem.reporting.plots", rooms="errors settings reporting.report", outside="matplotlib"),
     room("agentmem.evaluation", rooms=ABOVE, outside="torch transformers pydantic numpy matplotlib"),
     room("agentmem.calibration", rooms=ABOVE, outside="torch accelerate"),
     room("agentmem", rooms=ABOVE),
     room("agentmem.cli", rooms=ABOVE, outside="torch transformers typer rich pydantic structlog"),
     room("agentmem.policies.solvers", outside="torch"),
-    room("agentmem.policies", rooms="contracts policies.solvers", outside="torch"),
+    room("agentmem.policies", rooms="contracts untrusted policies.solvers", outside="torch"),
 )
 
 

@@ -43,9 +43,10 @@ from agentmem.sessions.snapshots.manifest import (
     TensorSpec,
     header,
     in_file_order,
-    parsed,
     spelled,
 )
+from agentmem.untrusted.json_text import parsed
+from agentmem.untrusted.texts import faults
 
 __all__ = ["Manifest", "TensorSpec", "read_manifest", "read_snapshot", "write_snapshot"]
 
@@ -350,9 +351,7 @@ def _said_of(name: str) -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = ".".join(str(part)[:80] for part in first["loc"])
-        raise ValueError(f"{name}: {place}: {first['msg']}") from error
+        raise ValueError(f"{name}: {faults(error)}") from None
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 

@@ -15,6 +15,8 @@ from agentmem.errors import AgentmemError, MemoryCapExceeded, SnapshotRefused
 from agentmem.memory.state import RowImage, give, take
 from agentmem.sessions.snapshots.files import read_manifest, read_snapshot, shown
 from agentmem.sessions.snapshots.sequence_check import check_sizes, check_values
+from agentmem.untrusted.json_text import tuples
+from agentmem.untrusted.texts import faults
 
 if TYPE_CHECKING:
     import os
@@ -118,9 +120,11 @@ def _row_of(state: Mapping[str, Any]) -> RowImage:
 
     """
     try:
-        return RowImage.model_validate_json(json.dumps(state["row"]))
-    except (KeyError, ValidationError) as error:
-        raise ValueError(f"the row's state cannot be read: {error}") from error
+        return RowImage.model_validate(tuples(state["row"]))
+    except KeyError:
+        raise ValueError("it has no row's state") from None
+    except ValidationError as error:
+        raise ValueError(f"the row's state cannot be read: {faults(error, state['row'])}") from None
 
 
 @contextmanager

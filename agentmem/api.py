@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
+from weakref import finalize
 
 from agentmem import hf, plugins
 from agentmem.contracts import Budgets
@@ -115,8 +116,13 @@ class CappedModel:
     def __init__(self, model: Any, memory: Memory) -> None:
         """Use :func:`wrap`."""
         self._model = model
+        self._open(memory)
+
+    def _open(self, memory: Memory) -> None:
         self._template = memory
-        self.memory = hf.attach(model, memory)
+        self.memory = hf.attach(self._model, memory)
+        self._leash = finalize(self, hf.detach_later, self._model)  # should nobody close it
+        self._leash.atexit = False
 
     def generate(self, *args: Any, **kwargs: Any) -> CappedOutput:
         """``model.generate`` with its own arguments; ``past_key_values`` is ours.
@@ -153,12 +159,12 @@ class CappedModel:
         """Drop the conversation and start with an empty memory under the same settings."""
         old = self._template
         self.close()
-        self._template = old.empty()
-        self.memory = hf.attach(self._model, self._template)
+        self._open(old.empty())
 
     def close(self) -> None:
         """Free the memory and leave the model as it was; closing twice does nothing."""
         if not self._template.closed:
+            self._leash.detach()
             hf.detach(self._model)
             self._template.close()
 

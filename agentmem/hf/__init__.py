@@ -5,7 +5,7 @@ its forward is watched by hooks, and ``generate`` checks its arguments first. Al
 undone with the last block. Forwards that are not ours reach the original functions.
 """
 
-from agentmem.hf.attach import attach, detach, scope
+from agentmem.hf.attach import attach, detach, detach_later, scope
 from agentmem.hf.cache import CappedMemory
 from agentmem.hf.fingerprint import fingerprint
 from agentmem.hf.model_identity import model_identity, weights
@@ -29,6 +29,7 @@ __all__ = [
     "check_tool",
     "describe",
     "detach",
+    "detach_later",
     "end_ids",
     "fingerprint",
     "input_device",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
+from weakref import finalize
 
 from agentmem import hf
 from agentmem.compaction.request import USUAL, Request
@@ -201,6 +204,20 @@ class Holding:
             expand(self.memory, self.memory.rows[0])
         self.stage = None
 
+    def inherit(self, folder: Callable[[], Path]) -> None:
+        """In a forked process: have files of one's own of a memory on disk, since the parent deletes its own.
+
+        A memory whose files cannot be linked or copied is lost for this process; its next turn says so.
+        """
+        theirs, self._folder = self._folder, None
+        if theirs is None:
+            return
+        self._folder = theirs.with_name(f"{theirs.name}-lost")
+        with suppress(OSError):
+            self._folder = Path(tempfile.mkdtemp(prefix="idle-", dir=folder()))
+            for file in theirs.iterdir():
+                _link(file, self._folder / file.name)
+
     def release(self) -> None:
         """Free the memory, on disk too."""
         self._detach()
@@ -215,6 +232,8 @@ class Holding:
 
     def _attach(self, memory: Memory) -> None:
         view = hf.attach(self.model, memory)
+        self._leash = finalize(self, hf.detach_later, self.model)  # should nobody close the runtime
+        self._leash.atexit = False
         memory.bind(1)
         self._template.device = memory.device
         self.memory, self.view = memory, view
@@ -224,6 +243,7 @@ class Holding:
         if memory is not None:
             self._noted = self._counts()
             self.memory = self.view = None
+            self._leash.detach()
             hf.detach(self.model)
             memory.close()
 
@@ -231,3 +251,11 @@ class Holding:
         folder, self._folder = self._folder, None
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _link(file: Path, onto: Path) -> None:
+    """The same file under another name, or a copy of it; snapshots' files never change."""
+    try:
+        os.link(file, onto)
+    except OSError:
+        shutil.copyfile(file, onto)

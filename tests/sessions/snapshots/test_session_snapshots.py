@@ -95,7 +95,7 @@ def test_trim_disk_and_coming_back_lose_nothing(kind: str) -> None:
             assert state_of(session) == state_of(twin)
             tiny_chat.audit(made)
         assert tiny_chat.same(tiny_chat.slots(session), tiny_chat.slots(twin))
-        assert list(made.folder().iterdir()) == []
+        assert list(made.folder().glob("idle-*")) == []
 
 
 def test_an_unread_message_is_saved_with_its_pins(tmp_path: Path) -> None:

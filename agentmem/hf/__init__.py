@@ -8,6 +8,7 @@ undone with the last block. Forwards that are not ours reach the original functi
 from agentmem.hf.attach import attach, detach, detach_later, scope
 from agentmem.hf.cache import CappedMemory
 from agentmem.hf.fingerprint import fingerprint
+from agentmem.hf.generate_checks import returned
 from agentmem.hf.model_identity import model_identity, weights
 from agentmem.hf.support import (
     FAMILIES,
@@ -36,6 +37,7 @@ __all__ = [
     "model_identity",
     "refuse_probe",
     "refuse_scratch",
+    "returned",
     "scope",
     "text_model",
     "weights",

@@ -101,7 +101,7 @@ TABLE = (
         outside="torch pydantic",
     ),
     room("agentmem.plugins", rooms="contracts errors"),
-    room("agentmem.hf.generate_checks", rooms="errors settings"),
+    room("agentmem.hf.generate_checks", rooms="errors settings", outside="transformers"),
     room("agentmem.hf.support", rooms="errors planning.model_shape", outside="torch transformers"),
     room("agentmem.hf.rope", rooms="errors memory.rotation", outside="torch"),
     room("agentmem.hf.forward_context", rooms="memory.owner memory.torch_state", outside="torch transformers"),

@@ -13,7 +13,7 @@ from weakref import finalize
 
 from agentmem import hf
 from agentmem.compaction.request import USUAL, Request
-from agentmem.errors import AgentmemError, CompactionFailed
+from agentmem.errors import AgentmemError
 from agentmem.memory.pinning import promote
 from agentmem.memory.state import copy, expand, trim
 from agentmem.planning.pricing import MIN_BUDGET
@@ -129,7 +129,7 @@ class Holding:
 
         Raises:
             CompactionFailed: one had begun and cannot be finished.
-            AgentmemError: the disk cannot be written; nothing is lost then.
+            AgentmemError: it cannot be written, or not be read again; nothing is lost then.
 
         """
         memory = self.memory
@@ -172,16 +172,13 @@ class Holding:
             memory.plan, memory.ledger.cap, self._working = plan, cap, 0
 
     def _to_disk(self, memory: Memory, folder: Callable[[], Path]) -> None:
-        tensors: dict[str, torch.Tensor] = {}
+        image, tensors = take_row(memory, None)
         moved = False
         try:
-            image, tensors = take_row(memory)
             self._dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), self._dtype)
             self._folder = Path(tempfile.mkdtemp(prefix="idle-", dir=folder()))
             write_snapshot(self._folder, tensors, {"row": image.plain()}, identity=self.identity)
             moved = True
-        except CompactionFailed:
-            raise
         except (OSError, AgentmemError) as error:
             raise AgentmemError(
                 f"an idle memory of {memory.ledger.resident} bytes cannot be moved to the spill folder: {error}. "

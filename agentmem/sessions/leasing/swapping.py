@@ -8,7 +8,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from agentmem.errors import CompactionFailed
+from agentmem.errors import AgentmemError, CompactionFailed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -69,6 +69,8 @@ def _give_way(runtime: Runtime, holding: Holding, stage: Stage) -> None:
             holding.give_way(stage, runtime.folder, left=runtime.leases.left, ask=ask)
     except CompactionFailed:
         return  # it gives way no further; its own next turn is told
+    except AgentmemError as error:
+        runtime.leases.faults.append(str(error))  # others may; if not, who asks is told
 
 
 def _sharing(runtime: Runtime, holding: Holding) -> list[Session]:

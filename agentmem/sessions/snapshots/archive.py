@@ -12,7 +12,7 @@ from agentmem.sessions.leasing.swapping import telling
 from agentmem.sessions.snapshots.files import check_identity, differing, read_manifest, shown, write_snapshot
 from agentmem.sessions.snapshots.recipe import Made, check_settings, made_of, template_digest
 from agentmem.sessions.snapshots.session_state import Saved, restore, saved
-from agentmem.sessions.snapshots.snapshot import read_row, refusing, take_row
+from agentmem.sessions.snapshots.snapshot import loadable, read_row, refusing, take_row
 
 if TYPE_CHECKING:
     import os
@@ -36,9 +36,12 @@ def save(runtime: Runtime, session: Session, url: str | os.PathLike[str]) -> Non
     try:
         identity = _identity(runtime, session)
         with runtime.lock, telling(runtime, session.holding):
-            image, tensors = take_row(session.memory)
+            image, tensors = take_row(session.memory, runtime.model.dtype)
         made = made_of(session, _template_of(runtime, session))
-        state = {"row": image.plain(), "session": saved(session).model_dump(mode="json")}
+        beside = saved(session)
+        with loadable():
+            _check(session, image, beside)
+        state = {"row": image.plain(), "session": beside.model_dump(mode="json")}
         write_snapshot(url, tensors, state, identity=identity, settings=made)
     finally:
         runtime.leave(session)
@@ -141,9 +144,19 @@ def _check_pattern(runtime: Runtime, made: Made, settings: Mapping[str, Any], ur
 
 def _fill(runtime: Runtime, session: Session, url: str | os.PathLike[str], *, anew: bool) -> None:
     def check(image: RowImage, state: dict[str, Any]) -> None:
-        pinned = max((high for _, high in image.pins), default=0)
-        Saved.of(state).check(image.tokens, pinned, session.memory.shape.vocabulary)
+        _check(session, image, Saved.of(state))
 
     memory = session.memory
     state = Saved.of(read_row(memory, url, identity=session.holding.identity, dtype=runtime.model.dtype, check=check))
     restore(session, state.model_copy(update={"sampling": None}) if anew else state, memory.rows[0].ids)
+
+
+def _check(session: Session, image: RowImage, state: Saved) -> None:
+    """What is checked of a session's state before it is written, and before it is used.
+
+    Raises:
+        ValueError: see :meth:`agentmem.sessions.snapshots.session_state.Saved.check`.
+
+    """
+    pinned = max((high for _, high in image.pins), default=0)
+    state.check(image.tokens, pinned, session.memory.shape.vocabulary)

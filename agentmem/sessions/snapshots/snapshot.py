@@ -52,8 +52,10 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def take_row(memory: Memory) -> tuple[RowImage, dict[str, torch.Tensor]]:
+def take_row(memory: Memory, dtype: torch.dtype | None) -> tuple[RowImage, dict[str, torch.Tensor]]:
     """The row of a memory as values and views of its tensors, which pass the checks that :func:`read_row` makes.
+
+    ``dtype`` is what it will be read with; ``None``: that of the keys.
 
     Raises:
         AgentmemError: a snapshot of it could not be read again, e.g. for an infinite number among its keys; the
@@ -64,15 +66,29 @@ def take_row(memory: Memory) -> tuple[RowImage, dict[str, torch.Tensor]]:
     image, tensors = take(memory)
     kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     dtypes = (kind[0] for name, kind in kinds.items() if name.endswith(".keys"))
-    try:
-        check_sizes(memory, image, kinds, next(dtypes, torch.float32))
+    with loadable():
+        check_sizes(memory, image, kinds, dtype or next(dtypes, torch.float32))
+        if image.tokens > MAX_TOKENS:
+            raise ValueError(f"it has {image.tokens} tokens; {MAX_TOKENS} are read")
         check_values(memory, image, tensors)
+    return image, tensors
+
+
+@contextmanager
+def loadable() -> Iterator[None]:
+    """Say of what is checked in the block that it could not be loaded.
+
+    Raises:
+        AgentmemError: a check raised ValueError.
+
+    """
+    try:
+        yield
     except ValueError as error:
         raise AgentmemError(
             f"this memory cannot be saved, since no runtime could load it again: {error}. It stays usable as it is; "
             "numbers that are not finite come from the model: load it in float32 or bfloat16"
         ) from None
-    return image, tensors
 
 
 def read_row(

@@ -8,8 +8,9 @@ undone with the last block. Forwards that are not ours reach the original functi
 from agentmem.hf.attach import attach, detach, scope
 from agentmem.hf.cache import CappedMemory
 from agentmem.hf.fingerprint import fingerprint
+from agentmem.hf.self_check import Check, CheckReport, check, require_checked
 from agentmem.hf.support import (
-    FAMILIES,
+    COVERED,
     check_tokenizer,
     check_tool,
     describe,
@@ -21,9 +22,12 @@ from agentmem.hf.support import (
 )
 
 __all__ = [
-    "FAMILIES",
+    "COVERED",
     "CappedMemory",
+    "Check",
+    "CheckReport",
     "attach",
+    "check",
     "check_tokenizer",
     "check_tool",
     "describe",
@@ -33,6 +37,7 @@ __all__ = [
     "input_device",
     "refuse_probe",
     "refuse_scratch",
+    "require_checked",
     "scope",
     "text_model",
 ]

@@ -53,14 +53,18 @@ def _asked(model: Any, shape: ModelShape, position: int) -> list[tuple[torch.Ten
 
 def _require(family: str, layer: int, name: str, found: torch.Tensor, wanted: torch.Tensor, rotation: Rotation) -> None:
     """Refuse what is not ``wanted`` at ``_TO`` after a turn from ``_FROM``."""
+    still = _apart(found, wanted) <= LIMIT
     heads = found.shape[0]
     at = torch.full((heads,), _FROM, dtype=torch.int32)
     if rotation.width <= found.shape[1]:
         shift_keys(found, at, torch.full_like(at, _TO - _FROM), rotation)
-    difference = float((found - wanted).abs().max() / wanted.abs().max())
-    if not difference <= LIMIT:
+    if not _apart(found, wanted) <= LIMIT:
+        why = "do not turn at all (no RoPE)" if still else "turn in other pairs of dims, or another way"
         raise UnsupportedModel(
-            f"re-basing is not exact for model_type {family!r}: the {name} of layer {layer} do not turn with positions "
-            f"as stored keys would be turned (they differ by {difference:.2g}), since other dims are paired, or the "
-            "layer has no RoPE, or it scales by position. Leave re-basing off for this model"
+            f"re-basing is not exact for model_type {family!r}: with positions the {name} of layer {layer} {why}, and "
+            "stored keys would be turned as Llama's are. Leave re-basing off for this model"
         )
+
+
+def _apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).abs().max() / wanted.abs().max())

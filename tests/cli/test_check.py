@@ -21,7 +21,7 @@ def test_a_family_that_passes(tmp_path: Path) -> None:
     result = agentmem("check", saved(tmp_path, "mixtral"))
 
     assert result.exit_code == 0, result.output
-    for name in ("prefill in chunks", "left-padded batch", "logits after a compaction"):
+    for name in ("prefill in chunks", "left-padded batch", "logits after 1 compaction"):
         assert name in result.stdout
     assert "model_type 'mixtral' can be capped" in result.stderr
 

@@ -25,7 +25,8 @@ CHECKS = [
     "left-padded batch",
     "generate",
     "keys of compacted slots",
-    "logits after a compaction",
+    "logits after 1 compaction",
+    "logits after 2 compactions",
 ]
 
 
@@ -151,7 +152,7 @@ def test_attention_that_leaves_out_a_beta_is_found(monkeypatch: pytest.MonkeyPat
     report = hf.check(AutoConfig.for_model("qwen3"))
 
     assert report.reason is not None
-    assert report.reason.startswith("logits after a compaction: ")
+    assert report.reason.startswith("logits after 1 compaction: ")
 
 
 def test_a_model_that_cannot_run_is_refused_by_what_it_raised() -> None:

@@ -6,7 +6,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from agentmem.errors import UnsupportedModel
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 HIDDEN, HEAD, HEADS, INNER, VOCABULARY, RANK, EXPERTS, WINDOW = 64, 16, 4, 48, 128, 16, 4, 24
+_UNREAD = ("quantization_config", "_name_or_path", "transformers_version", "architectures", "dtype")
+"""Fields that say nothing of what a model does."""
 MOST_LAYERS = 8
 """Layers of a tiny model at most."""
 
@@ -37,20 +39,23 @@ _SIZES: Mapping[str, int] = {
     **dict.fromkeys(("sliding_window", "attention_chunk_size"), WINDOW),
 }
 """Sizes that are lowered to these where a config has them and they are larger."""
+_TOWER: Mapping[str, int] = {
+    **_SIZES,
+    **dict.fromkeys(("num_hidden_layers", "depth", "num_layers", "encoder_layers"), 1),
+    **dict.fromkeys(("num_attention_heads", "num_heads"), HEADS),
+    **dict.fromkeys(("out_hidden_size", "embed_dim"), HIDDEN),
+}
+"""The same in parts that are built and never run."""
 
 
 def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """A config of the same class with few small layers: one of each kind at least, in the order of the original's."""
     made: Any = copy.deepcopy(config)
+    text = made.get_text_config(decoder=True)
+    if text is not made:
+        return _around(made, text)
     fields = made.to_dict()
-    for name in (
-        "quantization_config",
-        "_name_or_path",
-        "transformers_version",
-        "architectures",
-        "dtype",
-        "per_layer_config",
-    ):
+    for name in (*_UNREAD, "per_layer_config"):
         fields.pop(name, None)
     fields |= {name: min(size, fields[name]) for name, size in _SIZES.items() if isinstance(fields.get(name), int)}
     fields |= _heads(made, fields) | _layers(made, fields)
@@ -62,6 +67,26 @@ def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
         fields["initializer_range"] = 0.15  # wide, so that attention is not uniform
     fields |= {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
     return type(config)(**fields)
+
+
+def _around(config: Any, text: Any) -> PreTrainedConfig:
+    """A config around a text model: that is tiny, and so are the parts that read what is not text."""
+    fields = config.to_dict()
+    for name in type(config).sub_configs:
+        part = getattr(config, name, None)
+        if part is not None:
+            fields[name] = tiny_config(text).to_dict() if part is text else _tower(part.to_dict())
+    for name in _UNREAD:
+        fields.pop(name, None)
+    made: PreTrainedConfig = type(config)(**fields)
+    return made
+
+
+def _tower(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a part that is built and never run."""
+    return fields | {
+        name: min(size, fields[name]) for name, size in _TOWER.items() if isinstance(fields.get(name), int)
+    }
 
 
 def _heads(config: Any, fields: Mapping[str, Any]) -> dict[str, int]:
@@ -112,9 +137,10 @@ def causal_class(config: PreTrainedConfig) -> Any:
         UnsupportedModel: there is none.
 
     """
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsupportedModel(
-            f"transformers has no causal language model for a {type(config).__name__}; load one with "
-            "AutoModelForCausalLM, or its config with AutoConfig"
-        )
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+        if type(config) in mapping:
+            return mapping[type(config)]
+    raise UnsupportedModel(
+        f"transformers has no causal language model for a {type(config).__name__}; load one with "
+        "AutoModelForCausalLM, or its config with AutoConfig"
+    )

@@ -31,6 +31,7 @@ COVERED = frozenset(
         "exaone4",
         "exaone_moe",
         "gemma",
+        "gemma3",
         "gemma3_text",
         "glm",
         "glm4",
@@ -43,12 +44,15 @@ COVERED = frozenset(
         "helium",
         "hunyuan_v1_dense",
         "hunyuan_v1_moe",
+        "internvl",
         "llama",
+        "llava",
         "minicpm3",
         "minimax_m2",
         "ministral",
         "ministral3",
         "mistral",
+        "mistral3",
         "mixtral",
         "nanochat",
         "nemotron",
@@ -61,11 +65,14 @@ COVERED = frozenset(
         "phi3",
         "phimoe",
         "qwen2",
+        "qwen2_5_vl",
         "qwen2_moe",
         "qwen3",
         "qwen3_moe",
+        "qwen3_vl",
         "seed_oss",
         "smollm3",
+        "smolvlm",
         "stablelm",
         "starcoder2",
         "youtu",
@@ -207,11 +214,6 @@ def describe(config: PreTrainedConfig, *, itemsize: int, fused: bool = True) -> 
     text = config.get_text_config(decoder=True)
     _refuse_changes(config, text)
     layers = tuple(_layer(*each) for each in zip(*_kinds(text), strict=True))
-    if text is not config:
-        raise UnsupportedModel(
-            f"model_type {config.model_type!r} is a model around a text model, to which it passes embeddings without "
-            f"ids; load the text model alone, whose model_type is {text.model_type!r}"
-        )
     return ModelShape(
         name=str(getattr(config, "_name_or_path", "") or config.model_type),
         layers=layers,

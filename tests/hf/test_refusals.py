@@ -205,13 +205,6 @@ def test_an_unsupported_model_is_left_as_it_was() -> None:
     assert "generate" not in vars(model)
 
 
-def test_a_model_around_a_supported_text_model_is_refused() -> None:
-    """A multimodal Gemma passes embeddings without ids to its text model, which a probe could not run again."""
-    config = AutoConfig.for_model("gemma3")
-    with pytest.raises(UnsupportedModel, match=r"'gemma3' is a model around a text model.*'gemma3_text'"):
-        agentmem.plan(config, "24MiB")
-
-
 @pytest.mark.parametrize(
     ("family", "change"),
     [("gemma3_text", {"use_bidirectional_attention": True}), ("gemma3_text", {"attn_logit_softcapping": 30.0})],

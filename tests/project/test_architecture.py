@@ -107,6 +107,7 @@ TABLE = (
     room("agentmem.hf.capture", rooms="errors hf.forward_context", outside="torch"),
     room("agentmem.hf.fingerprint", outside="torch"),
     room("agentmem.hf.cache", rooms=ABOVE, outside="torch transformers"),
+    room("agentmem.hf.wrapper", rooms="errors hf.cache hf.forward_context", outside="torch"),
     room("agentmem.hf.attach", rooms=ABOVE, outside="torch"),
     room("agentmem.hf.check_models", rooms="errors", outside="torch transformers"),
     room(

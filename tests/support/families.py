@@ -42,7 +42,7 @@ DENSE = {
     "gemma3_text": Family("Gemma 3 (text)"),
     "glm": Family("GLM"),
     "glm4": Family("GLM 4"),
-    "gpt2": Family("GPT-2"),
+    "gpt2": Family("GPT-2 (up to its positions)"),
     "gpt_neox": Family("GPT-NeoX, Pythia"),
     "granite": Family("Granite"),
     "helium": Family("Helium"),
@@ -56,7 +56,7 @@ DENSE = {
     "olmo": Family("OLMo"),
     "olmo2": Family("OLMo 2"),
     "olmo3": Family("OLMo 3"),
-    "opt": Family("OPT"),
+    "opt": Family("OPT (up to its positions)"),
     "phi": Family("Phi 1–2"),
     "phi3": Family("Phi-3, Phi-4 (up to Phi-3's rope switch)"),
     "qwen2": Family("Qwen2, Qwen2.5"),
@@ -85,14 +85,26 @@ LATENT = {
     "minicpm3": Family("MiniCPM3"),
     "youtu": Family("Youtu"),
 }
-TABLE = DENSE | EXPERTS | LATENT
+_SECTIONS = {"mrope_section": [16, 24, 24], "rope_type": "default", "rope_theta": 1e6}
+_SEEING = {"text_config": {"rope_parameters": _SECTIONS}}
+AROUND = {
+    "gemma3": Family("Gemma 3 (4B and larger)"),
+    "internvl": Family("InternVL"),
+    "llava": Family("LLaVA"),
+    "mistral3": Family("Mistral Small 3.1 and later"),
+    "qwen2_5_vl": Family("Qwen2.5-VL", _SEEING),
+    "qwen3_vl": Family("Qwen3-VL", _SEEING),
+    "smolvlm": Family("SmolVLM"),
+}
+TABLE = DENSE | EXPERTS | LATENT | AROUND
 
 
 @cache
 def model(family: str) -> Any:
     """The one tiny model of a family, with 128 positions; leave it as you found it."""
     config = AutoConfig.for_model(family, **TABLE[family].fields)
-    setattr(config, config.attribute_map.get("max_position_embeddings", "max_position_embeddings"), POSITIONS)
+    text = config.get_text_config(decoder=True)
+    setattr(text, text.attribute_map.get("max_position_embeddings", "max_position_embeddings"), POSITIONS)
     return tiny_model(causal_class(config), config)
 
 

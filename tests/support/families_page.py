@@ -33,7 +33,6 @@ REFUSED: Mapping[str, str] = {
     "masks of their own": "doge",
     "attention code of their own": "falcon bloom gptj mpt gpt_neo diffllama",
     "encoders": "bert t5",
-    "models around a text model": "gemma3 mistral3 qwen2_5_vl qwen3_vl",
 }
 """What is not handled, and families that have it."""
 
@@ -63,17 +62,22 @@ Every family of these tables passes all of it: prefill, pieces, decoding, left-p
 compactions; forks and snapshots of a compacted session, which go on as it does; and bfloat16, whose logits are at most
 twice as far from float32 as stock's, on average. *Layers* are what the default config has: full attention is compacted,
 sliding windows are held whole. *Re-basing* is `rebase=True`, which turns stored keys to lower positions; before it is
-used, the keys of one token at two positions show whether that is exact.
+used, the keys of one token at two positions show whether that is exact. *Up to its positions*: learned positions end in
+an `IndexError` as in stock, and a probe that would pass them gives way to eviction, which the report says.
 
 """
 _LATENT = """
 Slots hold the keys and values of every head, as attention is given them, not the latent that transformers caches: a
 slot costs heads × (key dim + value dim) numbers. `agentmem plan` shows what that comes to.
 """
+_AROUND = """
+With text alone: images and other inputs are refused by name, since a probe runs ids again.
+"""
 _GROUPS = {
     "Dense": (families.DENSE, ""),
     "Mixture of experts": (families.EXPERTS, ""),
     "Latent attention (MLA)": (families.LATENT, _LATENT),
+    "Text models inside multimodal ones": (families.AROUND, _AROUND),
 }
 _REFUSED_HEAD = """
 ## Refused

@@ -60,10 +60,11 @@ agentmem check Qwen/Qwen3-0.6B
 
 Every family of these tables passes all of it: prefill, pieces, decoding, left-padded batches, `generate`, two
 compactions; forks and snapshots of a compacted session, which go on as it does; and bfloat16, whose logits are at most
-twice as far from float32 as stock's, on average. *Layers* are what the default config has: full attention is compacted,
-sliding windows are held whole. *Re-basing* is `rebase=True`, which turns stored keys to lower positions; before it is
-used, the keys of one token at two positions show whether that is exact. *Up to its positions*: learned positions end in
-an `IndexError` as in stock, and a probe that would pass them gives way to eviction, which the report says.
+twice as far from float32 as stock's, at the median token. *Layers* are what the default config has: full attention is
+compacted, sliding windows are held whole. *Re-basing* is `rebase=True`, which turns stored keys to lower positions;
+before it is used, the keys of one token at two positions show whether that is exact. *Up to its positions*: learned
+positions end in an `IndexError` as in stock, and a probe that would pass them gives way to eviction, which the report
+says.
 
 """
 _LATENT = """

@@ -1,10 +1,10 @@
-"""Two doors to the same machinery: a context manager around unmodified code, and an object with ``generate``."""
+"""The entry points around ``generate``: a context manager around unmodified code, and a model with its own one."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from agentmem import hf, plugins
 from agentmem.contracts import Budgets
@@ -12,7 +12,7 @@ from agentmem.errors import CompactionFailed, CopyRefused, MemoryUnused, Setting
 from agentmem.language import Language
 from agentmem.memory.memory import Memory
 from agentmem.planning.capacity import make_plan
-from agentmem.settings import Settings
+from agentmem.settings import Settings, SettingsOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 def plan(
     model: Any,
+    *,
     cap: int | str,
     policy: str | Policy = "am-halving",
-    *,
     rows: int = 1,
     itemsize: int | None = None,
     policy_options: Mapping[str, Any] | None = None,
-    **settings: Any,
+    **settings: Unpack[SettingsOptions],
 ) -> Plan:
     """What a cap comes to on a model (or on its config alone: no weights are needed then).
 
@@ -55,23 +55,26 @@ def plan(
 @contextmanager
 def capped(
     model: Any,
+    tokenizer: Any = None,
+    *,
     cap: int | str,
     policy: str | Policy = "am-halving",
-    *,
-    tokenizer: Any = None,
     policy_options: Mapping[str, Any] | None = None,
-    others: Sequence[str | Policy] = (),
-    **settings: Any,
-) -> Iterator[hf.CappedMemory]:
-    """Cap the KV memory of a model while the block runs; pass the yielded memory as ``past_key_values``.
+    extra_policies: Sequence[str | Policy] = (),
+    **settings: Unpack[SettingsOptions],
+) -> Iterator[hf.CappedCache]:
+    """Cap the KV memory of a model while the block runs: ``model.generate`` in the block runs under the cap.
+
+    ``generate`` takes the memory by itself where no ``past_key_values`` are passed; a model that several blocks cap at
+    once, and every direct forward, must be passed the memory that is meant. All of them continue one conversation.
 
     Args:
         model: a transformers causal language model in eval mode.
+        tokenizer: needed by the probes ``repeat``, ``focus`` and ``self-study`` and by a ``pattern`` (``am-recall``).
         cap: bytes, as an integer or a text such as ``"24MiB"``.
         policy: the name of an installed policy, or a :class:`agentmem.contracts.Policy`.
-        tokenizer: needed by the probes ``repeat``, ``focus`` and ``self-study`` and by a ``pattern`` (``am-recall``).
         policy_options: options of the named policy.
-        others: policies that single calls of ``memory.compact(policy=...)`` may ask for; they are planned for.
+        extra_policies: policies that single calls of ``memory.compact(policy=...)`` may ask for; they are planned for.
         settings: see :class:`agentmem.settings.Settings`.
 
     Raises:
@@ -81,17 +84,18 @@ def capped(
     """
     inner = hf.text_model(model)
     chosen = plugins.policy(policy, **(policy_options or {}))
-    memory = open_memory(inner, cap, chosen, tokenizer, settings, others)
+    memory = open_memory(inner, cap, chosen, tokenizer, settings, extra_policies)
     view = hf.attach(inner, memory)
     try:
-        with hf.scope(inner):
+        with hf.scope(view):
             yield view
     finally:
         hf.detach(inner)
         memory.close()
     if not memory.used:
         raise MemoryUnused(
-            "no forward used the memory of this capped block; pass it on: model.generate(..., past_key_values=memory)"
+            "no forward used the memory of this capped block; call model.generate in it, or pass the memory to a "
+            "forward: model(..., past_key_values=memory)"
         )
 
 
@@ -178,12 +182,13 @@ def wrap(
     cap: int | str,
     policy: str | Policy = "am-halving",
     policy_options: Mapping[str, Any] | None = None,
-    **settings: Any,
+    extra_policies: Sequence[str | Policy] = (),
+    **settings: Unpack[SettingsOptions],
 ) -> CappedModel:
     """A model with a capped ``generate``. Arguments and errors as in :func:`capped`."""
     inner = hf.text_model(model)
     chosen = plugins.policy(policy, **(policy_options or {}))
-    return CappedModel(inner, open_memory(inner, cap, chosen, tokenizer, settings))
+    return CappedModel(inner, open_memory(inner, cap, chosen, tokenizer, settings, extra_policies))
 
 
 def open_memory(
@@ -192,24 +197,26 @@ def open_memory(
     policy: str | Policy,
     tokenizer: Any,
     settings: Mapping[str, Any],
-    others: Sequence[str | Policy] = (),
+    extra_policies: Sequence[str | Policy] = (),
 ) -> Memory:
     """A memory for a model that is attached to nothing yet. Arguments and errors as in :func:`capped`."""
     chosen = plugins.policy(policy)
-    beside = plugins.beside(others)
-    limits = Settings.of(cap=cap, **settings)
+    beside = plugins.beside(extra_policies)
+    wished = Settings.of(cap=cap, **settings)
     shape = _shape(model, chosen, _itemsize(model))
-    if limits.rebase:
+    if wished.rebase:
         hf.require_checked(model, rebase=True)
     for other in beside:
         shape = replace(shape, fingerprint=_shape(model, other, shape.itemsize).fingerprint or shape.fingerprint)
     return Memory(
         shape,
-        limits,
+        wished,
         chosen,
-        others=beside,
+        extra_policies=beside,
         words={each.name: _words(each, tokenizer) for each in (chosen, *beside)},
         language=None if tokenizer is None else _language(tokenizer, hf.end_ids(model)),
+        device=hf.input_device(model),
+        positions=hf.positions(model, shape.positions) if wished.rebase and shape.positions else None,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypedDict
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -89,6 +89,21 @@ def _check_target(value: int | float | str) -> int | float | str:  # noqa: PYI04
 
 
 Target = Annotated[int | float | str, Field(union_mode="left_to_right"), AfterValidator(_check_target)]
+
+
+class SettingsOptions(TypedDict, total=False):
+    """The settings beside ``cap`` as keyword arguments; :class:`Settings` says what each is."""
+
+    keep_first: int
+    keep_recent: int
+    target: int | float | str
+    min_reclaim: int
+    mode: Mode
+    on_failure: OnFailure
+    rebase: bool
+    chunk: int
+    max_slots: int | None
+    seed: int
 
 
 class Settings(BaseModel):

@@ -110,10 +110,9 @@ def _write(session: Session, tokens: int, options: dict[str, Any]) -> None:
 def _state(session: Session, *, wrote: bool) -> str:
     """Where a cancel fell, by what it left."""
     row = session.memory.rows[0]
-    if row.budgets is None:
+    if row.job is None:
         return "between forwards, tokens written" if wrote else "before or in the first forward"
-    assert row.job is not None  # noqa: S101  # comes with the budgets
-    held = [(row.job.held(index, store), row.budgets[index]) for index, store in enumerate(row.stores) if store]
+    held = [(row.job.held(index, store), row.job.budgets[index]) for index, store in enumerate(row.stores) if store]
     done = sum(all(now <= kept for now, kept in zip(*layer, strict=True)) for layer in held)
     return f"in a compaction, {done:2} of {len(held)} layers done"
 

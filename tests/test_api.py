@@ -17,6 +17,7 @@ from transformers import GenerationConfig, TextIteratorStreamer
 import agentmem
 from agentmem import Compaction, CompactionFailed, Compactor, MemoryUnused, Policy, Queries, Segment, plugins
 from agentmem.contracts import SegmentShape
+from agentmem.settings import Settings, SettingsOptions
 from support import variants
 
 
@@ -184,17 +185,17 @@ def test_cap_texts_and_integers_are_the_same() -> None:
     """A cap may be written with a unit."""
     model = variants.model()
 
-    assert agentmem.plan(model, "1MiB", chunk=16) == agentmem.plan(model, 2**20, chunk=16)
+    assert agentmem.plan(model, cap="1MiB", chunk=16) == agentmem.plan(model, cap=2**20, chunk=16)
 
 
 def test_a_plan_needs_no_weights() -> None:
     """The plan of a config alone is the plan of its model."""
     model = variants.model()
 
-    assert agentmem.plan(model.config, "1MiB", chunk=16) == agentmem.plan(model, "1MiB", chunk=16)
+    assert agentmem.plan(model.config, cap="1MiB", chunk=16) == agentmem.plan(model, cap="1MiB", chunk=16)
     assert (
-        agentmem.plan(model.config, "1MiB", chunk=16, itemsize=2).capacity
-        > agentmem.plan(model, "1MiB", chunk=16).capacity
+        agentmem.plan(model.config, cap="1MiB", chunk=16, itemsize=2).capacity
+        > agentmem.plan(model, cap="1MiB", chunk=16).capacity
     )
 
 
@@ -398,3 +399,8 @@ def test_the_public_names() -> None:
     assert sorted(agentmem.__all__) == agentmem.__all__
     assert all(hasattr(agentmem, name) for name in agentmem.__all__)
     assert agentmem.__version__ == importlib.metadata.version("agentmem-runtime")
+
+
+def test_the_keyword_arguments_are_the_settings() -> None:
+    """What type checkers know of ``capped(**settings)`` is every field beside the cap, and nothing else."""
+    assert set(SettingsOptions.__annotations__) == set(Settings.model_fields) - {"cap"}

@@ -1,28 +1,32 @@
-"""The budgets of one compaction: survey where they compare heads, ask, check."""
+"""The budgets of one compaction: survey where they compare heads, ask the policy, check its answer."""
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from agentmem.compaction.budget_rules import check_budgets, equal_shares, make_request
 from agentmem.compaction.held_out import error_curves, split_references
-from agentmem.contracts import Survey
+from agentmem.contracts import BudgetRequest, Survey
+from agentmem.errors import PolicyContractBroken
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
-    from agentmem.compaction.budget_rules import Slots
     from agentmem.compaction.references import References
-    from agentmem.compaction.request import Job
-    from agentmem.contracts import BudgetRequest, Budgets, Compactor, Reference, Segment
+    from agentmem.contracts import Budgets, Compactor, Reference, Segment
+    from agentmem.memory.jobs import Job, Slots
     from agentmem.memory.ledger import Ledger
+    from agentmem.planning.pricing import Plan
+
+FLOOR = 1
+"""The least slots of a head's segment."""
 
 
-class Dealer:
-    """Deals integer slots to every layer and head of one job, for the whole compaction at once."""
+class BudgetAllocator:
+    """Allocates integer slots to every layer and head of one job, for the whole compaction at once."""
 
     def __init__(
         self,
@@ -34,7 +38,7 @@ class Dealer:
         """``held`` are the slots of every compactable layer's segments, ``segment`` makes one of them."""
         self.job, self.held, self.ledger, self.segment = job, held, ledger, segment
 
-    def deal(
+    def allocate(
         self, references: References, stage: Callable[[], AbstractContextManager[None]] = nullcontext
     ) -> tuple[tuple[int, ...], ...]:
         """Segment slots per layer and head, indexed like the model's layers (sliding ones are empty).
@@ -42,7 +46,7 @@ class Dealer:
         ``stage`` is entered around the survey, for the clock.
 
         Raises:
-            PolicyContractBroken: the policy's budgets break their laws.
+            PolicyContractBroken: the policy's budgets break their invariants.
 
         """
         with self.ledger.borrow(self.job.plan.survey_bytes, "scores of all layers"):
@@ -51,9 +55,9 @@ class Dealer:
                 with stage():
                     surveys = self._surveys(references)
             request = self._request(surveys)
-            dealt = self._budgets.deal(request)
-        check_budgets(self.job.policy.name, self._budgets, request, dealt)
-        return self._by_layer(dealt)
+            allocated = self._budgets.allocate(request)
+        check_budgets(self.job.policy.name, self._budgets, request, allocated)
+        return self._by_layer(allocated)
 
     def equal(self) -> Slots:
         """Equal shares, for when the policy's own budgets cannot be had."""
@@ -63,8 +67,8 @@ class Dealer:
         return make_request(self.job.plan, tuple(self.held.values()), self.job.each, self.job.most, surveys)
 
     def _by_layer(self, budgets: Slots) -> Slots:
-        dealt = dict(zip(self.held, budgets, strict=True))
-        return tuple(tuple(dealt.get(index, ())) for index in range(len(self.job.begins)))
+        allocated = dict(zip(self.held, budgets, strict=True))
+        return tuple(tuple(allocated.get(index, ())) for index in range(len(self.job.begins)))
 
     def _surveys(self, references: References) -> tuple[Survey, ...]:
         surveys: dict[int, Survey] = {}
@@ -98,3 +102,76 @@ class Dealer:
     def _budgets(self) -> Budgets:
         assert self.job.policy.budgets is not None  # noqa: S101  # comes with the compactor, by Policy.__post_init__
         return self.job.policy.budgets
+
+
+# ---- what is asked, and what must hold of the answer
+
+
+def make_request(plan: Plan, held: Slots, each: int, most: int, surveys: tuple[Survey, ...]) -> BudgetRequest:
+    """What to allocate to layers whose heads' segments hold ``held`` slots: ``each`` on average, up to ``most``."""
+    heads = sum(map(len, held))
+    widest = max(map(len, held), default=0)
+    return BudgetRequest(
+        held=held,
+        total=each * heads,
+        floor=FLOOR,
+        surveys=surveys,
+        ceiling=max(FLOOR, plan.most_budget),
+        layer_ceiling=max(FLOOR * widest, math.ceil(plan.layer_ceiling * widest * most)),
+        limit=most * heads,
+    )
+
+
+def equal_shares(request: BudgetRequest) -> Slots:
+    """Equal slots for every head, for when a policy's own budgets cannot be had; what one lacks goes to the others."""
+    heads = [
+        (min(held, request.ceiling), at, head) for at, row in enumerate(request.held) for head, held in enumerate(row)
+    ]
+    shares = [[0] * len(row) for row in request.held]
+    left = min(request.total, most_slots(request))
+    for allocated, (most, layer, head) in enumerate(sorted(heads)):
+        shares[layer][head] = min(most, left // (len(heads) - allocated))
+        left -= shares[layer][head]
+    return tuple(map(tuple, shares))
+
+
+def check_budgets(policy: str, budgets: Budgets, request: BudgetRequest, allocated: Slots) -> None:
+    """Refuse what breaks the invariants of :class:`agentmem.contracts.Budgets`.
+
+    Raises:
+        PolicyContractBroken: names the policy, the invariant and the value.
+
+    """
+    if [len(layer) for layer in allocated] != [len(layer) for layer in request.held]:
+        raise PolicyContractBroken(f"policy {policy!r}: budgets {allocated!r} have not the shape of {request.held!r}")
+    pairs = [pair for held, kept in zip(request.held, allocated, strict=True) for pair in zip(held, kept, strict=True)]
+    if any(not 0 <= kept <= held for held, kept in pairs):
+        raise PolicyContractBroken(
+            f"policy {policy!r}: a head's budget lies outside 0..held: {allocated!r} of {request.held!r}"
+        )
+    if any(kept > request.ceiling for _, kept in pairs):
+        raise PolicyContractBroken(
+            f"policy {policy!r}: a head's budget exceeds the ceiling {request.ceiling}: {allocated!r}"
+        )
+    if any(sum(kept) > request.layer_ceiling for kept in allocated):
+        raise PolicyContractBroken(
+            f"policy {policy!r}: a layer's budgets exceed its ceiling {request.layer_ceiling} together: {allocated!r}"
+        )
+    _check_sum(policy, budgets, request, sum(kept for _, kept in pairs))
+
+
+def _check_sum(policy: str, budgets: Budgets, request: BudgetRequest, given: int) -> None:
+    if budgets.adaptive:
+        if given > min(request.limit, most_slots(request)):
+            raise PolicyContractBroken(
+                f"policy {policy!r}: budgets sum to {given} slots, above the limit of {request.limit}"
+            )
+        return
+    wanted = min(request.total, most_slots(request))
+    if given != wanted:
+        raise PolicyContractBroken(f"policy {policy!r}: budgets sum to {given} slots instead of {wanted}")
+
+
+def most_slots(request: BudgetRequest) -> int:
+    """The largest sum that held slots and ceilings allow."""
+    return sum(min(request.layer_ceiling, sum(min(held, request.ceiling) for held in heads)) for heads in request.held)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from agentmem.compaction.writing import write
+from agentmem.memory.forwards import Transient
 from agentmem.queries import MAX_INSTRUCTION
 from agentmem.reference_queries.probe import Probe, make_probe
 
@@ -13,8 +14,9 @@ if TYPE_CHECKING:
 
     import torch
 
-    from agentmem.compaction.request import Job
     from agentmem.contracts import Reference
+    from agentmem.memory.forwards import Forwards
+    from agentmem.memory.jobs import Job
     from agentmem.memory.memory import Memory
     from agentmem.memory.sequence import Row
     from agentmem.queries import Queries
@@ -25,9 +27,9 @@ if TYPE_CHECKING:
 class References:
     """Obtains reference queries layer by layer, as the policy's mixture asks for them."""
 
-    def __init__(self, memory: Memory, row: Row, job: Job) -> None:
+    def __init__(self, memory: Memory, forwards: Forwards, row: Row, job: Job) -> None:
         """Nothing is run yet; the probe is empty until :meth:`prepare`."""
-        self.memory, self.row, self.job = memory, row, job
+        self.memory, self.forwards, self.row, self.job = memory, forwards, row, job
         queries = job.policy.queries
         self.queries: Queries = queries.focused() if job.focus and queries.probing else queries
         self.probe = Probe((), ())
@@ -40,8 +42,10 @@ class References:
             return
         own = memory.words.get(self.job.policy.name, {})
         words = {source: texts[turn % len(texts)] for source, texts in own.items()}
-        if "self-study" in words and row.budgets is None:  # half compacted, there is no room to write
-            words["self-study"] = write(memory, row, words["self-study"][:MAX_INSTRUCTION], self.job.plan.scratch)
+        if "self-study" in words and row.job is None:  # half compacted, there is no room to write
+            words["self-study"] = write(
+                memory, self.forwards, row, words["self-study"][:MAX_INSTRUCTION], self.job.plan.scratch
+            )
         if self.job.focus:
             words["focus"] = self.job.focus
         first = 0 if self.job.text else self.job.first
@@ -73,7 +77,11 @@ class References:
                 before()
                 self._visit(layer, self.probe.references(asked), visit)
 
-        self.memory.probe(self.row, self.probe, on_layer)
+        self.run(on_layer)
+
+    def run(self, visit: Callable[[int, torch.Tensor], None]) -> None:
+        """Run the probe's tokens at the following positions; ``visit(layer, queries)`` before a layer attends."""
+        self.forwards.run(self.probe.ids, self.row.next_position, Transient(self.memory, self.row, visit))
 
     def _visit(self, layer: int, probed: tuple[Reference, ...], visit: Visit) -> None:
         """Add the stored queries; what is drawn at random lives as long as the visit."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from agentmem.memory.jobs import Job
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from agentmem.compaction.budget_rules import Slots
     from agentmem.contracts import Policy
     from agentmem.memory.sequence import Row
-    from agentmem.memory.store import LayerStore
     from agentmem.planning.pricing import Plan
 
 
@@ -32,33 +32,6 @@ class Request:
 
 
 USUAL = Request()
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One compaction of one row, worked out; it stays the same when an interrupted one goes on.
-
-    ``begins[layer][head]`` is the first slot of a segment, whose end is ``recent`` slots before the head's; sliding
-    layers have none. ``each`` and ``most`` are the slots per head to leave: on average, and at most if adaptive.
-    """
-
-    policy: Policy
-    plan: Plan
-    begins: Slots
-    recent: int
-    each: int
-    most: int
-    first: int
-    """The first token whose text may be run again for its queries."""
-    focus: tuple[int, ...] = ()
-    text: tuple[int, ...] = ()
-    whole: bool = True
-    """Whether the segment is all between prefix and recent."""
-
-    def held(self, layer: int, store: LayerStore) -> tuple[int, ...]:
-        """Slots of each head's segment now."""
-        pairs = zip(store.lengths, self.begins[layer], strict=True)
-        return tuple(max(0, length - begin - self.recent) for length, begin in pairs)
 
 
 def make_job(row: Row, request: Request, policy: Policy, plan: Plan, layers: Sequence[int]) -> Job:

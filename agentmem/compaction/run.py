@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from agentmem.compaction.budgets import Dealer
+from agentmem.compaction.budgets import BudgetAllocator
 from agentmem.compaction.checks import validate
 from agentmem.compaction.held_out import Errors, HeldOut, split_references
 from agentmem.compaction.references import References
-from agentmem.compaction.request import USUAL, Job, Request, make_job
+from agentmem.compaction.request import USUAL, Request, make_job
 from agentmem.compaction.summary import Rewriting, SummaryRefused
 from agentmem.contracts import Compaction, HeadCompaction, Segment, SegmentShape
 from agentmem.errors import CompactionFailed, PolicyContractBroken
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from agentmem.contracts import Compactor, Reference
+    from agentmem.memory.forwards import Forwards
+    from agentmem.memory.jobs import Job, Slots
     from agentmem.memory.memory import Memory
     from agentmem.memory.sequence import Row
     from agentmem.memory.store import LayerStore
@@ -42,15 +44,15 @@ ATTEMPTS = 2
 
 
 class RowCompaction:
-    """Compacts one row of a memory to its target and deals the freed slots out as headroom."""
+    """Compacts one row of a memory to its target and gives the freed slots out as headroom."""
 
-    def __init__(self, memory: Memory, row: Row, request: Request = USUAL) -> None:
+    def __init__(self, memory: Memory, forwards: Forwards, row: Row, request: Request = USUAL) -> None:
         """Pins are promoted, and nothing else is changed yet; a compaction that has begun goes on as it was asked."""
         self.memory, self.row, self.plan = memory, row, memory.plan_of(request.policy or memory.policy)
-        self.request = request
+        self.forwards, self.request = forwards, request
         promote(memory, row)
         self.job = row.job or self._job(request)
-        self.references = References(memory, row, self.job)
+        self.references = References(memory, forwards, row, self.job)
         self.held_out = HeldOut()
         self.layers: dict[int, LayerReport] = {}
         self.faults: list[str] = []
@@ -66,7 +68,7 @@ class RowCompaction:
         """Whether a begun compaction is to be finished, or the segments hold more than is to be left on average."""
         held = [slots for index, store in self.row.full() for slots in self.job.held(index, store)]
         compacts = self.job.policy.compactor is not None
-        return self.row.budgets is not None or (compacts and sum(held) > self.job.each * len(held))
+        return self.row.job is not None or (compacts and sum(held) > self.job.each * len(held))
 
     def run(self) -> CompactionReport:
         """Do it.
@@ -87,8 +89,8 @@ class RowCompaction:
                 self._compact_layers()
             else:
                 self._evict_layers()
-            with self._stage("deal"):
-                self._deal()
+            with self._stage("headroom"):
+                self._give_headroom()
         seconds = time.perf_counter() - began
         self.seconds["probe"] = max(0.0, seconds - sum(self.seconds.values()))
         return CompactionReport(
@@ -115,22 +117,22 @@ class RowCompaction:
     def _rewrite(self) -> None:
         """Have the segment summarised, where the policy asks for it; what goes wrong leaves it to matching."""
         rewrite, language = self.job.policy.rewrite, self.memory.language
-        if rewrite is None or language is None or not self.job.whole or self.row.budgets is not None:
+        if rewrite is None or language is None or not self.job.whole or self.row.job is not None:
             return
         try:
             with self._stage("summary"):
-                request = Rewriting(self.memory, self.row, self.job, rewrite, language).run()
+                request = Rewriting(self.memory, self.forwards, self.row, self.job, rewrite, language).run()
             self.job = self._job(replace(request, policy=self.job.policy, focus=self.job.focus))
         except SummaryRefused as refused:
             self._note_fault(None, refused, "matching instead")
         except Exception as error:  # noqa: BLE001  # whatever a forward raises must not cost the memory
             traceback.clear_frames(error.__traceback__)
             self._note_fault(None, error, "matching instead")
-            self.job = self._job(self.request)
-        self.references = References(self.memory, self.row, self.job)
+            self.job = self.row.state.job or self._job(self.request)
+        self.references = References(self.memory, self.forwards, self.row, self.job)
 
     def _summary(self) -> SummaryReport | None:
-        """To be told once, though an interrupt came between its adoption and the end of a compaction."""
+        """Return and clear the pending summary, so that it is reported exactly once, even after an interrupt."""
         found = self.row.state.summary
         self.row.change(summary=None)
         return found
@@ -141,8 +143,8 @@ class RowCompaction:
             try:
                 with self._stage("probe text"):
                     self.references.prepare()
-                if self.row.budgets is None:
-                    self._begin(self._dealer().deal(self.references, lambda: self._stage("survey")))
+                if self.row.job is None:
+                    self._begin(self._allocator().allocate(self.references, lambda: self._stage("survey")))
             except PolicyContractBroken:
                 raise
             except Exception as error:  # noqa: BLE001  # whatever a policy or a probe raises must not cost the memory
@@ -153,22 +155,23 @@ class RowCompaction:
                 return True
         if self.memory.settings.on_failure != "evict":
             self._fail(None, fault)
-        if self.row.budgets is None:
-            self._begin(self._dealer().equal())
+        if self.row.job is None:
+            self._begin(self._allocator().equal())
         return False
 
-    def _begin(self, budgets: tuple[tuple[int, ...], ...]) -> None:
+    def _begin(self, budgets: Slots) -> None:
         """From now on the compaction goes on until it is done; what it will compact is no longer intact."""
-        self.row.change(budgets=budgets, job=self.job, intact=self.row.seen - self.job.recent)
+        self.job = replace(self.job, budgets=budgets)
+        self.row.change(job=self.job, intact=self.row.seen - self.job.recent)
 
-    def _dealer(self) -> Dealer:
+    def _allocator(self) -> BudgetAllocator:
         def segment(layer: int, references: tuple[Reference, ...]) -> Segment:
             store = self.row.stores[layer]
-            assert store is not None  # noqa: S101  # only layers with stores are dealt for
+            assert store is not None  # noqa: S101  # only layers with stores are allocated for
             return self._segment(layer, store, references)
 
         held = {index: self.job.held(index, store) for index, store in self.row.full()}
-        return Dealer(self.job, held, self.memory.ledger, segment)
+        return BudgetAllocator(self.job, held, self.memory.ledger, segment)
 
     @property
     def _compactor(self) -> Compactor:
@@ -179,11 +182,11 @@ class RowCompaction:
 
     def _todo(self) -> list[int]:
         """Compactable layers of which some head still holds more than its budget."""
-        budgets = self.row.budgets or ()
+        job = self.job
         return [
             index
             for index, store in self.row.full()
-            if any(held > kept for held, kept in zip(self.job.held(index, store), budgets[index], strict=True))
+            if any(held > kept for held, kept in zip(job.held(index, store), job.budgets[index], strict=True))
         ]
 
     def _compact_layers(self) -> None:
@@ -219,13 +222,12 @@ class RowCompaction:
 
     def _fit_bytes(self, layer: int, store: LayerStore, references: Sequence[Reference]) -> int:
         """The workspace of this very segment: heads that hold more than an equal share may need more than planned."""
-        assert self.row.budgets is not None  # noqa: S101  # dealt before the first layer
         shape = self.memory.shape.layers[layer]
         segment = SegmentShape(
             heads=shape.kv_heads,
             group=shape.group,
             slots=max(1, *self.job.held(layer, store)),
-            budget=max(1, *self.row.budgets[layer]),
+            budget=max(1, *self.job.budgets[layer]),
             queries=sum(each.tokens for each in references),
             key_dim=shape.key_dim,
             value_dim=shape.value_dim,
@@ -235,10 +237,9 @@ class RowCompaction:
 
     def _fit(self, layer: int, store: LayerStore, references: tuple[Reference, ...]) -> tuple[Compaction, Errors]:
         """A function of its own, so that no view into the old store outlives it."""
-        assert self.row.budgets is not None  # noqa: S101  # dealt before the first layer
         held_out, fitted = split_references(references)
         segment = self._segment(layer, store, fitted if self._compactor.fits else references)
-        slots = [min(kept, head.slots) for kept, head in zip(self.row.budgets[layer], segment.heads, strict=True)]
+        slots = [min(kept, head.slots) for kept, head in zip(self.job.budgets[layer], segment.heads, strict=True)]
         with self._stage("fit"):
             compaction = self._compactor.compact(segment, slots)
             validate(compaction, segment, slots, policy=self.job.policy.name)
@@ -246,8 +247,8 @@ class RowCompaction:
             return compaction, self.held_out.measure(segment, compaction, held_out)
 
     def _evict_layer(self, layer: int) -> None:
-        store, budgets = self.row.stores[layer], self.row.budgets
-        assert store is not None and budgets is not None  # noqa: S101, PT018  # _todo lists such layers only
+        store, budgets = self.row.stores[layer], self.job.budgets
+        assert store is not None  # noqa: S101  # _todo lists such layers only
         self.outcome = "evicted"
         settle(self.row, store)
         held = self.job.held(layer, store)
@@ -293,16 +294,15 @@ class RowCompaction:
 
     def _headroom(self) -> int:
         """Free slots for every head alike once all layers keep their budgets: as many as the share of R pays for."""
-        assert self.row.budgets is not None  # noqa: S101  # dealt before the first layer
         price = kept = 0
         for index, store in self.row.full():
-            begins, budgets = self.job.begins[index], self.row.budgets[index]
+            begins, budgets = self.job.begins[index], self.job.budgets[index]
             ends = (begin + budget + self.job.recent for begin, budget in zip(begins, budgets, strict=True))
             price += len(store.lengths) * store.spec.slot_bytes
             kept += store.spec.slot_bytes * sum(map(min, store.lengths, ends))
         return (self.plan.capacity * price - kept) // price
 
-    def _deal(self) -> None:
+    def _give_headroom(self) -> None:
         """Give the headroom to the layers that could not get it when they were committed."""
         headroom = self._headroom()
         for index, store in self.row.full():
@@ -312,11 +312,10 @@ class RowCompaction:
                 self.row.replace(index, store.resized(capacities))
         room = min((store.room for _, store in self.row.full()), default=0) - self.memory.plan.scratch
         self.row.change(
-            budgets=None,
             job=None,
             intact=self.row.seen - self.job.recent,
             compactions=self.row.compactions + 1,
-            dealt_at=self.row.seen,
+            headroom_at=self.row.seen,
             tail=array("i"),
             full_at=self.row.seen + room,  # by the memory's own policy's plan, whoever compacted
         )
@@ -330,7 +329,7 @@ class RowCompaction:
         )
 
     def _remedy(self, attempt: int) -> str:
-        if self.row.budgets is not None and not self._todo():  # a probe can fail behind its last layer
+        if self.row.job is not None and not self._todo():  # a probe can fail behind its last layer
             return "every layer was done"
         if attempt + 1 < ATTEMPTS:
             return "tried again"

@@ -5,6 +5,7 @@ Source: summarisation before compaction is arXiv:2602.16284 (offline there); thi
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,9 +21,10 @@ from agentmem.reporting.report import SummaryReport
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from agentmem.compaction.request import Job
     from agentmem.contracts import Rewrite
     from agentmem.language import Language
+    from agentmem.memory.forwards import Forwards
+    from agentmem.memory.jobs import Job
     from agentmem.memory.memory import Memory
     from agentmem.memory.sequence import Row
     from agentmem.memory.store import LayerStore
@@ -41,8 +43,11 @@ class SummaryRefused(Exception):  # no user meets it: matching takes the summary
 class Rewriting:
     """Replaces the segment of one job by a summary of it."""
 
-    def __init__(self, memory: Memory, row: Row, job: Job, rewrite: Rewrite, language: Language) -> None:
+    def __init__(
+        self, memory: Memory, forwards: Forwards, row: Row, job: Job, rewrite: Rewrite, language: Language
+    ) -> None:
         """Nothing is written yet."""
+        self.forwards = forwards
         self.memory, self.row, self.job, self.rewrite, self.language = memory, row, job, rewrite, language
 
     def run(self) -> Request:
@@ -52,7 +57,7 @@ class Rewriting:
             SummaryRefused: it is empty, runs away or has no place; nothing was changed.
 
         """
-        before, written = self.row.held, self._written(self._told())
+        before, written = self.row.held, self._written(self._instruction())
         lead = self.language.write(self.rewrite.lead)
         ids = (*lead, *written)
         self._check_shorter(len(ids))
@@ -68,22 +73,24 @@ class Rewriting:
             slots_after=self.row.held,
         )
         full_at = self.row.measured(self.memory.plan.capacity, self.memory.plan.scratch)
-        self.row.change(job=None, budgets=None, summary=summary, full_at=full_at)
+        self.row.change(job=None, summary=summary, full_at=full_at)
         recent = tuple(self.row.ids[self.row.seen - self.job.recent :])
         slots = max(1, round(self.rewrite.keep * len(ids)))
         return Request(slots=min(slots, max(1, self.job.each)), text=ids + recent)
 
-    def _told(self) -> tuple[int, ...]:
-        told = tuple(self.language.ask(self.rewrite.instruction))
-        if len(told) > MAX_REQUEST:
-            raise SummaryRefused(f"its instruction has {len(told)} tokens, {MAX_REQUEST} at most; shorten it")
-        return told
+    def _instruction(self) -> tuple[int, ...]:
+        instruction = tuple(self.language.ask(self.rewrite.instruction))
+        if len(instruction) > MAX_REQUEST:
+            raise SummaryRefused(f"its instruction has {len(instruction)} tokens, {MAX_REQUEST} at most; shorten it")
+        return instruction
 
-    def _written(self, told: tuple[int, ...]) -> tuple[int, ...]:
+    def _written(self, instruction: tuple[int, ...]) -> tuple[int, ...]:
         """What the model wrote, cut to whole sentences where it did not end by itself."""
         plan = self.job.plan
-        most = len(told) + min(plan.scratch - MAX_REQUEST, plan.chunk - len(self.language.write(self.rewrite.lead)))
-        found = write(self.memory, self.row, told, most, no_repeat=NO_REPEAT)[len(told) :]
+        most = len(instruction) + min(
+            plan.scratch - MAX_REQUEST, plan.chunk - len(self.language.write(self.rewrite.lead))
+        )
+        found = write(self.memory, self.forwards, self.row, instruction, most, no_repeat=NO_REPEAT)[len(instruction) :]
         ended = bool(found) and found[-1] in self.language.ends
         written = found[:-1] if ended else self._whole_sentences(found)
         if len(written) < MIN_SUMMARY or not self._text(written).strip():
@@ -141,14 +148,13 @@ class Rewriting:
         memory, row, before = self.memory, self.row, self._stores()
         positions = torch.arange(position, position + len(ids), dtype=torch.int32)
         step = Adopt(memory, row, self.job.begins, self.job.recent, positions)
-        assert memory.run_transient is not None  # noqa: S101  # the adapter sets it before the first forward
         each, intact = max(1, self.job.each), row.intact
         budgets = tuple((each,) * len(heads) for heads in self.job.begins)
-        row.change(job=self.job, budgets=budgets, intact=row.seen - self.job.recent)
+        row.change(job=replace(self.job, budgets=budgets), intact=row.seen - self.job.recent)
         try:
             with torch.no_grad():
-                memory.run_transient(ids, position, step)
+                self.forwards.run(ids, position, step)
         except BaseException:
             if all(row.stores[index] is store for index, store in before):
-                row.change(job=None, budgets=None, intact=intact)
+                row.change(job=None, intact=intact)
             raise

@@ -9,27 +9,29 @@ from agentmem.memory.forwards import Scratch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from agentmem.memory.forwards import Forwards
     from agentmem.memory.memory import Memory
     from agentmem.memory.sequence import Row
 
 
-def write(memory: Memory, row: Row, told: Sequence[int], most: int, *, no_repeat: int = 0) -> tuple[int, ...]:
+def write(
+    memory: Memory, forwards: Forwards, row: Row, instruction: Sequence[int], most: int, *, no_repeat: int = 0
+) -> tuple[int, ...]:
     """What the model writes after an instruction, greedily: at most ``most`` tokens with it.
 
     It is written in scratch slots at the following positions and taken back, so nothing of it stays. It ends
     early at a token that ends a text; no run of ``no_repeat`` tokens is written twice.
     """
-    assert memory.run_scratch is not None  # noqa: S101  # the adapter sets it before the first forward
     ends = () if memory.language is None else memory.language.ends
-    step, written, fed = Scratch(memory, row), list(told), 0
+    step, written, fed = Scratch(memory, row), list(instruction), 0
     try:
-        while len(written) < most and (fed < len(told) or written[-1] not in ends):
+        while len(written) < most and (fed < len(instruction) or written[-1] not in ends):
             memory.boundary()
             piece = written[fed : fed + memory.plan.chunk]
-            scores = memory.run_scratch(piece, row.next_position + fed, step)
+            scores = forwards.next_logits(piece, row.next_position + fed, step)
             fed += len(piece)
             if fed == len(written):
-                scores[repeats(written[len(told) :], no_repeat)] = float("-inf")
+                scores[repeats(written[len(instruction) :], no_repeat)] = float("-inf")
                 written.append(int(scores.argmax()))
     finally:
         step.rollback()

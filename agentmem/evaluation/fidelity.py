@@ -147,7 +147,7 @@ def stream(
     """One :class:`Measurement` per policy, in order; each is saved in ``cache_dir`` before it is yielded.
 
     What was saved with the same model, passage, settings and code is not measured again unless ``fresh``.
-    ``progress`` is told the policy's name ("full" memory's under "full memory") and the tokens done.
+    ``progress`` is called with the policy's name ("full" memory's under "full memory") and the tokens done.
 
     Raises:
         AgentmemError: see :func:`measure`; what was saved before stays.

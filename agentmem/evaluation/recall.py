@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from agentmem.contracts import Policy
-    from agentmem.hf import CappedMemory
+    from agentmem.hf import CappedCache
 
 FULL, WINDOW = "full", "window"
 LEAST_GAP = 0.1
@@ -137,7 +137,7 @@ def measure(
         )
 
 
-def _answer(memory: CappedMemory, fact: Planted) -> Answer:
+def _answer(memory: CappedCache, fact: Planted) -> Answer:
     answer = torch.tensor(fact.asked[-fact.answer :])
     logits = memory.peek(fact.asked[:-1])[-fact.answer :].double().cpu()
     said = torch.log_softmax(logits, dim=-1)
@@ -167,7 +167,8 @@ def stream(
     """One :class:`Recalled` per policy and document: full memory first, then window, then the others.
 
     Each is saved in ``cache_dir`` before it is yielded. What was saved with the same model, document, settings and code
-    is not measured again unless ``fresh``. ``progress`` is told the policy's name and the tokens of all documents done.
+    is not measured again unless ``fresh``. ``progress`` is called with the policy's name and the number of tokens
+    done so far.
 
     Raises:
         AgentmemError: see :func:`measure`; what was saved before stays.

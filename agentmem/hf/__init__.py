@@ -6,8 +6,9 @@ undone with the last block. Forwards that are not ours reach the original functi
 """
 
 from agentmem.hf.attach import attach, detach, scope
-from agentmem.hf.cache import CappedMemory
+from agentmem.hf.cache import CappedCache
 from agentmem.hf.fingerprint import fingerprint
+from agentmem.hf.rope import positions
 from agentmem.hf.self_check import Check, CheckReport, check, require_checked
 from agentmem.hf.support import (
     COVERED,
@@ -23,7 +24,7 @@ from agentmem.hf.support import (
 
 __all__ = [
     "COVERED",
-    "CappedMemory",
+    "CappedCache",
     "Check",
     "CheckReport",
     "attach",
@@ -35,6 +36,7 @@ __all__ = [
     "end_ids",
     "fingerprint",
     "input_device",
+    "positions",
     "refuse_probe",
     "refuse_scratch",
     "require_checked",

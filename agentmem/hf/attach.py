@@ -12,19 +12,17 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from agentmem.engine import Engine
 from agentmem.errors import CapBypassed, UnsupportedModel
-from agentmem.hf.cache import CappedMemory, TransientCache, mask_columns, size, transient_forward
+from agentmem.hf.cache import CappedCache, TransientCache, mask_columns, size
 from agentmem.hf.forward_context import FRAME, SCOPE, Frame, own_frame, rename, untraced
-from agentmem.hf.generate_checks import check_generate, chosen
-from agentmem.hf.rope import rotations
-from agentmem.hf.support import input_device
-from agentmem.hf.wrapper import Around, last_types, named, told_by_wrapper
-from agentmem.memory.forwards import Adopt, Append, Scratch, Transient
-from agentmem.memory.positions import Positions
+from agentmem.hf.forwards import ModelForwards
+from agentmem.hf.generate_checks import check_adapters, check_forward, check_generate, chosen
+from agentmem.hf.wrapper import Around, named, told_by_wrapper
 from agentmem.memory.torch_state import own_state
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from transformers import PreTrainedModel
 
@@ -68,12 +66,15 @@ class _Attachment:
         def generate(*args: Any, **kwargs: Any) -> Any:
             given = named(signature, args, kwargs)
             cache, hold = given.get("past_key_values"), None
-            if isinstance(cache, CappedMemory):
+            if cache is None and chosen(model, given).get("use_cache", True):
+                cache = self._in_scope()
+                if cache is not None:
+                    kwargs = {**kwargs, "past_key_values": cache}
+                    given = {**given, "past_key_values": cache}
+            if isinstance(cache, CappedCache):
                 cache.open_for(model)
                 check_generate(cache, model, given)
                 hold = cache.memory.owner.take()
-            elif cache is None and chosen(model, given).get("use_cache", True):
-                self._refuse_bypass("generate without past_key_values")
             try:
                 with own_frame():
                     return original(*args, **kwargs)
@@ -95,9 +96,12 @@ class _Attachment:
         """Feed all but the last piece of a long prompt before the forward itself, which then sees that piece only."""
         inputs = named(signature, args, kwargs)
         cache = inputs.get("past_key_values")
-        if not isinstance(cache, CappedMemory):
+        if not isinstance(cache, CappedCache):
             return None
+        check_forward(inputs)
         rows, count = size(inputs)
+        if count > 1 or not cache.memory.rows:  # not at every token: it visits every module
+            check_adapters(self.model)
         keep = inputs.get("logits_to_keep", 0)
         if count == 1 or not isinstance(keep, int) or keep < 1 or inputs.get("output_hidden_states"):
             return None  # every position's output is wanted: the forward must fit as it is
@@ -106,10 +110,10 @@ class _Attachment:
         cache.refuse_pads_at_the_end(valid)
         cache.memory.bind(rows)
         decoder, start = self.model.get_decoder(), 0
-        while (start := start + (width := cache.memory.piece([row[start:] for row in valid], count - start))) < count:
+        while (start := start + (width := cache.engine.piece([row[start:] for row in valid], count - start))) < count:
             with own_frame(holds=False), torch.no_grad():
                 decoder(**_cut(inputs, start - width, start, cache.columns))
-        return (), {**inputs, **_cut(inputs, start - width, count, cache.columns), **last_types(inputs, start - width)}
+        return (), {**inputs, **_cut(inputs, start - width, count, cache.columns)}
 
     def _enter(
         self, signature: inspect.Signature, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -119,10 +123,11 @@ class _Attachment:
         FRAME.set(frame)  # first of all: _leave runs even when what follows raises
         inputs = named(signature, args, kwargs)
         cache, wanted = inputs.get("past_key_values"), inputs.get("use_cache")
-        if isinstance(cache, CappedMemory):
+        if isinstance(cache, CappedCache):
+            check_forward(inputs)  # again: the decoder may be called by itself
             cache.open_for(self.model)
             frame.hold = cache.memory.owner.take()
-            frame.memory = cache
+            frame.engine = cache.engine
             told = told_by_wrapper(frame.outer, inputs)
             with own_state():
                 frame.step = cache.begin(told)
@@ -134,8 +139,23 @@ class _Attachment:
             self._refuse_bypass("a forward without past_key_values")
         return None
 
+    def _in_scope(self) -> CappedCache | None:
+        """The memory that ``generate`` takes where none is passed; ``None`` outside every block of the model.
+
+        Raises:
+            CapBypassed: more than one block caps the model here.
+
+        """
+        found = [cache for cache in SCOPE.get() if isinstance(cache, CappedCache) and cache.model is self.model]
+        if len(found) > 1:
+            raise CapBypassed(
+                f"generate without past_key_values where {len(found)} blocks cap this model; pass the memory that is "
+                "meant: past_key_values=memory"
+            )
+        return found[0] if found else None
+
     def _refuse_bypass(self, what: str) -> None:
-        if id(self.model) in SCOPE.get():
+        if any(isinstance(cache, CappedCache) and cache.model is self.model for cache in SCOPE.get()):
             raise CapBypassed(
                 f"{what} inside a capped block would grow a cache outside the cap; pass past_key_values=memory, "
                 "or use_cache=False if no memory is wanted"
@@ -186,14 +206,15 @@ def _leave(module: torch.nn.Module, args: tuple[Any, ...], output: object) -> No
         return
     FRAME.set(frame.outer)
     frame.hold = None
-    if not isinstance(frame.step, Append) or frame.memory is None:
+    engine = frame.engine
+    if engine is None or frame.step is None:  # None: it was refused before it began
         return
-    layers = len(frame.memory.layers)
+    layers = len(engine.memory.shape.layers)
     if output is not None and frame.attended == layers:
         if not frame.outer or not frame.outer.holds:
-            frame.step.commit()
+            engine.commit()
         return
-    frame.step.rollback()
+    engine.abandon()
     if output is not None:
         raise UnsupportedModel(
             f"{frame.attended} of {layers} layers asked the memory in this forward: the attention implementation was "
@@ -202,9 +223,9 @@ def _leave(module: torch.nn.Module, args: tuple[Any, ...], output: object) -> No
 
 
 @contextmanager
-def scope(model: PreTrainedModel) -> Iterator[None]:
-    """In this context, growing another cache on the model by default is a bypass."""
-    token = SCOPE.set((*SCOPE.get(), id(model)))
+def scope(cache: CappedCache) -> Iterator[None]:
+    """In this context ``generate`` takes this memory, and growing another cache on its model by default is a bypass."""
+    token = SCOPE.set((*SCOPE.get(), cache))
     try:
         with own_frame():
             yield
@@ -216,34 +237,14 @@ _ATTACHMENTS: WeakKeyDictionary[PreTrainedModel, _Attachment] = WeakKeyDictionar
 _LOCK = threading.Lock()
 
 
-def attach(model: PreTrainedModel, memory: Memory) -> CappedMemory:
+def attach(model: PreTrainedModel, memory: Memory) -> CappedCache:
     """Connect a memory to a model; every attach needs one :func:`detach`."""
-    if memory.settings.rebase:  # first of all: it refuses models, which are then left as they were
-        turning = rotations(model)
-        assert memory.shape.positions is not None  # noqa: S101  # a config with RoPE says how many
-        memory.positions = Positions(memory.shape.positions, turning)
     with _LOCK:
         attachment = _ATTACHMENTS.setdefault(model, _Attachment(model))
         if attachment.users == 0:
             attachment.install()
         attachment.users += 1
-    view = CappedMemory(memory, model)
-    decoder = model.get_decoder()
-
-    def run_transient(ids: Sequence[int], start: int, step: Adopt | Transient) -> None:
-        transient_forward(decoder, memory, ids, start, step)
-
-    def run_scratch(ids: Sequence[int], start: int, step: Scratch) -> torch.Tensor:
-        logits: torch.Tensor = transient_forward(model, memory, ids, start, step, logits_to_keep=1).logits[0, -1]
-        return logits
-
-    def run_logits(ids: Sequence[int], start: int, step: Transient) -> torch.Tensor:
-        logits: torch.Tensor = transient_forward(model, memory, ids, start, step).logits[0]
-        return logits
-
-    memory.run_transient, memory.run_scratch, memory.run_logits = run_transient, run_scratch, run_logits
-    memory.device = input_device(model)
-    return view
+    return CappedCache(Engine(memory, ModelForwards(model, memory.shape)), model)
 
 
 def detach(model: PreTrainedModel) -> None:

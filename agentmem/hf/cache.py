@@ -8,18 +8,18 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from agentmem.compaction.request import USUAL, Request
-from agentmem.errors import CopyRefused, MemoryCapExceeded, SettingsRefused, UnsupportedGeneration
-from agentmem.hf.forward_context import FRAME, own_frame
-from agentmem.hf.support import input_device, refuse_training
-from agentmem.memory.forwards import Adopt, Append, Arriving, Scratch, Transient
-from agentmem.memory.positions import keep_in_reach
-from agentmem.memory.torch_state import callers_state
+from agentmem.errors import CopyRefused, MemoryCapExceeded, UnsupportedGeneration
+from agentmem.hf.forward_context import FRAME
+from agentmem.hf.support import refuse_training
+from agentmem.memory.forwards import Arriving
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedModel
 
+    from agentmem.engine import Engine
+    from agentmem.memory.forwards import Adopt, Append, Scratch, Transient
     from agentmem.memory.memory import Event, Memory, Usage
     from agentmem.planning.pricing import Plan
     from agentmem.reporting.report import CompactionReport, RunReport
@@ -30,7 +30,7 @@ class _Layer(CacheLayerMixin):
 
     is_croppable = False
 
-    def __init__(self, owner: CappedMemory | TransientCache, window: int | None) -> None:
+    def __init__(self, owner: CappedCache | TransientCache, window: int | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
         self.owner, self.is_sliding, self.is_initialized = owner, window is not None, True
 
@@ -43,7 +43,7 @@ class _Layer(CacheLayerMixin):
         """Hand the fresh keys and values on to the attention call, which appends them."""
         frame = FRAME.get()
         if frame is None or frame.step is None:
-            if isinstance(self.owner, CappedMemory):
+            if isinstance(self.owner, CappedCache):
                 self.owner.memory.open_or_raise()
             raise UnsupportedGeneration(FOREIGN)
         return key_states, value_states
@@ -79,39 +79,22 @@ class TransientCache(Cache):
         return 0
 
 
-def transient_forward(
-    module: PreTrainedModel,
-    memory: Memory,
-    ids: Sequence[int],
-    start: int,
-    step: Adopt | Transient | Scratch,
-    **more: Any,
-) -> Any:
-    """The output of a model or of its decoder for ``ids`` at positions ``start, start + 1, …``; ``step`` attends."""
-    device = input_device(module)
-    refuse_training(module)
-    # own_frame: an interrupt, which torch's hooks do not see, would leave its frame behind
-    with callers_state(), own_frame(), torch.no_grad():
-        return module(
-            input_ids=torch.tensor([list(ids)], device=device),
-            position_ids=torch.arange(start, start + len(ids), device=device)[None],
-            past_key_values=TransientCache(step, [layer.window for layer in memory.shape.layers]),
-            use_cache=True,
-            **more,
-        )
-
-
-class CappedMemory(Cache):
+class CappedCache(Cache):
     """A memory under a hard cap, as ``past_key_values``: a thin view over an ordered list of rows.
 
     ``get_seq_length()`` counts columns (pads and compacted tokens included), so that ``generate`` never feeds a token
     twice. Beams, cropping and past recording are refused.
     """
 
-    def __init__(self, memory: Memory, model: PreTrainedModel) -> None:
-        """View a memory that was opened for ``model``; :func:`attach` connects the two."""
-        super().__init__(layers=[_Layer(self, layer.window) for layer in memory.shape.layers])
-        self.memory, self.model = memory, model
+    def __init__(self, engine: Engine, model: PreTrainedModel) -> None:
+        """View the memory of an engine that was opened for ``model``; :func:`attach` connects the two."""
+        super().__init__(layers=[_Layer(self, layer.window) for layer in engine.memory.shape.layers])
+        self.engine, self.model = engine, model
+
+    @property
+    def memory(self) -> Memory:
+        """The memory itself."""
+        return self.engine.memory
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse ``copy`` and ``pickle``."""
@@ -166,7 +149,7 @@ class CappedMemory(Cache):
         request = USUAL
         if slots is not None or focus or policy is not None:
             request = Request(slots, None, tuple(focus), None if policy is None else self.memory.named(policy))
-        reports = (self.memory.compact(row, request) for row in self.memory.rows)
+        reports = (self.engine.compact(row, request) for row in self.memory.rows)
         return tuple(report for report in reports if report is not None)
 
     def peek(self, ids: Sequence[int], row: int = 0) -> torch.Tensor:
@@ -181,26 +164,7 @@ class CappedMemory(Cache):
             MemoryCapExceeded: more ids than ``chunk``, for which the plan has counted scratch.
 
         """
-        memory = self.memory
-        memory.open_or_raise()
-        self._check_peek(len(ids), row)
-        memory.abandon()
-        keep_in_reach(memory, memory.rows[row], len(ids))
-        step = Transient(memory, memory.rows[row], lambda _layer, _queries: None)
-        start = memory.rows[row].next_position
-        logits: torch.Tensor = transient_forward(self.model, memory, ids, start, step).logits[0]
-        return logits
-
-    def _check_peek(self, count: int, row: int) -> None:
-        most, rows = self.memory.plan.chunk, self.memory.rows
-        if not 0 <= row < len(rows) or not rows[row].seen:
-            raise SettingsRefused(f"peek: row {row} of {len(rows)} has read nothing that ids could go on from; feed it")
-        if count < 1:
-            raise SettingsRefused("peek: there are no ids; give at least 1")
-        if count > most:
-            raise MemoryCapExceeded(
-                f"peek: {count} ids in one forward, but scratch is planned for {most}; give fewer, or raise chunk"
-            )
+        return self.engine.peek(ids, row)
 
     def transcript(self, row: int = 0) -> list[int]:
         """The ids that a row has consumed, in order, pads left out."""
@@ -301,7 +265,7 @@ class CappedMemory(Cache):
             UnsupportedGeneration: see :func:`mask_columns`; or embeddings where a probe needs ids.
 
         """
-        count, most = size(inputs)[1], self.memory.slack()
+        count, most = size(inputs)[1], self.engine.most_tokens
         if count > most:
             raise MemoryCapExceeded(
                 f"a forward of {count} tokens that wants every position's output cannot be cut, and at most {most} fit "
@@ -309,20 +273,9 @@ class CappedMemory(Cache):
                 "fewer at once, or raise chunk"
             )
         self.memory.bind(size(inputs)[0])
-        self._make_room(inputs)
-        step = self.memory.begin(self._arriving(inputs))
+        step = self.engine.begin(self._arriving(inputs))
         step.columns = count
         return step
-
-    def _make_room(self, inputs: dict[str, Any]) -> None:
-        """Compact, then re-base, rows that cannot take their tokens: slots move into gaps that compactions leave."""
-        if self.memory.positions is None:
-            return  # the memory makes room
-        self.memory.abandon()
-        for row, each in zip(self.memory.rows, self._arriving(inputs), strict=True):
-            if each.ids:
-                self.memory.make_room(row, len(each.ids))
-            keep_in_reach(self.memory, row, len(each.ids))
 
     def _arriving(self, inputs: dict[str, Any]) -> list[Arriving]:
         rows, count = size(inputs)
@@ -332,8 +285,6 @@ class CappedMemory(Cache):
             positions = [list(range(self.columns, self.columns + count))] * rows
         else:
             positions = places.expand(rows, -1).tolist()
-        shifts = [row.shift for row in self.memory.rows]
-        positions = [[at - shift for at in line] for line, shift in zip(positions, shifts, strict=True)]
         mask = mask_columns(inputs, self.columns, count)
         if mask is None:
             return [Arriving(ids[row], positions[row], slice(None)) for row in range(rows)]

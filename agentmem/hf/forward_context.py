@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from transformers import PreTrainedConfig
+    from transformers.cache_utils import Cache
 
-    from agentmem.hf.cache import CappedMemory
+    from agentmem.engine import Engine
     from agentmem.memory.owner import Hold
 
 
@@ -38,18 +39,19 @@ class Frame:
 
     outer: Frame | None
     step: Step | None = None
-    memory: CappedMemory | None = None
+    engine: Engine | None = None
+    """That of the memory whose tokens the forward appends."""
     hold: Hold | None = None
     """That its thread owns the memory meanwhile."""
     attended: int = 0
     """Layers whose attention call came here so far."""
     holds: bool = False
-    """Whether forwards right inside it wait for :meth:`agentmem.memory.memory.Memory.commit`."""
+    """Whether forwards right inside it wait for :meth:`agentmem.engine.Engine.commit`."""
 
 
 FRAME: ContextVar[Frame | None] = ContextVar("agentmem_frame", default=None)
-SCOPE: ContextVar[tuple[int, ...]] = ContextVar("agentmem_scope", default=())
-"""Identities of the models that this context has capped: only here is growing another cache a bypass."""
+SCOPE: ContextVar[tuple[Cache, ...]] = ContextVar("agentmem_scope", default=())
+"""The memories of the capped blocks that this context is in: only here is growing another cache a bypass."""
 
 
 def _attention(original: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:

@@ -1,4 +1,4 @@
-"""Which calls of ``generate`` a capped memory can serve; everything else is refused before any work."""
+"""Which calls of ``generate`` and which forwards a capped memory can serve; the others are refused before any work."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from agentmem.hf import CappedMemory
+    from agentmem.hf.cache import CappedCache
 
 REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_beams": (lambda value: value > 1, "beams reorder whole memories; use num_beams=1"),
@@ -32,6 +32,24 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 """Arguments of ``generate`` that are refused: when (``None`` never is), and what to do instead."""
 
+FORWARD = frozenset(
+    (
+        "input_ids",
+        "inputs_embeds",
+        "attention_mask",
+        "position_ids",
+        "past_key_values",
+        "use_cache",
+        "logits_to_keep",
+        "return_dict",
+        "output_hidden_states",
+        "labels",
+        "shift_labels",
+        "num_items_in_batch",
+    )
+)
+"""Arguments of a forward that its pieces and probes are given too, or that concern its output alone."""
+
 DEFAULT_NEW_TOKENS = 20
 """What ``generate`` adds to the prompt when nobody sets a length."""
 
@@ -45,14 +63,16 @@ def chosen(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-def check_generate(cache: CappedMemory, model: Any, given: Mapping[str, Any]) -> None:
+def check_generate(cache: CappedCache, model: Any, given: Mapping[str, Any]) -> None:
     """Refuse what cannot be served; ``given`` are the arguments of ``generate`` by name.
 
     Raises:
-        UnsupportedGeneration: a generation mode or argument of :data:`REFUSED`, or a Phi-3 run past its rope switch.
+        UnsupportedGeneration: a generation mode or argument of :data:`REFUSED`, a Phi-3 run past its rope switch, or
+            see :func:`check_adapters`.
         PromptMismatch: the prompt does not extend what the memory has seen.
 
     """
+    check_adapters(model)
     options = chosen(model, given)
     for name, (refused, remedy) in REFUSED.items():
         if name in options and refused(options[name]):
@@ -69,7 +89,38 @@ def check_generate(cache: CappedMemory, model: Any, given: Mapping[str, Any]) ->
         _check_rope_switch(cache, model, int(prompt.shape[1]), cache.columns, options)
 
 
-def _only_new(cache: CappedMemory, options: Mapping[str, Any], prompt: torch.Tensor) -> bool:
+def check_forward(inputs: Mapping[str, Any]) -> None:
+    """Refuse what would not reach the pieces of a long prompt and the probes; ``inputs`` are arguments by name.
+
+    Raises:
+        UnsupportedGeneration: names the first argument outside :data:`FORWARD` that asks for something.
+
+    """
+    for name, value in inputs.items():
+        if name not in FORWARD and value is not None and value is not False:
+            raise UnsupportedGeneration(
+                f"a forward with {name[:40]} (a value of type {type(value).__name__}): neither the pieces of a long "
+                "prompt nor probes would be given it; leave it out, or run this forward without the memory"
+            )
+
+
+def check_adapters(model: torch.nn.Module) -> None:
+    """Refuse another adapter for each row of a batch, which PEFT's hooks hand to layers behind the model's arguments.
+
+    Raises:
+        UnsupportedGeneration: names the argument of PEFT's ``generate`` or forward.
+
+    """
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():  # noqa: SLF001  # torch has no getter
+            if getattr(hook, "keywords", {}).get("adapter_names") is not None:
+                raise UnsupportedGeneration(
+                    "adapter_names: probes and replays run one row and would be given the adapters of all; leave it "
+                    "out, choose one with set_adapter, and open one memory for each adapter"
+                )
+
+
+def _only_new(cache: CappedCache, options: Mapping[str, Any], prompt: torch.Tensor) -> bool:
     """Whether the prompt holds new tokens alone, under a mask over everything.
 
     Raises:
@@ -92,7 +143,7 @@ def _only_new(cache: CappedMemory, options: Mapping[str, Any], prompt: torch.Ten
 
 
 def _check_extends(
-    cache: CappedMemory, prompt: torch.Tensor, ids: torch.Tensor | None, options: Mapping[str, Any]
+    cache: CappedCache, prompt: torch.Tensor, ids: torch.Tensor | None, options: Mapping[str, Any]
 ) -> None:
     """A later prompt holds the whole conversation and more. Embeddings are taken at their word."""
     rows, count, copies = cache.memory.rows, int(prompt.shape[1]), options.get("num_return_sequences", 1)
@@ -120,7 +171,7 @@ def _check_extends(
             )
 
 
-def _check_rope_switch(cache: CappedMemory, model: Any, prompt: int, earlier: int, options: Mapping[str, Any]) -> None:
+def _check_rope_switch(cache: CappedCache, model: Any, prompt: int, earlier: int, options: Mapping[str, Any]) -> None:
     """Phi-3 drops the cache and starts its own when it crosses ``original_max_position_embeddings`` ids."""
     text = model.config.get_text_config(decoder=True)
     limit = getattr(text, "original_max_position_embeddings", None)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from agentmem.errors import UnsupportedModel
-from agentmem.memory.rotation import Rotation
+from agentmem.memory.rotation import Positions, Rotation
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -54,6 +54,11 @@ def _parts(text: PreTrainedConfig) -> Mapping[str, Mapping[str, Any] | None]:
     if "rope_type" in parameters or not types:
         return {"the layers": parameters}
     return {f"{kind} layers": parameters.get(kind) for kind in types}
+
+
+def positions(model: PreTrainedModel, limit: int) -> Positions:
+    """How a model with ``limit`` positions counts them, for re-basing. Raises as :func:`rotations`."""
+    return Positions(limit, rotations(model))
 
 
 def rotations(model: PreTrainedModel) -> tuple[Rotation, ...]:

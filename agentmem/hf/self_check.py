@@ -32,7 +32,7 @@ from agentmem.settings import Settings
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from agentmem.hf.cache import CappedMemory
+    from agentmem.hf.cache import CappedCache
     from agentmem.planning.model_shape import ModelShape
 
 SECONDS = 30.0
@@ -223,7 +223,7 @@ def _refuse_other_calls(model: Any, shape: ModelShape) -> None:
 
 
 @contextmanager
-def _capped(model: Any, shape: ModelShape) -> Iterator[CappedMemory]:
+def _capped(model: Any, shape: ModelShape) -> Iterator[CappedCache]:
     memory = Memory(shape, Settings.of(**_ROOMY), plugins.policy("am-halving"))
     view = attach(model, memory)
     try:
@@ -311,8 +311,10 @@ class _Slots:
     positions: torch.Tensor | None
 
 
-def _slots(memory: CappedMemory, shape: ModelShape) -> list[_Slots]:
+def _slots(memory: CappedCache, shape: ModelShape) -> list[_Slots]:
     """A copy of all slots."""
+    (row,) = memory.memory.rows
+    memory.engine.finish(row)
     _, tensors = take(memory.memory)
     found = []
     for index, layer in enumerate(shape.layers):

@@ -7,14 +7,13 @@ again, nor the mask of columns. Both are passed on beside the call, and no mask 
 from __future__ import annotations
 
 import inspect
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from agentmem.errors import UnsupportedGeneration
-from agentmem.hf.cache import CappedMemory, TransientCache, size
+from agentmem.hf.cache import CappedCache, TransientCache, size
 from agentmem.hf.forward_context import FRAME, Frame
 
 if TYPE_CHECKING:
@@ -22,10 +21,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-_OTHER = re.compile("pixel|image|video|audio|input_features|mm_encoder")
-"""Names of inputs that are no text."""
 _TYPES = ("token_type_ids", "mm_token_type_ids")
-"""Inputs with a number for every token that only a model around a text model has."""
+"""Inputs that say of every token what it stands for: zeros are text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,23 +50,16 @@ class Around:
         self.signature = inspect.signature(model.forward)
         self.hooks: tuple[Callable[..., Any], ...] = (self.enter, self.tell)
 
-    def enter(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Begin a forward; whoever leaves a frame ends it.
-
-        Raises:
-            UnsupportedGeneration: it has inputs other than text.
-
-        """
+    def enter(
+        self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Begin a forward, without inputs that say no more than that there is text; leaving the frame ends it."""
         outer = FRAME.get()
         FRAME.set(Frame(outer, holds=outer is not None and outer.holds))
         inputs = named(self.signature, args, kwargs)
-        if _ours(inputs):
-            other = next((name for name, value in inputs.items() if _OTHER.search(name) and _given(value)), None)
-            if other is not None:
-                raise UnsupportedGeneration(
-                    f"{other} was passed: a memory holds text alone, since a probe runs ids again; leave it out, or "
-                    "use the model without a memory"
-                )
+        if not _ours(inputs):
+            return None
+        return (), {name: value for name, value in inputs.items() if not _plain_text(name, value)}
 
     def tell(
         self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -91,12 +81,13 @@ class Around:
         return (), inputs
 
 
-def _given(value: object) -> bool:
-    return any(map(_given, value.values())) if isinstance(value, dict) else value is not None
+def _plain_text(name: str, value: Any) -> bool:
+    """Whether an input says nothing but that there is text: no images, or no token that stands for one."""
+    return value == {} if isinstance(value, dict) else name in _TYPES and value is not None and not bool(value.any())
 
 
 def _ours(inputs: Mapping[str, Any]) -> bool:
-    return isinstance(inputs.get("past_key_values"), CappedMemory | TransientCache)
+    return isinstance(inputs.get("past_key_values"), CappedCache | TransientCache)
 
 
 def told_by_wrapper(frame: Frame | None, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -108,11 +99,6 @@ def told_by_wrapper(frame: Frame | None, inputs: dict[str, Any]) -> dict[str, An
         return inputs
     around = frame.step.inputs
     return {**inputs, "input_ids": around.get("input_ids"), "attention_mask": around.get("attention_mask")}
-
-
-def last_types(inputs: dict[str, Any], start: int) -> dict[str, Any]:
-    """The types of the tokens from ``start`` on, where a forward has them."""
-    return {name: inputs[name][:, start:] for name in _TYPES if inputs.get(name) is not None}
 
 
 def named(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Both are called once a layer, with the model's own queries, keys and values (RoP
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
@@ -20,21 +20,37 @@ from agentmem.reporting import log_events
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from agentmem.compaction.budget_rules import Slots
+    from agentmem.memory.jobs import Slots
     from agentmem.memory.memory import Memory
     from agentmem.memory.sequence import Row
 
 
 class Arriving(NamedTuple):
-    """The tokens of one forward that belong to one row: their ids, positions, and columns in the batch."""
+    """The tokens of one forward that belong to one row: their ids, positions, and columns in the batch.
+
+    Positions are as whoever feeds the tokens counts: re-basing leaves them alone.
+    """
 
     ids: Sequence[int]
     positions: Sequence[int]
     columns: slice | torch.Tensor
 
 
+class Forwards(Protocol):
+    """The forwards of a model that leave nothing in its cache: ``step`` is what its layers attend with."""
+
+    def run(self, ids: Sequence[int], start: int, step: Adopt | Transient) -> None:
+        """Run the decoder over ids at positions ``start, start + 1, …``."""
+
+    def next_logits(self, ids: Sequence[int], start: int, step: Scratch) -> torch.Tensor:
+        """Run the whole model likewise: the logits ``[V]`` of the next id."""
+
+    def logits(self, ids: Sequence[int], start: int, step: Transient) -> torch.Tensor:
+        """Run the whole model likewise: the logits ``[n, V]`` after every id."""
+
+
 class Append:
-    """A forward whose tokens stay. ``commit`` or ``rollback`` ends it."""
+    """A forward whose tokens stay, once :meth:`commit` ends it."""
 
     def __init__(self, memory: Memory, arriving: Sequence[Arriving]) -> None:
         """Room for the tokens must have been made."""
@@ -64,29 +80,23 @@ class Append:
         """The forward ended well: the rows have consumed the tokens."""
         memory, before = self.memory, [row.next_position for row in self.memory.rows]
         for row, each in zip(memory.rows, self.arriving, strict=True):
-            row.write(each.ids, each.positions)
+            row.write(each.ids, [position - row.shift for position in each.positions])
         memory.progress.consumed = self._consumed(memory.progress.consumed)
         for row, position in zip(memory.rows, before, strict=True):
             _warn_of_positions(row, position, memory.shape.positions)
-        memory.appended(self)
 
     def _consumed(self, past: Consumed) -> Consumed:
         """What the rows have consumed with the tokens."""
         counts = [len(each.ids) for each in self.arriving]
         prompt, new = (sum(counts), 0) if max(counts) > 1 else (0, sum(counts))
-        ends = zip(self.memory.rows, self.arriving, past.positions, strict=True)
+        ends = zip(self.arriving, past.positions, strict=True)
         return Consumed(
             tuple(map(operator.add, past.tokens, counts)),
-            tuple(each.positions[-1] + 1 + row.shift if each.positions else place for row, each, place in ends),
+            tuple(each.positions[-1] + 1 if each.positions else place for each, place in ends),
             past.columns + self.columns,
             past.prompt_tokens + prompt,
             past.new_tokens + new,
         )
-
-    def rollback(self) -> None:
-        """The forward failed: take back what some layers had appended."""
-        for row in self.memory.rows:
-            row.take_back()
 
 
 def _warn_of_positions(row: Row, before: int, limit: int | None) -> None:
@@ -148,7 +158,9 @@ class Transient:
     ``visit(layer, queries [Hq, q, d])`` is called before a layer attends, so what it commits is what is attended.
     """
 
-    def __init__(self, memory: Memory, row: Row, visit: Callable[[int, torch.Tensor], None]) -> None:
+    def __init__(
+        self, memory: Memory, row: Row, visit: Callable[[int, torch.Tensor], None] = lambda _layer, _queries: None
+    ) -> None:
         """Nothing is allocated here."""
         self.memory, self.row, self.visit = memory, row, visit
 

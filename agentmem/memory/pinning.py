@@ -65,7 +65,7 @@ def promote(memory: Memory, row: Row) -> None:
 
     Every store is replaced as a whole, and attention does not mind the order of slots, so all states decode alike.
     """
-    if row.budgets is not None:
+    if row.job is not None:
         return  # a compaction that has begun has promoted
     prefix = min(memory.plan.prefix, row.seen)
     stop = row.promoting or max(row.pins.until, row.seen - memory.plan.recent)

@@ -9,13 +9,12 @@ the next forward.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
-from agentmem.errors import MemoryCapExceeded
-from agentmem.memory.forwards import Transient
+from agentmem.memory.forwards import Forwards, Transient
+from agentmem.memory.jobs import Move
 from agentmem.memory.pinning import settle
 from agentmem.memory.rotation import map_scratch, rebased, shift_keys, shift_scratch, widest_gap
 from agentmem.memory.torch_state import own_state
@@ -35,61 +34,28 @@ ASKED = MIN_SPARE
 """Newest tokens that are run again before and after, to measure what re-basing changed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Positions:
-    """How a model counts: so many positions, and how each layer's keys turn with them."""
-
-    limit: int
-    rotations: tuple[Rotation, ...]
+def measured_tokens(memory: Memory) -> int:
+    """Tokens that a re-basing runs again to measure itself: no more than scratch is planned for."""
+    return min(ASKED, memory.plan.chunk)
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
-    """A re-basing that has begun: the recent block goes from ``start`` to ``end``; no head's ``gap`` is smaller."""
-
-    start: int
-    end: int
-    gap: int
-    turned: set[int] = field(default_factory=set)
-    """Layers whose stored queries have been turned."""
-
-
-def keep_in_reach(memory: Memory, row: Row, tokens: int) -> None:
-    """Re-base a row if a run of ``tokens`` behind it would leave the model's positions: of a forward or of a probe.
-
-    Raises:
-        MemoryCapExceeded: the slots alone need more positions than the model has.
-
-    """
-    if memory.positions is None:
-        return
-    if row.moving is None and row.next_position + tokens + _asking(memory) <= memory.positions.limit:
-        return
-    rebase(memory, row, tokens)
-    if row.next_position + tokens > memory.positions.limit:
-        raise MemoryCapExceeded(
-            f"re-basing left position {row.next_position}, and {tokens} tokens more do not fit the model's "
-            f"{memory.positions.limit} positions; lower the cap or chunk, or feed fewer tokens at once"
-        )
-
-
-def rebase(memory: Memory, row: Row, tokens: int = 0) -> None:
+def rebase(memory: Memory, forwards: Forwards, row: Row, tokens: int = 0) -> None:
     """Move a row's slots to lower positions now, and report it; nothing is done where they stand as low as they can.
 
     ``tokens`` are to fit behind them. A forward that was interrupted is taken back first.
     """
     with own_state():
-        _rebase(memory, row, tokens)
+        _rebase(memory, forwards, row, tokens)
 
 
-def _rebase(memory: Memory, row: Row, tokens: int) -> None:
+def _rebase(memory: Memory, forwards: Forwards, row: Row, tokens: int) -> None:
     assert memory.positions is not None  # noqa: S101  # the caller has asked
-    memory.abandon()
+    memory.take_back()
     began, position = time.perf_counter(), row.next_position
     move = row.moving or _move(memory, row, tokens)
     if move.start == move.end:
         return
-    before = None if row.moving else _asked(memory, row)
+    before = None if row.moving else _asked(memory, forwards, row)
     row.change(moving=move)
     for layer, store in enumerate(row.stores):
         if store is not None and store.moves == row.moves:
@@ -102,7 +68,7 @@ def _rebase(memory: Memory, row: Row, tokens: int) -> None:
         position_before=position,
         position_after=row.next_position,
         gap=move.gap,
-        kl=None if before is None else _divergence(before, _asked(memory, row)),
+        kl=None if before is None else _divergence(before, _asked(memory, forwards, row)),
         seconds=time.perf_counter() - began,
     )
     memory.rebases.append(report)
@@ -189,17 +155,12 @@ def _move_samples(row: Row, rotations: tuple[Rotation, ...], move: Move) -> None
         move.turned.add(layer)
 
 
-def _asking(memory: Memory) -> int:
-    """Tokens that are run again: no more than scratch is planned for."""
-    return min(ASKED, memory.plan.chunk)
-
-
-def _asked(memory: Memory, row: Row) -> torch.Tensor | None:
+def _asked(memory: Memory, forwards: Forwards, row: Row) -> torch.Tensor | None:
     """Log-probabilities ``[n, V]`` of what follows the newest tokens when they are read again; the model's own work."""
-    ids = tuple(row.ids[-_asking(memory) :])
-    if memory.run_logits is None or min(ids, default=-1) < 0:
-        return None
-    logits = memory.run_logits(ids, row.next_position, Transient(memory, row, lambda _layer, _queries: None)).float()
+    ids = tuple(row.ids[-measured_tokens(memory) :])
+    if min(ids, default=-1) < 0:
+        return None  # embeddings were fed, which have no ids
+    logits = forwards.logits(ids, row.next_position, Transient(memory, row)).float()
     return logits.sub_(logits.logsumexp(-1, keepdim=True))
 
 

@@ -36,6 +36,14 @@ class Rotation:
         return 2 * self.frequencies.shape[0]
 
 
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """How a model counts: so many positions, and how each layer's keys turn with them."""
+
+    limit: int
+    rotations: tuple[Rotation, ...]
+
+
 # ---- keys
 
 

@@ -19,8 +19,7 @@ from agentmem.memory.pins import Pins
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from agentmem.compaction.request import Job
-    from agentmem.memory.positions import Move
+    from agentmem.memory.jobs import Job, Move
     from agentmem.memory.store import LayerStore
     from agentmem.reference_queries.patterns import Marks
     from agentmem.reference_queries.stored import QuerySample
@@ -55,18 +54,16 @@ class RowState:
     full_at: int
     """Tokens that the row will have consumed when it must be compacted."""
     tail: array[int] = field(default_factory=lambda: array("i"))
-    """Positions of the tokens appended since ``dealt_at``."""
-    dealt_at: int | None = None
-    """Tokens seen when headroom was last dealt; ``None`` while stores still grow towards the capacity."""
+    """Positions of the tokens appended since ``headroom_at``."""
+    headroom_at: int | None = None
+    """Tokens seen when headroom was last allocated; ``None`` while stores still grow towards the capacity."""
     intact: int = 0
     """Tokens from this one on have a slot in every head, as they were appended."""
     compactions: int = 0
-    budgets: tuple[tuple[int, ...], ...] | None = None
-    """Segment slots per layer and head of a compaction that has begun and not ended."""
     job: Job | None = None
-    """What that compaction is to do, while it has begun and not ended."""
+    """A compaction that has begun and not ended."""
     summary: SummaryReport | None = None
-    """The newest summary that the slots hold and no report has told."""
+    """The newest summary that the slots hold and no report has named yet."""
     shift: int = 0
     """What re-basing took off the positions so far."""
     moves: int = 0
@@ -123,7 +120,7 @@ class Row:
     def measured(self, capacity: int, scratch: int) -> int:
         """``full_at``, worked out from the stores; ``scratch`` slots stay free."""
         full = [store for _, store in self.full()]
-        if self.dealt_at is not None:
+        if self.headroom_at is not None:
             return self.seen + min((store.room for store in full), default=0) - scratch
         return self.seen + capacity - scratch - max((max(store.lengths) for store in full), default=0)
 
@@ -158,6 +155,11 @@ class Row:
         return max(start, self.intact, min(prefix, self.seen))
 
     @property
+    def quiet(self) -> bool:
+        """Whether no compaction and no re-basing is under way."""
+        return self.state.job is None and self.state.moving is None
+
+    @property
     def held(self) -> int:
         """Slots physically occupied, over all layers and heads."""
         return sum(sum(store.lengths) for store in self._stores if store is not None)
@@ -182,7 +184,7 @@ class Row:
         return tail if len(tail) == length else tail[:length]
 
     def _tail_length(self) -> int:
-        return self.seen - (self.dealt_at or 0)
+        return self.seen - (self.headroom_at or 0)
 
     @property
     def next_position(self) -> int:
@@ -197,9 +199,9 @@ class Row:
     # ---- parts of the state, by their names
 
     @property
-    def dealt_at(self) -> int | None:
+    def headroom_at(self) -> int | None:
         """See :class:`RowState`."""
-        return self.state.dealt_at
+        return self.state.headroom_at
 
     @property
     def intact(self) -> int:
@@ -210,11 +212,6 @@ class Row:
     def compactions(self) -> int:
         """See :class:`RowState`."""
         return self.state.compactions
-
-    @property
-    def budgets(self) -> tuple[tuple[int, ...], ...] | None:
-        """See :class:`RowState`."""
-        return self.state.budgets
 
     @property
     def job(self) -> Job | None:

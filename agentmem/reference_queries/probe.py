@@ -105,8 +105,8 @@ def make_probe(
     """
     source = _Source(transcript, prefix, turn, marks, queries.pattern_weight, start)
     sizes = _sizes(queries, tokens, words, len(transcript))
-    told = {part.source: tuple(words.get(part.source, ())[: size - 1]) for part, size in sizes}
-    newest = max((size - len(told[part.source]) for part, size in sizes if part.source in _NEWEST), default=0)
+    instructions = {part.source: tuple(words.get(part.source, ())[: size - 1]) for part, size in sizes}
+    newest = max((size - len(instructions[part.source]) for part, size in sizes if part.source in _NEWEST), default=0)
     stretches: list[_Stretch] = []
     for part, size in sorted(sizes, key=lambda item: _ORDER.index(item[0].source)):
         if part.source in _TEXTS:
@@ -114,7 +114,7 @@ def make_probe(
         elif part.source == "spread":
             stretches += _spread(part, size, source, newest)
         else:
-            stretches += _recent(part, size, source, told[part.source])
+            stretches += _recent(part, size, source, instructions[part.source])
     return _joined(stretches)
 
 
@@ -138,16 +138,16 @@ def _sizes(queries: Queries, tokens: int, words: Mapping[Source, Sequence[int]],
 
 
 def _shared(tokens: int, parts: Sequence[Part]) -> dict[Source, int]:
-    """All tokens dealt by the parts' shares; rounded so that the sums over the first parts are, and none is lost."""
+    """All tokens by the parts' shares; running sums are what is rounded, so that no token is lost."""
     ends = (0.0, *accumulate(part.share for part in parts))
     marks = [round(tokens * end / ends[-1]) for end in ends] if parts else []
     return {part.source: stop - start for part, (start, stop) in zip(parts, pairwise(marks), strict=True)}
 
 
-def _recent(part: Part, size: int, source: _Source, told: tuple[int, ...]) -> list[_Stretch]:
+def _recent(part: Part, size: int, source: _Source, instructions: tuple[int, ...]) -> list[_Stretch]:
     seen = len(source.transcript)
-    recent = source.stretch(part, max(source.start, seen - size + len(told)), seen)
-    return [_Stretch(part.source, part.weight, told), *recent] if told else recent
+    recent = source.stretch(part, max(source.start, seen - size + len(instructions)), seen)
+    return [_Stretch(part.source, part.weight, instructions), *recent] if instructions else recent
 
 
 def _spread(part: Part, size: int, source: _Source, newest: int) -> list[_Stretch]:

@@ -1,6 +1,7 @@
 """The agent runtime: conversations that keep their memory inside a cap, and can be forked, saved and loaded."""
 
 from agentmem.sessions.chat.dialogue import Message
+from agentmem.sessions.conversation import Reply
 from agentmem.sessions.events import (
     CompactionFinished,
     CompactionStarted,
@@ -16,7 +17,6 @@ from agentmem.sessions.runtime import Runtime
 from agentmem.sessions.session import Session
 from agentmem.sessions.stats import RuntimeStats, SessionStats
 from agentmem.sessions.transcript import Entry, Transcript
-from agentmem.sessions.turn import Reply
 
 __all__ = [
     "CompactionContext",

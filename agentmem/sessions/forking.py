@@ -9,9 +9,9 @@ from weakref import WeakSet
 from agentmem.sessions import aio
 
 if TYPE_CHECKING:
-    from agentmem.sessions.runtime import Runtime
+    from agentmem.sessions.conversation import Host
 
-RUNTIMES: WeakSet[Runtime] = WeakSet()
+RUNTIMES: WeakSet[Host] = WeakSet()
 _TAKEN: list[Any] = []
 """Locks that the thread that forks has taken meanwhile."""
 

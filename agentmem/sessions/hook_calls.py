@@ -1,4 +1,4 @@
-"""Asking the caller before a compaction, and telling them after it."""
+"""The hooks of one session: what is called before a compaction, and after it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from agentmem.errors import SettingsRefused
 from agentmem.sessions.hooks import POSTPONE, PROCEED, VETO, AfterCompact, BeforeCompact, CompactionContext
 
 if TYPE_CHECKING:
-    from agentmem.memory.sequence import Row
+    from agentmem.memory.memory import Memory
     from agentmem.reporting.report import CompactionReport
-    from agentmem.sessions.session import Session
 
 
-class Asking:
-    """One session's hooks, and what they answered last."""
+class HookCalls:
+    """The hooks of one session, and what they answered last."""
 
     def __init__(self, before: BeforeCompact | None, after: AfterCompact | None, soft: float) -> None:
         """``soft`` is the part of the capacity below which ``before`` is asked early."""
@@ -23,14 +22,15 @@ class Asking:
         self._not_before = 0
         self._vetoed = False
 
-    def early(self, session: Session, row: Row) -> bool:
+    def early(self, memory: Memory) -> bool:
         """Whether a compaction is due soon, and is to be asked for now."""
+        row = memory.rows[0]
         if self.before is None or self._vetoed or row.seen < self._not_before:
             return False
-        return row.room <= self.soft * session.memory.plan.capacity
+        return row.room <= self.soft * memory.plan.capacity
 
-    def ask(self, session: Session, *, full: bool) -> Request | None:
-        """What is to be done; ``None`` to leave it for now.
+    def before_compaction(self, session: str, memory: Memory, *, full: bool) -> Request | None:
+        """What is to be done with the memory of the session of that name; ``None`` to leave it for now.
 
         Raises:
             SettingsRefused: the hook answered with something else than it may.
@@ -38,15 +38,13 @@ class Asking:
         """
         if self.before is None:
             return USUAL
-        memory, row = session.memory, session.memory.rows[0]
-        names = tuple(policy.name for policy in (memory.policy, *memory.others))
-        answer = self.before(
-            CompactionContext(session.name, full, row.seen, row.held, row.room, memory.policy.name, names)
-        )
+        row = memory.rows[0]
+        names = tuple(policy.name for policy in (memory.policy, *memory.extra_policies))
+        answer = self.before(CompactionContext(session, full, row.seen, row.held, row.room, memory.policy.name, names))
         if answer == PROCEED:
             return USUAL
         if answer == POSTPONE:
-            self.postpone(session)
+            self.postpone(memory)
             return None
         if answer == VETO:
             self._vetoed = True
@@ -58,9 +56,8 @@ class Asking:
             )
         return Request(policy=memory.named(answer))
 
-    def postpone(self, session: Session) -> None:
+    def postpone(self, memory: Memory) -> None:
         """Ask again when another part of the room is used up."""
-        memory = session.memory
         self._not_before = memory.rows[0].seen + max(1, memory.settings.min_reclaim)
 
     def compacted(self, report: CompactionReport) -> None:

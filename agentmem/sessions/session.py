@@ -3,75 +3,37 @@
 from __future__ import annotations
 
 import time
-from array import array
-from collections.abc import Generator, Iterator, MutableSequence
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-import torch
-
-from agentmem.errors import CopyRefused, MemoryClosed
+from agentmem.errors import CopyRefused
 from agentmem.memory.pinning import pin
 from agentmem.sessions import aio, compaction_requests, ingestion
 from agentmem.sessions.arguments import check_count, check_seconds, check_text
-from agentmem.sessions.chat.dialogue import Dialogue, Message
+from agentmem.sessions.chat.dialogue import Message
+from agentmem.sessions.conversation import Conversation, Reply
 from agentmem.sessions.events import CompactionFinished, Event
-from agentmem.sessions.hook_calls import Asking
 from agentmem.sessions.options import How
 from agentmem.sessions.stats import SessionStats
-from agentmem.sessions.transcript import Entry, Transcript
-from agentmem.sessions.turn import Reply, Watch
+from agentmem.sessions.transcript import Transcript
 from agentmem.sessions.turn_steps import Steps
 
 if TYPE_CHECKING:
     import os
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
-    from agentmem.hf import CappedMemory
-    from agentmem.memory.memory import Memory
-    from agentmem.reporting.report import CompactionReport, RebaseReport
-    from agentmem.sessions.chat.template import ChatTemplate
-    from agentmem.sessions.leasing.holding import Holding
-    from agentmem.sessions.runtime import Runtime
-    from agentmem.sessions.settings import SessionSettings
+    from agentmem.reporting.report import CompactionReport
 
 T = TypeVar("T")
 
 
-class Session:
+class Session(Conversation):
     """One conversation. Made by :meth:`Runtime.session`, :meth:`Runtime.load` or :meth:`fork`.
 
     Every method that reads or writes takes the session's lease first and may raise :class:`RuntimeBusy`. A turn that
     ends early, for whatever reason, leaves a session that can go on.
     """
-
-    def __init__(
-        self,
-        runtime: Runtime,
-        name: str,
-        settings: SessionSettings,
-        holding: Holding,
-        template: ChatTemplate | None,
-        asking: Asking,
-    ) -> None:
-        """Use :meth:`Runtime.session`."""
-        self.runtime, self.name, self.settings, self.holding = runtime, name, settings, holding
-        self.template, self.asking = template, asking
-        self.tokenizer: Any = runtime.tokenizer
-        self.ids: MutableSequence[int] = array("q")
-        """Everything read and sampled, consumed by the memory or not yet."""
-        self.dialogue = Dialogue()
-        self.entries: list[Entry] = []
-        self.reply: Reply | None = None
-        """A reply that is still open."""
-        self.generator = None if settings.seed is None else torch.Generator().manual_seed(settings.seed)
-        self.watch = Watch()
-        self.busy = self.closed = False
-        self.reply_start = 0
-        self._told = holding.rebases
-        self.last = Reply()
-        """The newest reply, open or not."""
-        holding.sessions.add(id(self))
 
     # ---- turns
 
@@ -317,19 +279,6 @@ class Session:
         finally:
             self.runtime.leave(self)
 
-    def compacted(self, report: CompactionReport) -> None:
-        """Take note of a compaction."""
-        if report.summary is not None:
-            made = report.summary
-            self.entries = [entry for entry in self.entries if not entry.replaced(made)]
-            self.entries.append(Entry(kind="summary", role=None, start=made.start, stop=made.stop, text=made.text))
-        self.asking.compacted(report)
-
-    def heard(self) -> list[RebaseReport]:
-        """Re-basings that were not told of yet."""
-        told, self._told = self._told, len(self.memory.rebases)
-        return self.memory.rebases[told:]
-
     # ---- branches and files
 
     def fork(self, name: str | None = None) -> Session:
@@ -339,7 +288,8 @@ class Session:
             SettingsRefused: a turn is running.
 
         """
-        return self.runtime.fork(self, name)
+        other: Session = self.runtime.fork(self, name)
+        return other
 
     def save(self, url: str | os.PathLike[str]) -> None:
         """Save everything under a path or an fsspec URL, whole or not at all; :meth:`Runtime.load` brings it back.
@@ -370,29 +320,11 @@ class Session:
     # ---- what there is
 
     @property
-    def memory(self) -> Memory:
-        """The memory, while it is not on disk."""
-        return self._here(self.holding.memory)
-
-    @property
-    def view(self) -> CappedMemory:
-        """What is passed as ``past_key_values``, while the memory is not on disk."""
-        return self._here(self.holding.view)
-
-    def _here(self, part: T | None) -> T:
-        if part is None:
-            raise MemoryClosed(f"session {self.name!r} is closed, or its memory is on disk until its next turn")
-        return part
-
-    @property
-    def pending(self) -> list[int]:
-        """Ids that the memory has not consumed yet."""
-        return list(self.ids[self.holding.seen :])
-
-    @property
     def transcript(self) -> Transcript:
         """Everything read and written, as ids and as text, and the summaries that stand in the memory."""
-        return Transcript.of(self, ingestion.reply_entry(self))
+        written = ingestion.reply_entry(self)
+        entries = [*self.entries, *(() if written is None else (written,))]
+        return Transcript.of(self.ids, entries, self.tokenizer)
 
     @property
     def stats(self) -> SessionStats:

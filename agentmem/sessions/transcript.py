@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from agentmem.reporting.report import SummaryReport
-    from agentmem.sessions.session import Session
 
 Kind = Literal["message", "reply", "text", "summary"]
 
@@ -45,18 +46,18 @@ class Transcript:
     text: str
 
     @classmethod
-    def of(cls, session: Session, written: Entry | None) -> Self:
-        """What a session has so far; ``written`` is its open reply's entry."""
+    def of(cls, ids: Sequence[int], entries: Iterable[Entry], tokenizer: Any) -> Self:
+        """What was read and written so far; the text of each entry is decoded where it has none of its own."""
 
         def text(start: int, stop: int) -> str:
-            ids = list(session.ids[start:stop])
-            return str(session.tokenizer.decode(ids, skip_special_tokens=False)) if ids else ""
+            part = list(ids[start:stop])
+            return str(tokenizer.decode(part, skip_special_tokens=False)) if part else ""
 
         decoded = (
             entry if entry.text else entry.model_copy(update={"text": text(entry.start, entry.stop)})
-            for entry in (*session.entries, *(() if written is None else (written,)))
+            for entry in entries
         )
-        return cls(tuple(session.ids), tuple(decoded), text(0, len(session.ids)))
+        return cls(tuple(ids), tuple(decoded), text(0, len(ids)))
 
     def ids_of(self, entry: Entry) -> tuple[int, ...]:
         """The ids of one entry."""

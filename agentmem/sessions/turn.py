@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from agentmem.compaction.request import USUAL, Request
-from agentmem.compaction.run import RowCompaction
+from agentmem.engine import in_turn
 from agentmem.errors import TurnEnded
 from agentmem.hf.decoding import Decoding, choose, feed
 from agentmem.memory.pinning import pin_coming
 from agentmem.sessions.chat.text_decoder import TextPieces
+from agentmem.sessions.conversation import Conversation, Interrupted, Reply
 from agentmem.sessions.events import (
     CompactionFinished,
     CompactionStarted,
@@ -31,42 +31,11 @@ if TYPE_CHECKING:
     from agentmem.contracts import Policy
     from agentmem.memory.memory import Memory
     from agentmem.reporting.report import CompactionReport
-    from agentmem.sessions.session import Session
 
 Events = Generator[Event | None, None, None]
-"""What happens in a turn; ``None`` after a forward that told nothing, so that other turns can have theirs."""
+"""What happens in a turn; ``None`` after a forward without an event, so that other turns can have theirs."""
 LEAST_SPAN = 16
 """Tokens of a span that is compacted after it was read, at least."""
-
-
-class Interrupted(BaseException):
-    """A turn is to end at this boundary; no error, and nothing that a policy's faults are caught with."""
-
-    def __init__(self, reason: Reason) -> None:
-        """``cancelled`` or ``deadline``."""
-        super().__init__(reason)
-        self.reason: Reason = reason
-
-
-@dataclass(slots=True)
-class Watch:
-    """Whether a turn is to go on."""
-
-    deadline: float | None = None
-    """On the monotonic clock."""
-    cancelled: bool = False
-
-    def check(self) -> None:
-        """End the turn here if it is to end.
-
-        Raises:
-            Interrupted: with the reason.
-
-        """
-        if self.cancelled:
-            raise Interrupted("cancelled")
-        if self.deadline is not None and time.monotonic() >= self.deadline:
-            raise Interrupted("deadline")
 
 
 @dataclass(slots=True)
@@ -85,18 +54,8 @@ class After:
         return Request(max(1, math.ceil(share * tokens)), start, self.focus, self.policy)
 
 
-@dataclass(slots=True)
-class Reply:
-    """What the model has written in a turn."""
-
-    ids: list[int] = field(default_factory=list)
-    text: str = ""
-    reason: Reason = "cancelled"
-    end: int | None = None
-
-
 def read(
-    session: Session, after: After | None = None, *, leave: int = 1
+    session: Conversation, after: After | None = None, *, leave: int = 1
 ) -> Generator[Event | None, None, torch.Tensor | None]:
     """Feed what is pending but for the last ``leave`` ids; yields the events of compactions.
 
@@ -108,7 +67,7 @@ def read(
     while (count := len(waiting := session.pending) - leave) > 0:
         yield from make_room(session)
         session.watch.check()
-        width = memory.piece([[True] * count], _piece(memory, after))
+        width = session.engine.piece([[True] * count], _piece(memory, after))
         holds = not leave and width == count
         logits = feed(session.view, waiting[:width], holds=holds)
         if holds:
@@ -121,9 +80,9 @@ def read(
     return None
 
 
-def rebased(session: Session) -> Events:
-    """What was re-based since this was asked last."""
-    yield from (Rebased(report=report) for report in session.heard())
+def rebased(session: Conversation) -> Events:
+    """What was re-based since the last call."""
+    yield from (Rebased(report=report) for report in session.new_rebases())
 
 
 def _piece(memory: Memory, after: After | None) -> int:
@@ -135,7 +94,7 @@ def _piece(memory: Memory, after: After | None) -> int:
     return max(LEAST_SPAN, min(most, probe or most, memory.plan.target))
 
 
-def _compact_span(session: Session, after: After, *, last: bool) -> Events:
+def _compact_span(session: Conversation, after: After, *, last: bool) -> Events:
     """Compact what has been read of a text and has left the recent window, less what is pinned."""
     row = session.memory.rows[0]
     start = row.compactable(after.start, session.memory.plan.prefix)
@@ -145,22 +104,22 @@ def _compact_span(session: Session, after: After, *, last: bool) -> Events:
         yield from compact(session, after.request(start, tokens), forced=False)
 
 
-def make_room(session: Session) -> Events:
+def make_room(session: Conversation) -> Events:
     """Compact where the row is full, or nearly so and a hook wants to know."""
     memory, row = session.memory, session.memory.rows[0]
-    if memory.policy.compactor is None or memory.settings.mode != "auto":
+    if not session.engine.automatic:
         return
-    full = row.room < 1 or row.budgets is not None
-    if row.budgets is not None:
+    full = row.room < 1 or row.job is not None
+    if row.job is not None:
         request: Request | None = USUAL
-    elif full or session.asking.early(session, row):
-        request = session.asking.ask(session, full=full)
+    elif full or session.hooks.early(memory):
+        request = session.hooks.before_compaction(session.name, memory, full=full)
     else:
         return
     if request is not None:
         report = yield from compact(session, request, forced=full)
         if report is None and not full:  # nothing to reclaim yet
-            session.asking.postpone(session)
+            session.hooks.postpone(memory)
     elif full:
         raise TurnEnded(
             f"the memory is full ({memory.plan.capacity} slots per head, {row.seen} tokens seen) and before_compact "
@@ -169,26 +128,30 @@ def make_room(session: Session) -> Events:
 
 
 def compact(
-    session: Session, request: Request, *, forced: bool
+    session: Conversation, request: Request, *, forced: bool
 ) -> Generator[Event | None, None, CompactionReport | None]:
     """Compact now; returns the report, ``None`` where there was nothing to reclaim."""
-    memory, row = session.memory, session.memory.rows[0]
-    if row.budgets is not None and request is not USUAL:  # one that was interrupted: a compaction of its own
-        begun = yield from compact(session, USUAL, forced=True)
-        return (yield from compact(session, request, forced=forced)) or begun
-    policy = row.job.policy if row.job is not None else request.policy or memory.policy
-    if not RowCompaction(memory, row, request).worthwhile:
-        return None
-    yield CompactionStarted(policy=policy.name, tokens_seen=row.seen, slots=row.held, forced=forced)
-    report: CompactionReport | None = memory.compact(row, request)
-    yield from rebased(session)
-    if report is not None:
+    engine, row = session.engine, session.memory.rows[0]
+    report: CompactionReport | None = None
+    for each in in_turn(row, request):
+        compaction = engine.prepare(row, each)
+        yield from rebased(session)
+        if compaction is None:
+            continue
+        started = CompactionStarted(
+            policy=compaction.job.policy.name,
+            tokens_seen=row.seen,
+            slots=row.held,
+            forced=forced or each is not request,
+        )
+        yield started
+        report = engine.run(compaction)
         session.compacted(report)
         yield CompactionFinished(report=report)
     return report
 
 
-def write(session: Session, reply: Reply, decoding: Decoding, *, keep_open: bool) -> Events:
+def write(session: Conversation, reply: Reply, decoding: Decoding, *, keep_open: bool) -> Events:
     """Decode until the reply ends; ``reply`` is filled on the way, so that it is there however the turn ends.
 
     A character that is incomplete at the end is shown as it is, unless the reply goes on.
@@ -206,7 +169,7 @@ def write(session: Session, reply: Reply, decoding: Decoding, *, keep_open: bool
         yield TextEvent(text=rest)
 
 
-def _decode(session: Session, reply: Reply, decoding: Decoding, pieces: TextPieces) -> Events:
+def _decode(session: Conversation, reply: Reply, decoding: Decoding, pieces: TextPieces) -> Events:
     reason: Reason | None = None
     while reason is None:
         logits = yield from read(session, leave=0)
@@ -223,7 +186,7 @@ def _decode(session: Session, reply: Reply, decoding: Decoding, pieces: TextPiec
     reply.reason = reason
 
 
-def _take(session: Session, decoding: Decoding, reply: Reply, logits: torch.Tensor) -> tuple[int, torch.Tensor]:
+def _take(session: Conversation, decoding: Decoding, reply: Reply, logits: torch.Tensor) -> tuple[int, torch.Tensor]:
     """Choose the next token, take it into the conversation, and only then count what it was chosen by as read.
 
     Wherever this ends early there is something left to be read again.
@@ -237,11 +200,11 @@ def _take(session: Session, decoding: Decoding, reply: Reply, logits: torch.Tens
     except BaseException:
         session.ids.pop()
         raise
-    session.memory.commit()
+    session.engine.commit()
     return token, scores
 
 
-def pin_reply(session: Session, start: int) -> None:
+def pin_reply(session: Conversation, start: int) -> None:
     """Pin what the model writes, where its role is pinned.
 
     Raises:

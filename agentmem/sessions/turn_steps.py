@@ -6,17 +6,19 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 from agentmem.hf.forward_context import own_frame
-from agentmem.sessions.turn import Watch
+from agentmem.sessions.conversation import Watch
 
 if TYPE_CHECKING:
+    from agentmem.sessions.conversation import Conversation
     from agentmem.sessions.events import Event
-    from agentmem.sessions.session import Session
 
 
 class Steps:
     """The events of one turn of an admitted session. :meth:`close` must be called, whatever happens."""
 
-    def __init__(self, session: Session, events: Generator[Event | None, None, None], deadline: float | None) -> None:
+    def __init__(
+        self, session: Conversation, events: Generator[Event | None, None, None], deadline: float | None
+    ) -> None:
         """Nothing is run yet; ``deadline`` is on the monotonic clock."""
         self._session, self._events = session, events
         self._open, self.over = True, False
@@ -26,7 +28,7 @@ class Steps:
         session.memory.boundary = session.watch.check
 
     def tick(self) -> Event | None:
-        """At most one forward or one compaction; ``None`` if it told nothing, or when the turn is :attr:`over`."""
+        """At most one forward or one compaction; ``None`` if there was no event, or when the turn is :attr:`over`."""
         with self._session.runtime.lock, own_frame():
             try:
                 return next(self._events)

@@ -13,7 +13,7 @@ from agentmem import api
 from agentmem.compaction.writing import repeats, write
 from agentmem.contracts import Policy, Rewrite
 from agentmem.errors import SettingsRefused, UnsupportedModel
-from agentmem.hf import CappedMemory
+from agentmem.hf import CappedCache
 from agentmem.memory.pinning import pin, promote
 from agentmem.planning.pricing import MAX_REQUEST
 from agentmem.policies.summary import summary
@@ -79,7 +79,7 @@ def test_the_profiler_s_peak_is_within_the_cap() -> None:
 # ---- where it stands
 
 
-def compacted(memory: CappedMemory) -> CompactionReport:
+def compacted(memory: CappedCache) -> CompactionReport:
     """The one report of a compaction by hand."""
     (report,) = memory.compact()
     return report
@@ -262,14 +262,13 @@ def test_the_model_is_asked_in_its_own_format() -> None:
     asked: list[Any] = []
     for tokenizer in (dictation.Tokenizer(), Chatting()):
         with dictation.telling(summary(instruction="what have you seen"), tokenizer=tokenizer) as memory:
-            run = memory.memory.run_scratch
-            assert run is not None
+            run = memory.engine.forwards.next_logits
 
             def watched(ids: Any, start: int, step: Any, run: Any = run) -> Any:
                 asked.append((tuple(ids), start))
                 return run(ids, start, step)
 
-            memory.memory.run_scratch = watched
+            memory.engine.forwards.next_logits = watched  # type: ignore[method-assign]
             dictation.feed(memory, FULL)
             memory.compact()
     first = [ids for ids, start in asked if start == FULL]
@@ -280,9 +279,8 @@ def test_no_run_of_eight_is_written_twice() -> None:
     """Greedy decoding that would go round in circles takes the next best; short repeats are let be."""
     with dictation.telling("summary") as memory:
         dictation.feed(memory, 20)
-        core, cycle = memory.memory, [31, 32, 33]
-        run, state = core.run_scratch, [0]
-        assert run is not None
+        core, forwards, cycle = memory.memory, memory.engine.forwards, [31, 32, 33]
+        run, state = forwards.next_logits, [0]
 
         def circling(*given: Any) -> torch.Tensor:
             logits = torch.arange(run(*given).shape[0]) * -1e-3
@@ -290,10 +288,10 @@ def test_no_run_of_eight_is_written_twice() -> None:
             state[0] += 1
             return logits
 
-        core.run_scratch = circling
-        free = write(core, core.rows[0], (5, 6), 60)[2:]
+        forwards.next_logits = circling  # type: ignore[method-assign]
+        free = write(core, forwards, core.rows[0], (5, 6), 60)[2:]
         state[0] = 0
-        bound = write(core, core.rows[0], (5, 6), 60, no_repeat=8)[2:]
+        bound = write(core, forwards, core.rows[0], (5, 6), 60, no_repeat=8)[2:]
     assert free == tuple(cycle * 20)[:58]
     runs = [bound[at : at + 8] for at in range(51)]
     assert len(set(runs)) == len(runs)

@@ -178,7 +178,7 @@ def test_an_interrupt_before_anything_is_replaced_costs_nothing(where: str, monk
             with pytest.raises(KeyboardInterrupt):
                 dictation.feed(memory, FULL + 1)
         assert dictation.lengths(memory) == [[FULL] * 2] * LAYERS
-        assert memory.memory.rows[0].budgets is None
+        assert memory.memory.rows[0].job is None
         logits = tiny.feed(memory, tiny.ids(FULL + 1)[:, FULL:], model=tiny.llama(LAYERS))
         assert dictation.same(dictation.heads(memory), undisturbed()[0])
         assert logits.tolist() == undisturbed()[1]
@@ -221,7 +221,7 @@ def test_an_interrupt_behind_the_adoption_leaves_a_row_that_goes_on(
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    with dictation.telling(cap=1 << 24, others=("window",)) as memory:
+    with dictation.telling(cap=1 << 24, extra_policies=("window",)) as memory:
         dictation.dictate(memory, (*SCRIPT, END))
         with monkeypatch.context() as patch:
             if layer is None:
@@ -249,7 +249,7 @@ def test_an_interrupt_behind_the_adoption_leaves_a_row_that_goes_on(
 def test_a_compaction_by_another_policy_keeps_scratch_free() -> None:
     """What the memory's own policy will write in stays free, whoever compacts."""
     policy = POLICIES["summary"]
-    with dictation.telling(policy, cap=1 << 24, others=("window",)) as memory:
+    with dictation.telling(policy, cap=1 << 24, extra_policies=("window",)) as memory:
         dictation.dictate(memory, (*SCRIPT, END))
         dictation.feed(memory, FULL - 4)
         memory.compact(policy="window")

@@ -11,7 +11,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import pipeline
 
 import agentmem
-from agentmem.errors import CapBypassed
 from support import families, tiny_chat, variants
 
 # transformers warns of a property that peft still reads
@@ -55,18 +54,17 @@ def _base() -> Any:
     return variants.model()
 
 
-def test_a_pipeline_passes_the_memory_on() -> None:
-    """A text-generation pipeline takes past_key_values among its arguments; without it the block refuses to run."""
+@pytest.mark.parametrize("passed", [True, False], ids=["passed", "taken from the block"])
+def test_a_pipeline_runs_in_a_capped_block(passed: bool) -> None:
+    """A text-generation pipeline uses the block's memory, which may also be among its arguments."""
     tokenizer = copy.deepcopy(tiny_chat.tokenizer())
     tokenizer.pad_token = "<pad>"  # noqa: S105  # no password
     pipe = pipeline("text-generation", model=variants.private(), tokenizer=tokenizer, device="cpu")
-    options = {"max_new_tokens": 12, "do_sample": False}
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
     stock = pipe("hello there", **options)
 
     with agentmem.capped(pipe.model, **variants.ROOMY) as memory:
-        ours = pipe("hello there", past_key_values=memory, **options)
-        with pytest.raises(CapBypassed, match="pass past_key_values=memory"):
-            pipe("hello there", **options)
+        ours = pipe("hello there", **options, **({"past_key_values": memory} if passed else {}))
 
     assert ours == stock
     assert memory.report().num_new_tokens == 11  # the last one is never read

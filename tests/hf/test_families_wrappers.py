@@ -65,7 +65,9 @@ def test_images_are_refused_by_name() -> None:
     """Before anything runs; without a memory the model takes them as ever."""
     model = families.model("gemma3")
     with agentmem.capped(model, **variants.ROOMY) as memory:
-        with variants.refused(model, UnsupportedGeneration, "pixel_values was passed: a memory holds text alone"):
+        with variants.refused(
+            model, UnsupportedGeneration, "a forward with pixel_values (a value of type Tensor)", "leave it out"
+        ):
             model(variants.prompt(8), past_key_values=memory, **PIXELS)
         assert memory.columns == 0
         model(variants.prompt(3), past_key_values=memory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +29,7 @@ def test_a_seed_that_no_generator_takes_is_refused(seed: int, taken: int) -> Non
     model = variants.private()
     with (
         pytest.raises(SettingsRefused, match=rf"^seed: Input should be .+ to {taken} \(got {seed}\)"),
-        agentmem.capped(model, "1MiB", seed=seed),
+        agentmem.capped(model, cap="1MiB", seed=seed),
     ):
         pass
     with agentmem.wrap(model, cap="4MiB", seed=taken) as memory:
@@ -187,7 +188,7 @@ def test_what_a_family_does_that_is_not_handled_is_named(family: str) -> None:
     """Sinks, soft-capping, recurrent state, own attention code, KV sharing, chunks, masks: by the one true reason."""
     config = AutoConfig.for_model(family)
     with pytest.raises(UnsupportedModel, match=REASONS[family]):
-        agentmem.plan(config, "24MiB")
+        agentmem.plan(config, cap="24MiB")
 
 
 GPT_OSS = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_local_experts": 4, "head_dim": 16}
@@ -198,7 +199,7 @@ def test_an_unsupported_model_is_left_as_it_was() -> None:
     """A refused model keeps its attention and its generate."""
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_oss", **GPT_OSS)).eval()
     before = model.config._attn_implementation
-    with pytest.raises(UnsupportedModel, match="gpt_oss"), agentmem.capped(model, "24MiB"):
+    with pytest.raises(UnsupportedModel, match="gpt_oss"), agentmem.capped(model, cap="24MiB"):
         pass
 
     assert model.config._attn_implementation == before
@@ -222,7 +223,7 @@ def test_layers_with_another_state_are_refused() -> None:
     kinds = ["full_attention", "linear_attention"]
     config = AutoConfig.for_model("qwen3", num_hidden_layers=2, layer_types=kinds)
     with pytest.raises(UnsupportedModel, match=r"layer 1 keeps its state in a LinearAttentionLayer"):
-        agentmem.plan(config, "24MiB")
+        agentmem.plan(config, cap="24MiB")
 
 
 DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}}
@@ -318,3 +319,41 @@ def test_a_plan_of_nothing_is_refused(given: dict[str, Any], said: str) -> None:
     """Counts below one, and what is no model."""
     with pytest.raises(agentmem.SettingsRefused, match=said):
         agentmem.plan(**{"model": tiny_model("llama").config, "cap": "24MiB", **given})
+
+
+# ---- arguments that pieces and probes would not get
+
+
+def _row_adapters(_: Any, args: Any, kwargs: Any, adapter_names: list[str]) -> tuple[Any, Any]:
+    """What PEFT's hook is called with; layers of a plain model do not take the argument."""
+    return args, kwargs
+
+
+@pytest.mark.parametrize("door", ["generate", "forward"])
+def test_an_adapter_for_each_row_is_refused(door: str) -> None:
+    """PEFT hands ``adapter_names`` to layers by a hook behind the model's arguments; a probe runs one row."""
+    model, ids = variants.private(), variants.prompt(5, rows=2)
+    hook = functools.partial(_row_adapters, adapter_names=["one", "two"])
+    handle = model.model.layers[1].self_attn.q_proj.register_forward_pre_hook(hook, with_kwargs=True)
+    with agentmem.capped(model, **variants.ROOMY) as memory:
+        with variants.refused(model, UnsupportedGeneration, "adapter_names", "set_adapter", "one memory for each"):
+            if door == "generate":
+                model.generate(ids, max_new_tokens=2, past_key_values=memory)
+            else:
+                model(ids, past_key_values=memory)
+        handle.remove()
+        assert memory.get_seq_length() == 0
+        model.generate(ids, max_new_tokens=2, past_key_values=memory)
+
+
+@pytest.mark.parametrize("part", ["model", "decoder", "generate"])
+def test_an_argument_that_pieces_would_not_get_is_refused(part: str) -> None:
+    """An unknown argument of a forward is refused by name, and taken where it is ``None`` or ``False``."""
+    model, ids = variants.private(), variants.prompt(40)
+    with agentmem.capped(model, **variants.TIGHT) as memory:
+        run = {"model": model, "decoder": model.get_decoder(), "generate": model.generate}[part]
+        more: dict[str, Any] = {"max_new_tokens": 1} if part == "generate" else {}
+        with variants.refused(model, UnsupportedGeneration, "max_length_q", "int", "leave it out"):
+            run(ids[:, :8], past_key_values=memory, max_length_q=8, **more)
+        assert memory.get_seq_length() == 0
+        run(ids[:, :8], past_key_values=memory, max_length_q=None, is_causal=False, **more)

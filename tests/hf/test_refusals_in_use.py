@@ -119,7 +119,7 @@ def test_a_forward_beyond_the_chunk_that_cannot_be_cut_is_refused() -> None:
 
 
 def test_a_memory_that_no_forward_used_is_an_error() -> None:
-    """Forgetting past_key_values is noticed at the end of the block, unless the block failed by itself."""
+    """A block in which nothing was generated is noticed at its end, unless it failed by itself."""
     model = variants.model()
     with pytest.raises(MemoryUnused, match="past_key_values=memory"), agentmem.capped(model, **variants.ROOMY):
         pass
@@ -128,12 +128,10 @@ def test_a_memory_that_no_forward_used_is_an_error() -> None:
 
 
 def test_a_cache_beside_the_memory_is_an_error() -> None:
-    """Without past_key_values, generate and a plain forward would grow a cache outside the cap."""
+    """A plain forward without past_key_values would grow a cache outside the cap."""
     model = variants.model()
     with agentmem.capped(model, **variants.ROOMY) as memory:
         for bypass in (
-            lambda: model.generate(variants.prompt(5), max_new_tokens=2),
-            lambda: model.generate(variants.prompt(5), GenerationConfig(max_new_tokens=2), past_key_values=None),
             lambda: model(variants.prompt(5)),
             lambda: model(input_ids=variants.prompt(5), use_cache=True),
             lambda: model.get_decoder()(variants.prompt(5)),
@@ -145,6 +143,33 @@ def test_a_cache_beside_the_memory_is_an_error() -> None:
         model(variants.prompt(5), use_cache=False)
         model(variants.prompt(5), past_key_values=DynamicCache(config=model.config))
         model(variants.prompt(5), past_key_values=memory)
+
+
+@pytest.mark.parametrize("given", [{}, {"past_key_values": None}])
+def test_generate_takes_the_memory_of_its_block(given: dict[str, Any]) -> None:
+    """Unmodified code runs under the cap, turn after turn, and gives the tokens that passing the memory gives."""
+    model, outputs = variants.model(), []
+    for passed in (False, True):
+        with agentmem.capped(model, **variants.TIGHT) as memory:
+            more = {"past_key_values": memory} if passed else given
+            ids = model.generate(variants.prompt(50), GenerationConfig(max_new_tokens=20, do_sample=False), **more)
+            outputs.append(model.generate(torch.cat((ids, variants.prompt(3)), 1), max_new_tokens=2, **more))
+        assert memory.report().num_compactions >= 1
+    assert torch.equal(*outputs)
+
+
+def test_generate_in_two_blocks_must_be_told_which_memory() -> None:
+    """Where two blocks cap the model, generate without a memory is refused; another model's block is none of its."""
+    model, other = variants.model(), variants.private()
+    with agentmem.capped(model, **variants.ROOMY) as outer:
+        with agentmem.capped(other, **variants.ROOMY) as foreign:
+            model.generate(variants.prompt(5), max_new_tokens=2)
+            other.generate(variants.prompt(5), max_new_tokens=2)
+            assert outer.get_seq_length() == foreign.get_seq_length() == 6
+        with agentmem.capped(model, **variants.ROOMY) as inner:
+            with variants.refused(model, CapBypassed, "2 blocks cap this model", "past_key_values=memory"):
+                model.generate(variants.prompt(5), max_new_tokens=2)
+            model.generate(variants.prompt(5), max_new_tokens=2, past_key_values=inner)
 
 
 def test_a_closed_memory_is_refused() -> None:
@@ -254,16 +279,16 @@ def test_a_cap_that_is_too_small_says_what_would_do() -> None:
     model = variants.model()
     with (
         variants.refused(model, CapTooSmall, "4.0 KiB", "too small", "raise cap") as _,
-        agentmem.capped(model, "4KiB", chunk=16),
+        agentmem.capped(model, cap="4KiB", chunk=16),
     ):
         pass
     with pytest.raises(CapTooSmall) as caught:
-        agentmem.plan(model, "4KiB", chunk=16)
+        agentmem.plan(model, cap="4KiB", chunk=16)
     enough = int(re.search(r"need (\d+) bytes", str(caught.value))[1])  # type: ignore[index]
 
-    assert agentmem.plan(model, enough, chunk=16).cap_bytes == enough
+    assert agentmem.plan(model, cap=enough, chunk=16).cap_bytes == enough
     with pytest.raises(CapTooSmall):
-        agentmem.plan(model, enough - 1, chunk=16)
+        agentmem.plan(model, cap=enough - 1, chunk=16)
     with agentmem.wrap(model, cap=enough, chunk=16) as ours, variants.refused(model, CapTooSmall, "3 row(s)"):
         ours.generate(variants.prompt(5, rows=3), max_new_tokens=2)
 

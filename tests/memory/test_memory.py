@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from agentmem.engine import Engine
 from agentmem.errors import MemoryCapExceeded, MemoryClosed, SettingsRefused, UnsupportedGeneration
 from agentmem.hf import describe
 from agentmem.memory.forwards import Arriving, Transient
@@ -18,6 +19,7 @@ from agentmem.settings import Settings
 from agentmem.testing import peak_allocated, tiny_model
 from oracles import attention as reference
 from support import tiny
+from support.no_model import Forwards, engine
 
 KINDS = pytest.mark.parametrize("kind", tiny.KINDS)
 SOME = pytest.mark.parametrize("kind", ["window", "heavy-hitters", "live+replay", "replay+spread", "random", "context"])
@@ -46,13 +48,14 @@ def test_the_ledger_is_right_after_every_forward(kind: str) -> None:
 @KINDS
 def test_a_whole_compaction_allocates_no_more_than_planned(kind: str) -> None:
     """The profiler's peak of budgets, fits, checks, commits and headroom stays within T, and R + T under the cap."""
-    memory, reference_queries = filled(kind)
+    runs, reference_queries = filled(kind)
+    memory = runs.memory
 
     def visit(_: object, __: int, step: Transient) -> None:
         for layer, queries in enumerate(reference_queries):
             step.visit(layer, queries)
 
-    memory.run_transient = visit
+    runs.forwards = Forwards(visit)
     row = memory.rows[0]
     reports: list[CompactionReport | None] = []
 
@@ -60,7 +63,7 @@ def test_a_whole_compaction_allocates_no_more_than_planned(kind: str) -> None:
         for layer, store in enumerate(row.stores):  # born again: the profiler sees only frees of what it saw allocated
             assert store is not None
             row.replace(layer, store.resized(store.capacities))
-        reports.append(memory.compact(row))
+        reports.append(runs.compact(row))
 
     resident = memory.ledger.resident - memory.plan.stored_bytes
     memory.ledger.cap += memory.plan.capacity * 2 * 148  # for the rebirth alone
@@ -72,21 +75,22 @@ def test_a_whole_compaction_allocates_no_more_than_planned(kind: str) -> None:
     assert reports[0].bytes_peak <= memory.settings.cap
 
 
-def filled(kind: str) -> tuple[Memory, list[torch.Tensor]]:
-    """A full memory of 3 layers without a model, and the reference queries of a probe."""
+def filled(kind: str) -> tuple[Engine, list[torch.Tensor]]:
+    """The engine of a full memory of 3 layers without a model, and the reference queries of a probe."""
     policy = tiny.KINDS[kind]
     shape = describe(tiny.llama(3).config, itemsize=4)
     settings = {**tiny.SETTINGS, "max_slots": 300, "chunk": 64}
     plan = make_plan(shape, Settings.of(cap=1 << 30, **settings), policy)
     memory = Memory(shape, Settings.of(cap=plan.resident_bytes + plan.workspace_bytes, **settings), policy)
     memory.bind(1)
+    runs = engine(memory)
     for start in range(0, 300, 60):
         positions = list(range(start, start + 60))
-        step = memory.begin([Arriving(positions, positions, slice(None))])
+        step = runs.begin([Arriving(positions, positions, slice(None))])
         for layer in range(3):
             step.attend(layer, torch.randn(1, 4, 60, 16), torch.randn(1, 2, 60, 16), torch.randn(1, 2, 60, 16), 0.25)
-        step.commit()
-    return memory, [torch.randn(4, max(1, memory.plan.probe_tokens), 16) for _ in range(3)]
+        runs.commit()
+    return runs, [torch.randn(4, max(1, memory.plan.probe_tokens), 16) for _ in range(3)]
 
 
 @SOME
@@ -169,9 +173,10 @@ def test_pads_neither_see_nor_are_seen() -> None:
     valid = [[True] * 6, [False, False, True, True, True, True], [False] * 6]
     queries, keys, values = torch.randn(3, 4, 6, 16), torch.randn(3, 2, 6, 16), torch.randn(3, 2, 6, 16)
     arriving = [arrives(row) for row in valid]
-    step = memory.begin(arriving)
+    runs = engine(memory)
+    step = runs.begin(arriving)
     output = step.attend(0, queries, keys, values, 0.25)
-    step.commit()
+    runs.commit()
     expected = reference.padded(queries, keys, values, valid, 0.25)
     assert torch.allclose(output.double(), expected, atol=1e-5)
     assert [row.held for row in memory.rows] == [12, 8, 0]
@@ -221,7 +226,8 @@ def test_a_probe_leaves_nothing_behind() -> None:
         before = [(store.keys.clone(), store.bias.clone(), list(store.lengths)) for store in stores]
         visited: list[int] = []
         probe = make_probe(row.ids, memory.memory.policy.queries, 16, {}, prefix=4, turn=0)
-        memory.memory.probe(row, probe, lambda layer, _: visited.append(layer))
+        step = Transient(memory.memory, row, lambda layer, _: visited.append(layer))
+        memory.engine.forwards.run(probe.ids, row.next_position, step)
         assert visited == [0, 1]
         assert (row.seen, row.next_position, row.room) == (40, 40, 8)
         for store, (keys, bias, lengths) in zip(stores, before, strict=True):

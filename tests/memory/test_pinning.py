@@ -10,7 +10,7 @@ import torch
 from agentmem import plugins
 from agentmem.compaction.request import Request
 from agentmem.errors import CapTooSmall, SettingsRefused
-from agentmem.hf import CappedMemory
+from agentmem.hf import CappedCache
 from agentmem.memory.pinning import pin, promote
 from agentmem.memory.pins import Pins
 from agentmem.memory.store import LayerStore
@@ -19,7 +19,7 @@ from support import tiny
 TOLERANCE = 2e-5
 
 
-def stores(memory: CappedMemory) -> list[LayerStore]:
+def stores(memory: CappedCache) -> list[LayerStore]:
     """The stores of the only row."""
     return [store for store in memory.memory.rows[0].stores if store is not None]
 
@@ -142,7 +142,7 @@ def test_a_span_is_compacted_apart(kind: str) -> None:
             store.settle(torch.frombuffer(row.tail, dtype=torch.int32))
         start, before = 50, [store.segment(head, 0, 0) for store in stores(memory) for head in range(2)]
         kept = [(each.keys[:-10].clone(), each.keys[-8:].clone(), each.slots) for each in before]
-        report = memory.memory.compact(row, Request(slots=1, start=start))
+        report = memory.engine.compact(row, Request(slots=1, start=start))
 
         assert report is not None
         assert report.slots_before - report.slots_after == 4  # two layers of two heads gave one of two slots
@@ -160,8 +160,8 @@ def test_a_span_is_probed_with_its_own_text() -> None:
     """The probe of a span that is shorter than a probe may be runs the span's tokens and no other."""
     with tiny.capped("replay") as memory:
         tiny.feed(memory, tiny.ids(44))
-        report = memory.memory.compact(memory.memory.rows[0], Request(slots=4, start=38))
-        whole = memory.memory.compact(memory.memory.rows[0], Request(slots=4))
+        report = memory.engine.compact(memory.memory.rows[0], Request(slots=4, start=38))
+        whole = memory.engine.compact(memory.memory.rows[0], Request(slots=4))
     assert whole is not None
     assert report is None or report.probe_tokens == 6
     assert whole.probe_tokens == memory.plan.probe_tokens
@@ -171,7 +171,7 @@ def test_a_focus_is_among_the_queries() -> None:
     """Its text is run in the probe, a quarter of the reference tokens at most."""
     with tiny.capped("replay") as memory:
         tiny.feed(memory, tiny.ids(44))
-        report = memory.memory.compact(memory.memory.rows[0], Request(focus=(5, 6, 7, 8)))
+        report = memory.engine.compact(memory.memory.rows[0], Request(focus=(5, 6, 7, 8)))
     assert report is not None
     assert report.queries == "focus+replay"
 
@@ -182,7 +182,7 @@ def test_a_focus_is_among_the_queries() -> None:
 def test_another_policy_does_one_compaction() -> None:
     """A memory is planned for all of them; the report says which one ran; a stranger is refused."""
     other = plugins.policy("window")
-    with tiny.capped_by(tiny.KINDS["replay"], others=(other,)) as memory:
+    with tiny.capped_by(tiny.KINDS["replay"], extra_policies=(other,)) as memory:
         tiny.feed(memory, tiny.ids(44))
         (report,) = memory.compact(policy="window")
         assert (report.policy, report.queries) == ("window", "none")
@@ -190,6 +190,6 @@ def test_another_policy_does_one_compaction() -> None:
             memory.compact(policy="keydiff")
     with (
         pytest.raises(SettingsRefused, match="needs scores that are received"),
-        tiny.capped_by(tiny.KINDS["replay"], others=("heavy-hitters",)),
+        tiny.capped_by(tiny.KINDS["replay"], extra_policies=("heavy-hitters",)),
     ):
         pass

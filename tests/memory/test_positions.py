@@ -137,7 +137,7 @@ def test_slots_go_where_the_oracle_puts_them(kind: str, family: str) -> None:
     with tiny.capped(kind, of, rebase=True) as memory:
         near_the_end(memory, of)
         before = slots(memory)
-        rebase(memory.memory, memory.memory.rows[0])
+        rebase(memory.memory, memory.engine.forwards, memory.memory.rows[0])
         after, row, (report,) = slots(memory), memory.memory.rows[0], memory.report().rebases
         full = [at for at, store in enumerate(stores(memory)) if store.spec.shape.window is None]
     start = 90 - 8
@@ -176,7 +176,7 @@ def test_where_all_slots_move_alike_nothing_is_forgotten(family: str) -> None:
     with tiny.capped("window", of, rebase=True, keep_first=0) as memory:
         near_the_end(memory, of)
         before, row = memory.peek(question), memory.memory.rows[0]
-        rebase(memory.memory, row)
+        rebase(memory.memory, memory.engine.forwards, row)
         assert row.shift == 90 - 64
         # float32 logits of magnitude 1 to 10: a few hundred roundings, as in test_families.
         torch.testing.assert_close(memory.peek(question), before, rtol=0, atol=1e-4)
@@ -193,7 +193,7 @@ def test_the_report_says_what_it_cost() -> None:
         near_the_end(memory, model())
         newest, peak = tiny.ids(90)[0, -16:].tolist(), memory.memory.ledger.peak
         before = memory.peek(newest).double().log_softmax(-1)
-        rebase(memory.memory, memory.memory.rows[0])
+        rebase(memory.memory, memory.engine.forwards, memory.memory.rows[0])
         after = memory.peek(newest).double().log_softmax(-1)
         (report,) = memory.report().rebases
         assert memory.memory.ledger.peak >= peak
@@ -235,7 +235,7 @@ def test_stored_queries_are_turned_along(kind: str) -> None:
         for again in range(2):
             held = [(sample, sample.queries[:, : sample.filled].clone()) for layer in row.samples for sample in layer]
             shift, next_position = row.shift, row.next_position
-            rebase(memory.memory, row)
+            rebase(memory.memory, memory.engine.forwards, row)
             delta = row.next_position - next_position
             assert delta < 0
             for layer, (sample, before) in enumerate(held):
@@ -270,7 +270,7 @@ def test_more_slots_than_positions_are_refused() -> None:
     """Slots that no gap is left between stay; at the last position: value, limit, remedy, and nothing is lost."""
     settings = tiny.SETTINGS | {"max_slots": LIMIT + 40, "rebase": True}
     said = r"left position 128, and 1 tokens more do not fit the model's 128 positions; lower the cap or chunk"
-    with api.capped(model(), 1 << 24, "full", **settings) as memory, watched(model()) as seen:
+    with api.capped(model(), cap=1 << 24, policy="full", **settings) as memory, watched(model()) as seen:
         for start in range(LIMIT):
             tiny.feed(memory, tiny.ids(LIMIT)[:, start : start + 1], model=model())
         with pytest.raises(MemoryCapExceeded, match=said):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from agentmem.contracts import Compaction, Compactor, HeadCompaction, Policy, ScoreColumn, Segment, SegmentShape
+from agentmem.engine import Engine
 from agentmem.memory.forwards import Arriving
 from agentmem.memory.memory import Memory
 from agentmem.planning.capacity import make_plan
@@ -17,6 +18,7 @@ from agentmem.policies.budgets.uniform import Uniform
 from agentmem.settings import Settings
 from oracles import attention as reference
 from support import tiny
+from support.no_model import engine
 
 FUSED = LayerShape(kv_heads=2, query_heads=4, key_dim=8, value_dim=8)
 EXPLICIT = replace(FUSED, value_dim=5)
@@ -52,8 +54,8 @@ class Carrying(Compactor):
         return Compaction(tuple(results))
 
 
-def opened(compactor: Compactor, layer: LayerShape, layers: int = 1) -> Memory:
-    """A memory of 24 slots per head without a model."""
+def opened(compactor: Compactor, layer: LayerShape, layers: int = 1) -> Engine:
+    """The engine of a memory of 24 slots per head without a model."""
     shape = ModelShape("one", (layer,) * layers, 4, hidden=32, intermediate=32, vocabulary=64)
     policy = Policy("mine", "-", "-", compactor, Uniform())
     wish = {"keep_first": FIRST, "keep_recent": RECENT, "min_reclaim": 2, "max_slots": SLOTS, "target": TARGET}
@@ -61,23 +63,23 @@ def opened(compactor: Compactor, layer: LayerShape, layers: int = 1) -> Memory:
     cap = plan.resident_bytes + plan.workspace_bytes
     memory = Memory(shape, Settings.of(cap=cap, chunk=8, on_failure="raise", **wish), policy)
     memory.bind(1)
-    return memory
+    return engine(memory)
 
 
-def feed(memory: Memory, count: int, *, taken_back: bool = False) -> torch.Tensor:
+def feed(runs: Engine, count: int, *, taken_back: bool = False) -> torch.Tensor:
     """Feed so many tokens in forwards of at most 8; return the last forward's queries and keys' attention output."""
-    row, layers = memory.rows[0], memory.shape.layers
+    row, layers = runs.memory.rows[0], runs.memory.shape.layers
     output = torch.empty(0)
     while count:
-        piece = memory.piece([[True] * min(count, 8)], 8)
-        step = memory.begin([Arriving([7] * piece, range(row.next_position, row.next_position + piece), slice(None))])
+        piece = runs.piece([[True] * min(count, 8)], 8)
+        step = runs.begin([Arriving([7] * piece, range(row.next_position, row.next_position + piece), slice(None))])
         for index, layer in enumerate(layers):
             keys, values = torch.randn(1, 2, piece, layer.key_dim), torch.randn(1, 2, piece, layer.value_dim)
             output = step.attend(index, torch.randn(1, 4, piece, layer.key_dim), keys, values, 0.35)
         if taken_back:
-            step.rollback()
+            runs.abandon()
         else:
-            step.commit()
+            runs.commit()
         count -= piece
     return output
 
@@ -98,8 +100,9 @@ def scores(memory: Memory) -> list[torch.Tensor]:
 def test_a_compactor_gets_back_what_it_gave(layer: LayerShape) -> None:
     """Kept slots have the number that the last compaction gave them, newer slots and the prefix have 0."""
     compactor = Carrying()
-    memory = opened(compactor, layer)
-    feed(memory, 70)
+    runs = opened(compactor, layer)
+    memory = runs.memory
+    feed(runs, 70)
     assert len(compactor.seen) >= 4
     assert all(score == 0 for head in compactor.seen[0] for score in head[1])
     for index, looked in enumerate(compactor.seen[1:], start=1):
@@ -116,13 +119,14 @@ def test_a_compactor_gets_back_what_it_gave(layer: LayerShape) -> None:
 @pytest.mark.parametrize("pieces", [1, 5])
 def test_attention_adds_nothing_to_what_is_carried(layer: LayerShape, pieces: int) -> None:
     """Decoding and prefilling leave the column as it is, on the fused and on the explicit path."""
-    memory = opened(Carrying(), layer)
-    feed(memory, SLOTS)
-    memory.compact(memory.rows[0])
+    runs = opened(Carrying(), layer)
+    memory = runs.memory
+    feed(runs, SLOTS)
+    runs.compact(memory.rows[0])
     before = scores(memory)
     assert all(bool(head[FIRST:-RECENT].all()) for head in before)
     for _ in range(2):
-        feed(memory, pieces)
+        feed(runs, pieces)
     after = scores(memory)
     for one, other in zip(before, after, strict=True):
         assert torch.equal(other[: len(one)], one)
@@ -134,12 +138,13 @@ def test_attention_adds_nothing_to_what_is_carried(layer: LayerShape, pieces: in
 def test_what_is_silent_keeps_its_numbers(layer: LayerShape) -> None:
     """A compactor that returns no scores leaves the kept slots theirs."""
     compactor = Carrying()
-    memory = opened(compactor, layer)
-    feed(memory, SLOTS)
-    memory.compact(memory.rows[0])
+    runs = opened(compactor, layer)
+    memory = runs.memory
+    feed(runs, SLOTS)
+    runs.compact(memory.rows[0])
     given = [dict(zip(positions, found, strict=True)) for positions, found in looked_at(memory)]
     compactor.silent = True
-    feed(memory, 20)
+    feed(runs, 20)
     assert len(compactor.seen) == 2
     for numbers, (positions, found) in zip(given, looked_at(memory), strict=True):
         for position, score in zip(positions, found, strict=True):
@@ -159,9 +164,10 @@ def looked_at(memory: Memory) -> list[tuple[list[int], list[float]]]:
 @pytest.mark.parametrize("kind", ["received", "carried"])
 def test_a_forward_that_is_taken_back_leaves_no_scores(kind: ScoreColumn) -> None:
     """The next token in its place begins at 0."""
-    memory = opened(Carrying(kind), FUSED)
-    feed(memory, 10)
-    feed(memory, 5, taken_back=True)
+    runs = opened(Carrying(kind), FUSED)
+    memory = runs.memory
+    feed(runs, 10)
+    feed(runs, 5, taken_back=True)
     store = memory.rows[0].stores[0]
     assert store is not None
     assert store.scores is not None
@@ -176,13 +182,14 @@ def test_a_forward_that_is_taken_back_leaves_no_scores(kind: ScoreColumn) -> Non
 @LAYERS
 def test_what_is_received_is_the_attention_of_all_queries_since(layer: LayerShape) -> None:
     """The column is the oracle's sum over every query that saw the slot, whatever path attention takes."""
-    memory = opened(Carrying("received"), layer)
+    runs = opened(Carrying("received"), layer)
+    memory = runs.memory
     queries, keys, values = (torch.randn(heads, 12, width) for heads, width in ((4, 8), (2, 8), (2, layer.value_dim)))
     for start, stop in ((0, 5), (5, 6), (6, 12)):
-        step = memory.begin([Arriving([7] * (stop - start), range(start, stop), slice(None))])
+        step = runs.begin([Arriving([7] * (stop - start), range(start, stop), slice(None))])
         span = slice(start, stop)
         step.attend(0, queries[None, :, span], keys[None, :, span], values[None, :, span], 0.35)
-        step.commit()
+        runs.commit()
     fresh = [reference.Slots(key, value) for key, value in zip(keys, values, strict=True)]
     empty = [reference.Slots(each.keys[:0], each.values[:0]) for each in fresh]
     expected = reference.attention(queries, empty, fresh, 0.35).own
@@ -212,8 +219,9 @@ def test_a_column_is_there_for_those_who_want_one(kind: ScoreColumn, column: boo
             pairs = zip(segment.heads, slots, strict=True)
             return Compaction(tuple(HeadCompaction(torch.arange(head.slots - n, head.slots)) for head, n in pairs))
 
-    memory = opened(Newest(kind), FUSED, layers=2)
-    feed(memory, 40)
+    runs = opened(Newest(kind), FUSED, layers=2)
+    memory = runs.memory
+    feed(runs, 40)
     assert memory.compactions
     for store in memory.rows[0].stores:
         assert store is not None

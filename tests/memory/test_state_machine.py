@@ -18,6 +18,7 @@ from agentmem.planning.model_shape import LayerShape, ModelShape
 from agentmem.planning.pricing import window_slots
 from agentmem.settings import Settings
 from support import tiny
+from support.no_model import engine
 
 LAYER = LayerShape(kv_heads=2, query_heads=4, key_dim=8, value_dim=8)
 LAYERS = (LAYER, replace(LAYER, window=6), LAYER)
@@ -44,7 +45,7 @@ class MemoryMachine(RuleBasedStateMachine):
         cap = plan.resident_bytes + plan.workspace_bytes
         self.memory = Memory(SHAPE, Settings.of(cap=cap, on_failure=on_failure, **wish), policy)
         self.memory.bind(ROWS)
-        self.memory.run_transient = self.transient
+        self.engine = engine(self.memory, self.transient)
         self.generator = torch.Generator().manual_seed(0)
         self.ids: list[list[int]] = [[] for _ in range(ROWS)]
         self.clean = True
@@ -74,7 +75,7 @@ class MemoryMachine(RuleBasedStateMachine):
             for n, row in zip(counts, self.memory.rows, strict=True)
         ]
         try:
-            step = self.memory.begin(arriving)
+            step = self.engine.begin(arriving)
         except (CompactionFailed, KeyboardInterrupt):
             self.clean = True
             return None
@@ -88,7 +89,7 @@ class MemoryMachine(RuleBasedStateMachine):
         """Tokens that stay."""
         begun = self.forward(counts, len(LAYERS))
         if begun is not None:
-            begun[0].commit()
+            self.engine.commit()
             self.clean = True
             for ids, each in zip(self.ids, begun[1], strict=True):
                 ids.extend(each.ids)
@@ -98,7 +99,7 @@ class MemoryMachine(RuleBasedStateMachine):
         """A forward that raises behind some layers."""
         begun = self.forward(counts, layers)
         if begun is not None:
-            begun[0].rollback()
+            self.engine.abandon()
             self.clean = True
 
     @rule(counts=COUNTS, layers=WHERE)
@@ -110,11 +111,11 @@ class MemoryMachine(RuleBasedStateMachine):
     def compact(self, row: int) -> None:
         """By hand, whenever."""
         try:
-            self.memory.compact(self.memory.rows[row])
+            self.engine.compact(self.memory.rows[row])
         except (CompactionFailed, KeyboardInterrupt):
             pass
         else:
-            assert self.memory.rows[row].budgets is None
+            assert self.memory.rows[row].job is None
         self.clean = True
 
     @precondition(lambda self: not self.errors)
@@ -145,7 +146,7 @@ class MemoryMachine(RuleBasedStateMachine):
                     if layer.window:
                         assert store.lengths[0] >= min(len(ids), layer.window - 1)
                         assert store.lengths[0] <= window_slots(layer.window, 8)
-                    elif row.budgets is None:
+                    elif row.job is None:
                         assert 0 <= row.room <= SLOTS - store.lengths[0]
             self.positions_ascend(row.index)
 

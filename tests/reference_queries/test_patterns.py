@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentmem import api, plugins
+from agentmem.compaction.references import References
 from agentmem.compaction.request import Request
 from agentmem.contracts import Compaction, Compactor, Policy, Queries, Segment, SegmentShape
 from agentmem.errors import SettingsRefused
-from agentmem.hf import CappedMemory
-from agentmem.memory.memory import Memory
+from agentmem.hf import CappedCache
 from agentmem.policies.am_recall import CRITICAL
 from agentmem.reference_queries.patterns import Marks
 from agentmem.reference_queries.probe import LEAD, SPAN, Probe
@@ -195,11 +195,11 @@ def policy(probe: str, **options: Any) -> tuple[Policy, Spy]:
 
 
 @contextmanager
-def capped(made: Policy, **settings: Any) -> Iterator[CappedMemory]:
+def capped(made: Policy, **settings: Any) -> Iterator[CappedCache]:
     """400 slots per head under the smallest cap; a refusal is an error."""
     settings = tiny.SETTINGS | {"max_slots": SLOTS, "chunk": 320, "on_failure": "raise"} | settings
     if "cap" not in settings:
-        needed = api.plan(tiny.llama(), 1 << 30, made, **settings)
+        needed = api.plan(tiny.llama(), cap=1 << 30, policy=made, **settings)
         settings["cap"] = needed.resident_bytes + needed.workspace_bytes
     with api.capped(tiny.llama(), policy=made, tokenizer=Tokenizer(), **settings) as memory:
         memory.subscribe(lambda _: tiny.audit(memory.memory))
@@ -210,13 +210,13 @@ def capped(made: Policy, **settings: Any) -> Iterator[CappedMemory]:
 def probes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Probe]]:
     """Every probe that is run, and how many tokens its row had seen."""
     found: list[tuple[int, Probe]] = []
-    run = Memory.probe
+    run = References.run
 
-    def watched(self: Memory, row: Any, probe: Probe, visit: Any) -> None:
-        found.append((row.seen, probe))
-        run(self, row, probe, visit)
+    def watched(self: References, visit: Any) -> None:
+        found.append((self.row.seen, self.probe))
+        run(self, visit)
 
-    monkeypatch.setattr(Memory, "probe", watched)
+    monkeypatch.setattr(References, "run", watched)
     return found
 
 
@@ -307,12 +307,14 @@ def test_another_policy_s_pattern_is_its_own(probes: list[tuple[int, Probe]]) ->
     """A policy beside the memory's own marks what its pattern names, and the memory's own marks nothing for it."""
     made, _ = policy("replay")
     settings = tiny.SETTINGS | {"max_slots": SLOTS, "chunk": 320, "cap": 1 << 26}
-    with api.capped(tiny.llama(), policy="am-halving", tokenizer=Tokenizer(), others=(made,), **settings) as memory:
+    with api.capped(
+        tiny.llama(), policy="am-halving", tokenizer=Tokenizer(), extra_policies=(made,), **settings
+    ) as memory:
         tiny.feed(memory, text(300), pieces=100)
         row = memory.memory.rows[0]
-        memory.memory.compact(row, Request(slots=200, policy=made))
+        memory.engine.compact(row, Request(slots=200, policy=made))
         tiny.feed(memory, text(60, seed=1), pieces=60)
-        memory.memory.compact(row, Request(slots=180))
+        memory.engine.compact(row, Request(slots=180))
     (_, first), (_, second) = probes
     assert {piece.weight for piece in first.pieces} == {1.0, WEIGHT}
     assert {piece.weight for piece in second.pieces} == {1.0}

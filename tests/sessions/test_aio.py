@@ -59,10 +59,10 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return threads
 
 
-async def until(law: Callable[[], bool]) -> None:
+async def until(invariant: Callable[[], bool]) -> None:
     """Wait until something holds, ten seconds at most."""
     async with asyncio.timeout(10):
-        while not law():  # noqa: ASYNC110  # what is looked at knows no loop
+        while not invariant():  # noqa: ASYNC110  # what is looked at knows no loop
             await asyncio.sleep(0.001)
 
 
@@ -249,7 +249,7 @@ async def test_a_cancel_inside_a_compaction_takes_effect_at_the_next_layer(name:
         states.append([sum(store.lengths) for store in row.stores if store])
         smaller = [now < then for now, then in zip(states[0], before, strict=True)]
         assert smaller == [at <= layer for at in range(LAYERS)]
-        assert (row.budgets is None) == (layer == LAYERS - 1)  # after the last layer there is no boundary
+        assert (row.job is None) == (layer == LAYERS - 1)  # after the last layer there is no boundary
         assert torch.isfinite(session.view.peek([7])).all()
         tiny_chat.audit(made)
 

@@ -11,7 +11,7 @@ from agentmem import hf
 from agentmem.errors import MemoryClosed, RuntimeBusy, SettingsRefused
 from agentmem.reporting.report import CompactionReport
 from agentmem.sessions import Session
-from agentmem.sessions.turn import Interrupted
+from agentmem.sessions.conversation import Interrupted
 from support import tiny_chat
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -116,7 +116,7 @@ def test_a_tree_of_forks_under_a_cap_for_two(pressure: tuple[str, ...]) -> None:
 
 
 def test_a_cap_for_one_serves_a_fork_from_disk() -> None:
-    """Where the cap has room for one lease, what a fork is copied from gives way to the disk first."""
+    """Where the cap has room for one lease, what a fork is copied from is preempted to the disk first."""
     with tiny_chat.runtime(1, pressure=("trim", "disk")) as made:
         session = tiny_chat.filled(made)
         fork = session.fork()
@@ -128,7 +128,7 @@ def test_a_cap_for_one_serves_a_fork_from_disk() -> None:
     with tiny_chat.runtime(1, pressure=("trim",)) as made:
         session = tiny_chat.filled(made)
         fork = session.fork()
-        with pytest.raises(RuntimeBusy, match="cannot give way further"):
+        with pytest.raises(RuntimeBusy, match="cannot be preempted further"):
             tiny_chat.on(fork)
 
 
@@ -165,9 +165,9 @@ def test_forks_of_an_interrupted_compaction_both_finish_it() -> None:
         session.memory.boundary = stop
         told.clear()
         with pytest.raises(Interrupted), hf.forward_context.own_frame():
-            session.memory.compact(session.memory.rows[0])
+            session.engine.compact(session.memory.rows[0])
         made.leave(session)
-        assert session.memory.rows[0].budgets is not None
+        assert session.memory.rows[0].job is not None
         fork = session.fork()
         ids = tiny_chat.on(fork)
 

@@ -10,7 +10,7 @@ import pytest
 from agentmem.errors import CompactionFailed, SettingsRefused, TurnEnded
 from agentmem.reporting.report import CompactionReport
 from agentmem.sessions import CompactionContext, Session
-from agentmem.sessions.turn import Interrupted, Watch
+from agentmem.sessions.conversation import Interrupted, Watch
 from support import talk
 
 SYSTEM, QUESTION = "You are terse.", "What is the capital of France?"
@@ -39,7 +39,7 @@ def opened(caller: Caller, **settings: object) -> Session:
     """A session of 64 slots per head with that caller's hooks, soon full."""
     made = talk.runtime().session(
         "window",
-        others=("key-norm", "am-halving"),
+        extra_policies=("key-norm", "am-halving"),
         before_compact=caller.before,
         after_compact=caller.after,
         **(talk.TIGHT | settings),
@@ -178,11 +178,11 @@ def test_a_hook_that_raises_ends_the_turn() -> None:
         with pytest.raises(KeyError, match="mine"):
             session.append("user", QUESTION * 12)
         assert (session.stats.compactions, session.stats.state) == (0, "idle")
-        caller.answer, session.asking.after = "proceed", broken  # type: ignore[assignment]
+        caller.answer, session.hooks.after = "proceed", broken  # type: ignore[assignment]
         with pytest.raises(KeyError, match="mine"):
             talk.greedy(session, 5)
         assert (session.stats.compactions, session.stats.state) == (1, "idle")
-        session.asking.after = caller.after
+        session.hooks.after = caller.after
         assert len(talk.greedy(session, 5)) == 5
 
 
@@ -241,7 +241,7 @@ def test_an_interrupted_compaction_is_told_of_when_it_is_finished(monkeypatch: p
         row, check, layers = session.memory.rows[0], Watch.check, list[int]()
 
         def cut(watch: Watch) -> None:
-            if row.budgets is not None:
+            if row.job is not None:
                 layers.append(1)
                 if len(layers) == 2:
                     raise Interrupted("cancelled")
@@ -249,10 +249,10 @@ def test_an_interrupted_compaction_is_told_of_when_it_is_finished(monkeypatch: p
 
         monkeypatch.setattr(Watch, "check", cut)
         assert session.compact() is None
-        assert row.budgets is not None
+        assert row.job is not None
         assert caller.told == []
         found = session.compact()
         assert found is not None
-        assert row.budgets is None
+        assert row.job is None
         assert caller.told == [found] == session.memory.compactions
         assert session.compact() is None

@@ -1,4 +1,4 @@
-"""One cap for many sessions: leases, idle memories that give way in stages, refusals, threads, and the end."""
+"""One cap for many sessions: leases, idle memories that be preempted in stages, refusals, threads, and the end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from agentmem import plugins
 from agentmem.errors import AgentmemError, CompactionFailed, MemoryClosed, RuntimeBusy, SettingsRefused
 from agentmem.reporting.report import CompactionReport
 from agentmem.sessions import CompactionContext, Runtime, Session
-from agentmem.sessions.turn import Interrupted
+from agentmem.sessions.conversation import Interrupted
 from support import tiny, tiny_chat
 
 
@@ -37,12 +37,12 @@ def interrupt(session: Session) -> None:
     session.runtime.admit(session)
     session.memory.boundary = stop
     with pytest.raises(Interrupted):
-        session.memory.compact(session.memory.rows[0])
+        session.engine.compact(session.memory.rows[0])
     session.runtime.leave(session)
-    assert session.memory.rows[0].budgets is not None
+    assert session.memory.rows[0].job is not None
 
 
-# ---- giving way
+# ---- preemption
 
 
 def test_idle_memories_give_way_in_stages_the_longest_idle_first() -> None:
@@ -92,7 +92,7 @@ def test_a_refusal_changes_nothing_and_says_what_there_is() -> None:
             sessions[2].read("hello")
         turn.close()
         assert not sessions[2].busy
-        with pytest.raises(RuntimeBusy, match="cannot give way"):  # idle ones keep their leases without stages
+        with pytest.raises(RuntimeBusy, match="cannot be preempted"):  # idle ones keep their leases without stages
             sessions[2].read("hello")
         sessions[1].close()
         sessions[2].read("hello")

@@ -8,7 +8,7 @@ import torch
 import agentmem
 from agentmem.errors import MemoryClosed
 from agentmem.hf.forward_context import FRAME
-from agentmem.sessions.turn import Interrupted, Watch
+from agentmem.sessions.conversation import Interrupted, Watch
 from agentmem.testing import tiny_model
 from support import chat_templates, talk
 

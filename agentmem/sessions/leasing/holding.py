@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 
     import torch
 
+    from agentmem.engine import Engine
     from agentmem.memory.memory import Memory
     from agentmem.reporting.report import CompactionReport
     from agentmem.sessions.snapshots.recipe import Named
 
 Stage = Literal["trim", "compact", "disk"]
-"""How an idle memory gives way: its room is given back; it is compacted further first; it is moved to disk."""
+"""How an idle memory is preempted: its room is given back; it is compacted further first; it is moved to disk."""
 _STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
@@ -38,10 +39,10 @@ class Holding:
         """Hold a memory that is attached to no model yet."""
         self.model, self.lease = model, lease
         self.memory: Memory | None = None
-        self.view: hf.CappedMemory | None = None
+        self.view: hf.CappedCache | None = None
         self.sessions: set[int] = set()
         self.stage: Stage | None = None
-        """How far it has given way; ``None`` while it has its whole lease."""
+        """How far it has been preempted; ``None`` while it has its whole lease."""
         self.used = 0
         """When it was last used, by the runtime's count."""
         self.policy = memory.policy.name
@@ -97,18 +98,35 @@ class Holding:
         if self.memory is None:
             return False
         row = self.memory.rows[0]
-        return row.budgets is None and row.moving is None and row.promoting is None
+        return row.quiet and row.promoting is None
 
     def copied(self, identity: Mapping[str, str]) -> Holding:
         """Another holding with an equal memory of its own; this one stays as it is, on disk too."""
-        memory = self._read(identity) if self.memory is None else copy(self.memory)
+        memory = self._read(identity) if self.memory is None else copy(self.finished())
         other = Holding(self.model, memory, self.lease)
         other.named = self.named
         return other
 
-    # ---- giving way
+    @property
+    def engine(self) -> Engine:
+        """What runs the memory, which must be here."""
+        assert self.view is not None  # noqa: S101  # the caller has asked for it
+        return self.view.engine
 
-    def give_way(
+    def finished(self) -> Memory:
+        """The memory, which must be here, once what was begun in it is ended.
+
+        Raises:
+            CompactionFailed: a compaction had begun and cannot be finished.
+
+        """
+        memory = self.engine.memory
+        self.engine.finish(memory.rows[0])
+        return memory
+
+    # ---- preemption
+
+    def preempt(
         self,
         stage: Stage,
         folder: Callable[[], Path],
@@ -117,7 +135,7 @@ class Holding:
         left: int = 0,
         ask: Callable[[], Request | None] = lambda: USUAL,
     ) -> list[CompactionReport]:
-        """Free bytes, unless it has given way as far already; the reports of compactions that this took.
+        """Free bytes, unless it has been preempted as far already; the reports of compactions that this took.
 
         A memory whose room was given back is compacted only where ``left``, what is charged to nobody, has room for
         the workspace; and no memory twice before it is used again. ``ask`` says how it is to be done, ``None`` if not
@@ -133,24 +151,25 @@ class Holding:
             return []
         if self.stage is not None and not self.quiet:
             return []  # a compaction that failed before would be tried again, which takes the lease
-        told = len(memory.compactions)
+        before = len(memory.compactions)
         if stage == "disk":
             self._to_disk(memory, folder, identity)
         elif stage == "trim":
-            trim(memory, memory.rows[0])
+            trim(self.finished(), memory.rows[0])
         elif (self.stage is not None and memory.plan.workspace_bytes > left) or (request := ask()) is None:
             return []
         else:
             self._compact_further(memory, request)
             trim(memory, memory.rows[0])
         self.stage = stage
-        return memory.compactions[told:]
+        return memory.compactions[before:]
 
     def _compact_further(self, memory: Memory, request: Request) -> None:
-        """Halve the segments, once what has begun is finished. No room is dealt out: it would be given back at once."""
+        """Halve the segments, once what has begun is finished. No room is given out: it would be given back at once."""
         row, plan, cap = memory.rows[0], memory.plan, memory.ledger.cap
-        memory.finish(row)
-        if memory.policy.compactor is None or memory.settings.mode != "auto":
+        engine = self.engine
+        engine.finish(row)
+        if not engine.automatic:
             return
         if plan is not memory.plan_of(request.policy or memory.policy):
             return
@@ -163,7 +182,7 @@ class Holding:
             slots = (row.mean_slots() - pinned) // 2
             if slots >= MIN_BUDGET:
                 memory.plan = replace(plan, capacity=pinned + slots)
-                memory.compact(row, Request(slots=slots))
+                engine.compact(row, Request(slots=slots))
         finally:
             memory.plan, memory.ledger.cap, self._working = plan, cap, 0
 
@@ -171,7 +190,7 @@ class Holding:
         tensors: dict[str, torch.Tensor] = {}
         moved = False
         try:
-            image, tensors = take_row(memory)
+            image, tensors = take_row(self.finished())
             self._dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), self._dtype)
             self._folder = Path(tempfile.mkdtemp(prefix="idle-", dir=folder()))
             write_snapshot(self._folder, tensors, {"row": image.plain()}, identity=identity)
@@ -208,14 +227,12 @@ class Holding:
     def _read(self, identity: Mapping[str, str]) -> Memory:
         assert self._folder is not None  # noqa: S101  # a memory that is not here is on disk
         memory = self._template.empty()
-        memory.device = self._template.device
         read_row(memory, self._folder, identity=identity, dtype=self._dtype)
         return memory
 
     def _attach(self, memory: Memory) -> None:
         view = hf.attach(self.model, memory)
         memory.bind(1)
-        self._template.device = memory.device
         self.memory, self.view = memory, view
 
     def _detach(self) -> None:

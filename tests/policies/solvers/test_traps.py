@@ -23,6 +23,7 @@ from agentmem.settings import Settings
 from oracles import matching as oracle
 from oracles import pursuit as reference_pursuit
 from support import tiny, variants
+from support.no_model import Forwards, engine
 
 PURSUITS = tuple(name for name in SELECTORS if isinstance(SELECTORS[name](), Pursue))
 Fit = tuple[str, str, int]
@@ -329,19 +330,19 @@ def full_memory(fit: Fit, shift: float) -> Memory:
     policy, shape = replace(tiny.KINDS["replay"], compactor=made(fit)), describe(tiny.llama(1).config, itemsize=4)
     memory = Memory(shape, Settings.of(cap=1 << 24, on_failure="raise", **tiny.SETTINGS), policy)
     memory.bind(1)
-    generator = torch.Generator().manual_seed(7)
+    runs, generator = engine(memory), torch.Generator().manual_seed(7)
     queries, keys, values = (torch.randn(1, heads, 48, 16, generator=generator) for heads in (4, 2, 2))
     pinned = (torch.arange(48) < 4) | (torch.arange(48) >= 40)
     keys, values = (each + shift * pinned[:, None] for each in (keys, values))
     for start in range(0, 48, 16):
         span = slice(start, start + 16)
-        step = memory.begin([Arriving(range(16), range(start, start + 16), slice(None))])
+        step = runs.begin([Arriving(range(16), range(start, start + 16), slice(None))])
         step.attend(0, queries[:, :, span], keys[:, :, span], values[:, :, span], 0.25)
-        step.commit()
+        runs.commit()
     asked = torch.randn(4, memory.plan.probe_tokens, 16, generator=generator)
 
-    memory.run_transient = lambda _ids, _start, step: step.visit(0, asked)
-    assert memory.compact(memory.rows[0]) is not None
+    runs.forwards = Forwards(lambda _ids, _start, step: step.visit(0, asked))
+    assert runs.compact(memory.rows[0]) is not None
     return memory
 
 

@@ -1,0 +1,257 @@
+"""The engine: watches the cap of one memory. It makes room before a forward, compacts and re-bases, and commits.
+
+It knows no model: a forward reaches the memory as :class:`Append` (tokens that stay) or :class:`Transient` (tokens that
+leave nothing behind), whose ``attend`` is called once a layer, and the engine runs forwards through :class:`Forwards`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from agentmem.compaction.request import USUAL, Request
+from agentmem.compaction.run import RowCompaction
+from agentmem.errors import MemoryCapExceeded, SettingsRefused
+from agentmem.memory.forwards import Append, Transient
+from agentmem.memory.positions import measured_tokens, rebase
+from agentmem.planning.pricing import window_slots
+from agentmem.reporting import log_events
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from agentmem.memory.forwards import Arriving, Forwards
+    from agentmem.memory.memory import Memory
+    from agentmem.memory.sequence import Row
+    from agentmem.reporting.report import CompactionReport
+
+
+class Engine:
+    """Runs one memory with the forwards of one model."""
+
+    def __init__(self, memory: Memory, forwards: Forwards) -> None:
+        """Nothing is run yet."""
+        self.memory, self.forwards = memory, forwards
+        self._pending: Append | None = None
+
+    # ---- forwards
+
+    @property
+    def most_tokens(self) -> int:
+        """Most tokens of one forward: ``chunk``, or what the sliding layers have room for."""
+        chunk = self.memory.plan.chunk
+        windows = [layer.window for layer in self.memory.shape.layers if layer.window]
+        return min([chunk, *(window_slots(window, chunk) - window + 1 for window in windows)])
+
+    def piece(self, arriving: Sequence[Sequence[bool]], limit: int) -> int:
+        """Columns of a batch that can be fed now: as many as no row has to be compacted for, ``limit`` at most.
+
+        Rows that are full are compacted first, so the result is never 0. Cutting exactly where a row fills up makes
+        the moments of compaction a function of the tokens alone, however a prompt was cut.
+        """
+        rows = self.memory.rows
+        for row, valid in zip(rows, arriving, strict=True):
+            if row.room < 1 and any(valid):
+                self._free_slots(row, 1)
+        limit = min(limit, self.most_tokens)
+        return max(1, min(_columns(valid, row.room, limit) for row, valid in zip(rows, arriving, strict=True)))
+
+    def begin(self, arriving: Sequence[Arriving]) -> Append:
+        """Start a forward whose tokens stay; makes room for all of them first.
+
+        Raises:
+            MemoryClosed: the memory was closed.
+            MemoryCapExceeded: see :meth:`make_room`.
+            CompactionFailed: see :class:`agentmem.compaction.run.RowCompaction`.
+
+        """
+        self.memory.open_or_raise()
+        self.abandon()
+        for row, each in zip(self.memory.rows, arriving, strict=True):
+            if each.ids:
+                self.make_room(row, len(each.ids))
+        self._pending = Append(self.memory, arriving)
+        return self._pending
+
+    def commit(self) -> None:
+        """The forward that has attended in every layer ended well: the rows have consumed its tokens."""
+        if self._pending is not None:
+            self._pending.commit()
+            self._pending = None
+            self.memory.publish_usage()
+
+    def abandon(self) -> None:
+        """Take back what was begun and never committed, wherever an interrupt or a fault ended it.
+
+        Everything that is to begin anew calls it first: no forward, no compaction and no loan is under way then.
+        """
+        self._pending = None
+        self.memory.take_back()
+
+    def peek(self, ids: Sequence[int], index: int) -> torch.Tensor:
+        """Logits ``[n, V]`` of ``ids`` as they would go on from where row ``index`` is; nothing of them stays behind.
+
+        Raises:
+            MemoryClosed: the memory was closed.
+            SettingsRefused: no ids, or a row that has read nothing.
+            MemoryCapExceeded: more ids than ``chunk``, for which the plan has counted scratch.
+
+        """
+        memory, most, rows = self.memory, self.memory.plan.chunk, self.memory.rows
+        memory.open_or_raise()
+        if not 0 <= index < len(rows) or not rows[index].seen:
+            raise SettingsRefused(
+                f"peek: row {index} of {len(rows)} has read nothing that ids could go on from; feed it"
+            )
+        if not ids:
+            raise SettingsRefused("peek: there are no ids; give at least 1")
+        if len(ids) > most:
+            raise MemoryCapExceeded(
+                f"peek: {len(ids)} ids in one forward, but scratch is planned for {most}; give fewer, or raise chunk"
+            )
+        self.abandon()
+        self._keep_in_reach(rows[index], len(ids))
+        return self.forwards.logits(ids, rows[index].next_position, Transient(memory, rows[index]))
+
+    # ---- room
+
+    @property
+    def automatic(self) -> bool:
+        """Whether a full row is compacted by itself."""
+        return self.memory.policy.compactor is not None and self.memory.settings.mode == "auto"
+
+    def make_room(self, row: Row, tokens: int) -> None:
+        """Compact, then re-base, a row that cannot take ``tokens`` more: slots move into gaps that compactions leave.
+
+        Raises:
+            MemoryCapExceeded: the policy never compacts, or compaction is not automatic, or too many tokens at once.
+            CompactionFailed: see :class:`agentmem.compaction.run.RowCompaction`.
+
+        """
+        self._free_slots(row, tokens)
+        self._keep_in_reach(row, tokens)
+
+    def finish(self, row: Row) -> None:
+        """End what was begun and interrupted on a row: a forward, a compaction, a re-basing.
+
+        Raises:
+            CompactionFailed: see :class:`agentmem.compaction.run.RowCompaction`.
+
+        """
+        self.abandon()
+        if row.job is not None:
+            self.compact(row)
+        if row.moving is not None:
+            rebase(self.memory, self.forwards, row)
+
+    def _free_slots(self, row: Row, tokens: int) -> None:
+        if row.room >= tokens and row.job is None:
+            return
+        if row.job is None and not self.automatic:
+            raise MemoryCapExceeded(_full(self.memory, row, tokens))
+        self.compact(row)
+        if row.room < tokens:
+            raise MemoryCapExceeded(
+                f"a forward of {tokens} tokens does not fit: a row of {self.memory.plan.capacity} slots per head has "
+                f"room for {row.room} after a compaction; feed at most that many at once (generate does so), or raise "
+                "cap"
+            )
+
+    def _keep_in_reach(self, row: Row, tokens: int) -> None:
+        """Re-base a row if a run of ``tokens`` behind it would leave the model's positions: of a forward or of a probe.
+
+        Raises:
+            MemoryCapExceeded: the slots alone need more positions than the model has.
+
+        """
+        memory, positions = self.memory, self.memory.positions
+        if positions is None:
+            return
+        if row.moving is None and row.next_position + tokens + measured_tokens(memory) <= positions.limit:
+            return
+        rebase(memory, self.forwards, row, tokens)
+        if row.next_position + tokens > positions.limit:
+            raise MemoryCapExceeded(
+                f"re-basing left position {row.next_position}, and {tokens} tokens more do not fit the model's "
+                f"{positions.limit} positions; lower the cap or chunk, or feed fewer tokens at once"
+            )
+
+    # ---- compaction
+
+    def compact(self, row: Row, request: Request = USUAL) -> CompactionReport | None:
+        """Compact one row now; ``None`` when there is nothing to reclaim.
+
+        What has begun is finished first, and its report returned where nothing is left to reclaim then.
+
+        Raises:
+            SettingsRefused: ``mode="off"``.
+            CompactionFailed: see :class:`agentmem.compaction.run.RowCompaction`.
+
+        """
+        report: CompactionReport | None = None
+        for each in in_turn(row, request):
+            compaction = self.prepare(row, each)
+            if compaction is not None:
+                report = self.run(compaction)
+        return report
+
+    def prepare(self, row: Row, request: Request = USUAL) -> RowCompaction | None:
+        """The compaction of a row, which :meth:`run` runs; ``None`` when there is nothing to reclaim.
+
+        Raises:
+            SettingsRefused: ``mode="off"``.
+
+        """
+        memory = self.memory
+        memory.open_or_raise()
+        self.abandon()
+        policy = row.job.policy if row.job is not None else request.policy or memory.policy
+        plan = memory.plan_of(policy)
+        self._keep_in_reach(row, plan.probe_tokens + plan.scratch)
+        if memory.settings.mode == "off":
+            raise SettingsRefused("mode='off' never compacts; open the memory with mode='manual' to compact by hand")
+        compaction = RowCompaction(memory, self.forwards, row, request)
+        return compaction if compaction.worthwhile else None
+
+    def run(self, compaction: RowCompaction) -> CompactionReport:
+        """Run what :meth:`prepare` returned, and record its report.
+
+        Raises:
+            CompactionFailed: see :class:`agentmem.compaction.run.RowCompaction`.
+
+        """
+        report = compaction.run()
+        self.memory.record(report)
+        log_events.compaction_finished(report)
+        self.memory.publish(report)
+        return report
+
+
+def in_turn(row: Row, request: Request) -> tuple[Request, ...]:
+    """What is to be run for a request: a compaction that has begun comes first, as it was asked for."""
+    return (USUAL, request) if row.job is not None and request is not USUAL else (request,)
+
+
+def _full(memory: Memory, row: Row, tokens: int) -> str:
+    """Why a row cannot take more tokens, and what would help."""
+    mode, plan = memory.settings.mode, memory.plan
+    why = f"mode={mode!r} does not compact by itself"
+    if memory.policy.compactor is None:
+        why = f"policy {memory.policy.name!r} never compacts"
+    by_hand = ", or call memory.compact()" if mode == "manual" else ""
+    return (
+        f"row {row.index} holds {plan.capacity - row.room} of {plan.capacity} slots per head under a cap of "
+        f"{plan.cap_bytes} bytes and cannot take {tokens} more token(s): {why}; raise cap, or choose another policy or "
+        f"mode{by_hand}"
+    )
+
+
+def _columns(valid: Sequence[bool], room: int, limit: int) -> int:
+    """The longest start of ``valid`` with at most ``room`` true entries, ``limit`` at most."""
+    count = 0
+    for column, present in enumerate(valid[:limit]):
+        count += present
+        if count > room:
+            return column
+    return min(limit, len(valid))

@@ -1,0 +1,57 @@
+"""The forwards of a model that leave nothing in its cache: probes, replays, summaries, questions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from agentmem.hf.cache import TransientCache
+from agentmem.hf.forward_context import own_frame
+from agentmem.hf.support import input_device, refuse_training
+from agentmem.memory.torch_state import callers_state
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel
+
+    from agentmem.memory.forwards import Adopt, Scratch, Transient
+    from agentmem.planning.model_shape import ModelShape
+
+
+class ModelForwards:
+    """:class:`agentmem.memory.forwards.Forwards` of a model that is attached."""
+
+    def __init__(self, model: PreTrainedModel, shape: ModelShape) -> None:
+        """Nothing is run yet."""
+        self._model, self._windows = model, [layer.window for layer in shape.layers]
+
+    def run(self, ids: Sequence[int], start: int, step: Adopt | Transient) -> None:
+        """Run the decoder over ids at positions ``start, start + 1, …``; ``step`` attends."""
+        self._forward(self._model.get_decoder(), ids, start, step)
+
+    def next_logits(self, ids: Sequence[int], start: int, step: Scratch) -> torch.Tensor:
+        """Run the whole model likewise: the logits ``[V]`` of the next id, in the model's dtype."""
+        logits: torch.Tensor = self._forward(self._model, ids, start, step, logits_to_keep=1).logits[0, -1]
+        return logits
+
+    def logits(self, ids: Sequence[int], start: int, step: Transient) -> torch.Tensor:
+        """Run the whole model likewise: the logits ``[n, V]`` after every id, in the model's dtype."""
+        logits: torch.Tensor = self._forward(self._model, ids, start, step).logits[0]
+        return logits
+
+    def _forward(
+        self, module: Any, ids: Sequence[int], start: int, step: Adopt | Transient | Scratch, **more: Any
+    ) -> Any:
+        device = input_device(module)
+        refuse_training(module)
+        # own_frame: an interrupt, which torch's hooks do not see, would leave its frame behind
+        with callers_state(), own_frame(), torch.no_grad():
+            return module(
+                input_ids=torch.tensor([list(ids)], device=device),
+                position_ids=torch.arange(start, start + len(ids), device=device)[None],
+                past_key_values=TransientCache(step, self._windows),
+                use_cache=True,
+                **more,
+            )

@@ -222,10 +222,12 @@ def open_memory(
     """A memory for a model that is attached to nothing yet. Arguments and errors as in :func:`capped`."""
     chosen = plugins.policy(policy)
     beside = plugins.beside(extra_policies)
+    wished = Settings.of(cap=cap, **settings)
     shape = _shape(model, chosen, _itemsize(model))
+    if wished.rebase:
+        hf.require_checked(model, rebase=True)
     for other in beside:
         shape = replace(shape, fingerprint=_shape(model, other, shape.itemsize).fingerprint or shape.fingerprint)
-    wished = Settings.of(cap=cap, **settings)
     return Memory(
         shape,
         wished,
@@ -243,6 +245,7 @@ def _shape(model: Any, policy: Policy, itemsize: int) -> ModelShape:
     config = getattr(model, "config", model)
     device = hf.input_device(model).type if hasattr(model, "get_input_embeddings") else "cpu"
     shape = hf.describe(config, itemsize=itemsize, fused=device in ("cpu", "meta"))
+    hf.require_checked(model)
     if policy.queries.probing:
         hf.refuse_probe(config, policy.name)
     if policy.rewrite is not None or any(part.source == "self-study" for part in policy.queries.parts):

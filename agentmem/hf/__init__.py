@@ -11,8 +11,9 @@ from agentmem.hf.fingerprint import fingerprint
 from agentmem.hf.generate_checks import returned
 from agentmem.hf.model_identity import model_identity, weights
 from agentmem.hf.rope import positions
+from agentmem.hf.self_check import Check, CheckReport, check, require_checked
 from agentmem.hf.support import (
-    FAMILIES,
+    COVERED,
     check_tokenizer,
     check_tool,
     describe,
@@ -24,9 +25,12 @@ from agentmem.hf.support import (
 )
 
 __all__ = [
-    "FAMILIES",
+    "COVERED",
     "CappedCache",
+    "Check",
+    "CheckReport",
     "attach",
+    "check",
     "check_tokenizer",
     "check_tool",
     "describe",
@@ -39,6 +43,7 @@ __all__ = [
     "positions",
     "refuse_probe",
     "refuse_scratch",
+    "require_checked",
     "returned",
     "scope",
     "text_model",

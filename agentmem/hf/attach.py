@@ -19,6 +19,7 @@ from agentmem.hf.cache import CappedCache, TransientCache, mask_columns, size
 from agentmem.hf.forward_context import FRAME, SCOPE, Frame, own_frame, rename, untraced
 from agentmem.hf.forwards import ModelForwards
 from agentmem.hf.generate_checks import check_adapters, check_forward, check_generate, chosen
+from agentmem.hf.wrapper import Around, named, told_by_wrapper
 from agentmem.memory.torch_state import own_state
 
 if TYPE_CHECKING:
@@ -43,8 +44,12 @@ class _Attachment:
         self.undo.append(rename(decoder.config))
         split = functools.partial(self._split, inspect.signature(self.model.forward))
         enter = functools.partial(self._enter, inspect.signature(decoder.forward))
+        around = () if decoder.config is self.model.config else Around(self.model).hooks
         handles = [
+            *(self.model.register_forward_pre_hook(untraced(hook), with_kwargs=True) for hook in around[:1]),
             self.model.register_forward_pre_hook(untraced(split), with_kwargs=True),
+            *(self.model.register_forward_pre_hook(untraced(hook), with_kwargs=True) for hook in around[1:]),
+            *(self.model.register_forward_hook(untraced(_leave), always_call=True) for _ in around[:1]),
             decoder.register_forward_pre_hook(untraced(enter), with_kwargs=True),
             decoder.register_forward_hook(untraced(_leave), always_call=True),
         ]
@@ -60,7 +65,7 @@ class _Attachment:
 
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
-            given = _named(signature, args, kwargs)
+            given = named(signature, args, kwargs)
             cache, hold = given.get("past_key_values"), None
             if cache is None and chosen(model, given).get("use_cache", True):
                 cache = self._in_scope()
@@ -90,7 +95,7 @@ class _Attachment:
         self, signature: inspect.Signature, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Feed all but the last piece of a long prompt before the forward itself, which then sees that piece only."""
-        inputs = _named(signature, args, kwargs)
+        inputs = named(signature, args, kwargs)
         cache = inputs.get("past_key_values")
         if not isinstance(cache, CappedCache):
             return None
@@ -117,17 +122,18 @@ class _Attachment:
         """Before a decoder's forward, masks included: make room and say whose forward it is."""
         frame = Frame(FRAME.get())
         FRAME.set(frame)  # first of all: _leave runs even when what follows raises
-        inputs = _named(signature, args, kwargs)
+        inputs = named(signature, args, kwargs)
         cache, wanted = inputs.get("past_key_values"), inputs.get("use_cache")
         if isinstance(cache, CappedCache):
             check_forward(inputs)  # again: the decoder may be called by itself
             cache.open_for(self.model)
             frame.hold = cache.memory.owner.take()
             frame.engine = cache.engine
+            told = told_by_wrapper(frame.outer, inputs)
             with own_state():
-                frame.step = cache.begin(inputs)
-                moved = cache.moved(inputs)
-            return None if moved is None else ((), moved)
+                frame.step = cache.begin(told)
+                moved = cache.moved(told)
+            return None if moved is None else ((), {**inputs, "position_ids": moved["position_ids"]})
         if isinstance(cache, TransientCache):
             frame.step = cache.step
         elif cache is None and (decoder.config.use_cache if wanted is None else wanted):
@@ -179,21 +185,14 @@ def _leave_out_of_copies(module: Any, hooks: set[int]) -> Callable[[], None]:
     return undo
 
 
-def _named(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name."""
-    if not args:
-        return kwargs
-    given = dict(signature.bind_partial(*args, **kwargs).arguments)
-    given.update(given.pop("kwargs", {}))
-    return given
-
-
 def _cut(inputs: dict[str, Any], start: int, stop: int, columns: int) -> dict[str, Any]:
     """The arguments of one piece of a forward: columns ``start .. stop`` of it; ``columns`` came before."""
     piece: dict[str, Any] = {"past_key_values": inputs["past_key_values"], "use_cache": True}
-    for name in ("input_ids", "inputs_embeds", "position_ids"):
+    for name in ("input_ids", "inputs_embeds"):
         if inputs.get(name) is not None:
             piece[name] = inputs[name][:, start:stop]
+    if inputs.get("position_ids") is not None:
+        piece["position_ids"] = inputs["position_ids"][..., start:stop]
     if inputs.get("attention_mask") is not None:
         piece["attention_mask"] = inputs["attention_mask"][:, : columns + stop - start]
     elif "attention_mask" in inputs:

@@ -98,7 +98,7 @@ class _Watch:
         if self.gradient and not output.requires_grad:
             output = output.detach().requires_grad_()
         self.layers.append(Asked(*own, output, scale))
-        return output.transpose(0, 1)[None]
+        return output.transpose(0, 1)[None].contiguous()  # some models view it in another shape
 
 
 def attended(

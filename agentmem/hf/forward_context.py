@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from agentmem.errors import UnsupportedModel
 from agentmem.memory.torch_state import computing_dtype, own_state
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from transformers import PreTrainedConfig
     from transformers.cache_utils import Cache
@@ -68,6 +69,7 @@ def _attention(original: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor 
             if function is None:  # eager lives in the modelling file
                 function = sys.modules[type(module).__module__].eager_attention_forward
             return function(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]  # the registry's functions are Any
+        _refuse_changes(module, attention_mask, kwargs)
         frame.attended += 1
         layer: int = module.layer_idx  # type: ignore[assignment]  # every attention module has it
         # Under autocast rotary embeddings make keys float32 and leave values alone; stock attention casts all of them.
@@ -78,6 +80,28 @@ def _attention(original: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor 
         return output.to(dtype), None
 
     return forward
+
+
+_CHANGES = {
+    "s_aux": "attention sinks, one more logit in each denominator",
+    "softcap": "a soft cap on the logits of attention",
+    "position_bias": "a bias on the logits of attention",
+}
+"""What a model may pass to its attention that changes it, and what that is."""
+
+
+def _refuse_changes(module: torch.nn.Module, mask: object, passed: Mapping[str, Any]) -> None:
+    """Refuse attention that is not causal, over all keys as they are."""
+    change = next((f"{name}: {what}" for name, what in _CHANGES.items() if passed.get(name) is not None), None)
+    if mask is not None:  # ours is None: what a memory holds is seen by all, causally and in windows
+        change = "a mask of its own"
+    if getattr(module, "is_causal", True) is False:
+        change = "is_causal=False, so tokens attend to later ones"
+    if change is not None:
+        raise UnsupportedModel(
+            f"{type(module).__name__} passes to its attention {change}, which is not handled; docs/models.md lists "
+            "families that are"
+        )
 
 
 def _mask(original: str) -> Callable[..., torch.Tensor | None]:

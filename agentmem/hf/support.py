@@ -14,10 +14,88 @@ from agentmem.errors import SettingsRefused, UnsupportedModel
 from agentmem.planning.model_shape import LayerShape, ModelShape
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import PreTrainedConfig, PreTrainedModel
 
-FAMILIES = ("gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
-"""Values of ``config.model_type`` that the tests cover."""
+COVERED = frozenset(
+    (
+        "apertus",
+        "arcee",
+        "bitnet",
+        "cohere",
+        "cohere2",
+        "deepseek_v3",
+        "ernie4_5",
+        "ernie4_5_moe",
+        "exaone4",
+        "exaone_moe",
+        "gemma",
+        "gemma3",
+        "gemma3_text",
+        "glm",
+        "glm4",
+        "glm4_moe",
+        "glm4_moe_lite",
+        "gpt2",
+        "gpt_neox",
+        "granite",
+        "granitemoe",
+        "helium",
+        "hunyuan_v1_dense",
+        "hunyuan_v1_moe",
+        "internvl",
+        "llama",
+        "llava",
+        "minicpm3",
+        "minimax_m2",
+        "ministral",
+        "ministral3",
+        "mistral",
+        "mistral3",
+        "mixtral",
+        "nanochat",
+        "nemotron",
+        "olmo",
+        "olmo2",
+        "olmo3",
+        "olmoe",
+        "opt",
+        "phi",
+        "phi3",
+        "phimoe",
+        "qwen2",
+        "qwen2_5_vl",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "qwen3_vl",
+        "seed_oss",
+        "smollm3",
+        "smolvlm",
+        "stablelm",
+        "starcoder2",
+        "youtu",
+    )
+)
+"""Values of ``config.model_type`` that the tests' table of families covers; others are checked at first use."""
+
+_CHANGES = {
+    "attn_logit_softcapping": "soft-caps the logits of attention",
+    "use_bidirectional_attention": "lets tokens attend to later ones",
+    "alibi": "adds a bias of the distance to the logits of attention (ALiBi)",
+    "add_cross_attention": "attends to the states of another model as well",
+}
+"""Fields of a config that change attention where they are set, and how."""
+
+_STATES = {
+    "LinearAttentionLayer": "a recurrent or convolution state, which has no slots to compact",
+    "LinearAttentionAndFullAttentionLayer": "attention's slots beside a recurrent state",
+    "LinearAttentionAndSlidingWindowAttentionLayer": "attention's slots beside a recurrent state",
+    "DynamicIndexedLayer": "the keys of an indexer beside attention's, which chooses what is attended to",
+    "DummyLayer": "no slots: it has no attention, or shares the keys and values of another layer",
+}
+"""Cache layers of transformers that are not handled, and what they hold."""
 
 
 def text_model(model: object) -> PreTrainedModel:
@@ -133,36 +211,80 @@ def describe(config: PreTrainedConfig, *, itemsize: int, fused: bool = True) -> 
             f"{config!r:.80} is neither a transformers model nor a config; load one with AutoModelForCausalLM, or its "
             "config with AutoConfig"
         )
-    text, family = config.get_text_config(decoder=True), config.model_type
-    if config.is_encoder_decoder or family not in FAMILIES:
-        raise UnsupportedModel(f"model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
-    for name in ("attn_logit_softcapping", "use_bidirectional_attention"):
-        if getattr(text, name, None):
-            raise UnsupportedModel(f"{name}={getattr(text, name)!r} changes attention in a way that is not handled")
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    layers = tuple(
-        LayerShape(text.num_key_value_heads, text.num_attention_heads, head_dim, head_dim, _window(layer, index))
-        for index, layer in enumerate(DynamicCache(config=config).layers)
-    )
+    text = config.get_text_config(decoder=True)
+    _refuse_changes(config, text)
+    layers = tuple(_layer(*each) for each in zip(*_kinds(text), strict=True))
     return ModelShape(
-        name=str(getattr(config, "_name_or_path", "") or family),
+        name=str(getattr(config, "_name_or_path", "") or config.model_type),
         layers=layers,
         itemsize=itemsize,
         hidden=text.hidden_size,
-        intermediate=text.intermediate_size,
+        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         vocabulary=text.vocab_size,
         fused=fused,
         positions=getattr(text, "max_position_embeddings", None),
     )
 
 
-def _window(layer: object, index: int) -> int | None:
+def _refuse_changes(config: PreTrainedConfig, text: Any) -> None:
+    """Refuse attention that is not causal self-attention over keys as they are."""
+    family = config.model_type
+    if config.is_encoder_decoder:
+        raise UnsupportedModel(
+            f"model_type {family!r} is an encoder and a decoder, which attends to the encoder's states as well; only "
+            "decoders alone are handled"
+        )
+    for name, change in _CHANGES.items():
+        if value := getattr(text, name, None):
+            raise UnsupportedModel(
+                f"{name}={value!r} of model_type {family!r} {change}, which is not handled; docs/models.md lists "
+                "families that are"
+            )
+    if not getattr(text, "num_attention_heads", None) or not getattr(text, "hidden_size", None):
+        raise UnsupportedModel(
+            f"model_type {family!r} has no num_attention_heads or no hidden_size, so it is no model whose attention "
+            "keeps keys and values; docs/models.md lists families that are handled"
+        )
+
+
+def _kinds(text: Any) -> tuple[Sequence[Any], Sequence[int | None]]:
+    """The config of every layer, and its window."""
+    configs = list(getattr(text, "per_layer_config", None) or [text] * text.num_hidden_layers)
+    try:
+        layers = DynamicCache(config=text).layers
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise UnsupportedModel(
+            f"model_type {text.model_type!r} has no cache of transformers' own kinds of layers ({error!r:.200}); "
+            "docs/models.md lists families that are handled"
+        ) from error
+    types = getattr(text, "layer_types", None) or [""] * len(layers)
+    return configs, [_window(*each) for each in zip(layers, types, range(len(layers)), strict=True)]
+
+
+def _layer(config: Any, window: int | None) -> LayerShape:
+    """The heads and dims of one layer."""
+    heads, held = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    if getattr(config, "kv_lora_rank", None) and getattr(config, "qk_rope_head_dim", None):
+        # MLA: what transformers caches are the keys and values of every head, not the latent that they come from
+        return LayerShape(heads, heads, config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim, window)
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return LayerShape(held or heads, heads, dim, getattr(config, "v_head_dim", None) or dim, window)
+
+
+def _window(layer: object, kind: str, index: int) -> int | None:
+    if kind in ("chunked_attention", "reference_sliding_attention"):
+        raise UnsupportedModel(
+            f"layer {index} has {kind}, whose tokens do not all see the same number before them; only full and "
+            "sliding-window attention are handled"
+        )
     if type(layer) is DynamicLayer:
         return None
     if type(layer) is DynamicSlidingWindowLayer:
         return int(layer.sliding_window)
+    name = type(layer).__name__
     raise UnsupportedModel(
-        f"layer {index} keeps its state in a {type(layer).__name__}; only full and sliding-window attention are handled"
+        f"layer {index} keeps its state in a {name} ({_STATES.get(name, 'not slots alone')}); only full and "
+        "sliding-window attention are handled"
     )
 
 

@@ -1,0 +1,345 @@
+"""Whether a model's family can be capped: a tiny random model of its class is run beside stock transformers.
+
+Below the cap its logits must be stock's, and after a compaction every slot must hold the key of its position and be
+attended to as an oracle that holds the same slots attends. Families in :data:`agentmem.hf.support.COVERED` are tested
+by the package's own tests; others are checked once in a process, before anything is done with them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from agentmem import plugins
+from agentmem.errors import AgentmemError, UnsupportedModel
+from agentmem.hf.attach import attach, detach, scope
+from agentmem.hf.capture import Asked, reading
+from agentmem.hf.check_models import VOCABULARY, causal_class, tiny_model
+from agentmem.hf.forward_context import FRAME, Frame, own_frame, rename
+from agentmem.hf.rebase_check import check_rebase
+from agentmem.hf.support import COVERED, describe
+from agentmem.memory.memory import Memory
+from agentmem.memory.state import take
+from agentmem.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from agentmem.hf.cache import CappedCache
+    from agentmem.planning.model_shape import ModelShape
+
+SECONDS = 30.0
+"""A self-check that is not done by then is refused; most take less than one."""
+LIMIT = 1e-4
+"""Greatest difference of float32 logits, relative to the largest (1 at least): rounding is 100 times smaller."""
+_TOKENS, _SLOTS = 56, 32
+_ROOMY: dict[str, Any] = {"cap": 1 << 28, "chunk": 16, "keep_first": 4, "keep_recent": 8, "min_reclaim": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was checked: ``difference`` from what must come out, ``None`` where nothing is measured."""
+
+    name: str
+    difference: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the difference is one of rounding."""
+        return self.difference is None or self.difference <= LIMIT
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """What a self-check of a family found. ``reason`` says why it is refused, ``None`` where it is not."""
+
+    family: str
+    checks: tuple[Check, ...]
+    reason: str | None = None
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        """Whether models like this one can be capped."""
+        return self.reason is None
+
+
+def check(model: Any) -> CheckReport:
+    """Check the family of a model, or of its config alone, with a tiny random model of the same class.
+
+    The given model is not run, and the global random state is left alone.
+    """
+    began, config, found = time.monotonic(), getattr(model, "config", model), list[Check]()
+    reason = None
+    try:
+        describe(config, itemsize=4)
+        for each in _checks(model, config):
+            found.append(each)
+            _require_passed(each, time.monotonic() - began)
+    except AgentmemError as error:
+        reason = str(error)
+    except Exception as error:  # noqa: BLE001  # whatever the model's own code raises is what it cannot do
+        after = f"having passed {found[-1].name!r}" if found else "before anything could be checked"
+        reason = f"a tiny model of its class raised {type(error).__name__}: {str(error)[:200]}, {after}"
+    return CheckReport(config.model_type, tuple(found), reason, time.monotonic() - began)
+
+
+def _require_passed(check: Check, seconds: float) -> None:
+    if not check.passed:
+        raise UnsupportedModel(
+            f"{check.name}: a tiny model of its class differs from stock by {check.difference:.2g}, where at most "
+            f"{LIMIT:.0e} is rounding"
+        )
+    if seconds > SECONDS:
+        raise UnsupportedModel(f"the self-check was not done after {SECONDS:.0f} seconds")
+
+
+_REASONS: dict[str, str | None] = {}
+"""Why a kind of model is refused, ``None`` where it is not: by what was checked, class and config."""
+_LOCK = threading.Lock()
+
+
+def require_checked(model: Any, *, rebase: bool = False) -> None:
+    """Refuse a model, or a config, of a family that no test covers and whose self-check fails.
+
+    With ``rebase`` also one whose stored keys cannot be turned exactly. Results are kept for the process.
+
+    Raises:
+        UnsupportedModel: names what differs.
+
+    """
+    config = getattr(model, "config", model)
+    if rebase:
+        _require(model, config, "rebase", _rebase_reason)
+    if config.model_type not in COVERED or not type(config).__module__.startswith("transformers."):
+        _require(model, config, "use", _reason)
+
+
+def _reason(model: Any) -> str | None:
+    report = check(model)
+    return report.reason and (
+        f"model_type {report.family!r} is refused, since its self-check failed: {report.reason}. Use a model of "
+        "another family (docs/models.md lists those that pass), or see `agentmem check`"
+    )
+
+
+def _rebase_reason(model: Any) -> str | None:
+    try:
+        check_rebase(model)
+    except UnsupportedModel as error:
+        return str(error)
+    return None
+
+
+def _require(model: Any, config: Any, what: str, reason: Callable[[Any], str | None]) -> None:
+    fields = {name: value for name, value in config.to_dict().items() if name not in ("_name_or_path", "dtype")}
+    key = f"{what} {type(model)} {json.dumps(fields, sort_keys=True, default=str)}"
+    with _LOCK:
+        if key not in _REASONS:
+            _REASONS[key] = reason(model)
+        found = _REASONS[key]
+    if found is not None:
+        raise UnsupportedModel(found)
+
+
+def _checks(model: Any, config: Any) -> Iterator[Check]:
+    kind = type(model) if hasattr(model, "get_decoder") else causal_class(config)
+    with torch.inference_mode(mode=False), torch.no_grad(), _plain():
+        tiny = tiny_model(kind, config)
+        shape = describe(tiny.config, itemsize=4)
+        _refuse_other_calls(tiny, shape)
+        yield Check("attention calls")
+        ids = torch.randint(3, VOCABULARY, (1, _TOKENS), generator=torch.Generator().manual_seed(1))
+        yield from _below_the_cap(tiny, shape, ids)
+        if shape.compactable:
+            yield from _after_a_compaction(tiny, shape, ids)
+
+
+@contextmanager
+def _plain() -> Iterator[None]:
+    """No autocast, whatever the caller has set."""
+    with torch.autocast("cpu", enabled=False), torch.device("cpu"):
+        yield
+
+
+# ---- what attention is passed
+
+
+class _Witness:
+    """Answers attention calls with zeros and notes what they were passed."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, tuple[int, ...]]] = []
+
+    def attend(
+        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """``queries [B, Hq, q, d]`` → zeros ``[B, q, Hq, dv]``."""
+        del scale
+        self.calls.append((layer, (keys.shape[1], queries.shape[1], keys.shape[-1], values.shape[-1])))
+        return queries.new_zeros(queries.shape[0], queries.shape[2], queries.shape[1], values.shape[-1])
+
+
+def _refuse_other_calls(model: Any, shape: ModelShape) -> None:
+    """Refuse a model whose layers do not each call attention once through transformers' AttentionInterface."""
+    ids = torch.full((1, 5), 3)
+    model(ids, use_cache=False)
+    witness, undo = _Witness(), rename(model.get_decoder().config)
+    try:
+        with own_frame():
+            FRAME.set(Frame(None, witness))
+            model(ids, use_cache=False)
+    except UnsupportedModel:
+        raise
+    except Exception:
+        if witness.calls:
+            raise  # else the model's own attention has met a mask that is not there
+    finally:
+        undo()
+    layers = [layer for layer, _ in witness.calls]
+    if layers != list(range(len(shape.layers))):
+        raise UnsupportedModel(
+            f"of {len(shape.layers)} layers, those that call attention through transformers' AttentionInterface are "
+            f"{str(layers)[:100] if layers else 'none'}: a memory stands in for calls that come there once a layer"
+        )
+    for layer, found in witness.calls:
+        each = shape.layers[layer]
+        wanted = (each.kv_heads, each.query_heads, each.key_dim, each.value_dim)
+        if found != wanted:
+            raise UnsupportedModel(
+                f"layer {layer} calls attention with (KV heads, query heads, key dim, value dim) = {found}, where its "
+                f"config says {wanted}"
+            )
+
+
+# ---- below the cap
+
+
+@contextmanager
+def _capped(model: Any, shape: ModelShape) -> Iterator[CappedCache]:
+    memory = Memory(shape, Settings.of(**_ROOMY), plugins.policy("am-halving"))
+    view = attach(model, memory)
+    try:
+        with scope(model):
+            yield view
+    finally:
+        detach(model)
+        memory.close()
+
+
+def _below_the_cap(model: Any, shape: ModelShape, ids: torch.Tensor) -> Iterator[Check]:
+    cuts: dict[str, Sequence[int]] = {
+        "prefill": (16,),
+        "prefill in chunks": (16, 5, 16, 16, 3),
+        "decode": (16, 16, 16, 1, 1, 1, 1, 1, 1, 1, 1),
+    }
+    stock = _logits(model, ids, (_TOKENS,))
+    for name, cut in cuts.items():
+        part = ids[:, : sum(cut)]
+        with _capped(model, shape) as memory:
+            yield Check(name, _apart(_logits(model, part, cut, memory), stock[:, : sum(cut)]))
+    mask = torch.ones(2, 15, dtype=torch.long)
+    mask[0, :6] = 0
+    rows = ids[:, :30].reshape(2, 15) * mask
+    cut, seen = (12, 1, 1, 1), mask.bool()
+    stock = _logits(model, rows, (15,), None, mask)
+    with _capped(model, shape) as memory:
+        yield Check("left-padded batch", _apart(_logits(model, rows, cut, memory, mask)[seen], stock[seen]))
+    options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    wanted = model.generate(ids[:, :20], **options)
+    with _capped(model, shape) as memory:
+        found = model.generate(ids[:, :20], past_key_values=memory, **options)
+    yield Check("generate", _apart(torch.stack(found.logits), torch.stack(wanted.logits)))
+
+
+def _logits(
+    model: Any, ids: torch.Tensor, cuts: Sequence[int], cache: Any = None, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Logits of every position, fed in pieces, or without a cache in one: ``[rows, columns, V]``."""
+    given = torch.ones_like(ids) if mask is None else mask
+    places = (given.cumsum(-1) - 1).clamp_(min=0)
+    takes = "position_ids" in inspect.signature(model.forward).parameters
+    pieces, start = [], 0
+    for count in cuts:
+        span = slice(start, start + count)
+        more: dict[str, Any] = {"position_ids": places[:, span]} if takes else {}
+        more |= {"use_cache": False} if cache is None else {"past_key_values": cache}
+        output = model(ids[:, span], attention_mask=given[:, : span.stop], **more)
+        pieces.append(output.logits)
+        start += count
+    return torch.cat(pieces, 1)
+
+
+def _apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The greatest difference, relative to the largest number, which counts as 1 at least."""
+    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1))
+
+
+# ---- after a compaction
+
+
+def _after_a_compaction(model: Any, shape: ModelShape, ids: torch.Tensor) -> Iterator[Check]:
+    more = torch.randint(3, VOCABULARY, (1, 8), generator=torch.Generator().manual_seed(2))
+    with _capped(model, shape) as memory:
+        model(ids, past_key_values=memory, logits_to_keep=1)
+        found = []
+        for _ in range(2):
+            memory.compact(slots=_SLOTS - 12)
+            slots = _slots(memory, shape)
+            found.append((slots, model(more, past_key_values=memory).logits[0]))
+    with reading(model, [layer.window for layer in shape.layers]) as reader:
+        yield Check("keys of compacted slots", _misplaced(found[0][0], reader.read(ids[0]).layers, shape))
+        for times, (slots, logits) in enumerate(found):
+            past, start = [each.asked for each in slots], _TOKENS + times * more.shape[1]
+            wanted = reader.read(more[0], start=start, past=past, logits=True).logits
+            assert wanted is not None  # noqa: S101  # they were asked for
+            yield Check(f"logits after {times + 1} compaction{'s' * times}", _apart(logits, wanted))
+
+
+@dataclass(frozen=True, slots=True)
+class _Slots:
+    """The slots of one layer ``[H, n, …]``; positions are not kept in sliding windows."""
+
+    asked: Asked
+    positions: torch.Tensor | None
+
+
+def _slots(memory: CappedCache, shape: ModelShape) -> list[_Slots]:
+    """A copy of all slots."""
+    (row,) = memory.memory.rows
+    memory.engine.finish(row)
+    _, tensors = take(memory.memory)
+    found = []
+    for index, layer in enumerate(shape.layers):
+
+        def column(name: str, index: int = index, heads: int = layer.kv_heads) -> torch.Tensor:
+            return torch.stack([tensors[f"layer.{index}.head.{head}.{name}"] for head in range(heads)]).clone()
+
+        empty = torch.empty(0)
+        asked = Asked(empty, column("keys"), column("values"), empty, 1.0, column("bias"))
+        found.append(_Slots(asked, None if layer.window is not None else column("positions").long()))
+    return found
+
+
+def _misplaced(slots: Sequence[_Slots], stock: Sequence[Asked], shape: ModelShape) -> float:
+    """How far the keys of the slots are from those that the model's attention is passed for their positions."""
+    worst = 0.0
+    for each, whole, layer in zip(slots, stock, shape.layers, strict=True):
+        keys = whole.keys
+        if each.positions is None:
+            last = min(keys.shape[1], (layer.window or 1) - 1)
+            found, wanted = each.asked.keys[:, -last:], keys[:, -last:]
+        else:
+            if each.asked.keys.shape[1] != _SLOTS:
+                raise UnsupportedModel(f"a compaction to {_SLOTS} slots per head left {each.asked.keys.shape[1]}")
+            found = each.asked.keys
+            wanted = keys.gather(1, each.positions[..., None].expand_as(found))
+        worst = max(worst, _apart(found, wanted))
+    return worst

@@ -41,7 +41,8 @@ def test_a_lora_model_below_the_cap_is_stock(adapted: Any) -> None:
 def test_a_lora_model_compacts_and_its_adapter_can_be_off(adapted: Any) -> None:
     """Probes run with the adapter as it is; with it disabled the tokens are the base model's."""
     with agentmem.wrap(adapted, **variants.TIGHT) as ours:
-        report = ours.generate(variants.prompt(30), max_new_tokens=40, do_sample=False).report
+        ours.generate(variants.prompt(30), max_new_tokens=40, do_sample=False)
+        report = ours.report()
     with agentmem.wrap(adapted, **variants.ROOMY) as ours, adapted.disable_adapter():
         plain = ours.generate(variants.prompt(30), max_new_tokens=20, do_sample=False)
 

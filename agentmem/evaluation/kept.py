@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Kept = TypeVar("Kept", bound=BaseModel)
 _DRAWING = frozenset({"pictures.py", "plots.py"})
-_BESIDE = ("calibration", "cli", "policies", "sessions")
+_BESIDE = ("calibration", "cli", "evaluation/ablation", "evaluation/tasks", "policies", "sessions")
 """Packages that a measurement does not run through; a policy's own sources are added for that policy."""
 
 

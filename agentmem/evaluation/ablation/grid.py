@@ -1,0 +1,89 @@
+"""The cells of an ablation: what is measured once, and the order of rows."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import TYPE_CHECKING
+
+from agentmem.errors import SettingsRefused
+from agentmem.evaluation.ablation.config import MAX_CELLS, Ablation, Text, limits
+from agentmem.evaluation.recall import FULL, WINDOW
+from agentmem.evaluation.terms import Frozen, Terms
+from agentmem.settings import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class Cell(Frozen):
+    """One point of the grid. Full memory has no limit: ``slots`` and ``cap_bytes`` are ``None``."""
+
+    instrument: str
+    model: str
+    text: Text
+    policy: str
+    slots: int | None
+    cap_bytes: int | None
+    keep_first: int
+    keep_recent: int
+    target: int | float | str
+    chunk: int
+    seed: int
+
+    @property
+    def terms(self) -> Terms:
+        """The terms of its memory."""
+        names = ("slots", "cap_bytes", "keep_first", "keep_recent", "target", "chunk", "seed")
+        return Terms(**{name: getattr(self, name) for name in names})
+
+    @property
+    def label(self) -> str:
+        """One line for progress and refusals."""
+        limit = "" if self.limit is None else f", {self.limit}"
+        return f"{self.instrument}, {self.text.label}, {self.policy}{limit}, seed {self.seed}"
+
+    @property
+    def limit(self) -> str | None:
+        """The limit as tables show it."""
+        if self.cap_bytes is not None:
+            return format_bytes(self.cap_bytes)
+        return None if self.slots is None else f"{self.slots} slots"
+
+
+def cells(ablation: Ablation) -> tuple[Cell, ...]:
+    """Every cell, those that share a model and a text next to each other.
+
+    Recall is judged between full memory and ``window``, so these are measured whether they are asked for or not.
+
+    Raises:
+        SettingsRefused: the grid has more than 100,000 cells.
+
+    """
+    size = len(list(limits(ablation)))
+    for name in ("models", "texts", "seeds", "policies", "keep_first", "keep_recent", "target"):
+        size *= len(getattr(ablation, name))
+    if size * len(ablation.instruments.chosen) > MAX_CELLS:
+        raise SettingsRefused(f"the grid has more than {MAX_CELLS:,} cells; give shorter lists")
+    return tuple(_cells(ablation))
+
+
+def _cells(ablation: Ablation) -> Iterator[Cell]:
+    places = product(ablation.models, ablation.instruments.chosen, ablation.texts, ablation.seeds)
+    for model, instrument, text, seed in places:
+        same = {"instrument": instrument, "model": model, "text": text, "seed": seed, "chunk": ablation.chunk}
+        policies = ablation.policies
+        if instrument != "fidelity":
+            free = dict.fromkeys(("slots", "cap_bytes"))
+            yield Cell(**same, **free, policy=FULL, keep_first=0, keep_recent=0, target=0.5)
+            policies = tuple(dict.fromkeys((WINDOW, *policies)))
+        kept = product(ablation.keep_first, ablation.keep_recent, ablation.target)
+        for (slots, cap), (first, recent, target), policy in product(limits(ablation), list(kept), policies):
+            yield Cell(
+                **same,
+                policy=policy,
+                slots=slots,
+                cap_bytes=cap,
+                keep_first=first,
+                keep_recent=recent,
+                target=target,
+            )

@@ -38,6 +38,14 @@ def settings_key(policy: Policy | str, *terms: BaseModel) -> str:
     return digest.hexdigest()[:24]
 
 
+def code_digest(folder: str) -> str:
+    """A digest of the sources below one folder of the package, such as ``evaluation/tasks``."""
+    digest = hashlib.sha256()
+    for source in sorted((Path(__file__).parents[1] / folder).rglob("*.py")):
+        digest.update(_file_digest(source))
+    return digest.hexdigest()
+
+
 def load(kind: type[Kept], path: Path) -> Kept | None:
     """What was saved at ``path``; ``None`` if nothing whole of that kind is there."""
     try:

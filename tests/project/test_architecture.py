@@ -124,6 +124,11 @@ TABLE = (
     room("agentmem.evaluation", rooms=ABOVE, outside="torch transformers pydantic numpy matplotlib filelock"),
     room("agentmem.calibration", rooms=ABOVE, outside="torch accelerate"),
     room(
+        "agentmem.evaluation.tasks",
+        rooms=ABOVE,
+        outside="torch transformers pydantic inspect_ai math_verify",
+    ),
+    room(
         "agentmem.evaluation.ablation",
         rooms=ABOVE,
         outside="torch pydantic numpy matplotlib filelock scipy yaml jinja2",

@@ -18,12 +18,12 @@ import torch
 from agentmem import models
 from agentmem.errors import AgentmemError
 from agentmem.evaluation import fidelity, recall
-from agentmem.evaluation.ablation.config import Ablation, Fidelity, Recall, Text
+from agentmem.evaluation.ablation.config import Ablation, Fidelity, Recall, TaskArguments, Text
 from agentmem.evaluation.ablation.grid import Cell
 from agentmem.evaluation.ablation.rows import Provenance, Row
 from agentmem.evaluation.facts import documents
 from agentmem.evaluation.full_logits import full_logits, model_digest, passage_key
-from agentmem.evaluation.kept import settings_key
+from agentmem.evaluation.kept import code_digest, settings_key
 from agentmem.evaluation.passage import passage
 
 if TYPE_CHECKING:
@@ -44,20 +44,28 @@ class Bench:
     digest: str
     """Of the model."""
     texts: dict[Text, str]
+    folder: Path
+    """Where relative paths begin."""
     cache_dir: Path
+    """Where full memory's logits are kept."""
+    out: Path
+    """Where tasks leave their logs."""
 
     @classmethod
-    def open(cls, ablation: Ablation, source: str, texts: dict[Text, str], cache_dir: Path) -> Self:
-        """Load the model.
+    def open(
+        cls, ablation: Ablation, name: str, texts: dict[Text, str], folder: Path, cache_dir: Path, out: Path
+    ) -> Self:
+        """Load the model of that name.
 
         Raises:
             ModelUnavailable: it cannot be loaded.
 
         """
+        source = str(folder / name) if name.startswith(("./", "../")) else name
         dtype = None if ablation.dtype == "auto" else getattr(torch, ablation.dtype)
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if ablation.device == "cuda" else ablation.device
         model, tokenizer = models.load(source, dtype=dtype, device_map=None if device == "cpu" else device)
-        return cls(ablation, model, tokenizer, model_digest(model), texts, cache_dir)
+        return cls(ablation, model, tokenizer, model_digest(model), texts, folder, cache_dir, out)
 
     def key(self, cell: Cell) -> str:
         """Names everything that a cell's result depends on; 24 hexadecimal digits."""
@@ -66,9 +74,10 @@ class Bench:
             "instrument": cell.instrument,
             "model": self.digest,
             "dtype": str(self.model.dtype),
-            "text": _sha256(self.texts[cell.text]),
-            "offset": cell.text.offset,
+            "text": self._text_digest(cell),
+            "offset": None if cell.text is None else cell.text.offset,
             "code": settings_key(cell.terms.policy(cell.policy), cell.terms, settings),
+            "task": code_digest("evaluation/tasks") if isinstance(settings, TaskArguments) else None,
         }
         return _sha256(json.dumps(facts, sort_keys=True))[:24]
 
@@ -78,33 +87,50 @@ class Bench:
         settings = self.ablation.instruments.chosen[cell.instrument]
         try:
             if isinstance(settings, Fidelity):
-                return Row.of(key, cell, provenance, (self._fidelity(cell, settings),))
+                return Row.measured(key, cell, provenance, (self._fidelity(cell, settings),))
             if isinstance(settings, Recall):
-                return Row.of(key, cell, provenance, self._recall(cell, settings))
+                return Row.measured(key, cell, provenance, self._recall(cell, settings))
+            if isinstance(settings, TaskArguments):
+                return Row.measured(key, cell, provenance, self._task(cell, settings))
         except AgentmemError as error:
             return Row(key=key, cell=cell, provenance=provenance, refused=str(error))
         raise AssertionError(cell.instrument)
 
     def _fidelity(self, cell: Cell, settings: Fidelity) -> Run:
-        words = self.texts[cell.text]
-        ids = passage(self.tokenizer, words, offset=cell.text.offset, tokens=settings.tokens)
+        words, offset = self._words(cell)
+        ids = passage(self.tokenizer, words, offset=offset, tokens=settings.tokens)
         policy = cell.terms.policy(cell.policy)
         cell.terms.plan(self.model, policy)  # a limit that cannot work is refused before full memory is computed
         full = full_logits(self.model, ids, self.cache_dir / passage_key(self.model, ids, self.digest))
         return fidelity.measure(self.model, ids, full, policy, cell.terms, tokenizer=self.tokenizer)
 
     def _recall(self, cell: Cell, settings: Recall) -> Iterator[Run]:
+        words, offset = self._words(cell)
         first = max(self.ablation.keep_first)  # the same documents in every cell
-        found = documents(
-            self.tokenizer,
-            self.texts[cell.text],
-            settings.quiz(cell.seed),
-            offset=cell.text.offset,
-            keep_first=first,
-        )
+        found = documents(self.tokenizer, words, settings.quiz(cell.seed), offset=offset, keep_first=first)
         terms = recall.full_terms(found) if cell.policy == recall.FULL else cell.terms
         for document in found:
             yield recall.measure(self.model, document, terms.policy(cell.policy), terms, tokenizer=self.tokenizer)
+
+    def _task(self, cell: Cell, settings: TaskArguments) -> tuple[Run, ...]:
+        from agentmem.evaluation.tasks.run import attempts  # inspect_ai takes a second
+
+        terms = None if cell.limit is None else cell.terms
+        if terms is not None:
+            terms.plan(self.model, terms.policy(cell.policy))  # inspect would wrap the refusal
+        loaded = (self.model, self.tokenizer)
+        arguments = dict(settings.arguments)
+        if isinstance(arguments.get("data"), str):
+            arguments["data"] = str(self.folder / Path(str(arguments["data"])).expanduser())
+        return attempts(settings.name, arguments, loaded, terms, cell.policy, cell.seed, self.out / "logs")
+
+    def _words(self, cell: Cell) -> tuple[str, int]:
+        """The cell's text, and where it begins."""
+        text = cell.text or Text()
+        return self.texts[text], text.offset
+
+    def _text_digest(self, cell: Cell) -> str | None:
+        return None if cell.text is None else _sha256(self.texts[cell.text])
 
     def _provenance(self, cell: Cell) -> Provenance:
         return Provenance(
@@ -114,7 +140,7 @@ class Bench:
             python=platform.python_version(),
             commit=commit(),
             model_sha256=self.digest,
-            text_sha256=_sha256(self.texts[cell.text]),
+            text_sha256=self._text_digest(cell),
             device=_device(self.model),
             dtype=str(self.model.dtype).removeprefix("torch."),
             threads=torch.get_num_threads(),

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
 
 from agentmem import plugins
 from agentmem.errors import SettingsRefused
@@ -90,23 +90,45 @@ class Recall(Frozen):
         return Quiz(tokens=self.tokens, facts=self.facts, depths=self.depths, formats=self.formats, seed=seed)
 
 
+class TaskArguments(Frozen):
+    """A task of :mod:`agentmem.evaluation.tasks` and what it is given. The cell's seed is its seed."""
+
+    name: str
+    arguments: dict[str, JsonValue]
+
+
+def _tasks(tasks: dict[str, dict[str, JsonValue]]) -> dict[str, dict[str, JsonValue]]:
+    if tasks:
+        from agentmem.evaluation.tasks.run import check  # inspect_ai takes a second
+
+        for name, arguments in tasks.items():
+            try:
+                check(name, arguments)
+            except SettingsRefused as error:
+                raise ValueError(f"{name}: {error}") from None
+    return tasks
+
+
 class Instruments(Frozen):
     """What is measured in every cell; at least one. An instrument without settings of its own is ``fidelity: {}``."""
 
     fidelity: Fidelity | None = None
     recall: Recall | None = None
+    tasks: Annotated[dict[str, dict[str, JsonValue]], AfterValidator(_tasks)] = Field(default={})
+    """Arguments by the name of a task, as in ``many_shot: {words: 32}``."""
 
     @model_validator(mode="after")
     def _some(self) -> Self:
         if not self.chosen:
-            raise ValueError(f"none is chosen; name at least one of {', '.join(type(self).model_fields)}")
+            raise ValueError("none is chosen; name at least one of fidelity, recall, tasks")
         return self
 
     @property
     def chosen(self) -> dict[str, Frozen]:
         """Settings by the name of the instrument, in a fixed order."""
-        found = {name: getattr(self, name) for name in type(self).model_fields}
-        return {name: settings for name, settings in found.items() if settings is not None}
+        own = {"fidelity": self.fidelity, "recall": self.recall}
+        tasks = {name: TaskArguments(name=name, arguments=given) for name, given in self.tasks.items()}
+        return {name: settings for name, settings in (own | tasks).items() if settings is not None}
 
 
 Share = Annotated[float, Field(gt=0, lt=1)]

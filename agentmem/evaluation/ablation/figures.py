@@ -17,7 +17,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from agentmem.evaluation.ablation.scores import MEASURES
+from agentmem.evaluation.ablation.scores import measure_of
 from agentmem.evaluation.fidelity import Measurement, rows
 from agentmem.evaluation.recall import FULL
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from agentmem.evaluation.ablation.lines import Line
-    from agentmem.evaluation.ablation.rows import Row, Run
+    from agentmem.evaluation.ablation.rows import Row
 
 # Okabe and Ito: told apart by readers of every colour vision; yellow is left out, it is too pale on white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555", "#7A4EA3")
@@ -81,7 +81,7 @@ def pictures(rows: Sequence[Row], lines: Sequence[Line]) -> tuple[Picture, ...]:
 
 
 def _pareto(instrument: str, lines: Sequence[Line], palette: Palette) -> Picture | None:
-    measure = MEASURES[instrument]
+    measure = measure_of(instrument)
     measured = [line for line in lines if line.instrument == instrument and line.score and line.limit is not None]
     if not measured:
         return None
@@ -139,15 +139,20 @@ def _tightest(found: Sequence[Row]) -> list[Row]:
     return max(groups.values(), key=lambda group: (len(group), max(row.compactions for row in group)), default=[])
 
 
+def _run(row: Row) -> Measurement:
+    """The one run of a row of fidelity."""
+    (run,) = (run for run in row.runs if isinstance(run, Measurement))
+    return run
+
+
 def _where(group: Sequence[Row]) -> str:
     cell = group[0].cell
-    return f"{cell.text.label}, {cell.limit}, seed {cell.seed}"
+    return f"{cell.source}, {cell.limit}, seed {cell.seed}"
 
 
 def _drift(group: Sequence[Row], palette: Palette) -> Picture:
     figure, axes = _figure()
-    runs = [run for row in group for run in row.runs if isinstance(run, Measurement)]
-    for row, line in zip(group, rows(runs), strict=True):
+    for row, line in zip(group, rows([_run(row) for row in group]), strict=True):
         counts = range(1, len(line.kl_by_compaction))
         axes.plot(
             counts,
@@ -168,7 +173,7 @@ def _drift(group: Sequence[Row], palette: Palette) -> Picture:
 def _saw_tooth(group: Sequence[Row], palette: Palette) -> Picture:
     figure, axes = _figure()
     for row in group:
-        style, run = palette.style(row.cell.policy), row.runs[0]
+        style, run = palette.style(row.cell.policy), _run(row)
         tokens, used = _tooth(run)
         axes.plot(tokens, used, color=style["color"], linewidth=1.3, label=row.cell.policy)
         peaks = [(each.tokens, each.peak / _MIB) for each in run.compacted]
@@ -184,7 +189,7 @@ def _saw_tooth(group: Sequence[Row], palette: Palette) -> Picture:
     return Picture("saw-tooth", _svg(figure), f"{caption}({_where(group)}).")
 
 
-def _tooth(run: Run) -> tuple[list[int], list[float]]:
+def _tooth(run: Measurement) -> tuple[list[int], list[float]]:
     """Tokens and MiB, with the fall of every compaction at the token where it happened."""
     tokens, used = [0], [0.0]
     falls = {each.tokens for each in run.compacted}
@@ -228,17 +233,17 @@ def _costs(lines: Sequence[Line], palette: Palette) -> Picture | None:
 
 def _heat_map(group: Sequence[Row]) -> Picture | None:
     """Slots by layer and head, for the policies that do not give every head the same."""
-    unequal = [row for row in group if len({slots for layer in row.runs[0].heads for slots in layer}) > 1]
+    unequal = [row for row in group if len({slots for layer in _run(row).heads for slots in layer}) > 1]
     shown = unequal[:_HEAT_MAPS]
     if not shown:
         return None
-    most = max(slots for row in shown for layer in row.runs[0].heads for slots in layer)
+    most = max(slots for row in shown for layer in _run(row).heads for slots in layer)
     figure = Figure(figsize=(2 * _SIZE[0], 1.1 + 1.35 * len(shown)), layout="constrained")
     FigureCanvasSVG(figure)
     panels = []
     for place, row in enumerate(shown):
         axes = figure.add_subplot(len(shown), 1, place + 1)
-        heads = row.runs[0].heads
+        heads = _run(row).heads
         width = max(map(len, heads))
         grid = [[layer[head] if head < len(layer) else float("nan") for layer in heads] for head in range(width)]
         image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=most, interpolation="nearest")

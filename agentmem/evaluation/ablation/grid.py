@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from agentmem.errors import SettingsRefused
 from agentmem.evaluation.ablation.config import MAX_CELLS, Ablation, Text, limits
@@ -20,7 +20,8 @@ class Cell(Frozen):
 
     instrument: str
     model: str
-    text: Text
+    text: Text | None
+    """``None`` for tasks, which have texts of their own."""
     policy: str
     slots: int | None
     cap_bytes: int | None
@@ -40,7 +41,12 @@ class Cell(Frozen):
     def label(self) -> str:
         """One line for progress and refusals."""
         limit = "" if self.limit is None else f", {self.limit}"
-        return f"{self.instrument}, {self.text.label}, {self.policy}{limit}, seed {self.seed}"
+        return f"{self.instrument}, {self.source}, {self.policy}{limit}, seed {self.seed}"
+
+    @property
+    def source(self) -> str:
+        """The text as tables name it."""
+        return self.instrument if self.text is None else self.text.label
 
     @property
     def limit(self) -> str | None:
@@ -53,7 +59,8 @@ class Cell(Frozen):
 def cells(ablation: Ablation) -> tuple[Cell, ...]:
     """Every cell, those that share a model and a text next to each other.
 
-    Recall is judged between full memory and ``window``, so these are measured whether they are asked for or not.
+    All but fidelity is judged beside full memory, and recall also beside ``window``: these are measured whether they
+    are asked for or not.
 
     Raises:
         SettingsRefused: the grid has more than 100,000 cells.
@@ -68,22 +75,27 @@ def cells(ablation: Ablation) -> tuple[Cell, ...]:
 
 
 def _cells(ablation: Ablation) -> Iterator[Cell]:
-    places = product(ablation.models, ablation.instruments.chosen, ablation.texts, ablation.seeds)
-    for model, instrument, text, seed in places:
-        same = {"instrument": instrument, "model": model, "text": text, "seed": seed, "chunk": ablation.chunk}
-        policies = ablation.policies
-        if instrument != "fidelity":
-            free = dict.fromkeys(("slots", "cap_bytes"))
-            yield Cell(**same, **free, policy=FULL, keep_first=0, keep_recent=0, target=0.5)
-            policies = tuple(dict.fromkeys((WINDOW, *policies)))
-        kept = product(ablation.keep_first, ablation.keep_recent, ablation.target)
-        for (slots, cap), (first, recent, target), policy in product(limits(ablation), list(kept), policies):
-            yield Cell(
-                **same,
-                policy=policy,
-                slots=slots,
-                cap_bytes=cap,
-                keep_first=first,
-                keep_recent=recent,
-                target=target,
-            )
+    for model, instrument in product(ablation.models, ablation.instruments.chosen):
+        texts = (None,) if instrument in ablation.instruments.tasks else ablation.texts
+        for text, seed in product(texts, ablation.seeds):
+            yield from _at(ablation, instrument=instrument, model=model, text=text, seed=seed, chunk=ablation.chunk)
+
+
+def _at(ablation: Ablation, **same: Any) -> Iterator[Cell]:
+    """The cells of one instrument, model, text and seed."""
+    policies = ablation.policies
+    if same["instrument"] != "fidelity":
+        yield Cell(**same, slots=None, cap_bytes=None, policy=FULL, keep_first=0, keep_recent=0, target=0.5)
+    if same["instrument"] == "recall":
+        policies = tuple(dict.fromkeys((WINDOW, *policies)))
+    kept = product(ablation.keep_first, ablation.keep_recent, ablation.target)
+    for (slots, cap), (first, recent, target), policy in product(limits(ablation), list(kept), policies):
+        yield Cell(
+            **same,
+            policy=policy,
+            slots=slots,
+            cap_bytes=cap,
+            keep_first=first,
+            keep_recent=recent,
+            target=target,
+        )

@@ -46,7 +46,7 @@ class Line(Frozen):
     peak_bytes: int = 0
     """At most, over the cells."""
     compactions: float = 0.0
-    """Mean of a run."""
+    """Mean of a memory."""
     seconds_each: float = 0.0
     """Seconds per compaction."""
     share: float = 0.0
@@ -59,12 +59,12 @@ class Line(Frozen):
 def lines(ablation: Ablation, rows: Sequence[Row]) -> tuple[Line, ...]:
     """One line per instrument, model, limit, protected tokens, target and policy, in the order of the grid."""
     scores = {each.row.key: each for each in scored(rows)}
-    groups: dict[Hashable, list[Row]] = {}
+    groups: dict[tuple[Hashable, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((_setting(row.cell), row.cell.policy), []).append(row)
     pooled = {key: [scores[row.key] for row in group if row.key in scores] for key, group in groups.items()}
     found = []
-    for (setting, policy), group in groups.items():  # type: ignore[misc]  # the keys are pairs
+    for (setting, policy), group in groups.items():
         other = pooled.get((setting, ablation.compared_with), [])
         theirs = other if policy not in {ablation.compared_with, FULL} else []
         found.append(_line(ablation, group, pooled[setting, policy], theirs))
@@ -102,7 +102,7 @@ def _measured(ablation: Ablation, ours: Sequence[Scored], theirs: Sequence[Score
         "difference": of_difference(*paired, **how) if shared else None,  # type: ignore[arg-type]  # a mixed dict
         "figures": _means([each.figures for each in ours]),
         "peak_bytes": max(row.peak_bytes for row in rows),
-        "compactions": compactions / sum(len(row.runs) for row in rows),
+        "compactions": compactions / sum(row.memories for row in rows),
         "seconds_each": compacting / max(1, compactions),
         "share": compacting / seconds if seconds else 0.0,
         "seconds": seconds,

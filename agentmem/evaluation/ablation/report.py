@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import jinja2
 
 from agentmem.evaluation.ablation.figures import Picture, pictures
-from agentmem.evaluation.ablation.scores import MEASURES
+from agentmem.evaluation.ablation.scores import measure_of
 from agentmem.evaluation.ablation.tables import interval, refusals, tables
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _findings(ablation: Ablation, lines: Sequence[Line]) -> list[str]:
 
 
 def _finding(ablation: Ablation, group: Sequence[Line]) -> str:
-    measure = MEASURES[group[0].instrument]
+    measure = measure_of(group[0].instrument)
     sign = 1 if measure.lower_is_better else -1
     tightest = min(line.limit_value for line in group)
     scores = [(sign * line.score.mean, line) for line in group if line.score and line.limit_value == tightest]
@@ -80,5 +80,5 @@ def _finding(ablation: Ablation, group: Sequence[Line]) -> str:
 def _facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """Everything that rows say of where they come from; several values where rows differ."""
     facts = [(name.replace("_", " "), sorted({str(getattr(row.provenance, name)) for row in rows})) for name in _FACTS]
-    texts = sorted({f"{row.cell.text.label} {row.provenance.text_sha256}" for row in rows})
+    texts = sorted({f"{row.cell.source} {row.provenance.text_sha256}" for row in rows})
     return [(name, ", ".join(values)) for name, values in [*facts, ("texts sha256", texts)]]

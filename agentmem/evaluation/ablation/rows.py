@@ -17,13 +17,14 @@ from agentmem.errors import AgentmemError, SettingsRefused
 from agentmem.evaluation.ablation.grid import Cell
 from agentmem.evaluation.fidelity import Measurement
 from agentmem.evaluation.recall import Recalled
+from agentmem.evaluation.tasks.attempt import Attempt
 from agentmem.evaluation.terms import Frozen
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from types import TracebackType
 
-Run = Measurement | Recalled
+Run = Measurement | Recalled | Attempt
 
 
 class Provenance(Frozen):
@@ -52,7 +53,9 @@ class Row(Frozen):
     provenance: Provenance
     refused: str | None = None
     runs: tuple[Run, ...] = ()
-    """One for fidelity, one per document for recall."""
+    """One for fidelity, one per document for recall, one per sample and epoch for a task."""
+    memories: int = 0
+    """That were made: questions behind a shared context have one together."""
     peak_bytes: int = 0
     """The most that R + T came to in any run."""
     compactions: int = 0
@@ -60,10 +63,10 @@ class Row(Frozen):
     seconds: float = 0.0
     compact_seconds: float = 0.0
     tokens: int = 0
-    """Tokens read."""
+    """Read and generated."""
 
     @classmethod
-    def of(cls, key: str, cell: Cell, provenance: Provenance, runs: Iterable[Run]) -> Self:
+    def measured(cls, key: str, cell: Cell, provenance: Provenance, runs: Iterable[Run]) -> Self:
         """The row of a cell that was measured."""
         runs = tuple(runs)
         return cls(
@@ -71,12 +74,27 @@ class Row(Frozen):
             cell=cell,
             provenance=provenance,
             runs=runs,
+            memories=sum(_fresh(run) for run in runs),
             peak_bytes=max(run.bytes for run in runs),
-            compactions=sum(len(run.compacted) for run in runs),
+            compactions=sum(_compactions(run) for run in runs if _fresh(run)),
             seconds=sum(run.seconds for run in runs),
             compact_seconds=sum(run.compact_seconds for run in runs),
-            tokens=sum(run.moments[-1].tokens for run in runs if run.moments),
+            tokens=sum(_tokens(run) for run in runs),
         )
+
+
+def _fresh(run: Run) -> bool:
+    return not isinstance(run, Attempt) or run.fresh
+
+
+def _compactions(run: Run) -> int:
+    return run.compactions if isinstance(run, Attempt) else len(run.compacted)
+
+
+def _tokens(run: Run) -> int:
+    if isinstance(run, Attempt):
+        return run.tokens_read + run.tokens_generated
+    return run.moments[-1].tokens if run.moments else 0
 
 
 def read_rows(folder: Path) -> dict[str, Row]:

@@ -49,7 +49,7 @@ def run(
     with RowFile(out, team.rank) as file:
         known = {key for key, row in read_rows(out).items() if not (again and row.refused)}
         team.wait()  # every process has read the same rows before one of them writes
-        for bench, cell in _benches(ablation, folder, cache_dir):
+        for bench, cell in _benches(ablation, folder, cache_dir, out):
             keys.append(bench.key(cell))
             if keys[-1] in known:
                 continue
@@ -71,7 +71,7 @@ def finished(ablation: Ablation, folder: Path, out: Path, *, cache_dir: Path) ->
 
     """
     found = read_rows(out)
-    keys = (bench.key(cell) for bench, cell in _benches(ablation, folder, cache_dir))
+    keys = (bench.key(cell) for bench, cell in _benches(ablation, folder, cache_dir, out))
     return tuple(found[key] for key in keys if key in found)
 
 
@@ -82,12 +82,11 @@ def _make(out: Path) -> None:
         raise AgentmemError(f"ablation: cannot make {out}: {error.strerror or error}; choose another --out") from error
 
 
-def _benches(ablation: Ablation, folder: Path, cache_dir: Path) -> Iterator[tuple[Bench, Cell]]:
+def _benches(ablation: Ablation, folder: Path, cache_dir: Path, out: Path) -> Iterator[tuple[Bench, Cell]]:
     """Every cell with the model that it is measured on; one model at a time is loaded."""
     texts = {text: _words(text, folder) for text in ablation.texts}
     for name, group in groupby(cells(ablation), key=lambda cell: cell.model):
-        source = str(folder / name) if name.startswith(("./", "../")) else name
-        bench = Bench.open(ablation, source, texts, cache_dir)
+        bench = Bench.open(ablation, name, texts, folder, cache_dir, out)
         for cell in group:
             yield bench, cell
 

@@ -1,7 +1,8 @@
 """From rows to numbers: the score of every cell, unit by unit, so that policies can be compared pair by pair.
 
 A unit is what is resampled: for fidelity the mean KL of about 32 neighbouring positions (single positions lean on each
-other), for recall one fact.
+other), for recall one fact, for a task one sample in
+one epoch.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from agentmem.evaluation import fidelity, recall
 from agentmem.evaluation.ablation.rows import Row
 from agentmem.evaluation.fidelity import Measurement
 from agentmem.evaluation.recall import FULL, Recalled
+from agentmem.evaluation.tasks.attempt import Attempt
 
 BLOCK = 32
 """Positions of one unit of fidelity."""
@@ -36,6 +38,13 @@ MEASURES: dict[str, Measure] = {
     "fidelity": Measure("KL", "nats", True, 4, ("KL p95", "top-1", "ΔNLL")),  # noqa: FBT003  # a field
     "recall": Measure("log-probability", "nats", False, 2, ("exact", "recovered")),  # noqa: FBT003  # a field
 }
+
+TASK = Measure("score", "share", False, 3, ("tokens generated", "forced"))  # noqa: FBT003  # a field
+
+
+def measure_of(instrument: str) -> Measure:
+    """The main score of an instrument; every task has the same."""
+    return MEASURES.get(instrument, TASK)
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,8 @@ def scored(rows: Sequence[Row]) -> tuple[Scored, ...]:
     for group in groups.values():
         if group[0].cell.instrument == "fidelity":
             found += _fidelity(group)
+        elif group[0].cell.instrument != "recall":
+            found += (_task(row) for row in group)
         else:
             found += _recall(group, full.get(_place(group[0])))
     order = {row.key: place for place, row in enumerate(rows)}
@@ -83,7 +94,7 @@ def _fidelity(group: Sequence[Row]) -> Iterable[Scored]:
         judged = np.array(run.kl[len(run.kl) - line.positions :])
         blocks = np.array_split(judged, max(1, -(-len(judged) // BLOCK)))
         units: dict[Hashable, float] = {
-            (row.cell.text.label, row.cell.seed, index): float(block.mean()) for index, block in enumerate(blocks)
+            (row.cell.source, row.cell.seed, index): float(block.mean()) for index, block in enumerate(blocks)
         }
         yield Scored(row, units, {"KL p95": line.kl_p95, "top-1": line.top1, "ΔNLL": line.delta_nll})
 
@@ -95,7 +106,7 @@ def _recall(group: Sequence[Row], full: Row | None) -> Iterable[Scored]:
     for row in group:
         answers = [answer for run in row.runs if isinstance(run, Recalled) for answer in run.answers]
         units: dict[Hashable, float] = {
-            (row.cell.text.label, row.cell.seed, index): answer.log_prob for index, answer in enumerate(answers)
+            (row.cell.source, row.cell.seed, index): answer.log_prob for index, answer in enumerate(answers)
         }
         figures = {"exact": sum(answer.exact for answer in answers) / len(answers)}
         line = lines.get(row.cell.policy)
@@ -104,3 +115,10 @@ def _recall(group: Sequence[Row], full: Row | None) -> Iterable[Scored]:
         elif row.cell.policy == FULL:
             figures["recovered"] = 1.0
         yield Scored(row, units, figures)
+
+
+def _task(row: Row) -> Scored:
+    runs = [run for run in row.runs if isinstance(run, Attempt)]
+    units: dict[Hashable, float] = {(row.cell.seed, run.sample, run.epoch): run.score for run in runs}
+    written, forced = (sum(getattr(run, name) for run in runs) / len(runs) for name in ("tokens_generated", "forced"))
+    return Scored(row, units, {"tokens generated": written, "forced": forced})

@@ -7,7 +7,7 @@ import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from agentmem.evaluation.ablation.scores import MEASURES, scored
+from agentmem.evaluation.ablation.scores import MEASURES, TASK, measure_of, scored
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -25,7 +25,7 @@ _ROW = ("refused", "peak_bytes", "compactions", "seconds", "compact_seconds", "t
 def as_csv(rows: Sequence[Row]) -> str:
     """One line per cell: its settings, its scores, its costs, and where it comes from."""
     found = {each.row.key: each for each in scored(rows)}
-    measures = [name for measure in MEASURES.values() for name in (measure.name, *measure.columns)]
+    measures = [name for measure in (*MEASURES.values(), TASK) for name in (measure.name, *measure.columns)]
     provenance = list(type(rows[0].provenance).model_fields) if rows else []
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -34,10 +34,10 @@ def as_csv(rows: Sequence[Row]) -> str:
         values: dict[str, float] = {}
         if row.key in found:
             units = found[row.key].units.values()
-            values = {MEASURES[row.cell.instrument].name: sum(units) / len(units), **found[row.key].figures}
+            values = {measure_of(row.cell.instrument).name: sum(units) / len(units), **found[row.key].figures}
         writer.writerow(
             [
-                row.cell.text.label,
+                row.cell.source,
                 *(getattr(row.cell, name) for name in _CELL),
                 *(values.get(name, "") for name in measures),
                 *(getattr(row, name) for name in _ROW),
@@ -72,7 +72,7 @@ def tables(ablation: Ablation, lines: Sequence[Line]) -> tuple[Table, ...]:
 
 
 def _table(ablation: Ablation, title: str, lines: Sequence[Line]) -> Table:
-    measure = MEASURES[lines[0].instrument]
+    measure = measure_of(lines[0].instrument)
     varying = [name for name in ("keep_first", "keep_recent", "target") if len(getattr(ablation, name)) > 1]
     percent = f"{ablation.confidence:.0%}"
     columns = ("policy", "limit", *varying, f"{measure.name} [{percent}]", f"to {ablation.compared_with} [{percent}]")
@@ -90,7 +90,7 @@ def _table(ablation: Ablation, title: str, lines: Sequence[Line]) -> Table:
 
 
 def _cells(line: Line, varying: Iterable[str]) -> tuple[str, ...]:
-    measure = MEASURES[line.instrument]
+    measure = measure_of(line.instrument)
     named = (line.policy, line.limit or _MISSING, *(str(getattr(line, name)) for name in varying))
     if line.score is None:
         return (*named, "refused", *([_MISSING] * (5 + len(measure.columns))))

@@ -104,7 +104,7 @@ def test_the_scores_are_those_of_the_instruments(folder: Path, whole: Path) -> N
 def test_a_killed_ablation_goes_on_without_losing_or_repeating_a_row(folder: Path, whole: Path) -> None:
     """After SIGKILL in mid-run and half a line on disk the same command ends with the table of an unbroken run."""
     process, out = start(folder, "killed"), folder / "killed"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300  # a busy machine takes long to import torch
     while len(lines(out)) < 3 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
     from agentmem.calibration.table import Origin
     from agentmem.calibration.terms import Terms
+
+_PATIENCE = timedelta(days=7)
 
 Progress = Callable[[int, int], None]
 """Told how many units are done, of how many."""
@@ -99,7 +102,8 @@ class Team:
             return cls()
         from accelerate import PartialState
 
-        state = PartialState(cpu=not torch.cuda.is_available())  # it joins no processes on a CPU unless told
+        # It joins no processes on a CPU unless told, and one may wait for the others as long as their work takes.
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
         return cls(state.process_index, state.num_processes, state.wait_for_everyone)
 
 

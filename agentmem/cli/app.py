@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from agentmem.cli import calibrate, check, model, plan, policies
+from agentmem.cli import ablate, calibrate, check, model, plan, policies
 from agentmem.cli.chat.command import chat
 from agentmem.cli.console import refuse
 from agentmem.cli.evaluate.app import app as evaluate
@@ -66,6 +66,7 @@ app.command("chat")(chat)
 app.command("plan")(plan.plan)
 app.command("policies")(policies.policies)
 app.command("check")(check.check)
+app.command("ablate")(ablate.ablate)
 app.command("calibrate")(calibrate.calibrate)
 app.add_typer(model.app, name="model")
 app.add_typer(evaluate, name="eval")

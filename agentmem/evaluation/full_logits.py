@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import transformers
+from filelock import FileLock
 from transformers import DynamicCache
 
 from agentmem.contracts import blocks
@@ -81,9 +82,10 @@ def full_logits(
     size = tokens * vocabulary * 4
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if fresh or not path.exists() or path.stat().st_size != size:
-            _require_space(folder, size)
-            _compute(model, ids[:-1], first, path, progress)
+        with FileLock(path.with_suffix(".lock")):  # of several processes one computes them, the others wait
+            if fresh or not path.exists() or path.stat().st_size != size:
+                _require_space(folder, size)
+                _compute(model, ids[:-1], first, path, progress)
         # Copy-on-write: writable as torch wants it, but the file never changes.
         return torch.from_numpy(np.memmap(path, dtype=np.float32, mode="c", shape=(tokens, vocabulary)))
     except OSError as error:

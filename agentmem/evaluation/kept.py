@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _MAX_BYTES = 64 << 20
 Kept = TypeVar("Kept", bound=BaseModel)
 _DRAWING = frozenset({"pictures.py", "plots.py"})
-_BESIDE = ("calibration", "cli", "policies", "sessions")
+_BESIDE = ("calibration", "cli", "evaluation/ablation", "evaluation/tasks", "policies", "sessions")
 """Packages that a measurement does not run through; a policy's own sources are added for that policy."""
 
 
@@ -39,6 +39,14 @@ def settings_key(policy: Policy | str, *terms: BaseModel) -> str:
     for source in sorted(sources):
         digest.update(_file_digest(source))
     return digest.hexdigest()[:24]
+
+
+def code_digest(folder: str) -> str:
+    """A digest of the sources below one folder of the package, such as ``evaluation/tasks``."""
+    digest = hashlib.sha256()
+    for source in sorted((Path(__file__).parents[1] / folder).rglob("*.py")):
+        digest.update(_file_digest(source))
+    return digest.hexdigest()
 
 
 def load(kind: type[Kept], path: Path) -> Kept | None:

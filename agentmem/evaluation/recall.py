@@ -174,7 +174,7 @@ def stream(
         AgentmemError: see :func:`measure`; what was saved before stays.
 
     """
-    plans = [(terms.policy(FULL), _full_terms(documents))]
+    plans = [(terms.policy(FULL), full_terms(documents))]
     plans += [(terms.policy(spec), terms) for spec in dict.fromkeys((WINDOW, *policies)) if spec != FULL]
     digest = model_digest(model)
     folders = [cache_dir / passage_key(model, _everything(document), digest) for document in documents]
@@ -197,8 +197,8 @@ def _tell(progress: Callable[[str, int], None], name: str, before: int, tokens: 
     progress(name, before + tokens)
 
 
-def _full_terms(documents: Sequence[Document]) -> Terms:
-    """A memory that holds a whole document, pinned to nothing."""
+def full_terms(documents: Sequence[Document]) -> Terms:
+    """Terms of full memory: it holds a whole document and pins nothing."""
     longest = max(len(document.ids) for document in documents)
     return Terms(slots=longest + _FULL_CHUNK, keep_first=0, keep_recent=0, chunk=_FULL_CHUNK)
 

@@ -103,6 +103,29 @@ class Terms(Frozen):
         return {"max_slots": self.slots, **{name: getattr(self, name) for name in names}}
 
 
+class Moment(Frozen):
+    """A memory after one forward; its bytes are R alone."""
+
+    tokens: int
+    """Tokens read so far."""
+    used: int
+    """Bytes of the slots that are held."""
+    resident: int
+    """Bytes allocated for slots."""
+
+
+class Compacted(Frozen):
+    """One compaction while a text was read."""
+
+    tokens: int
+    """Tokens read before it."""
+    seconds: float
+    peak: int
+    """The most bytes, R + T, that it had allocated."""
+    output_error: float | None
+    """Relative L2 error on held-out reference queries, mean over layers; ``None`` without any."""
+
+
 class Spent(Frozen):
     """What reading through one memory took."""
 
@@ -116,6 +139,11 @@ class Spent(Frozen):
     """Forwards and compactions; what is done with their output is left out."""
     compact_seconds: float
     """Of these, compactions."""
+    moments: tuple[Moment, ...] = ()
+    """After every forward."""
+    compacted: tuple[Compacted, ...] = ()
+    heads: tuple[tuple[int, ...], ...] = ()
+    """Slots of every KV head of every compacted layer right after the last compaction; empty without one."""
 
 
 @dataclass
@@ -126,6 +154,8 @@ class Reader:
     memory: CappedCache
     seconds: float = 0.0
     _most: int = field(default=0, repr=False)
+    _moments: list[Moment] = field(default_factory=list, repr=False)
+    _heads: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
 
     def read(self, ids: torch.Tensor, *, every: bool = True) -> Iterator[tuple[slice, torch.Tensor]]:
         """Read ``ids [n]`` in pieces that never reach over the moment at which the memory is full.
@@ -136,6 +166,7 @@ class Reader:
         while position < len(ids):
             # A full memory has room 0: one token makes it compact, as in decoding, and then there is room again.
             room = min(self.memory.room(), self.capacity, self.memory.engine.most_tokens)
+            compactions = len(self.memory.compactions)
             stop = min(position + max(1, room), len(ids))
             began = time.perf_counter()
             with torch.no_grad():
@@ -146,7 +177,7 @@ class Reader:
                     logits_to_keep=0 if every else 1,
                 ).logits[0]
             self.seconds += time.perf_counter() - began
-            self._most = max(self._most, self.memory.usage().held_slots)
+            self._note(compacted=len(self.memory.compactions) > compactions)
             yield slice(position, stop), logits
             position = stop
 
@@ -168,6 +199,15 @@ class Reader:
         began = time.perf_counter()
         self.memory.compact()
         self.seconds += time.perf_counter() - began
+        self._note(compacted=True)
+
+    def _note(self, *, compacted: bool) -> None:
+        usage = self.memory.usage()
+        self._most = max(self._most, usage.held_slots)
+        self._moments.append(Moment(tokens=usage.tokens_seen, used=usage.used_bytes, resident=usage.resident_bytes))
+        if compacted:
+            stores = self.memory.memory.rows[0].stores
+            self._heads = tuple(tuple(store.lengths) for store in stores if store is not None)
 
     def spent(self) -> Spent:
         """What it took so far."""
@@ -178,4 +218,12 @@ class Reader:
             bytes=report.peak_bytes,
             seconds=self.seconds,
             compact_seconds=report.seconds_compacting,
+            moments=tuple(self._moments),
+            compacted=tuple(
+                Compacted(
+                    tokens=each.tokens_seen, seconds=each.seconds, peak=each.bytes_peak, output_error=each.output_error
+                )
+                for each in report.compactions
+            ),
+            heads=self._heads,
         )

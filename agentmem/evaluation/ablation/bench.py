@@ -1,0 +1,176 @@
+"""One model on the bench: what a cell's result depends on, and its measurement."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import torch
+
+from agentmem import models
+from agentmem.errors import AgentmemError
+from agentmem.evaluation import fidelity, recall
+from agentmem.evaluation.ablation.config import Ablation, Fidelity, Recall, TaskArguments, Text
+from agentmem.evaluation.ablation.grid import Cell
+from agentmem.evaluation.ablation.rows import Provenance, Row
+from agentmem.evaluation.facts import documents
+from agentmem.evaluation.full_logits import full_logits, model_digest, passage_key
+from agentmem.evaluation.kept import code_digest, settings_key
+from agentmem.evaluation.passage import passage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from agentmem.evaluation.ablation.rows import Run
+
+
+@dataclass
+class Bench:
+    """One loaded model, and all that is measured on it."""
+
+    ablation: Ablation
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    digest: str
+    """Of the model."""
+    texts: dict[Text, str]
+    folder: Path
+    """Where relative paths begin."""
+    cache_dir: Path
+    """Where full memory's logits are kept."""
+    out: Path
+    """Where tasks leave their logs."""
+
+    @classmethod
+    def open(
+        cls, ablation: Ablation, name: str, texts: dict[Text, str], folder: Path, cache_dir: Path, out: Path
+    ) -> Self:
+        """Load the model of that name.
+
+        Raises:
+            ModelUnavailable: it cannot be loaded.
+
+        """
+        source = str(folder / name) if name.startswith(("./", "../")) else name
+        dtype = None if ablation.dtype == "auto" else getattr(torch, ablation.dtype)
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if ablation.device == "cuda" else ablation.device
+        model, tokenizer = models.load(source, dtype=dtype, device_map=None if device == "cpu" else device)
+        return cls(ablation, model, tokenizer, model_digest(model), texts, folder, cache_dir, out)
+
+    def key(self, cell: Cell) -> str:
+        """Names everything that a cell's result depends on; 24 hexadecimal digits."""
+        settings = self.ablation.instruments.chosen[cell.instrument]
+        facts = {
+            "instrument": cell.instrument,
+            "model": self.digest,
+            "dtype": str(self.model.dtype),
+            "text": self._text_digest(cell),
+            "offset": None if cell.text is None else cell.text.offset,
+            "code": settings_key(cell.terms.policy(cell.policy), cell.terms, settings),
+            "task": code_digest("evaluation/tasks") if isinstance(settings, TaskArguments) else None,
+        }
+        return _sha256(json.dumps(facts, sort_keys=True))[:24]
+
+    def row(self, cell: Cell) -> Row:
+        """Measure a cell; what agentmem refuses becomes a row that says why."""
+        key, provenance = self.key(cell), self._provenance(cell)
+        settings = self.ablation.instruments.chosen[cell.instrument]
+        try:
+            if isinstance(settings, Fidelity):
+                return Row.measured(key, cell, provenance, (self._fidelity(cell, settings),))
+            if isinstance(settings, Recall):
+                return Row.measured(key, cell, provenance, self._recall(cell, settings))
+            if isinstance(settings, TaskArguments):
+                return Row.measured(key, cell, provenance, self._task(cell, settings))
+        except AgentmemError as error:
+            return Row(key=key, cell=cell, provenance=provenance, refused=str(error))
+        raise AssertionError(cell.instrument)
+
+    def _fidelity(self, cell: Cell, settings: Fidelity) -> Run:
+        words, offset = self._words(cell)
+        ids = passage(self.tokenizer, words, offset=offset, tokens=settings.tokens)
+        policy = cell.terms.policy(cell.policy)
+        cell.terms.plan(self.model, policy)  # a limit that cannot work is refused before full memory is computed
+        full = full_logits(self.model, ids, self.cache_dir / passage_key(self.model, ids, self.digest))
+        return fidelity.measure(self.model, ids, full, policy, cell.terms, tokenizer=self.tokenizer)
+
+    def _recall(self, cell: Cell, settings: Recall) -> Iterator[Run]:
+        words, offset = self._words(cell)
+        first = max(self.ablation.keep_first)  # the same documents in every cell
+        found = documents(self.tokenizer, words, settings.quiz(cell.seed), offset=offset, keep_first=first)
+        terms = recall.full_terms(found) if cell.policy == recall.FULL else cell.terms
+        for document in found:
+            yield recall.measure(self.model, document, terms.policy(cell.policy), terms, tokenizer=self.tokenizer)
+
+    def _task(self, cell: Cell, settings: TaskArguments) -> tuple[Run, ...]:
+        from agentmem.evaluation.tasks.run import attempts  # inspect_ai takes a second
+
+        terms = None if cell.limit is None else cell.terms
+        if terms is not None:
+            terms.plan(self.model, terms.policy(cell.policy))  # inspect would wrap the refusal
+        loaded = (self.model, self.tokenizer)
+        arguments = dict(settings.arguments)
+        if isinstance(arguments.get("data"), str):
+            arguments["data"] = str(self.folder / Path(str(arguments["data"])).expanduser())
+        return attempts(settings.name, arguments, loaded, terms, cell.policy, cell.seed, self.out / "logs")
+
+    def _words(self, cell: Cell) -> tuple[str, int]:
+        """The cell's text, and where it begins."""
+        text = cell.text or Text()
+        return self.texts[text], text.offset
+
+    def _text_digest(self, cell: Cell) -> str | None:
+        return None if cell.text is None else _sha256(self.texts[cell.text])
+
+    def _provenance(self, cell: Cell) -> Provenance:
+        return Provenance(
+            agentmem=version("agentmem-runtime"),
+            torch=torch.__version__,
+            transformers=version("transformers"),
+            python=platform.python_version(),
+            commit=commit(),
+            model_sha256=self.digest,
+            text_sha256=self._text_digest(cell),
+            device=_device(self.model),
+            dtype=str(self.model.dtype).removeprefix("torch."),
+            threads=torch.get_num_threads(),
+        )
+
+
+@cache
+def commit() -> str | None:
+    """The commit of the checkout that agentmem runs from, with ``+`` behind it if tracked files differ from it."""
+    folder = Path(__file__).parent
+    try:
+        head = _git(folder, "rev-parse", "HEAD")
+        # An installation may lie inside a repository of somebody else, such as a virtual environment in a project.
+        if _git(folder, "ls-files", "--", Path(__file__).name) == "":
+            return None
+        return head + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *words: str) -> str:
+    command = ["git", "-C", str(folder), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+
+def _device(model: PreTrainedModel) -> str:
+    if model.device.type == "cuda":
+        return torch.cuda.get_device_name(model.device)
+    return f"{model.device.type} {platform.machine()}"
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,187 @@
+"""What an ablation is asked to do: a grid, and how its cells are measured. A YAML file holds the same names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
+
+from agentmem import plugins
+from agentmem.errors import SettingsRefused
+from agentmem.evaluation.facts import DEPTHS, FORMATS, Format, Quiz
+from agentmem.evaluation.recall import FULL
+from agentmem.evaluation.terms import Frozen
+from agentmem.settings import Seed, parse_bytes
+
+PAGES = "pages"
+"""The text that ships with the package."""
+MAX_CELLS = 100_000
+
+
+def _several(value: Any) -> Any:
+    """One value stands for a list of one."""
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+def _different(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("an entry stands there twice; give different ones")
+    return values
+
+
+Several = (BeforeValidator(_several), AfterValidator(_different))
+
+
+def _spec(text: str) -> str:
+    made = plugins.policy(text)
+    if made.name == FULL:
+        raise SettingsRefused("full memory is measured wherever it is needed; leave it out of the policies")
+    return text
+
+
+def _text(value: Any) -> Any:
+    return {"name": value} if value == PAGES else {"path": value} if isinstance(value, str) else value
+
+
+class Text(Frozen):
+    """A text that is streamed: a UTF-8 file, or the shipped pages, from a character on."""
+
+    name: str = ""
+    path: Path | None = None
+    """Relative to the configuration's folder. ``None`` is for the shipped pages."""
+    offset: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        if self.path is None and self.name not in {"", PAGES}:
+            raise ValueError(f"the text {self.name!r} has no path; give one, or write {PAGES}")
+        return self
+
+    @property
+    def label(self) -> str:
+        """How tables name it."""
+        name = self.name or (PAGES if self.path is None else self.path.name)
+        return f"{name}@{self.offset}" if self.offset else name
+
+
+class Fidelity(Frozen):
+    """KL from full memory; see :mod:`agentmem.evaluation.fidelity`."""
+
+    tokens: int = Field(default=2048, ge=1)
+
+
+class Recall(Frozen):
+    """Planted facts, asked for at the end; see :mod:`agentmem.evaluation.recall`. The cell's seed makes the facts."""
+
+    tokens: int = Field(default=1710, ge=1)
+    facts: int = Field(default=40, ge=1)
+    depths: tuple[float, ...] = DEPTHS
+    formats: tuple[Format, ...] = FORMATS
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        self.quiz(0)
+        return self
+
+    def quiz(self, seed: int) -> Quiz:
+        """What is planted with that seed."""
+        return Quiz(tokens=self.tokens, facts=self.facts, depths=self.depths, formats=self.formats, seed=seed)
+
+
+class TaskArguments(Frozen):
+    """A task of :mod:`agentmem.evaluation.tasks` and what it is given. The cell's seed is its seed."""
+
+    name: str
+    arguments: dict[str, JsonValue]
+
+
+def _tasks(tasks: dict[str, dict[str, JsonValue]]) -> dict[str, dict[str, JsonValue]]:
+    if tasks:
+        from agentmem.evaluation.tasks.run import check  # inspect_ai takes a second
+
+        for name, arguments in tasks.items():
+            try:
+                check(name, arguments)
+            except SettingsRefused as error:
+                raise ValueError(f"{name}: {error}") from None
+    return tasks
+
+
+class Instruments(Frozen):
+    """What is measured in every cell; at least one. An instrument without settings of its own is ``fidelity: {}``."""
+
+    fidelity: Fidelity | None = None
+    recall: Recall | None = None
+    tasks: Annotated[dict[str, dict[str, JsonValue]], AfterValidator(_tasks)] = Field(default={})
+    """Arguments by the name of a task, as in ``many_shot: {words: 32}``."""
+
+    @model_validator(mode="after")
+    def _some(self) -> Self:
+        if not self.chosen:
+            raise ValueError("none is chosen; name at least one of fidelity, recall, tasks")
+        return self
+
+    @property
+    def chosen(self) -> dict[str, Frozen]:
+        """Settings by the name of the instrument, in a fixed order."""
+        own = {"fidelity": self.fidelity, "recall": self.recall}
+        tasks = {name: TaskArguments(name=name, arguments=given) for name, given in self.tasks.items()}
+        return {name: settings for name, settings in (own | tasks).items() if settings is not None}
+
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+Bytes = Annotated[int, BeforeValidator(lambda value: parse_bytes(value, "cap"))]
+Slots = Annotated[int, Field(ge=1)]
+Tokens = Annotated[int, Field(ge=0)]
+Spec = Annotated[str, AfterValidator(_spec)]
+
+
+class Ablation(Frozen):
+    """A grid: every combination of the entries of its lists is a cell. One value may stand for a list of one."""
+
+    title: str = Field(default="Ablation", max_length=200)
+    models: Annotated[tuple[str, ...], *Several, Field(min_length=1)] = ("default",)
+    """``default``, a folder (from the configuration's on, if it begins with ./ or ../), or a Hugging Face id."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Annotated[str, Field(max_length=100)] = "cpu"
+    """Where models are loaded; ``cuda`` gives every process of ``accelerate launch`` its own GPU."""
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """Torch's threads. The workspace, and so what a cap holds, depends on them; fix them to compare machines."""
+    policies: Annotated[tuple[Spec, ...], *Several, Field(min_length=1)]
+    """Names or specs; ``am-halving[selector=omp-fast]`` changes one part of a composition."""
+    baseline: str | None = None
+    """The policy that the others are compared with, pair by pair; the first one without it."""
+    caps: Annotated[tuple[Bytes, ...], *Several] = ()
+    """Hard limits in bytes, workspace included."""
+    slots: Annotated[tuple[Slots, ...], *Several] = ()
+    """Limits in slots per KV head, whatever the bytes; beside caps or instead of them."""
+    keep_first: Annotated[tuple[Tokens, ...], *Several, Field(min_length=1)] = (16,)
+    keep_recent: Annotated[tuple[Tokens, ...], *Several, Field(min_length=1)] = (96,)
+    target: Annotated[tuple[int | float | str, ...], *Several, Field(min_length=1)] = (0.5,)
+    chunk: int = Field(default=1024, ge=1)
+    texts: Annotated[tuple[Annotated[Text, BeforeValidator(_text)], ...], *Several, Field(min_length=1)] = (Text(),)
+    seeds: Annotated[tuple[Seed, ...], *Several, Field(min_length=1)] = (0,)
+    instruments: Instruments
+    confidence: Share = 0.95
+    resamples: int = Field(default=2000, ge=100, le=100_000)
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if not self.caps and not self.slots:
+            raise ValueError("neither caps nor slots are given; write caps: [24MiB], or slots: [512]")
+        if self.baseline is not None and self.baseline not in self.policies:
+            raise ValueError(f"baseline: {self.baseline!r} is none of the policies: {', '.join(self.policies)}")
+        return self
+
+    @property
+    def compared_with(self) -> str:
+        """The policy that differences are to."""
+        return self.baseline or self.policies[0]
+
+
+def limits(ablation: Ablation) -> Iterable[tuple[int | None, int | None]]:
+    """(slots, bytes) of every limit, one of them ``None``."""
+    yield from ((slots, None) for slots in ablation.slots)
+    yield from ((None, cap) for cap in ablation.caps)

@@ -1,0 +1,101 @@
+"""The cells of an ablation: what is measured once, and the order of rows."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from agentmem.errors import SettingsRefused
+from agentmem.evaluation.ablation.config import MAX_CELLS, Ablation, Text, limits
+from agentmem.evaluation.recall import FULL, WINDOW
+from agentmem.evaluation.terms import Frozen, Terms
+from agentmem.settings import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class Cell(Frozen):
+    """One point of the grid. Full memory has no limit: ``slots`` and ``cap_bytes`` are ``None``."""
+
+    instrument: str
+    model: str
+    text: Text | None
+    """``None`` for tasks, which have texts of their own."""
+    policy: str
+    slots: int | None
+    cap_bytes: int | None
+    keep_first: int
+    keep_recent: int
+    target: int | float | str
+    chunk: int
+    seed: int
+
+    @property
+    def terms(self) -> Terms:
+        """The terms of its memory."""
+        names = ("slots", "cap_bytes", "keep_first", "keep_recent", "target", "chunk", "seed")
+        return Terms(**{name: getattr(self, name) for name in names})
+
+    @property
+    def label(self) -> str:
+        """One line for progress and refusals."""
+        limit = "" if self.limit is None else f", {self.limit}"
+        return f"{self.instrument}, {self.source}, {self.policy}{limit}, seed {self.seed}"
+
+    @property
+    def source(self) -> str:
+        """The text as tables name it."""
+        return self.instrument if self.text is None else self.text.label
+
+    @property
+    def limit(self) -> str | None:
+        """The limit as tables show it."""
+        if self.cap_bytes is not None:
+            return format_bytes(self.cap_bytes)
+        return None if self.slots is None else f"{self.slots} slots"
+
+
+def cells(ablation: Ablation) -> tuple[Cell, ...]:
+    """Every cell, those that share a model and a text next to each other.
+
+    All but fidelity is judged beside full memory, and recall also beside ``window``: these are measured whether they
+    are asked for or not.
+
+    Raises:
+        SettingsRefused: the grid has more than 100,000 cells.
+
+    """
+    size = len(list(limits(ablation)))
+    for name in ("models", "texts", "seeds", "policies", "keep_first", "keep_recent", "target"):
+        size *= len(getattr(ablation, name))
+    if size * len(ablation.instruments.chosen) > MAX_CELLS:
+        raise SettingsRefused(f"the grid has more than {MAX_CELLS:,} cells; give shorter lists")
+    return tuple(_cells(ablation))
+
+
+def _cells(ablation: Ablation) -> Iterator[Cell]:
+    for model, instrument in product(ablation.models, ablation.instruments.chosen):
+        texts = (None,) if instrument in ablation.instruments.tasks else ablation.texts
+        for text, seed in product(texts, ablation.seeds):
+            yield from _at(ablation, instrument=instrument, model=model, text=text, seed=seed, chunk=ablation.chunk)
+
+
+def _at(ablation: Ablation, **same: Any) -> Iterator[Cell]:
+    """The cells of one instrument, model, text and seed."""
+    policies = ablation.policies
+    if same["instrument"] != "fidelity":
+        yield Cell(**same, slots=None, cap_bytes=None, policy=FULL, keep_first=0, keep_recent=0, target=0.5)
+    if same["instrument"] == "recall":
+        policies = tuple(dict.fromkeys((WINDOW, *policies)))
+    kept = product(ablation.keep_first, ablation.keep_recent, ablation.target)
+    for (slots, cap), (first, recent, target), policy in product(limits(ablation), list(kept), policies):
+        yield Cell(
+            **same,
+            policy=policy,
+            slots=slots,
+            cap_bytes=cap,
+            keep_first=first,
+            keep_recent=recent,
+            target=target,
+        )

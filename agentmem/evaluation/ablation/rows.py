@@ -1,0 +1,175 @@
+"""What was measured: one JSON line per finished cell, appended and synchronised before the next cell begins.
+
+Every process appends to a file of its own, ``rows-0.jsonl``, ``rows-1.jsonl``, …, and reads those of all. A process
+that is killed while it writes leaves half a line at most; it is dropped, and its cell measured again.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from filelock import FileLock, Timeout
+from pydantic import ValidationError
+
+from agentmem.errors import AgentmemError, SettingsRefused
+from agentmem.evaluation.ablation.grid import Cell
+from agentmem.evaluation.fidelity import Measurement
+from agentmem.evaluation.recall import Recalled
+from agentmem.evaluation.tasks.attempt import Attempt
+from agentmem.evaluation.terms import Frozen
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from types import TracebackType
+
+Run = Measurement | Recalled | Attempt
+
+
+class Provenance(Frozen):
+    """Where a row comes from."""
+
+    agentmem: str
+    torch: str
+    transformers: str
+    python: str
+    commit: str | None
+    """Of the checkout that agentmem runs from, with ``+`` behind it if files were changed; ``None`` outside one."""
+    model_sha256: str
+    """Of configuration and weights; see :func:`agentmem.evaluation.full_logits.model_digest`."""
+    text_sha256: str | None
+    device: str
+    dtype: str
+    threads: int
+
+
+class Row(Frozen):
+    """One finished cell: what was measured, or why nothing was."""
+
+    key: str
+    """Names everything that the result depends on, agentmem's own code included."""
+    cell: Cell
+    provenance: Provenance
+    refused: str | None = None
+    runs: tuple[Run, ...] = ()
+    """One for fidelity, one per document for recall, one per sample and epoch for a task."""
+    memories: int = 0
+    """That were made: questions behind a shared context have one together."""
+    peak_bytes: int = 0
+    """The most that R + T came to in any run."""
+    compactions: int = 0
+    """Sum over the runs, as are the following three."""
+    seconds: float = 0.0
+    compact_seconds: float = 0.0
+    tokens: int = 0
+    """Read and generated."""
+
+    @classmethod
+    def measured(cls, key: str, cell: Cell, provenance: Provenance, runs: Iterable[Run]) -> Self:
+        """The row of a cell that was measured."""
+        runs = tuple(runs)
+        return cls(
+            key=key,
+            cell=cell,
+            provenance=provenance,
+            runs=runs,
+            memories=sum(_fresh(run) for run in runs),
+            peak_bytes=max(run.bytes for run in runs),
+            compactions=sum(_compactions(run) for run in runs if _fresh(run)),
+            seconds=sum(run.seconds for run in runs),
+            compact_seconds=sum(run.compact_seconds for run in runs),
+            tokens=sum(_tokens(run) for run in runs),
+        )
+
+
+def _fresh(run: Run) -> bool:
+    return not isinstance(run, Attempt) or run.fresh
+
+
+def _compactions(run: Run) -> int:
+    return run.compactions if isinstance(run, Attempt) else len(run.compacted)
+
+
+def _tokens(run: Run) -> int:
+    if isinstance(run, Attempt):
+        return run.tokens_read + run.tokens_generated
+    return run.moments[-1].tokens if run.moments else 0
+
+
+def read_rows(folder: Path) -> dict[str, Row]:
+    """The rows of all processes by their keys. Lines that are no rows of this version are passed over."""
+    found: dict[str, Row] = {}
+    for path in sorted(folder.glob("rows-*.jsonl")):
+        for row in _rows(path):
+            found[row.key] = row
+    return found
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise AgentmemError(f"ablation: cannot read {path}: {error.strerror or error}; choose another --out") from error
+    for line in content.split(b"\n")[:-1]:  # what stands behind the last end of a line is half a row
+        try:
+            yield Row.model_validate_json(line)
+        except ValidationError:
+            continue
+
+
+class RowFile:
+    """The file that one process appends to; a context manager, open in one process at a time.
+
+    Raises:
+        SettingsRefused: another process has it open.
+        AgentmemError: it cannot be written.
+
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.path = folder / f"rows-{rank}.jsonl"
+        self._lock = FileLock(folder / f"rows-{rank}.lock", timeout=0)
+
+    def __enter__(self) -> Self:
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise SettingsRefused(
+                f"--out: another process is writing {self.path}; wait for it, or choose another folder"
+            ) from None
+        try:
+            self._file = self.path.open("ab")
+            self._drop_half_a_line()
+        except OSError as error:
+            self._lock.release()
+            raise self._unwritable(error) from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        self._lock.release()
+
+    def append(self, row: Row) -> None:
+        """Write one row, so that it is on the disk when this returns."""
+        try:
+            self._file.write(row.model_dump_json().encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _drop_half_a_line(self) -> None:
+        content = self.path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            self._file.truncate(whole)
+            os.fsync(self._file.fileno())
+
+    def _unwritable(self, error: OSError) -> AgentmemError:
+        return AgentmemError(
+            f"ablation: cannot write {self.path}: {error.strerror or error}; free some space or choose another --out, "
+            "and start the same command again: finished rows are kept"
+        )

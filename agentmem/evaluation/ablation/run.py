@@ -1,0 +1,95 @@
+"""Measuring every cell of an ablation: resumable, on one process or several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from pathlib import Path
+
+import torch
+
+from agentmem.calibration import Team
+from agentmem.errors import AgentmemError
+from agentmem.evaluation.ablation.bench import Bench
+from agentmem.evaluation.ablation.config import Ablation, Text
+from agentmem.evaluation.ablation.grid import Cell, cells
+from agentmem.evaluation.ablation.rows import Row, RowFile, read_rows
+from agentmem.evaluation.passage import default_text, read_text
+
+Progress = Callable[[int, int, str], None]
+"""Told how many of all cells are done, and which one is next."""
+
+
+def run(
+    ablation: Ablation,
+    folder: Path,
+    out: Path,
+    *,
+    cache_dir: Path,
+    again: bool = False,
+    progress: Progress = lambda _done, _all, _next: None,
+) -> tuple[Row, ...]:
+    """Measure what is missing in ``out`` and return the rows of the whole grid, in its order.
+
+    Relative paths of texts and models begin at ``folder``; logits of full memory are kept in ``cache_dir``. The
+    processes of ``accelerate launch`` share the cells. A cell that is refused has a row that says why; with ``again``
+    refused cells are tried again.
+
+    Raises:
+        SettingsRefused: a text cannot be read, or another run writes into ``out``.
+        ModelUnavailable: a model cannot be loaded.
+        AgentmemError: a row cannot be written; what was measured before stays.
+
+    """
+    team, keys = Team.joined(), list[str]()
+    total, turn = len(cells(ablation)), 0
+    _make(out)
+    if ablation.threads is not None:
+        torch.set_num_threads(ablation.threads)
+    with RowFile(out, team.rank) as file:
+        known = {key for key, row in read_rows(out).items() if not (again and row.refused)}
+        team.wait()  # every process has read the same rows before one of them writes
+        for bench, cell in _benches(ablation, folder, cache_dir, out):
+            keys.append(bench.key(cell))
+            if keys[-1] in known:
+                continue
+            if turn % team.size == team.rank:
+                progress(len(keys) - 1, total, cell.label)
+                file.append(bench.row(cell))
+            turn += 1
+        progress(total, total, "")
+        team.wait()
+    found = read_rows(out)
+    return tuple(found[key] for key in keys)
+
+
+def finished(ablation: Ablation, folder: Path, out: Path, *, cache_dir: Path) -> tuple[Row, ...]:
+    """The rows of the grid that are in ``out`` already, in its order; nothing is measured.
+
+    Raises:
+        AgentmemError: see :func:`run`.
+
+    """
+    found = read_rows(out)
+    keys = (bench.key(cell) for bench, cell in _benches(ablation, folder, cache_dir, out))
+    return tuple(found[key] for key in keys if key in found)
+
+
+def _make(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AgentmemError(f"ablation: cannot make {out}: {error.strerror or error}; choose another --out") from error
+
+
+def _benches(ablation: Ablation, folder: Path, cache_dir: Path, out: Path) -> Iterator[tuple[Bench, Cell]]:
+    """Every cell with the model that it is measured on; one model at a time is loaded."""
+    texts = {text: _words(text, folder) for text in ablation.texts}
+    for name, group in groupby(cells(ablation), key=lambda cell: cell.model):
+        bench = Bench.open(ablation, name, texts, folder, cache_dir, out)
+        for cell in group:
+            yield bench, cell
+
+
+def _words(text: Text, folder: Path) -> str:
+    return default_text() if text.path is None else read_text(folder / text.path.expanduser())

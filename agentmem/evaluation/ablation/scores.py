@@ -1,0 +1,124 @@
+"""From rows to numbers: the score of every cell, unit by unit, so that policies can be compared pair by pair.
+
+A unit is what is resampled: for fidelity the mean KL of about 32 neighbouring positions (single positions lean on each
+other), for recall one fact, for a task one sample in
+one epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from agentmem.evaluation import fidelity, recall
+from agentmem.evaluation.ablation.rows import Row
+from agentmem.evaluation.fidelity import Measurement
+from agentmem.evaluation.recall import FULL, Recalled
+from agentmem.evaluation.tasks.attempt import Attempt
+
+BLOCK = 32
+"""Positions of one unit of fidelity."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """What an instrument's main score is."""
+
+    name: str
+    unit: str
+    lower_is_better: bool
+    digits: int
+    columns: tuple[str, ...]
+    """Further figures, in the order of a table."""
+
+
+MEASURES: dict[str, Measure] = {
+    "fidelity": Measure("KL", "nats", True, 4, ("KL p95", "top-1", "ΔNLL")),  # noqa: FBT003  # a field
+    "recall": Measure("log-probability", "nats", False, 2, ("exact", "recovered")),  # noqa: FBT003  # a field
+}
+
+TASK = Measure("score", "share", False, 3, ("tokens generated", "forced"))  # noqa: FBT003  # a field
+
+
+def measure_of(instrument: str) -> Measure:
+    """The main score of an instrument; every task has the same."""
+    return MEASURES.get(instrument, TASK)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A measured row with its units and further figures."""
+
+    row: Row
+    units: dict[Hashable, float] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+def scored(rows: Sequence[Row]) -> tuple[Scored, ...]:
+    """The measured rows with their scores; refused ones are left out.
+
+    Cells that differ in their policy alone are scored together: on the same positions, between the same ends.
+    """
+    groups: dict[Hashable, list[Row]] = {}
+    for row in rows:
+        if row.runs:
+            groups.setdefault(_same(row), []).append(row)
+    full = {_place(row): row for row in rows if row.runs and row.cell.policy == FULL}
+    found: list[Scored] = []
+    for group in groups.values():
+        if group[0].cell.instrument == "fidelity":
+            found += _fidelity(group)
+        elif group[0].cell.instrument != "recall":
+            found += (_task(row) for row in group)
+        else:
+            found += _recall(group, full.get(_place(group[0])))
+    order = {row.key: place for place, row in enumerate(rows)}
+    return tuple(sorted(found, key=lambda each: order[each.row.key]))
+
+
+def _place(row: Row) -> Hashable:
+    cell = row.cell
+    return cell.instrument, cell.model, cell.text, cell.seed
+
+
+def _same(row: Row) -> Hashable:
+    cell = row.cell
+    return _place(row), cell.slots, cell.cap_bytes, cell.keep_first, cell.keep_recent, cell.target
+
+
+def _fidelity(group: Sequence[Row]) -> Iterable[Scored]:
+    runs = [run for row in group for run in row.runs if isinstance(run, Measurement)]
+    for row, run, line in zip(group, runs, fidelity.rows(runs), strict=True):
+        judged = np.array(run.kl[len(run.kl) - line.positions :])
+        blocks = np.array_split(judged, max(1, -(-len(judged) // BLOCK)))
+        units: dict[Hashable, float] = {
+            (row.cell.source, row.cell.seed, index): float(block.mean()) for index, block in enumerate(blocks)
+        }
+        yield Scored(row, units, {"KL p95": line.kl_p95, "top-1": line.top1, "ΔNLL": line.delta_nll})
+
+
+def _recall(group: Sequence[Row], full: Row | None) -> Iterable[Scored]:
+    rows = group if full is None or full in group else [full, *group]
+    found = [run for row in rows for run in row.runs if isinstance(run, Recalled)]
+    lines = {line.policy: line for line in recall.rows(found, group[0].cell.terms.equal, len(group[0].runs))}
+    for row in group:
+        answers = [answer for run in row.runs if isinstance(run, Recalled) for answer in run.answers]
+        units: dict[Hashable, float] = {
+            (row.cell.source, row.cell.seed, index): answer.log_prob for index, answer in enumerate(answers)
+        }
+        figures = {"exact": sum(answer.exact for answer in answers) / len(answers)}
+        line = lines.get(row.cell.policy)
+        if line is not None and line.recovered is not None:
+            figures["recovered"] = line.recovered
+        elif row.cell.policy == FULL:
+            figures["recovered"] = 1.0
+        yield Scored(row, units, figures)
+
+
+def _task(row: Row) -> Scored:
+    runs = [run for run in row.runs if isinstance(run, Attempt)]
+    units: dict[Hashable, float] = {(row.cell.seed, run.sample, run.epoch): run.score for run in runs}
+    written, forced = (sum(getattr(run, name) for run in runs) / len(runs) for name in ("tokens_generated", "forced"))
+    return Scored(row, units, {"tokens generated": written, "forced": forced})

@@ -1,0 +1,260 @@
+"""Replies of a model whose KV memory is capped, and what they took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import Field
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from agentmem.errors import SettingsRefused
+from agentmem.evaluation.recall import FULL
+from agentmem.evaluation.terms import Frozen, Reader, Terms
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from agentmem.hf import CappedCache
+
+Stop = Literal["end", "tokens", "budget"]
+
+
+class Forced(Frozen):
+    """An answer that is asked for when thinking has not ended by itself."""
+
+    text: str
+    """Appended to what was written so far."""
+    end: str = ""
+    """Nothing is forced where this text was written already, such as ``</think>``."""
+    tokens: int = Field(default=16, ge=1)
+    """Of the answer, greedy."""
+
+
+class Sampling(Frozen):
+    """How tokens are chosen; a temperature of 0 is greedy."""
+
+    max_tokens: int = Field(default=256, ge=1)
+    temperature: float = Field(default=0.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    """0: all tokens."""
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    """Writing ends behind the first of these texts."""
+
+
+class Reply(Frozen):
+    """What was written, and what it took."""
+
+    text: str
+    stop: Stop
+    """``end``: by itself; ``tokens``: at the most tokens; ``budget``: another compaction was not allowed."""
+    forced: bool
+    tokens_read: int
+    """Of the prompt."""
+    tokens_generated: int
+    """The forced answer's included, its words not."""
+    fresh: bool
+    """Whether its memory was made for it."""
+    compactions: int
+    """Of its memory so far."""
+    peak_bytes: int
+    """The most that R + T came to."""
+    seconds: float
+    compact_seconds: float
+    """Spent for this reply alone."""
+    capacity: int
+    """Slots per KV head."""
+
+
+@dataclass
+class Writer:
+    """Writes replies under one set of terms; ``None`` is full memory.
+
+    A prompt that several questions share is read once, and its memory stays open until another one comes: each question
+    is then answered by transient forwards that leave nothing behind.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    terms: Terms | None
+    policy: str
+    max_compactions: int | None = None
+    _shared: _Shared | None = field(default=None, repr=False)
+    _context: Context = field(default_factory=copy_context, repr=False)
+    """Where every memory is opened and closed: callers such as asyncio's tasks have contexts of their own."""
+
+    def reply(self, ids: Sequence[int], sampling: Sampling, forced: Forced | None = None) -> Reply:
+        """Read a prompt into a new memory and write on.
+
+        Raises:
+            AgentmemError: the terms do not fit the model, or generation failed.
+
+        """
+        return self._context.run(self._reply, ids, sampling, forced)
+
+    def answer(self, context: Sequence[int], question: Sequence[int], sampling: Sampling) -> Reply:
+        """Answer a question behind a context that other questions share, greedily and without a trace of it.
+
+        Raises:
+            SettingsRefused: sampling is not greedy.
+            AgentmemError: the terms do not fit the model, or question and answer are longer than ``chunk``.
+
+        """
+        if sampling.temperature:
+            raise SettingsRefused(
+                f"temperature: {sampling.temperature} has no meaning where questions share a context; give 0"
+            )
+        return self._context.run(self._answer, context, question, sampling)
+
+    def close(self) -> None:
+        """Close the memory of a shared context."""
+        self._context.run(self._close)
+
+    def _reply(self, ids: Sequence[int], sampling: Sampling, forced: Forced | None) -> Reply:
+        began = time.perf_counter()
+        words = self._encode(forced.text) if forced else []
+        reserve = len(words) + forced.tokens if forced else 0
+        with self._memory(len(ids) + sampling.max_tokens + reserve) as memory:
+            prompt = torch.tensor([list(ids)], device=self.model.device)
+            budget = _Budget(memory, self.max_compactions, reserve)
+            written = self._write(memory, prompt, sampling, budget)[len(ids) :]
+            stop: Stop = "budget" if budget.spent else "tokens" if len(written) >= sampling.max_tokens else "end"
+            if written and written[-1] in self._ends:
+                stop = "end"
+            text, answer = self._decode(written), list[int]()
+            if forced and stop != "end" and not (forced.end and forced.end in text):
+                longer = torch.tensor([[*ids, *written, *words]], device=self.model.device)
+                greedy = Sampling(max_tokens=forced.tokens)
+                answer = self._write(memory, longer, greedy, _Budget(memory, None, 0))[longer.shape[1] :]
+                text += forced.text + self._decode(answer)
+            return self._account(memory, began, text, stop, len(ids), len(written) + len(answer), forced=bool(answer))
+
+    def _answer(self, context: Sequence[int], question: Sequence[int], sampling: Sampling) -> Reply:
+        began = time.perf_counter()
+        fresh = self._shared is None or self._shared.context != tuple(context)
+        shared = self._open(context) if fresh or self._shared is None else self._shared
+        written, text, stop = list[int](), "", "tokens"
+        while len(written) < sampling.max_tokens and stop == "tokens":
+            written.append(int(shared.memory.peek([*question, *written])[-1].argmax()))
+            text = self._decode(written)
+            if written[-1] in self._ends or any(end in text for end in sampling.stop):
+                stop = "end"
+        read = len(question) + (len(context) if fresh else 0)
+        return self._account(
+            shared.memory, began, text, "end" if stop == "end" else "tokens", read, len(written), fresh=fresh
+        )
+
+    def _open(self, context: Sequence[int]) -> _Shared:
+        """Read a context into a memory that stays open."""
+        self._close()
+        stack = ExitStack()
+        memory = stack.enter_context(self._memory(len(context)))
+        self._shared = _Shared(tuple(context), memory, stack)
+        for _ in Reader(self.model, memory).read(torch.tensor(list(context)), every=False):
+            pass
+        return self._shared
+
+    def _close(self) -> None:
+        if self._shared is not None:
+            self._shared.stack.close()
+            self._shared = None
+
+    @contextmanager
+    def _memory(self, tokens: int) -> Iterator[CappedCache]:
+        """A new memory under the terms; full memory holds ``tokens`` and a chunk more."""
+        terms, policy = self.terms, self.policy
+        if terms is None:
+            chunk = 256
+            terms, policy = Terms(slots=tokens + chunk, keep_first=0, keep_recent=0, chunk=chunk), FULL
+        with terms.memory(self.model, terms.policy(policy), self.tokenizer) as memory:
+            yield memory
+
+    def _write(self, memory: CappedCache, ids: torch.Tensor, sampling: Sampling, budget: _Budget) -> list[int]:
+        settings: dict[str, Any] = {"do_sample": sampling.temperature > 0}
+        if settings["do_sample"]:
+            settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        if sampling.stop:
+            settings |= {"stop_strings": list(sampling.stop), "tokenizer": self.tokenizer}
+        with torch.random.fork_rng(devices=self._devices()), torch.no_grad():
+            torch.manual_seed(sampling.seed)
+            found = self.model.generate(  # type: ignore[operator]  # transformers types it as a tensor or module
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                past_key_values=memory,
+                max_new_tokens=sampling.max_tokens,
+                stopping_criteria=StoppingCriteriaList([budget]),
+                pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0,
+                **settings,
+            )
+        return [int(token) for token in found[0]]
+
+    def _devices(self) -> list[torch.device]:
+        return [self.model.device] if self.model.device.type == "cuda" else []
+
+    @property
+    def _ends(self) -> set[int]:
+        chosen = getattr(self.model.generation_config, "eos_token_id", None)
+        ends = chosen if isinstance(chosen, list) else [chosen]
+        return {token for token in (*ends, self.tokenizer.eos_token_id) if token is not None}
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode([token for token in ids if token not in self._ends]))
+
+    def _account(
+        self,
+        memory: CappedCache,
+        began: float,
+        text: str,
+        stop: Stop,
+        read: int,
+        written: int,
+        *,
+        forced: bool = False,
+        fresh: bool = True,
+    ) -> Reply:
+        report = memory.report()
+        return Reply(
+            text=text,
+            stop=stop,
+            forced=forced,
+            tokens_read=read,
+            tokens_generated=written,
+            fresh=fresh,
+            compactions=report.num_compactions,
+            peak_bytes=report.peak_bytes,
+            seconds=time.perf_counter() - began,
+            compact_seconds=report.seconds_compacting if fresh else 0.0,
+            capacity=memory.plan.capacity,
+        )
+
+
+@dataclass
+class _Shared:
+    """A context that was read, and its open memory."""
+
+    context: tuple[int, ...]
+    memory: CappedCache
+    stack: ExitStack
+
+
+class _Budget(StoppingCriteria):
+    """Ends writing when another compaction would be needed and none is left; ``reserve`` slots are kept free."""
+
+    def __init__(self, memory: CappedCache, most: int | None, reserve: int) -> None:
+        self.memory, self.most, self.reserve, self.spent = memory, most, reserve, False
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:  # noqa: ARG002  # transformers' signature
+        """Whether to end, one truth value per sequence; the token just chosen is not in the memory yet."""
+        done = self.most is not None and len(self.memory.compactions) >= self.most
+        self.spent = self.spent or (done and self.memory.room() - 1 <= self.reserve)
+        return torch.full((input_ids.shape[0],), self.spent, device=input_ids.device, dtype=torch.bool)

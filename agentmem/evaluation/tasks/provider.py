@@ -1,0 +1,191 @@
+"""``agentmem/MODEL`` for inspect_ai: a model in this process whose KV memory is capped.
+
+    inspect eval agentmem/needle --model agentmem/default -M cap=24MiB -M policy=am-recall
+
+Model arguments: ``cap`` (bytes) or ``slots`` (neither: full memory), ``policy``, ``keep_first``, ``keep_recent``,
+``target``, ``chunk``, ``max_compactions``, ``dtype``, ``device``, ``seed``. Every sample's output has ``compactions``,
+``peak_bytes``, tokens and seconds as metadata.
+
+A task says how its messages are to be read in ``extra_body`` of its configuration: ``completion`` (the messages' texts
+one behind the other, without a chat template), ``shared`` (the last message is a question about what stands before it,
+which is read once for all questions), ``forced`` (see :class:`~agentmem.evaluation.tasks.generation.Forced`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from inspect_ai.model import (
+    ChatCompletionChoice,
+    ChatMessageAssistant,
+    GenerateConfig,
+    ModelAPI,
+    ModelOutput,
+    ModelUsage,
+    modelapi,
+)
+
+from agentmem import models
+from agentmem.errors import SettingsRefused
+from agentmem.evaluation.tasks.generation import Forced, Reply, Sampling, Writer
+from agentmem.evaluation.terms import Frozen, Terms
+from agentmem.settings import parse_bytes
+
+if TYPE_CHECKING:
+    from inspect_ai.model import ChatMessage
+    from inspect_ai.tool import ToolChoice, ToolInfo
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_TERMS = ("slots", "keep_first", "keep_recent", "target", "chunk", "seed")
+
+
+class Reading(Frozen):
+    """How a task wants its messages to be read."""
+
+    completion: bool = False
+    shared: bool = False
+    forced: Forced | None = None
+
+
+class Arguments(Frozen):
+    """The model arguments."""
+
+    cap: int | str | None = None
+    slots: int | None = None
+    policy: str = "am-halving"
+    keep_first: int = 16
+    keep_recent: int = 96
+    target: int | float | str = 0.5
+    chunk: int = 1024
+    seed: int = 0
+    max_compactions: int | None = None
+    dtype: str = "auto"
+    device: str | None = None
+
+    def terms(self) -> Terms | None:
+        """The terms of every memory; ``None`` is full memory."""
+        if self.cap is None and self.slots is None:
+            return None
+        if self.cap is not None and self.slots is not None:
+            raise SettingsRefused(f"cap={self.cap} and slots={self.slots} are both given; give one of them")
+        given = {name: getattr(self, name) for name in _TERMS}
+        return Terms.of(**given, cap_bytes=None if self.cap is None else parse_bytes(self.cap, "cap"))
+
+
+class CappedAPI(ModelAPI):
+    """A model under a cap. Samples take turns: a forward at a time is all that one process can do."""
+
+    def __init__(
+        self,
+        model_name: str,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        config: GenerateConfig = GenerateConfig(),  # noqa: B008  # inspect's signature
+        *,
+        loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(model_name, base_url, api_key, config=config)
+        self.arguments = Arguments.of(**arguments)
+        terms = self.arguments.terms()
+        if terms is not None:
+            terms.policy(self.arguments.policy)  # an unknown one is refused before a model is loaded
+        model, self.tokenizer = loaded or models.load(model_name, **self._placement())
+        self.writer = Writer(model, self.tokenizer, terms, self.arguments.policy, self.arguments.max_compactions)
+        self._asked: Counter[str] = Counter()
+
+    def _placement(self) -> dict[str, Any]:
+        dtype = None if self.arguments.dtype == "auto" else getattr(torch, self.arguments.dtype, None)
+        if self.arguments.dtype != "auto" and not isinstance(dtype, torch.dtype):
+            raise SettingsRefused(f"dtype: {self.arguments.dtype!r} is no number format; give bfloat16 or float32")
+        device = self.arguments.device
+        if device == "cuda":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        return {"dtype": dtype, "device_map": device}
+
+    def max_connections(self) -> int:
+        """One: a second call would wait for the first one's forwards."""
+        return 1
+
+    def close(self) -> None:
+        """Close the memory of a shared context."""
+        self.writer.close()
+
+    async def generate(
+        self,
+        input: list[ChatMessage],  # noqa: A002  # inspect's signature
+        tools: list[ToolInfo],
+        tool_choice: ToolChoice,  # noqa: ARG002  # the same
+        config: GenerateConfig,
+    ) -> ModelOutput:
+        """Write one reply. It blocks: torch's threads and agentmem's plan belong to the calling thread."""
+        if tools:
+            raise SettingsRefused(f"{len(tools)} tools: the provider agentmem has none; run the task without them")
+        reading = Reading.of(**(config.extra_body or {}))
+        if reading.shared:
+            reply = self.writer.answer(*self._split(input, reading), self._sampling(config, ""))
+        else:
+            ids = self._ids(input, reading, end=True)
+            digest = hashlib.sha256(repr(ids).encode()).hexdigest()
+            reply = self.writer.reply(ids, self._sampling(config, digest), reading.forced)
+        return self._output(reply, self.writer)
+
+    def _sampling(self, config: GenerateConfig, digest: str) -> Sampling:
+        """Every asking of the same prompt, as epochs do, has random numbers of its own; a run repeated has the same."""
+        epoch = self._asked[digest]
+        self._asked[digest] += 1
+        seed = self.arguments.seed if config.seed is None else config.seed
+        mixed = hashlib.sha256(f"{seed}/{digest}/{epoch}".encode()).digest()
+        given = {name: getattr(config, name) for name in ("max_tokens", "temperature", "top_p", "top_k")}
+        return Sampling.of(
+            **{name: value for name, value in given.items() if value is not None},
+            seed=int.from_bytes(mixed[:6], "big"),
+            stop=tuple(config.stop_seqs or ()),
+        )
+
+    def _split(self, messages: list[ChatMessage], reading: Reading) -> tuple[list[int], list[int]]:
+        """The ids of all messages but the last, and those that the last one adds."""
+        context, whole = self._ids(messages[:-1], reading, end=False), self._ids(messages, reading, end=True)
+        if not context or whole[: len(context)] != context:
+            raise SettingsRefused(
+                "shared: with this model's chat template the ids of the context are no beginning of those of the whole "
+                "conversation, so it cannot be read once; use completion"
+            )
+        return context, whole[len(context) :]
+
+    def _ids(self, messages: list[ChatMessage], reading: Reading, *, end: bool) -> list[int]:
+        if reading.completion:
+            parts = [self.tokenizer(each.text, add_special_tokens=False, verbose=False) for each in messages]
+            return [token for part in parts for token in part["input_ids"]]
+        chat = [{"role": each.role, "content": each.text} for each in messages]
+        found: Any = self.tokenizer.apply_chat_template(chat, add_generation_prompt=end, return_dict=False)
+        return [int(token) for token in found]
+
+    def _output(self, reply: Reply, writer: Writer) -> ModelOutput:
+        facts = reply.model_dump(exclude={"text"})
+        facts |= {"policy": "full" if writer.terms is None else writer.policy, "cap": self.arguments.cap}
+        written = reply.tokens_generated
+        return ModelOutput(
+            model=self.model_name,
+            choices=[
+                ChatCompletionChoice(
+                    message=ChatMessageAssistant(content=reply.text, source="generate"),
+                    stop_reason="stop" if reply.stop == "end" else "max_tokens",
+                )
+            ],
+            usage=ModelUsage(
+                input_tokens=reply.tokens_read, output_tokens=written, total_tokens=reply.tokens_read + written
+            ),
+            time=reply.seconds,
+            metadata=facts,
+        )
+
+
+@modelapi(name="agentmem")
+def agentmem() -> type[ModelAPI]:
+    """The provider, as inspect registers it."""
+    return CappedAPI

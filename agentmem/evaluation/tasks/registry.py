@@ -1,0 +1,11 @@
+"""What inspect_ai finds by the entry point: the provider ``agentmem/…`` and the tasks ``agentmem/needle``, …."""
+
+from agentmem.evaluation.tasks.aime import aime
+from agentmem.evaluation.tasks.instructions import instructions
+from agentmem.evaluation.tasks.many_shot import many_shot
+from agentmem.evaluation.tasks.maths import maths
+from agentmem.evaluation.tasks.needle import needle
+from agentmem.evaluation.tasks.provider import agentmem
+from agentmem.evaluation.tasks.qa import qa
+
+__all__ = ["agentmem", "aime", "instructions", "many_shot", "maths", "needle", "qa"]

@@ -35,7 +35,7 @@ $(PY):
 
 $(INSTALLED): pyproject.toml constraints.txt agentmem/attention/decode.c | $(PY)
 	$(if $(TORCH_INDEX),$(PIP) install --constraint constraints.txt --index-url $(TORCH_INDEX) torch)
-	$(PIP) install --constraint constraints.txt --editable '.[cli,dev,docs]'
+	$(PIP) install --constraint constraints.txt --editable '.[cli,dev,docs,server]'
 	@touch $@
 
 model: install

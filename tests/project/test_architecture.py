@@ -124,6 +124,11 @@ TABLE = (
     room("agentmem.evaluation", rooms=ABOVE, outside="torch transformers pydantic numpy matplotlib"),
     room("agentmem.calibration", rooms=ABOVE, outside="torch accelerate"),
     room("agentmem", rooms=ABOVE),
+    room(
+        "agentmem.serving",
+        rooms=ABOVE,
+        outside="torch structlog pydantic fastapi starlette uvicorn prometheus_client cryptography",
+    ),
     room("agentmem.cli", rooms=ABOVE, outside="torch transformers typer rich pydantic structlog"),
     room("agentmem.policies.solvers", outside="torch"),
     room("agentmem.policies", rooms="contracts policies.solvers", outside="torch"),

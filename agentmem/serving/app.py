@@ -1,0 +1,57 @@
+"""The application: every route around one server."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+
+from agentmem.serving import refusals
+from agentmem.serving.chat import route as chat
+from agentmem.serving.gate import Gate
+from agentmem.serving.server import Server
+
+
+def create_app(server: Server) -> FastAPI:
+    """An ASGI application. Its lifespan ends with ``server.close()``; the runtime is the caller's to close."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await server.close()
+
+    app = FastAPI(title="agentmem", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Gate, settings=server.settings, keys=server.keys)
+    refusals.handle(app)
+    _health(app, server)
+    _models(app, server)
+    app.include_router(chat.router(server))
+    return app
+
+
+def _health(app: FastAPI, server: Server) -> None:
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/ready")
+    async def ready() -> JSONResponse:
+        if server.closing:
+            return JSONResponse({"status": "shutting down"}, 503)
+        return JSONResponse({"status": "ready"})
+
+
+def _models(app: FastAPI, server: Server) -> None:
+    def one(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": server.started, "owned_by": "agentmem"}
+
+    @app.get("/v1/models")
+    async def all_models() -> dict[str, Any]:
+        return {"object": "list", "data": [one(name) for name in server.settings.models]}
+
+    @app.get("/v1/models/{name:path}")
+    async def a_model(name: str) -> dict[str, Any]:
+        return one(server.model(name))

@@ -1,0 +1,248 @@
+"""One request to the model: find its conversation, read what is new, compact where that is asked for, write a reply.
+
+A turn runs in a task of its own and ends at its own speed: its pieces wait for a slow reader, its lease does not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from agentmem.errors import AgentmemError, RequestRefused, RuntimeBusy, SettingsRefused
+from agentmem.serving.history import digest
+from agentmem.serving.pieces import Begun, End, Ended, Log, Piece, Text, Usage
+from agentmem.serving.recipes import Recipe
+from agentmem.serving.reply_text import ReplyText
+from agentmem.sessions import CompactionFinished, Message, TextEvent, TokenEvent, TurnFinished
+
+if TYPE_CHECKING:
+    from agentmem import Session
+    from agentmem.serving.conversations import Conversation
+    from agentmem.serving.server import Server
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a reply is decoded. Nothing of the model's own defaults is used."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    tokens: int = 1024
+    stop: tuple[str, ...] = ()
+
+    def options(self) -> dict[str, Any]:
+        """As ``generate`` takes them."""
+        if self.temperature == 0:
+            return {"max_new_tokens": self.tokens, "do_sample": False}
+        chosen = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        return {"max_new_tokens": self.tokens, **chosen}
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked of the model."""
+
+    owner: str
+    messages: Sequence[Message]
+    recipe: Recipe = field(default_factory=Recipe)
+    sampling: Sampling = field(default_factory=Sampling)
+    name: str | None = None
+    label: str | None = None
+    tools: frozenset[str] = frozenset()
+    """Names of the tools that the reply may call."""
+    after: bool = False
+    """Whether what is new is compacted right after it was read."""
+    focus: str = ""
+
+
+class Turn:
+    """A request that is under way. Read its :meth:`pieces`; :meth:`stop` must be called, whatever happens."""
+
+    def __init__(self, server: Server, request: Request) -> None:
+        """Begin at once."""
+        self._server, self._request = server, request
+        self._pieces: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
+        self._until = time.monotonic() + server.settings.turn_seconds
+        self._usage, self._log = Usage(), Log()
+        self._task = asyncio.create_task(self._run())
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """What the turn tells, until its end.
+
+        Raises:
+            AgentmemError: the turn failed.
+
+        """
+        while True:
+            piece = await self._pieces.get()
+            if isinstance(piece, BaseException):
+                raise piece
+            yield piece
+            if isinstance(piece, Ended):
+                return
+
+    async def stop(self) -> None:
+        """End the turn within one forward, if it has not ended."""
+        self._task.cancel()
+        await asyncio.wait([self._task])
+
+    async def _run(self) -> None:
+        try:
+            await self._turn()
+        except asyncio.CancelledError:
+            self._pieces.put_nowait(RequestRefused("the turn was ended", status=503, code="shutting_down"))
+            raise
+        except Exception as error:  # noqa: BLE001  # whoever reads the pieces is told
+            self._pieces.put_nowait(error)
+
+    async def _turn(self) -> None:
+        await self._server.sweep()
+        try:
+            conversation = await self._read()
+        except _Anew:
+            conversation = await self._read()
+        try:
+            await self._reply(conversation)
+        except BaseException as error:
+            await self._abandon(conversation, error)
+            raise
+        self._server.settle(conversation)
+
+    # ---- reading
+
+    async def _read(self) -> Conversation:
+        """The conversation with everything read; it is busy.
+
+        Raises:
+            _Anew: it cannot go on with these messages, but they can be read from the start; it is forgotten.
+
+        """
+        request = self._request
+        wanted = [digest(message) for message in request.messages]
+        conversation, held = self._server.conversations.claim(
+            request.owner, request.recipe, wanted, name=request.name, label=request.label
+        )
+        try:
+            session = await self._session(conversation)
+            self._usage.cached = session.stats.tokens
+            await self._extend(conversation, session, held, wanted)
+        except BaseException as error:
+            await self._abandon(conversation, error)
+            if held and isinstance(error, SettingsRefused):
+                raise _Anew from error
+            raise
+        self._pieces.put_nowait(Begun(conversation.id))
+        return conversation
+
+    async def _session(self, conversation: Conversation) -> Session:
+        if conversation.session is None:
+            server, seed = self._server, secrets.randbits(62)
+
+            def make() -> None:
+                conversation.session = server.new_session(conversation, seed)
+
+            await server.blocking(make)
+        assert conversation.session is not None  # noqa: S101  # it was just made
+        return conversation.session
+
+    async def _extend(self, conversation: Conversation, session: Session, held: int, wanted: list[str]) -> None:
+        """Read the messages that the conversation does not hold."""
+        new = self._request.messages[held:]
+        if not new:
+            return
+        before = len(session.dialogue.messages)
+        how = {"compact": "after", "focus": self._request.focus} if self._request.after else {}
+        try:
+            self._log.reports += await session.aextend(new, deadline=self._left(), **how)  # type: ignore[arg-type]  # by name
+        finally:
+            if len(session.dialogue.messages) > before:  # they were taken, whatever came of it
+                conversation.history += wanted[held:]
+                conversation.open = False
+
+    def _left(self) -> float:
+        """Seconds that the turn still has.
+
+        Raises:
+            RequestRefused: 504, none.
+
+        """
+        left = self._until - time.monotonic()
+        if left <= 0:
+            raise RequestRefused(
+                f"the turn took more than {self._server.settings.turn_seconds:g} s; send less at once, or try again",
+                status=504,
+                code="timeout",
+            )
+        return left
+
+    # ---- writing
+
+    async def _reply(self, conversation: Conversation) -> None:
+        session, request = conversation.session, self._request
+        assert session is not None  # noqa: S101  # it was read
+        if request.sampling.seed is not None and session.generator is not None:
+            session.generator.manual_seed(request.sampling.seed)
+        text = ReplyText(request.sampling.stop, self._server.formats, request.tools)
+        conversation.open = True
+        try:
+            reason = await self._write(session, text, conversation)
+        finally:
+            if not conversation.open:
+                self._tell(text.end())
+                conversation.history.append(digest(_said(text)))
+        self._usage.prompt = session.stats.tokens - self._usage.reply
+        facts = self._log.facts(conversation.id, session.stats, self._usage)
+        end: End = "tool_calls" if text.calls else reason
+        self._pieces.put_nowait(Ended(end, text.told, tuple(text.calls), self._usage, facts))
+
+    async def _write(self, session: Session, text: ReplyText, conversation: Conversation) -> End:
+        """Decode until the reply ends or a stop sequence comes; why it ended."""
+        marks = self._server.marks if self._request.tools else {}
+        options = self._request.sampling.options()
+        async with aclosing(session.stream(deadline=self._left(), **options)) as events:  # type: ignore[type-var]  # a generator
+            async for event in events:
+                if isinstance(event, TokenEvent):
+                    conversation.open = False
+                    self._usage.reply += 1
+                    self._tell(text.push(marks.get(event.id, "")))
+                elif isinstance(event, TextEvent):
+                    self._tell(text.push(event.text))
+                elif isinstance(event, CompactionFinished):
+                    self._log.reports.append(event.report)
+                elif isinstance(event, TurnFinished) and event.reason in ("length", "deadline"):
+                    return "length" if event.reason == "length" else "deadline"
+                if text.stopped:
+                    break
+        return "stop"
+
+    def _tell(self, text: str) -> None:
+        if text:
+            self._pieces.put_nowait(Text(text))
+
+    # ---- ends that come early
+
+    async def _abandon(self, conversation: Conversation, error: BaseException) -> None:
+        """Keep a conversation that is still what its history says; forget it otherwise."""
+        usual = isinstance(error, asyncio.CancelledError | RuntimeBusy | RequestRefused)
+        if usual and conversation.history and conversation.session is not None:
+            self._server.settle(conversation)
+            return
+        with suppress(AgentmemError):
+            await self._server.forget(conversation)
+        self._server.conversations.release(conversation)
+
+
+class _Anew(Exception):
+    """A held conversation cannot go on as a request wants."""
+
+
+def _said(text: ReplyText) -> Message:
+    """The reply as the client will send it back."""
+    calls = tuple(call.plain() for call in text.calls) or None
+    return Message(role="assistant", content=text.told, tool_calls=calls)

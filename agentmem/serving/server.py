@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from agentmem import Runtime, Session
+from agentmem import Runtime
 from agentmem.errors import AgentmemError, RequestRefused, RuntimeBusy
 from agentmem.serving.conversations import Conversation, Conversations
+from agentmem.serving.items import Items, read_keys
+from agentmem.serving.kept import Kept, Record, conversation_name
 from agentmem.serving.keys import ApiKeys
 from agentmem.serving.logs import LOG
 from agentmem.serving.settings import ServerSettings
@@ -40,8 +45,15 @@ class Server:
         self.closing = False
         self.turns: set[Turn] = set()
         """Under way."""
+        self._passing = None if settings.state else tempfile.TemporaryDirectory(prefix="agentmem-serve-")
+        self.state = settings.state or Path(self._passing.name if self._passing else "")
+        self.kept = Kept(self.state / "conversations")
+        self.items = Items(Kept(self.state / "items"), self._item_keys(), runtime.identity, settings.item_seconds)
         threads = torch.get_num_threads()  # memories are planned by it, and it is kept per thread
         self._worker = ThreadPoolExecutor(1, "agentmem-serving", lambda: torch.set_num_threads(threads))
+
+    def _item_keys(self) -> list[bytes]:
+        return read_keys(self.settings.item_key_file or self.state / "items.key")
 
     def _marks(self) -> dict[int, str]:
         tokenizer, format_ = self.runtime.tokenizer, self.formats
@@ -102,11 +114,17 @@ class Server:
             raise
 
     async def forget(self, conversation: Conversation) -> None:
-        """Leave a conversation out, and free what it holds."""
+        """Leave a conversation out, and free what it holds, on disk too."""
         self.conversations.forget(conversation)
-        if (session := conversation.session) is not None:
-            conversation.session = None
-            await self._run(session.close)
+        session, conversation.session = conversation.session, None
+
+        def free() -> None:
+            if session is not None:
+                session.close()
+            if conversation.folder is not None:
+                self.kept.drop(conversation_name(conversation))
+
+        await self._run(free)
 
     async def sweep(self) -> None:
         """Forget what is idle too long, too many, or too large."""
@@ -121,17 +139,55 @@ class Server:
             conversation.bytes = session.stats.charged_bytes or conversation.bytes
         self.conversations.release(conversation)
 
-    async def close(self) -> None:
-        """Free everything; no request is served any more."""
-        self.closing = True
-        for each in self.conversations:
-            try:
-                await self.forget(each)
-            except AgentmemError as error:
-                LOG.warning("conversation_not_freed", error=str(error))
-        self._worker.shutdown()
+    def open_session(self, conversation: Conversation) -> None:
+        """Give a conversation its session: the memory in its folder, or a new one. Waits for a forward that runs.
 
-    def new_session(self, conversation: Conversation, seed: int) -> Session:
-        """A session for a conversation that begins; see :meth:`agentmem.Runtime.session`."""
-        recipe = conversation.recipe
-        return self.runtime.session(recipe.made_policy(), name=conversation.id, seed=seed, **recipe.arguments())
+        Raises:
+            CapTooSmall, SettingsRefused: see :meth:`agentmem.Runtime.session`. SnapshotRefused: its folder's memory
+                does not fit. RuntimeBusy: there is no room for it now.
+
+        """
+        recipe, runtime = conversation.recipe, self.runtime
+        given = {"name": conversation.id, **recipe.arguments()}
+        if conversation.folder is None:
+            conversation.session = runtime.session(recipe.made_policy(), seed=secrets.randbits(62), **given)
+        else:
+            share = runtime.defaults.get("share", 1.0)
+            conversation.session = runtime.load(conversation.folder, policy=recipe.made_policy(), share=share, **given)
+
+    # ---- beginning and end
+
+    def restore(self) -> None:
+        """Take in the conversations that an earlier server kept; their memories are read when they are used."""
+        for name in self.kept.names():
+            record = self.kept.record(name)
+            if record is not None:
+                self.conversations.hold(record.conversation(self.kept.memory(name)))
+
+    async def close(self) -> None:
+        """End the turns under way, keep all conversations if there is a folder for it, and free everything."""
+        self.closing = True
+        if tasks := [turn.task for turn in self.turns]:
+            await asyncio.wait(tasks, timeout=self.settings.shutdown_seconds)
+        for turn in list(self.turns):
+            await turn.stop()
+        for each in self.conversations:
+            await self._put_away(each)
+        self._worker.shutdown()
+        if self._passing is not None:
+            self._passing.cleanup()
+
+    async def _put_away(self, conversation: Conversation) -> None:
+        session = conversation.session
+        if session is None:
+            return
+
+        def put() -> None:
+            if self._passing is None:
+                self.kept.keep(conversation_name(conversation), session, Record.of(conversation))
+            session.close()
+
+        try:
+            await self.blocking(put)
+        except (AgentmemError, OSError) as error:
+            LOG.warning("conversation_lost", error=str(error))

@@ -29,6 +29,8 @@ class ServerSettings(BaseModel):
     state: Path | None = None
     """The folder that outlives the server: conversations, responses, compaction items and their key. ``None``: nothing
     outlives it."""
+    item_key_file: Path | None = None
+    """Keys of compaction items; ``state``'s own without it, and a passing one without that."""
     max_body_bytes: int = Field(default=4 << 20, ge=1)
     """Of one request's body."""
     body_seconds: float = Field(default=30.0, gt=0)

@@ -6,14 +6,13 @@ A turn runs in a task of its own and ends at its own speed: its pieces wait for 
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from agentmem.errors import AgentmemError, RequestRefused, RuntimeBusy, SettingsRefused
+from agentmem.errors import AgentmemError, RequestRefused, RuntimeBusy, SettingsRefused, SnapshotRefused
 from agentmem.serving.history import digest
 from agentmem.serving.pieces import Begun, End, Ended, Log, Piece, Text, Usage
 from agentmem.serving.recipes import Recipe
@@ -70,7 +69,7 @@ class Turn:
         self._pieces: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
         self._until = time.monotonic() + server.settings.turn_seconds
         self._usage, self._log = Usage(), Log()
-        self._task = asyncio.create_task(self._run())
+        self.task = asyncio.create_task(self._run())
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """What the turn tells, until its end.
@@ -89,8 +88,8 @@ class Turn:
 
     async def stop(self) -> None:
         """End the turn within one forward, if it has not ended."""
-        self._task.cancel()
-        await asyncio.wait([self._task])
+        self.task.cancel()
+        await asyncio.wait([self.task])
 
     async def _run(self) -> None:
         try:
@@ -102,7 +101,6 @@ class Turn:
             self._pieces.put_nowait(error)
 
     async def _turn(self) -> None:
-        await self._server.sweep()
         try:
             conversation = await self._read()
         except _Anew:
@@ -129,12 +127,13 @@ class Turn:
             request.owner, request.recipe, wanted, name=request.name, label=request.label
         )
         try:
+            await self._server.sweep()
             session = await self._session(conversation)
             self._usage.cached = session.stats.tokens
             await self._extend(conversation, session, held, wanted)
         except BaseException as error:
             await self._abandon(conversation, error)
-            if held and isinstance(error, SettingsRefused):
+            if held and isinstance(error, SettingsRefused | SnapshotRefused):
                 raise _Anew from error
             raise
         self._pieces.put_nowait(Begun(conversation.id))
@@ -142,12 +141,7 @@ class Turn:
 
     async def _session(self, conversation: Conversation) -> Session:
         if conversation.session is None:
-            server, seed = self._server, secrets.randbits(62)
-
-            def make() -> None:
-                conversation.session = server.new_session(conversation, seed)
-
-            await server.blocking(make)
+            await self._server.blocking(lambda: self._server.open_session(conversation))
         assert conversation.session is not None  # noqa: S101  # it was just made
         return conversation.session
 

@@ -12,6 +12,9 @@ from fastapi.responses import JSONResponse
 from agentmem.serving import refusals
 from agentmem.serving.chat import route as chat
 from agentmem.serving.gate import Gate
+from agentmem.serving.responses import compaction
+from agentmem.serving.responses import route as responses
+from agentmem.serving.responses.stored import StoredResponses
 from agentmem.serving.server import Server
 
 
@@ -30,6 +33,9 @@ def create_app(server: Server) -> FastAPI:
     _health(app, server)
     _models(app, server)
     app.include_router(chat.router(server))
+    stored = StoredResponses(server.settings.max_responses, server.settings.item_seconds, server.settings.responses)
+    app.include_router(responses.router(server, stored))
+    app.include_router(compaction.router(server, stored))
     return app
 
 

@@ -39,6 +39,8 @@ class Conversation:
     """When it was used last, in seconds since 1970."""
     bytes: int = 0
     """What it held when it was used last."""
+    lead: str | None = None
+    """Digest of the instructions that it began with."""
     since_item: int = 0
     """Tokens that the newest compaction item stands for."""
     open: bool = False
@@ -65,11 +67,19 @@ class Conversations:
         return len(self._held)
 
     def claim(
-        self, owner: str, recipe: Recipe, wanted: list[str], *, name: str | None = None, label: str | None = None
+        self,
+        owner: str,
+        recipe: Recipe,
+        wanted: list[str],
+        *,
+        name: str | None = None,
+        label: str | None = None,
+        any_recipe: bool = False,
     ) -> tuple[Conversation, int]:
         """The conversation that a request goes on from, and how many of its messages that holds; it is busy now.
 
-        One that holds the most of them is taken; where none does, a new one begins, which holds none.
+        One that holds the most of them is taken; where none does, a new one begins, which holds none. ``any_recipe``
+        takes one of another recipe, too.
 
         Raises:
             RequestRefused: ``name`` is no name, or names a conversation that is in mid-turn.
@@ -78,7 +88,8 @@ class Conversations:
         best: tuple[Conversation, int] | None = None
         named = None if name is None else self._named(owner, name)
         for each in self if name is None else filter(None, [named]):
-            count = self._continues(each, owner, recipe, wanted, label if name is None else each.label)
+            like = Like(owner, each.recipe if any_recipe else recipe, each.label if name else label)
+            count = _continues(each, like, wanted)
             if count and (best is None or count > best[1]):
                 best = each, count
         found, held = best or (self._begin(owner, recipe, name, label), 0)
@@ -101,14 +112,6 @@ class Conversations:
                 param="X-Agentmem-Session",
             )
         return found
-
-    def _continues(
-        self, each: Conversation, owner: str, recipe: Recipe, wanted: list[str], label: str | None
-    ) -> int | None:
-        if each.busy or (each.owner, each.recipe, each.label) != (owner, recipe, label):
-            return None
-        count = extends(each.history, wanted, each.anchors)
-        return None if each.open and count != len(wanted) else count
 
     def _begin(self, owner: str, recipe: Recipe, name: str | None, label: str | None) -> Conversation:
         made = Conversation(name or f"conv_{secrets.token_hex(12)}", owner, label, recipe)
@@ -141,3 +144,20 @@ class Conversations:
             found.append(each)
             count, size = count - 1, size - each.bytes
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class Like:
+    """What a conversation must be for a request to go on from it."""
+
+    owner: str
+    recipe: Recipe
+    label: str | None
+
+
+def _continues(each: Conversation, like: Like, wanted: list[str]) -> int | None:
+    """How many of the wanted messages it holds; ``None`` where it is no conversation to go on from."""
+    if each.busy or Like(each.owner, each.recipe, each.label) != like:
+        return None
+    count = extends(each.history, wanted, each.anchors)
+    return None if each.open and count != len(wanted) else count

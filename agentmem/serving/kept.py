@@ -40,13 +40,14 @@ class Record(BaseModel):
     anchors: dict[str, int] = {}
     used: float
     bytes: int = 0
+    lead: str | None = None
     since_item: int = 0
     open: bool = False
 
     @classmethod
     def of(cls, conversation: Conversation) -> Record:
         """Everything but the memory."""
-        names = ("id", "owner", "label", "anchors", "used", "bytes", "since_item", "open")
+        names = ("id", "owner", "label", "anchors", "used", "bytes", "lead", "since_item", "open")
         own = {name: getattr(conversation, name) for name in names}
         return cls(**own, **asdict(conversation.recipe), history=tuple(conversation.history))
 
@@ -59,7 +60,7 @@ class Record(BaseModel):
         """The conversation, whose memory lies in ``folder``."""
         made = Conversation(self.id, self.owner, self.label, self.recipe, list(self.history), dict(self.anchors))
         made.folder, made.used, made.bytes = folder, self.used, self.bytes
-        made.since_item, made.open = self.since_item, self.open
+        made.lead, made.since_item, made.open = self.lead, self.since_item, self.open
         return made
 
 
@@ -67,9 +68,11 @@ class Kept:
     """Memories by name under one folder. A memory is there whole or not at all."""
 
     def __init__(self, folder: Path) -> None:
-        """The folder is made, private to the user."""
+        """The folder is made, private to the user; what an earlier server never finished is deleted."""
         self.folder = folder
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in folder.glob(".making-*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def keep(self, name: str, session: Session, record: Record) -> Path:
         """Save a session under a name, in place of what had it; returns where its memory lies.
@@ -112,14 +115,12 @@ class Kept:
         return (path.name for path in sorted(self.folder.iterdir()) if not path.name.startswith("."))
 
     def sweep(self, seconds: float, quota_bytes: int) -> None:
-        """Delete what is older, the oldest of what is too much, and what was never finished."""
-        for path in self.folder.glob(".making-*"):
-            shutil.rmtree(path, ignore_errors=True)
+        """Delete what is older, and the oldest of what is too much, but for the newest."""
         found = sorted(((_written(self.folder / name), name) for name in self.names()), reverse=True)
         size, now = 0, time.time()
-        for written, name in found:
+        for at, (written, name) in enumerate(found):
             size += _bytes(self.folder / name)
-            if now - written > seconds or size > quota_bytes:
+            if now - written > seconds or (at and size > quota_bytes):
                 self.drop(name)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -100,57 +100,3 @@ def stops(given: str | list[str] | None) -> tuple[str, ...]:
     if len(made) > _STOPS or not all(made):
         raise RequestRefused(f"stop: {len(made)} sequences; give 1 to {_STOPS} of one character at least", param="stop")
     return made
-
-
-class Function(BaseModel):
-    """A tool's function. ``strict`` would need constrained decoding."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-    def schema_for_template(self) -> dict[str, Any]:
-        """As chat templates write it."""
-        function: dict[str, Any] = {"name": self.name, "description": self.description or ""}
-        function["parameters"] = self.parameters or {"type": "object", "properties": {}}
-        return {"type": "function", "function": function}
-
-    @model_validator(mode="after")
-    def _is_schema(self) -> Any:
-        if self.strict:
-            raise RequestRefused(
-                f"tools: {self.name} is strict, which needs constrained decoding; this server takes strict=false alone",
-                code="unsupported_parameter",
-                param="tools",
-            )
-        if self.parameters and self.parameters.get("type", "object") != "object":
-            raise RequestRefused(
-                f"tools: the parameters of {self.name} are of the type {str(self.parameters['type'])[:40]!r}; a tool "
-                "takes an object",
-                param="tools",
-            )
-        return self
-
-
-ToolChoice = Literal["auto", "none", "required"]
-
-
-def chosen(tools: list[Function], choice: Any) -> list[Function]:
-    """The tools that the model is shown: all, or with ``tool_choice="none"`` no one.
-
-    Raises:
-        RequestRefused: a choice that only constrained decoding could keep.
-
-    """
-    if choice in (None, "auto"):
-        return tools
-    if choice == "none":
-        return []
-    raise RequestRefused(
-        f"tool_choice: {str(choice)[:80]} needs constrained decoding, which is not supported; use 'auto' or 'none'",
-        code="unsupported_parameter",
-        param="tool_choice",
-    )

@@ -31,9 +31,10 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """A compaction item was made."""
+class Made:
+    """A compaction item was made: its id, and what its ``encrypted_content`` is."""
 
+    id: str
     token: str
 
 
@@ -49,7 +50,7 @@ class Ended:
     """What a response has under ``agentmem``."""
 
 
-Piece = Begun | Text | Item | Ended
+Piece = Begun | Text | Made | Ended
 
 
 @dataclass(slots=True)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from agentmem.serving.tool_calls import ToolCall, ToolFormat
+    from agentmem.serving.tool_calls import Accepts, ToolCall, ToolFormat
 
 
 class ReplyText:
     """Text goes in by pieces; what can be shown comes out. What may be the beginning of something else is held back."""
 
-    def __init__(self, stop: Sequence[str] = (), writes: ToolFormat | None = None, tools: Collection[str] = ()) -> None:
-        """``writes`` and the names of the ``tools`` where calls are looked for."""
-        self._stop, self._format, self._tools = tuple(stop), writes if tools else None, tools
+    def __init__(
+        self, stop: Sequence[str] = (), writes: ToolFormat | None = None, accepts: Accepts | None = None
+    ) -> None:
+        """``writes`` and ``accepts`` where calls of tools are looked for."""
+        self._stop, self._format, self._accepts = tuple(stop), writes if accepts else None, accepts
         self._text, self._shown, self._call_at = "", 0, -1
         self.stopped = False
         """Whether a stop sequence came: nothing after it is shown."""
@@ -36,8 +38,8 @@ class ReplyText:
     def end(self) -> str:
         """What is left to be shown at the end of the reply; :attr:`calls` is complete then."""
         self._find_call()
-        if self._call_at >= 0 and self._format is not None:
-            found = self._format.calls(self._text[self._call_at :], self._tools)
+        if self._call_at >= 0 and self._format is not None and self._accepts is not None:
+            found = self._format.calls(self._text[self._call_at :], self._accepts)
             if found is not None:
                 self.calls, rest = found
                 self._text = self._text[: self._call_at].rstrip() + rest

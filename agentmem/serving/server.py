@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from agentmem import Runtime
+from agentmem import Runtime, Session
 from agentmem.errors import AgentmemError, RequestRefused, RuntimeBusy
 from agentmem.serving.conversations import Conversation, Conversations
 from agentmem.serving.items import Items, read_keys
@@ -154,6 +154,12 @@ class Server:
         else:
             share = runtime.defaults.get("share", 1.0)
             conversation.session = runtime.load(conversation.folder, policy=recipe.made_policy(), share=share, **given)
+
+    def make_item(self, conversation: Conversation, session: Session) -> tuple[str, str]:
+        """A compaction item of what the session holds; the oldest items give way. See :meth:`Items.make`."""
+        made = self.items.make(conversation, session)
+        self.items.kept.sweep(self.settings.item_seconds, self.settings.quota_bytes)
+        return made
 
     # ---- beginning and end
 

@@ -58,6 +58,11 @@ class ServerSettings(BaseModel):
     shutdown_seconds: float = Field(default=10.0, ge=0)
     """That running turns have when the server ends."""
 
+    @property
+    def responses(self) -> Path | None:
+        """Where stored responses are kept."""
+        return None if self.state is None else self.state / "responses"
+
     @classmethod
     def of(cls, **values: object) -> Self:
         """Build settings; every violation becomes one :class:`SettingsRefused`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import secrets
 import string
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,8 @@ class ToolCall:
 
 Found = list[tuple[str, Any]]
 """Names and arguments."""
+Accepts = Callable[[str, dict[str, Any]], bool]
+"""Whether a request has a tool of that name which takes these arguments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,22 +54,22 @@ class ToolFormat:
     bare: bool = False
     id_letters: int = 24
 
-    def calls(self, text: str, known: Collection[str]) -> tuple[list[ToolCall], str] | None:
+    def calls(self, text: str, accepts: Accepts) -> tuple[list[ToolCall], str] | None:
         """The calls of a reply from its first opener on, and what else it says; ``None`` if it is text after all.
 
-        It is where a call is malformed, or names a tool that the request does not have.
+        It is where a call is malformed, or one that the request's tools do not accept.
         """
         try:
             found, rest = self.read(text)
-            made = [self._call(name, arguments, known) for name, arguments in found]
+            made = [self._call(name, arguments, accepts) for name, arguments in found]
         except (ValueError, RecursionError):
             return None
         return (made, rest) if made else None
 
-    def _call(self, name: object, arguments: object, known: Collection[str]) -> ToolCall:
+    def _call(self, name: object, arguments: object, accepts: Accepts) -> ToolCall:
         if isinstance(arguments, str):
             arguments = json.loads(arguments)
-        if not isinstance(name, str) or name not in known or not isinstance(arguments, dict):
+        if not isinstance(name, str) or not isinstance(arguments, dict) or not accepts(name, arguments):
             raise ValueError(name)
         prefix = "call_" if self.id_letters > len("call_") * 2 else ""
         made = prefix + "".join(secrets.choice(_ID) for _ in range(self.id_letters))

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from agentmem.errors import AgentmemError, RequestRefused, RuntimeBusy, SettingsRefused, SnapshotRefused
-from agentmem.serving.history import digest
-from agentmem.serving.pieces import Begun, End, Ended, Log, Piece, Text, Usage
+from agentmem.serving.history import digest, marker
+from agentmem.serving.pieces import Begun, End, Ended, Log, Made, Piece, Text, Usage
 from agentmem.serving.recipes import Recipe
 from agentmem.serving.reply_text import ReplyText
 from agentmem.sessions import CompactionFinished, Message, TextEvent, TokenEvent, TurnFinished
@@ -22,7 +22,9 @@ from agentmem.sessions import CompactionFinished, Message, TextEvent, TokenEvent
 if TYPE_CHECKING:
     from agentmem import Session
     from agentmem.serving.conversations import Conversation
+    from agentmem.serving.items import Item
     from agentmem.serving.server import Server
+    from agentmem.serving.tool_calls import Accepts
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +55,25 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     name: str | None = None
     label: str | None = None
-    tools: frozenset[str] = frozenset()
-    """Names of the tools that the reply may call."""
+    accepts: Accepts | None = None
+    """What tells a call of the request's tools from text."""
     after: bool = False
     """Whether what is new is compacted right after it was read."""
     focus: str = ""
+    item: Item | None = None
+    """A compaction item that stands before the messages; the recipe is its own."""
+    lead: str | None = None
+    """Digest of the instructions."""
+    any_recipe: bool = False
+    """Whether a held conversation of any recipe is gone on with."""
+    compact: bool = False
+    """Whether everything is compacted when it has been read, and kept as an item."""
+    threshold: int | None = None
+    """Or only where so many tokens have come since the newest item."""
+    write: bool = True
+    """Whether a reply is wanted."""
+    response: str | None = None
+    """Id of the response that it becomes, by which it can be cancelled."""
 
 
 class Turn:
@@ -65,7 +81,8 @@ class Turn:
 
     def __init__(self, server: Server, request: Request) -> None:
         """Begin at once."""
-        self._server, self._request = server, request
+        self._server, self.request = server, request
+        self._why = RequestRefused("the server ended the turn; try again", status=503, code="shutting_down")
         self._pieces: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
         self._until = time.monotonic() + server.settings.turn_seconds
         self._usage, self._log = Usage(), Log()
@@ -86,8 +103,9 @@ class Turn:
             if isinstance(piece, Ended):
                 return
 
-    async def stop(self) -> None:
-        """End the turn within one forward, if it has not ended."""
+    async def stop(self, why: RequestRefused | None = None) -> None:
+        """End the turn within one forward, if it has not ended; ``why`` is what its reader is told."""
+        self._why = why or self._why
         self.task.cancel()
         await asyncio.wait([self.task])
 
@@ -95,7 +113,7 @@ class Turn:
         try:
             await self._turn()
         except asyncio.CancelledError:
-            self._pieces.put_nowait(RequestRefused("the turn was ended", status=503, code="shutting_down"))
+            self._pieces.put_nowait(self._why)
             raise
         except Exception as error:  # noqa: BLE001  # whoever reads the pieces is told
             self._pieces.put_nowait(error)
@@ -106,6 +124,7 @@ class Turn:
         except _Anew:
             conversation = await self._read()
         try:
+            await self._compact(conversation)
             await self._reply(conversation)
         except BaseException as error:
             await self._abandon(conversation, error)
@@ -121,11 +140,20 @@ class Turn:
             _Anew: it cannot go on with these messages, but they can be read from the start; it is forgotten.
 
         """
-        request = self._request
-        wanted = [digest(message) for message in request.messages]
+        request = self.request
+        before = [] if request.item is None else [marker(request.item.id)]
+        wanted = [*before, *map(digest, request.messages)]
         conversation, held = self._server.conversations.claim(
-            request.owner, request.recipe, wanted, name=request.name, label=request.label
+            request.owner,
+            request.recipe,
+            wanted,
+            name=request.name,
+            label=request.label,
+            any_recipe=request.any_recipe,
         )
+        found = held > 0
+        if not found:
+            held = self._begin(conversation)
         try:
             await self._server.sweep()
             session = await self._session(conversation)
@@ -133,11 +161,20 @@ class Turn:
             await self._extend(conversation, session, held, wanted)
         except BaseException as error:
             await self._abandon(conversation, error)
-            if held and isinstance(error, SettingsRefused | SnapshotRefused):
+            if found and isinstance(error, SettingsRefused | SnapshotRefused):
                 raise _Anew from error
             raise
         self._pieces.put_nowait(Begun(conversation.id))
         return conversation
+
+    def _begin(self, conversation: Conversation) -> int:
+        """How much of the request a new conversation holds: what its compaction item stands for, if it has one."""
+        conversation.lead = self.request.lead
+        if (item := self.request.item) is None:
+            return 0
+        conversation.folder, conversation.anchors = item.folder, {marker(item.id): 0}
+        conversation.lead, conversation.since_item = item.record.lead, item.record.since_item
+        return 1
 
     async def _session(self, conversation: Conversation) -> Session:
         if conversation.session is None:
@@ -147,11 +184,11 @@ class Turn:
 
     async def _extend(self, conversation: Conversation, session: Session, held: int, wanted: list[str]) -> None:
         """Read the messages that the conversation does not hold."""
-        new = self._request.messages[held:]
+        new = self.request.messages[held - (self.request.item is not None) :]
         if not new:
             return
         before = len(session.dialogue.messages)
-        how = {"compact": "after", "focus": self._request.focus} if self._request.after else {}
+        how = {"compact": "after", "focus": self.request.focus} if self.request.after else {}
         try:
             self._log.reports += await session.aextend(new, deadline=self._left(), **how)  # type: ignore[arg-type]  # by name
         finally:
@@ -175,14 +212,38 @@ class Turn:
             )
         return left
 
+    # ---- compacting
+
+    async def _compact(self, conversation: Conversation) -> None:
+        """Compact and keep everything, where that is asked for or due."""
+        session, request, server = conversation.session, self.request, self._server
+        assert session is not None  # noqa: S101  # it was read
+        due = request.threshold is not None and session.stats.tokens - conversation.since_item >= request.threshold
+        if not (request.compact or due):
+            return
+        self._left()
+
+        def compact() -> tuple[str, str]:
+            report = session.compact(focus=request.focus)
+            self._log.reports += [] if report is None else [report]
+            conversation.since_item = session.stats.tokens
+            return server.make_item(conversation, session)
+
+        name, token = await server.blocking(compact)
+        conversation.anchors[marker(name)] = len(conversation.history)
+        self._pieces.put_nowait(Made(name, token))
+
     # ---- writing
 
     async def _reply(self, conversation: Conversation) -> None:
-        session, request = conversation.session, self._request
+        session, request = conversation.session, self.request
         assert session is not None  # noqa: S101  # it was read
         if request.sampling.seed is not None and session.generator is not None:
             session.generator.manual_seed(request.sampling.seed)
-        text = ReplyText(request.sampling.stop, self._server.formats, request.tools)
+        if not request.write:
+            self._end(conversation, session, "read", ReplyText())
+            return
+        text = ReplyText(request.sampling.stop, self._server.formats, request.accepts)
         conversation.open = True
         try:
             reason = await self._write(session, text, conversation)
@@ -190,15 +251,18 @@ class Turn:
             if not conversation.open:
                 self._tell(text.end())
                 conversation.history.append(digest(_said(text)))
-        self._usage.prompt = session.stats.tokens - self._usage.reply
-        facts = self._log.facts(conversation.id, session.stats, self._usage)
-        end: End = "tool_calls" if text.calls else reason
-        self._pieces.put_nowait(Ended(end, text.told, tuple(text.calls), self._usage, facts))
+        self._end(conversation, session, "tool_calls" if text.calls else reason, text)
+
+    def _end(self, conversation: Conversation, session: Session, reason: End, text: ReplyText) -> None:
+        stats = session.stats
+        self._usage.prompt = stats.tokens - self._usage.reply
+        facts = self._log.facts(conversation.id, stats, self._usage) | {"ended": reason}
+        self._pieces.put_nowait(Ended(reason, text.told, tuple(text.calls), self._usage, facts))
 
     async def _write(self, session: Session, text: ReplyText, conversation: Conversation) -> End:
         """Decode until the reply ends or a stop sequence comes; why it ended."""
-        marks = self._server.marks if self._request.tools else {}
-        options = self._request.sampling.options()
+        marks = self._server.marks if self.request.accepts else {}
+        options = self.request.sampling.options()
         async with aclosing(session.stream(deadline=self._left(), **options)) as events:  # type: ignore[type-var]  # a generator
             async for event in events:
                 if isinstance(event, TokenEvent):

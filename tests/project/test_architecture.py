@@ -127,7 +127,8 @@ TABLE = (
     room(
         "agentmem.serving",
         rooms=ABOVE,
-        outside="torch structlog pydantic fastapi starlette uvicorn prometheus_client cryptography",
+        outside="torch structlog pydantic fastapi starlette uvicorn prometheus_client cryptography jsonschema "
+        "referencing regex",
     ),
     room("agentmem.cli", rooms=ABOVE, outside="torch transformers typer rich pydantic structlog"),
     room("agentmem.policies.solvers", outside="torch"),

@@ -10,7 +10,12 @@ from agentmem.serving.reply_text import ReplyText
 from agentmem.serving.tool_calls import HERMES, LLAMA3, MISTRAL, ToolFormat, tool_format
 from support import chat_templates
 
-KNOWN = ("weather", "time")
+
+def known(name: str, _: object) -> bool:
+    """The tools of a request."""
+    return name in {"weather", "time"}
+
+
 PARIS = {"city": "Paris", "note": "a </tool_call> [ARGS] {"}
 ONE = json.dumps({"name": "weather", "arguments": PARIS})
 TWO = json.dumps({"name": "time", "arguments": {}})
@@ -43,7 +48,7 @@ TEXTS = [
 @pytest.mark.parametrize(("family", "text", "names", "said"), CALLS)
 def test_calls_are_taken_out_of_the_text(family: ToolFormat, text: str, names: list[str], said: str, size: int) -> None:
     """In pieces of any size: the calls with their arguments, the text beside them, and no piece of a call as text."""
-    reply = ReplyText((), family, KNOWN)
+    reply = ReplyText((), family, known)
     told = "".join(reply.push(text[at : at + size]) for at in range(0, len(text), size)) + reply.end()
 
     assert told == reply.told == said
@@ -56,7 +61,7 @@ def test_calls_are_taken_out_of_the_text(family: ToolFormat, text: str, names: l
 @pytest.mark.parametrize(("family", "text"), TEXTS)
 def test_what_is_no_call_stays_text(family: ToolFormat, text: str, size: int) -> None:
     """Malformed JSON, a tool that the request does not have and JSON that is an answer come through whole."""
-    reply = ReplyText((), family, KNOWN)
+    reply = ReplyText((), family, known)
     told = "".join(reply.push(text[at : at + size]) for at in range(0, len(text), size)) + reply.end()
 
     assert (told, reply.calls) == (text, [])
@@ -64,13 +69,13 @@ def test_what_is_no_call_stays_text(family: ToolFormat, text: str, size: int) ->
 
 def test_without_tools_a_call_is_text() -> None:
     """Calls are looked for only where the request has tools."""
-    reply = ReplyText((), HERMES, ())
+    reply = ReplyText((), HERMES)
     assert reply.push(CALLS[0][1]) + reply.end() == CALLS[0][1]
 
 
 def test_the_identifiers_of_mistral_have_nine_letters() -> None:
     """Its chat template refuses others."""
-    found = MISTRAL.calls(f"[TOOL_CALLS] [{ONE}]", KNOWN)
+    found = MISTRAL.calls(f"[TOOL_CALLS] [{ONE}]", known)
     assert found is not None
     assert len(found[0][0].id) == 9
     assert found[0][0].id.isalnum()

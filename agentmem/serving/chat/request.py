@@ -7,9 +7,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from agentmem.errors import RequestRefused, SettingsRefused
-from agentmem.serving.parameters import Function, Parameters, chosen, stops
+from agentmem.serving.parameters import Parameters, stops
 from agentmem.serving.recipes import Recipe
 from agentmem.serving.settings import ServerSettings
+from agentmem.serving.tools import Function, accepting, chosen
 from agentmem.serving.turns import Request
 from agentmem.sessions import Message
 from agentmem.settings import SEED_MAX, SEED_MIN
@@ -38,9 +39,10 @@ class StreamOptions(BaseModel):
 class ChatRequest(Parameters):
     """What ``/v1/chat/completions`` takes."""
 
-    ignored: ClassVar[frozenset[str]] = Parameters.ignored | {"store", "parallel_tool_calls"}
+    ignored: ClassVar[frozenset[str]] = Parameters.ignored | {"store"}
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
         "n": (1,),
+        "parallel_tool_calls": (True,),
         "frequency_penalty": (0,),
         "presence_penalty": (0,),
         "logit_bias": ({},),
@@ -87,7 +89,7 @@ class ChatRequest(Parameters):
             self.sampling(length, seed=self.seed, stop=stops(self.stop)),
             name,
             self.prompt_cache_key,
-            frozenset(tool.name for tool in tools),
+            accepting(tools),
             self.agentmem.compact is not None,
             self.agentmem.focus,
         )

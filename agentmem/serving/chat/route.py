@@ -17,6 +17,7 @@ from agentmem.serving.refusals import error_object, refusal
 from agentmem.serving.server import Server
 
 SESSION = "X-Agentmem-Session"
+"""The header that names a conversation."""
 
 
 def router(server: Server) -> APIRouter:

@@ -7,9 +7,11 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from agentmem.serving import refusals
+from agentmem.serving.access import Access
 from agentmem.serving.chat import route as chat
 from agentmem.serving.gate import Gate
 from agentmem.serving.responses import compaction
@@ -29,6 +31,7 @@ def create_app(server: Server) -> FastAPI:
 
     app = FastAPI(title="agentmem", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Gate, settings=server.settings, keys=server.keys)
+    app.add_middleware(Access, metrics=server.metrics)  # the last that is added is the outermost
     refusals.handle(app)
     _health(app, server)
     _models(app, server)
@@ -49,6 +52,10 @@ def _health(app: FastAPI, server: Server) -> None:
         if server.closing:
             return JSONResponse({"status": "shutting down"}, 503)
         return JSONResponse({"status": "ready"})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(server.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 def _models(app: FastAPI, server: Server) -> None:

@@ -20,6 +20,7 @@ from agentmem.serving.items import Items, read_keys
 from agentmem.serving.kept import Kept, Record, conversation_name
 from agentmem.serving.keys import ApiKeys
 from agentmem.serving.logs import LOG
+from agentmem.serving.metrics import Metrics
 from agentmem.serving.settings import ServerSettings
 from agentmem.serving.tool_calls import ToolFormat, tool_format
 
@@ -43,6 +44,7 @@ class Server:
         """Special tokens that a tool format writes, which a decoded text leaves out."""
         self.started = int(time.time())
         self.closing = False
+        self.metrics = Metrics(self)
         self.turns: set[Turn] = set()
         """Under way."""
         self._passing = None if settings.state else tempfile.TemporaryDirectory(prefix="agentmem-serve-")
@@ -171,7 +173,12 @@ class Server:
                 self.conversations.hold(record.conversation(self.kept.memory(name)))
 
     async def close(self) -> None:
-        """End the turns under way, keep all conversations if there is a folder for it, and free everything."""
+        """End the turns under way, keep all conversations if there is a folder for it, and free everything.
+
+        Closing twice does nothing.
+        """
+        if self.closing:
+            return
         self.closing = True
         if tasks := [turn.task for turn in self.turns]:
             await asyncio.wait(tasks, timeout=self.settings.shutdown_seconds)

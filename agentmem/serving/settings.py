@@ -67,7 +67,7 @@ class ServerSettings(BaseModel):
     def of(cls, **values: object) -> Self:
         """Build settings; every violation becomes one :class:`SettingsRefused`."""
         try:
-            return cls(**values)  # type: ignore[arg-type]  # pydantic validates
+            return cls(**values)
         except ValidationError as error:
             raise SettingsRefused(violations(error) + f". Settings are: {', '.join(cls.model_fields)}") from None
 

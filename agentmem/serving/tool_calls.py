@@ -79,7 +79,7 @@ class ToolFormat:
 def _fields(value: object, arguments: tuple[str, ...]) -> tuple[str, Any]:
     if not isinstance(value, dict) or "name" not in value:
         raise ValueError("no call")
-    given = next((value[name] for name in arguments if name in value), {})
+    given: Any = next((value[name] for name in arguments if name in value), {})
     return value["name"], given
 
 

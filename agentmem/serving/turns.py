@@ -84,7 +84,8 @@ class Turn:
         self._server, self.request = server, request
         self._why = RequestRefused("the server ended the turn; try again", status=503, code="shutting_down")
         self._pieces: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
-        self._until = time.monotonic() + server.settings.turn_seconds
+        self._start, self._first = time.monotonic(), 0.0
+        self._until = self._start + server.settings.turn_seconds
         self._usage, self._log = Usage(), Log()
         self.task = asyncio.create_task(self._run())
 
@@ -256,6 +257,9 @@ class Turn:
     def _end(self, conversation: Conversation, session: Session, reason: End, text: ReplyText) -> None:
         stats = session.stats
         self._usage.prompt = stats.tokens - self._usage.reply
+        self._server.metrics.turn(self._usage, self._log.reports)
+        if self._first:
+            self._server.metrics.reply(self._first - self._start, time.monotonic() - self._first, self._usage.reply)
         facts = self._log.facts(conversation.id, stats, self._usage) | {"ended": reason}
         self._pieces.put_nowait(Ended(reason, text.told, tuple(text.calls), self._usage, facts))
 
@@ -267,6 +271,7 @@ class Turn:
             async for event in events:
                 if isinstance(event, TokenEvent):
                     conversation.open = False
+                    self._first = self._first or time.monotonic()
                     self._usage.reply += 1
                     self._tell(text.push(marks.get(event.id, "")))
                 elif isinstance(event, TextEvent):

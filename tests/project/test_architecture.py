@@ -128,7 +128,7 @@ TABLE = (
         "agentmem.serving",
         rooms=ABOVE,
         outside="torch structlog pydantic fastapi starlette uvicorn prometheus_client cryptography jsonschema "
-        "referencing regex",
+        "referencing regex filelock",
     ),
     room("agentmem.cli", rooms=ABOVE, outside="torch transformers typer rich pydantic structlog"),
     room("agentmem.policies.solvers", outside="torch"),

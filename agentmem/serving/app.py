@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from agentmem.serving import refusals
+from agentmem.serving import completions, refusals
 from agentmem.serving.access import Access
 from agentmem.serving.chat import route as chat
 from agentmem.serving.gate import Gate
@@ -36,6 +36,7 @@ def create_app(server: Server) -> FastAPI:
     _health(app, server)
     _models(app, server)
     app.include_router(chat.router(server))
+    app.include_router(completions.router(server))
     stored = StoredResponses(server.settings.max_responses, server.settings.item_seconds, server.settings.responses)
     app.include_router(responses.router(server, stored))
     app.include_router(compaction.router(server, stored))

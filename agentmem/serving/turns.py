@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from agentmem.errors import AgentmemError, RequestRefused, RuntimeBusy, SettingsRefused, SnapshotRefused
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from agentmem.serving.items import Item
     from agentmem.serving.server import Server
     from agentmem.serving.tool_calls import Accepts
+
+
+_PIECE = 256
+"""Ids of a raw prompt that are read at once; between two pieces the turn can be ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +77,8 @@ class Request:
     """Or only where so many tokens have come since the newest item."""
     write: bool = True
     """Whether a reply is wanted."""
+    raw: Sequence[int] | None = None
+    """Ids that are read as they are, instead of messages; nothing is held of such a turn when it has ended."""
     response: str | None = None
     """Id of the response that it becomes, by which it can be cancelled."""
 
@@ -130,7 +137,10 @@ class Turn:
         except BaseException as error:
             await self._abandon(conversation, error)
             raise
-        self._server.settle(conversation)
+        if self.request.raw is None:
+            self._server.settle(conversation)
+        else:
+            await self._server.forget(conversation)
 
     # ---- reading
 
@@ -184,7 +194,11 @@ class Turn:
         return conversation.session
 
     async def _extend(self, conversation: Conversation, session: Session, held: int, wanted: list[str]) -> None:
-        """Read the messages that the conversation does not hold."""
+        """Read the messages that the conversation does not hold, or ids as they are."""
+        for start in range(0, len(self.request.raw or ()), _PIECE):
+            self._left()
+            read = partial(session.read, (self.request.raw or ())[start : start + _PIECE])
+            self._log.reports += await self._server.blocking(read)
         new = self.request.messages[held - (self.request.item is not None) :]
         if not new:
             return

@@ -17,10 +17,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from openai import OpenAI
 
+from agentmem.errors import SettingsRefused
 from agentmem.settings import format_bytes, parse_bytes
 from support.refusals import positive, run
 
@@ -34,16 +36,20 @@ def server(given: argparse.Namespace, state: str) -> Iterator[OpenAI]:
     command = [sys.executable, "-c", "import sys; from agentmem.cli import main; sys.exit(main())", "serve"]
     options = ["--cap", given.cap, "--share", "1", "--port", "0", "--state", state, "--keep-recent", "32"]
     options += ["--alias", "it", *(["--model", given.model] if given.model else [])]
-    process = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL)
-    try:
-        lines = iter(process.stdout.readline, "") if process.stdout else iter(())
-        found = (match[1] for line in lines if (match := re.search(r'base_url="(.*?)"', line)))
-        with OpenAI(base_url=next(found), api_key="none") as client:
-            print(f"serving at {client.base_url}")
-            yield client
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
+    with (
+        Path(state, "log").open("a+", encoding="utf-8") as log,
+        subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True, stderr=log) as process,
+    ):
+        lines = process.stdout or ()
+        url = next((found[1] for line in lines if (found := re.search(r'base_url="(.*?)"', line))), None)
+        if url is None:
+            raise SettingsRefused(Path(state, "log").read_text(encoding="utf-8").strip().removeprefix("agentmem: "))
+        print(f"serving at {url}")
+        with OpenAI(base_url=url, api_key="none") as client:
+            try:
+                yield client
+            finally:
+                process.send_signal(signal.SIGTERM)
 
 
 def row(what: str, made: Any, said: str) -> int:

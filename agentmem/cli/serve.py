@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 import typer
@@ -50,17 +51,17 @@ def serve(
     dtype: Annotated[Dtype, typer.Option(help="Number format; auto is the checkpoint's own.")] = Dtype.AUTO,
 ) -> None:
     """Serve chat completions, responses and compaction items whose memory is latent; Ctrl-C ends it."""
-    serving = _serving()
+    launch = _launch()
     plugins.policy(policy)  # what needs no model is refused before one is loaded
     Settings.of(cap=cap, keep_recent=keep_recent, rebase=rebase)
-    keys = serving.ApiKeys() if api_key_file is None else serving.ApiKeys.of_file(api_key_file)
-    serving.check_keys(host, keys)
+    keys = launch.ApiKeys() if api_key_file is None else launch.ApiKeys.of_file(api_key_file)
+    launch.check_keys(host, keys)
     name = models.DEFAULT.name if model is None else Path(model).name if Path(model).exists() else model
-    settings = serving.ServerSettings.of(
+    settings = launch.ServerSettings.of(
         models=(name, *(alias or ())), state=state, reply_tokens=max_tokens, max_requests=max_requests
     )
     log_requests()
-    with serving.alone(state):
+    with launch.alone(state):
         loaded, tokenizer = load_model(model, dtype)
         options: dict[str, Any] = {"share": share, "keep_recent": keep_recent, "rebase": rebase}
         with Runtime(
@@ -73,40 +74,29 @@ def serve(
             max_waiting=max_requests,
             **options,
         ) as runtime:
-            server = serving.Server(runtime, settings, keys)
-            serving.serve(server, host, port, lambda url: _announce(serving, server, url))
+            server = launch.Server(runtime, settings, keys)
+            launch.serve(server, host, port, lambda url: _announce(launch, server, url))
 
 
-def _announce(serving: Any, server: Any, url: str) -> None:
+def _announce(launch: ModuleType, server: Any, url: str) -> None:
     runtime, name = server.runtime, server.settings.models[0]
     OUT.print(f"{name} under {format_bytes(runtime.cap)}, {runtime.policy}: {url}\n", markup=False)
-    OUT.print(serving.to_paste(url, name, keys=server.keys.required), markup=False)
+    OUT.print(launch.to_paste(url, name, keys=server.keys.required), markup=False)
     OUT.file.flush()
 
 
-def _serving() -> Any:
-    """The server's parts, of which the extra ``server`` has what they need.
+def _launch() -> ModuleType:
+    """The module that runs a server, for which the extra ``server`` has the packages.
 
     Raises:
         SettingsRefused: it is not installed.
 
     """
-    from types import SimpleNamespace
-
     try:
         from agentmem.serving import launch
-        from agentmem.serving.settings import ServerSettings
     except ModuleNotFoundError as error:
         raise SettingsRefused(
             f"the server needs {error.name}, which is not installed; install the extra: "
             "pip install 'agentmem-runtime[server]'"
         ) from None
-    return SimpleNamespace(
-        ApiKeys=launch.ApiKeys,
-        Server=launch.Server,
-        ServerSettings=ServerSettings,
-        alone=launch.alone,
-        check_keys=launch.check_keys,
-        serve=launch.serve,
-        to_paste=launch.to_paste,
-    )
+    return launch

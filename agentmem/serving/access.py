@@ -13,6 +13,7 @@ from agentmem.serving.metrics import Metrics
 _OWNER = 8
 """Digits of an owner's digest that a log shows."""
 _PATH = 200
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 NO_STATUS = 499
 """Logged where the client left before any status was sent."""
 
@@ -38,10 +39,11 @@ class Access:
             raise
         finally:
             route = str(getattr(scope.get("route"), "path", "none"))  # never a client's own words: they are a label
-            self.metrics.requests.labels(scope["method"], route, str(seen.status)).inc()
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            self.metrics.requests.labels(method, route, str(seen.status)).inc()
             logs.request(
                 owner=str(scope.get("state", {}).get("owner", ""))[:_OWNER],
-                method=scope["method"],
+                method=method,
                 path=scope["path"][:_PATH],
                 status=seen.status,
                 seconds=time.monotonic() - start,

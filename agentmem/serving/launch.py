@@ -14,7 +14,9 @@ from agentmem.errors import SettingsRefused
 from agentmem.serving.app import create_app
 from agentmem.serving.keys import ApiKeys
 from agentmem.serving.server import Server
-from agentmem.serving.settings import is_loopback
+from agentmem.serving.settings import ServerSettings, is_loopback
+
+__all__ = ["ApiKeys", "Server", "ServerSettings", "alone", "check_keys", "listening", "serve", "to_paste"]
 
 _BACKLOG = 1024
 

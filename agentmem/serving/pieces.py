@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -117,8 +118,13 @@ def compactions(reports: Sequence[CompactionReport]) -> list[dict[str, Any]]:
             "bytes_after": report.bytes_after,
             "bytes_peak": report.bytes_peak,
             "seconds": round(report.seconds, 6),
-            "output_error": report.output_error,
-            "log_mass_error": report.log_mass_error,
+            "output_error": _finite(report.output_error),
+            "log_mass_error": _finite(report.log_mass_error),
         }
         for report in reports
     ]
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no other numbers."""
+    return value if value is not None and math.isfinite(value) else None

@@ -42,6 +42,7 @@ async def test_metrics_count_what_happened() -> None:
         second = await http.post(ROUTE, json=serving.chat() | {"messages": told})
         await http.get("/v1/models/" + WORDS)
         await http.get("/" + WORDS)
+        await http.request("WORDS", "/health")
         text = (await http.get("/metrics")).text
 
     values = dict(re.findall(r"^(agentmem_\S+(?:\{.*\})?) (\S+)$", text, re.MULTILINE))
@@ -58,6 +59,7 @@ async def test_metrics_count_what_happened() -> None:
     assert values['agentmem_requests_total{method="POST",route="/v1/chat/completions",status="200"}'] == "2.0"
     assert values['agentmem_sessions{state="idle"}'] == values["agentmem_conversations"] == "1.0"
     assert WORDS not in text
+    assert "WORDS" not in text
 
 
 async def test_metrics_need_the_key() -> None:

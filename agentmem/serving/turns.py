@@ -127,10 +127,10 @@ class Turn:
             self._pieces.put_nowait(error)
 
     async def _turn(self) -> None:
-        try:
-            conversation = await self._read()
-        except _Anew:
-            conversation = await self._read()
+        conversation = None
+        while conversation is None:  # every one that cannot go on is forgotten, so this ends
+            with suppress(_Anew):
+                conversation = await self._read()
         try:
             await self._compact(conversation)
             await self._reply(conversation)

@@ -158,11 +158,12 @@ async def test_what_the_template_refuses_to_go_on_with_is_read_anew(monkeypatch:
     """A refusal in mid-conversation is answered by reading everything from the start."""
     of = serving.server(serving.runtime(3))
     async with serving.client(of) as http:
-        talk = Talk(http)
-        await talk.say("One")
-        (held,) = of.conversations
-        assert held.session is not None
-        monkeypatch.setattr(held.session, "template", None)
+        talk, twin = Talk(http), Talk(http)
+        await asyncio.gather(talk.say("One"), twin.say("One"))
+        assert len(of.conversations) == 2
+        for held in of.conversations:
+            assert held.session is not None
+            monkeypatch.setattr(held.session, "template", None)
         facts = await talk.say("Two")
 
         assert not facts["continued"]

@@ -127,7 +127,7 @@ class Turn:
             self._pieces.put_nowait(error)
 
     async def _turn(self) -> None:
-        conversation = None
+        conversation: Conversation | None = None
         while conversation is None:  # every one that cannot go on is forgotten, so this ends
             with suppress(_Anew):
                 conversation = await self._read()

@@ -1,4 +1,4 @@
-# make install | demo | test | lint | types | format | bench | soak | docs | clean
+# make install | demo | serve-demo | test | lint | types | format | bench | soak | docs | clean
 #
 # PYTHON       the interpreter that .venv is made with (3.11 or newer)
 # WORKERS      processes of make test, each with one thread: auto (one a core, at most four), or 0 for none
@@ -22,7 +22,7 @@ SOURCES := $(shell find agentmem policies -name '*.py' -o -name '*.pyi' -o -name
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install model demo test lint types format bench soak docs clean
+.PHONY: help install model demo serve-demo test lint types format bench soak docs clean
 
 help:
 	@sed -n '1,6s/^# \{0,1\}//p' Makefile
@@ -35,7 +35,7 @@ $(PY):
 
 $(INSTALLED): pyproject.toml constraints.txt agentmem/attention/decode.c | $(PY)
 	$(if $(TORCH_INDEX),$(PIP) install --constraint constraints.txt --index-url $(TORCH_INDEX) torch)
-	$(PIP) install --constraint constraints.txt --editable '.[cli,dev,docs,eval]'
+	$(PIP) install --constraint constraints.txt --editable '.[cli,dev,docs,eval,server]'
 	@touch $@
 
 model: install
@@ -46,6 +46,10 @@ demo: model
 	$(BIN)/agentmem run --prompt-file demos/long_task.txt --cap 24MiB --policy am-halving --max-new-tokens 2000 \
 		--ignore-eos --temperature 0.95 --top-p 0.95 --seed 7 \
 		--plot build/demo --json build/demo/report.json --trace build/demo/trace.jsonl
+
+# The server, and the real OpenAI client against it: streaming, several caps, compaction, a restart.
+serve-demo: model
+	$(PY) demos/07_serve.py
 
 test: model
 	$(PY) -m pytest -n $(WORKERS) --maxprocesses 4

@@ -15,6 +15,7 @@ AgentmemError
 ├── MemoryClosed                        the memory was used after its block ended
 ├── ModelUnavailable                    a model could not be fetched, verified or read
 ├── SnapshotRefused (ValueError)        a saved session that cannot be trusted or does not fit; nothing was loaded
+├── RequestRefused                      a request to the server that cannot be served; its HTTP status is with it
 ├── RuntimeBusy                         no room for another session now; nothing was changed
 ├── CopyRefused (TypeError)             a memory, session or runtime cannot be copied or pickled
 └── TurnEnded                           a turn was ended early (deadline, hook); the session is valid
@@ -87,6 +88,23 @@ class ModelUnavailable(AgentmemError):
 
 class SnapshotRefused(AgentmemError, ValueError):
     """A saved session is another model's, damaged or hostile; nothing of it was used."""
+
+
+class RequestRefused(AgentmemError):
+    """A request to the server that cannot be served; nothing was changed."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        code: str = "invalid_request",
+        param: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        """``status`` is HTTP's; ``code`` and ``param`` are those of OpenAI's error object; ``retry_after`` seconds."""
+        super().__init__(message)
+        self.status, self.code, self.param, self.retry_after = status, code, param, retry_after
 
 
 class RuntimeBusy(AgentmemError):

@@ -18,6 +18,7 @@ from agentmem.cli.console import refuse
 from agentmem.cli.evaluate.app import app as evaluate
 from agentmem.cli.logs import configure
 from agentmem.cli.run.command import run
+from agentmem.cli.serve import serve
 from agentmem.errors import AgentmemError
 
 INTERRUPTED = 130
@@ -63,6 +64,7 @@ app = typer.Typer(
 )
 app.command("run")(run)
 app.command("chat")(chat)
+app.command("serve")(serve)
 app.command("plan")(plan.plan)
 app.command("policies")(policies.policies)
 app.command("check")(check.check)

@@ -57,6 +57,29 @@ def configure(verbosity: int) -> None:
     _quiet_transformers(verbosity)
 
 
+def log_requests() -> None:
+    """Write a line of JSON to stderr for every request that a server answers, and its failures."""
+    handler = logging.StreamHandler()  # to stderr
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[
+                structlog.stdlib.add_log_level,
+                structlog.stdlib.ExtraAdder(),
+                structlog.processors.TimeStamper(fmt="iso"),
+            ],
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.format_exc_info,
+                structlog.processors.JSONRenderer(),
+            ],
+        )
+    )
+    for name, level in (("agentmem.access", logging.INFO), ("agentmem.serving", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)
+
+
 def _quiet_transformers(verbosity: int) -> None:
     """Its bars and advice are about how transformers is called, which is not the user's business here."""
     loud = verbosity >= len(_LEVELS) - 1

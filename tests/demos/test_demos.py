@@ -185,6 +185,20 @@ def test_03_goes_on_after_evil_code(demo: Demo, folder: str) -> None:
 # ---- 04
 
 
+def test_07_serve_goes_on_from_an_item_after_a_restart(demo: Demo, folder: str) -> None:
+    """The real client against two servers in turn: the second takes the first one's conversation out of its item."""
+    said = demo("07", "--model", folder, "--cap", "512KiB", "--turns", "3", "--tokens", "8")
+    rows = re.findall(r"^(turn \d|compact|after it) +(\d+) +(\d+)", said, re.MULTILINE)
+
+    assert said.count("serving at http://127.0.0.1:") == 2
+    assert [name for name, _, _ in rows] == ["turn 1", "turn 2", "turn 3", "compact", "after it"]
+    tokens, read = [int(row[1]) for row in rows], [int(row[2]) for row in rows]
+    assert all(new < whole for new, whole in zip(read[1:], tokens[1:], strict=True))
+    assert f"{tokens[3]} of {tokens[4]} tokens came out of the item" in said
+    peak, cap = map(int, re.findall(r"^peak (\d+) of (\d+) bytes$", said, re.MULTILINE)[0])
+    assert 0 < peak <= cap == 512 * 1024
+
+
 @pytest.mark.usefixtures("_loaded")
 def test_04_many_agents_share_one_cap(demo: Demo) -> None:
     """Four agents where one has room at a time: some wait, some go to disk, and the charge stays below the cap."""

@@ -161,6 +161,12 @@ TABLE = (
         outside="torch transformers pydantic numpy matplotlib filelock scipy yaml jinja2",
     ),
     room("agentmem", rooms=ABOVE),
+    room(
+        "agentmem.serving",
+        rooms=ABOVE,
+        outside="torch structlog pydantic fastapi starlette uvicorn prometheus_client cryptography jsonschema "
+        "referencing regex filelock",
+    ),
     room("agentmem.cli", rooms=ABOVE, outside="torch transformers typer rich pydantic structlog"),
     room("agentmem.policies.solvers", outside="torch"),
     room("agentmem.policies", rooms="contracts untrusted policies.solvers", outside="torch"),

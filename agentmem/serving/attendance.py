@@ -1,0 +1,112 @@
+"""Attending to a turn for one HTTP request: its first piece before the status, its end when the client leaves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.requests import Request as HttpRequest
+
+from agentmem.errors import RequestRefused
+from agentmem.serving.pieces import Begun, Ended, Piece
+from agentmem.serving.server import Server
+from agentmem.serving.turns import Request, Turn
+
+GRACE = 10.0
+"""Seconds in which a turn that fails does so with an HTTP status; later its error is an event of the stream."""
+CLIENT_LEFT = 499
+
+
+@asynccontextmanager
+async def turn_of(server: Server, request: Request) -> AsyncIterator[Turn]:
+    """A turn that has ended at the end of the block.
+
+    Raises:
+        RequestRefused: 503, the server ends.
+
+    """
+    if server.closing:
+        raise RequestRefused("this server is shutting down; try another one", status=503, code="shutting_down")
+    turn = Turn(server, request)
+    server.turns.add(turn)
+    try:
+        yield turn
+    finally:
+        await turn.stop()
+        server.turns.discard(turn)
+
+
+async def ended(server: Server, request: Request, http: HttpRequest) -> tuple[list[Piece], Ended]:
+    """All pieces of a turn and its end; the turn ends early when the client leaves.
+
+    Raises:
+        AgentmemError: the turn failed.
+
+    """
+    async with turn_of(server, request) as turn:
+        reading = asyncio.ensure_future(_all(turn))
+        leaving = asyncio.ensure_future(_left(http))
+        try:
+            await asyncio.wait([reading, leaving], return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():
+                raise RequestRefused("the client left", status=CLIENT_LEFT, code="client_left")
+            return reading.result()
+        finally:
+            for each in (reading, leaving):
+                each.cancel()
+            await asyncio.wait([reading, leaving])
+
+
+async def _all(turn: Turn) -> tuple[list[Piece], Ended]:
+    pieces = [piece async for piece in turn.pieces()]
+    last = pieces[-1]
+    assert isinstance(last, Ended)  # noqa: S101  # pieces end with it, or raise
+    return pieces, last
+
+
+async def _left(http: HttpRequest) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def begun(server: Server, request: Request) -> tuple[AsyncGenerator[Piece], Begun | None]:
+    """The pieces of a turn that is under way, and its beginning if that came in :data:`GRACE` seconds.
+
+    Whoever has the pieces closes them, which ends the turn.
+
+    Raises:
+        AgentmemError: it failed in this time.
+
+    """
+    pieces = _pieces(server, request)
+    first = asyncio.ensure_future(anext(pieces))
+    try:
+        await asyncio.wait([first], timeout=GRACE)
+        if first.done():
+            found = first.result()
+            return pieces, found if isinstance(found, Begun) else None
+    except BaseException:
+        first.cancel()
+        await asyncio.wait([first])
+        await pieces.aclose()
+        raise
+    return _resumed(first, pieces), None
+
+
+async def _pieces(server: Server, request: Request) -> AsyncGenerator[Piece]:
+    async with turn_of(server, request) as turn:
+        async for piece in turn.pieces():
+            yield piece
+
+
+async def _resumed(first: asyncio.Future[Piece], rest: AsyncGenerator[Piece]) -> AsyncGenerator[Piece]:
+    """Pieces whose first one is still awaited."""
+    try:
+        yield await first
+        async for piece in rest:
+            yield piece
+    finally:
+        first.cancel()
+        await asyncio.wait([first])
+        await rest.aclose()

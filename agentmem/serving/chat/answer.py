@@ -1,0 +1,67 @@
+"""A chat completion, whole and in chunks, in the shapes of OpenAI's SDK."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from agentmem.serving.pieces import Ended, Text, Usage
+from agentmem.serving.tool_calls import ToolCall
+
+_REASONS = {"stop": "stop", "length": "length", "tool_calls": "tool_calls", "deadline": "length"}
+
+
+class ChatAnswer:
+    """One completion under one id."""
+
+    def __init__(self, model: str, *, usage: bool = False) -> None:
+        """``usage``: whether a stream has a chunk with it at its end."""
+        self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+        self._usage = usage
+
+    def whole(self, ended: Ended) -> dict[str, Any]:
+        """The completion."""
+        message: dict[str, Any] = {"role": "assistant", "content": ended.text or None, "refusal": None}
+        if ended.calls:
+            message["tool_calls"] = [_call(call) for call in ended.calls]
+        elif not ended.text:
+            message["content"] = ""
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _REASONS[ended.reason]}
+        return {
+            **self._head,
+            "object": "chat.completion",
+            "choices": [choice],
+            "usage": ended.usage.chat(),
+            "agentmem": ended.facts,
+        }
+
+    def first(self) -> dict[str, Any]:
+        """The chunk that names the role."""
+        return self._chunk({"role": "assistant", "content": ""})
+
+    def text(self, piece: Text) -> dict[str, Any]:
+        """A piece of text."""
+        return self._chunk({"content": piece.text})
+
+    def last(self, ended: Ended) -> Iterator[dict[str, Any]]:
+        """Calls, the reason of the end, and the usage if it is wanted."""
+        for index, call in enumerate(ended.calls):
+            yield self._chunk({"tool_calls": [{"index": index, **_call(call)}]})
+        yield self._chunk({}, _REASONS[ended.reason]) | {"agentmem": ended.facts}
+        if self._usage:
+            yield self._chunk(None, usage=ended.usage)
+
+    def _chunk(
+        self, delta: dict[str, Any] | None, reason: str | None = None, usage: Usage | None = None
+    ) -> dict[str, Any]:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+        chunk = {**self._head, "object": "chat.completion.chunk", "choices": [] if delta is None else [choice]}
+        if self._usage:
+            chunk["usage"] = None if usage is None else usage.chat()
+        return chunk
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}

@@ -1,0 +1,111 @@
+"""The body of a chat completion, and what it asks of the model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from agentmem.errors import RequestRefused, SettingsRefused
+from agentmem.serving.parameters import Parameters, stops
+from agentmem.serving.recipes import Recipe
+from agentmem.serving.settings import ServerSettings
+from agentmem.serving.tools import Function, accepting, chosen
+from agentmem.serving.turns import Request
+from agentmem.sessions import Message
+from agentmem.settings import SEED_MAX, SEED_MIN
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class Tool(BaseModel):
+    """A function that the model may call."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    type: Literal["function"]
+    function: Function
+
+
+class StreamOptions(BaseModel):
+    """Options of a stream. Nothing is obfuscated, whatever is said."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    include_usage: bool = False
+    include_obfuscation: bool | None = None
+
+
+class ChatRequest(Parameters):
+    """What ``/v1/chat/completions`` takes."""
+
+    ignored: ClassVar[frozenset[str]] = Parameters.ignored | {"store"}
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "n": (1,),
+        "parallel_tool_calls": (True,),
+        "frequency_penalty": (0,),
+        "presence_penalty": (0,),
+        "logit_bias": ({},),
+        "logprobs": (False,),
+        "top_logprobs": (),
+        "response_format": ({"type": "text"},),
+        "modalities": (["text"],),
+        "audio": (),
+        "prediction": (),
+        "moderation": (),
+        "reasoning_effort": ("none",),
+        "verbosity": ("medium",),
+        "web_search_options": (),
+        "functions": ([],),
+        "function_call": ("none",),
+    }
+
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    stop: str | list[str] | None = None
+    seed: Annotated[int, Field(ge=SEED_MIN, le=SEED_MAX)] | None = None
+    tools: tuple[Tool, ...] = ()
+    tool_choice: Any = None
+    stream_options: StreamOptions | None = None
+    prompt_cache_key: Annotated[str, Field(max_length=512)] | None = None
+
+    def asks(self, owner: str, name: str | None, settings: ServerSettings) -> Request:
+        """What is asked of the model.
+
+        Raises:
+            RequestRefused: with the field. SettingsRefused: a policy that there is not.
+
+        """
+        if self.stream_options is not None and not self.stream:
+            raise RequestRefused("stream_options: it belongs to stream=true", param="stream_options")
+        tools = chosen([tool.function for tool in self.tools], self.tool_choice)
+        recipe = Recipe.of(self.agentmem, [tool.schema_for_template() for tool in tools] or None)
+        length = self.max_completion_tokens or self.max_tokens or settings.reply_tokens
+        return Request(
+            owner,
+            messages_of(self.messages),
+            recipe,
+            self.sampling(length, seed=self.seed, stop=stops(self.stop)),
+            name,
+            self.prompt_cache_key,
+            accepting(tools),
+            self.agentmem.compact is not None,
+            self.agentmem.focus,
+        )
+
+
+def messages_of(given: list[dict[str, Any]]) -> list[Message]:
+    """Messages in the shape that sessions read.
+
+    Raises:
+        RequestRefused: the first that is none, with its place.
+
+    """
+    made = []
+    for at, each in enumerate(given):
+        try:
+            made += Message.each([each])
+        except SettingsRefused as error:
+            raise RequestRefused(f"messages[{at}]: {error}", param=f"messages[{at}]") from None
+    return made

@@ -1,0 +1,116 @@
+"""What a request passes before any route sees it: its key, its place among those at work, the size of its body."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from starlette.datastructures import Headers
+
+from agentmem.errors import RequestRefused
+from agentmem.serving.keys import ApiKeys
+from agentmem.serving.refusals import response
+from agentmem.serving.settings import ServerSettings
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Application = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+OPEN = frozenset({"/", "/health", "/ready"})
+"""Routes that need no key: they tell nothing of anyone."""
+
+
+class Gate:
+    """ASGI middleware. The owner of a request is ``request.state.owner``."""
+
+    def __init__(self, app: Application, settings: ServerSettings, keys: ApiKeys) -> None:
+        """Around ``app``."""
+        self.app, self.settings, self.keys = app, settings, keys
+        self.requests = 0
+        """At work or waiting now, of those that have a body."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse, or pass on."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        try:
+            if scope["path"] not in OPEN:
+                scope.setdefault("state", {})["owner"] = self.keys.owner(headers.get("authorization"))
+            if scope["method"] != "POST":
+                await self.app(scope, receive, send)
+                return
+            await self._posted(scope, headers, receive, send)
+        except RequestRefused as told:
+            await response(told)(scope, receive, send)
+
+    async def _posted(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
+        if self.requests >= self.settings.max_requests:
+            raise RequestRefused(
+                f"{self.requests} requests are at work or wait, the most that may; try again in a moment",
+                status=429,
+                code="rate_limit_exceeded",
+                retry_after=self.settings.retry_after,
+            )
+        self.requests += 1
+        try:
+            body = await self._body(headers, receive)
+            if body is not None:
+                await self.app(scope, _again(body, receive), send)
+        finally:
+            self.requests -= 1
+
+    async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
+        """The whole body; ``None`` where the client left.
+
+        Raises:
+            RequestRefused: 413, 408.
+
+        """
+        most = self.settings.max_body_bytes
+        length = headers.get("content-length", "")
+        if length.isdigit() and int(length) > most:
+            raise self._too_large(int(length))
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self.settings.body_seconds):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    body += message.get("body", b"")
+                    if len(body) > most:
+                        raise self._too_large(len(body))
+                    if not message.get("more_body"):
+                        return bytes(body)
+        except TimeoutError:
+            raise RequestRefused(
+                f"the body did not arrive in {self.settings.body_seconds:g} s; send it at once",
+                status=408,
+                code="request_timeout",
+            ) from None
+
+    def _too_large(self, size: int) -> RequestRefused:
+        return RequestRefused(
+            f"the body has {size} bytes or more; this server takes {self.settings.max_body_bytes}. Send less, or "
+            "continue a conversation that the server holds",
+            status=413,
+            code="request_too_large",
+        )
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """A receiver that gives a body that was read already, then what comes after it."""
+    given = False
+
+    async def next_message() -> MutableMapping[str, Any]:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return next_message

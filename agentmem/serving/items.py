@@ -1,0 +1,130 @@
+"""Compaction items: an encrypted, authenticated token that names a memory, and the memory.
+
+The token says nothing to whoever has no key. It is bound to the API key it was given to, to the model's weights and to
+the tokenizer with its chat template. Its format is Fernet's, as the package ``cryptography`` has it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cryptography.fernet import Fernet, InvalidToken, MultiFernet
+
+from agentmem.errors import RequestRefused, SettingsRefused
+from agentmem.serving.kept import Kept, Record
+
+if TYPE_CHECKING:
+    from agentmem import Session
+    from agentmem.serving.conversations import Conversation
+
+_LONGEST = 4096
+"""Characters of a token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A memory that an item names."""
+
+    id: str
+    folder: Path
+    record: Record
+
+
+class Items:
+    """Makes items of sessions, and finds the memories of items."""
+
+    def __init__(self, kept: Kept, keys: list[bytes], identity: Mapping[str, str], seconds: float) -> None:
+        """The first key encrypts, all decrypt; ``identity`` is the runtime's; ``seconds``: how long an item is good."""
+        self.kept, self._cipher, self._seconds = kept, MultiFernet([Fernet(key) for key in keys]), seconds
+        self._identity = hashlib.sha256(json.dumps(dict(identity), sort_keys=True).encode()).hexdigest()
+
+    def make(self, conversation: Conversation, session: Session) -> tuple[str, str]:
+        """Keep what a session holds now; the item's id and its token. Waits for a forward that runs.
+
+        Raises:
+            AgentmemError: it cannot be written. RuntimeBusy: there is no room for it now.
+
+        """
+        name = secrets.token_hex(16)
+        self.kept.keep(name, session, Record.of(conversation))
+        said = {"item": name, "owner": conversation.owner, "model": self._identity, "created": time.time()}
+        return name, self._cipher.encrypt(json.dumps(said).encode()).decode()
+
+    def find(self, token: str, owner: str) -> Item:
+        """The memory of an item.
+
+        Raises:
+            RequestRefused: 400 a forged, damaged, expired or other model's item; 403 another key's; 404 it was
+                forgotten.
+
+        """
+        said = self._read(token)
+        if not hmac.compare_digest(str(said["owner"]), owner):
+            raise _refused("it was made for another API key; use the key it was made with", 403, "compaction_foreign")
+        if said["model"] != self._identity:
+            raise _refused(
+                "it was made with another model, tokenizer or chat template; read the conversation anew",
+                400,
+                "compaction_other_model",
+            )
+        age = time.time() - float(said["created"])
+        if age > self._seconds:
+            raise _refused(
+                f"it is {age:.0f} s old, and items are good for {self._seconds:.0f} s; read the conversation anew",
+                400,
+                "compaction_expired",
+            )
+        name = str(said["item"])
+        record = self.kept.record(name)
+        if record is None:
+            raise _refused("its memory was forgotten; read the conversation anew", 404, "compaction_forgotten")
+        return Item(name, self.kept.memory(name), record)
+
+    def _read(self, token: str) -> dict[str, str | float]:
+        if len(token) <= _LONGEST and token.isascii():
+            try:
+                said: dict[str, str | float] = json.loads(self._cipher.decrypt(token))
+            except InvalidToken:
+                pass
+            else:
+                return said
+        raise _refused(
+            "it is none of this server's, or was changed on the way; send it as it came", 400, "compaction_invalid"
+        )
+
+
+def _refused(why: str, status: int, code: str) -> RequestRefused:
+    return RequestRefused(f"encrypted_content: {why}", status=status, code=code, param="encrypted_content")
+
+
+def read_keys(path: Path) -> list[bytes]:
+    """Keys of a file, one a line, the newest first; the file is made with one if it is missing.
+
+    Raises:
+        SettingsRefused: it cannot be read or made, or holds no keys.
+
+    """
+    try:
+        if not path.exists():
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:  # noqa: PTH123  # mode
+                file.write(Fernet.generate_key() + b"\n")
+        keys = path.read_bytes().split()
+        for key in keys:
+            Fernet(key)
+    except (OSError, ValueError) as error:
+        raise SettingsRefused(
+            f"item key file {path}: {error}; give one 32-byte key in URL-safe base64 a line, the newest first"
+        ) from None
+    if not keys:
+        raise SettingsRefused(f"item key file {path} holds no key; delete it to have one made")
+    return keys

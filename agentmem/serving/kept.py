@@ -1,0 +1,144 @@
+"""Memories on disk: conversations that outlive the server, and what compaction items name."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from agentmem.serving.conversations import Conversation
+from agentmem.serving.logs import LOG
+from agentmem.serving.recipes import Recipe
+
+if TYPE_CHECKING:
+    from agentmem import Session
+
+_RECORD, _MEMORY = "record.json", "memory"
+
+
+class Record(BaseModel):
+    """What a kept memory has beside it: whose it is and what it has said, as digests."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    owner: str
+    label: str | None = None
+    policy: str | None
+    settings: str
+    tools: str
+    options: str
+    history: tuple[str, ...] = ()
+    anchors: dict[str, int] = {}
+    used: float
+    bytes: int = 0
+    lead: str | None = None
+    since_item: int = 0
+    open: bool = False
+
+    @classmethod
+    def of(cls, conversation: Conversation) -> Record:
+        """Everything but the memory."""
+        names = ("id", "owner", "label", "anchors", "used", "bytes", "lead", "since_item", "open")
+        own = {name: getattr(conversation, name) for name in names}
+        return cls(**own, **asdict(conversation.recipe), history=tuple(conversation.history))
+
+    @property
+    def recipe(self) -> Recipe:
+        """How its session is made."""
+        return Recipe(self.policy, self.settings, self.tools, self.options)
+
+    def conversation(self, folder: Path) -> Conversation:
+        """The conversation, whose memory lies in ``folder``."""
+        made = Conversation(self.id, self.owner, self.label, self.recipe, list(self.history), dict(self.anchors))
+        made.folder, made.used, made.bytes = folder, self.used, self.bytes
+        made.lead, made.since_item, made.open = self.lead, self.since_item, self.open
+        return made
+
+
+class Kept:
+    """Memories by name under one folder. A memory is there whole or not at all."""
+
+    def __init__(self, folder: Path) -> None:
+        """The folder is made, private to the user; what an earlier server never finished is deleted."""
+        self.folder = folder
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in folder.glob(".making-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def keep(self, name: str, session: Session, record: Record) -> Path:
+        """Save a session under a name, in place of what had it; returns where its memory lies.
+
+        Raises:
+            AgentmemError: it cannot be written; what had the name is still there. RuntimeBusy: not now.
+
+        """
+        made = Path(tempfile.mkdtemp(prefix=".making-", dir=self.folder))
+        try:
+            session.save(made / _MEMORY)
+            (made / _RECORD).write_text(record.model_dump_json(), encoding="utf-8")
+            self.drop(name)
+            made.rename(self.folder / name)
+        except BaseException:
+            shutil.rmtree(made, ignore_errors=True)
+            raise
+        return self.memory(name)
+
+    def memory(self, name: str) -> Path:
+        """Where the memory of that name lies."""
+        return self.folder / name / _MEMORY
+
+    def record(self, name: str) -> Record | None:
+        """What is known of the memory of that name; ``None`` if there is none, or nobody can read it."""
+        try:
+            return Record.model_validate_json((self.folder / name / _RECORD).read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValidationError) as error:
+            LOG.warning("memory_not_read", memory=name, error=type(error).__name__)
+            return None
+
+    def drop(self, name: str) -> None:
+        """Delete the memory of that name, if there is one."""
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    def names(self) -> Iterator[str]:
+        """All names."""
+        return (path.name for path in sorted(self.folder.iterdir()) if not path.name.startswith("."))
+
+    def sweep(self, seconds: float, quota_bytes: int) -> None:
+        """Delete what is older, and the oldest of what is too much, but for the newest."""
+        found = sorted(((_written(self.folder / name), name) for name in self.names()), reverse=True)
+        size, now = 0, time.time()
+        for at, (written, name) in enumerate(found):
+            size += _bytes(self.folder / name)
+            if now - written > seconds or (at and size > quota_bytes):
+                self.drop(name)
+
+
+def conversation_name(conversation: Conversation) -> str:
+    """The folder of a conversation: ids are a client's words, so they are no file names."""
+    return hashlib.sha256(f"{conversation.owner}\n{conversation.id}".encode()).hexdigest()[:32]
+
+
+def _written(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _bytes(path: Path) -> int:
+    return sum(
+        os.path.getsize(Path(folder) / name)  # noqa: PTH202  # walk gives texts
+        for folder, _, names in os.walk(path)
+        for name in names
+    )

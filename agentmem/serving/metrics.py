@@ -1,0 +1,93 @@
+"""Numbers for Prometheus: bytes against the cap, conversations, tokens, compactions, times. One registry a server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence, Sized
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from agentmem import CompactionReport, Runtime
+    from agentmem.serving.conversations import Conversations
+    from agentmem.serving.pieces import Usage
+
+_SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+_RATES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+_ERRORS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+
+
+class _Moment(Collector):
+    """What there is when it is asked."""
+
+    def __init__(self, runtime: Runtime, conversations: Conversations, turns: Sized) -> None:
+        self._runtime, self._conversations, self._turns = runtime, conversations, turns
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        stats = self._runtime.stats
+        held = sum(each.bytes for each in self._conversations)
+        for name, text, value in (
+            ("agentmem_cap_bytes", "The cap.", stats.cap_bytes),
+            (
+                "agentmem_charged_bytes",
+                "Of the cap: leases of running turns, and what idle memories hold.",
+                stats.charged_bytes,
+            ),
+            ("agentmem_held_bytes", "Of all conversations when they were used last, in memory and on disk.", held),
+            ("agentmem_conversations", "Held, in memory, on disk or kept.", len(self._conversations)),
+            ("agentmem_turns", "Requests to the model that run or wait.", len(self._turns)),
+            ("agentmem_waiting", "Turns that wait for their lease.", stats.waiting),
+        ):
+            yield GaugeMetricFamily(name, text, value)
+        sessions = GaugeMetricFamily("agentmem_sessions", "Sessions by state.", labels=["state"])
+        for state in ("active", "idle", "on_disk"):
+            sessions.add_metric([state], getattr(stats, state))
+        yield sessions
+
+
+class Metrics:
+    """Counted while a server runs."""
+
+    def __init__(self, runtime: Runtime, conversations: Conversations, turns: Sized) -> None:
+        """Nothing is counted yet; ``turns`` are the requests to the model that run or wait."""
+        self.registry = CollectorRegistry()
+        self.registry.register(_Moment(runtime, conversations, turns))
+        own = self.registry
+        self.requests = Counter("agentmem_requests", "HTTP requests.", ["method", "route", "status"], registry=own)
+        self._tokens = Counter("agentmem_tokens", "Read, found in a memory, and written.", ["kind"], registry=own)
+        self._compactions = Counter("agentmem_compactions", "By policy.", ["policy"], registry=own)
+        self._seconds = Histogram("agentmem_compaction_seconds", "Of one compaction.", registry=own, buckets=_SECONDS)
+        self._errors = Histogram(
+            "agentmem_compaction_output_error",
+            "Relative error of the attention output, on queries held out from the fit; mean over layers.",
+            registry=own,
+            buckets=_ERRORS,
+        )
+        self._first = Histogram(
+            "agentmem_first_token_seconds", "From a request to its first token.", registry=own, buckets=_SECONDS
+        )
+        self._rate = Histogram(
+            "agentmem_reply_tokens_per_second", "Of one reply, after its first token.", registry=own, buckets=_RATES
+        )
+
+    def turn(self, usage: Usage, reports: Sequence[CompactionReport]) -> None:
+        """A turn ended."""
+        for kind, count in (("read", usage.prompt - usage.cached), ("cached", usage.cached), ("written", usage.reply)):
+            self._tokens.labels(kind).inc(max(0, count))
+        for report in reports:
+            self._compactions.labels(report.policy.partition("[")[0]).inc()
+            self._seconds.observe(report.seconds)
+            if report.output_error is not None:
+                self._errors.observe(report.output_error)
+
+    def reply(self, first: float, rest: float, tokens: int) -> None:
+        """A reply ended: seconds to its first token, seconds of the rest, and tokens of it all."""
+        self._first.observe(first)
+        if tokens > 1 and rest > 0:
+            self._rate.observe((tokens - 1) / rest)
+
+    def text(self) -> bytes:
+        """In Prometheus' format."""
+        return generate_latest(self.registry)

@@ -1,0 +1,118 @@
+"""Errors as clients of OpenAI's interface expect them: a status and one error object. No traceback gets out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from agentmem import errors
+from agentmem.errors import AgentmemError, RequestRefused
+from agentmem.serving import logs
+
+_LONGEST = 1000
+"""Characters of a message: an error may quote what a client sent."""
+_MOST = 3
+"""Violations of one request that are told."""
+
+_STATUS: tuple[tuple[type[AgentmemError], int, str], ...] = (
+    (errors.CapTooSmall, 400, "cap_too_small"),
+    (errors.UnknownPolicy, 400, "unknown_policy"),
+    (errors.SettingsRefused, 400, "invalid_request"),
+    (errors.UnsupportedGeneration, 400, "unsupported_parameter"),
+    (errors.MemoryCapExceeded, 400, "context_length_exceeded"),
+    (errors.TurnEnded, 400, "context_length_exceeded"),
+    (errors.RuntimeBusy, 429, "rate_limit_exceeded"),
+    (errors.MemoryClosed, 503, "shutting_down"),
+    (errors.CompactionFailed, 500, "compaction_failed"),
+)
+"""The first that fits."""
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+def refusal(error: BaseException, *, retry_after: int = 1) -> RequestRefused:
+    """What a client is told of an error."""
+    if isinstance(error, RequestRefused):
+        return error
+    for kind, status, code in _STATUS:
+        if isinstance(error, kind):
+            wait = retry_after if status == 429 else None  # noqa: PLR2004  # HTTP's number
+            return RequestRefused(str(error), status=status, code=code, retry_after=wait)
+    logs.failed(error)
+    return RequestRefused(
+        f"the server failed ({type(error).__name__}); its log says more. Try again", status=500, code="server_error"
+    )
+
+
+def error_object(told: RequestRefused) -> dict[str, Any]:
+    """OpenAI's error object."""
+    kind = _TYPES.get(told.status, "invalid_request_error" if told.status < 500 else "server_error")  # noqa: PLR2004
+    param = None if told.param is None else shortened(told.param)
+    return {"message": shortened(str(told)), "type": kind, "param": param, "code": told.code}
+
+
+def response(told: RequestRefused) -> JSONResponse:
+    """The whole answer."""
+    headers = {} if told.retry_after is None else {"Retry-After": str(told.retry_after)}
+    if told.status == 401:  # noqa: PLR2004  # HTTP's number
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse({"error": error_object(told)}, told.status, headers)
+
+
+def shortened(text: str) -> str:
+    """A text of bounded length that can be encoded."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + " …"
+
+
+def handle(app: FastAPI) -> None:
+    """Have an application answer all errors so."""
+
+    @app.exception_handler(AgentmemError)
+    async def refused(_: Request, error: AgentmemError) -> JSONResponse:
+        return response(refusal(error))
+
+    @app.exception_handler(Exception)
+    async def failed(_: Request, error: Exception) -> JSONResponse:
+        return response(refusal(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        return response(_invalid(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        said = {404: "there is no such route", 405: "this route has other methods"}.get(error.status_code)
+        text = f"{request.method} {request.url.path}: {said or error.detail}"
+        code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+        return response(RequestRefused(text, status=error.status_code, code=code))
+
+
+def _invalid(violations: Sequence[Any]) -> RequestRefused:
+    """What is said of a body that is no JSON, or not what the route takes."""
+    first = violations[0]
+    if first["type"] == "json_invalid":
+        reason = first.get("ctx", {}).get("error", "")
+        return RequestRefused(f"the body is no JSON: {reason}; repair it", code="invalid_json")
+    if first["loc"] in (("body",), []) and first["type"] in ("missing", "model_attributes_type", "dict_type"):
+        return RequestRefused(
+            "the body is no JSON object; send one, with the header 'Content-Type: application/json'",
+            code="invalid_json",
+        )
+    lines = [f"{place(item['loc'])}: {item['msg'].removeprefix('Value error, ')}" for item in violations[:_MOST]]
+    code = "missing_required_parameter" if first["type"] == "missing" else "invalid_type"
+    return RequestRefused("; ".join(lines), code=code, param=place(first["loc"]))
+
+
+def place(loc: Sequence[str | int]) -> str:
+    """Where in a body something is, as OpenAI writes it: ``messages[0].content``."""
+    text = ""
+    for part in loc:
+        if part == "body" and not text:
+            continue
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text

@@ -1,0 +1,80 @@
+"""The text of a reply on its way to a client: it ends before a stop sequence, and calls of tools are taken out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from agentmem.serving.tool_calls import Accepts, ToolCall, ToolFormat
+
+
+class ReplyText:
+    """Text goes in by pieces; what can be shown comes out. What may be the beginning of something else is held back."""
+
+    def __init__(
+        self, stop: Sequence[str] = (), writes: ToolFormat | None = None, accepts: Accepts | None = None
+    ) -> None:
+        """``writes`` and ``accepts`` where calls of tools are looked for."""
+        self._stop, self._format, self._accepts = tuple(stop), writes if accepts else None, accepts
+        self._text, self._shown, self._call_at = "", 0, -1
+        self.stopped = False
+        """Whether a stop sequence came: nothing after it is shown."""
+        self.calls: list[ToolCall] = []
+        self.told = ""
+        """What was shown."""
+
+    def push(self, text: str) -> str:
+        """What can be shown now."""
+        if self.stopped:
+            return ""
+        start = max(0, len(self._text) - max(map(len, self._stop), default=0))
+        self._text += text
+        places = [place for stop in self._stop if (place := self._text.find(stop, start)) >= 0]
+        if places:
+            self._text, self.stopped = self._text[: min(places)], True
+        return self._show(self._safe())
+
+    def end(self) -> str:
+        """What is left to be shown at the end of the reply; :attr:`calls` is complete then."""
+        self._find_call()
+        if self._call_at >= 0 and self._format is not None and self._accepts is not None:
+            found = self._format.calls(self._text[self._call_at :], self._accepts)
+            if found is not None:
+                self.calls, rest = found
+                self._text = self._text[: self._call_at].rstrip() + rest
+        return self._show(len(self._text))
+
+    def _show(self, stop: int) -> str:
+        piece = self._text[self._shown : stop]
+        self._shown, self.told = max(stop, self._shown), self.told + piece
+        return piece
+
+    def _safe(self) -> int:
+        """Up to where the text is text whatever follows."""
+        waiting = self._stop if not self.stopped else ()
+        if self._format is not None:
+            self._find_call()
+            if self._call_at >= 0:
+                return max(self._shown, len(self._text[: self._call_at].rstrip()))
+            waiting = (*waiting, *self._format.openers)
+        safe = min((_begun(self._text, each) for each in waiting), default=len(self._text))
+        if self._format is not None:  # white space before a call is no text
+            safe = max(self._shown, len(self._text[:safe].rstrip()))
+        return max(self._shown, safe)
+
+    def _find_call(self) -> None:
+        if self._format is None or self._call_at >= 0:
+            return
+        places = [place for each in self._format.openers if (place := self._text.find(each)) >= 0]
+        if self._format.bare and self._text.lstrip().startswith("{"):
+            places.append(0)
+        self._call_at = min(places, default=-1)
+
+
+def _begun(text: str, word: str) -> int:
+    """Where at the end of a text a word begins that is not complete yet; its length if none does."""
+    for size in range(min(len(word) - 1, len(text)), 0, -1):
+        if text.endswith(word[:size]):
+            return len(text) - size
+    return len(text)

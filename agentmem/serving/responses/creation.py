@@ -1,0 +1,98 @@
+"""One response on its way: from the pieces of its turn to the events of its stream and the object that is stored."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from agentmem.serving import turns
+from agentmem.serving.attendance import turn_of
+from agentmem.serving.event_stream import event
+from agentmem.serving.pieces import Ended, Made, Piece
+from agentmem.serving.responses.answer import Event, ResponseAnswer
+from agentmem.serving.responses.context import Context, listed
+from agentmem.serving.responses.request import Origin, ResponseRequest
+from agentmem.serving.responses.stored import Stored, StoredResponses
+from agentmem.serving.server import Server
+from agentmem.sessions import Message
+
+
+@dataclass(slots=True)
+class Creation:
+    """One response that is being made: what its turn tells becomes events, and at its end it is stored."""
+
+    body: ResponseRequest
+    origin: Origin
+    answer: ResponseAnswer
+    stored: StoredResponses
+    made: str | None = None
+    """``encrypted_content`` of the item that the turn made."""
+
+    def take(self, piece: Piece) -> list[Event]:
+        """The events of a piece."""
+        events = list(self.answer.events(piece))
+        if isinstance(piece, Made):
+            self.made = piece.token
+        elif isinstance(piece, Ended):
+            self.store(piece)
+        return events
+
+    def fail(self, error: Exception) -> list[Event]:
+        """The events of a turn that failed."""
+        events = list(self.answer.failed(error))
+        self.store()
+        return events
+
+    def leave(self) -> None:
+        """Nobody reads the turn any more: if it has not ended, it was cancelled."""
+        if self.answer.status == "in_progress":
+            self.answer.status = "cancelled"
+            self.store()
+
+    def store(self, end: Ended | None = None) -> None:
+        """Store the response as it is now, where that is wanted."""
+        if not self.body.store:
+            return
+        before = self.origin.context if self.made is None else Context(token=self.made)
+        reply: tuple[Message, ...] = ()
+        if end is not None and end.reason != "read":
+            calls = tuple(call.plain() for call in end.calls) or None
+            reply = (Message(role="assistant", content=end.text, tool_calls=calls),)
+        context = Context(token=before.token, messages=before.messages + reply)
+        items = listed(self.body.input or [])
+        self.stored.put(
+            Stored(owner=self.origin.owner, response=self.answer.object(), input=items, context=context, at=time.time())
+        )
+
+
+async def event_lines(creation: Creation, pieces: AsyncGenerator[Piece]) -> AsyncGenerator[bytes]:
+    """The stream of one response; an error that comes in its middle is told in its last events."""
+    async with aclosing(pieces):
+        creation.store()
+        for each in creation.answer.begin():
+            yield _line(each)
+        try:
+            async for piece in pieces:
+                for each in creation.take(piece):
+                    yield _line(each)
+        except Exception as error:  # noqa: BLE001  # the status has been sent: the client is told here
+            for each in creation.fail(error):
+                yield _line(each)
+        finally:
+            creation.leave()
+
+
+def _line(told: Event) -> bytes:
+    return event(told, told["type"])
+
+
+async def in_background(server: Server, request: turns.Request, creation: Creation) -> None:
+    """Run a turn for nobody who waits; its response is stored when it ends."""
+    try:
+        async with turn_of(server, request) as turn:
+            async for piece in turn.pieces():
+                creation.take(piece)
+    except Exception as error:  # noqa: BLE001  # whoever gets the response is told
+        creation.fail(error)

@@ -1,0 +1,26 @@
+"""What a request goes on from: a stored response, a compaction item, or what it brings itself."""
+
+from __future__ import annotations
+
+from fastapi import Request
+
+from agentmem.serving.chat.route import SESSION
+from agentmem.serving.responses.context import Context
+from agentmem.serving.responses.request import Continued, Origin
+from agentmem.serving.responses.stored import StoredResponses
+from agentmem.serving.server import Server
+
+
+def origin_of(server: Server, stored: StoredResponses, body: Continued, http: Request) -> Origin:
+    """Find it.
+
+    Raises:
+        RequestRefused: there is no such response or item for this key, or an input that is none.
+
+    """
+    owner, before = http.state.owner, Context()
+    if body.previous_response_id is not None:
+        before = stored.get(body.previous_response_id, owner, param="previous_response_id").context
+    context = before.then(body.context())
+    item = None if context.token is None else server.items.find(context.token, owner)
+    return Origin(owner, http.headers.get(SESSION), context, item)

@@ -1,0 +1,226 @@
+"""The bodies of ``/v1/responses`` and ``/v1/responses/compact``, and what they ask of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from agentmem.errors import RequestRefused
+from agentmem.serving.history import digest
+from agentmem.serving.items import Item
+from agentmem.serving.parameters import Parameters
+from agentmem.serving.recipes import Recipe
+from agentmem.serving.responses.context import Context
+from agentmem.serving.settings import ServerSettings
+from agentmem.serving.tools import Function, accepting, chosen
+from agentmem.serving.turns import Request
+from agentmem.sessions import Message
+
+InputItems = str | list[dict[str, Any]]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Tool(Function):
+    """A function that the model may call, as ``/v1/responses`` writes it."""
+
+    type: Literal["function"]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _served(cls, given: Any) -> Any:
+        kind = given.get("type") if isinstance(given, dict) else "function"
+        if kind != "function":
+            raise RequestRefused(
+                f"tools: the type {str(kind)[:40]!r} is not supported; this server has functions alone",
+                code="unsupported_parameter",
+                param="tools",
+            )
+        return given
+
+
+class ContextManagement(BaseModel):
+    """When a conversation is compacted by itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    type: Literal["compaction"]
+    compact_threshold: Count | None = None
+    """Tokens since the newest compaction item."""
+
+
+class TextFormat(BaseModel):
+    """The form of a reply's text; only plain text is served."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: dict[str, Any] | None = None
+    verbosity: Literal["medium"] | None = None
+
+
+class Continued(Parameters):
+    """What both routes take."""
+
+    ignored: ClassVar[frozenset[str]] = Parameters.ignored | {"image"}
+
+    input: InputItems | None = None
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    prompt_cache_key: Annotated[str, Field(max_length=512)] | None = None
+
+    def context(self) -> Context:
+        """What the body itself brings.
+
+        Raises:
+            RequestRefused: with the place in the input.
+
+        """
+        return Context() if self.input is None else Context.of(self.input)
+
+
+class CompactRequest(Continued):
+    """What ``/v1/responses/compact`` takes."""
+
+
+class ResponseRequest(Continued):
+    """What ``/v1/responses`` takes."""
+
+    ignored: ClassVar[frozenset[str]] = Continued.ignored | {"truncation", "stream_options"}
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "parallel_tool_calls": (True,),
+        "access_programs": (),
+        "background_options": (),
+        "conversation": (),
+        "include": ([], ["reasoning.encrypted_content"]),
+        "max_tool_calls": (),
+        "moderation": (),
+        "prompt": (),
+        "reasoning": ({}, {"effort": "none"}),
+        "top_logprobs": (0,),
+    }
+
+    max_output_tokens: Count | None = None
+    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = None
+    store: bool = True
+    background: bool = False
+    text: TextFormat = TextFormat()
+    tools: tuple[Tool, ...] = ()
+    tool_choice: Any = None
+    context_management: tuple[ContextManagement, ...] = ()
+
+    def check(self) -> None:
+        """Refuse what contradicts itself.
+
+        Raises:
+            RequestRefused: with the field.
+
+        """
+        if self.background and (self.stream or not self.store):
+            raise RequestRefused("background: it needs store=true and stream=false", param="background")
+        if self.text.format not in (None, {"type": "text"}):
+            raise RequestRefused(
+                "text.format: only plain text is supported; leave it out",
+                code="unsupported_parameter",
+                param="text.format",
+            )
+
+    @property
+    def threshold(self) -> int | None:
+        """Tokens after which the conversation is compacted by itself."""
+        found = [each.compact_threshold for each in self.context_management if each.compact_threshold is not None]
+        return min(found, default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Who asks, and what the request goes on from."""
+
+    owner: str
+    name: str | None
+    context: Context
+    item: Item | None
+
+
+def asks(body: ResponseRequest, origin: Origin, settings: ServerSettings) -> Request:
+    """What a response asks of the model.
+
+    Raises:
+        RequestRefused: with the field. SettingsRefused: a policy that there is not.
+
+    """
+    tools = chosen(body.tools, body.tool_choice)
+    recipe = Recipe.of(body.agentmem, [tool.schema_for_template() for tool in tools] or None)
+    item, trigger = origin.item, origin.context.trigger
+    messages, lead = led(origin, body.instructions)
+    return Request(
+        origin.owner,
+        messages,
+        recipe if item is None else item_recipe(recipe, item),
+        body.sampling(body.max_output_tokens or settings.reply_tokens),
+        origin.name,
+        body.prompt_cache_key,
+        accepting(tools),
+        body.agentmem.compact is not None,
+        body.agentmem.focus,
+        item,
+        lead,
+        compact=trigger,
+        threshold=body.threshold,
+        write=not trigger,
+    )
+
+
+def asks_compaction(body: CompactRequest, origin: Origin) -> Request:
+    """What a compaction asks of the model."""
+    messages, lead = led(origin, body.instructions)
+    return Request(
+        origin.owner,
+        messages,
+        Recipe.of(body.agentmem, None) if origin.item is None else origin.item.record.recipe,
+        name=origin.name,
+        label=body.prompt_cache_key,
+        focus=body.agentmem.focus,
+        item=origin.item,
+        lead=lead,
+        any_recipe=True,
+        compact=True,
+        write=False,
+    )
+
+
+def led(origin: Origin, instructions: str | None) -> tuple[Sequence[Message], str | None]:
+    """The messages behind the instructions, and the digest of these; an item that holds them needs them no more.
+
+    Raises:
+        RequestRefused: there is nothing to read at all.
+
+    """
+    messages = origin.context.messages
+    if instructions is None:
+        if not messages and origin.item is None:
+            raise RequestRefused("input: it is missing, and nothing is gone on from; give one", param="input")
+        return messages, None
+    lead = Message.of(role="system", content=instructions)
+    if origin.item is not None and origin.item.record.lead == digest(lead):
+        return messages, digest(lead)
+    return (lead, *messages), digest(lead)
+
+
+def item_recipe(asked: Recipe, item: Item) -> Recipe:
+    """The recipe of a request that goes on from an item, which is the item's own.
+
+    Raises:
+        RequestRefused: it asks for another.
+
+    """
+    kept = item.record.recipe
+    if asked not in (kept, replace(kept, policy=None, settings="{}", options="null")):
+        raise RequestRefused(
+            "input: the compaction item was made with other tools or other fields under 'agentmem', which its memory "
+            "holds; send the same, or read the conversation anew",
+            code="compaction_other_recipe",
+            param="input",
+        )
+    return kept

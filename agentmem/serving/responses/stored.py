@@ -1,0 +1,93 @@
+"""Stored responses: the object, what came before it, whose it is. In memory, and in files where there is a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from agentmem.errors import AgentmemError, RequestRefused
+from agentmem.models.files import write_whole
+from agentmem.serving.logs import LOG
+from agentmem.serving.responses.context import Context
+
+
+class Stored(BaseModel):
+    """One response."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    owner: str
+    response: dict[str, Any]
+    input: list[dict[str, Any]]
+    """Items of its request, as they are listed."""
+    context: Context
+    """What a request that goes on from it begins with."""
+    at: float
+    """When it was stored, in seconds since 1970."""
+
+
+class StoredResponses:
+    """By id. Another key's are as if they were not there."""
+
+    def __init__(self, most: int, seconds: float, folder: Path | None) -> None:
+        """At most so many, for so long; ``folder`` keeps them when the server ends."""
+        self.most, self.seconds, self.folder = most, seconds, folder
+        self._held: OrderedDict[str, Stored] = OrderedDict()
+        if folder is not None:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime):
+                self._read(path)
+
+    def put(self, stored: Stored) -> None:
+        """Store one, in place of what had its id; the oldest ones be preempted."""
+        name = str(stored.response["id"])
+        self._held[name] = stored
+        if self.folder is not None:
+            try:
+                write_whole(self._path(name), stored.model_dump_json(), what="response", remedy="make room")
+            except AgentmemError as error:  # it is stored all the same, until the server ends
+                LOG.warning("response_not_written", error=str(error))
+        while len(self._held) > self.most:
+            self.drop(next(iter(self._held)))
+
+    def get(self, name: str, owner: str, *, param: str = "response_id") -> Stored:
+        """The response of that id.
+
+        Raises:
+            RequestRefused: 404, there is none for this owner, or no more.
+
+        """
+        found = self._held.get(name)
+        if found is not None and time.time() - found.at > self.seconds:
+            self.drop(name)
+            found = None
+        if found is None or found.owner != owner:
+            raise RequestRefused(
+                f"response {name[:80]!r} was not found; it may have been deleted, or forgotten, or not stored",
+                status=404,
+                code="response_not_found" if param == "response_id" else "previous_response_not_found",
+                param=param,
+            )
+        return found
+
+    def drop(self, name: str) -> None:
+        """Delete one, if it is there."""
+        self._held.pop(name, None)
+        if self.folder is not None:
+            self._path(name).unlink(missing_ok=True)
+
+    def _path(self, name: str) -> Path:
+        assert self.folder is not None  # noqa: S101  # whoever calls this has asked
+        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
+
+    def _read(self, path: Path) -> None:
+        try:
+            stored = Stored.model_validate_json(path.read_bytes())
+            self._held[str(stored.response["id"])] = stored
+        except (OSError, ValidationError, KeyError) as error:
+            LOG.warning("response_not_read", file=path.name, error=type(error).__name__)

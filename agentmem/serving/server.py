@@ -158,7 +158,7 @@ class Server:
             conversation.session = runtime.load(conversation.folder, policy=recipe.made_policy(), share=share, **given)
 
     def make_item(self, conversation: Conversation, session: Session) -> tuple[str, str]:
-        """A compaction item of what the session holds; the oldest items give way. See :meth:`Items.make`."""
+        """A compaction item of what the session holds; the oldest items be preempted. See :meth:`Items.make`."""
         made = self.items.make(conversation, session)
         self.items.kept.sweep(self.settings.item_seconds, self.settings.quota_bytes)
         return made

@@ -44,7 +44,7 @@ class StoredResponses:
                 self._read(path)
 
     def put(self, stored: Stored) -> None:
-        """Store one, in place of what had its id; the oldest ones give way."""
+        """Store one, in place of what had its id; the oldest ones be preempted."""
         name = str(stored.response["id"])
         self._held[name] = stored
         if self.folder is not None:

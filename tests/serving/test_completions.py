@@ -22,7 +22,7 @@ async def test_a_completion_is_what_a_session_writes_after_a_text() -> None:
     """As a text, in a list, as ids and streamed; longer than the cap, too. Nothing is held afterwards."""
     of = serving.server()
     async with serving.client(of) as http:
-        for text in ("Once upon a time", "Once upon a time " * 40):
+        for text in ("Once upon a time", "Once upon a time " * 10):
             ids = tiny_chat.tokenizer()(text)["input_ids"]
             with of.runtime.session(seed=0) as session:
                 for start in range(0, len(ids), 256):

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from agentmem.hf import CappedMemory
     from agentmem.memory.memory import Memory
     from agentmem.reporting.report import CompactionReport, RebaseReport
+    from agentmem.sessions.changes import Before
     from agentmem.sessions.chat.template import ChatTemplate
     from agentmem.sessions.leasing.holding import Holding
     from agentmem.sessions.runtime import Runtime
@@ -62,11 +63,15 @@ class Session:
         """Everything read and sampled, consumed by the memory or not yet."""
         self.dialogue = Dialogue()
         self.entries: list[Entry] = []
+        self.before: Before | None = None
+        """What there was before changes that have not come to their end."""
         self.reply: Reply | None = None
         """A reply that is still open."""
         self.generator = None if settings.seed is None else torch.Generator().manual_seed(settings.seed)
         self.watch = Watch()
-        self.busy = self.closed = False
+        self.closed = False
+        self.turn: object | None = None
+        """What stands for the turn that runs, or for a call that nothing may come between."""
         self.reply_start = 0
         self._told = holding.rebases
         self.last = Reply()
@@ -243,34 +248,22 @@ class Session:
 
         """
         check_text("say", text)
-        self.runtime.admit(self, brief=True)
-        try:
+        with self.runtime.turn(self, brief=True):
             ingestion.say(self, text)
-        finally:
-            self.runtime.leave(self)
 
     def _drive(
         self, make: Callable[[], Generator[Event | None, None, None]], deadline: float | None
     ) -> Generator[Event, None, None]:
-        self.runtime.admit(self)
-        steps = self.steps(make, deadline)
-        try:
-            while (event := steps.step()) is not None:
-                yield event
-        finally:
-            try:
+        with self.runtime.turn(self):
+            steps = Steps(self, make(), None if deadline is None else time.monotonic() + deadline)
+            try:  # twice, should an interrupt come between
+                try:
+                    while (event := steps.step()) is not None:
+                        yield event
+                finally:
+                    steps.close()
+            finally:
                 steps.close()
-            finally:  # once more, should an interrupt come between
-                if steps.holds:
-                    self.runtime.leave(self)
-
-    def steps(self, make: Callable[[], Generator[Event | None, None, None]], deadline: float | None) -> Steps:
-        """The steps of a turn of an admitted session, which is idle again if there cannot be any."""
-        try:
-            return Steps(self, make(), None if deadline is None else time.monotonic() + deadline)
-        except BaseException:
-            self.runtime.leave(self)
-            raise
 
     # ---- compaction and pins
 
@@ -311,11 +304,8 @@ class Session:
         """
         check_count("pin: start", start)
         check_count("pin: stop", stop)
-        self.runtime.admit(self, brief=True)
-        try:
+        with self.runtime.turn(self, brief=True):
             pin(self.memory, self.memory.rows[0], start, stop, coming=len(self.pending))
-        finally:
-            self.runtime.leave(self)
 
     def compacted(self, report: CompactionReport) -> None:
         """Take note of a compaction."""
@@ -368,6 +358,11 @@ class Session:
         self.close()
 
     # ---- what there is
+
+    @property
+    def busy(self) -> bool:
+        """Whether a turn of it runs."""
+        return self.turn is not None
 
     @property
     def memory(self) -> Memory:

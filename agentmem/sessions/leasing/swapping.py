@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from agentmem.errors import AgentmemError, CompactionFailed
+from agentmem.sessions.changes import put_back
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,6 +65,8 @@ def _give_way(runtime: Runtime, holding: Holding, stage: Stage) -> None:
         answers = [each.asking.ask(each, full=False) for each in _sharing(runtime, holding)]
         return None if None in answers else answers[0]
 
+    for each in _sharing(runtime, holding):
+        put_back(each)
     try:
         with telling(runtime, holding):
             holding.give_way(stage, runtime.folder, left=runtime.leases.left, ask=ask)

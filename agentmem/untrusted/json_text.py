@@ -6,7 +6,6 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
 from typing import Any, Final
 
 from agentmem.untrusted.texts import shown
@@ -37,7 +36,7 @@ def json_value(raw: bytes, max_bytes: int, *, strict: bool = True) -> Any:
 
     """
     _check(raw, max_bytes)
-    hooks: dict[str, Callable[..., Any]] = {"object_pairs_hook": _few_keys}
+    hooks: dict[str, Any] = {"object_pairs_hook": _few_keys}
     if strict:
         hooks = {"object_pairs_hook": _no_key_twice, "parse_float": _finite, "parse_constant": _finite}
     return json.loads(raw.decode("utf-8"), **hooks)

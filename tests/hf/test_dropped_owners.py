@@ -43,7 +43,7 @@ def opened(model: Any) -> Any:
     tiny_chat.on(fork, 2)
     away = tiny_chat.filled(made, 30)
     with made.lock:
-        away.holding.give_way("disk", made.folder)
+        away.holding.preempt("disk", made.folder)
     return made
 
 

@@ -31,7 +31,7 @@ MANY = 300_000
 WORDS = ["x"] * MANY
 LONG = "y" * 1_000_000
 KEYS = {f"key-{number}": 1 for number in range(MAX_KEYS)}
-MADE = {"name": "n", "policy": {"name": "window", "parts": "0"}, "others": [], "template": "", "settings": {}}
+MADE = {"name": "n", "policy": {"name": "window", "parts": "0"}, "extra_policies": [], "template": "", "settings": {}}
 
 HOSTILE: dict[str, Callable[[], object]] = {
     "a row's scales": lambda: _row_of({"row": {"scales": WORDS}}),
@@ -42,7 +42,7 @@ HOSTILE: dict[str, Callable[[], object]] = {
     "a session's ids": lambda: Saved.of({"session": {"pending": WORDS, "entries": WORDS}}),
     "a session's messages": lambda: Saved.of({"session": {"dialogue": {"messages": WORDS}, "sampling": LONG}}),
     "a session's fields": lambda: Saved.of({"session": KEYS}),
-    "how a session was made": lambda: Made.of(MADE | {"name": WORDS, "policy": LONG, "others": WORDS}, "here"),
+    "how a session was made": lambda: Made.of(MADE | {"name": WORDS, "policy": LONG, "extra_policies": WORDS}, "here"),
     "a policy's name": lambda: Made.of(MADE | {"policy": {"name": LONG, "parts": LONG}}, "here"),
     "a session's settings": lambda: Made.of(MADE | {"settings": KEYS}, "here"),
     "a name of a setting": lambda: check_settings({LONG: 1}),

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from agentmem import hf
 from agentmem.errors import AgentmemError, MemoryCapExceeded, SnapshotRefused
-from agentmem.memory.state import RowImage, give, take
+from agentmem.memory.state import SavedRow, give, take
 from agentmem.sessions.snapshots.files import read_manifest, read_snapshot, shown
 from agentmem.sessions.snapshots.sequence_check import check_sizes, check_values
 from agentmem.untrusted.json_text import tuples
@@ -52,7 +52,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def take_row(memory: Memory, dtype: torch.dtype | None) -> tuple[RowImage, dict[str, torch.Tensor]]:
+def take_row(memory: Memory, dtype: torch.dtype | None) -> tuple[SavedRow, dict[str, torch.Tensor]]:
     """The row of a memory as values and views of its tensors, which pass the checks that :func:`read_row` makes.
 
     ``dtype`` is what it will be read with; ``None``: that of the keys.
@@ -97,7 +97,7 @@ def read_row(
     *,
     identity: Mapping[str, str],
     dtype: torch.dtype,
-    check: Callable[[RowImage, dict[str, Any]], None] = lambda _image, _state: None,
+    check: Callable[[SavedRow, dict[str, Any]], None] = lambda _image, _state: None,
 ) -> dict[str, Any]:
     """Fill a memory that has read nothing with the row of a snapshot; returns the snapshot's state.
 
@@ -128,7 +128,7 @@ def read_row(
     return state
 
 
-def _row_of(state: Mapping[str, Any]) -> RowImage:
+def _row_of(state: Mapping[str, Any]) -> SavedRow:
     """The row's image in a snapshot's state.
 
     Raises:
@@ -136,7 +136,7 @@ def _row_of(state: Mapping[str, Any]) -> RowImage:
 
     """
     try:
-        return RowImage.model_validate(tuples(state["row"]))
+        return SavedRow.model_validate(tuples(state["row"]))
     except KeyError:
         raise ValueError("it has no row's state") from None
     except ValidationError as error:

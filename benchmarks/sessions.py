@@ -135,10 +135,10 @@ async def many(model: Any, tokenizer: Any, sessions: int = 16, leases: int = 4, 
     with peak, Runtime(model, tokenizer, cap=cap, **options) as runtime:
         admit = runtime.try_admit
 
-        def noted(session: Session) -> bool:
+        def noted(session: Session, turn: object) -> bool:
             nonlocal moved
             moved += session.stats.state == "on disk"
-            admitted = admit(session)
+            admitted = admit(session, turn)
             granted.extend([session] if admitted else [])
             peak.charged = max(peak.charged, runtime.leases.charged)
             return admitted

@@ -30,7 +30,7 @@ def check_keys(host: str, keys: ApiKeys) -> None:
     """
     if not keys.required and not is_loopback(host):
         raise SettingsRefused(
-            f"host {host!r} can be reached by extra_policies, and no API key is asked for; give --api-key-file, or bind to "
+            f"host {host!r} can be reached by others, and no API key is asked for; give --api-key-file, or bind to "
             "127.0.0.1"
         )
 

@@ -96,7 +96,7 @@ class _Place:
             self.loop.call_soon_threadsafe(self.event.set)
 
 
-async def admitted(session: Conversation, until: float | None = None) -> None:
+async def admitted(session: Conversation, turn: object, until: float | None = None) -> None:
     """Wait for the session's lease, in the order of asking; ``until`` is on the monotonic clock.
 
     Raises:
@@ -107,7 +107,7 @@ async def admitted(session: Conversation, until: float | None = None) -> None:
     wait = runtime.wait if until is None else min(runtime.wait, until - time.monotonic())
     runtime.waiters.append(place)
     try:
-        await _served(session, place, asyncio.get_running_loop().time() + wait)
+        await _served(session, turn, place, asyncio.get_running_loop().time() + wait)
     except TimeoutError:
         raise RuntimeBusy(
             f"session {session.name!r} waited {max(0, wait):.3g} s for its lease of {session.holding.lease} bytes, and "
@@ -119,13 +119,13 @@ async def admitted(session: Conversation, until: float | None = None) -> None:
         runtime.wake_next()
 
 
-async def _served(session: Conversation, place: _Place, until: float) -> None:
+async def _served(session: Conversation, turn: object, place: _Place, until: float) -> None:
     """Try whenever it is the session's turn to try, until it has its lease; a try is never cut short."""
     runtime = session.runtime
     while True:
         place.event.clear()  # before trying: what is freed meanwhile wakes it once more
         if runtime.waiters[0] is place:
-            if await _try(session):
+            if await _try(session, turn):
                 return
             place.tried = True
         _refuse_late(runtime)
@@ -147,20 +147,20 @@ def _refuse_late(runtime: Host) -> None:
             place()
 
 
-async def _try(session: Conversation) -> bool:
+async def _try(session: Conversation, turn: object) -> bool:
     """Try for the lease; a task that is cancelled meanwhile does not keep it."""
     granted = False
 
     def ask() -> bool:
         nonlocal granted
-        granted = session.runtime.try_admit(session)
+        granted = session.runtime.try_admit(session, turn)
         return granted
 
     try:
         return await _run(session, ask)
     except asyncio.CancelledError:
         if granted:
-            session.runtime.leave(session)
+            session.runtime.end(session, turn)
         raise
 
 
@@ -171,8 +171,8 @@ async def _driven(
     session: Conversation, make: Callable[[], Generator[Event | None, None, None]], seconds: float | None
 ) -> AsyncGenerator[Event, None]:
     until = None if seconds is None else time.monotonic() + seconds
-    events = make()  # a generator, which does nothing yet
-    await admitted(session, until)
+    events, turn = make(), object()  # a generator, which does nothing yet
+    await admitted(session, turn, until)
     steps = Steps(session, events, until)
     try:
         while not steps.over:
@@ -184,12 +184,19 @@ async def _driven(
         raise
     finally:
         steps.cancel()
-        await _closed(session, steps)
+        await _closed(session, steps, turn)
 
 
-async def _closed(session: Conversation, steps: Steps) -> None:
+async def _closed(session: Conversation, steps: Steps, turn: object) -> None:
     """End a turn in order even when the task that had it is being cancelled."""
-    future = _submitted(session, steps.close)
+
+    def close() -> None:
+        try:
+            steps.close()
+        finally:
+            session.runtime.end(session, turn)
+
+    future = _submitted(session, close)
     await _ended(future)
     future.result()
 

@@ -16,6 +16,7 @@ from agentmem.sessions.transcript import Entry
 if TYPE_CHECKING:
     from collections import deque
     from collections.abc import Callable, MutableSequence
+    from contextlib import AbstractContextManager
     from itertools import count
     from pathlib import Path
     from weakref import WeakKeyDictionary
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from agentmem.engine import Engine
     from agentmem.hf import CappedCache
     from agentmem.memory.memory import Memory
+    from agentmem.memory.pins import Pins
+    from agentmem.memory.sequence import Row
     from agentmem.reporting.report import CompactionReport, RebaseReport
     from agentmem.sessions.chat.template import ChatTemplate
     from agentmem.sessions.events import Reason
@@ -75,6 +78,21 @@ class Reply:
     end: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Before:
+    """A session as it was: its dialogue, its open reply with its content, its newest id, and how much of the rest."""
+
+    dialogue: Dialogue
+    reply: Reply | None
+    said: tuple[list[int], str, int | None]
+    reply_start: int
+    ids: int
+    newest: array[int]
+    entries: int
+    row: Row
+    pins: Pins
+
+
 class Host(Protocol):
     """What conversations, and whoever moves their memories, need of the runtime; :class:`Runtime` is the only one."""
 
@@ -101,10 +119,9 @@ class Host(Protocol):
     def save(self, session: Any, url: Any) -> None: ...  # noqa: D102
     def forget(self, session: Any) -> None: ...  # noqa: D102
     def speak(self, session: Any, memory: Memory) -> None: ...  # noqa: D102
-    def begin(self, session: Any) -> None: ...  # noqa: D102
-    def admit(self, session: Any, *, brief: bool = False) -> None: ...  # noqa: D102
-    def try_admit(self, session: Any) -> bool: ...  # noqa: D102
-    def leave(self, session: Any) -> None: ...  # noqa: D102
+    def turn(self, session: Any, *, brief: bool = False, leased: bool = True) -> AbstractContextManager[None]: ...  # noqa: D102
+    def try_admit(self, session: Any, turn: object) -> bool: ...  # noqa: D102
+    def end(self, session: Any, turn: object) -> None: ...  # noqa: D102
     def wake_next(self) -> None: ...  # noqa: D102
     def folder(self) -> Path: ...  # noqa: D102
 
@@ -132,13 +149,22 @@ class Conversation:
         self.reply: Reply | None = None
         """A reply that is still open."""
         self.generator = None if settings.seed is None else torch.Generator().manual_seed(settings.seed)
+        self.before: Before | None = None
+        """What there was before changes that have not come to their end."""
         self.watch = Watch()
-        self.busy = self.closed = False
+        self.closed = False
+        self.turn: object | None = None
+        """What stands for the turn that runs, or for a call that nothing may come between."""
         self.reply_start = 0
         self._reported_rebases = holding.rebases
         self.last = Reply()
         """The newest reply, open or not."""
         holding.sessions.add(id(self))
+
+    @property
+    def busy(self) -> bool:
+        """Whether a turn of it runs."""
+        return self.turn is not None
 
     @property
     def memory(self) -> Memory:

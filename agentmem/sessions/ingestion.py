@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from agentmem.errors import SettingsRefused
@@ -13,6 +12,7 @@ from agentmem.memory.pinning import pin_coming
 from agentmem.reference_queries.patterns import Marks
 from agentmem.sessions import turn
 from agentmem.sessions.arguments import refusal
+from agentmem.sessions.changes import changing
 from agentmem.sessions.chat.text_decoder import TextPieces
 from agentmem.sessions.chat.vocabulary import check_known, tokens
 from agentmem.sessions.compaction_requests import request_of
@@ -35,10 +35,11 @@ def messages(session: Conversation, given: Sequence[Message], how: How) -> Gener
     dialogue, delta = template(session).append(closed, *given)
     check_known(session, "append", delta.ids)
     after = _after(session, len(delta.ids), how)
-    spans = _pinned(session, delta, closed.fed, pin=how.pin)
-    close_reply(session)
-    session.dialogue = dialogue
-    _take(session, delta, spans)
+    with changing(session):
+        spans = _pinned(session, delta, closed.fed, pin=how.pin)
+        close_reply(session)
+        session.dialogue = dialogue
+        _take(session, delta, spans)
     yield from _read(session, after)
 
 
@@ -47,11 +48,12 @@ def text(session: Conversation, given: str | Sequence[int], how: How) -> Generat
     ids = _ids(session, given)
     start = len(session.ids)
     after = _after(session, len(ids), how)
-    if how.pin:
-        pin_coming(session.memory, session.memory.rows[0], [(start, start + len(ids))])
-    close_reply(session)
-    session.ids.extend(ids)
-    session.entries.append(Entry(kind="text", role=None, start=start, stop=len(session.ids), pinned=how.pin))
+    with changing(session):
+        if how.pin:
+            pin_coming(session.memory, session.memory.rows[0], [(start, start + len(ids))])
+        close_reply(session)
+        session.ids.extend(ids)
+        session.entries.append(Entry(kind="text", role=None, start=start, stop=len(session.ids), pinned=how.pin))
     yield from _read(session, after)
 
 
@@ -86,24 +88,10 @@ def begin_reply(session: Conversation, options: dict[str, Any]) -> Decoding:
         UnsupportedGeneration: an option that a session cannot serve. Both leave the session as it was.
 
     """
-    with _restoring(session):
+    with changing(session):
         open_reply(session)
         _check_new(session)
         return prepare(session.view, session.ids, session.tokenizer, options)
-
-
-@contextmanager
-def _restoring(session: Conversation) -> Iterator[None]:
-    """Leave the session as it was if the block fails; the block takes nothing away and changes no reply."""
-    row, ids, entries = session.memory.rows[0], len(session.ids), len(session.entries)
-    before = session.dialogue, session.reply, session.reply_start, row.pins
-    try:
-        yield
-    except BaseException:
-        session.dialogue, session.reply, session.reply_start, row.pins = before
-        del session.ids[ids:]
-        del session.entries[entries:]
-        raise
 
 
 def replying(session: Conversation, options: dict[str, Any], *, keep_open: bool) -> Generator[Event | None, None, None]:
@@ -115,7 +103,8 @@ def replying(session: Conversation, options: dict[str, Any], *, keep_open: bool)
         yield from turn.write(session, reply, decoding, keep_open=keep_open)
     finally:
         if reply.ids and not keep_open:
-            close_reply(session)
+            with changing(session):
+                close_reply(session)
     yield turn.finished(reply)
 
 
@@ -130,16 +119,16 @@ def _check_new(session: Conversation) -> None:
 def say(session: Conversation, text: str) -> None:
     """Put a text into the reply, in place of the end that the model chose; see :meth:`Session.say`."""
     ids = tokens(session, "say", text)
-    with _restoring(session):
+    with changing(session):
         open_reply(session)
         reply = session.reply or Reply()
         kept = reply.ids if reply.end is None else reply.ids[:-1]
         pieces = TextPieces(session.tokenizer, kept)
         said = "".join(map(pieces.push, ids)) + pieces.rest()
-    if reply.end is not None:  # it has not been read: the last id never is before the next turn
-        session.ids.pop()
-    session.ids.extend(ids)
-    reply.ids, reply.text, reply.end = [*kept, *ids], reply.text + said, None
+        if reply.end is not None:  # it has not been read: the last id never is before the next turn
+            session.ids.pop()
+        session.ids.extend(ids)
+        reply.ids, reply.text, reply.end = [*kept, *ids], reply.text + said, None
 
 
 def open_reply(session: Conversation) -> None:

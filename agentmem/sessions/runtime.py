@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from contextlib import contextmanager
 from itertools import count
 from typing import TYPE_CHECKING, Any, Self, get_args
 from weakref import WeakKeyDictionary
@@ -14,6 +15,7 @@ from agentmem.errors import CapTooSmall, CopyRefused, MemoryClosed, SettingsRefu
 from agentmem.language import Language
 from agentmem.memory.memory import unwatched
 from agentmem.sessions.arguments import check_count, check_making, check_name, check_place, check_seconds
+from agentmem.sessions.changes import put_back
 from agentmem.sessions.chat.template import ChatTemplate
 from agentmem.sessions.forking import RUNTIMES
 from agentmem.sessions.hook_calls import HookCalls
@@ -33,7 +35,7 @@ from agentmem.settings import parse_bytes
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from agentmem.contracts import Policy
@@ -201,6 +203,7 @@ class Runtime:
         check_name(name)
         with self.guard:
             _not_busy(session)
+            put_back(session)
             other = Session(
                 self,
                 name or f"{session.name}-fork-{next(self._names)}",
@@ -216,46 +219,70 @@ class Runtime:
 
     # ---- leases
 
-    def admit(self, session: Session, *, brief: bool = False) -> None:
-        """Give a session its lease for a turn, or refuse; a ``brief`` one is no turn, so nobody comes before it.
+    @contextmanager
+    def turn(self, session: Session, *, brief: bool = False, leased: bool = True) -> Iterator[None]:
+        """Around a turn of a session, or a ``brief`` call that nobody comes before; ``leased`` if it needs bytes.
+
+        Raises:
+            RuntimeBusy: there is no room for the lease.
+
+        """
+        turn = object()
+        try:  # twice, should an interrupt come between
+            try:
+                if leased:
+                    self.admit(session, turn, brief=brief)
+                else:
+                    self.begin(session, turn)
+                yield
+            finally:
+                self.end(session, turn)
+        finally:
+            self.end(session, turn)
+
+    def admit(self, session: Session, turn: object, *, brief: bool = False) -> None:
+        """Give a session its lease for a turn, or refuse.
+
+        ``turn`` stands for it: whoever made it ends it by :meth:`end`, whether it was admitted or not.
 
         Raises:
             RuntimeBusy: others are in mid-turn and hold the cap, or wait for it.
 
         """
         waiting = 0 if brief else len(self.waiters)
-        if waiting or not self.try_admit(session):
+        if waiting or not self.try_admit(session, turn):
             active = sum(each.busy for each in list(self.sessions))
             raise self.leases.refusal(session.name, session.holding.lease, active, waiting)
 
-    def try_admit(self, session: Session) -> bool:
+    def try_admit(self, session: Session, turn: object) -> bool:
         """Give a session its lease for a turn if there is room for it, or can be made."""
         admitted = False
         with self.lock:
-            free = not session.busy
             try:
-                self.begin(session)
+                self.begin(session, turn)
                 admitted = lend(self, session)
             finally:
-                if not admitted and free:
-                    session.busy = False
+                if not admitted and session.turn is turn:
+                    session.turn = None
             return admitted
 
-    def begin(self, session: Session) -> None:
+    def begin(self, session: Session, turn: object) -> None:
         """From now on nobody forks it, and no other turn of it begins."""
         with self.guard:
             self._open_or_raise()
             _not_busy(session)
-            session.busy = True
+            session.turn = turn
+        put_back(session)
 
-    def leave(self, session: Session) -> None:
-        """A turn is over: the session is idle. Never waits."""
+    def end(self, session: Session, turn: object) -> None:
+        """A turn is over, if it ever began: the session is idle. Never waits; ending twice does nothing."""
         try:
             memory = session.holding.memory
-            if memory is not None:
+            if memory is not None and session.turn in (turn, None):
                 memory.boundary = unwatched
         finally:
-            session.busy = False
+            if session.turn is turn:
+                session.turn = None
         self.wake_next()
 
     def wake_next(self) -> None:

@@ -205,34 +205,22 @@ class Session(Conversation):
 
         """
         check_text("say", text)
-        self.runtime.admit(self, brief=True)
-        try:
+        with self.runtime.turn(self, brief=True):
             ingestion.say(self, text)
-        finally:
-            self.runtime.leave(self)
 
     def _drive(
         self, make: Callable[[], Generator[Event | None, None, None]], deadline: float | None
     ) -> Generator[Event, None, None]:
-        self.runtime.admit(self)
-        steps = self.steps(make, deadline)
-        try:
-            while (event := steps.step()) is not None:
-                yield event
-        finally:
-            try:
+        with self.runtime.turn(self):
+            steps = Steps(self, make(), None if deadline is None else time.monotonic() + deadline)
+            try:  # twice, should an interrupt come between
+                try:
+                    while (event := steps.step()) is not None:
+                        yield event
+                finally:
+                    steps.close()
+            finally:
                 steps.close()
-            finally:  # once more, should an interrupt come between
-                if steps.holds:
-                    self.runtime.leave(self)
-
-    def steps(self, make: Callable[[], Generator[Event | None, None, None]], deadline: float | None) -> Steps:
-        """The steps of a turn of an admitted session, which is idle again if there cannot be any."""
-        try:
-            return Steps(self, make(), None if deadline is None else time.monotonic() + deadline)
-        except BaseException:
-            self.runtime.leave(self)
-            raise
 
     # ---- compaction and pins
 
@@ -273,11 +261,8 @@ class Session(Conversation):
         """
         check_count("pin: start", start)
         check_count("pin: stop", stop)
-        self.runtime.admit(self, brief=True)
-        try:
+        with self.runtime.turn(self, brief=True):
             pin(self.memory, self.memory.rows[0], start, stop, coming=len(self.pending))
-        finally:
-            self.runtime.leave(self)
 
     # ---- branches and files
 

@@ -14,16 +14,14 @@ if TYPE_CHECKING:
 
 
 class Steps:
-    """The events of one turn of an admitted session. :meth:`close` must be called, whatever happens."""
+    """The events of one turn of an admitted session. :meth:`close` must be called before the turn is ended."""
 
     def __init__(
         self, session: Conversation, events: Generator[Event | None, None, None], deadline: float | None
     ) -> None:
         """Nothing is run yet; ``deadline`` is on the monotonic clock."""
         self._session, self._events = session, events
-        self._open, self.over = True, False
-        self.holds = True
-        """Whether the session is still in this turn."""
+        self.over = False
         session.watch = Watch(deadline)
         session.memory.boundary = session.watch.check
 
@@ -48,12 +46,6 @@ class Steps:
         self._session.watch.cancelled = True
 
     def close(self) -> None:
-        """End the turn where it is and make the session idle; closing twice does nothing."""
+        """End the events where they are; closing twice does nothing."""
         with self._session.runtime.lock, own_frame():
-            if self._open:
-                self._open = False
-                try:
-                    self._events.close()
-                finally:
-                    self._session.runtime.leave(self._session)
-                    self.holds = False
+            self._events.close()

@@ -43,7 +43,7 @@ LINES = (
     ("compaction/run.py", "_deal", "self.row.change"),
     ("ledger.py", "hold", "self._held["),
     ("memory/store.py", "_release", "self.ledger.release"),
-    ("runtime.py", "leave", "session.busy = False"),
+    ("runtime.py", "end", "session.turn = None"),
     ("runtime.py", "try_admit", "admitted = lend"),
     ("sessions/turn_steps.py", "close", "with self._session.runtime.lock"),
 )

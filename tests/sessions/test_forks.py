@@ -161,12 +161,12 @@ def test_forks_of_an_interrupted_compaction_both_finish_it() -> None:
             if len(calls) == 2:
                 raise Interrupted("cancelled")
 
-        made.admit(session)
+        made.admit(session, stop)
         session.memory.boundary = stop
         told.clear()
         with pytest.raises(Interrupted), hf.forward_context.own_frame():
             session.engine.compact(session.memory.rows[0])
-        made.leave(session)
+        made.end(session, stop)
         assert session.memory.rows[0].job is not None
         fork = session.fork()
         ids = tiny_chat.on(fork)

@@ -34,11 +34,11 @@ def interrupt(session: Session) -> None:
         if len(calls) == 2:
             raise Interrupted("cancelled")
 
-    session.runtime.admit(session)
+    session.runtime.admit(session, stop)
     session.memory.boundary = stop
     with pytest.raises(Interrupted):
         session.engine.compact(session.memory.rows[0])
-    session.runtime.leave(session)
+    session.runtime.end(session, stop)
     assert session.memory.rows[0].job is not None
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from agentmem.errors import AgentmemError, CompactionFailed
+from agentmem.sessions.changes import put_back
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,6 +66,8 @@ def _preempt(runtime: Host, holding: Holding, stage: Stage) -> None:
         ]
         return None if None in answers else answers[0]
 
+    for each in _sharing(runtime, holding):
+        put_back(each)
     try:
         with reporting_compactions(runtime, holding):
             holding.preempt(stage, runtime.folder, left=runtime.leases.left, ask=ask)

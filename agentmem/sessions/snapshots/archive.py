@@ -28,11 +28,8 @@ if TYPE_CHECKING:
 def save(runtime: Host, session: Conversation, url: str | os.PathLike[str]) -> None:
     """See :meth:`agentmem.sessions.session.Session.save`."""
     check_place("url", url)
-    if session.holding.quiet:
-        runtime.begin(session)  # nothing is to be done but to read, which needs no lease
-    else:
-        runtime.admit(session, brief=True)
-    try:
+    leased = not session.holding.quiet  # else nothing is to be done but to read
+    with runtime.turn(session, brief=True, leased=leased):
         identity = _identity(runtime, session)
         with runtime.lock, reporting_compactions(runtime, session.holding):
             image, tensors = take_row(session.holding.finished(), runtime.model.dtype)
@@ -42,8 +39,6 @@ def save(runtime: Host, session: Conversation, url: str | os.PathLike[str]) -> N
             _check(session, image, beside)
         state = {"row": image.plain(), "session": beside.model_dump(mode="json")}
         write_snapshot(url, tensors, state, identity=identity, settings=made)
-    finally:
-        runtime.leave(session)
 
 
 def _made_of(session: Conversation, template: str) -> dict[str, Any]:
@@ -103,11 +98,8 @@ def load(
     made = Made.of(manifest.settings, shown(url))
     session = _again(runtime, url, name, made, given, settings)
     try:
-        runtime.admit(session, brief=True)
-        try:
+        with runtime.turn(session, brief=True):
             _fill(runtime, session, url, anew="seed" in settings)
-        finally:
-            runtime.leave(session)
     except BaseException:
         runtime.forget(session)
         raise

@@ -222,8 +222,8 @@ async def test_sixteen_sessions_under_a_cap_for_four(monkeypatch: pytest.MonkeyP
         sessions, waits = [made.session(name=str(number)) for number in range(16)], []
         granted, admit = [], made.try_admit
 
-        def noted(session: Session) -> bool:
-            admitted = admit(session)
+        def noted(session: Session, turn: object) -> bool:
+            admitted = admit(session, turn)
             granted.extend([session.name] if admitted else [])
             return admitted
 

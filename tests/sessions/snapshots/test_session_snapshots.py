@@ -124,11 +124,11 @@ def test_an_interrupted_compaction_is_finished_by_a_save(tmp_path: Path) -> None
         def stop() -> None:
             raise Interrupted("cancelled")
 
-        session.runtime.admit(session)
+        session.runtime.admit(session, stop)
         session.memory.boundary = stop
         with pytest.raises(Interrupted):
             session.engine.compact(session.memory.rows[0])
-        made.leave(session)
+        made.end(session, stop)
         told.clear()
         session.save(tmp_path)
         twin.compact()

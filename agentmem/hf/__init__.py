@@ -9,7 +9,7 @@ from agentmem.hf.attach import attach, detach, scope
 from agentmem.hf.cache import CappedCache
 from agentmem.hf.fingerprint import fingerprint
 from agentmem.hf.rope import positions
-from agentmem.hf.self_check import Check, CheckReport, check, require_checked
+from agentmem.hf.self_check import Check, CheckReport, check, require_checked, require_turning
 from agentmem.hf.support import (
     COVERED,
     check_tokenizer,
@@ -40,6 +40,7 @@ __all__ = [
     "refuse_probe",
     "refuse_scratch",
     "require_checked",
+    "require_turning",
     "scope",
     "text_model",
 ]

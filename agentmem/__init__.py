@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-from agentmem.api import CappedModel, CappedOutput, capped, plan, wrap
+from agentmem.api import CappedModel, capped, plan, wrap
 from agentmem.contracts import Budgets, Compaction, Compactor, HeadCompaction, Policy, Queries, Rewrite, Segment
 from agentmem.errors import (
     AgentmemError,
@@ -46,7 +46,6 @@ __all__ = [
     "CapTooSmall",
     "CappedCache",
     "CappedModel",
-    "CappedOutput",
     "Compaction",
     "CompactionContext",
     "CompactionFailed",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, Unpack
+from weakref import finalize
 
 from agentmem import hf, plugins
 from agentmem.contracts import Budgets
@@ -16,8 +17,6 @@ from agentmem.settings import Settings, SettingsOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-
-    import torch
 
     from agentmem.contracts import Policy
     from agentmem.planning.model_shape import ModelShape
@@ -99,31 +98,30 @@ def capped(
         )
 
 
-@dataclass(frozen=True)
-class CappedOutput:
-    """What ``generate`` returned, and what the memory did. ``report`` covers the memory's whole life so far."""
-
-    output: Any
-    report: RunReport
-
-    @property
-    def sequences(self) -> torch.Tensor:
-        """The ids ``[rows, columns]``, prompt included, whichever form ``generate`` returned."""
-        sequences: torch.Tensor = getattr(self.output, "sequences", self.output)
-        return sequences
-
-
 class CappedModel:
-    """A model whose ``generate`` runs under a cap. The memory lives over turns until :meth:`reset` or :meth:`close`."""
+    """A model whose ``generate`` runs under a cap. The memory lives over turns until :meth:`reset` or :meth:`close`.
+
+    It stands wherever the model would: all else that is asked of it, its class included, is the model's, and
+    ``transformers.pipeline`` takes it (for one conversation: :meth:`reset` before a prompt that begins anew).
+    """
 
     def __init__(self, model: Any, memory: Memory) -> None:
         """Use :func:`wrap`."""
         self._model = model
-        self._template = memory
-        self.memory = hf.attach(model, memory)
+        self._open(memory)
 
-    def generate(self, *args: Any, **kwargs: Any) -> CappedOutput:
-        """``model.generate`` with its own arguments; ``past_key_values`` is ours.
+    def _open(self, memory: Memory) -> None:
+        self._template = memory
+        self.memory = hf.attach(self._model, memory)
+        self._leash = finalize(self, hf.detach_later, self._model)  # should nobody close it
+        self._leash.atexit = False
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """``model.generate`` with its own arguments and its own result; ``past_key_values`` is ours.
+
+        Returns:
+            The ids ``[rows, columns]``, prompt included, or transformers' own output with them as ``sequences`` where
+            ``return_dict_in_generate`` says so. What the memory did is in :meth:`report`.
 
         Raises:
             UnsupportedGeneration: an argument that a capped memory cannot serve.
@@ -136,12 +134,34 @@ class CappedModel:
                 "past_key_values: this model brings its own memory; leave it out, or use agentmem.capped"
             )
         try:
-            output = self._model.generate(*args, past_key_values=self.memory, **kwargs)
+            return self._model.generate(*args, past_key_values=self.memory, **kwargs)
         except CompactionFailed:
             if self.memory.memory.stopped is None:
                 raise
-            output = self.memory.padded_transcripts()
-        return CappedOutput(output, self.memory.report())
+            return hf.returned(self._model, kwargs, self.memory.padded_transcripts())
+
+    def report(self) -> RunReport:
+        """What the memory did in its whole life so far."""
+        return self.memory.report()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward; pass ``past_key_values=wrapped.memory`` to have it use the memory."""
+        return self._model(*args, **kwargs)
+
+    @property  # type: ignore[misc]  # what isinstance and transformers' pipelines ask
+    def __class__(self) -> type[Any]:
+        """The model's class."""
+        return type(self._model)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move the model, and stay its stand-in."""
+        self._model.to(*args, **kwargs)
+        return self
+
+    def eval(self) -> Self:
+        """Put the model into eval mode, and stay its stand-in."""
+        self._model.eval()
+        return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse ``copy`` and ``pickle``."""
@@ -157,12 +177,12 @@ class CappedModel:
         """Drop the conversation and start with an empty memory under the same settings."""
         old = self._template
         self.close()
-        self._template = old.empty()
-        self.memory = hf.attach(self._model, self._template)
+        self._open(old.empty())
 
     def close(self) -> None:
         """Free the memory and leave the model as it was; closing twice does nothing."""
         if not self._template.closed:
+            self._leash.detach()
             hf.detach(self._model)
             self._template.close()
 

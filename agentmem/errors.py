@@ -22,9 +22,15 @@ AgentmemError
 
 from __future__ import annotations
 
+from agentmem.untrusted.texts import bounded
+
 
 class AgentmemError(Exception):
-    """Base of every error that agentmem raises on purpose."""
+    """Base of every error that agentmem raises on purpose. Its message is bounded, whatever it quotes."""
+
+    def __init__(self, message: str = "") -> None:
+        """Keep the beginning and the end of a message that is too long."""
+        super().__init__(bounded(message))
 
 
 class SettingsRefused(AgentmemError, ValueError):

@@ -38,6 +38,8 @@ WORDED: dict[str, tuple[str, ...]] = {
     ),
 }
 """Sources that use texts, with their defaults: one after the other at successive compactions."""
+MAX_PATTERN = 4096
+"""Characters of a regular expression."""
 MAX_INSTRUCTION = 32
 """Tokens of an instruction of ``self-study`` at most."""
 _NUMBER = r"(\d++(?:\.\d*+)?|\.\d++)"  # possessive: a run of digits is read once, whatever follows it
@@ -110,10 +112,12 @@ class Queries:
             raise ValueError(
                 f"probe_tokens: {self.tokens!r} is too few or no whole number; give at least 1, or None for the plan's"
             )
+        if len(self.pattern) > MAX_PATTERN:
+            raise ValueError(f"pattern: it has {len(self.pattern)} characters; {MAX_PATTERN} are allowed")
         try:
             regex.compile(self.pattern)
-        except regex.error as error:
-            raise ValueError(f"pattern: {self.pattern!r} is no regular expression: {error}") from error
+        except (regex.error, RecursionError) as error:
+            raise ValueError(f"pattern: {self.pattern[:80]!r} is no regular expression: {error}") from error
         if not 0 < self.pattern_weight < float("inf"):
             raise ValueError(f"pattern_weight: {self.pattern_weight} is no weight; give a number above 0")
         names = [part.source for part in self.parts]

@@ -9,8 +9,11 @@ from typing import Annotated, Literal, TypedDict
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from agentmem.errors import SettingsRefused
+from agentmem.untrusted.texts import faults, shown
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_MAX_TEXT = 64
+"""Characters of a byte count."""
 _BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 
 
@@ -22,13 +25,13 @@ def parse_bytes(value: int | str, field: str = "bytes") -> int:
 
     """
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise SettingsRefused(f"{field}: {value!r} is neither an integer nor a text; write 25165824 or '24MiB'")
+        raise SettingsRefused(f"{field}: {shown(value)} is neither an integer nor a text; write 25165824 or '24MiB'")
     if isinstance(value, str):
-        match = _BYTES.fullmatch(value)
+        match = _BYTES.fullmatch(value) if len(value) <= _MAX_TEXT else None
         unit = match.group(2).lower() if match else None
         if match is None or unit not in _UNITS:
             raise SettingsRefused(
-                f"{field}: cannot read {value!r}; write an integer, or a number with one of "
+                f"{field}: cannot read {shown(value)}; write an integer, or a number with one of "
                 "B, KB, MB, GB, KiB, MiB, GiB, as in '24MiB'"
             )
         count = math.floor(float(match.group(1)) * _UNITS[unit])
@@ -71,16 +74,6 @@ def check_part(value: int | float | str, field: str) -> None:  # noqa: PYI041  #
             parse_bytes(value, field)
         except SettingsRefused as error:
             raise SettingsRefused(f"{error}; a fraction is a number such as 0.5, without quotes") from None
-
-
-def violations(error: ValidationError) -> str:
-    """What a model of settings does not take: field, limit and value of each."""
-    lines = []
-    for item in error.errors():
-        field = item["loc"][0] if item["loc"] else "settings"
-        said = item["msg"].removeprefix("Value error, ").removeprefix(f"{field}: ")
-        lines.append(f"{field}: {said} (got {item['input']!r})")
-    return "; ".join(lines)
 
 
 def _check_target(value: int | float | str) -> int | float | str:  # noqa: PYI041  # the same
@@ -146,4 +139,4 @@ class Settings(BaseModel):
             return cls(**values)  # type: ignore[arg-type]  # pydantic validates
         except ValidationError as error:
             known = ", ".join(sorted(cls.model_fields))
-            raise SettingsRefused(violations(error) + f". Settings are: {known}") from None
+            raise SettingsRefused(faults(error, values) + f". Settings are: {known}") from None

@@ -264,7 +264,7 @@ def _made(parts: Parts, dice: random.Random) -> None:
 
 
 def _identity(parts: Parts, dice: random.Random) -> None:
-    parts.identity[dice.choice(["model", "tokenizer"])] = "ab" * 32
+    parts.identity[dice.choice(sorted(parts.identity))] = "ab" * 32
 
 
 FORGERIES: dict[str, Forgery] = {
@@ -299,5 +299,5 @@ FORGERIES: dict[str, Forgery] = {
     "dialogue": _dialogue,
     "settings": _settings,
     "how it was made": _made,
-    "another model or tokenizer": _identity,
+    "another identity": _identity,
 }

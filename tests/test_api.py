@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, TextIteratorStreamer
+from transformers import GenerationConfig, TextIteratorStreamer, pipeline
 
 import agentmem
 from agentmem import Compaction, CompactionFailed, Compactor, MemoryUnused, Policy, Queries, Segment, plugins
 from agentmem.contracts import SegmentShape
 from agentmem.settings import Settings, SettingsOptions
-from support import variants
+from support import tiny_chat, variants
 
 
 def fingerprint(model: Any) -> tuple[Any, ...]:
@@ -238,19 +238,20 @@ def test_a_mixture_is_an_option_in_one_line() -> None:
 # ---- a wrapped model
 
 
-def test_a_wrapped_model_returns_what_generate_returns_and_a_report() -> None:
-    """What comes back is Hugging Face's own output, whose sequences read alike in both forms, and a report as JSON."""
+def test_a_wrapped_model_returns_what_generate_returns() -> None:
+    """What comes back is Hugging Face's own result in both of its forms; the report is beside it, and is JSON."""
     model, ids = variants.model(), variants.prompt(30)
     stock = model.generate(ids, max_new_tokens=5, do_sample=False)
     with agentmem.wrap(model, Spelling(), **variants.ROOMY) as ours:
-        plain = ours.generate(ids, max_new_tokens=5, do_sample=False)
+        plain = ours.generate(ids, max_new_tokens=5, do_sample=False, return_dict_in_generate=False)
+        report = json.loads(ours.report().model_dump_json())
     with agentmem.wrap(model, **variants.ROOMY) as ours:
         rich = ours.generate(ids, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
 
-    assert torch.equal(plain.output, stock)
-    assert torch.equal(plain.sequences, rich.sequences)
-    assert type(rich.output).__name__ == "GenerateDecoderOnlyOutput"
-    report = json.loads(plain.report.model_dump_json())
+    assert type(plain) is type(stock)
+    assert torch.equal(plain, stock)
+    assert torch.equal(rich.sequences, stock)
+    assert type(rich).__name__ == "GenerateDecoderOnlyOutput"
     assert report["num_prompt_tokens"] == 30
     assert report["cap_bytes"] == 64 * 2**20
     assert 0 < report["peak_bytes"] <= report["cap_bytes"]
@@ -261,11 +262,12 @@ def test_every_token_is_counted_once() -> None:
     model = variants.model()
     with agentmem.wrap(model, **variants.TIGHT) as ours:
         first = ours.generate(variants.prompt(30), max_new_tokens=12)
-        assert (first.report.num_prompt_tokens, first.report.num_new_tokens) == (30, 12 - 1)
-        longer = torch.cat((first.sequences, variants.prompt(7)), 1)
-        second = ours.generate(longer, max_new_tokens=9)
+        report = ours.report()
+        assert (report.num_prompt_tokens, report.num_new_tokens) == (30, 12 - 1)
+        ours.generate(torch.cat((first, variants.prompt(7)), 1), max_new_tokens=9)
+        report = ours.report()
 
-    assert (second.report.num_prompt_tokens, second.report.num_new_tokens) == (30 + 1 + 7, 12 - 1 + 9 - 1)
+    assert (report.num_prompt_tokens, report.num_new_tokens) == (30 + 1 + 7, 12 - 1 + 9 - 1)
 
 
 def test_turns_go_on_until_reset() -> None:
@@ -274,14 +276,15 @@ def test_turns_go_on_until_reset() -> None:
     before = fingerprint(model)
     ours = agentmem.wrap(model, **variants.TIGHT)
     first = ours.generate(ids, max_new_tokens=20, do_sample=False)
-    second = ours.generate(torch.cat((first.sequences, variants.prompt(5)), 1), max_new_tokens=20, do_sample=False)
-    assert second.report.num_compactions == 2
+    assert ours.report().num_compactions == 1
+    ours.generate(torch.cat((first, variants.prompt(5)), 1), max_new_tokens=20, do_sample=False)
+    assert ours.report().num_compactions == 2
     ours.reset()
     again = ours.generate(ids, max_new_tokens=20, do_sample=False)
     ours.close()
 
-    assert torch.equal(again.sequences, first.sequences)
-    assert again.report.num_compactions == first.report.num_compactions == 1
+    assert torch.equal(again, first)
+    assert ours.report().num_compactions == 1
     assert fingerprint(model) == before
 
 
@@ -294,7 +297,7 @@ def test_closing_twice_is_closing_once() -> None:
         ours.generate(variants.prompt(5), max_new_tokens=2)
         ours.close()
     ours.close()
-    assert other.generate(variants.prompt(5), max_new_tokens=2).sequences.shape == (1, 7)
+    assert other.generate(variants.prompt(5), max_new_tokens=2).shape == (1, 7)
     other.close()
 
     assert fingerprint(model) == before
@@ -346,11 +349,14 @@ def test_on_failure_stop_returns_what_there_is() -> None:
     stock = model.generate(ids, max_new_tokens=40, do_sample=False)
     with agentmem.wrap(model, policy=broken(), on_failure="stop", **variants.TIGHT) as ours:
         output = ours.generate(ids, max_new_tokens=40, do_sample=False)
+        stopped = ours.report().stopped
+    with agentmem.wrap(model, policy=broken(), on_failure="stop", **variants.TIGHT) as ours:
+        rich = ours.generate(ids, max_new_tokens=40, do_sample=False, return_dict_in_generate=True)
 
-    assert torch.equal(output.sequences, stock[:, : output.sequences.shape[1]])
-    assert output.sequences.shape[1] == 40
-    assert output.report.stopped is not None
-    assert "the matrix ran away" in output.report.stopped
+    assert torch.equal(output, stock[:, :40])
+    assert torch.equal(rich.sequences, output)
+    assert stopped is not None
+    assert "the matrix ran away" in stopped
 
 
 def test_on_failure_raise_leaves_a_readable_memory() -> None:
@@ -404,3 +410,39 @@ def test_the_public_names() -> None:
 def test_the_keyword_arguments_are_the_settings() -> None:
     """What type checkers know of ``capped(**settings)`` is every field beside the cap, and nothing else."""
     assert set(SettingsOptions.__annotations__) == set(Settings.model_fields) - {"cap"}
+
+
+# ---- in the model's place
+
+
+def test_a_wrapped_model_stands_in_for_the_model() -> None:
+    """Its class, device, configs, methods and forward are the model's; moving it or eval() keeps the cap."""
+    model, ids = variants.private(), variants.prompt(9)
+    with agentmem.wrap(model, **variants.ROOMY) as ours:
+        assert isinstance(ours, type(model))
+        assert isinstance(ours, agentmem.CappedModel)
+        assert ours.device == model.device
+        assert ours.config is model.config
+        assert ours.generation_config is model.generation_config
+        assert ours.num_parameters() == model.num_parameters()
+        assert ours.to("cpu").eval() is ours
+        assert torch.equal(ours(ids).logits, model(ids).logits)
+        assert torch.equal(ours(ids, past_key_values=ours.memory).logits[:, -1], model(ids).logits[:, -1])
+        assert ours.report().num_prompt_tokens == 9
+
+
+def test_a_pipeline_runs_a_wrapped_model_under_its_cap(caplog: pytest.LogCaptureFixture) -> None:
+    """Stock text below the cap, and a conversation of more tokens than slots above it."""
+    model, speaks = variants.private(), tiny_chat.tokenizer()
+    options = {"max_new_tokens": 60, "do_sample": False, "return_full_text": True}
+    stock = pipeline("text-generation", model=model, tokenizer=speaks)("hello", max_new_tokens=9, do_sample=False)
+    with agentmem.wrap(model, **variants.TIGHT) as ours:
+        speak = pipeline("text-generation", model=ours, tokenizer=speaks)
+        assert speak("hello", max_new_tokens=9, do_sample=False) == stock
+        assert not [record for record in caplog.records if "not supported" in record.message]
+        ours.reset()
+        (first,) = speak("hello", **options)
+        assert len(speaks(first["generated_text"])["input_ids"]) > ours.memory.plan.capacity
+        assert ours.report().num_compactions > 0
+        with pytest.raises(agentmem.PromptMismatch):
+            speak("another text", **options)

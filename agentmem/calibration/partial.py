@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from agentmem.models.files import write_whole
+from agentmem.untrusted.files import read_plain
+from agentmem.untrusted.json_text import parsed
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 
+_MAX_BYTES = 64 << 20
 REMEDY = "choose another place with --out"
 
 
@@ -41,13 +44,14 @@ class Partial:
         found: dict[str, Any] = {}
         for path in self.files():
             try:
-                content = json.loads(path.read_text(encoding="utf-8"))
+                content = parsed(read_plain(path, _MAX_BYTES), _MAX_BYTES)
             except (OSError, ValueError):
                 continue  # another process's scratch, or not ours
-            if isinstance(content, dict) and content.get("key") == self.key:
-                found |= content["done"]
+            done = content.get("done")
+            if content.get("key") == self.key and isinstance(done, dict):
+                found |= done
                 if path == self.path:
-                    self.own = dict(content["done"])
+                    self.own = done
         return found
 
     def put(self, unit: str, value: object) -> None:

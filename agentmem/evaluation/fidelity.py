@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from functools import partial
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import torch
+from pydantic import FailFast
 
 from agentmem.evaluation.full_logits import full_logits, passage_key
 from agentmem.evaluation.kept import load, save, settings_key
@@ -38,10 +39,10 @@ class Measurement(Spent):
 
     policy: str
     equal: Equal
-    kl: tuple[float, ...]
-    delta_nll: tuple[float, ...]
-    agrees: tuple[bool, ...]
-    compactions: tuple[int, ...]
+    kl: Annotated[tuple[float, ...], FailFast()]
+    delta_nll: Annotated[tuple[float, ...], FailFast()]
+    agrees: Annotated[tuple[bool, ...], FailFast()]
+    compactions: Annotated[tuple[int, ...], FailFast()]
 
 
 class Drift(Frozen):
@@ -75,9 +76,9 @@ class FidelityRow(Frozen):
     """Of ``seconds``, those spent compacting."""
     positions: int
     capacity: int
-    kl_by_compaction: tuple[float, ...]
+    kl_by_compaction: Annotated[tuple[float, ...], FailFast()]
     """Mean KL of the positions read after 0, 1, 2, … compactions; the first shows an untouched memory's KL."""
-    drift: tuple[Drift, ...]
+    drift: Annotated[tuple[Drift, ...], FailFast()]
     """The same in groups of eight compactions from the first on; empty below sixteen."""
 
     @property
@@ -97,7 +98,7 @@ class Medians(Frozen):
     top1: float
     delta_nll: float
     seconds_each: float
-    drift: tuple[Drift, ...]
+    drift: Annotated[tuple[Drift, ...], FailFast()]
 
 
 def measure(

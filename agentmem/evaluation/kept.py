@@ -10,13 +10,16 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from agentmem.models.files import write_whole
+from agentmem.untrusted.files import read_plain
+from agentmem.untrusted.json_text import parsed
 
 if TYPE_CHECKING:
     from agentmem.contracts import Policy
 
+_MAX_BYTES = 64 << 20
 Kept = TypeVar("Kept", bound=BaseModel)
 _DRAWING = frozenset({"pictures.py", "plots.py"})
 _BESIDE = ("calibration", "cli", "policies", "sessions")
@@ -41,8 +44,9 @@ def settings_key(policy: Policy | str, *terms: BaseModel) -> str:
 def load(kind: type[Kept], path: Path) -> Kept | None:
     """What was saved at ``path``; ``None`` if nothing whole of that kind is there."""
     try:
-        return kind.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
+        found = parsed(read_plain(path, _MAX_BYTES), _MAX_BYTES, strict=False)
+        return kind.model_validate(found)
+    except (OSError, ValueError):
         return None
 
 

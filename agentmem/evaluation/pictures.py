@@ -7,16 +7,19 @@ matplotlib; no other module of the package does.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
-from pydantic import TypeAdapter, ValidationError
+from pydantic import FailFast, TypeAdapter, ValidationError
 
 from agentmem.errors import SettingsRefused
 from agentmem.evaluation.fidelity import FidelityRow
 from agentmem.evaluation.recall import FULL, WINDOW
+from agentmem.untrusted.files import read_plain
+from agentmem.untrusted.json_text import json_value
+from agentmem.untrusted.texts import faults
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
     from agentmem.evaluation.recall import RecallRow
 
 _DPI = 150
+_MAX_FIDELITY = 64 << 20
+"""Bytes of a file of fidelity rows."""
 _INK, _GREY = "#333333", "#888888"
 _MARKERS = "os^Dv<>Ph*"
 _LEGEND_WIDTH = 110
@@ -40,16 +45,17 @@ def read_fidelity(path: Path) -> tuple[FidelityRow, ...]:
         SettingsRefused: the file cannot be read, or holds other things.
 
     """
+    rows = None
     try:
-        return tuple(TypeAdapter(list[FidelityRow]).validate_json(path.read_bytes()))
+        rows = json_value(read_plain(path, _MAX_FIDELITY), _MAX_FIDELITY, strict=False)
+        return tuple(TypeAdapter(Annotated[list[FidelityRow], FailFast()]).validate_python(rows))
     except OSError as error:
         raise SettingsRefused(f"fidelity-json: cannot read {path}: {error.strerror or error}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the file"
+    except ValueError as error:
+        said = faults(error, rows) if isinstance(error, ValidationError) else error
         raise SettingsRefused(
-            f"fidelity-json: {path} holds no rows of `agentmem eval fidelity --json`: {place}: {first['msg']}"
-        ) from error
+            f"fidelity-json: {path} holds no rows of `agentmem eval fidelity --json`: {said}"
+        ) from None
 
 
 def save(figures: Mapping[str, Figure], folder: Path) -> tuple[Path, ...]:

@@ -14,6 +14,7 @@ from agentmem.api import capped, plan
 from agentmem.contracts import Queries
 from agentmem.errors import SettingsRefused
 from agentmem.settings import Seed
+from agentmem.untrusted.texts import faults
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,13 +42,7 @@ class Frozen(BaseModel):
         try:
             return cls(**values)
         except ValidationError as error:
-            lines = [_violation(str(item["loc"][0]), item["msg"], item["input"]) for item in error.errors()]
-            raise SettingsRefused("; ".join(lines)) from None
-
-
-def _violation(name: str, message: str, value: object) -> str:
-    message = message.removeprefix("Value error, ")
-    return message if message.startswith(f"{name}:") else f"{name}: {message} (got {value!r})"
+            raise SettingsRefused(faults(error, values)) from None
 
 
 class Terms(Frozen):

@@ -5,9 +5,11 @@ its forward is watched by hooks, and ``generate`` checks its arguments first. Al
 undone with the last block. Forwards that are not ours reach the original functions.
 """
 
-from agentmem.hf.attach import attach, detach, scope
+from agentmem.hf.attach import attach, detach, detach_later, scope
 from agentmem.hf.cache import CappedCache
 from agentmem.hf.fingerprint import fingerprint
+from agentmem.hf.generate_checks import returned
+from agentmem.hf.model_identity import model_identity, weights
 from agentmem.hf.rope import positions
 from agentmem.hf.self_check import Check, CheckReport, check, require_checked, require_turning
 from agentmem.hf.support import (
@@ -33,14 +35,18 @@ __all__ = [
     "check_tool",
     "describe",
     "detach",
+    "detach_later",
     "end_ids",
     "fingerprint",
     "input_device",
+    "model_identity",
     "positions",
     "refuse_probe",
     "refuse_scratch",
     "require_checked",
     "require_turning",
+    "returned",
     "scope",
     "text_model",
+    "weights",
 ]

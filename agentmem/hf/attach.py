@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -235,6 +236,8 @@ def scope(cache: CappedCache) -> Iterator[None]:
 
 _ATTACHMENTS: WeakKeyDictionary[PreTrainedModel, _Attachment] = WeakKeyDictionary()
 _LOCK = threading.Lock()
+_DROPPED: deque[PreTrainedModel] = deque()
+"""One entry for each attachment whose owner was garbage and that is to be undone."""
 
 
 def attach(model: PreTrainedModel, memory: Memory) -> CappedCache:
@@ -244,15 +247,39 @@ def attach(model: PreTrainedModel, memory: Memory) -> CappedCache:
         if attachment.users == 0:
             attachment.install()
         attachment.users += 1
+    _detach_dropped()
     return CappedCache(Engine(memory, ModelForwards(model, memory.shape)), model)
 
 
 def detach(model: PreTrainedModel) -> None:
     """Undo one :func:`attach`; the last one restores the model."""
     with _LOCK:
-        attachment = _ATTACHMENTS[model]
-        attachment.users -= 1
-        if attachment.users == 0:
-            for undo in reversed(attachment.undo):
-                undo()
-            del _ATTACHMENTS[model]
+        _undo(model)
+    _detach_dropped()
+
+
+def detach_later(model: PreTrainedModel) -> None:
+    """:func:`detach` for an owner that is garbage: never waits, since the collector may run while the lock is held.
+
+    Who holds the lock then does it, as soon as it is free.
+    """
+    _DROPPED.append(model)
+    _detach_dropped()
+
+
+def _detach_dropped() -> None:
+    while _DROPPED and _LOCK.acquire(blocking=False):
+        try:
+            while _DROPPED:
+                _undo(_DROPPED.popleft())
+        finally:
+            _LOCK.release()
+
+
+def _undo(model: PreTrainedModel) -> None:
+    attachment = _ATTACHMENTS[model]
+    attachment.users -= 1
+    if attachment.users == 0:
+        for undo in reversed(attachment.undo):
+            undo()
+        del _ATTACHMENTS[model]

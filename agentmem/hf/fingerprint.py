@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from transformers import PreTrainedConfig, PreTrainedModel
 
 _SIZES = (
@@ -30,12 +32,22 @@ def fingerprint(model: PreTrainedModel) -> str:
     Weights are rounded to bfloat16 first: a float32 checkpoint has the same fingerprint when loaded in bfloat16. The
     dtype, the device and the folder do not matter; weights that are on no device (``meta``) are left out.
     """
-    config: PreTrainedConfig = model.config.get_text_config(decoder=True)
-    digest = hashlib.sha256(repr([(name, getattr(config, name, None)) for name in _SIZES]).encode())
-    for name, weight in model.get_decoder().named_parameters():
-        digest.update(f"{name} {tuple(weight.shape)}".encode())
+    digest = hashlib.sha256(sizes(model.config.get_text_config(decoder=True)))
+    for said in sampled(model.get_decoder().named_parameters()):
+        digest.update(said)
+    return digest.hexdigest()
+
+
+def sizes(config: PreTrainedConfig) -> bytes:
+    """The sizes of a model."""
+    return repr([(name, getattr(config, name, None)) for name in _SIZES]).encode()
+
+
+def sampled(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[bytes]:
+    """The name, the shape and an even sample in bfloat16 of each weight that is on a device."""
+    for name, weight in weights:
+        yield f"{name} {tuple(weight.shape)}".encode()
         if not weight.is_meta and weight.numel():
             flat = weight.detach().flatten()
             sample = flat[:: max(1, flat.numel() // _SAMPLE)].to(torch.bfloat16)
-            digest.update(sample.view(torch.int16).cpu().numpy().tobytes())
-    return digest.hexdigest()
+            yield sample.view(torch.int16).cpu().numpy().tobytes()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
 from agentmem.errors import PromptMismatch, UnsupportedGeneration
 
 if TYPE_CHECKING:
@@ -61,6 +63,15 @@ def chosen(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     for source in (vars(model.generation_config), {} if config is None else vars(config), given):
         options.update((name, value) for name, value in source.items() if value is not None)
     return options
+
+
+def returned(model: Any, given: Mapping[str, Any], sequences: torch.Tensor) -> Any:
+    """The ids ``[rows, columns]`` of a run that was ended early, in the form that ``generate`` returns them in."""
+    ids = sequences.to(model.device)
+    rich = chosen(model, given).get("return_dict_in_generate", False)
+    if not rich:
+        return ids
+    return GenerateDecoderOnlyOutput(sequences=ids)  # type: ignore[arg-type]  # asks for a LongTensor by name
 
 
 def check_generate(cache: CappedCache, model: Any, given: Mapping[str, Any]) -> None:

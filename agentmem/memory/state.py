@@ -11,7 +11,7 @@ from array import array
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from agentmem.memory.pinning import promote, settle
 from agentmem.memory.pins import Pins
@@ -44,9 +44,9 @@ class SavedSample(_Image):
 class SavedLayer(_Image):
     """One layer's store without its tensors."""
 
-    lengths: tuple[Count, ...]
+    lengths: Annotated[tuple[Count, ...], FailFast()]
     biased: bool
-    samples: tuple[SavedSample, ...] = ()
+    samples: Annotated[tuple[SavedSample, ...], FailFast()] = ()
 
 
 class SavedRow(_Image):
@@ -59,15 +59,15 @@ class SavedRow(_Image):
     intact: Count
     compactions: Count
     headroom_at: Count | None
-    pins: tuple[tuple[Count, Count], ...]
+    pins: Annotated[tuple[tuple[Count, Count], ...], FailFast()]
     promoted_until: Count
     prompt_tokens: Count
     new_tokens: Count
-    scales: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...]
+    scales: Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], FailFast()]
     """Logit scale of each layer: a compaction may come before the next forward tells it again."""
-    layers: tuple[SavedLayer | None, ...]
-    compaction_reports: tuple[CompactionReport, ...]
-    rebase_reports: tuple[RebaseReport, ...]
+    layers: Annotated[tuple[SavedLayer | None, ...], FailFast()]
+    compaction_reports: Annotated[tuple[CompactionReport, ...], FailFast()]
+    rebase_reports: Annotated[tuple[RebaseReport, ...], FailFast()]
 
     def plain(self) -> dict[str, Any]:
         """As JSON has it. Infinite numbers of a report, such as the condition of a singular fit, become texts."""

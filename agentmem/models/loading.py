@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from agentmem.errors import ModelUnavailable
 from agentmem.models.download import Origin, Progress, download, extract
+from agentmem.untrusted.files import read_plain
+from agentmem.untrusted.json_text import parsed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,6 +54,7 @@ DEFAULT = Origin(
 )
 
 BOS, EOS, CONTEXT = 1, 2, 8192
+_MAX_MANIFEST = 1 << 20
 GREETING = "Hello, how are you?"
 # fmt: off
 GREETING_IDS = [  # SmolLM2's chat format: default system prompt, the greeting as the user's turn, the assistant's head
@@ -89,7 +92,7 @@ def is_fetched(home: Path | None = None) -> bool:
     """Whether the default model lies in its folder, whole: every file of its manifest with its size."""
     folder = default_folder(home)
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = parsed(read_plain(folder / _MANIFEST, _MAX_MANIFEST), _MAX_MANIFEST)
         return bool(manifest["sha256"] == DEFAULT.sha256 and manifest["files"] == _sizes(folder))
     except (OSError, ValueError, KeyError):
         return False

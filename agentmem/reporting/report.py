@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, FailFast
 
 Outcome = Literal["compacted", "retried", "evicted"]
 
@@ -26,7 +26,7 @@ class LayerReport(_Report):
     bias_min: float
     bias_max: float
     condition: float
-    fallbacks: tuple[str, ...] = ()
+    fallbacks: Annotated[tuple[str, ...], FailFast()] = ()
     outcome: Outcome = "compacted"
 
 
@@ -81,8 +81,8 @@ class CompactionReport(_Report):
     """``probe`` (the transient forward: what the other stages leave), ``probe text`` (finding what it reads), ``fit``,
     ``check`` (held-out errors), ``commit``, ``headroom``; ``survey`` (budgets that compare heads) and ``summary``
     (writing one) where there are any."""
-    layers: tuple[LayerReport, ...]
-    faults: tuple[str, ...] = ()
+    layers: Annotated[tuple[LayerReport, ...], FailFast()]
+    faults: Annotated[tuple[str, ...], FailFast()] = ()
     """What went wrong and was repaired, one line each."""
     summary: SummaryReport | None = None
     """What the model wrote in place of the segment, where the policy asked for it and it was accepted."""
@@ -141,9 +141,9 @@ class RunReport(_Report):
     seconds_compacting: float
     stopped: str | None = None
     """Why generation was stopped early, if it was."""
-    compactions: tuple[CompactionReport, ...] = ()
+    compactions: Annotated[tuple[CompactionReport, ...], FailFast()] = ()
     """All of them; only the newest 128 say something of single layers and spans."""
-    rebases: tuple[RebaseReport, ...] = ()
+    rebases: Annotated[tuple[RebaseReport, ...], FailFast()] = ()
 
 
 def _mean(values: list[float | None]) -> float | None:

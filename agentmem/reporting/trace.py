@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self, TextIO
 
-from pydantic import ValidationError
-
 from agentmem.errors import SettingsRefused
 from agentmem.reporting.report import CompactionReport, RebaseReport
+from agentmem.untrusted.files import read_plain
+from agentmem.untrusted.json_text import parsed
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -37,6 +37,7 @@ class UsageLike(Protocol):
     def peak_bytes(self) -> int: ...  # noqa: D102
 
 
+_MAX_BYTES, _MAX_LINE = 1 << 30, 8 << 20
 _USAGE_FIELDS = ("tokens_seen", "held_slots", "resident_bytes", "used_bytes", "peak_bytes")
 
 
@@ -137,17 +138,19 @@ def read_trace(path: Path) -> Trace:
 
     """
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        lines = read_plain(path, _MAX_BYTES).decode("utf-8", "replace").splitlines(keepends=True)
     except OSError as error:
         raise SettingsRefused(f"trace: cannot read {path}: {error.strerror or error}") from error
     trace = Trace()
     for number, line in enumerate(lines, start=1):
         try:
-            _add(trace, json.loads(line))
-        except (ValueError, KeyError, TypeError, ValidationError) as error:
+            _add(trace, parsed(line.encode(), _MAX_LINE, strict=False))
+        except (ValueError, KeyError):
             if number == len(lines) and not line.endswith("\n"):
                 break
-            raise SettingsRefused(f"trace: line {number} of {path} is no trace event: {line.strip()[:60]!r}") from error
+            raise SettingsRefused(
+                f"trace: line {number} of {path} is no trace event: {line[:200].strip()[:60]!r}"
+            ) from None
     return trace
 
 
@@ -158,7 +161,6 @@ def _add(trace: Trace, event: dict[str, object]) -> None:
     elif kind == "usage":
         trace.points.append(UsagePoint(float(str(elapsed)), *(int(str(event[name])) for name in _USAGE_FIELDS)))
     elif kind == "compaction":
-        # JSON knows no tuples: model_validate_json is the mode that accepts lists for them.
-        trace.compacted(CompactionReport.model_validate_json(json.dumps(event)))
+        trace.compacted(CompactionReport.model_validate(event))
     else:
         raise ValueError(kind)

@@ -111,8 +111,8 @@ async def admitted(session: Conversation, until: float | None = None) -> None:
     except TimeoutError:
         raise RuntimeBusy(
             f"session {session.name!r} waited {max(0, wait):.3g} s for its lease of {session.holding.lease} bytes, and "
-            f"{len(runtime.waiters) - 1} others wait, too; raise wait (or the turn's deadline), give sessions smaller "
-            "shares, or raise cap"
+            f"{len(runtime.waiters) - 1} others wait, too{runtime.leases.stuck}; raise wait (or the turn's deadline), "
+            "give sessions smaller shares, or raise cap"
         ) from None
     finally:
         runtime.waiters.remove(place)

@@ -6,19 +6,17 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from reprlib import Repr
 
 from agentmem import hf
 from agentmem.errors import SettingsRefused
+from agentmem.untrusted.texts import shown
 
-_SHORT = Repr()
-_SHORT.maxstring = _SHORT.maxother = 60
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def refusal(field: str, value: object, remedy: str) -> SettingsRefused:
     """What is said of a value that cannot work."""
-    return SettingsRefused(f"{field}={_SHORT.repr(value)}: {remedy}")
+    return SettingsRefused(f"{field}={shown(value)}: {remedy}")
 
 
 def check_count(field: str, value: object, least: int = 0) -> None:

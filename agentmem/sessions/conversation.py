@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from agentmem.sessions.leasing.admission import Leases
     from agentmem.sessions.leasing.holding import Holding
     from agentmem.sessions.settings import SessionSettings
+    from agentmem.sessions.snapshots.snapshot import Identity
 
 T = TypeVar("T")
 
@@ -84,7 +85,7 @@ class Host(Protocol):
     guard: Any
     """Held for an instant, while it is written down who holds what."""
     leases: Leases
-    identity: dict[str, str]
+    identity: Identity
     defaults: dict[str, Any]
     turns: count[int]
     templates: WeakKeyDictionary[ChatTemplate, str]

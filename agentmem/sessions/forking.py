@@ -34,6 +34,8 @@ def _in_child() -> None:
     aio.THREADS.clear()
     for runtime in list(RUNTIMES):
         runtime.waiters.clear()
+        for holding in runtime.leases.holdings:
+            holding.inherit(runtime.folder)
     _after()
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from collections import deque
 from itertools import count
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, get_args
 from weakref import WeakKeyDictionary
 
@@ -29,13 +27,14 @@ from agentmem.sessions.snapshots import archive
 from agentmem.sessions.snapshots.folder import local_path
 from agentmem.sessions.snapshots.recipe import Named, check_settings, split, template_digest
 from agentmem.sessions.snapshots.session_state import restore, saved
-from agentmem.sessions.snapshots.snapshot import identity
+from agentmem.sessions.snapshots.snapshot import Identity
 from agentmem.sessions.stats import RuntimeStats
 from agentmem.settings import parse_bytes
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
     from agentmem.contracts import Policy
     from agentmem.memory.memory import Memory
@@ -76,7 +75,8 @@ class Runtime:
             cap: bytes, as an integer or a text such as ``"64MiB"``.
             policy: of sessions that name none.
             pressure: the stages by which idle memories are preempted, in order; leave out what must not happen.
-            spill: the folder where idle memories go; by default a temporary one, which the runtime deletes.
+            spill: the folder where idle memories go, below which the runtime has one of its own; by default
+                ``agentmem-USER`` among the system's temporary ones.
             wait: seconds that a stream waits for its lease.
             max_waiting: streams that may wait at once; more are refused at once.
             settings: defaults of the sessions' :class:`SessionSettings` and :class:`agentmem.settings.Settings`.
@@ -105,9 +105,8 @@ class Runtime:
         """Held for an instant, while it is written down who holds what."""
         self.waiters: deque[Callable[[], None]] = deque()
         """Turns that wait for a lease, the first to be served first; called to have one try again."""
-        self.identity = identity(self.model, tokenizer)
-        self._spill = None if spill is None else Spill(local_path(spill))
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self.identity = Identity(self.model, tokenizer)
+        self._spill = Spill(None if spill is None else local_path(spill))
         self.turns, self._names = count(1), count(1)
         self.templates: WeakKeyDictionary[ChatTemplate, str] = WeakKeyDictionary()
         """What the chat template of each session was given besides messages, as a digest."""
@@ -266,11 +265,7 @@ class Runtime:
 
     def folder(self) -> Path:
         """Where idle memories go."""
-        if self._spill is not None:
-            return self._spill.folder()
-        if self._temporary is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="agentmem-")
-        return Path(self._temporary.name)
+        return self._spill.folder()
 
     # ---- files
 
@@ -328,10 +323,7 @@ class Runtime:
         with self.lock:
             for session in list(self.sessions):
                 self.forget(session)
-            if self._temporary is not None:
-                self._temporary.cleanup()
-            if self._spill is not None:
-                self._spill.close()
+            self._spill.close()
         for wake in list(self.waiters):
             wake()
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, Self
 
 import regex
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError
 
 from agentmem.errors import SettingsRefused
+from agentmem.queries import MAX_PATTERN
 from agentmem.sessions.chat.dialogue import Role
-from agentmem.settings import Seed, check_part, parse_bytes, violations
+from agentmem.settings import Seed, check_part, parse_bytes
+from agentmem.untrusted.texts import faults
 
 
 def _expression(pattern: str) -> str:
+    if len(pattern) > MAX_PATTERN:
+        raise ValueError(f"a pattern of {len(pattern)} characters; {MAX_PATTERN} are allowed")
     try:
         regex.compile(pattern)
-    except regex.error as error:
+    except (regex.error, RecursionError) as error:
         raise ValueError(f"it is no regular expression: {error}") from None
     return pattern
 
@@ -40,9 +44,9 @@ class SessionSettings(BaseModel):
 
     share: Annotated[float | int | str, BeforeValidator(_share)] = 1.0
     """The lease: a fraction of the runtime's cap (a float, 1.0 at most), or bytes (``4194304``, ``"4MiB"``)."""
-    pin_roles: tuple[Role, ...] = ("system",)
+    pin_roles: Annotated[tuple[Role, ...], FailFast()] = ("system",)
     """Messages of these roles are never compacted; tool schemas belong to the system's."""
-    pin_names: tuple[str, ...] = ()
+    pin_names: Annotated[tuple[str, ...], FailFast()] = ()
     """Likewise messages of these names."""
     pin_pattern: Annotated[str, AfterValidator(_expression)] = ""
     """Likewise what this regular expression matches in messages that are appended."""
@@ -59,7 +63,7 @@ class SessionSettings(BaseModel):
         try:
             return cls(**values)
         except ValidationError as error:
-            raise SettingsRefused(violations(error) + f". Settings are: {', '.join(cls.model_fields)}") from None
+            raise SettingsRefused(faults(error, values) + f". Settings are: {', '.join(cls.model_fields)}") from None
 
     def lease(self, cap: int) -> int:
         """The session's bytes under a runtime's cap.

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import ast
 import gzip
-import json
 import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from agentmem.untrusted.json_text import json_value
+
+_MAX_LINE = 8 << 20  # bytes of a task in a file
 _MAX_LINES = 200  # of a reply without a fence that are looked through
 
 
@@ -150,7 +152,7 @@ def read_tasks(path: str | Path) -> list[Task]:
 
 def _read_task(place: str, line: str) -> Task:
     try:
-        row = json.loads(line)
+        row = json_value(line.encode(), _MAX_LINE, strict=False)
     except ValueError as error:
         raise ValueError(f"{place}: not JSON ({error}); give one object a line, as HumanEval has them") from error
     wanted = ("task_id", "prompt", "entry_point", "test")

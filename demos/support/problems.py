@@ -6,7 +6,6 @@ same(extract("... so the total is \boxed{042}."), problem.answer)
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import re
@@ -15,9 +14,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from agentmem.untrusted.json_text import json_value
+
 Answer = int | str  # an integer where it is one, else the text: "3/4", "\\sqrt{2}", "B"
 
 _LEVELS = 3
+_MAX_LINE = 1 << 20  # bytes of a problem in a file
 _SHORT = 24  # characters of an answer in words
 _LONGEST, _MOST_BOXES = 400, 100  # characters in a box, and how many boxes are opened
 
@@ -156,7 +158,7 @@ def read(path: str | Path) -> list[Problem]:
 def _problem(place: str, line: str) -> Problem:
     remedy = 'a line looks like {"problem": "What is 6 times 7?", "answer": 42}'
     try:
-        row = json.loads(line)
+        row = json_value(line.encode(), _MAX_LINE, strict=False)
     except ValueError as error:
         raise ValueError(f"{place}: not JSON ({error}); {remedy}") from error
     if not isinstance(row, dict):

@@ -5,9 +5,7 @@ The shipped ones lie in ``tables/``; a user's own is named by its path.
 
 from __future__ import annotations
 
-import json
 import math
-import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -15,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from agentmem.contracts import ModelIdentity, check_file
+from agentmem.untrusted.files import read_plain
+from agentmem.untrusted.json_text import parsed
+from agentmem.untrusted.texts import bounded, shown
 
 VERSION = 1
 MAX_BYTES = 16 << 20
@@ -62,25 +63,17 @@ def read_table(path: str | Path) -> HeadTable:
     """
     check_file(path)
     try:
-        text = _text(Path(path).expanduser())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"table {str(path)!r} cannot be read: {error}; {_MAKE}") from error
-    return _parsed(text, str(path))
-
-
-def _text(path: Path) -> str:
-    """The text of a plain file that is not too large: a device has no end, and a pipe may never answer."""
-    about = path.stat()
-    if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_BYTES:
-        raise OSError(f"it is no plain file of at most {MAX_BYTES} bytes")
-    return path.read_text(encoding="utf-8")
+        raw = read_plain(Path(path).expanduser(), MAX_BYTES)
+    except OSError as error:
+        raise ValueError(f"table {str(path)[:200]!r} cannot be read: {error}; {_MAKE}") from error
+    return _parsed(raw, str(path))
 
 
 def shipped_tables() -> tuple[HeadTable, ...]:
     """The tables that come with the catalogue, by the names of their files."""
     folder = resources.files("agentmem.policies").joinpath("tables")
     files = sorted((file for file in folder.iterdir() if file.name.endswith(".json")), key=lambda file: file.name)
-    return tuple(_parsed(file.read_text(encoding="utf-8"), file.name) for file in files)
+    return tuple(_parsed(file.read_bytes(), file.name) for file in files)
 
 
 def fitting(tables: Iterable[HeadTable], model: ModelIdentity, *, any_weights: bool = False) -> HeadTable:
@@ -110,20 +103,19 @@ def _named(model: ModelIdentity) -> str:
     return f"{model.name} ({len(model.kv_heads)} layers of {many} KV heads, {weights})"
 
 
-def _parsed(text: str, source: str) -> HeadTable:
+def _parsed(raw: bytes, source: str) -> HeadTable:
     try:
-        found = json.loads(text)
-        table = _table(found, source)
+        table = _table(parsed(raw, MAX_BYTES), source)
         _check(table)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"table {source!r} is no table of head shares: {reason}; {_MAKE}") from error
+        raise ValueError(bounded(f"table {source[:200]!r} is no table of head shares: {reason}; {_MAKE}")) from error
     return table
 
 
 def _table(found: Mapping[str, Any], source: str) -> HeadTable:
     if found["version"] != VERSION:
-        raise ValueError(f"its version is {found['version']!r}, not {VERSION}")
+        raise ValueError(f"its version is {shown(found['version'])}, not {VERSION}")
     model, curves = found["model"], found.get("curves") or {}
     return HeadTable(
         source=source,
@@ -142,16 +134,16 @@ def _rows(found: Iterable[Iterable[float]]) -> Rows:
 def _check(table: HeadTable) -> None:
     heads = table.model.kv_heads
     if not heads or tuple(map(len, table.shares)) != heads:
-        raise ValueError(f"shares of {tuple(map(len, table.shares))} heads for {heads}")
+        raise ValueError(f"shares of {shown(tuple(map(len, table.shares)))} heads for {shown(heads)}")
     if not all(0 <= share < math.inf for layer in table.shares for share in layer) or not table.head_ceiling:
         raise ValueError("a share is negative or not finite, or all are 0")
     if not table.errors:
         return
     if tuple(map(len, table.errors)) != heads:
-        raise ValueError(f"curves of {tuple(map(len, table.errors))} heads for {heads}")
+        raise ValueError(f"curves of {shown(tuple(map(len, table.errors)))} heads for {shown(heads)}")
     rising = all(low < high for low, high in zip(table.fractions, table.fractions[1:], strict=False))
     if not table.fractions or not rising or table.fractions[0] <= 0 or table.fractions[-1] > 1:
-        raise ValueError(f"fractions {table.fractions} do not rise within 0 .. 1")
+        raise ValueError(f"fractions {shown(table.fractions)} do not rise within 0 .. 1")
     for curve in (curve for layer in table.errors for curve in layer):
         if len(curve) != len(table.fractions) or not all(0 <= error < math.inf for error in curve):
             raise ValueError(f"a curve has {len(curve)} errors for {len(table.fractions)} fractions, or a negative one")

@@ -31,7 +31,7 @@ def test_a_lora_model_below_the_cap_is_stock(adapted: Any) -> None:
     with agentmem.capped(adapted, **variants.ROOMY) as memory:
         ours = adapted.generate(input_ids=ids, max_new_tokens=20, do_sample=False, past_key_values=memory)
     with agentmem.wrap(adapted, **variants.ROOMY) as wrapped:
-        again = wrapped.generate(ids, max_new_tokens=20, do_sample=False).sequences
+        again = wrapped.generate(ids, max_new_tokens=20, do_sample=False)
 
     assert not torch.equal(stock, base)
     assert torch.equal(ours, stock)
@@ -41,9 +41,10 @@ def test_a_lora_model_below_the_cap_is_stock(adapted: Any) -> None:
 def test_a_lora_model_compacts_and_its_adapter_can_be_off(adapted: Any) -> None:
     """Probes run with the adapter as it is; with it disabled the tokens are the base model's."""
     with agentmem.wrap(adapted, **variants.TIGHT) as ours:
-        report = ours.generate(variants.prompt(30), max_new_tokens=40, do_sample=False).report
+        ours.generate(variants.prompt(30), max_new_tokens=40, do_sample=False)
+        report = ours.report()
     with agentmem.wrap(adapted, **variants.ROOMY) as ours, adapted.disable_adapter():
-        plain = ours.generate(variants.prompt(30), max_new_tokens=20, do_sample=False).sequences
+        plain = ours.generate(variants.prompt(30), max_new_tokens=20, do_sample=False)
 
     assert report.num_compactions >= 2
     assert not any(each.faults for each in report.compactions)
@@ -80,7 +81,7 @@ def test_every_attention_implementation_is_replaced(family: str, implementation:
     stock = model.generate(ids, **options)
     model.config._attn_implementation = implementation  # the setter would look for flash's package
     with agentmem.wrap(model, **variants.ROOMY) as ours:
-        found = ours.generate(ids, **options).sequences
+        found = ours.generate(ids, **options)
 
     assert torch.equal(found, stock)
     assert model.config._attn_implementation == implementation

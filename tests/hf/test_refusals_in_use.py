@@ -33,7 +33,7 @@ def test_a_prompt_that_departs_from_the_conversation_is_refused() -> None:
     """A changed past is refused with the place where it departs."""
     model, ids = variants.model(), variants.prompt(10)
     with agentmem.wrap(model, **variants.ROOMY) as ours:
-        longer = torch.cat((ours.generate(ids, max_new_tokens=5).sequences, variants.prompt(3)), 1)
+        longer = torch.cat((ours.generate(ids, max_new_tokens=5), variants.prompt(3)), 1)
         longer[0, 4] = 127 - longer[0, 4]
         with variants.refused(model, PromptMismatch, "row 0", "token 4 of 14", "open a new memory"):
             ours.generate(longer, max_new_tokens=2)
@@ -67,7 +67,7 @@ def test_a_mask_of_another_length_is_refused() -> None:
     """A mask that covers neither the prompt nor everything is refused."""
     model, ids = variants.model(), variants.prompt(10)
     with agentmem.wrap(model, **variants.ROOMY) as ours:
-        longer = torch.cat((ours.generate(ids, max_new_tokens=5).sequences, variants.prompt(3)), 1)
+        longer = torch.cat((ours.generate(ids, max_new_tokens=5), variants.prompt(3)), 1)
         with variants.refused(model, PromptMismatch, "attention_mask", "17", "18"):
             ours.generate(longer, attention_mask=torch.ones(1, 17, dtype=torch.long), max_new_tokens=2)
 

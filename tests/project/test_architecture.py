@@ -35,12 +35,13 @@ def room(name: str, rooms: str = "", outside: str = "") -> Room:
 
 # The order is the direction of data: a row never imports a later one, for type checkers neither.
 TABLE = (
-    room("agentmem.errors"),
+    room("agentmem.untrusted", outside="pydantic"),
+    room("agentmem.errors", rooms="untrusted"),
     room("agentmem.queries", outside="torch regex"),
     room("agentmem.contracts", rooms="queries", outside="torch"),
     room("agentmem.language"),
     room("agentmem.models.files", rooms="errors"),
-    room("agentmem.settings", rooms="errors", outside="pydantic"),
+    room("agentmem.settings", rooms="errors untrusted", outside="pydantic"),
     room("agentmem.reporting.report", outside="pydantic"),
     room("agentmem.reporting.log_events", rooms="reporting.report", outside="structlog"),
     room("agentmem.planning.model_shape", rooms="errors settings"),
@@ -121,8 +122,9 @@ TABLE = (
     ),
     room("agentmem.hf.capture", rooms="errors hf.forward_context", outside="torch transformers"),
     room("agentmem.hf.fingerprint", outside="torch transformers"),
+    room("agentmem.hf.model_identity", rooms="hf.fingerprint", outside="torch transformers"),
     room("agentmem.hf.cache", rooms=ABOVE, outside="torch transformers"),
-    room("agentmem.hf.generate_checks", rooms="errors settings hf.cache", outside="torch"),
+    room("agentmem.hf.generate_checks", rooms="errors settings hf.cache", outside="torch transformers"),
     room("agentmem.hf.forwards", rooms=ABOVE, outside="torch transformers"),
     room("agentmem.hf.wrapper", rooms="errors hf.cache hf.forward_context", outside="torch transformers"),
     room("agentmem.hf.attach", rooms=ABOVE, outside="torch transformers"),
@@ -140,18 +142,18 @@ TABLE = (
     room("agentmem.models.download", rooms="errors"),
     room(
         "agentmem.models",
-        rooms="errors settings models.download",
+        rooms="errors settings untrusted models.download",
         outside="torch transformers tokenizers safetensors filelock",
     ),
     room("agentmem.testing", rooms=ABOVE, outside="torch transformers"),
-    room("agentmem.reporting.trace", rooms="errors reporting.report", outside="pydantic"),
+    room("agentmem.reporting.trace", rooms="errors untrusted reporting.report", outside="pydantic"),
     room("agentmem.reporting.plots", rooms="errors settings reporting.report reporting.trace", outside="matplotlib"),
     room("agentmem.evaluation", rooms=ABOVE, outside="torch transformers pydantic numpy matplotlib"),
     room("agentmem.calibration", rooms=ABOVE, outside="torch transformers accelerate"),
     room("agentmem", rooms=ABOVE),
     room("agentmem.cli", rooms=ABOVE, outside="torch transformers typer rich pydantic structlog"),
     room("agentmem.policies.solvers", outside="torch"),
-    room("agentmem.policies", rooms="contracts policies.solvers", outside="torch"),
+    room("agentmem.policies", rooms="contracts untrusted policies.solvers", outside="torch"),
 )
 
 

@@ -63,7 +63,7 @@ compactions; forks and snapshots of a compacted session, which go on as it does;
 twice as far from float32 as stock's, at the median token. *Layers* are what the default config has: full attention is
 compacted, sliding windows are held whole. *Re-basing* is `rebase=True`, which turns stored keys to lower positions;
 before it is used, the keys of one token at two positions show whether that is exact. *Up to its positions*: learned
-positions end in an `IndexError` as in stock, and a probe that would pass them gives way to eviction, which the report
+positions end in an `IndexError` as in stock, and a probe that would pass them is replaced by eviction, which the report
 says.
 
 """

@@ -9,13 +9,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, JsonValue, ValidationError, model_validator
 
 from agentmem.errors import SettingsRefused
 from agentmem.sessions.arguments import check_encodable
 from agentmem.sessions.chat.message_shapes import plain
+from agentmem.untrusted.texts import faults, shown
 
 __all__ = ["ROLES", "Delta", "Dialogue", "Message", "Role", "Span"]
 
@@ -39,7 +40,7 @@ class Message(BaseModel):
     content: str = ""
     name: str | None = None
     """Who speaks: the tool's name in a tool message, or a participant's."""
-    tool_calls: tuple[dict[str, JsonValue], ...] | None = None
+    tool_calls: Annotated[tuple[dict[str, JsonValue], ...], Field(fail_fast=True)] | None = None
     """Calls that an assistant's message makes."""
     reasoning_content: str | None = None
     """What an assistant thought before the content, for templates that write it."""
@@ -63,21 +64,22 @@ class Message(BaseModel):
         fields = plain(fields)
         role = fields.get("role")
         if role not in ROLES:
-            near = difflib.get_close_matches(str(role).lower(), ROLES, n=1, cutoff=0.6)
+            near = difflib.get_close_matches(str(role)[:40].lower(), ROLES, n=1, cutoff=0.6)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise SettingsRefused(f"role {role!r} is unknown; {hint}Roles are: {', '.join(ROLES)}")
+            raise SettingsRefused(f"role {shown(role)} is unknown; {hint}Roles are: {', '.join(ROLES)}")
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
-            lines = [": ".join(filter(None, (".".join(map(str, item["loc"])), item["msg"]))) for item in error.errors()]
             known = ", ".join(cls.model_fields)
-            raise SettingsRefused(f"message: {'; '.join(lines)}. A message has: {known}") from None
+            raise SettingsRefused(f"message: {faults(error, fields)}. A message has: {known}") from None
 
     @classmethod
     def each(cls, given: Iterable[Message | Mapping[str, Any]]) -> list[Message]:
         """Messages of what was given; see :meth:`of`."""
         if isinstance(given, str | Mapping | Message) or not isinstance(given, Iterable):
-            raise SettingsRefused(f"messages: {given!r} is no list of them; write [{{'role': 'user', 'content': ...}}]")
+            raise SettingsRefused(
+                f"messages: {shown(given)} is no list of them; write [{{'role': 'user', 'content': ...}}]"
+            )
         return [one if isinstance(one, Message) else cls._of(one) for one in given]
 
     @classmethod
@@ -85,7 +87,9 @@ class Message(BaseModel):
         if isinstance(given, BaseModel):  # an SDK's own class
             given = given.model_dump()
         if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
-            raise SettingsRefused(f"message {given!r} is none; write {{'role': 'user', 'content': ...}}, or a Message")
+            raise SettingsRefused(
+                f"message {shown(given)} is none; write {{'role': 'user', 'content': ...}}, or a Message"
+            )
         return cls.of(**given)
 
 
@@ -98,8 +102,8 @@ class Dialogue(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    messages: tuple[Message, ...] = ()
-    generated: tuple[int, ...] = ()
+    messages: Annotated[tuple[Message, ...], FailFast()] = ()
+    generated: Annotated[tuple[int, ...], FailFast()] = ()
     """Ascending indices of the messages that the model wrote: the memory holds them as sampled."""
     fed: int = Field(default=0, ge=0)
     """How many messages the memory holds, but for ``owed`` or a generated reply's closing markup."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,9 +9,12 @@ from pydantic import BaseModel
 
 from agentmem.errors import SettingsRefused
 from agentmem.sessions.arguments import refusal
+from agentmem.untrusted.json_text import parsed
 
 _TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 """Types of content parts that are text, and where it stands in them."""
+_MAX_ARGUMENTS = 8 << 20
+"""Bytes of a call's arguments."""
 _DROPPED = ("annotations",)
 """Notes of a service about a message, which no model reads."""
 
@@ -84,12 +86,9 @@ def _call(call: object) -> object:
 
 def _object(text: str) -> dict[str, Any]:
     try:
-        made = json.loads(text or "{}")
-    except (ValueError, RecursionError) as error:
+        return parsed((text or "{}").encode("utf-8", "surrogatepass"), _MAX_ARGUMENTS, strict=False)
+    except ValueError as error:
         raise _wrong(text) from error
-    if not isinstance(made, dict):
-        raise _wrong(text)
-    return made
 
 
 def _wrong(text: str) -> SettingsRefused:

@@ -26,6 +26,8 @@ class Leases:
         """``pressure`` are the stages by which idle holdings are preempted, in order."""
         self.cap, self.pressure = cap, tuple(pressure)
         self.holdings: list[Holding] = []
+        self.faults: list[str] = []
+        """Why idle holdings did not be preempted when bytes were last asked for."""
 
     @property
     def charged(self) -> int:
@@ -44,6 +46,7 @@ class Leases:
 
         Nobody is preempted for nothing: where all of it would not be enough, all is left as it is.
         """
+        self.faults = []
         idle = sorted(filter(may_yield, self.holdings), key=lambda each: each.used)
         if self.left + sum(holding.charged for holding in idle) < needed:
             return False
@@ -63,6 +66,11 @@ class Leases:
         )
         return RuntimeBusy(
             f"session {name!r} needs {format_bytes(needed)} ({needed} bytes), and {self.charged} of the runtime's cap "
-            f"of {self.cap} are charged: {why}; wait for a turn to end (stream waits by itself), give sessions smaller "
-            "shares, or raise cap"
+            f"of {self.cap} are charged: {why}{'' if waiting else self.stuck}; wait for a turn to end (stream waits by "
+            "itself), give sessions smaller shares, or raise cap"
         )
+
+    @property
+    def stuck(self) -> str:
+        """The first reason why an idle holding did not be preempted when bytes were last asked for, in brackets."""
+        return f" ({self.faults[0]})" if self.faults else ""

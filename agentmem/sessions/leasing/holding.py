@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
+from weakref import finalize
 
 from agentmem import hf
 from agentmem.compaction.request import USUAL, Request
-from agentmem.errors import AgentmemError, CompactionFailed
+from agentmem.errors import AgentmemError
 from agentmem.memory.pinning import promote
 from agentmem.memory.state import copy, expand, trim
 from agentmem.planning.pricing import MIN_BUDGET
@@ -18,7 +21,7 @@ from agentmem.sessions.snapshots.files import write_snapshot
 from agentmem.sessions.snapshots.snapshot import read_row, take_row
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     import torch
 
@@ -46,6 +49,8 @@ class Holding:
         self.used = 0
         """When it was last used, by the runtime's count."""
         self.policy = memory.policy.name
+        self.identity: dict[str, str] = {}
+        """Of which model its keys are, as a snapshot names it; taken before its first token is read."""
         self.named: tuple[Named, ...] = ()
         """Its policy and the others, as a snapshot names them."""
         self.capacity = memory.plan.capacity
@@ -100,11 +105,11 @@ class Holding:
         row = self.memory.rows[0]
         return row.quiet and row.promoting is None
 
-    def copied(self, identity: Mapping[str, str]) -> Holding:
+    def copied(self) -> Holding:
         """Another holding with an equal memory of its own; this one stays as it is, on disk too."""
-        memory = self._read(identity) if self.memory is None else copy(self.finished())
+        memory = self._read() if self.memory is None else copy(self.finished())
         other = Holding(self.model, memory, self.lease)
-        other.named = self.named
+        other.named, other.identity = self.named, self.identity
         return other
 
     @property
@@ -130,7 +135,6 @@ class Holding:
         self,
         stage: Stage,
         folder: Callable[[], Path],
-        identity: Mapping[str, str],
         *,
         left: int = 0,
         ask: Callable[[], Request | None] = lambda: USUAL,
@@ -143,7 +147,7 @@ class Holding:
 
         Raises:
             CompactionFailed: one had begun and cannot be finished.
-            AgentmemError: the disk cannot be written; nothing is lost then.
+            AgentmemError: it cannot be written, or not be read again; nothing is lost then.
 
         """
         memory = self.memory
@@ -153,7 +157,7 @@ class Holding:
             return []  # a compaction that failed before would be tried again, which takes the lease
         before = len(memory.compactions)
         if stage == "disk":
-            self._to_disk(memory, folder, identity)
+            self._to_disk(memory, folder)
         elif stage == "trim":
             trim(self.finished(), memory.rows[0])
         elif (self.stage is not None and memory.plan.workspace_bytes > left) or (request := ask()) is None:
@@ -186,17 +190,14 @@ class Holding:
         finally:
             memory.plan, memory.ledger.cap, self._working = plan, cap, 0
 
-    def _to_disk(self, memory: Memory, folder: Callable[[], Path], identity: Mapping[str, str]) -> None:
-        tensors: dict[str, torch.Tensor] = {}
+    def _to_disk(self, memory: Memory, folder: Callable[[], Path]) -> None:
+        image, tensors = take_row(self.finished(), None)
         moved = False
         try:
-            image, tensors = take_row(self.finished())
             self._dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), self._dtype)
             self._folder = Path(tempfile.mkdtemp(prefix="idle-", dir=folder()))
-            write_snapshot(self._folder, tensors, {"row": image.plain()}, identity=identity)
+            write_snapshot(self._folder, tensors, {"row": image.plain()}, identity=self.identity)
             moved = True
-        except CompactionFailed:
-            raise
         except (OSError, AgentmemError) as error:
             raise AgentmemError(
                 f"an idle memory of {memory.ledger.resident} bytes cannot be moved to the spill folder: {error}. "
@@ -210,28 +211,44 @@ class Holding:
 
     # ---- coming back
 
-    def wake(self, identity: Mapping[str, str]) -> None:
+    def wake(self) -> None:
         """Bring everything back: from disk, and with the room of the whole lease. The lease must have been granted."""
         if self.memory is None:
-            self._attach(self._read(identity))
+            self._attach(self._read())
             self._forget_disk()
         elif self.stage is not None:
             expand(self.memory, self.memory.rows[0])
         self.stage = None
+
+    def inherit(self, folder: Callable[[], Path]) -> None:
+        """In a forked process: have files of one's own of a memory on disk, since the parent deletes its own.
+
+        A memory whose files cannot be linked or copied is lost for this process; its next turn says so.
+        """
+        theirs, self._folder = self._folder, None
+        if theirs is None:
+            return
+        self._folder = theirs.with_name(f"{theirs.name}-lost")
+        with suppress(OSError):
+            self._folder = Path(tempfile.mkdtemp(prefix="idle-", dir=folder()))
+            for file in theirs.iterdir():
+                _link(file, self._folder / file.name)
 
     def release(self) -> None:
         """Free the memory, on disk too."""
         self._detach()
         self._forget_disk()
 
-    def _read(self, identity: Mapping[str, str]) -> Memory:
+    def _read(self) -> Memory:
         assert self._folder is not None  # noqa: S101  # a memory that is not here is on disk
         memory = self._template.empty()
-        read_row(memory, self._folder, identity=identity, dtype=self._dtype)
+        read_row(memory, self._folder, identity=self.identity, dtype=self._dtype)
         return memory
 
     def _attach(self, memory: Memory) -> None:
         view = hf.attach(self.model, memory)
+        self._leash = finalize(self, hf.detach_later, self.model)  # should nobody close the runtime
+        self._leash.atexit = False
         memory.bind(1)
         self.memory, self.view = memory, view
 
@@ -240,6 +257,7 @@ class Holding:
         if memory is not None:
             self._noted = self._counts()
             self.memory = self.view = None
+            self._leash.detach()
             hf.detach(self.model)
             memory.close()
 
@@ -247,3 +265,11 @@ class Holding:
         folder, self._folder = self._folder, None
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _link(file: Path, onto: Path) -> None:
+    """The same file under another name, or a copy of it; snapshots' files never change."""
+    try:
+        os.link(file, onto)
+    except OSError:
+        shutil.copyfile(file, onto)

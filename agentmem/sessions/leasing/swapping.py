@@ -8,7 +8,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from agentmem.errors import CompactionFailed
+from agentmem.errors import AgentmemError, CompactionFailed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,7 +38,9 @@ def lend(runtime: Host, session: Conversation) -> bool:
     if copies:
         _part(runtime, session)
     else:
-        shared.wake(runtime.identity)
+        shared.wake()
+    if not session.holding.seen:
+        session.holding.identity = runtime.identity.now()  # whose keys it will hold
     session.holding.used = next(runtime.turns)
     runtime.speak(session, session.memory)
     return True
@@ -48,7 +50,7 @@ def _part(runtime: Host, session: Conversation) -> None:
     """Give a session a memory of its own; the others keep the one that they shared."""
     shared = session.holding
     with reporting_compactions(runtime, shared):
-        own = shared.copied(runtime.identity)
+        own = shared.copied()
     with runtime.guard:
         shared.sessions.discard(id(session))
         own.sessions = {id(session)}
@@ -65,9 +67,11 @@ def _preempt(runtime: Host, holding: Holding, stage: Stage) -> None:
 
     try:
         with reporting_compactions(runtime, holding):
-            holding.preempt(stage, runtime.folder, runtime.identity, left=runtime.leases.left, ask=ask)
+            holding.preempt(stage, runtime.folder, left=runtime.leases.left, ask=ask)
     except CompactionFailed:
         return  # it is preempted no further; its own next turn reports the failure
+    except AgentmemError as error:
+        runtime.leases.faults.append(str(error))  # others may; if not, who asks is told
 
 
 def _sharing(runtime: Host, holding: Holding) -> list[Conversation]:

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from agentmem import plugins
-from agentmem.errors import SettingsRefused, SnapshotRefused
+from agentmem.errors import AgentmemError, SettingsRefused, SnapshotRefused
 from agentmem.sessions.arguments import check_place
 from agentmem.sessions.leasing.swapping import reporting_compactions
-from agentmem.sessions.snapshots.files import read_manifest, read_snapshot, write_snapshot
+from agentmem.sessions.snapshots.files import check_identity, differing, read_manifest, shown, write_snapshot
 from agentmem.sessions.snapshots.recipe import Made, check_settings, template_digest
 from agentmem.sessions.snapshots.session_state import Saved, restore, saved
-from agentmem.sessions.snapshots.snapshot import read_row, refusing, take_row
+from agentmem.sessions.snapshots.snapshot import loadable, read_row, refusing, take_row
 
 if TYPE_CHECKING:
     import os
@@ -33,11 +33,15 @@ def save(runtime: Host, session: Conversation, url: str | os.PathLike[str]) -> N
     else:
         runtime.admit(session, brief=True)
     try:
+        identity = _identity(runtime, session)
         with runtime.lock, reporting_compactions(runtime, session.holding):
-            image, tensors = take_row(session.holding.finished())
+            image, tensors = take_row(session.holding.finished(), runtime.model.dtype)
         made = _made_of(session, _template_of(runtime, session))
-        state = {"row": image.plain(), "session": saved(session).model_dump(mode="json")}
-        write_snapshot(url, tensors, state, identity=runtime.identity, settings=made)
+        beside = saved(session)
+        with loadable():
+            _check(session, image, beside)
+        state = {"row": image.plain(), "session": beside.model_dump(mode="json")}
+        write_snapshot(url, tensors, state, identity=identity, settings=made)
     finally:
         runtime.leave(session)
 
@@ -54,6 +58,22 @@ def _made_of(session: Conversation, template: str) -> dict[str, Any]:
         settings={**settings, **session.settings.model_dump(mode="json")},
     )
     return made.model_dump(mode="json")
+
+
+def _identity(runtime: Host, session: Conversation) -> dict[str, str]:
+    """Whose snapshot it will be.
+
+    Raises:
+        AgentmemError: the model is no longer the one whose keys the session holds.
+
+    """
+    now, then = runtime.identity.now(), session.holding.identity
+    if session.holding.seen and (part := differing(then, now)) is not None:
+        raise AgentmemError(
+            f"session {session.name!r} cannot be saved: its {part} was {then.get(part)} when it began and is "
+            f"{now.get(part)} now, and a snapshot holds the keys of one model; set it back, or begin a new session"
+        )
+    return now
 
 
 def _template_of(runtime: Host, session: Conversation) -> str:
@@ -79,9 +99,8 @@ def load(
     check_place("url", url)
     check_settings(settings)
     manifest = read_manifest(url)
-    if manifest.identity != runtime.identity:
-        read_snapshot(url, identity=runtime.identity, max_bytes=0)  # which says whose it is
-    made = Made.of(manifest.settings, str(url))
+    check_identity(shown(url), manifest, runtime.identity.now())
+    made = Made.of(manifest.settings, shown(url))
     session = _again(runtime, url, name, made, given, settings)
     try:
         runtime.admit(session, brief=True)
@@ -106,7 +125,7 @@ def _again(
     """A session like the one that was saved, which has read nothing."""
     policy = None if given.policy is None else plugins.policy(given.policy)
     extra_policies = None if given.extra_policies is None else plugins.beside(given.extra_policies)
-    made.check_template(template_digest(given.tools, given.template_options), str(url))
+    made.check_template(template_digest(given.tools, given.template_options), shown(url))
     _check_pattern(runtime, made, settings, url)
     with refusing(url, SettingsRefused, remedy="Give load what the session can live with."):
         return runtime.session(
@@ -131,16 +150,26 @@ def _check_pattern(runtime: Host, made: Made, settings: Mapping[str, Any], url: 
     saved_one = made.settings.get("pin_pattern")
     if saved_one and "pin_pattern" not in settings and saved_one != runtime.defaults.get("pin_pattern"):
         raise SnapshotRefused(
-            f"the snapshot in {url} brings pin_pattern={str(saved_one)[:80]!r}, which a snapshot alone must not have "
-            "run. Give load the same pin_pattern if you trust it, or pin_pattern='' to go on without"
+            f"the snapshot in {shown(url)} brings pin_pattern={str(saved_one)[:80]!r}, which a snapshot alone must not "
+            "have run. Give load the same pin_pattern if you trust it, or pin_pattern='' to go on without"
         )
 
 
 def _fill(runtime: Host, session: Conversation, url: str | os.PathLike[str], *, anew: bool) -> None:
     def check(image: SavedRow, state: dict[str, Any]) -> None:
-        pinned = max((high for _, high in image.pins), default=0)
-        Saved.of(state).check(image.tokens, pinned, session.memory.shape.vocabulary)
+        _check(session, image, Saved.of(state))
 
     memory = session.memory
-    state = Saved.of(read_row(memory, url, identity=runtime.identity, dtype=runtime.model.dtype, check=check))
+    state = Saved.of(read_row(memory, url, identity=session.holding.identity, dtype=runtime.model.dtype, check=check))
     restore(session, state.model_copy(update={"sampling": None}) if anew else state, memory.rows[0].ids)
+
+
+def _check(session: Conversation, image: SavedRow, state: Saved) -> None:
+    """What is checked of a session's state before it is written, and before it is used.
+
+    Raises:
+        ValueError: see :meth:`agentmem.sessions.snapshots.session_state.Saved.check`.
+
+    """
+    pinned = max((high for _, high in image.pins), default=0)
+    state.check(image.tokens, pinned, session.memory.shape.vocabulary)

@@ -43,9 +43,10 @@ from agentmem.sessions.snapshots.manifest import (
     TensorSpec,
     header,
     in_file_order,
-    parsed,
     spelled,
 )
+from agentmem.untrusted.json_text import parsed
+from agentmem.untrusted.texts import faults
 
 __all__ = ["Manifest", "TensorSpec", "read_manifest", "read_snapshot", "write_snapshot"]
 
@@ -56,6 +57,7 @@ Check = Callable[[dict[str, Any], Mapping[str, TensorSpec]], None]
 
 _VERSION: Final = version("agentmem-runtime")
 _BLOCK: Final = 1 << 20
+_SHOWN: Final = 300
 _UNCHANGED = "What was there before is there still, or else all of the new snapshot is. Mend the cause and save again."
 _UNUSED = "Nothing of it was used: load another snapshot, or begin a new session."
 
@@ -83,7 +85,7 @@ def write_snapshot(
     Memory: the state's JSON, and for a tensor that is not contiguous on the CPU a copy of it (two if it is neither),
     one tensor at a time.
     """
-    with _told(AgentmemError, str(url), _UNCHANGED):
+    with _told(AgentmemError, url, _UNCHANGED):
         folder = open_folder(url)
         text = _state_text(state)
         specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
@@ -107,7 +109,7 @@ def read_manifest(url: str | os.PathLike[str]) -> Manifest:
         SnapshotRefused: there is none, or it is damaged or of an unknown format version.
 
     """
-    with _told(SnapshotRefused, str(url), _UNUSED):
+    with _told(SnapshotRefused, url, _UNUSED):
         return _manifest(open_folder(url))
 
 
@@ -132,7 +134,7 @@ def read_snapshot(
 
     Memory: the tensors, 2 MiB, and the state; while that is parsed, up to three copies of its JSON.
     """
-    with _told(SnapshotRefused, str(url), _UNUSED):
+    with _told(SnapshotRefused, url, _UNUSED):
         folder = open_folder(url)
         manifest = _manifest(folder)
         while True:
@@ -252,7 +254,7 @@ def _manifest(folder: Folder) -> Manifest:
 def _load(
     folder: Folder, manifest: Manifest, identity: Mapping[str, str], max_bytes: int, check: Check | None
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    _check_identity(folder, manifest, identity)
+    check_identity(folder.shown, manifest, identity)
     if manifest.tensor_bytes > max_bytes:
         raise SnapshotRefused(
             f"the tensors of the snapshot in {folder.shown} need {manifest.tensor_bytes} bytes; the limit is "
@@ -268,14 +270,24 @@ def _load(
     return _read_tensors(folder, manifest), state
 
 
-def _check_identity(folder: Folder, manifest: Manifest, identity: Mapping[str, str]) -> None:
-    for name in sorted({*manifest.identity, *identity}):
-        found, expected = manifest.identity.get(name, "none"), identity.get(name, "none")
-        if found != expected:
-            raise SnapshotRefused(
-                f"the snapshot in {folder.shown} is of another {name}: its fingerprint is {found}, and {expected} is "
-                f"expected here. Load it with the {name} that it was saved with, or begin a new session."
-            )
+def check_identity(where: str, manifest: Manifest, identity: Mapping[str, str]) -> None:
+    """Refuse a snapshot of another model, tokenizer, …: the message names one part, as it was saved and as it is here.
+
+    Raises:
+        SnapshotRefused: a part differs, or only one of the two has it.
+
+    """
+    if (name := differing(identity, manifest.identity)) is not None:
+        found, expected = manifest.identity.get(name, "not named"), identity.get(name, "not named")
+        raise SnapshotRefused(
+            f"the snapshot in {where} is of another {name[:80]}: {found} there, and {expected} here. Load it with the "
+            f"{name[:80]} that it was saved with, or begin a new session."
+        )
+
+
+def differing(one: Mapping[str, str], other: Mapping[str, str]) -> str | None:
+    """The first part of an identity that is not the same in both; ``None`` if there is none."""
+    return next((name for name in [*one, *other] if one.get(name) != other.get(name)), None)
 
 
 def _read_tensors(folder: Folder, manifest: Manifest) -> dict[str, torch.Tensor]:
@@ -339,23 +351,26 @@ def _said_of(name: str) -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = ".".join(str(part)[:80] for part in first["loc"])
-        raise ValueError(f"{name}: {place}: {first['msg']}") from error
+        raise ValueError(f"{name}: {faults(error)}") from None
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
 
 @contextmanager
-def _told(kind: type[AgentmemError], where: str, remedy: str) -> Iterator[None]:
+def _told(kind: type[AgentmemError], where: str | os.PathLike[str], remedy: str) -> Iterator[None]:
     """Any fault of files or of what is in them as ``kind``; what is told already passes."""
     try:
         yield
     except AgentmemError:
         raise
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        shown = re.sub("//[^/@]*@", "//", where)  # no passwords in messages
-        raise kind(f"snapshot in {shown}: {_reason(error)}. {remedy}") from error
+        raise kind(f"snapshot in {shown(where)}: {_reason(error)}. {remedy}") from error
+
+
+def shown(url: str | os.PathLike[str]) -> str:
+    """A place as messages name it: without a password, and bounded."""
+    text = re.sub("//[^/@]*@", "//", os.fspath(url)[:2000])
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
 def _reason(error: Exception) -> str:

@@ -10,12 +10,14 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
-from reprlib import repr as shortened
-from typing import Annotated, Any, Final, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Final, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, field_validator, model_validator
+
+from agentmem.untrusted.json_text import parsed
+from agentmem.untrusted.texts import shown
 
 MANIFEST: Final = "manifest.json"
 FORMAT: Final = "agentmem-snapshot"
@@ -24,12 +26,6 @@ VERSION: Final = 1
 
 MAX_MANIFEST_BYTES: Final = 8 << 20
 MAX_STATE_BYTES: Final = 64 << 20
-MAX_DEPTH: Final = 64
-"""Lists and objects inside one another."""
-MAX_CONTAINERS: Final = 1 << 20
-"""Lists and objects in one JSON text: they cost far more memory than bytes in the file."""
-MAX_VALUES: Final = 1 << 21
-"""Values and keys in one JSON text, likewise."""
 MAX_TENSORS: Final = 1 << 14
 MAX_DIMS: Final = 16
 MAX_KEYS: Final = 256
@@ -86,14 +82,14 @@ class TensorSpec(_Frozen):
     @classmethod
     def _known(cls, dtype: str) -> str:
         if dtype not in DTYPES:
-            raise ValueError(f"dtype {shortened(dtype)} is none of {', '.join(DTYPES)}")
+            raise ValueError(f"dtype {shown(dtype)} is none of {', '.join(DTYPES)}")
         return dtype
 
     @model_validator(mode="after")
     def _addressable(self) -> Self:
         # With 0 counted as 1: strides of an empty tensor must be integers too.
         if math.prod(max(1, dim) for dim in self.shape) * self.torch_dtype.itemsize >= 1 << 63:
-            raise ValueError(f"shape {shortened(self.shape)} of {self.dtype} is beyond what 63 bits address")
+            raise ValueError(f"shape {shown(self.shape)} of {self.dtype} is beyond what 63 bits address")
         return self
 
     @property
@@ -180,7 +176,7 @@ class Manifest(_Frozen):
             raise ValueError(f"it is no manifest of a snapshot; its format would be {FORMAT!r}")
         if body.get("version") != VERSION:
             raise ValueError(
-                f"format version {shortened(body.get('version'))} is unknown; this agentmem reads version {VERSION}. "
+                f"format version {shown(body.get('version'))} is unknown; this agentmem reads version {VERSION}. "
                 "Load it with the agentmem that wrote it, or with a newer one"
             )
         for name, most in (("tensors", MAX_TENSORS), ("settings", MAX_KEYS)):
@@ -225,58 +221,3 @@ def spelled(value: object, *, sort_keys: bool = True) -> bytes:
 
     """
     return json.dumps(value, sort_keys=sort_keys, separators=(",", ":"), allow_nan=False).encode("ascii")
-
-
-def parsed(raw: bytes, max_bytes: int) -> dict[str, Any]:
-    """The JSON object in ``raw``, read strictly: no key twice, no NaN, no infinity, bounded before it is built.
-
-    Raises:
-        ValueError: it is not such an object, or beyond a limit.
-
-    """
-    if len(raw) > max_bytes:
-        raise ValueError(f"JSON of {len(raw)} bytes; the limit is {max_bytes}")
-    _check_nesting(raw)
-    value = json.loads(
-        raw.decode("utf-8"), object_pairs_hook=_no_key_twice, parse_float=_finite, parse_constant=_finite
-    )
-    if not isinstance(value, dict):
-        raise ValueError(f"JSON of type {type(value).__name__}; an object is expected")  # noqa: TRY004  # bytes are wrong
-    return value
-
-
-_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
-"""A string, or what follows a quote that is never closed: one pass, whatever the bytes."""
-
-
-def _check_nesting(raw: bytes) -> None:
-    marks = _STRING.sub(b"", raw)
-    values = marks.count(b",")
-    containers = max(marks.count(b"[") + marks.count(b"{"), marks.count(b"]") + marks.count(b"}"))
-    if containers > MAX_CONTAINERS:
-        raise ValueError(f"JSON with {containers} lists and objects; the limit is {MAX_CONTAINERS}")
-    if values > MAX_VALUES:
-        raise ValueError(f"JSON with {values} values; the limit is {MAX_VALUES}")
-    brackets = re.sub(rb"[^\[\]{}]++", b"", marks)
-    depth = deepest = 0
-    for bracket in brackets:
-        depth += 1 if bracket in b"[{" else -1
-        deepest = max(deepest, depth)
-    if deepest > MAX_DEPTH:
-        raise ValueError(f"JSON nested {deepest} deep; the limit is {MAX_DEPTH}")
-
-
-def _no_key_twice(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"JSON with the key {shortened(key)} twice")
-        found[key] = value
-    return found
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"JSON with the number {shortened(text)}; only finite numbers are allowed")
-    return value

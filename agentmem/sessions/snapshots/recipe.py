@@ -8,16 +8,17 @@ import inspect
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, JsonValue, ValidationError
 
 from agentmem import contracts, plugins
 from agentmem.contracts import Policy
 from agentmem.errors import SettingsRefused, SnapshotRefused
 from agentmem.sessions.settings import SessionSettings
 from agentmem.settings import Settings
+from agentmem.untrusted.texts import faults
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,8 +36,8 @@ class Named(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
-    parts: str
+    name: Annotated[str, Field(max_length=plugins.MAX_SPEC)]
+    parts: Annotated[str, Field(max_length=64)]
 
     @classmethod
     def of(cls, policy: Policy) -> Self:
@@ -80,7 +81,7 @@ class Made(BaseModel):
 
     name: str
     policy: Named
-    extra_policies: tuple[Named, ...]
+    extra_policies: Annotated[tuple[Named, ...], FailFast()]
     template: str
     """The tools and the variables of its chat template in 64 hexadecimal digits."""
     settings: dict[str, JsonValue]
@@ -97,8 +98,9 @@ class Made(BaseModel):
             made = cls.model_validate(dict(settings))
             check_settings(made.settings)
         except (ValidationError, SettingsRefused) as error:
+            said = faults(error, dict(settings)) if isinstance(error, ValidationError) else error
             raise SnapshotRefused(
-                f"{where}: the manifest's settings are no session's ({error}); nothing of it was used: load another "
+                f"{where}: the manifest's settings are no session's ({said}); nothing of it was used: load another "
                 "snapshot"
             ) from None
         return made
@@ -145,9 +147,10 @@ def _check_names(inner: Mapping[str, Any]) -> None:
     unknown = sorted(inner.keys() - Settings.model_fields.keys())
     if unknown:
         known = sorted({*SessionSettings.model_fields, *Settings.model_fields} - {"cap"})
-        near = difflib.get_close_matches(unknown[0], [*known, *_BESIDE], n=1)
+        near = difflib.get_close_matches(unknown[0][:40], [*known, *_BESIDE], n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise SettingsRefused(f"{', '.join(unknown)}: no such setting; {hint}Settings are: {', '.join(known)}")
+        named = ", ".join(name[:40] for name in unknown[:4]) + (", …" if len(unknown) > 4 else "")  # noqa: PLR2004
+        raise SettingsRefused(f"{named}: no such setting; {hint}Settings are: {', '.join(known)}")
 
 
 # ---- digests

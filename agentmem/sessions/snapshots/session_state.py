@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from array import array
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from agentmem.sessions.chat.dialogue import Dialogue
 from agentmem.sessions.conversation import Conversation, Reply
 from agentmem.sessions.transcript import Entry
+from agentmem.untrusted.texts import faults
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -27,10 +27,10 @@ class Saved(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    pending: tuple[Count, ...]
+    pending: Annotated[tuple[Count, ...], FailFast()]
     """Ids that the memory has not consumed; those that it has are the row's."""
     dialogue: Dialogue
-    entries: tuple[Entry, ...]
+    entries: Annotated[tuple[Entry, ...], FailFast()]
     open_reply: tuple[Count, str, int | None] | None
     """How many of the last ids belong to an open reply, its text, and the id that ended it."""
     sampling: str | None
@@ -45,9 +45,11 @@ class Saved(BaseModel):
 
         """
         try:
-            return cls.model_validate_json(json.dumps(state["session"]))
-        except (KeyError, ValidationError) as error:
-            raise ValueError(f"the session's state cannot be read: {error}") from error
+            return cls.model_validate(state["session"])
+        except KeyError:
+            raise ValueError("it has no session's state") from None
+        except ValidationError as error:
+            raise ValueError(f"the session's state cannot be read: {faults(error, state['session'])}") from None
 
     def check(self, tokens: int, pinned: int, words: int) -> None:
         """Refuse a state that is not one of a session whose memory has consumed ``tokens``.

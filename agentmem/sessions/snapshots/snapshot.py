@@ -13,8 +13,10 @@ from pydantic import ValidationError
 from agentmem import hf
 from agentmem.errors import AgentmemError, MemoryCapExceeded, SnapshotRefused
 from agentmem.memory.state import SavedRow, give, take
-from agentmem.sessions.snapshots.files import read_manifest, read_snapshot
+from agentmem.sessions.snapshots.files import read_manifest, read_snapshot, shown
 from agentmem.sessions.snapshots.sequence_check import check_sizes, check_values
+from agentmem.untrusted.json_text import tuples
+from agentmem.untrusted.texts import faults
 
 if TYPE_CHECKING:
     import os
@@ -28,15 +30,32 @@ MAX_TOKENS = 1 << 26
 """Ids of a row are outside the cap, so something else must bound what is read: 512 MiB of them."""
 
 
-def identity(model: Any, tokenizer: Any) -> dict[str, str]:
-    """Whose snapshots these are: 64 hexadecimal digits for the model's weights, and for the tokenizer."""
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    said = json.dumps([vocabulary, str(tokenizer.chat_template), tokenizer.all_special_tokens])
-    return {"model": hf.fingerprint(model), "tokenizer": hashlib.sha256(said.encode()).hexdigest()}
+class Identity:
+    """Whose snapshots a runtime writes and reads: what makes keys what they are, part by part."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        """Read all weights and the vocabulary, once: what takes long and is not expected to change."""
+        self._model, self._tokenizer = model, tokenizer
+        vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        self._read = {
+            "weights": hf.weights(model),
+            "tokenizer": _digest(json.dumps([vocabulary, tokenizer.all_special_tokens])),
+        }
+
+    def now(self) -> dict[str, str]:
+        """Each part as it is now, by its name; see :func:`agentmem.hf.model_identity.model_identity`."""
+        template = _digest(str(self._tokenizer.chat_template))
+        return {**hf.model_identity(self._model), **self._read, "chat template": template}
 
 
-def take_row(memory: Memory) -> tuple[SavedRow, dict[str, torch.Tensor]]:
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def take_row(memory: Memory, dtype: torch.dtype | None) -> tuple[SavedRow, dict[str, torch.Tensor]]:
     """The row of a memory as values and views of its tensors, which pass the checks that :func:`read_row` makes.
+
+    ``dtype`` is what it will be read with; ``None``: that of the keys.
 
     Raises:
         AgentmemError: a snapshot of it could not be read again, e.g. for an infinite number among its keys; the
@@ -47,15 +66,29 @@ def take_row(memory: Memory) -> tuple[SavedRow, dict[str, torch.Tensor]]:
     image, tensors = take(memory)
     kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     dtypes = (kind[0] for name, kind in kinds.items() if name.endswith(".keys"))
-    try:
-        check_sizes(memory, image, kinds, next(dtypes, torch.float32))
+    with loadable():
+        check_sizes(memory, image, kinds, dtype or next(dtypes, torch.float32))
+        if image.tokens > MAX_TOKENS:
+            raise ValueError(f"it has {image.tokens} tokens; {MAX_TOKENS} are read")
         check_values(memory, image, tensors)
+    return image, tensors
+
+
+@contextmanager
+def loadable() -> Iterator[None]:
+    """Say of what is checked in the block that it could not be loaded.
+
+    Raises:
+        AgentmemError: a check raised ValueError.
+
+    """
+    try:
+        yield
     except ValueError as error:
         raise AgentmemError(
             f"this memory cannot be saved, since no runtime could load it again: {error}. It stays usable as it is; "
             "numbers that are not finite come from the model: load it in float32 or bfloat16"
         ) from None
-    return image, tensors
 
 
 def read_row(
@@ -103,9 +136,11 @@ def _row_of(state: Mapping[str, Any]) -> SavedRow:
 
     """
     try:
-        return SavedRow.model_validate_json(json.dumps(state["row"]))
-    except (KeyError, ValidationError) as error:
-        raise ValueError(f"the row's state cannot be read: {error}") from error
+        return SavedRow.model_validate(tuples(state["row"]))
+    except KeyError:
+        raise ValueError("it has no row's state") from None
+    except ValidationError as error:
+        raise ValueError(f"the row's state cannot be read: {faults(error, state['row'])}") from None
 
 
 @contextmanager
@@ -114,4 +149,4 @@ def refusing(url: str | os.PathLike[str], *errors: type[Exception], remedy: str 
     try:
         yield
     except errors as error:
-        raise SnapshotRefused(f"the snapshot in {url} is not used: {error}. {remedy}") from error
+        raise SnapshotRefused(f"the snapshot in {shown(url)} is not used: {error}. {remedy}") from error

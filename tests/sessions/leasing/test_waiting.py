@@ -141,10 +141,10 @@ async def test_who_is_cancelled_during_admission_keeps_no_lease(monkeypatch: pyt
         entered, go = threading.Event(), threading.Event()
         wake = session.holding.wake
 
-        def slowly(identity: Any) -> None:
+        def slowly() -> None:
             entered.set()
             go.wait(10)
-            wake(identity)
+            wake()
 
         monkeypatch.setattr(session.holding, "wake", slowly)
         task = asyncio.create_task(session.aappend("user", "hello"))

@@ -192,14 +192,14 @@ def test_what_has_no_place_in_a_snapshot_is_named(
 @pytest.mark.parametrize(
     ("identity", "said"),
     [
-        (IDENTITY | {"model": "77" * 32}, "another model: its fingerprint is 5f5f.*7777.* is expected here"),
-        (IDENTITY | {"tokenizer": "77" * 32}, "another tokenizer: its fingerprint is a0a0"),
-        ({"model": IDENTITY["model"]}, "another tokenizer.*and none is expected"),
-        (IDENTITY | {"adapter": "9"}, "another adapter: its fingerprint is none, and 9 is expected"),
+        (IDENTITY | {"model": "77" * 32}, "another model: 5f5f.* there, and 7777.* here"),
+        (IDENTITY | {"tokenizer": "77" * 32}, "another tokenizer: a0a0"),
+        ({"model": IDENTITY["model"]}, "another tokenizer.*and not named here"),
+        (IDENTITY | {"adapter": "9"}, "another adapter: not named there, and 9 here"),
     ],
 )
 def test_another_identity_is_refused_by_name(folder: Path, identity: dict[str, str], said: str) -> None:
-    """The message says what differs, both fingerprints and the remedy, and nothing but the manifest is read."""
+    """The message says what differs, both values and the remedy, and nothing but the manifest is read."""
     for path in folder.glob("*-*"):
         path.unlink()
 

@@ -58,12 +58,12 @@ def test_a_forgery_that_changes_nothing_is_loaded(rich: tuple[Runtime, Path], tm
         assert tiny_chat.on(loaded, do_sample=True) == tiny_chat.on(original, do_sample=True)
 
 
-def test_another_model_template_or_tokenizer_is_named(rich: tuple[Runtime, Path]) -> None:
-    """A snapshot of other weights, another vocabulary or another chat template is refused by name."""
+def test_another_model_or_template_is_named(rich: tuple[Runtime, Path]) -> None:
+    """A snapshot of other weights or another chat template is refused by name."""
     _, folder = rich
     others = {
         "model": (tiny_chat.model(seed=1), tiny_chat.tokenizer()),
-        "tokenizer": (tiny_chat.model(), tiny_chat.tokenizer("{{ messages[0].content }}")),
+        "chat template": (tiny_chat.model(), tiny_chat.tokenizer("{{ messages[0].content }}")),
     }
     for name, (model, tokenizer) in others.items():
         with (

@@ -86,7 +86,7 @@ def test_trim_disk_and_coming_back_lose_nothing(kind: str) -> None:
         for round_, stage in enumerate(("trim", "disk", "trim", "disk")):
             charged = session.stats.charged_bytes
             with made.lock:
-                session.holding.preempt(stage, made.folder, made.identity)  # type: ignore[arg-type]
+                session.holding.preempt(stage, made.folder)  # type: ignore[arg-type]
             assert session.stats.charged_bytes < charged
             assert session.stats.state == ("on disk" if stage == "disk" else "idle")
             for each in (session, twin):
@@ -95,7 +95,7 @@ def test_trim_disk_and_coming_back_lose_nothing(kind: str) -> None:
             assert state_of(session) == state_of(twin)
             tiny_chat.audit(made)
         assert tiny_chat.same(tiny_chat.slots(session), tiny_chat.slots(twin))
-        assert list(made.folder().iterdir()) == []
+        assert list(made.folder().glob("idle-*")) == []
 
 
 def test_an_unread_message_is_saved_with_its_pins(tmp_path: Path) -> None:
@@ -333,10 +333,57 @@ def test_what_could_not_be_loaded_again_is_not_written(way: str, tmp_path: Path)
         store.values[7, 0] = float("inf")
         other = made.session()
         write = {"save": lambda: session.save(tmp_path / "saved"), "disk": lambda: other.read(tiny_chat.ids(20))}[way]
-        with pytest.raises(AgentmemError, match=r"not finite.*(stays|Nothing is lost)"):
+        with pytest.raises(AgentmemError, match=r"not finite.*stays") as refused:
             write()
+        assert isinstance(refused.value, RuntimeBusy) == (way == "disk")
+        assert "spill" not in str(refused.value)
         assert not (tmp_path / "saved").exists()
         assert not list(tmp_path.rglob("idle-*"))
         assert session.stats.state == "idle"
         assert session.stats.tokens == 30
         tiny_chat.audit(made)
+
+
+def test_others_give_way_for_a_memory_that_cannot(tmp_path: Path) -> None:
+    """A memory that cannot go to disk is passed over: the next idle one goes, and who asks has its turn."""
+    with tiny_chat.runtime(2.2, "window", pressure=("disk",), spill=tmp_path) as made:
+        stuck, other = tiny_chat.filled(made, 30), tiny_chat.filled(made, 30)
+        store = stuck.memory.rows[0].stores[0]
+        assert store is not None
+        store.values[7, 0] = float("nan")
+
+        assert tiny_chat.filled(made, 20).stats.tokens == 20
+        assert (stuck.stats.state, other.stats.state) == ("idle", "on disk")
+        tiny_chat.audit(made)
+
+
+def _another_dtype(session: Session, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(type(session.runtime.model), "dtype", torch.bfloat16)
+
+
+def _an_entry_too_many(session: Session, _: pytest.MonkeyPatch) -> None:
+    session.entries.append(session.entries[0].model_copy(update={"stop": 999}))
+
+
+def _a_pending_id_too_large(session: Session, _: pytest.MonkeyPatch) -> None:
+    session.ids.append(4000)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        (_another_dtype, "dtype was float32 .* is bfloat16 now"),
+        (_an_entry_too_many, r"tokens 0\.\.999 of 30"),
+        (_a_pending_id_too_large, r"ids \[4000\] are pending"),
+    ],
+)
+def test_a_session_is_checked_like_a_snapshot_before_it_is_written(
+    break_it: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What loading would refuse is refused by saving, and nothing is written."""
+    with tiny_chat.runtime(1, on=tiny_chat.model(seed=9)) as made:
+        session = tiny_chat.filled(made, 30)
+        break_it(session, monkeypatch)
+        with pytest.raises(AgentmemError, match=f"cannot be saved.*{said}"):
+            session.save(tmp_path)
+        assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,8 @@ from agentmem.contracts import without_files
 from agentmem.errors import SettingsRefused, SnapshotRefused
 from agentmem.policies.am_recall import CRITICAL
 from agentmem.reference_queries.patterns import Marks
-from agentmem.sessions.snapshots.manifest import FORMAT, Manifest, parsed, spelled
+from agentmem.sessions.snapshots.manifest import FORMAT, Manifest, spelled
+from agentmem.untrusted.json_text import parsed
 from support import tiny_chat
 
 

@@ -225,7 +225,7 @@ def open_memory(
     wished = Settings.of(cap=cap, **settings)
     shape = _shape(model, chosen, _itemsize(model))
     if wished.rebase:
-        hf.require_checked(model, rebase=True)
+        hf.require_turning(model)
     for other in beside:
         shape = replace(shape, fingerprint=_shape(model, other, shape.itemsize).fingerprint or shape.fingerprint)
     return Memory(
@@ -245,7 +245,8 @@ def _shape(model: Any, policy: Policy, itemsize: int) -> ModelShape:
     config = getattr(model, "config", model)
     device = hf.input_device(model).type if hasattr(model, "get_input_embeddings") else "cpu"
     shape = hf.describe(config, itemsize=itemsize, fused=device in ("cpu", "meta"))
-    hf.require_checked(model)
+    if hf.require_checked(model):
+        shape = shape.with_sinks()
     if policy.queries.probing:
         hf.refuse_probe(config, policy.name)
     if policy.rewrite is not None or any(part.source == "self-study" for part in policy.queries.parts):

@@ -139,6 +139,7 @@ def attend(
     *,
     window: int | None = None,
     explicit: bool = False,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention output ``[Hq, q, dv]`` and, from the explicit path, what the fresh keys received ``[Hkv, q]``.
 
@@ -146,14 +147,14 @@ def attend(
     queries see all slots and, causally, the fresh keys. ``window``: a query sees at most that many tokens, itself
     included; slots are then the consecutive tokens before it (without ``fresh`` the caller has cut them). Runs
     with ``scores`` need the explicit path, which
-    also serves devices other than CPU.
+    also serves devices other than CPU, and ``sinks [Hq]``: one more logit in the denominators of each query head.
     """
     longest = max((run.slots for run in runs), default=0) + queries.shape[1]
     if fresh is None or (window is not None and longest <= window):
         window = None
     equal_dims = queries.shape[-1] == (runs[0] if runs else fresh).values.shape[-1]  # type: ignore[union-attr]  # one of the two is there
-    if explicit or window is not None or not equal_dims or queries.device.type != "cpu":
-        return _explicit(queries, runs, fresh, scale, window)
+    if explicit or window is not None or sinks is not None or not equal_dims or queries.device.type != "cpu":
+        return _explicit(queries, runs, fresh, scale, window, sinks)
     return _fused(queries, runs, fresh, scale), None
 
 
@@ -315,7 +316,12 @@ def _flash_own(
 
 
 def _explicit(
-    queries: torch.Tensor, runs: Sequence[Run], fresh: Fresh | None, scale: float, window: int | None
+    queries: torch.Tensor,
+    runs: Sequence[Run],
+    fresh: Fresh | None,
+    scale: float,
+    window: int | None,
+    sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     if not runs and fresh is not None:
         runs = [Run(0, fresh.keys[:, :0], fresh.values[:, :0])]
@@ -328,7 +334,9 @@ def _explicit(
         own = None if fresh is None else Fresh(fresh.keys[heads], fresh.values[heads])
         span = run.slots + (0 if own is None else own.keys.shape[1])
         for block in blocks(queries.shape[1], max(1, TILE_BYTES // (run.heads * group * span * 4))):
-            weights = _weights(queries[rows, block], run, own, scale, window, block.start)
+            weights = _weights(
+                queries[rows, block], run, own, scale, window, block.start, None if sinks is None else sinks[rows]
+            )
             mixed = weights[..., : run.slots] @ run.values.float()
             if own is not None and received is not None:
                 seen = weights.shape[-1] - run.slots
@@ -341,7 +349,13 @@ def _explicit(
 
 
 def _weights(
-    queries: torch.Tensor, run: Run, fresh: Fresh | None, scale: float, window: int | None, start: int
+    queries: torch.Tensor,
+    run: Run,
+    fresh: Fresh | None,
+    scale: float,
+    window: int | None,
+    start: int,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Weights ``[h, group * b, n + stop]`` float32 of the queries ``start .. start + b`` of a chunk."""
     size, count = queries.shape[1], run.slots
@@ -360,7 +374,11 @@ def _weights(
         if window is not None:
             hidden |= order <= own - window
         logits.view(run.heads, -1, size, count + stop).masked_fill_(hidden, -torch.inf)
-    return logits.softmax(-1)
+    if sinks is None:
+        return logits.softmax(-1)
+    own_mass = logits.logsumexp(-1, keepdim=True)
+    column = sinks.float().view(run.heads, -1, 1).expand(-1, -1, size).reshape_as(own_mass)
+    return logits.softmax(-1).mul_((own_mass - column).sigmoid_())
 
 
 def local(

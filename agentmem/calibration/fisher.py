@@ -60,7 +60,7 @@ def _gradients(window: Window, layers: Sequence[int]) -> list[torch.Tensor]:
 @torch.no_grad()
 def _losses(asked: Asked, past: Asked, gradients: torch.Tensor, heads: int) -> torch.Tensor:
     """½ E (g · d)² per token of every KV head ``[heads]``, its group's query heads taken together."""
-    output = attended(asked.queries, asked.keys, asked.values, past, asked.scale)
+    output = attended(asked.queries, asked.keys, asked.values, past, asked.scale, sinks=asked.sinks)
     change = (output - asked.output).float()
     along = (gradients.float() * change).sum(dim=-1)
     grouped = along.reshape(len(along), heads, -1, along.shape[-1]).sum(dim=2)

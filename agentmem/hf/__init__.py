@@ -11,7 +11,7 @@ from agentmem.hf.fingerprint import fingerprint
 from agentmem.hf.generate_checks import returned
 from agentmem.hf.model_identity import model_identity, weights
 from agentmem.hf.rope import positions
-from agentmem.hf.self_check import Check, CheckReport, check, require_checked
+from agentmem.hf.self_check import Check, CheckReport, check, require_checked, require_turning
 from agentmem.hf.support import (
     COVERED,
     check_tokenizer,
@@ -44,6 +44,7 @@ __all__ = [
     "refuse_probe",
     "refuse_scratch",
     "require_checked",
+    "require_turning",
     "returned",
     "scope",
     "text_model",

@@ -28,6 +28,7 @@ class Asked:
 
     Queries and keys are post-RoPE, in the model's dtype. ``output [Hq, n, dv]`` is what it answered. ``bias [H, n]``
     float32, if any, is added to the logits of these keys when later tokens are read against them: -inf hides one.
+    ``sinks [Hq]``, if any, are one more logit of each query head, which has no value.
     """
 
     queries: torch.Tensor
@@ -36,6 +37,7 @@ class Asked:
     output: torch.Tensor
     scale: float
     bias: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,15 +91,21 @@ class _Watch:
         self.layers: list[Asked] = []
 
     def attend(
-        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``queries [1, Hq, n, d]`` → ``[1, n, Hq, dv]``."""
         own = (queries[0], keys[0], values[0])
         past = self.past[layer] if self.past else None
-        output = attended(*own, past, scale, self.windows[layer])
+        output = attended(*own, past, scale, self.windows[layer], sinks)
         if self.gradient and not output.requires_grad:
             output = output.detach().requires_grad_()
-        self.layers.append(Asked(*own, output, scale))
+        self.layers.append(Asked(*own, output, scale, sinks=sinks))
         return output.transpose(0, 1)[None].contiguous()  # some models view it in another shape
 
 
@@ -108,6 +116,7 @@ def attended(
     past: Asked | None,
     scale: float,
     window: int | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of ``queries [Hq, n, d]`` over a past and their own keys: ``[Hq, n, dv]`` in their dtype."""
     count, dtype, before = queries.shape[1], queries.dtype, 0
@@ -122,6 +131,13 @@ def attended(
         added = torch.zeros(keys.shape[0], 1, before + count, dtype=torch.float32, device=queries.device)
         added[:, 0, :before] = bias
         seen = added.masked_fill(~seen, float("-inf")).repeat_interleave(group, dim=0)
+    if sinks is not None:  # a key of zeros, whose logit is the mask's
+        keys, values = (torch.nn.functional.pad(each, (0, 0, 0, 1)) for each in (keys, values))
+        masked = (
+            seen if seen.is_floating_point() else torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, -torch.inf)
+        )
+        column = sinks.to(masked.dtype).view(-1, 1, 1).expand(-1, count, 1)
+        seen = torch.cat((masked.expand(len(sinks), count, -1), column), -1)
     return scaled_dot_product_attention(
         queries[None], keys[None], values[None], attn_mask=seen, scale=scale, enable_gqa=group > 1
     )[0].to(dtype)

@@ -28,9 +28,15 @@ class Step(Protocol):
     """What a layer's attention call is handed to."""
 
     def attend(
-        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``queries [B, Hq, q, d]`` → ``[B, q, Hq, dv]``."""
+        """``queries [B, Hq, q, d]`` → ``[B, q, Hq, dv]``; ``sinks [Hq]`` are one more logit of each query head."""
 
 
 @dataclass(slots=True)
@@ -75,15 +81,25 @@ def _attention(original: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor 
         # Under autocast rotary embeddings make keys float32 and leave values alone; stock attention casts all of them.
         dtype = computing_dtype(key)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
         with own_state():
-            output = frame.step.attend(layer, query, key, value, kwargs.get("scaling") or query.shape[-1] ** -0.5)
+            output = frame.step.attend(layer, query, key, value, scale, _sinks(frame, layer, kwargs.get("s_aux")))
         return output.to(dtype), None
 
     return forward
 
 
+def _sinks(frame: Frame, layer: int, given: torch.Tensor | None) -> torch.Tensor | None:
+    """Attention sinks ``[Hq]``, refused where the plan has not counted what they cost."""
+    if given is not None and frame.engine is not None and not frame.engine.memory.shape.layers[layer].sinks:
+        raise UnsupportedModel(
+            f"layer {layer} passes attention sinks (s_aux), of which its self-check knew nothing; open the memory with "
+            "the model that is run"
+        )
+    return given
+
+
 _CHANGES = {
-    "s_aux": "attention sinks, one more logit in each denominator",
     "softcap": "a soft cap on the logits of attention",
     "position_bias": "a bias on the logits of attention",
 }

@@ -24,7 +24,7 @@ from agentmem.hf.capture import Asked, reading
 from agentmem.hf.check_models import VOCABULARY, causal_class, tiny_model
 from agentmem.hf.forward_context import FRAME, Frame, own_frame, rename
 from agentmem.hf.rebase_check import check_rebase
-from agentmem.hf.support import COVERED, describe
+from agentmem.hf.support import COVERED, SINKS, describe
 from agentmem.memory.memory import Memory
 from agentmem.memory.state import take
 from agentmem.settings import Settings
@@ -40,6 +40,7 @@ SECONDS = 30.0
 LIMIT = 1e-4
 """Greatest difference of float32 logits, relative to the largest (1 at least): rounding is 100 times smaller."""
 _TOKENS, _SLOTS = 56, 32
+_SINKS = "attention calls, with sinks"
 _ROOMY: dict[str, Any] = {"cap": 1 << 28, "chunk": 16, "keep_first": 4, "keep_recent": 8, "min_reclaim": 4}
 
 
@@ -69,6 +70,11 @@ class CheckReport:
     def passed(self) -> bool:
         """Whether models like this one can be capped."""
         return self.reason is None
+
+    @property
+    def sinks(self) -> bool:
+        """Whether attention has sinks."""
+        return any(each.name == _SINKS for each in self.checks)
 
 
 def check(model: Any) -> CheckReport:
@@ -101,52 +107,59 @@ def _require_passed(check: Check, seconds: float) -> None:
         raise UnsupportedModel(f"the self-check was not done after {SECONDS:.0f} seconds")
 
 
-_REASONS: dict[str, str | None] = {}
-"""Why a kind of model is refused, ``None`` where it is not: by what was checked, class and config."""
+_REPORTS: dict[str, CheckReport] = {}
+"""By what was checked, class and config."""
 _LOCK = threading.Lock()
 
 
-def require_checked(model: Any, *, rebase: bool = False) -> None:
+def require_checked(model: Any) -> bool:
     """Refuse a model, or a config, of a family that no test covers and whose self-check fails.
 
-    With ``rebase`` also one whose stored keys cannot be turned exactly. Results are kept for the process.
+    Returns whether its attention has sinks, which a config does not say. Results are kept for the process.
 
     Raises:
         UnsupportedModel: names what differs.
 
     """
     config = getattr(model, "config", model)
-    if rebase:
-        _require(model, config, "rebase", _rebase_reason)
-    if config.model_type not in COVERED or not type(config).__module__.startswith("transformers."):
-        _require(model, config, "use", _reason)
+    if config.model_type in COVERED and type(config).__module__.startswith("transformers."):
+        return config.model_type in SINKS
+    report = _kept(model, config, "use", check)
+    if report.reason is not None:
+        raise UnsupportedModel(
+            f"model_type {report.family!r} is refused, since its self-check failed: {report.reason}. Use a model of "
+            "another family (docs/models.md lists those that pass), or see `agentmem check`"
+        )
+    return report.sinks
 
 
-def _reason(model: Any) -> str | None:
-    report = check(model)
-    return report.reason and (
-        f"model_type {report.family!r} is refused, since its self-check failed: {report.reason}. Use a model of "
-        "another family (docs/models.md lists those that pass), or see `agentmem check`"
-    )
+def require_turning(model: Any) -> None:
+    """Refuse to re-base a model whose stored keys cannot be turned exactly. Results are kept for the process.
+
+    Raises:
+        UnsupportedModel: names the layer, or the RoPE.
+
+    """
+    report = _kept(model, model.config, "re-base", _turning)
+    if report.reason is not None:
+        raise UnsupportedModel(report.reason)
 
 
-def _rebase_reason(model: Any) -> str | None:
+def _turning(model: Any) -> CheckReport:
     try:
         check_rebase(model)
     except UnsupportedModel as error:
-        return str(error)
-    return None
+        return CheckReport(model.config.model_type, (), str(error))
+    return CheckReport(model.config.model_type, ())
 
 
-def _require(model: Any, config: Any, what: str, reason: Callable[[Any], str | None]) -> None:
+def _kept(model: Any, config: Any, what: str, run: Callable[[Any], CheckReport]) -> CheckReport:
     fields = {name: value for name, value in config.to_dict().items() if name not in ("_name_or_path", "dtype")}
     key = f"{what} {type(model)} {json.dumps(fields, sort_keys=True, default=str)}"
     with _LOCK:
-        if key not in _REASONS:
-            _REASONS[key] = reason(model)
-        found = _REASONS[key]
-    if found is not None:
-        raise UnsupportedModel(found)
+        if key not in _REPORTS:
+            _REPORTS[key] = run(model)
+        return _REPORTS[key]
 
 
 def _checks(model: Any, config: Any) -> Iterator[Check]:
@@ -154,8 +167,8 @@ def _checks(model: Any, config: Any) -> Iterator[Check]:
     with torch.inference_mode(mode=False), torch.no_grad(), _plain():
         tiny = tiny_model(kind, config)
         shape = describe(tiny.config, itemsize=4)
-        _refuse_other_calls(tiny, shape)
-        yield Check("attention calls")
+        shape = _as_called(tiny, shape)
+        yield Check(_SINKS if shape.layers[0].sinks else "attention calls")
         ids = torch.randint(3, VOCABULARY, (1, _TOKENS), generator=torch.Generator().manual_seed(1))
         yield from _below_the_cap(tiny, shape, ids)
         if shape.compactable:
@@ -177,18 +190,31 @@ class _Witness:
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, tuple[int, ...]]] = []
+        self.sinks = False
 
     def attend(
-        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``queries [B, Hq, q, d]`` → zeros ``[B, q, Hq, dv]``."""
         del scale
+        self.sinks |= sinks is not None
         self.calls.append((layer, (keys.shape[1], queries.shape[1], keys.shape[-1], values.shape[-1])))
         return queries.new_zeros(queries.shape[0], queries.shape[2], queries.shape[1], values.shape[-1])
 
 
-def _refuse_other_calls(model: Any, shape: ModelShape) -> None:
-    """Refuse a model whose layers do not each call attention once through transformers' AttentionInterface."""
+def _as_called(model: Any, shape: ModelShape) -> ModelShape:
+    """The shape with what only attention calls tell: whether there are sinks.
+
+    Raises:
+        UnsupportedModel: layers do not each call attention once through transformers' AttentionInterface.
+
+    """
     ids = torch.full((1, 5), 3)
     model(ids, use_cache=False)
     witness, undo = _Witness(), rename(model.get_decoder().config)
@@ -217,6 +243,7 @@ def _refuse_other_calls(model: Any, shape: ModelShape) -> None:
                 f"layer {layer} calls attention with (KV heads, query heads, key dim, value dim) = {found}, where its "
                 f"config says {wanted}"
             )
+    return shape.with_sinks() if witness.sinks else shape
 
 
 # ---- below the cap

@@ -39,7 +39,9 @@ COVERED = frozenset(
         "glm4_moe_lite",
         "gpt2",
         "gpt_neox",
+        "gpt_oss",
         "granite",
+        "granite_swa",
         "granitemoe",
         "helium",
         "hunyuan_v1_dense",
@@ -79,6 +81,8 @@ COVERED = frozenset(
     )
 )
 """Values of ``config.model_type`` that the tests' table of families covers; others are checked at first use."""
+SINKS = frozenset(("gpt_oss", "granite_swa"))
+"""Those of them whose attention has sinks."""
 
 _CHANGES = {
     "attn_logit_softcapping": "soft-caps the logits of attention",

@@ -60,19 +60,25 @@ class Append:
         """Columns of the forward, pads included; set by whoever counts them."""
 
     def attend(
-        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Append the tokens' slots and attend: ``queries [B, Hq, q, d]`` → ``[B, q, Hq, dv]``."""
         memory = self.memory
         if len(self.arriving) == 1 and self.whole:
-            output = append_row(memory, memory.rows[0], layer, queries[0], keys[0], values[0], scale)
+            output = append_row(memory, memory.rows[0], layer, queries[0], keys[0], values[0], scale, sinks)
             return output.transpose(0, 1).contiguous().unsqueeze(0)
         output = queries.new_zeros(queries.shape[0], queries.shape[2], queries.shape[1], values.shape[-1])
         for row, arriving in zip(memory.rows, self.arriving, strict=True):
             if arriving.ids:
                 index, columns = row.index, arriving.columns
                 asked, key, value = (each[index][:, columns] for each in (queries, keys, values))
-                part = append_row(memory, row, layer, asked, key, value, scale)
+                part = append_row(memory, row, layer, asked, key, value, scale, sinks)
                 output[index, columns] = part.transpose(0, 1)
         return output
 
@@ -115,10 +121,16 @@ class Scratch:
         self.memory, self.row = memory, row
 
     def attend(
-        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Append and attend: ``queries [1, Hq, q, d]`` → ``[1, q, Hq, dv]``."""
-        output = append_row(self.memory, self.row, layer, queries[0], keys[0], values[0], scale, scratch=True)
+        output = append_row(self.memory, self.row, layer, queries[0], keys[0], values[0], scale, sinks, scratch=True)
         return output.transpose(0, 1).contiguous().unsqueeze(0)
 
     def rollback(self) -> None:
@@ -137,7 +149,13 @@ class Adopt:
         self.memory, self.row, self.begins, self.recent, self.positions = memory, row, begins, recent, positions
 
     def attend(
-        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend, then replace: ``queries [1, Hq, n, d]`` → ``[1, n, Hq, dv]``."""
         memory, store = self.memory, self.row.stores[layer]
@@ -146,7 +164,7 @@ class Adopt:
         memory.ledger.touch(memory.plan.forward_bytes, "attention of a summary")
         queries, keys, values = _as_stored(store, queries, keys, values)
         front = store.front(min(self.begins[layer]))
-        output, _ = attend(queries[0], front, Fresh(keys[0], values[0]), scale)
+        output, _ = attend(queries[0], front, Fresh(keys[0], values[0]), scale, sinks=sinks)
         new = store.rewritten(self.begins[layer], self.recent, keys[0], values[0], self.positions)
         self.row.replace(layer, new)
         return output.transpose(0, 1).contiguous().unsqueeze(0)
@@ -165,7 +183,13 @@ class Transient:
         self.memory, self.row, self.visit = memory, row, visit
 
     def attend(
-        self, layer: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend without appending: ``queries [1, Hq, q, d]`` → ``[1, q, Hq, dv]``."""
         self.visit(layer, queries[0])
@@ -175,7 +199,7 @@ class Transient:
             queries, keys, values = _as_stored(store, queries, keys, values)
         runs = [] if store is None else store.runs(shape.window and shape.window - 1, scored=False)
         self.memory.ledger.touch(self.memory.plan.forward_bytes, "attention of a probe")
-        output, _ = attend(queries[0], runs, Fresh(keys[0], values[0]), scale, window=shape.window)
+        output, _ = attend(queries[0], runs, Fresh(keys[0], values[0]), scale, window=shape.window, sinks=sinks)
         return output.transpose(0, 1).contiguous().unsqueeze(0)
 
 
@@ -187,6 +211,7 @@ def append_row(
     keys: torch.Tensor,
     values: torch.Tensor,
     scale: float,
+    sinks: torch.Tensor | None = None,
     *,
     scratch: bool = False,
 ) -> torch.Tensor:
@@ -203,11 +228,13 @@ def append_row(
     with torch.no_grad():
         if count == 1:
             store.append(keys, values)
-            output, _ = attend(queries, store.runs(shape.window, scored=scored), None, scale, explicit=scored)
+            output, _ = attend(
+                queries, store.runs(shape.window, scored=scored), None, scale, explicit=scored, sinks=sinks
+            )
         else:
             fresh = Fresh(keys, values)
             runs = store.runs(shape.window and shape.window - 1, scored=scored)
-            output, received = attend(queries, runs, fresh, scale, window=shape.window, explicit=scored)
+            output, received = attend(queries, runs, fresh, scale, window=shape.window, explicit=scored, sinks=sinks)
             store.append(keys, values, received if scored else None)
         if memory.plan.stored and shape.window is None and not scratch:
             _sample(memory, row, layer, queries)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 BIAS_BYTES = 4
 POSITION_BYTES = 4
@@ -18,13 +19,17 @@ def spare_positions(positions: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """One attention layer. ``window`` is its sliding window in tokens, ``None`` for full attention."""
+    """One attention layer. ``window`` is its sliding window in tokens, ``None`` for full attention.
+
+    ``sinks`` says that each query head has one more logit in its denominators, which the fused paths cannot add.
+    """
 
     kv_heads: int
     query_heads: int
     key_dim: int
     value_dim: int
     window: int | None = None
+    sinks: bool = False
 
     @property
     def group(self) -> int:
@@ -48,6 +53,10 @@ class ModelShape:
     """Tells models of one architecture apart by their weights; ``None`` where no weights are at hand."""
     positions: int | None = None
     """Positions that the model was made for; ``None`` where its config does not say."""
+
+    def with_sinks(self) -> Self:
+        """The same with attention sinks in every layer."""
+        return replace(self, layers=tuple(replace(layer, sinks=True) for layer in self.layers))
 
     def slot_bytes(self, layer: LayerShape, *, scores: bool) -> int:
         """Bytes of one slot: key row, value row, β, position, and a score accumulator where one is kept."""

@@ -300,7 +300,8 @@ class Planner:
     def _forward(self, layer: LayerShape, fullest: int) -> int:
         slots, chunk = self.slots(layer, fullest), self.settings.chunk
         fused = ragged.fused_bytes(layer, chunk, slots, self.shape.itemsize)
-        explicit = self.policy.scores == "received" or layer.window is not None or not self._fused(layer)
+        scored = self.policy.scores == "received"
+        explicit = scored or layer.sinks or layer.window is not None or not self._fused(layer)
         most = max(fused, ragged.explicit_bytes(layer, chunk, slots, self.shape.itemsize)) if explicit else fused
         # a row of a batch is attended beside the output of all
         own = layer.query_heads * chunk * layer.value_dim * self.shape.itemsize if self.rows > 1 else 0

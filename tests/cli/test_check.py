@@ -28,7 +28,7 @@ def test_a_family_that_passes(tmp_path: Path) -> None:
 
 def test_a_family_that_fails(tmp_path: Path) -> None:
     """Exit code 1 and the one reason."""
-    refused(agentmem("check", saved(tmp_path, "gpt_oss")), "'gpt_oss' cannot be capped", "s_aux: attention sinks")
+    refused(agentmem("check", saved(tmp_path, "doge")), "'doge' cannot be capped", "a mask of its own")
 
 
 def test_json_has_every_check(tmp_path: Path) -> None:

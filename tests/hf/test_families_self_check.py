@@ -56,7 +56,7 @@ def _mix(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """No result of an earlier check is kept."""
-    monkeypatch.setattr(self_check, "_REASONS", {})
+    monkeypatch.setattr(self_check, "_REPORTS", {})
 
 
 def own(**fields: Any) -> OwnModel:

@@ -168,7 +168,6 @@ def test_an_encoder_decoder_is_refused() -> None:
 
 
 REASONS = {
-    "gpt_oss": "GptOssAttention passes to its attention s_aux: attention sinks",
     "gemma2": r"attn_logit_softcapping=50.0 of model_type 'gemma2' soft-caps",
     "mamba": "model_type 'mamba' has no num_attention_heads",
     "qwen3_5_text": r"layer 0 keeps its state in a LinearAttentionLayer \(a recurrent or convolution state",
@@ -185,21 +184,20 @@ REASONS = {
 
 @pytest.mark.parametrize("family", REASONS)
 def test_what_a_family_does_that_is_not_handled_is_named(family: str) -> None:
-    """Sinks, soft-capping, recurrent state, own attention code, KV sharing, chunks, masks: by the one true reason."""
+    """Soft-capping, recurrent state, own attention code, KV sharing, chunks, masks: by the one true reason."""
     config = AutoConfig.for_model(family)
     with pytest.raises(UnsupportedModel, match=REASONS[family]):
         agentmem.plan(config, cap="24MiB")
 
 
-GPT_OSS = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_local_experts": 4, "head_dim": 16}
-GPT_OSS |= {"num_key_value_heads": 1, "intermediate_size": 32, "vocab_size": 64}
+DOGE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 64}
 
 
 def test_an_unsupported_model_is_left_as_it_was() -> None:
     """A refused model keeps its attention and its generate."""
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_oss", **GPT_OSS)).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("doge", **DOGE)).eval()
     before = model.config._attn_implementation
-    with pytest.raises(UnsupportedModel, match="gpt_oss"), agentmem.capped(model, cap="24MiB"):
+    with pytest.raises(UnsupportedModel, match="DogeAttention"), agentmem.capped(model, cap="24MiB"):
         pass
 
     assert model.config._attn_implementation == before

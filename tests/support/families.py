@@ -15,6 +15,7 @@ from transformers import AutoConfig
 from agentmem import hf
 from agentmem.errors import UnsupportedModel
 from agentmem.hf.check_models import causal_class, tiny_model
+from agentmem.hf.support import SINKS
 from support import tiny, tiny_chat, variants
 
 POSITIONS = 128
@@ -45,6 +46,7 @@ DENSE = {
     "gpt2": Family("GPT-2 (up to its positions)"),
     "gpt_neox": Family("GPT-NeoX, Pythia"),
     "granite": Family("Granite"),
+    "granite_swa": Family("Granite with sliding windows and sinks"),
     "helium": Family("Helium"),
     "hunyuan_v1_dense": Family("Hunyuan", _THETA),
     "llama": Family("Llama"),
@@ -70,6 +72,7 @@ EXPERTS = {
     "ernie4_5_moe": Family("Ernie 4.5 MoE"),
     "exaone_moe": Family("Exaone MoE"),
     "glm4_moe": Family("GLM 4.5–4.7 MoE"),
+    "gpt_oss": Family("gpt-oss (attention sinks)"),
     "granitemoe": Family("Granite MoE"),
     "hunyuan_v1_moe": Family("Hunyuan MoE", _THETA),
     "minimax_m2": Family("MiniMax M2"),
@@ -173,6 +176,7 @@ def passed(family: str, folder: Path) -> str:
     """Run every column of a family; what the last one says, which may be a refusal."""
     report = checked(family)
     assert report.passed, report.reason
+    assert report.sinks == (family in SINKS)
     forked_and_saved(family, folder)
     ours, stock = in_bfloat16(family)
     assert ours <= 2 * stock

@@ -21,7 +21,7 @@ from agentmem.models.files import write_whole
 if TYPE_CHECKING:
     from agentmem.evaluation.ablation import Ablation, Row
 
-_EXTRA = ("scipy", "yaml", "matplotlib")
+_EXTRA = ("inspect_ai", "math_verify", "matplotlib", "scipy", "yaml")
 
 
 def ablate(

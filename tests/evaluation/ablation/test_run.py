@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from agentmem.cli import ablate
 from agentmem.evaluation.ablation import rows as ablation_rows
 from support.shell import agentmem, refused
 
@@ -158,6 +159,13 @@ def test_two_runs_into_one_folder_are_refused(folder: Path, whole: Path) -> None
     """A second process would write between the first one's rows."""
     with ablation_rows.RowFile(whole, 0):
         refused(agentmem("ablate", *arguments(folder, "whole")), "another process is writing")
+
+
+def test_a_missing_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a package of the extra the command says what to install, and shows no traceback."""
+    monkeypatch.setattr(ablate, "_EXTRA", ("json", "no_such_package"))
+
+    refused(agentmem("ablate", *arguments(folder, "nothing")), "needs no_such_package", "agentmem-runtime[cli,eval]")
 
 
 def test_draw_without_rows_is_refused(folder: Path) -> None:

@@ -20,7 +20,7 @@ from agentmem.evaluation.terms import Frozen, Reader, Terms
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from agentmem.hf import CappedMemory
+    from agentmem.hf import CappedCache
 
 Stop = Literal["end", "tokens", "budget"]
 
@@ -167,7 +167,7 @@ class Writer:
             self._shared = None
 
     @contextmanager
-    def _memory(self, tokens: int) -> Iterator[CappedMemory]:
+    def _memory(self, tokens: int) -> Iterator[CappedCache]:
         """A new memory under the terms; full memory holds ``tokens`` and a chunk more."""
         terms, policy = self.terms, self.policy
         if terms is None:
@@ -176,7 +176,7 @@ class Writer:
         with terms.memory(self.model, terms.policy(policy), self.tokenizer) as memory:
             yield memory
 
-    def _write(self, memory: CappedMemory, ids: torch.Tensor, sampling: Sampling, budget: _Budget) -> list[int]:
+    def _write(self, memory: CappedCache, ids: torch.Tensor, sampling: Sampling, budget: _Budget) -> list[int]:
         settings: dict[str, Any] = {"do_sample": sampling.temperature > 0}
         if settings["do_sample"]:
             settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
@@ -212,7 +212,7 @@ class Writer:
 
     def _account(
         self,
-        memory: CappedMemory,
+        memory: CappedCache,
         began: float,
         text: str,
         stop: Stop,
@@ -243,14 +243,14 @@ class _Shared:
     """A context that was read, and its open memory."""
 
     context: tuple[int, ...]
-    memory: CappedMemory
+    memory: CappedCache
     stack: ExitStack
 
 
 class _Budget(StoppingCriteria):
     """Ends writing when another compaction would be needed and none is left; ``reserve`` slots are kept free."""
 
-    def __init__(self, memory: CappedMemory, most: int | None, reserve: int) -> None:
+    def __init__(self, memory: CappedCache, most: int | None, reserve: int) -> None:
         self.memory, self.most, self.reserve, self.spent = memory, most, reserve, False
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:  # noqa: ARG002  # transformers' signature

@@ -21,12 +21,12 @@ from agentmem.models.files import write_whole
 if TYPE_CHECKING:
     from agentmem.evaluation.ablation import Ablation, Row
 
-_EXTRA = ("scipy", "yaml", "matplotlib")
+_EXTRA = ("inspect_ai", "math_verify", "matplotlib", "scipy", "yaml")
 
 
 def ablate(
     *,
-    config: Annotated[Path, typer.Argument(help="The grid, as YAML; see docs/guide/6-ablations.md.")],
+    config: Annotated[Path, typer.Argument(help="The grid, as YAML; see docs/guide/7-ablations.md.")],
     out: Annotated[
         Path | None, typer.Option(help="Folder of rows and report: out/CONFIG's name.", show_default=False)
     ] = None,

@@ -95,6 +95,8 @@ def _pareto(instrument: str, lines: Sequence[Line], palette: Palette) -> Picture
         axes.axhline(mean(full), color=_GREY, linestyle="--", linewidth=1, label="full memory")
     if measure.lower_is_better and min(line.score.mean for line in measured if line.score) > 0:
         axes.set_yscale("log")
+    axes.margins(x=0.08)
+    axes.ticklabel_format(axis="x", useOffset=False)
     axes.set_xlabel("peak of the KV memory, R + T (MiB)")
     axes.set_ylabel(f"{measure.name} ({measure.unit})")
     _legend(figure, axes)
@@ -238,7 +240,7 @@ def _heat_map(group: Sequence[Row]) -> Picture | None:
     if not shown:
         return None
     most = max(slots for row in shown for layer in _run(row).heads for slots in layer)
-    figure = Figure(figsize=(2 * _SIZE[0], 1.1 + 1.35 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(1.6 * _SIZE[0], 1.0 + 1.25 * len(shown)), layout="constrained")
     FigureCanvasSVG(figure)
     panels = []
     for place, row in enumerate(shown):

@@ -41,7 +41,8 @@ class Cell(Frozen):
     def label(self) -> str:
         """One line for progress and refusals."""
         limit = "" if self.limit is None else f", {self.limit}"
-        return f"{self.instrument}, {self.source}, {self.policy}{limit}, seed {self.seed}"
+        source = "" if self.text is None else f", {self.text.label}"
+        return f"{self.instrument}{source}, {self.policy}{limit}, seed {self.seed}"
 
     @property
     def source(self) -> str:

@@ -1,6 +1,7 @@
 """``instructions``: a rule given at the start must still be obeyed after a long text and many compactions.
 
-The rule says how every answer begins and is never repeated; the questions at the end do not mention it.
+The rule says what every answer is; it stands in front of the text with examples of its use, and is never repeated. The
+questions at the end do not say it.
 """
 
 from __future__ import annotations
@@ -14,25 +15,26 @@ from inspect_ai.scorer import match
 from agentmem.evaluation.passage import default_text
 from agentmem.evaluation.tasks.replies import named, question, reply, shared
 
-_WORDS = ("Ahoy", "Indeed", "Listen", "Well", "Certainly", "Hello", "Okay", "Welcome")
+_WORDS = ("Ahoy", "maple", "copper", "Indeed", "silver", "Listen", "north", "Welcome")
 _EXAMPLES = (
-    ("What is two plus two?", "It is four."),
-    ("Which colour has grass?", "It is green."),
-    ("How many legs has a spider?", "It has eight."),
-    ("What do bees make?", "They make honey."),
-    ("Where does the sun rise?", "It rises in the east."),
+    "What is two plus two?",
+    "Which colour has grass?",
+    "How many legs has a spider?",
+    "What do bees make?",
+    "Where does the sun rise?",
+    "Who wrote Hamlet?",
 )
 _QUESTIONS = ("What is the capital of France?", "What is frozen water called?", "Which month follows May?")
 
 
 @task(name=named("instructions"))
-def instructions(characters: int = 6000, rules: int = 4, examples: int = 5, seed: int = 0) -> Task:
-    """Questions behind a long text; the answer must begin as a rule in front of the text says.
+def instructions(characters: int = 6000, rules: int = 4, examples: int = 6, seed: int = 0) -> Task:
+    """Questions behind a long text; the answer must be the word that a rule in front of the text names.
 
     Args:
         characters: of the text between rule and questions.
         rules: different ones, each with a text of its own and three questions.
-        examples: of its use, from 0 to 5, given with the rule.
+        examples: of its use, from 0 to 6, given with the rule.
         seed: of the rules' words.
 
     """
@@ -56,13 +58,12 @@ def instructions(characters: int = 6000, rules: int = 4, examples: int = 5, seed
 
 
 def _context(word: str, text: str, number: int, characters: int, examples: int) -> str:
-    shown = "".join(
-        f"{_asked(asked)} {word}, {answer[0].lower()}{answer[1:]}\n\n" for asked, answer in _EXAMPLES[:examples]
-    )
+    shown = "".join(f"{_asked(each)} {word}\n\n" for each in _EXAMPLES[:examples])
     begin = (number * characters) % max(1, len(text) - characters)
-    rule = f'Rule: Every answer begins with the word "{word}".\n\n'
-    return f"{rule}{shown}Text: {text[begin : begin + characters].strip()}\n\n"
+    rule = f'Rule: Answer every question with the word "{word}" and nothing else.\n\n'
+    return f"{rule}{shown}### Text: {text[begin : begin + characters].strip()}\n\n"
 
 
 def _asked(asked: str) -> str:
-    return f"Question: {asked}\nAnswer:"
+    # A head of its own: small models go on answering questions of the usual kind, whatever the rule says.
+    return f"### Question: {asked}\n### Rule says:"

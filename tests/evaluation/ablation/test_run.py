@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from agentmem.cli import ablate
 from agentmem.evaluation.ablation import rows as ablation_rows
 from support.shell import agentmem, refused
 
@@ -108,8 +109,8 @@ def test_a_killed_ablation_goes_on_without_losing_or_repeating_a_row(folder: Pat
     while len(lines(out)) < 3 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
-    process.wait(30)
-    before = lines(out)[: len(lines(out))]
+    process.communicate(timeout=30)  # closes its pipe too
+    before = lines(out)
     assert 3 <= len(before) < 13
     kept = [line for line in before if line.endswith("}")][:3]
     with (out / "rows-0.jsonl").open("a", encoding="utf-8") as file:
@@ -158,6 +159,13 @@ def test_two_runs_into_one_folder_are_refused(folder: Path, whole: Path) -> None
     """A second process would write between the first one's rows."""
     with ablation_rows.RowFile(whole, 0):
         refused(agentmem("ablate", *arguments(folder, "whole")), "another process is writing")
+
+
+def test_a_missing_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a package of the extra the command says what to install, and shows no traceback."""
+    monkeypatch.setattr(ablate, "_EXTRA", ("json", "no_such_package"))
+
+    refused(agentmem("ablate", *arguments(folder, "nothing")), "needs no_such_package", "agentmem-runtime[cli,eval]")
 
 
 def test_draw_without_rows_is_refused(folder: Path) -> None:

@@ -43,6 +43,8 @@ TILE_BYTES = 1 << 19
 PIECE = 256
 """Slots of one head that a thread of a compiled decode step takes at least."""
 _VECTOR = 16  # floats that decode.c works on at a time
+_PIECE_BYTES = 64  # of decode.c's account of a piece
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # dtypes that decode.c reads, by its own numbers
 _LANES = 64  # numbers to a block of what the kernel packs
 
 
@@ -99,9 +101,11 @@ def _block_bytes(layer: LayerShape, heads: int, tokens: int, keys: int, itemsize
 
 
 def _decode_bytes(layer: LayerShape) -> int:
-    # decode.c: per piece and query an output, its peak and its mass; and the queries once more if they lie apart
+    # decode.c: the queries as float32, and once more if they lie apart; per piece and query an output, its peak and its
+    # mass; and what a piece is
     pieces = layer.kv_heads + 2 * torch.get_num_threads()
-    return (pieces * layer.group * (layer.value_dim + 2) + layer.query_heads * layer.key_dim) * 4
+    asked, parts = 2 * layer.query_heads * layer.key_dim, pieces * layer.group * (layer.value_dim + 2)
+    return (asked + parts) * 4 + pieces * _PIECE_BYTES
 
 
 def explicit_bytes(layer: LayerShape, tokens: int, slots: int, itemsize: int) -> int:
@@ -199,17 +203,17 @@ def _tokens(group: int, dtype: torch.dtype) -> int:
 
 
 def _compiled(queries: torch.Tensor, runs: Sequence[Run]) -> bool:
-    """Whether ``decode.c`` serves this decode step: float32 of whole vectors, slots one behind the other."""
-    dim = queries.shape[-1]
-    return COMPILED and queries.dtype == torch.float32 and dim % _VECTOR == 0 and all(_plain(run, dim) for run in runs)
+    """Whether ``decode.c`` serves this decode step: dims of whole vectors, slots one behind the other."""
+    dim, dtype = queries.shape[-1], queries.dtype
+    return COMPILED and dtype in _KINDS and dim % _VECTOR == 0 and all(_plain(run, dim, dtype) for run in runs)
 
 
-def _plain(run: Run, dim: int) -> bool:
+def _plain(run: Run, dim: int, dtype: torch.dtype) -> bool:
     """Whether a run lies in memory as ``decode.c`` reads it; it reads addresses, so nothing else may pass."""
     keys, values, bias = run.keys, run.values, run.bias
     return (
         run.slots > 0
-        and keys.dtype == values.dtype == torch.float32
+        and keys.dtype == values.dtype == dtype
         and keys.device.type == values.device.type == "cpu"
         and keys.stride()[1:] == values.stride()[1:] == (dim, 1)
         and (bias is None or (bias.dtype == torch.float32 and bias.stride(1) == 1))
@@ -219,16 +223,20 @@ def _plain(run: Run, dim: int) -> bool:
 def _decode_step(queries: torch.Tensor, runs: Sequence[Run], scale: float) -> torch.Tensor:
     """One token's queries ``[Hq, 1, d]`` over all runs at once, every head in pieces of like length."""
     query_heads, _, dim = queries.shape
-    group = query_heads // sum(run.heads for run in runs)
+    heads = sum(run.heads for run in runs)
+    group = query_heads // heads
     threads = torch.get_num_threads()
     length = max(PIECE, -(-sum(run.heads * run.slots for run in runs) // (2 * threads)))
     pieces = sum(run.heads * -(-run.slots // length) for run in runs)
     queries = queries.contiguous()
-    output, scratch = torch.empty_like(queries), queries.new_empty(pieces * group * (dim + 2))
+    output = torch.empty_like(queries)
+    scratch = torch.empty(query_heads * dim + pieces * group * (dim + 2), dtype=torch.float32)
     _decode.attend(
+        _KINDS[queries.dtype],
         queries.data_ptr(),
         output.data_ptr(),
         scratch.data_ptr(),
+        heads,
         pieces,
         length,
         threads,

@@ -15,11 +15,11 @@ import torch
 from agentmem.contracts import blocks
 
 try:
-    from agentmem.attention import _decode
+    from agentmem.attention import _chunk, _decode
 
-    COMPILED = True
+    COMPILED, TILED = True, _chunk.available()
 except ImportError:  # installed without a C compiler, or not on Linux
-    COMPILED = False
+    COMPILED = TILED = False
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -44,6 +44,8 @@ PIECE = 256
 """Slots of one head that a thread of a compiled decode step takes at least."""
 _VECTOR = 16  # floats that decode.c works on at a time
 _PIECE_BYTES = 64  # of decode.c's account of a piece
+_RUN_BYTES = 96  # of chunk.c's account of a run
+_TILED_GROUP = 128  # queries of a token that chunk.c takes for one KV head
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # dtypes that decode.c reads, by its own numbers
 _LANES = 64  # numbers to a block of what the kernel packs
 
@@ -87,7 +89,7 @@ def fused_bytes(layer: LayerShape, tokens: int, slots: int, itemsize: int) -> in
     step = layer.query_heads * (layer.key_dim + layer.value_dim + 2) * itemsize + _kernel_bytes(
         layer, layer.kv_heads, layer.group, slots, itemsize
     )
-    return max(chunk, step, _decode_bytes(layer))
+    return max(chunk, step, _decode_bytes(layer), _tiled_bytes(layer) if itemsize == 2 else 0)  # noqa: PLR2004  # bytes
 
 
 def _block_bytes(layer: LayerShape, heads: int, tokens: int, keys: int, itemsize: int) -> int:
@@ -106,6 +108,14 @@ def _decode_bytes(layer: LayerShape) -> int:
     pieces = layer.kv_heads + 2 * torch.get_num_threads()
     asked, parts = 2 * layer.query_heads * layer.key_dim, pieces * layer.group * (layer.value_dim + 2)
     return (asked + parts) * 4 + pieces * _PIECE_BYTES
+
+
+def _tiled_bytes(layer: LayerShape) -> int:
+    # chunk.c: what each thread packs and sums in, whatever the slots and tokens; a run for each head and the fresh keys
+    if not TILED:
+        return 0
+    threads = torch.get_num_threads()
+    return threads * _chunk.scratch_bytes(layer.key_dim, layer.value_dim) + (layer.kv_heads + 1) * _RUN_BYTES
 
 
 def explicit_bytes(layer: LayerShape, tokens: int, slots: int, itemsize: int) -> int:
@@ -152,6 +162,8 @@ def attend(
     with ``scores`` need the explicit path, which
     also serves devices other than CPU.
     """
+    if not explicit and (fresh is not None or queries.shape[1] > 1) and _tiles(queries, runs, fresh):
+        return _chunk_step(queries, runs, fresh, scale, window), None
     longest = max((run.slots for run in runs), default=0) + queries.shape[1]
     if fresh is None or (window is not None and longest <= window):
         window = None
@@ -250,7 +262,7 @@ def _decode_step(queries: torch.Tensor, runs: Sequence[Run], scale: float) -> to
 
 
 def _addresses(run: Run) -> tuple[int, int, int, int, int, int, int, int, int]:
-    """A run as ``decode.c`` reads it; address 0 stands for no β."""
+    """A run as the compiled code reads it; address 0 stands for no β."""
     bias, stride = (0, 0) if run.bias is None else (run.bias.data_ptr(), run.bias.stride(0))
     keys, values = run.keys, run.values
     return (
@@ -264,6 +276,59 @@ def _addresses(run: Run) -> tuple[int, int, int, int, int, int, int, int, int]:
         values.stride(0),
         stride,
     )
+
+
+def _tiles(queries: torch.Tensor, runs: Sequence[Run], fresh: Fresh | None) -> bool:
+    """Whether ``chunk.c`` serves these tokens: bfloat16 whose rows lie together, on a CPU with AMX."""
+    if not TILED or queries.dtype != torch.bfloat16 or queries.device.type != "cpu":
+        return False
+    sources = list(runs) if fresh is None else [*runs, fresh]
+    heads = sum(run.heads for run in runs) if fresh is None else fresh.keys.shape[0]
+    return queries.shape[0] <= _TILED_GROUP * heads and queries.stride(-1) == 1 and all(map(_rows, sources))
+
+
+def _rows(source: Run | Fresh) -> bool:
+    """Whether keys and values are read as ``chunk.c`` reads them; it reads addresses, so nothing else may pass."""
+    keys, values, bias = source.keys, source.values, getattr(source, "bias", None)
+    return (
+        keys.dtype == values.dtype == torch.bfloat16
+        and keys.device.type == values.device.type == "cpu"
+        and keys.stride(-1) == values.stride(-1) == 1
+        and (bias is None or (bias.dtype == torch.float32 and bias.stride(1) == 1))
+    )
+
+
+def _chunk_step(
+    queries: torch.Tensor, runs: Sequence[Run], fresh: Fresh | None, scale: float, window: int | None
+) -> torch.Tensor:
+    """Several tokens' queries ``[Hq, q, d]`` over all runs and, causally, the fresh keys."""
+    query_heads, tokens, dim = queries.shape
+    heads = sum(run.heads for run in runs) if fresh is None else fresh.keys.shape[0]
+    width, threads = (runs[0] if fresh is None else fresh).values.shape[-1], torch.get_num_threads()
+    output = queries.new_empty(tokens, query_heads, width).transpose(0, 1)  # as the model goes on with it
+    scratch = torch.empty(threads * _chunk.scratch_bytes(dim, width), dtype=torch.uint8)
+    sources = [(*_addresses(run), run.keys.stride(1), run.values.stride(1), False) for run in runs]
+    if fresh is not None:
+        own = Run(0, fresh.keys, fresh.values)
+        sources.append((*_addresses(own), own.keys.stride(1), own.values.stride(1), True))
+    _chunk.attend(
+        queries.data_ptr(),
+        output.data_ptr(),
+        scratch.data_ptr(),
+        scratch.nbytes,
+        threads,
+        scale,
+        queries.stride()[:2],
+        output.stride()[:2],
+        tokens,
+        heads,
+        query_heads // heads,
+        dim,
+        width,
+        window or 0,
+        sources,
+    )
+    return output
 
 
 def _attend_block(

@@ -45,8 +45,13 @@ TABLE = (
     room("agentmem.reporting.report", outside="pydantic"),
     room("agentmem.reporting.log_events", outside="structlog"),
     room("agentmem.planning.model_shape", rooms="errors settings"),
+    room("agentmem.attention._chunk"),
     room("agentmem.attention._decode"),
-    room("agentmem.attention.ragged", rooms="attention._decode contracts errors planning.model_shape", outside="torch"),
+    room(
+        "agentmem.attention.ragged",
+        rooms="attention._chunk attention._decode contracts errors planning.model_shape",
+        outside="torch",
+    ),
     room("agentmem.reference_queries.stored", rooms="queries", outside="torch"),
     room(
         "agentmem.planning.pricing",

@@ -375,18 +375,21 @@ static int is_small(const Problem *p) {
     return slots * p->group * p->tokens * (p->depth + p->width) < 2 << 20;
 }
 
-TARGET static void attend_all(const Problem *p, int threads, char *scratch) {
-    const Py_ssize_t blocks = (p->tokens + p->block - 1) / p->block, items = blocks * p->heads;
+/* Takes items until there are none, the longest first. */
+TARGET static void attend_some(const Problem *p, Py_ssize_t *next, Py_ssize_t blocks, char *scratch) {
+    Scratch s = laid_out(scratch, p->depth, p->width);
+    configure();
+    for (Py_ssize_t item; (item = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED)) < blocks * p->heads;)
+        attend_item(p, item % p->heads, (blocks - 1 - item / p->heads) * p->block, s);
+    _tile_release();
+}
+
+static void attend_all(const Problem *p, int threads, char *scratch) {
+    const Py_ssize_t blocks = (p->tokens + p->block - 1) / p->block;
     const size_t size = scratch_bytes(p->depth, p->width);
     Py_ssize_t next = 0;
-#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1 && items > 1 && !is_small(p))
-    for (int thread = 0; thread < threads; thread++) {
-        Scratch s = laid_out(scratch + thread * size, p->depth, p->width);
-        configure();
-        for (Py_ssize_t item; (item = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < items;) /* the longest first */
-            attend_item(p, item % p->heads, (blocks - 1 - item / p->heads) * p->block, s);
-        _tile_release();
-    }
+#pragma omp parallel for num_threads(threads) schedule(static, 1) if (threads > 1 && !is_small(p))
+    for (int thread = 0; thread < threads; thread++) attend_some(p, &next, blocks, scratch + thread * size);
 }
 
 static int available(void) {

@@ -55,6 +55,8 @@ INLINE wide fetch_one(const int level, const int kind, const char *from, ptrdiff
         __asm__("vcvtph2ps %1, %0" : "=v"(number) : "m"(*narrow));
         return number;
     }
+#else
+    (void)level;
 #endif
     wide_bits bits = __builtin_convertvector(*narrow, wide_bits);
     if (kind == BFLOAT16) return (wide)(bits << 16);

@@ -157,8 +157,12 @@ def attend(
     with ``scores`` need the explicit path, which
     also serves devices other than CPU.
     """
-    if not explicit and (fresh is not None or queries.shape[1] > 1) and _tiles(queries, runs, fresh):
-        return _chunk_step(queries, runs, fresh, scale, window), None
+    if not explicit:
+        if fresh is None and queries.shape[1] == 1:
+            if _compiled(queries, runs):
+                return _decode_step(queries, runs, scale), None
+        elif _tiles(queries, runs, fresh):
+            return _chunk_step(queries, runs, fresh, scale, window), None
     longest = max((run.slots for run in runs), default=0) + queries.shape[1]
     if fresh is None or (window is not None and longest <= window):
         window = None
@@ -171,11 +175,8 @@ def attend(
 def _fused(queries: torch.Tensor, runs: Sequence[Run], fresh: Fresh | None, scale: float) -> torch.Tensor:
     heads = sum(run.heads for run in runs) if fresh is None else fresh.keys.shape[0]
     group, tokens = queries.shape[0] // heads, queries.shape[1]
-    if fresh is None and tokens == 1:
-        if _compiled(queries, runs):
-            return _decode_step(queries, runs, scale)
-        if queries.dtype.itemsize >= _FLOAT:
-            return _step(queries, runs, scale)
+    if fresh is None and tokens == 1 and queries.dtype.itemsize >= _FLOAT:
+        return _step(queries, runs, scale)
     width = (runs[0] if fresh is None else fresh).values.shape[-1]
     grouped = queries.view(heads, group, tokens, -1)
     output = queries.new_empty(tokens, heads, group, width).permute(1, 2, 0, 3)  # as the model goes on with it
@@ -200,18 +201,22 @@ def _tokens(group: int, tokens: int) -> int:
 
 def _compiled(queries: torch.Tensor, runs: Sequence[Run]) -> bool:
     """Whether ``decode.c`` serves this decode step: dims of whole vectors, slots one behind the other."""
-    dim, dtype = queries.shape[-1], queries.dtype
-    return COMPILED and dtype in _KINDS and dim % _VECTOR == 0 and all(_plain(run, dim, dtype) for run in runs)
+    dim, width, dtype = queries.shape[-1], runs[0].values.shape[-1], queries.dtype
+    if not COMPILED or dtype not in _KINDS or dim % _VECTOR or width % _VECTOR:
+        return False
+    return all(_plain(run, dim, width, dtype) for run in runs)
 
 
-def _plain(run: Run, dim: int, dtype: torch.dtype) -> bool:
+def _plain(run: Run, dim: int, width: int, dtype: torch.dtype) -> bool:
     """Whether a run lies in memory as ``decode.c`` reads it; it reads addresses, so nothing else may pass."""
     keys, values, bias = run.keys, run.values, run.bias
     return (
-        run.slots > 0
-        and keys.dtype == values.dtype == dtype
-        and keys.device.type == values.device.type == "cpu"
-        and keys.stride()[1:] == values.stride()[1:] == (dim, 1)
+        keys.dtype == values.dtype == dtype
+        and keys.is_cpu
+        and values.is_cpu
+        and keys.shape[1] > 0
+        and keys.stride()[1:] == (dim, 1)
+        and values.stride()[1:] == (width, 1)
         and (bias is None or (bias.dtype == torch.float32 and bias.stride(1) == 1))
     )
 
@@ -219,14 +224,15 @@ def _plain(run: Run, dim: int, dtype: torch.dtype) -> bool:
 def _decode_step(queries: torch.Tensor, runs: Sequence[Run], scale: float) -> torch.Tensor:
     """One token's queries ``[Hq, 1, d]`` over all runs at once, every head in pieces of like length."""
     query_heads, _, dim = queries.shape
-    heads = sum(run.heads for run in runs)
+    width, threads = runs[0].values.shape[-1], torch.get_num_threads()
+    sources = [_addresses(run) for run in runs]
+    heads = sum(source[1] for source in sources)
     group = query_heads // heads
-    threads = torch.get_num_threads()
-    length = max(PIECE, -(-sum(run.heads * run.slots for run in runs) // (2 * threads)))
-    pieces = sum(run.heads * -(-run.slots // length) for run in runs)
+    length = max(PIECE, -(-sum(source[1] * source[2] for source in sources) // (2 * threads)))
+    pieces = sum(source[1] * -(-source[2] // length) for source in sources)
     queries = queries.contiguous()
-    output = torch.empty_like(queries)
-    scratch = torch.empty(query_heads * dim + pieces * group * (dim + 2), dtype=torch.float32)
+    output = queries.new_empty(query_heads, 1, width)
+    scratch = torch.empty(query_heads * dim + pieces * group * (width + 2), dtype=torch.float32)
     _decode.attend(
         _KINDS[queries.dtype],
         queries.data_ptr(),
@@ -239,23 +245,24 @@ def _decode_step(queries: torch.Tensor, runs: Sequence[Run], scale: float) -> to
         scale,
         group,
         dim,
-        dim,
-        [_addresses(run) for run in runs],
+        width,
+        sources,
     )
     return output
 
 
 def _addresses(run: Run) -> tuple[int, int, int, int, int, int, int, int, int]:
     """A run as the compiled code reads it; address 0 stands for no β."""
-    bias, stride = (0, 0) if run.bias is None else (run.bias.data_ptr(), run.bias.stride(0))
-    keys, values = run.keys, run.values
+    keys, values, bias = run.keys, run.values, run.bias
+    heads, slots, _ = keys.shape
+    place, stride = (0, 0) if bias is None else (bias.data_ptr(), bias.stride(0))
     return (
         run.first,
-        run.heads,
-        run.slots,
+        heads,
+        slots,
         keys.data_ptr(),
         values.data_ptr(),
-        bias,
+        place,
         keys.stride(0),
         values.stride(0),
         stride,

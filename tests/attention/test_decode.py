@@ -69,6 +69,17 @@ def test_every_shape_is_the_oracle_s(dtype: torch.dtype, dim: int, group: int, *
     assert error(*problem((1, 129, 300), group, dim, dtype, biased=biased, room=5), dim**-0.5) < 1
 
 
+@pytest.mark.parametrize("dims", [(64, 32), (32, 80), (48, 128)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_may_be_wider_or_narrower_than_keys(dtype: torch.dtype, dims: tuple[int, int]) -> None:
+    """The output has the values' width."""
+    queries, runs, heads = problem((300, 40), 3, dims[0], dtype)
+    _, others, wide = problem((300, 40), 3, dims[1], dtype)
+    runs = [Run(run.first, run.keys, other.values, run.bias) for run, other in zip(runs, others, strict=True)]
+    heads = [reference.Slots(head.keys, other.values, head.bias) for head, other in zip(heads, wide, strict=True)]
+    assert error(queries, runs, heads, dims[0] ** -0.5) < 1
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 @pytest.mark.parametrize("held", [(1,), (255,), (256, 256, 256), (257, 2000), (4096,), (10, 5000, 10)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -7,8 +7,8 @@ is that of a capped ``generate`` minus A: that of the largest forward of its pie
 nothing but its output. It must be at most the cap, which is planned to suffice for the cell's slots and no more. Bytes
 of ours beyond the cap could hide only while the model's own modules hold less than A, and no more than that.
 
-What MKL's products pack into, the model's and ours, is printed apart: MKL keeps a buffer for each thread, whatever the
-shapes, and makes it in whichever call first gets a thread that has none.
+What MKL's products pack into, the model's and ours, is printed apart, the most so far in the process: MKL keeps a
+buffer for each thread, whatever the shapes, and makes it in whichever call first gets a thread that has none.
 """
 
 from __future__ import annotations

@@ -273,7 +273,7 @@ def _tiles(queries: torch.Tensor, runs: Sequence[Run], fresh: Fresh | None) -> b
     """Whether ``chunk.c`` serves these tokens: bfloat16 whose rows lie together, on a CPU with AMX."""
     if not TILED or queries.dtype != torch.bfloat16 or queries.device.type != "cpu":
         return False
-    sources = list(runs) if fresh is None else [*runs, fresh]
+    sources: list[Run | Fresh] = [*runs] if fresh is None else [*runs, fresh]
     heads = sum(run.heads for run in runs) if fresh is None else fresh.keys.shape[0]
     return queries.shape[0] <= _TILED_GROUP * heads and queries.stride(-1) == 1 and all(map(_rows, sources))
 
@@ -309,8 +309,8 @@ def _chunk_step(
         scratch.nbytes,
         threads,
         scale,
-        queries.stride()[:2],
-        output.stride()[:2],
+        (queries.stride(0), queries.stride(1)),
+        (output.stride(0), output.stride(1)),
         tokens,
         heads,
         query_heads // heads,

@@ -1,6 +1,6 @@
 """Decode steps under a cap against stock ``DynamicCache``: interleaved in one run, medians, as ratios.
 
-    python -m benchmarks.decode            # writes $BENCH_JSON, default build/bench.json
+    python -m benchmarks.decode            # writes $BENCH_JSON, default build/bench.json; $BENCH_DTYPE, default float32
 
 Rows: ``name, median_ms, stock_median_ms, ratio``. For the row ``unequal_heads_1024`` "stock" is this library with
 equal heads at the same total of slots.
@@ -116,7 +116,7 @@ def row(name: str, ours: float, other: float) -> dict[str, float | str]:
 
 def main() -> int:
     """Run all rows."""
-    model, _ = models.load(dtype=torch.float32)
+    model, _ = models.load(dtype=getattr(torch, os.environ.get("BENCH_DTYPE", "float32")))
     policy = plugins.policy("am-halving", probe_tokens=128)
     rows = []
     print(f"{'name':28s} {'agentmem':>12s}   {'stock':>12s}   {'ratio':>6s}")

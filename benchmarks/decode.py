@@ -1,6 +1,6 @@
 """Decode steps under a cap against stock ``DynamicCache``: interleaved in one run, medians, as ratios.
 
-    python -m benchmarks.decode            # writes $BENCH_JSON, default build/bench.json; $BENCH_DTYPE, default float32
+    python -m benchmarks.decode            # writes $BENCH_JSON, default build/bench.json
 
 Rows: ``name, median_ms, stock_median_ms, ratio``. For the row ``unequal_heads_1024`` "stock" is this library with
 equal heads at the same total of slots.
@@ -35,11 +35,11 @@ Step = tuple[str, "Callable[[], None]"]
 
 @dataclass(frozen=True)
 class Unequal(Budgets):
-    """Budgets that differ a lot from head to head: shares 1 : 2 : … : n, dealt over each layer."""
+    """Budgets that differ a lot from head to head: shares 1 : 2 : … : n, allocated over each layer."""
 
     head_ceiling: float = 2.0  # the last of n heads gets 2 n / (n + 1) equal shares
 
-    def deal(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
+    def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
         """The last head of a layer takes what the others leave."""
         layer_total = request.total // len(request.held)
         rest = request.total - layer_total * len(request.held)
@@ -98,7 +98,7 @@ def capped(model: Any, stack: ExitStack, held: int, seen: int, policy: Any) -> A
     """A memory that has seen ``seen`` tokens and holds ``held`` slots per head, right after a compaction if any."""
     room = max(STEPS + 8, held)
     memory = stack.enter_context(
-        agentmem.capped(model, "2GiB", policy, max_slots=held + room, target=held, chunk=CHUNK)
+        agentmem.capped(model, cap="2GiB", policy=policy, max_slots=held + room, target=held, chunk=CHUNK)
     )
     feed(model, memory, tokens_of(seen))
     if seen > held:
@@ -116,7 +116,7 @@ def row(name: str, ours: float, other: float) -> dict[str, float | str]:
 
 def main() -> int:
     """Run all rows."""
-    model, _ = models.load(dtype=getattr(torch, os.environ.get("BENCH_DTYPE", "float32")))
+    model, _ = models.load(dtype=torch.float32)
     policy = plugins.policy("am-halving", probe_tokens=128)
     rows = []
     print(f"{'name':28s} {'agentmem':>12s}   {'stock':>12s}   {'ratio':>6s}")

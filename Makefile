@@ -33,7 +33,7 @@ $(PY):
 	@test -n "$(PYTHON)" || { echo "agentmem needs Python 3.11 or newer; name one: make PYTHON=/path/to/python" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 
-$(INSTALLED): pyproject.toml constraints.txt agentmem/attention/decode.c | $(PY)
+$(INSTALLED): pyproject.toml constraints.txt $(wildcard agentmem/attention/*.[ch]) | $(PY)
 	$(if $(TORCH_INDEX),$(PIP) install --constraint constraints.txt --index-url $(TORCH_INDEX) torch)
 	$(PIP) install --constraint constraints.txt --editable '.[cli,dev,docs,eval,server]'
 	@touch $@

@@ -1,5 +1,8 @@
 /* Every allocation of a process: live and peak bytes of the malloc family, native libraries' own included.
  *
+ * What MKL's products pack into goes to an account of its own: a buffer of megabytes for each thread, which MKL keeps,
+ * so that it belongs to whichever call comes first to a thread. MKL is known by the names on the stack.
+ *
  *     cc -O2 -shared -fPIC -o allocations.so allocations.c -ldl     and     LD_PRELOAD=allocations.so
  *
  * Sizes are the allocator's own (malloc_usable_size), so no table of blocks is needed.
@@ -7,24 +10,55 @@
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <execinfo.h>
 #include <malloc.h>
 #include <stdatomic.h>
 #include <stddef.h>
 #include <stdlib.h>
+#include <string.h>
+
+#define LARGE (1 << 16) /* bytes from which on the stack is looked at */
+#define KEPT 1024       /* blocks of MKL's at a time */
 
 extern void *__libc_malloc(size_t), *__libc_calloc(size_t, size_t), *__libc_realloc(void *, size_t);
 extern void *__libc_memalign(size_t, size_t);
 extern void __libc_free(void *);
 
-static _Atomic long live, peak;
+typedef struct { _Atomic long live, peak; } Account;
+static Account others, products;
+static _Atomic(void *) kept[KEPT];
+static __thread int looking;
 
-static void count(long bytes) {
-    long now = atomic_fetch_add(&live, bytes) + bytes, top = atomic_load(&peak);
-    while (now > top && !atomic_compare_exchange_weak(&peak, &top, now)) {}
+static void count(Account *account, long bytes) {
+    long now = atomic_fetch_add(&account->live, bytes) + bytes, top = atomic_load(&account->peak);
+    while (now > top && !atomic_compare_exchange_weak(&account->peak, &top, now)) {}
+}
+static int called_by_mkl(void) {
+    void *frames[12];
+    Dl_info at;
+    if (looking) return 0;
+    looking = 1;
+    int found = 0, depth = backtrace(frames, 12);
+    for (int i = 0; i < depth && !found; i++)
+        found = dladdr(frames[i], &at) && at.dli_sname && !strncmp(at.dli_sname, "mkl_", 4);
+    looking = 0;
+    return found;
+}
+static int swap_kept(void *before, void *after) {
+    for (int i = 0; i < KEPT; i++) {
+        void *expected = before;
+        if (atomic_compare_exchange_strong(&kept[i], &expected, after)) return 1;
+    }
+    return 0;
 }
 static void *born(void *block) {
-    if (block) count((long)malloc_usable_size(block));
+    if (!block) return block;
+    long bytes = (long)malloc_usable_size(block);
+    count(bytes >= LARGE && called_by_mkl() && swap_kept(NULL, block) ? &products : &others, bytes);
     return block;
+}
+static void died(void *block, long bytes) {
+    count(bytes >= LARGE && swap_kept(block, NULL) ? &products : &others, -bytes);
 }
 void *malloc(size_t size) { return born(__libc_malloc(size)); }
 void *calloc(size_t number, size_t size) { return born(__libc_calloc(number, size)); }
@@ -37,17 +71,22 @@ int posix_memalign(void **to, size_t alignment, size_t size) {
     return 0;
 }
 void free(void *block) {
-    if (block) count(-(long)malloc_usable_size(block));
+    if (block) died(block, (long)malloc_usable_size(block));
     __libc_free(block);
 }
 /* The old and the new block may exist at once while it moves; the old one's bytes go when it has. */
 void *realloc(void *block, size_t size) {
     long before = block ? (long)malloc_usable_size(block) : 0;
     void *moved = __libc_realloc(block, size);
-    if (moved || !size) count((moved ? (long)malloc_usable_size(moved) : 0) - before);
+    if (moved == block && moved) count(&others, (long)malloc_usable_size(moved) - before); /* MKL moves no block */
+    else if (moved || !size) {
+        born(moved);
+        if (block) died(block, before);
+    }
     return moved;
 }
 
-long allocations_live(void) { return live; }
-long allocations_peak(void) { return peak; }
-void allocations_restart(void) { peak = (long)live; }
+long allocations_live(void) { return others.live; }
+long allocations_peak(void) { return others.peak; }
+long allocations_products(void) { return products.peak; }
+void allocations_restart(void) { others.peak = (long)others.live; }

@@ -1,9 +1,11 @@
 """What ``decode.c`` offers to ``attention.py``."""
 
 def attend(
+    kind: int,
     queries: int,
     output: int,
     scratch: int,
+    heads: int,
     pieces: int,
     length: int,
     threads: int,
@@ -13,11 +15,11 @@ def attend(
     value_dim: int,
     runs: list[tuple[int, int, int, int, int, int, int, int, int]],
 ) -> None:
-    """One token's queries over ragged runs; addresses of float32 storage, strides in floats.
+    """One token's queries over ragged runs; addresses of storage of one dtype, strides in numbers.
 
-    ``queries [heads * group, key_dim]``, ``output [heads * group, value_dim]``,
-    ``scratch [pieces * group * (value_dim + 2)]``; a run is ``(first head, heads, slots, keys, values, bias or 0,`` and
-    the strides of a head in these three ``)``.
+    ``kind`` of storage: 0 float32, 1 bfloat16, 2 float16. ``queries [heads * group, key_dim]``, ``output [heads *
+    group, value_dim]``; ``scratch`` float32, ``heads * group * key_dim + pieces * group * (value_dim + 2)``; a run
+    is ``(first head, heads, slots, keys, values, float32 bias or 0,`` and the strides of a head in these three ``)``.
 
     Raises:
         ValueError: the runs have more than ``pieces`` pieces of ``length`` slots.

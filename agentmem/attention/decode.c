@@ -1,4 +1,4 @@
-/* One decode step: a few queries of each KV head over that head's slots with β, float32, on CPU.
+/* One decode step: a few queries of each KV head over that head's slots with β, on CPU; float32 sums for every dtype.
  *
  * torch's fused kernel has one task a head and reads keys as a small matrix product; this one reads keys and values
  * once for all queries of a group, at nearly the speed of a plain sum, and shares every head out between the threads.
@@ -7,94 +7,88 @@
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
-#include <math.h>
-#include <stdint.h>
+#include "numbers.h"
 
-#define WIDE 16  /* floats of one vector: a register of AVX-512, two of AVX2, four of SSE and NEON */
 #define TILE 128 /* slots whose weights are kept at a time */
-
-typedef float wide __attribute__((vector_size(4 * WIDE)));
-typedef float loose __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
-typedef int32_t wide_int __attribute__((vector_size(4 * WIDE)));
-#define INLINE static inline __attribute__((always_inline))
 
 /* Slots first .. last of one KV head, its queries, and where the unfinished answer goes. */
 typedef struct {
-    const float *queries, *keys, *values, *bias; /* bias: NULL while no slot carries a β */
+    const float *queries; /* as widen() orders them, and so is the answer until narrow() */
+    const char *keys, *values;
+    const float *bias; /* NULL while no slot carries a β */
     Py_ssize_t first, last, head;
 } Piece;
 
 typedef struct {
     Py_ssize_t group, key_dim, value_dim;
     float scale;
+    int kind;
 } Shape;
 
-INLINE wide load(const float *from) { return *(const loose *)from; }
-INLINE void store(float *to, wide x) { *(loose *)to = x; }
-
-static const wide none = {0};
-
-INLINE wide choose(wide_int which, wide yes, wide no) {
-    return (wide)(((wide_int)yes & which) | ((wide_int)no & ~which));
-}
-
-INLINE float largest(wide x) {
-    float top = x[0];
-    for (int i = 1; i < WIDE; i++) top = x[i] > top ? x[i] : top;
-    return top;
-}
-
-INLINE float sum(wide x) {
-    union { wide all; float lane[WIDE]; } u = {x};
-    float eight[8], four[4];
-    for (int i = 0; i < 8; i++) eight[i] = u.lane[i] + u.lane[i + 8];
-    for (int i = 0; i < 4; i++) four[i] = eight[i] + eight[i + 4];
-    return (four[0] + four[2]) + (four[1] + four[3]);
-}
-
-/* exp(x) for x <= 0 to 1e-7 of the largest weight: 2^m times a polynomial on [-ln2/2, ln2/2] (Cephes expf). */
-INLINE wide exponential(wide x) {
-    wide y = x * 1.44269504088896341f;
-    y = choose(y < -126.0f, none - 126.0f, y);
-    wide_int m = __builtin_convertvector(y - 0.5f, wide_int);
-    wide f = (y - __builtin_convertvector(m, wide)) * 0.6931471805599453f;
-    wide p = f * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * f + 8.3334519073e-3f;
-    p = p * f + 4.1665795894e-2f;
-    p = p * f + 1.6666665459e-1f;
-    p = p * f + 5.0000001201e-1f;
-    p = p * f * f + f + 1.0f;
-    wide_int power = (m + 127) << 23;
-    return p * (wide)power;
-}
-
-/* Logits of `count` queries, a compile-time number, over the n slots of a tile. */
-INLINE void logits(const int count, const float *queries, const float *keys, Py_ssize_t dim, Py_ssize_t n, float *to) {
-    for (Py_ssize_t j = 0; j < n; j++) {
-        wide product[4] = {{0}};
-        for (Py_ssize_t i = 0; i < dim; i += WIDE) {
-            wide key = load(keys + j * dim + i);
-            for (int g = 0; g < count; g++) product[g] += load(queries + g * dim + i) * key;
+/* Products of `keys` slots, one behind the other, with `count` queries, not yet summed over the lanes. */
+INLINE void products(
+    const int level, const int kind, const int count, const int slots, const float *queries, const char *keys,
+    Py_ssize_t dim, wide to[4][4]
+) {
+    wide key[2];
+    Py_ssize_t i = 0;
+    for (int g = 0; g < count; g++)
+        for (int j = 0; j < slots; j++) to[g][j] = none;
+    for (; i + 2 * WIDE <= dim; i += 2 * WIDE)
+        for (int j = 0; j < slots; j++) {
+            fetch(level, kind, keys, j * dim + i, key);
+            for (int g = 0; g < count; g++)
+                for (int v = 0; v < 2; v++) to[g][j] += load(queries + g * dim + i + v * WIDE) * key[v];
         }
-        for (int g = 0; g < count; g++) to[g * TILE + j] = sum(product[g]);
+    for (int j = 0; i < dim && j < slots; j++) {
+        key[0] = fetch_one(level, kind, keys, j * dim + i);
+        for (int g = 0; g < count; g++) to[g][j] += load(queries + g * dim + i) * key[0];
+    }
+}
+
+/* Logits of `count` queries over the n slots of a tile; what is `const int` is known to the compiler. */
+INLINE void logits(
+    const int level, const int kind, const int count, const float *queries, const char *keys, Py_ssize_t dim,
+    Py_ssize_t n, float *to
+) {
+    wide product[4][4];
+    Py_ssize_t j = 0;
+#if SHUFFLES
+    for (wide part[4][4]; level == 2 && j + WIDE <= n; j += WIDE) {
+        for (int four = 0; four < 4; four++) {
+            products(level, kind, count, 4, queries, keys + (j + 4 * four) * dim * bytes_of(kind), dim, product);
+            for (int g = 0; g < count; g++) part[g][four] = quarters(product[g]);
+        }
+        for (int g = 0; g < count; g++) store(to + g * TILE + j, sums(part[g]));
+    }
+#endif
+    for (; j < n; j++) {
+        products(level, kind, count, 1, queries, keys + j * dim * bytes_of(kind), dim, product);
+        for (int g = 0; g < count; g++) to[g * TILE + j] = sum(product[g][0]);
     }
 }
 
 /* Adds the n weighted values of a tile to the outputs of `count` queries, two vectors of each at a time. */
 INLINE void mix(
-    const int count, const int vectors, const float *weights, const float *values, Py_ssize_t dim, Py_ssize_t n,
-    float *to
+    const int level, const int kind, const int count, const int vectors, const float *weights, const char *values,
+    Py_ssize_t at, Py_ssize_t dim, Py_ssize_t n, float *to
 ) {
-    wide total[4][2];
+    wide total[4][2], value[2];
     for (int g = 0; g < count; g++)
         for (int v = 0; v < vectors; v++) total[g][v] = load(to + g * dim + v * WIDE);
-    for (Py_ssize_t j = 0; j < n; j++)
-        for (int v = 0; v < vectors; v++) {
-            wide value = load(values + j * dim + v * WIDE);
-            for (int g = 0; g < count; g++) total[g][v] += weights[g * TILE + j] * value;
-        }
+    for (Py_ssize_t j = 0; j < n; j++) {
+        if (vectors == 2) fetch(level, kind, values, j * dim + at, value);
+        else value[0] = fetch_one(level, kind, values, j * dim + at);
+        for (int v = 0; v < vectors; v++)
+            for (int g = 0; g < count; g++) total[g][v] += weights[g * TILE + j] * value[v];
+    }
     for (int g = 0; g < count; g++)
         for (int v = 0; v < vectors; v++) store(to + g * dim + v * WIDE, total[g][v]);
+}
+
+/* Asks for memory that is read next: the processor follows a stream only to the end of its page. */
+INLINE void expect(const char *from, Py_ssize_t bytes) {
+    for (Py_ssize_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
 }
 
 /* Turns one query's n logits into weights; the peak may rise, and what was summed so far shrinks then. */
@@ -127,10 +121,12 @@ INLINE void soften(float *row, const float *bias, Shape shape, Py_ssize_t n, flo
 }
 
 /* A piece for `count` queries from `group` on: output [count, value_dim] unnormalised, and [count] peaks and masses. */
-INLINE void some(const int count, Piece piece, Shape shape, Py_ssize_t group, float *output, float *peak, float *mass) {
+INLINE void some(
+    const int level, const int kind, const int count, Piece piece, Shape shape, Py_ssize_t group, float *output, float *peak, float *mass
+) {
     float row[4 * TILE] __attribute__((aligned(64)));
     const float *queries = piece.queries + group * shape.key_dim;
-    const Py_ssize_t dim = shape.value_dim;
+    const Py_ssize_t dim = shape.value_dim, slot = bytes_of(kind);
     for (int g = 0; g < count; g++) {
         peak[g] = -INFINITY;
         mass[g] = 0.0f;
@@ -138,38 +134,46 @@ INLINE void some(const int count, Piece piece, Shape shape, Py_ssize_t group, fl
     }
     for (Py_ssize_t at = piece.first; at < piece.last; at += TILE) {
         Py_ssize_t n = piece.last - at < TILE ? piece.last - at : TILE;
-        const float *keys = piece.keys + at * shape.key_dim, *values = piece.values + at * dim;
-        if (shape.key_dim == 64) logits(count, queries, keys, 64, n, row);
-        else if (shape.key_dim == 128) logits(count, queries, keys, 128, n, row);
-        else logits(count, queries, keys, shape.key_dim, n, row);
+        const char *keys = piece.keys + at * shape.key_dim * slot, *values = piece.values + at * dim * slot;
+        expect(values, n * dim * slot);
+        if (level == 1 && shape.key_dim == 64) logits(level, kind, count, queries, keys, 64, n, row);
+        else if (level == 1 && shape.key_dim == 128) logits(level, kind, count, queries, keys, 128, n, row);
+        else logits(level, kind, count, queries, keys, shape.key_dim, n, row);
+        if (at + n < piece.last) expect(keys + n * shape.key_dim * slot, n * shape.key_dim * slot);
         for (int g = 0; g < count; g++)
             soften(row + g * TILE, piece.bias ? piece.bias + at : NULL, shape, n, output + g * dim, peak + g, mass + g);
         Py_ssize_t i = 0;
-        for (; i + 2 * WIDE <= dim; i += 2 * WIDE) mix(count, 2, row, values + i, dim, n, output + i);
-        for (; i < dim; i += WIDE) mix(count, 1, row, values + i, dim, n, output + i);
+        for (; i + 2 * WIDE <= dim; i += 2 * WIDE) mix(level, kind, count, 2, row, values, i, dim, n, output + i);
+        if (i < dim) mix(level, kind, count, 1, row, values, i, dim, n, output + i);
     }
 }
 
 /* All queries of a piece, at most four at a time. */
-INLINE void whole(Piece piece, Shape shape, float *output, float *peak, float *mass) {
+INLINE void whole(const int level, const int kind, Piece p, Shape s, float *output, float *peak, float *mass) {
     Py_ssize_t g = 0;
-    for (; g + 4 <= shape.group; g += 4) some(4, piece, shape, g, output + g * shape.value_dim, peak + g, mass + g);
-    output += g * shape.value_dim, peak += g, mass += g;
-    if (shape.group - g == 3) some(3, piece, shape, g, output, peak, mass);
-    if (shape.group - g == 2) some(2, piece, shape, g, output, peak, mass);
-    if (shape.group - g == 1) some(1, piece, shape, g, output, peak, mass);
+    for (; g + 4 <= s.group; g += 4) some(level, kind, 4, p, s, g, output + g * s.value_dim, peak + g, mass + g);
+    output += g * s.value_dim, peak += g, mass += g;
+    if (s.group - g == 3) some(level, kind, 3, p, s, g, output, peak, mass);
+    if (s.group - g == 2) some(level, kind, 2, p, s, g, output, peak, mass);
+    if (s.group - g == 1) some(level, kind, 1, p, s, g, output, peak, mass);
+}
+
+INLINE void any(const int level, Piece p, Shape s, float *output, float *peak, float *mass) {
+    if (s.kind == FLOAT32) whole(level, FLOAT32, p, s, output, peak, mass);
+    if (s.kind == BFLOAT16) whole(level, BFLOAT16, p, s, output, peak, mass);
+    if (s.kind == FLOAT16) whole(level, FLOAT16, p, s, output, peak, mass);
 }
 
 typedef void (*Attend)(Piece, Shape, float *, float *, float *);
-static void portable(Piece p, Shape s, float *output, float *peak, float *mass) { whole(p, s, output, peak, mass); }
+static void portable(Piece p, Shape s, float *output, float *peak, float *mass) { any(0, p, s, output, peak, mass); }
 #ifdef __x86_64__
 __attribute__((target("avx2,fma"))) static void avx2(Piece p, Shape s, float *output, float *peak, float *mass) {
-    whole(p, s, output, peak, mass);
+    any(1, p, s, output, peak, mass);
 }
 __attribute__((target("avx512f,avx512dq,avx512vl,fma"))) static void avx512(
     Piece p, Shape s, float *output, float *peak, float *mass
 ) {
-    whole(p, s, output, peak, mass);
+    any(2, p, s, output, peak, mass);
 }
 #endif
 
@@ -185,26 +189,32 @@ static Attend code_for(int level) {
 
 static Attend attend = portable;
 
-/* One head's answer out of its pieces: each counts by its mass. */
+/* One head's answer out of its pieces, each of which counts by its mass; it is summed up in the first one's place. */
 static void merge(
-    const Piece *pieces, Py_ssize_t count, Shape shape, const float *parts, const float *peaks, const float *masses,
-    float *output
+    const Piece *pieces, Py_ssize_t count, Shape shape, float *parts, const float *peaks, const float *masses,
+    char *output
 ) {
+    const Py_ssize_t dim = shape.value_dim, stride = shape.group * dim;
     for (Py_ssize_t g = 0; g < shape.group; g++) {
-        float top = -INFINITY, total = 0.0f, *to = output + (pieces->head * shape.group + g) * shape.value_dim;
+        float top = -INFINITY, total = 0.0f, *sum = parts + g * dim;
         for (Py_ssize_t p = 0; p < count; p++) top = fmaxf(top, peaks[p * shape.group + g]);
-        for (Py_ssize_t i = 0; i < shape.value_dim; i++) to[i] = 0.0f;
         for (Py_ssize_t p = 0; p < count; p++) {
             Py_ssize_t at = p * shape.group + g;
             float share = expf(peaks[at] - top);
             total += share * masses[at];
-            for (Py_ssize_t i = 0; i < shape.value_dim; i++) to[i] += share * parts[at * shape.value_dim + i];
+            for (Py_ssize_t i = 0; i < dim; i++) sum[i] = (p ? sum[i] : 0.0f) + share * sum[p * stride + i];
         }
-        for (Py_ssize_t i = 0; i < shape.value_dim; i++) to[i] /= total;
+        for (Py_ssize_t i = 0; i < dim; i++) sum[i] /= total;
+        narrow(shape.kind, sum, dim, output + (pieces->head * shape.group + g) * dim * bytes_of(shape.kind));
     }
 }
 
-static void attend_all(const Piece *pieces, Py_ssize_t count, Shape shape, int threads, float *scratch, float *output) {
+static void widen_all(const char *queries, Py_ssize_t count, Shape shape, float *to) {
+    for (Py_ssize_t q = 0; q < count; q++)
+        widen(shape.kind, queries + q * shape.key_dim * bytes_of(shape.kind), shape.key_dim, to + q * shape.key_dim);
+}
+
+static void attend_all(const Piece *pieces, Py_ssize_t count, Shape shape, int threads, float *scratch, char *output) {
     const Py_ssize_t rows = shape.group, part = rows * shape.value_dim;
     float *peaks = scratch + count * part, *masses = peaks + count * rows;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && count > 1)
@@ -235,8 +245,8 @@ static Py_ssize_t cut(const Run *run, Shape shape, const float *queries, Py_ssiz
         for (Py_ssize_t first = 0; first < run->slots; first += length)
             to[count++] = (Piece){
                 .queries = queries + (run->first + head) * shape.group * shape.key_dim,
-                .keys = (const float *)(uintptr_t)run->keys + head * run->key_stride,
-                .values = (const float *)(uintptr_t)run->values + head * run->value_stride,
+                .keys = (const char *)(uintptr_t)run->keys + head * run->key_stride * bytes_of(shape.kind),
+                .values = (const char *)(uintptr_t)run->values + head * run->value_stride * bytes_of(shape.kind),
                 .bias = run->bias ? (const float *)(uintptr_t)run->bias + head * run->bias_stride : NULL,
                 .first = first,
                 .last = first + length < run->slots ? first + length : run->slots,
@@ -247,14 +257,15 @@ static Py_ssize_t cut(const Run *run, Shape shape, const float *queries, Py_ssiz
 
 static PyObject *py_attend(PyObject *Py_UNUSED(module), PyObject *arguments) {
     unsigned long long queries, output, scratch;
-    Py_ssize_t count, length, filled = 0;
+    Py_ssize_t heads, count, length, filled = 0;
     int threads;
     Shape shape;
     PyObject *runs;
     if (!PyArg_ParseTuple(
-            arguments, "KKKnnifnnnO!", &queries, &output, &scratch, &count, &length, &threads, &shape.scale,
-            &shape.group, &shape.key_dim, &shape.value_dim, &PyList_Type, &runs))
+            arguments, "iKKKnnnifnnnO!", &shape.kind, &queries, &output, &scratch, &heads, &count, &length, &threads,
+            &shape.scale, &shape.group, &shape.key_dim, &shape.value_dim, &PyList_Type, &runs))
         return NULL;
+    float *asked = (float *)(uintptr_t)scratch;
     Piece *pieces = PyMem_RawMalloc(count * sizeof(Piece));
     if (!pieces) return PyErr_NoMemory();
     for (Py_ssize_t r = 0; r < PyList_GET_SIZE(runs); r++) {
@@ -268,10 +279,12 @@ static PyObject *py_attend(PyObject *Py_UNUSED(module), PyObject *arguments) {
             PyErr_SetString(PyExc_ValueError, "the runs have more pieces than there is scratch for");
             return NULL;
         }
-        filled += cut(&run, shape, (const float *)(uintptr_t)queries, length, pieces + filled);
+        filled += cut(&run, shape, asked, length, pieces + filled);
     }
     Py_BEGIN_ALLOW_THREADS
-    attend_all(pieces, filled, shape, threads, (float *)(uintptr_t)scratch, (float *)(uintptr_t)output);
+    widen_all((const char *)(uintptr_t)queries, heads * shape.group, shape, asked);
+    asked += heads * shape.group * shape.key_dim;
+    attend_all(pieces, filled, shape, threads, asked, (char *)(uintptr_t)output);
     Py_END_ALLOW_THREADS
     PyMem_RawFree(pieces);
     Py_RETURN_NONE;

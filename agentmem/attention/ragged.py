@@ -7,7 +7,6 @@ Shapes: queries ``[Hq, q, d]``; a :class:`Run` holds KV heads whose slots lie al
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,19 +14,21 @@ import torch
 from agentmem.contracts import blocks
 
 try:
-    from agentmem.attention import _decode
+    from agentmem.attention import _chunk, _decode
 
-    COMPILED = True
+    COMPILED, TILED = True, _chunk.available()
 except ImportError:  # installed without a C compiler, or not on Linux
-    COMPILED = False
+    COMPILED = TILED = False
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from agentmem.planning.model_shape import LayerShape
 
-# torch's CPU flash kernel: the one fused path that takes a broadcast float32 β for every input dtype and also
-# returns the log-sum-exp, so that old slots and fresh keys are attended apart and merged without any dense mask.
+# torch's CPU flash kernel: the one fused path that takes a broadcast float32 β and also returns the log-sum-exp, so
+# that old slots and fresh keys are attended apart and merged without any dense mask. It works on float32 here, whatever
+# the storage: for 16 bits it makes, by CPU and shape, copies of keys and values for each query head, or has MKL pack
+# into 4 MB a thread, and no plan can count these.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001  # no public name returns the lse
 
 TOKENS = 128
@@ -35,15 +36,17 @@ TOKENS = 128
 ROWS = 512
 """Queries of one KV head in a call of the kernel: so many tokens of all heads of its group."""
 SPAN = 512
-"""Keys in a call of the kernel that may pack them; the spans are merged by their log-sum-exp."""
-PACKING = 16
-"""Queries of one head from which on the kernel may copy 16-bit keys and values into the layout of AMX tiles."""
+"""16-bit slots that are read as float32 for a call of the kernel; the spans are merged by their log-sum-exp."""
 TILE_BYTES = 1 << 19
 """Bytes of one tile of logits in the explicit path."""
 PIECE = 256
 """Slots of one head that a thread of a compiled decode step takes at least."""
+_FLOAT = 4  # bytes of float32
 _VECTOR = 16  # floats that decode.c works on at a time
-_LANES = 64  # numbers to a block of what the kernel packs
+_PIECE_BYTES = 64  # of decode.c's account of a piece
+_RUN_BYTES = 96  # of chunk.c's account of a run
+_TILED_GROUP = 128  # queries of a token that chunk.c takes for one KV head
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # dtypes that decode.c reads, by its own numbers
 
 
 @dataclass(slots=True)
@@ -80,28 +83,45 @@ class Fresh:
 
 def fused_bytes(layer: LayerShape, tokens: int, slots: int, itemsize: int) -> int:
     """Bytes that the fused path of :func:`attend` allocates at most besides its output."""
-    block = min(TOKENS, ROWS // layer.group or 1, tokens)
-    chunk = _block_bytes(layer, layer.kv_heads, block, max(slots, tokens), itemsize)
+    chunk = _block_bytes(layer, layer.kv_heads, _tokens(layer.group, tokens), max(slots, tokens), itemsize)
     step = layer.query_heads * (layer.key_dim + layer.value_dim + 2) * itemsize + _kernel_bytes(
-        layer, layer.kv_heads, layer.group, slots, itemsize
+        layer, layer.group, slots, itemsize
     )
-    return max(chunk, step, _decode_bytes(layer))
+    return max(chunk, step, _decode_bytes(layer), _tiled_bytes(layer) if itemsize < _FLOAT else 0)
 
 
 def _block_bytes(layer: LayerShape, heads: int, tokens: int, keys: int, itemsize: int) -> int:
     """Bytes of attending with one block of tokens: the sum so far, one part of it, and what makes or merges a part."""
+    wide = max(_FLOAT, itemsize)
     rows = heads * layer.group * tokens
-    total, part = rows * (layer.value_dim + 1) * max(4, itemsize), rows * (layer.value_dim * itemsize + 8)
-    merge = rows * (layer.value_dim + 3) * max(4, itemsize)
-    own = _kernel_bytes(layer, heads * layer.group, tokens, tokens, itemsize)
-    seen = _kernel_bytes(layer, heads, layer.group * tokens, keys, itemsize) + rows * layer.key_dim * itemsize
-    return total + part + max(merge, own, seen)
+    total, part = rows * (layer.value_dim + 1) * wide, rows * (layer.value_dim * wide + 8)
+    merge = rows * (layer.value_dim + 3) * wide
+    own = _kernel_bytes(layer, tokens, tokens, itemsize) + _cast_bytes(layer, heads, tokens, itemsize)
+    seen = _kernel_bytes(layer, layer.group * tokens, keys, itemsize) + rows * layer.key_dim * wide
+    seen += _cast_bytes(layer, heads, min(keys, SPAN), itemsize)
+    asked = rows * layer.key_dim * _FLOAT if itemsize < _FLOAT else 0
+    return asked + total + part + max(merge, own, seen)
+
+
+def _cast_bytes(layer: LayerShape, heads: int, keys: int, itemsize: int) -> int:
+    """Bytes of 16-bit keys and values as float32."""
+    return heads * keys * (layer.key_dim + layer.value_dim) * _FLOAT if itemsize < _FLOAT else 0
 
 
 def _decode_bytes(layer: LayerShape) -> int:
-    # decode.c: per piece and query an output, its peak and its mass; and the queries once more if they lie apart
+    # decode.c: the queries as float32, and once more if they lie apart; per piece and query an output, its peak and its
+    # mass; and what a piece is
     pieces = layer.kv_heads + 2 * torch.get_num_threads()
-    return (pieces * layer.group * (layer.value_dim + 2) + layer.query_heads * layer.key_dim) * 4
+    asked, parts = 2 * layer.query_heads * layer.key_dim, pieces * layer.group * (layer.value_dim + 2)
+    return (asked + parts) * 4 + pieces * _PIECE_BYTES
+
+
+def _tiled_bytes(layer: LayerShape) -> int:
+    # chunk.c: what each thread packs and sums in, whatever the slots and tokens; a run for each head and the fresh keys
+    if not TILED:
+        return 0
+    threads = torch.get_num_threads()
+    return threads * _chunk.scratch_bytes(layer.key_dim, layer.value_dim) + (layer.kv_heads + 1) * _RUN_BYTES
 
 
 def explicit_bytes(layer: LayerShape, tokens: int, slots: int, itemsize: int) -> int:
@@ -113,22 +133,11 @@ def explicit_bytes(layer: LayerShape, tokens: int, slots: int, itemsize: int) ->
     return tiles + casts + rows * (2 * layer.value_dim + layer.key_dim) * 4 + 4 * layer.kv_heads * span * 4
 
 
-def _kernel_bytes(layer: LayerShape, heads: int, rows: int, keys: int, itemsize: int) -> int:
-    # aten/native/cpu/FlashAttentionKernel.cpp: per thread one [q_split, kv_split] tile (for 16-bit inputs another one
-    # in their dtype) and one [q_split, dv] accumulator. Where it packs, a copy of all keys and values, in blocks of 64
-    # numbers, and per thread one more of a span's values and of as many queries.
+def _kernel_bytes(layer: LayerShape, rows: int, keys: int, itemsize: int) -> int:
+    # aten/native/cpu/FlashAttentionKernel.cpp: per thread a [q_split, kv_split] tile and a [q_split, dv] accumulator
     split = 256 if rows >= 768 else 64 if rows >= 192 else 32  # noqa: PLR2004  # the kernel's own thresholds
-    split, threads = min(split, rows), torch.get_num_threads()
-    tile = min(512, keys) * (4 if itemsize >= 4 else 4 + itemsize)  # noqa: PLR2004  # float32 or wider
-    scratch = threads * split * (tile + (2 + layer.value_dim) * 4)
-    if not _packs(rows, itemsize):
-        return scratch
-    span, width, depth = (-(-count // _LANES) * _LANES for count in (min(keys, SPAN), layer.value_dim, layer.key_dim))
-    return scratch + ((heads + threads) * span * (width + depth) + threads * split * depth) * itemsize
-
-
-def _packs(rows: int, itemsize: int) -> bool:
-    return itemsize < 4 and rows >= PACKING  # noqa: PLR2004  # narrower than float32
+    tile = min(512, keys)
+    return torch.get_num_threads() * min(split, rows) * (tile + 2 + layer.value_dim) * max(_FLOAT, itemsize)
 
 
 def attend(
@@ -149,6 +158,12 @@ def attend(
     with ``scores`` need the explicit path, which
     also serves devices other than CPU, and ``sinks [Hq]``: one more logit in the denominators of each query head.
     """
+    if not explicit and sinks is None:
+        if fresh is None and queries.shape[1] == 1:
+            if _compiled(queries, runs):
+                return _decode_step(queries, runs, scale), None
+        elif _tiles(queries, runs, fresh):
+            return _chunk_step(queries, runs, fresh, scale, window), None
     longest = max((run.slots for run in runs), default=0) + queries.shape[1]
     if fresh is None or (window is not None and longest <= window):
         window = None
@@ -161,15 +176,12 @@ def attend(
 def _fused(queries: torch.Tensor, runs: Sequence[Run], fresh: Fresh | None, scale: float) -> torch.Tensor:
     heads = sum(run.heads for run in runs) if fresh is None else fresh.keys.shape[0]
     group, tokens = queries.shape[0] // heads, queries.shape[1]
-    if fresh is None and tokens == 1:
-        if _compiled(queries, runs):
-            return _decode_step(queries, runs, scale)
-        if not _packs(group, queries.dtype.itemsize):
-            return _step(queries, runs, scale)
+    if fresh is None and tokens == 1 and queries.dtype.itemsize >= _FLOAT:
+        return _step(queries, runs, scale)
     width = (runs[0] if fresh is None else fresh).values.shape[-1]
     grouped = queries.view(heads, group, tokens, -1)
     output = queries.new_empty(tokens, heads, group, width).permute(1, 2, 0, 3)  # as the model goes on with it
-    for block in blocks(tokens, _tokens(group, queries.dtype)):
+    for block in blocks(tokens, _tokens(group, tokens)):
         output[:, :, block] = _attend_block(grouped[:, :, block], runs, fresh, scale, block)[0]
     return output.flatten(0, 1)
 
@@ -183,36 +195,29 @@ def _step(queries: torch.Tensor, runs: Sequence[Run], scale: float) -> torch.Ten
     return merged.reshape(queries.shape[0], 1, -1)
 
 
-@cache
-def _most_rows(dtype: torch.dtype) -> int:
-    """Queries of one head that the kernel takes at a time: few where it packs and ATen was told not to."""
-    asked = torch.zeros(1, 1, _LANES, _LANES, dtype=dtype)
-    try:
-        _flash(asked, asked, asked)
-    except RuntimeError:  # ATEN_CPU_CAPABILITY leaves out AVX-512 on a CPU with AMX
-        return PACKING - 1
-    return ROWS
-
-
-def _tokens(group: int, dtype: torch.dtype) -> int:
+def _tokens(group: int, tokens: int) -> int:
     """Tokens to attend with at a time."""
-    return min(TOKENS, max(1, _most_rows(dtype) // group))
+    return min(TOKENS, ROWS // group or 1, tokens)
 
 
 def _compiled(queries: torch.Tensor, runs: Sequence[Run]) -> bool:
-    """Whether ``decode.c`` serves this decode step: float32 of whole vectors, slots one behind the other."""
-    dim = queries.shape[-1]
-    return COMPILED and queries.dtype == torch.float32 and dim % _VECTOR == 0 and all(_plain(run, dim) for run in runs)
+    """Whether ``decode.c`` serves this decode step: dims of whole vectors, slots one behind the other."""
+    dim, width, dtype = queries.shape[-1], runs[0].values.shape[-1], queries.dtype
+    if not COMPILED or dtype not in _KINDS or dim % _VECTOR or width % _VECTOR:
+        return False
+    return all(_plain(run, dim, width, dtype) for run in runs)
 
 
-def _plain(run: Run, dim: int) -> bool:
+def _plain(run: Run, dim: int, width: int, dtype: torch.dtype) -> bool:
     """Whether a run lies in memory as ``decode.c`` reads it; it reads addresses, so nothing else may pass."""
     keys, values, bias = run.keys, run.values, run.bias
     return (
-        run.slots > 0
-        and keys.dtype == values.dtype == torch.float32
-        and keys.device.type == values.device.type == "cpu"
-        and keys.stride()[1:] == values.stride()[1:] == (dim, 1)
+        keys.dtype == values.dtype == dtype
+        and keys.is_cpu
+        and values.is_cpu
+        and keys.shape[1] > 0
+        and keys.stride()[1:] == (dim, 1)
+        and values.stride()[1:] == (width, 1)
         and (bias is None or (bias.dtype == torch.float32 and bias.stride(1) == 1))
     )
 
@@ -220,43 +225,102 @@ def _plain(run: Run, dim: int) -> bool:
 def _decode_step(queries: torch.Tensor, runs: Sequence[Run], scale: float) -> torch.Tensor:
     """One token's queries ``[Hq, 1, d]`` over all runs at once, every head in pieces of like length."""
     query_heads, _, dim = queries.shape
-    group = query_heads // sum(run.heads for run in runs)
-    threads = torch.get_num_threads()
-    length = max(PIECE, -(-sum(run.heads * run.slots for run in runs) // (2 * threads)))
-    pieces = sum(run.heads * -(-run.slots // length) for run in runs)
+    width, threads = runs[0].values.shape[-1], torch.get_num_threads()
+    sources = [_addresses(run) for run in runs]
+    heads = sum(source[1] for source in sources)
+    group = query_heads // heads
+    length = max(PIECE, -(-sum(source[1] * source[2] for source in sources) // (2 * threads)))
+    pieces = sum(source[1] * -(-source[2] // length) for source in sources)
     queries = queries.contiguous()
-    output, scratch = torch.empty_like(queries), queries.new_empty(pieces * group * (dim + 2))
+    output = queries.new_empty(query_heads, 1, width)
+    scratch = torch.empty(query_heads * dim + pieces * group * (width + 2), dtype=torch.float32)
     _decode.attend(
+        _KINDS[queries.dtype],
         queries.data_ptr(),
         output.data_ptr(),
         scratch.data_ptr(),
+        heads,
         pieces,
         length,
         threads,
         scale,
         group,
         dim,
-        dim,
-        [_addresses(run) for run in runs],
+        width,
+        sources,
     )
     return output
 
 
 def _addresses(run: Run) -> tuple[int, int, int, int, int, int, int, int, int]:
-    """A run as ``decode.c`` reads it; address 0 stands for no β."""
-    bias, stride = (0, 0) if run.bias is None else (run.bias.data_ptr(), run.bias.stride(0))
-    keys, values = run.keys, run.values
+    """A run as the compiled code reads it; address 0 stands for no β."""
+    keys, values, bias = run.keys, run.values, run.bias
+    heads, slots, _ = keys.shape
+    place, stride = (0, 0) if bias is None else (bias.data_ptr(), bias.stride(0))
     return (
         run.first,
-        run.heads,
-        run.slots,
+        heads,
+        slots,
         keys.data_ptr(),
         values.data_ptr(),
-        bias,
+        place,
         keys.stride(0),
         values.stride(0),
         stride,
     )
+
+
+def _tiles(queries: torch.Tensor, runs: Sequence[Run], fresh: Fresh | None) -> bool:
+    """Whether ``chunk.c`` serves these tokens: bfloat16 whose rows lie together, on a CPU with AMX."""
+    if not TILED or queries.dtype != torch.bfloat16 or queries.device.type != "cpu":
+        return False
+    sources: list[Run | Fresh] = [*runs] if fresh is None else [*runs, fresh]
+    heads = sum(run.heads for run in runs) if fresh is None else fresh.keys.shape[0]
+    return queries.shape[0] <= _TILED_GROUP * heads and queries.stride(-1) == 1 and all(map(_rows, sources))
+
+
+def _rows(source: Run | Fresh) -> bool:
+    """Whether keys and values are read as ``chunk.c`` reads them; it reads addresses, so nothing else may pass."""
+    keys, values, bias = source.keys, source.values, getattr(source, "bias", None)
+    return (
+        keys.dtype == values.dtype == torch.bfloat16
+        and keys.device.type == values.device.type == "cpu"
+        and keys.stride(-1) == values.stride(-1) == 1
+        and (bias is None or (bias.dtype == torch.float32 and bias.stride(1) == 1))
+    )
+
+
+def _chunk_step(
+    queries: torch.Tensor, runs: Sequence[Run], fresh: Fresh | None, scale: float, window: int | None
+) -> torch.Tensor:
+    """Several tokens' queries ``[Hq, q, d]`` over all runs and, causally, the fresh keys."""
+    query_heads, tokens, dim = queries.shape
+    heads = sum(run.heads for run in runs) if fresh is None else fresh.keys.shape[0]
+    width, threads = (runs[0] if fresh is None else fresh).values.shape[-1], torch.get_num_threads()
+    output = queries.new_empty(tokens, query_heads, width).transpose(0, 1)  # as the model goes on with it
+    scratch = torch.empty(threads * _chunk.scratch_bytes(dim, width), dtype=torch.uint8)
+    sources = [(*_addresses(run), run.keys.stride(1), run.values.stride(1), False) for run in runs]
+    if fresh is not None:
+        own = Run(0, fresh.keys, fresh.values)
+        sources.append((*_addresses(own), own.keys.stride(1), own.values.stride(1), True))
+    _chunk.attend(
+        queries.data_ptr(),
+        output.data_ptr(),
+        scratch.data_ptr(),
+        scratch.nbytes,
+        threads,
+        scale,
+        (queries.stride(0), queries.stride(1)),
+        (output.stride(0), output.stride(1)),
+        tokens,
+        heads,
+        query_heads // heads,
+        dim,
+        width,
+        window or 0,
+        sources,
+    )
+    return output
 
 
 def _attend_block(
@@ -266,29 +330,34 @@ def _attend_block(
 
     Both at least float32. What is seen is attended in parts, and every part counts by its mass.
     """
-    dtype = torch.promote_types(grouped.dtype, torch.float32)
-    output = grouped.new_zeros(*grouped.shape[:3], (fresh or runs[0]).values.shape[-1], dtype=dtype)
-    lse = grouped.new_full(grouped.shape[:3], -torch.inf, dtype=dtype)
+    grouped = _wide(grouped)
+    output = grouped.new_zeros(*grouped.shape[:3], (fresh or runs[0]).values.shape[-1])
+    lse = grouped.new_full(grouped.shape[:3], -torch.inf)
     if fresh is not None:
-        _merge(output, lse, *_flash_own(grouped, fresh.keys[:, block], fresh.values[:, block], scale))
+        _merge(output, lse, *_flash_own(grouped, _wide(fresh.keys[:, block]), _wide(fresh.values[:, block]), scale))
         runs = [*runs, Run(0, fresh.keys[:, : block.start], fresh.values[:, : block.start])]
     for run in runs:
         heads = slice(run.first, run.first + run.heads)
-        for part in _spans(run, grouped.shape[1] * grouped.shape[2]):
+        for part in _spans(run):
             _merge(output[heads], lse[heads], *_flash_rows(grouped[heads], part, scale))
     return output, lse
 
 
-def _spans(run: Run, rows: int) -> Iterator[Run]:
-    """The slots of a run, as many at a time as the kernel may pack."""
-    for span in blocks(run.slots, SPAN if _packs(rows, run.keys.dtype.itemsize) else max(1, run.slots)):
+def _wide(numbers: torch.Tensor) -> torch.Tensor:
+    """As float32, or as they are if that holds less."""
+    return numbers.to(torch.promote_types(numbers.dtype, torch.float32))
+
+
+def _spans(run: Run) -> Iterator[Run]:
+    """The slots of a run: all, or as many at a time as may be copied."""
+    for span in blocks(run.slots, SPAN if run.keys.dtype.itemsize < _FLOAT else max(1, run.slots)):
         yield Run(run.first, run.keys[:, span], run.values[:, span], None if run.bias is None else run.bias[:, span])
 
 
 def _merge(output: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
     """Add a part to what was attended so far, each weighted by its mass. No part outlives its turn."""
     share = (part_lse - lse).sigmoid_().unsqueeze(-1)
-    output.lerp_(part.to(output.dtype), share)
+    output.lerp_(part, share)
     torch.logaddexp(lse, part_lse, out=lse)
 
 
@@ -297,8 +366,8 @@ def _flash_rows(grouped: torch.Tensor, run: Run, scale: float) -> tuple[torch.Te
     heads, group, tokens, _ = grouped.shape
     output, lse = _flash(
         grouped.reshape(1, heads, group * tokens, -1),
-        run.keys[None],
-        run.values[None],
+        _wide(run.keys)[None],
+        _wide(run.values)[None],
         0.0,
         attn_mask=None if run.bias is None else run.bias[None, :, None],
         scale=scale,
@@ -398,7 +467,7 @@ def local(
 def _local(queries: torch.Tensor, run: Run, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     output = queries.new_empty(*queries.shape[:2], run.values.shape[-1], dtype=torch.float32)
     mass = queries.new_empty(queries.shape[:2], dtype=torch.float32)
-    for block in blocks(queries.shape[1], _tokens(queries.shape[0], queries.dtype)):
+    for block in blocks(queries.shape[1], _tokens(*queries.shape[:2])):
         output[:, block], mass[:, block] = (
             each[0] for each in _attend_block(queries[None, :, block], [run], None, scale, block)
         )
@@ -410,7 +479,7 @@ def local_bytes(layer: LayerShape, queries: int, before: int, after: int, itemsi
     outputs = 4 * layer.group * queries * (layer.value_dim * (itemsize + 4) + 8)
     slots = after * (layer.key_dim + layer.value_dim) * (itemsize + 4) + after * 12
     if fused:
-        block = min(TOKENS, ROWS // layer.group or 1, queries)
+        block = _tokens(layer.group, queries)
         return outputs + slots + _block_bytes(layer, 1, block, before, itemsize)
     casts = before * (layer.key_dim + layer.value_dim) * 4
     return outputs + slots + 3 * layer.group * queries * before * 4 + casts

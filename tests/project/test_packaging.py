@@ -10,6 +10,7 @@ import tomllib
 from importlib.metadata import distribution, entry_points, version
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,17 +62,17 @@ needs_compiler = pytest.mark.skipif(
 
 
 @needs_compiler
-def test_the_compiled_decode_step_is_installed() -> None:
+def test_the_compiled_attention_is_installed() -> None:
     """An installation that could not build it goes on without, and would be slower in silence."""
     assert ragged.COMPILED
 
 
 @needs_compiler
-def test_the_decode_step_compiles_without_a_warning(tmp_path: Path) -> None:
+@pytest.mark.parametrize("module", PROJECT["tool"]["setuptools"]["ext-modules"], ids=lambda module: module["name"])
+def test_compiled_code_has_no_warnings(module: dict[str, Any], tmp_path: Path) -> None:
     """With the flags of the installation, and all of the compiler's advice."""
-    (module,) = PROJECT["tool"]["setuptools"]["ext-modules"]
     advice = ["-Wall", "-Wextra", "-Werror", f"-I{sysconfig.get_paths()['include']}", "-fPIC"]
-    command = ["cc", *module["extra-compile-args"], *advice, "-c", *module["sources"], "-o", str(tmp_path / "decode.o")]
+    command = ["cc", *module["extra-compile-args"], *advice, "-c", *module["sources"], "-o", str(tmp_path / "code.o")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,182 @@
+/* Vectors of 16 floats, whatever the CPU's are, and how they are read from and written to storage of three dtypes. */
+#ifndef AGENTMEM_NUMBERS_H
+#define AGENTMEM_NUMBERS_H
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#define WIDE 16 /* floats of one vector: a register of AVX-512, two of AVX2, four of SSE and NEON */
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float wide __attribute__((vector_size(4 * WIDE)));
+typedef float loose __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
+typedef int32_t wide_int __attribute__((vector_size(4 * WIDE)));
+typedef uint32_t wide_bits __attribute__((vector_size(4 * WIDE)));
+typedef uint16_t few_bits __attribute__((vector_size(2 * WIDE), aligned(2), may_alias));
+typedef uint32_t loose_bits __attribute__((vector_size(4 * WIDE), aligned(2), may_alias));
+
+enum { FLOAT32, BFLOAT16, FLOAT16 }; /* the dtypes of storage */
+
+static const wide none = {0};
+
+INLINE wide load(const float *from) { return *(const loose *)from; }
+INLINE void store(float *to, wide x) { *(loose *)to = x; }
+
+INLINE wide choose(wide_int which, wide yes, wide no) {
+    return (wide)(((wide_int)yes & which) | ((wide_int)no & ~which));
+}
+
+INLINE ptrdiff_t bytes_of(int kind) { return kind == FLOAT32 ? 4 : 2; }
+
+#ifndef __has_builtin
+#define __has_builtin(name) 0
+#endif
+#if defined(__x86_64__) && __has_builtin(__builtin_shufflevector)
+#define SHUFFLES 1 /* code for AVX-512 alone: elsewhere vectors of 16 floats are several registers */
+#else
+#define SHUFFLES 0
+#endif
+
+/* float16 from its sign and the rest, both where float32 has them: a product makes up for the other exponent. */
+INLINE wide from_half(wide_bits sign, wide_bits magnitude) {
+    wide number = (wide)magnitude * 0x1p112f;
+    wide_bits endless = (wide_bits)((wide_int)magnitude >= 0x0f800000) & 0x7f800000; /* infinity and NaN */
+    return (wide)((wide_bits)number | endless | sign);
+}
+
+/* WIDE numbers in their order; `level` as in code_for(). */
+INLINE wide fetch_one(const int level, const int kind, const char *from, ptrdiff_t at) {
+    if (kind == FLOAT32) return load((const float *)from + at);
+    const few_bits *narrow = (const few_bits *)(from + 2 * at);
+#ifdef __x86_64__
+    if (kind == FLOAT16 && level == 2) { /* compilers convert one number at a time */
+        wide number;
+        __asm__("vcvtph2ps %1, %0" : "=v"(number) : "m"(*narrow));
+        return number;
+    }
+#else
+    (void)level;
+#endif
+    wide_bits bits = __builtin_convertvector(*narrow, wide_bits);
+    if (kind == BFLOAT16) return (wide)(bits << 16);
+    return from_half(bits << 16 & 0x80000000, bits << 13 & 0x0fffe000);
+}
+
+/* 2 * WIDE numbers as two vectors; bfloat16 comes as the even and the odd ones, a shift or a mask apart. */
+INLINE void fetch(const int level, const int kind, const char *from, ptrdiff_t at, wide to[2]) {
+    if (kind != BFLOAT16) {
+        to[0] = fetch_one(level, kind, from, at);
+        to[1] = fetch_one(level, kind, from, at + WIDE);
+        return;
+    }
+    wide_bits pairs = *(const loose_bits *)(from + 2 * at);
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+    pairs = pairs << 16 | pairs >> 16;
+#endif
+    to[0] = (wide)(pairs << 16);
+    to[1] = (wide)(pairs & 0xffff0000);
+}
+
+INLINE float largest(wide x) {
+    float top = x[0];
+    for (int i = 1; i < WIDE; i++) top = x[i] > top ? x[i] : top;
+    return top;
+}
+
+INLINE float sum(wide x) {
+    union { wide all; float lane[WIDE]; } u = {x};
+    float eight[8], four[4];
+    for (int i = 0; i < 8; i++) eight[i] = u.lane[i] + u.lane[i + 8];
+    for (int i = 0; i < 4; i++) four[i] = eight[i] + eight[i + 4];
+    return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+#if SHUFFLES
+#define MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+/* What four vectors add up to, still apart by quarters: lane 4 q + i is the sum of v[i] over quarter q. */
+INLINE wide quarters(const wide v[4]) {
+    wide two[2];
+    for (int i = 0; i < 2; i++)
+        two[i] = MIX(v[2 * i], v[2 * i + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+                 MIX(v[2 * i], v[2 * i + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+    return MIX(two[0], two[1], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+           MIX(two[0], two[1], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+}
+
+/* The sums of sixteen vectors, of which quarters() has been taken four by four. */
+INLINE wide sums(const wide v[4]) {
+    wide two[2];
+    for (int i = 0; i < 2; i++)
+        two[i] = MIX(v[2 * i], v[2 * i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                 MIX(v[2 * i], v[2 * i + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    return MIX(two[0], two[1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+           MIX(two[0], two[1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+}
+#endif
+
+/* exp(x) for x <= 0 to 1e-7 of the largest weight: 2^m times a polynomial on [-ln2/2, ln2/2] (Cephes expf). */
+INLINE wide exponential(wide x) {
+    wide y = x * 1.44269504088896341f;
+    y = choose(y < -126.0f, none - 126.0f, y);
+    wide_int m = __builtin_convertvector(y - 0.5f, wide_int);
+    wide f = (y - __builtin_convertvector(m, wide)) * 0.6931471805599453f;
+    wide p = f * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * f + 8.3334519073e-3f;
+    p = p * f + 4.1665795894e-2f;
+    p = p * f + 1.6666665459e-1f;
+    p = p * f + 5.0000001201e-1f;
+    p = p * f * f + f + 1.0f;
+    wide_int power = (m + 127) << 23;
+    return p * (wide)power;
+}
+
+/* A float32 as bfloat16, to the nearest, ties to even. */
+static inline uint16_t to_brain(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if (x != x) return 0x7fc0;
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/* A float32 as float16, likewise: a sum with a number of the right size rounds the small ones (F. Giesen's way). */
+static inline uint16_t to_half(float x) {
+    uint32_t bits, sign;
+    memcpy(&bits, &x, 4);
+    sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffff;
+    if (x != x) return (uint16_t)(sign | 0x7e00);
+    if (bits >= 0x477ff000) return (uint16_t)(sign | 0x7c00);      /* rounds to 2^16 or more */
+    if (bits >= 0x38800000) return (uint16_t)(sign | (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13);
+    float small;
+    memcpy(&small, &bits, 4);
+    small += 0.5f; /* 2^-1, whose last bit is float16's smallest number, 2^-24 */
+    memcpy(&bits, &small, 4);
+    return (uint16_t)(sign | (bits - 0x3f000000));
+}
+
+/* `dim` numbers as floats in the order of fetch(). */
+INLINE void widen(const int kind, const char *from, ptrdiff_t dim, float *to) {
+    ptrdiff_t i = 0;
+    for (wide two[2]; i + 2 * WIDE <= dim; i += 2 * WIDE) {
+        fetch(0, kind, from, i, two);
+        store(to + i, two[0]);
+        store(to + i + WIDE, two[1]);
+    }
+    if (i < dim) store(to + i, fetch_one(0, kind, from, i));
+}
+
+/* The way back, into storage. */
+INLINE void narrow(const int kind, const float *from, ptrdiff_t dim, char *to) {
+    if (kind == FLOAT32) {
+        memcpy(to, from, 4 * dim);
+        return;
+    }
+    for (ptrdiff_t i = 0; i < dim; i++) {
+        ptrdiff_t block = i - i % (2 * WIDE), place = i;
+        if (kind == BFLOAT16 && block + 2 * WIDE <= dim) place = block + i % 2 * WIDE + i % (2 * WIDE) / 2;
+        uint16_t number = kind == BFLOAT16 ? to_brain(from[place]) : to_half(from[place]);
+        memcpy(to + 2 * i, &number, 2);
+    }
+}
+#endif

@@ -1,6 +1,6 @@
 """A hard cap in bytes on the KV memory of a Hugging Face model, compacted in mid-thought.
 
-Two doors to the same machinery: :func:`capped`, a context manager around unmodified code, and :func:`wrap`, an object
+Two entry points to the same machinery: :func:`capped`, a context manager around unmodified code, and :func:`wrap`, an object
 with ``generate``. :func:`plan` says beforehand what a cap comes to. :class:`Runtime` keeps whole conversations.
 """
 
@@ -30,7 +30,7 @@ from agentmem.errors import (
     UnsupportedGeneration,
     UnsupportedModel,
 )
-from agentmem.hf import CappedMemory
+from agentmem.hf import CappedCache
 from agentmem.memory.memory import Usage
 from agentmem.planning.pricing import Plan
 from agentmem.reporting.report import CompactionReport, LayerReport, RebaseReport, RunReport, SummaryReport
@@ -44,7 +44,7 @@ __all__ = [
     "Budgets",
     "CapBypassed",
     "CapTooSmall",
-    "CappedMemory",
+    "CappedCache",
     "CappedModel",
     "CappedOutput",
     "Compaction",

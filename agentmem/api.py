@@ -1,4 +1,4 @@
-"""Two doors to the same machinery: a context manager around unmodified code, and an object with ``generate``."""
+"""Two entry points to the same machinery: a context manager around unmodified code, and an object with ``generate``."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def capped(
     *,
     tokenizer: Any = None,
     policy_options: Mapping[str, Any] | None = None,
-    others: Sequence[str | Policy] = (),
+    extra_policies: Sequence[str | Policy] = (),
     **settings: Any,
-) -> Iterator[hf.CappedMemory]:
+) -> Iterator[hf.CappedCache]:
     """Cap the KV memory of a model while the block runs; pass the yielded memory as ``past_key_values``.
 
     Args:
@@ -71,7 +71,7 @@ def capped(
         policy: the name of an installed policy, or a :class:`agentmem.contracts.Policy`.
         tokenizer: needed by the probes ``repeat``, ``focus`` and ``self-study`` and by a ``pattern`` (``am-recall``).
         policy_options: options of the named policy.
-        others: policies that single calls of ``memory.compact(policy=...)`` may ask for; they are planned for.
+        extra_policies: policies that single calls of ``memory.compact(policy=...)`` may ask for; they are planned for.
         settings: see :class:`agentmem.settings.Settings`.
 
     Raises:
@@ -81,7 +81,7 @@ def capped(
     """
     inner = hf.text_model(model)
     chosen = plugins.policy(policy, **(policy_options or {}))
-    memory = open_memory(inner, cap, chosen, tokenizer, settings, others)
+    memory = open_memory(inner, cap, chosen, tokenizer, settings, extra_policies)
     view = hf.attach(inner, memory)
     try:
         with hf.scope(inner):
@@ -192,11 +192,11 @@ def open_memory(
     policy: str | Policy,
     tokenizer: Any,
     settings: Mapping[str, Any],
-    others: Sequence[str | Policy] = (),
+    extra_policies: Sequence[str | Policy] = (),
 ) -> Memory:
     """A memory for a model that is attached to nothing yet. Arguments and errors as in :func:`capped`."""
     chosen = plugins.policy(policy)
-    beside = plugins.beside(others)
+    beside = plugins.beside(extra_policies)
     shape = _shape(model, chosen, _itemsize(model))
     for other in beside:
         shape = replace(shape, fingerprint=_shape(model, other, shape.itemsize).fingerprint or shape.fingerprint)
@@ -204,7 +204,7 @@ def open_memory(
         shape,
         Settings.of(cap=cap, **settings),
         chosen,
-        others=beside,
+        extra_policies=beside,
         words={each.name: _words(each, tokenizer) for each in (chosen, *beside)},
         language=None if tokenizer is None else _language(tokenizer, hf.end_ids(model)),
     )

@@ -5,7 +5,7 @@ A policy is a composition, so that an ablation changes one thing at a time:
     Policy = queries × budgets × compactor (× rewrite)
 
 - ``Queries`` says where the reference queries come from, a mixture of parts; the runtime obtains them.
-- ``Budgets`` deals integer slots to every (layer, KV head).
+- ``Budgets`` allocates integer slots to every (layer, KV head).
 - ``Rewrite``, where there is one, has the model summarise the segment first.
 - ``Compactor`` replaces the segment of one layer by that many slots. It only returns values; the memory
   alone validates and commits them.
@@ -183,7 +183,7 @@ class Survey:
 
 @dataclass(frozen=True, slots=True)
 class ModelIdentity:
-    """Which model budgets are dealt for. ``kv_heads`` has one count per layer that is compacted.
+    """Which model budgets are allocated for. ``kv_heads`` has one count per layer that is compacted.
 
     ``fingerprint`` tells models of one architecture apart by their weights; ``None`` where no weights are at hand.
     """
@@ -195,12 +195,12 @@ class ModelIdentity:
 
 @dataclass(frozen=True, slots=True)
 class BudgetRequest:
-    """What a :class:`Budgets` has to deal, in slots of the segment (prefix and recent are not in it).
+    """What a :class:`Budgets` has to allocate, in slots of the segment (prefix and recent are not in it).
 
     ``held[layer][head]`` are the segment's slots now; ``total`` is the sum to hand out; ``floor`` the least per head
     that holds so many. ``ceiling`` is the most for any head and ``layer_ceiling`` for the heads of one layer together:
     the plan has counted workspace for no more. ``limit`` is the sum that still lets the memory go on; only adaptive
-    budgets may deal more than ``total``, and never more than ``limit``.
+    budgets may allocate more than ``total``, and never more than ``limit``.
     """
 
     held: tuple[tuple[int, ...], ...]
@@ -213,9 +213,9 @@ class BudgetRequest:
 
 
 class Budgets(ABC):
-    """Deals integer slots to every (layer, KV head).
+    """Allocates integer slots to every (layer, KV head).
 
-    Laws: the result has the shape of ``request.held``; no head gets more than it holds or than ``ceiling``, no layer
+    Invariants: the result has the shape of ``request.held``; no head gets more than it holds or than ``ceiling``, no layer
     more than ``layer_ceiling``; the sum is ``total``, or the most that held slots and ceilings allow if that is less
     (for adaptive budgets: anything up to ``limit``); the same request gives the same result.
     """
@@ -235,7 +235,7 @@ class Budgets(ABC):
         """Raise ValueError where these budgets are not for that model; asked once, before any work."""
 
     @abstractmethod
-    def deal(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
+    def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
         """Integer slots per layer and KV head of the segment (prefix and recent are not in it)."""
 
 
@@ -245,8 +245,8 @@ ScoreColumn = Literal["none", "received", "carried"]
 class Compactor(ABC):
     """Replaces the segment of one layer by fewer slots.
 
-    Laws, checked before every commit: head ``h`` gets exactly ``slots[h]`` slots; ``kept`` is strictly ascending and
-    in range; all returned tensors are finite. Laws, checked by :func:`agentmem.testing.check_policy`: the segment is
+    Invariants, checked before every commit: head ``h`` gets exactly ``slots[h]`` slots; ``kept`` is strictly ascending and
+    in range; all returned tensors are finite. Invariants, checked by :func:`agentmem.testing.check_policy`: the segment is
     not written; the same segment gives the same result; permuting the KV heads permutes the result; what is
     allocated during the call stays within :meth:`workspace`.
     """
@@ -308,7 +308,7 @@ class Policy:
             surveyed = type(self.compactor).survey is not Compactor.survey
             if not surveyed:
                 raise ValueError(
-                    f"policy {self.name!r}: {type(self.budgets).__name__} deals by surveyed scores, "
+                    f"policy {self.name!r}: {type(self.budgets).__name__} allocates by surveyed scores, "
                     f"but {type(self.compactor).__name__} has no survey; use uniform budgets or add a survey"
                 )
 

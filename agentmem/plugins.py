@@ -1,4 +1,4 @@
-"""Policies by name: the entry-point group ``agentmem.policies``, the same door for built-ins and third parties.
+"""Policies by name: the entry-point group ``agentmem.policies``, the same way for built-ins and third parties.
 
 An entry point names a factory: called with keyword options, all of them optional, it returns a
 :class:`agentmem.contracts.Policy`. This is the only dynamic import of the project. A *spec* is a policy with options
@@ -72,19 +72,21 @@ def policy(name_or_policy: str | Policy, **options: object) -> Policy:
     return replace(made, name=name_or_policy.strip()) if written else made
 
 
-def beside(others: Sequence[str | Policy]) -> list[Policy]:
+def beside(extra_policies: Sequence[str | Policy]) -> list[Policy]:
     """The policies that a memory is planned for beside its own.
 
     Raises:
         SettingsRefused: no list of them, or as in :func:`policy`.
 
     """
-    if isinstance(others, str | Policy) or not isinstance(others, Iterable):
-        raise SettingsRefused(f"others={others!r} is no list of policies; write others=['window']")
+    if isinstance(extra_policies, str | Policy) or not isinstance(extra_policies, Iterable):
+        raise SettingsRefused(
+            f"extra_policies={extra_policies!r} is no list of policies; write extra_policies=['window']"
+        )
     try:
-        return [policy(each) for each in others]
+        return [policy(each) for each in extra_policies]
     except SettingsRefused as error:
-        raise type(error)(f"others: {error}") from error
+        raise type(error)(f"extra_policies: {error}") from error
 
 
 def specs(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Shipped helpers for tests: the laws of a policy, exact peaks of allocated bytes, tiny models of every family."""
+"""Shipped helpers for tests: invariants of policies, exact peaks of allocated bytes, tiny models of every family."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def tiny_model(family: Family, *, seed: int = 0, dtype: torch.dtype = torch.floa
         return AutoModelForCausalLM.from_config(settings, dtype=dtype).eval()
 
 
-# ---- the laws of a policy
+# ---- the invariants of a policy
 
 
 @dataclass(frozen=True)
@@ -164,56 +164,56 @@ CASES = (
 
 
 @dataclass(frozen=True, slots=True)
-class LawResult:
-    """One law on one case; ``broken`` says how, ``None`` that it held."""
+class InvariantResult:
+    """One invariant on one case; ``broken`` says how, ``None`` that it held."""
 
-    law: str
+    invariant: str
     case: str
     broken: str | None
 
 
 @dataclass(frozen=True)
 class PolicyCheck:
-    """Every law on every case. ``str()`` of it has one line a law and one a breach."""
+    """Every invariant on every case. ``str()`` of it has one line an invariant and one a breach."""
 
     policy: str
-    results: tuple[LawResult, ...]
+    results: tuple[InvariantResult, ...]
 
     @property
-    def broken(self) -> tuple[LawResult, ...]:
-        """The laws that did not hold, with their cases."""
+    def broken(self) -> tuple[InvariantResult, ...]:
+        """The invariants that did not hold, with their cases."""
         return tuple(result for result in self.results if result.broken is not None)
 
     def raise_if_broken(self) -> None:
-        """Raise :class:`PolicyContractBroken` with the whole text if any law did not hold."""
+        """Raise :class:`PolicyContractBroken` with the whole text if any invariant did not hold."""
         if self.broken:
             raise PolicyContractBroken(str(self))
 
     def __str__(self) -> str:
         """The verdict, for people."""
-        by_law = defaultdict(list)
+        by_invariant = defaultdict(list)
         for result in self.results:
-            by_law[result.law].append(result)
+            by_invariant[result.invariant].append(result)
         lines = [f"policy {self.policy!r}: {len(self.results)} checks, {len(self.broken)} broken"]
-        for law, results in by_law.items():
+        for invariant, results in by_invariant.items():
             breaches = [result for result in results if result.broken is not None]
-            lines.append(f"  {'BROKEN' if breaches else 'held'}: {law} ({len(results)} cases)")
+            lines.append(f"  {'BROKEN' if breaches else 'held'}: {invariant} ({len(results)} cases)")
             lines += [f"    {breach.case}: {breach.broken}" for breach in breaches]
         return "\n".join(lines if self.results else [*lines, "  it never compacts, so there is nothing to hold"])
 
 
 def check_policy(policy: str | Policy, *, shapes: Sequence[Case] = CASES, seed: int = 0) -> PolicyCheck:
-    """Check the laws of :class:`agentmem.contracts.Compactor` and :class:`agentmem.contracts.Budgets` on ``shapes``.
+    """Check the invariants of :class:`agentmem.contracts.Compactor` and :class:`agentmem.contracts.Budgets` on ``shapes``.
 
     Segments are random, seeded by ``seed``; the workspace is measured with :func:`peak_allocated`.
     """
     made = named_policy(policy)
-    results: list[LawResult] = []
+    results: list[InvariantResult] = []
     if made.compactor is not None:
         for case in shapes:
             results += _compactor_laws(made, made.compactor, case, seed)
     if made.budgets is not None:
-        results += _budget_laws(made.budgets)
+        results += _budget_invariants(made.budgets)
     return PolicyCheck(made.name, tuple(results))
 
 
@@ -253,9 +253,9 @@ def _make_head(case: Case, held: int, generator: torch.Generator, *, scores: boo
     )
 
 
-def _compactor_laws(policy: Policy, compactor: Compactor, case: Case, seed: int) -> Iterator[LawResult]:
-    def result(law: str, broken: str | None) -> LawResult:
-        return LawResult(law, case.name, broken)
+def _compactor_laws(policy: Policy, compactor: Compactor, case: Case, seed: int) -> Iterator[InvariantResult]:
+    def result(invariant: str, broken: str | None) -> InvariantResult:
+        return InvariantResult(invariant, case.name, broken)
 
     segment, untouched = (make_segment(case, policy, seed=seed) for _ in range(2))
     global_state = torch.get_rng_state()
@@ -357,12 +357,12 @@ _TABLES: Mapping[str, tuple[tuple[int, ...], ...]] = {
 }
 
 
-def _budget_laws(budgets: Budgets) -> Iterator[LawResult]:
+def _budget_invariants(budgets: Budgets) -> Iterator[InvariantResult]:
     for name, held in _TABLES.items():
         try:
             budgets.check(ModelIdentity("the kit's", None, tuple(map(len, held))))
         except ValueError:  # a table of another model's heads: refusing is what it should do
-            yield LawResult("budgets for other heads are refused at once", name, None)
+            yield InvariantResult("budgets for other heads are refused at once", name, None)
             continue
         full = sum(map(sum, held))
         for total in (0, 1, full // 3, full - 1, full, full + 5):
@@ -370,18 +370,22 @@ def _budget_laws(budgets: Budgets) -> Iterator[LawResult]:
             surveys = _surveys(held) if budgets.needs_survey or budgets.needs_curves else ()
             request = BudgetRequest(held, total, 0, surveys)
             try:
-                dealt = budgets.deal(request)
-                again = budgets.deal(request)
+                allocated = budgets.allocate(request)
+                again = budgets.allocate(request)
             except Exception as error:  # noqa: BLE001 - whatever a policy raises is its verdict
-                yield LawResult("deal() ends", case, f"{type(error).__name__}: {error}")
+                yield InvariantResult("allocate() ends", case, f"{type(error).__name__}: {error}")
                 continue
-            yield LawResult("the laws of every deal", case, _broken_deal(budgets, request, dealt))
-            yield LawResult("the same request gives the same budgets", case, None if dealt == again else "it differs")
+            yield InvariantResult(
+                "the invariants of every allocation", case, _broken_budgets(budgets, request, allocated)
+            )
+            yield InvariantResult(
+                "the same request gives the same budgets", case, None if allocated == again else "it differs"
+            )
 
 
-def _broken_deal(budgets: Budgets, request: BudgetRequest, dealt: tuple[tuple[int, ...], ...]) -> str | None:
+def _broken_budgets(budgets: Budgets, request: BudgetRequest, allocated: tuple[tuple[int, ...], ...]) -> str | None:
     try:
-        check_budgets("this", budgets, request, dealt)
+        check_budgets("this", budgets, request, allocated)
     except PolicyContractBroken as error:
         return str(error)
     return None

@@ -112,7 +112,7 @@ def _cell(policy: str, dtype: Any, case: Case) -> dict[str, int]:
     for row, length in enumerate(case.lengths):
         ids[row, -length:], mask[row, -length:] = 3 + torch.arange(length) % 100, 1
     settings: dict[str, Any] = {"keep_first": 4, "keep_recent": 16, "chunk": 128, "max_slots": SLOTS}
-    plan = agentmem.plan(model, 1 << 34, policy, rows=rows, **settings)
+    plan = agentmem.plan(model, cap=1 << 34, policy=policy, rows=rows, **settings)
     cap = plan.resident_bytes + plan.workspace_bytes
 
     widths = set[int]()
@@ -123,7 +123,7 @@ def _cell(policy: str, dtype: Any, case: Case) -> dict[str, int]:
             model(input_ids=ids[:, :width], use_cache=False, logits_to_keep=1)
 
     def capped() -> None:
-        with agentmem.capped(model, cap, policy, **settings) as memory:
+        with agentmem.capped(model, cap=cap, policy=policy, **settings) as memory:
             model.generate(ids, attention_mask=mask, past_key_values=memory, max_new_tokens=4, do_sample=False)
 
     peak = _peak(capped)

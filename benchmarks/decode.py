@@ -35,11 +35,11 @@ Step = tuple[str, "Callable[[], None]"]
 
 @dataclass(frozen=True)
 class Unequal(Budgets):
-    """Budgets that differ a lot from head to head: shares 1 : 2 : … : n, dealt over each layer."""
+    """Budgets that differ a lot from head to head: shares 1 : 2 : … : n, allocated over each layer."""
 
     head_ceiling: float = 2.0  # the last of n heads gets 2 n / (n + 1) equal shares
 
-    def deal(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
+    def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
         """The last head of a layer takes what the others leave."""
         layer_total = request.total // len(request.held)
         rest = request.total - layer_total * len(request.held)
@@ -98,7 +98,7 @@ def capped(model: Any, stack: ExitStack, held: int, seen: int, policy: Any) -> A
     """A memory that has seen ``seen`` tokens and holds ``held`` slots per head, right after a compaction if any."""
     room = max(STEPS + 8, held)
     memory = stack.enter_context(
-        agentmem.capped(model, "2GiB", policy, max_slots=held + room, target=held, chunk=CHUNK)
+        agentmem.capped(model, cap="2GiB", policy=policy, max_slots=held + room, target=held, chunk=CHUNK)
     )
     feed(model, memory, tokens_of(seen))
     if seen > held:

@@ -28,7 +28,7 @@ def main() -> int:
     given = parser.parse_args()
     model, _ = models.load(dtype=torch.float32)
     ids = torch.randint(1000, 40000, (1, given.tokens), generator=torch.Generator().manual_seed(0))
-    plan = agentmem.plan(model, given.cap, given.policy)
+    plan = agentmem.plan(model, cap=given.cap, policy=given.policy)
     reports = []
 
     def chunk() -> None:
@@ -36,7 +36,7 @@ def main() -> int:
             model(input_ids=ids[:, : plan.chunk], use_cache=False, logits_to_keep=1)
 
     def run() -> None:
-        with agentmem.capped(model, given.cap, given.policy) as memory:
+        with agentmem.capped(model, cap=given.cap, policy=given.policy) as memory:
             model.generate(ids, past_key_values=memory, max_new_tokens=4, do_sample=False)
             reports.append(memory.report())
 

@@ -57,7 +57,9 @@ def main() -> None:
     whole = passage(tokenizer, text, offset=0, tokens=given.tokens + given.new)
     ids, new = whole[: given.tokens], whole[given.tokens : given.tokens + given.new]
     with (
-        agentmem.capped(model, "1GiB", given.policy, tokenizer=tokenizer, max_slots=given.slots, rebase=True) as memory,
+        agentmem.capped(
+            model, cap="1GiB", policy=given.policy, tokenizer=tokenizer, max_slots=given.slots, rebase=True
+        ) as memory,
         torch.no_grad(),
     ):
         model(input_ids=ids[None, :-1], past_key_values=memory, logits_to_keep=1)

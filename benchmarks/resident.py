@@ -31,7 +31,7 @@ def child(cap_mib: int, policy: str, tokens: int) -> None:
     model, _ = models.load(dtype=torch.float32)
     ids = torch.randint(1000, 40000, (1, tokens), generator=torch.Generator().manual_seed(0))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with agentmem.capped(model, cap_mib << 20, policy, chunk=256) as memory:
+    with agentmem.capped(model, cap=cap_mib << 20, policy=policy, chunk=256) as memory:
         model.generate(ids, past_key_values=memory, max_new_tokens=8, do_sample=False)
         report, activations = memory.report(), memory.plan.activation_bytes
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -252,7 +252,12 @@ def _made(parts: Parts, dice: random.Random) -> None:
     changes: list[dict[str, Any]] = [
         *({"policy": policy | {"name": "window"}}, {"policy": policy | {"name": "../x"}}, {"policy": None}),
         *({"policy": policy | {"name": "am-halving[probe=spread]"}}, {"policy": "window"}, {"name": None}),
-        *({"others": [policy | {"name": "nobody"}]}, {"others": None}, {"settings": []}, {"settings": None}),
+        *(
+            {"extra_policies": [policy | {"name": "nobody"}]},
+            {"extra_policies": None},
+            {"settings": []},
+            {"settings": None},
+        ),
         *({"template": "00" * 32}, {"template": None}, {"extra": 1}),
     ]
     parts.settings |= dice.choice(changes)
@@ -282,7 +287,7 @@ FORGERIES: dict[str, Forgery] = {
     "next position": _count("next_position", lambda row: row["next_position"] + 1, 0, -1, 10**30, "x", 1.5),
     "shift": _count("shift", lambda row: row["shift"] + 1, -1, 1 << 40),
     "intact": _count("intact", lambda row: row["tokens"] + 1, lambda row: row["tokens"], 0, -1, 1 << 40),
-    "dealt at": _count("dealt_at", lambda row: row["tokens"] + 1, None, -1, 1 << 40, "x"),
+    "allocated at": _count("headroom_at", lambda row: row["tokens"] + 1, None, -1, 1 << 40, "x"),
     "promoted until": _count("promoted_until", lambda row: row["tokens"] + 1, 0, -1, 1 << 40),
     "compactions and moves": _count("compactions", -1, 10**30, 1 << 31, None, 0.5),
     "scales": _count("scales", [], [0.25], [0.0] * 3, [-1.0] * 3, ["Infinity"] * 3, [1e999 * 0] * 0, None),

@@ -29,7 +29,7 @@ def main() -> None:
     chat = [{"role": "user", "content": question}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
-    with agentmem.capped(model, given.cap, given.policy, tokenizer=tokenizer) as memory:
+    with agentmem.capped(model, cap=given.cap, policy=given.policy, tokenizer=tokenizer) as memory:
         output = model.generate(
             **inputs, past_key_values=memory, max_new_tokens=given.tokens, min_new_tokens=given.tokens, do_sample=False
         )

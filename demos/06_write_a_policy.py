@@ -1,9 +1,9 @@
-"""Write a policy, check the laws that every policy keeps, and let a session think with it.
+"""Write a policy, check the invariants that every policy keeps, and let a session think with it.
 
     python demos/06_write_a_policy.py [--model NAME_OR_PATH] [--cap 8MiB] [--tokens 150] [--policy window]
 
 The policy below merges neighbours: each run of slots becomes one, which has the run's newest key, the mean of its
-values, and a β that lets it weigh as much as the whole run. Look at the laws, which are checked on random memories of
+values, and a β that lets it weigh as much as the whole run. Look at the invariants, which are checked on random memories of
 awkward shapes, and at the table: its errors beside those of other policies, on the same text under the same cap.
 """
 

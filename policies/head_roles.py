@@ -6,7 +6,7 @@ attended slots (equations 12 to 15, a window of 32); heads far from the layer's 
 head next to it joins them; heterogeneous heads keep everything, the others sinks, recent tokens and the *middle
 activations*, the slots with the most attention, mean-pooled over 7.
 
-Different: budgets are dealt over all layers, not to each alone, so heterogeneous heads get all they hold as far as
+Different: budgets are allocated over all layers, not to each alone, so heterogeneous heads get all they hold as far as
 budgets go (``global``: up to four equal shares), first the most attended of their slots. A KV head is one head, with
 the mean weights of its query heads. The share of heterogeneous heads is the same in every layer, where equation 16
 lets it fall with depth. Sinks and recent tokens are the memory's. Roles are found anew each time the memory fills.
@@ -113,14 +113,14 @@ def head_roles(
 
     """
     check_window(window)
-    dealt = by_name(budgets)
-    if not dealt.needs_survey:
+    allocated = by_name(budgets)
+    if not allocated.needs_survey:
         raise ValueError(f"budgets: {budgets!r} do not look at scores, so heads would have no role; use 'global'")
     return Policy(
         name="head-roles",
         summary="all slots of heads unlike the others of their layer, attended slots of the rest",
         source="Task-KV, arXiv:2501.15113",
         compactor=HeadRoles(share=share, vector_slots=vector_slots, kernel=kernel),
-        budgets=dealt,
+        budgets=allocated,
         queries=Queries.of("live", tokens=window),
     )

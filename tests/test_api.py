@@ -184,17 +184,17 @@ def test_cap_texts_and_integers_are_the_same() -> None:
     """A cap may be written with a unit."""
     model = variants.model()
 
-    assert agentmem.plan(model, "1MiB", chunk=16) == agentmem.plan(model, 2**20, chunk=16)
+    assert agentmem.plan(model, cap="1MiB", chunk=16) == agentmem.plan(model, cap=2**20, chunk=16)
 
 
 def test_a_plan_needs_no_weights() -> None:
     """The plan of a config alone is the plan of its model."""
     model = variants.model()
 
-    assert agentmem.plan(model.config, "1MiB", chunk=16) == agentmem.plan(model, "1MiB", chunk=16)
+    assert agentmem.plan(model.config, cap="1MiB", chunk=16) == agentmem.plan(model, cap="1MiB", chunk=16)
     assert (
-        agentmem.plan(model.config, "1MiB", chunk=16, itemsize=2).capacity
-        > agentmem.plan(model, "1MiB", chunk=16).capacity
+        agentmem.plan(model.config, cap="1MiB", chunk=16, itemsize=2).capacity
+        > agentmem.plan(model, cap="1MiB", chunk=16).capacity
     )
 
 

@@ -1,4 +1,4 @@
-"""The shipped kit finds every broken law, measures peaks exactly and makes tiny models."""
+"""The shipped kit finds every broken invariant, measures peaks exactly and makes tiny models."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ class Newest(Compactor):
 
 
 class Equal(Budgets):
-    """Deals what it is told to, or the whole to the heads in order."""
+    """Allocates what it is told to, or the whole to the heads in order."""
 
-    def __init__(self, dealt: tuple[tuple[int, ...], ...] | None = None) -> None:
-        self.dealt = dealt
+    def __init__(self, allocated: tuple[tuple[int, ...], ...] | None = None) -> None:
+        self.allocated = allocated
 
-    def deal(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
+    def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
         """In order."""
-        if self.dealt is not None:
-            return self.dealt
+        if self.allocated is not None:
+            return self.allocated
         left, rows = request.total, []
         for row in request.held:
             shares = []
@@ -74,15 +74,15 @@ def policy(compactor: Compactor | None = None, budgets: Budgets | None = None) -
 
 
 def laws_broken(checked: Policy) -> set[str]:
-    """The laws that the kit found broken."""
-    return {result.law for result in check_policy(checked, shapes=SMALL).broken}
+    """The invariants that the kit found broken."""
+    return {result.invariant for result in check_policy(checked, shapes=SMALL).broken}
 
 
 CALLS = iter(range(10**6))
 
 
 @pytest.mark.parametrize(
-    ("law", "spoil"),
+    ("invariant", "spoil"),
     [
         ("compact() ends", lambda segment, heads: 1 / 0),
         ("the contract of every commit", lambda segment, heads: heads.pop()),
@@ -101,9 +101,9 @@ CALLS = iter(range(10**6))
         ("what is allocated stays within workspace()", lambda segment, heads: torch.empty(1 << 17)),
     ],
 )
-def test_every_broken_law_of_a_compactor_is_found(law: str, spoil: Callable[..., object]) -> None:
-    """A policy that breaks one law is told which."""
-    assert law in laws_broken(policy(Newest(spoil)))
+def test_every_broken_law_of_a_compactor_is_found(invariant: str, spoil: Callable[..., object]) -> None:
+    """A policy that breaks one invariant is told which."""
+    assert invariant in laws_broken(policy(Newest(spoil)))
 
 
 def test_a_correct_policy_holds_every_law() -> None:
@@ -116,7 +116,7 @@ def test_a_correct_policy_holds_every_law() -> None:
 
 
 def test_a_bad_survey_is_found() -> None:
-    """A survey that scores too few slots breaks its law."""
+    """A survey that scores too few slots breaks its invariant."""
 
     class Surveying(Newest):
         def survey(self, segment: Segment) -> Survey:
@@ -126,18 +126,18 @@ def test_a_bad_survey_is_found() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dealt", "value"),
+    ("allocated", "value"),
     [
         (((100,),), "lies outside 0..held"),
         (((12,), (1,)), "have not the shape"),
         (((1,),), "sum to 1 slots instead of"),
     ],
 )
-def test_every_broken_law_of_budgets_is_found(dealt: tuple[tuple[int, ...], ...], value: str) -> None:
-    """Budgets that deal too much, to heads that do not exist, or another sum are told so."""
-    broken = check_policy(policy(budgets=Equal(dealt)), shapes=SMALL).broken
+def test_every_broken_law_of_budgets_is_found(allocated: tuple[tuple[int, ...], ...], value: str) -> None:
+    """Budgets that allocate too much, to heads that do not exist, or another sum are told so."""
+    broken = check_policy(policy(budgets=Equal(allocated)), shapes=SMALL).broken
 
-    assert {result.law for result in broken} == {"the laws of every deal"}
+    assert {result.invariant for result in broken} == {"the invariants of every allocation"}
     assert any(value in (result.broken or "") for result in broken)
 
 
@@ -177,7 +177,7 @@ def test_a_policy_that_never_compacts_has_nothing_to_check() -> None:
     ],
 )
 def test_what_must_not_be_committed_is_refused_by_name(head: HeadCompaction, message: str) -> None:
-    """The error names policy, layer, head, law and value."""
+    """The error names policy, layer, head, invariant and value."""
     segment = make_segment(CASE, policy())
     compaction = Compaction((head, HeadCompaction(torch.arange(4))))
 

@@ -1,6 +1,6 @@
 """Shares by attention: which heads' slots are among the most attended of all heads and layers. One pass, no gradient.
 
-Source: arXiv:2602.16284, scores of "highest attention" (rms); dealt over all heads as in Ada-KV, arXiv:2407.11550.
+Source: arXiv:2602.16284, scores of "highest attention" (rms); allocated over all heads as in Ada-KV, arXiv:2407.11550.
 """
 
 from __future__ import annotations

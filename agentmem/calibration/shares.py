@@ -33,8 +33,8 @@ def slot_gains(fractions: Sequence[float], errors: Sequence[float], slots: int) 
     """By how much each slot lowers a head's error, ``[slots]`` float64, never rising from one slot to the next.
 
     Between two measured points errors fall geometrically; at 0 they go on as between the first two; at 1 nothing is
-    lost. The curve is convexified: that makes the deal of slots by gain the one with the least sum of errors, where
-    the greedy exchange of arXiv:2602.16284 ends.
+    lost. The curve is convexified: that makes the allocation of slots by gain the one with the least sum of errors,
+    where the greedy exchange of arXiv:2602.16284 ends.
     """
     points = [(count, _error(fractions, errors, count / slots)) for count in range(slots + 1)]
     hull: list[tuple[int, float]] = []

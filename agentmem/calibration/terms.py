@@ -28,7 +28,7 @@ class Terms:
     keep_first: int = 16
     keep_recent: int = 96
     ratios: tuple[float, ...] = (0.125, 0.25, 0.5)
-    """Kept fractions of all slots at which slots are dealt; the shares are averaged over them."""
+    """Kept fractions of all slots at which slots are allocated; the shares are averaged over them."""
     fractions: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75)
     """Kept fractions of one head's slots at which its error is measured."""
     samples: int = 4

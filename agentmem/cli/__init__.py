@@ -1,4 +1,4 @@
-"""The command line, behind a door that says what to install when its packages are missing."""
+"""The command line; where its packages are missing it says what to install."""
 
 from __future__ import annotations
 

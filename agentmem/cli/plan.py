@@ -48,8 +48,8 @@ def plan(
     config = models.load_config(model)
     made = api.plan(
         config,
-        cap,
-        policy,
+        cap=cap,
+        policy=policy,
         rows=rows,
         itemsize=_itemsize(config, dtype),
         policy_options=policy_options(probe, probe_tokens),

@@ -1,4 +1,4 @@
-"""Budgets of one compaction: what a policy's :class:`Budgets` is asked, and the laws that its answer must keep."""
+"""Budgets of one compaction: what a policy's :class:`Budgets` is asked, and the invariants that its answer must keep."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Slots = tuple[tuple[int, ...], ...]
 
 
 def make_request(plan: Plan, held: Slots, each: int, most: int, surveys: tuple[Survey, ...]) -> BudgetRequest:
-    """What to deal to layers whose heads' segments hold ``held`` slots: ``each`` on average, up to ``most``."""
+    """What to allocate to layers whose heads' segments hold ``held`` slots: ``each`` on average, up to ``most``."""
     heads = sum(map(len, held))
     widest = max(map(len, held), default=0)
     return BudgetRequest(
@@ -40,33 +40,33 @@ def equal_shares(request: BudgetRequest) -> Slots:
     ]
     shares = [[0] * len(row) for row in request.held]
     left = min(request.total, most_slots(request))
-    for dealt, (most, layer, head) in enumerate(sorted(heads)):
-        shares[layer][head] = min(most, left // (len(heads) - dealt))
+    for allocated, (most, layer, head) in enumerate(sorted(heads)):
+        shares[layer][head] = min(most, left // (len(heads) - allocated))
         left -= shares[layer][head]
     return tuple(map(tuple, shares))
 
 
-def check_budgets(policy: str, budgets: Budgets, request: BudgetRequest, dealt: Slots) -> None:
-    """Refuse what breaks the laws of :class:`agentmem.contracts.Budgets`.
+def check_budgets(policy: str, budgets: Budgets, request: BudgetRequest, allocated: Slots) -> None:
+    """Refuse what breaks the invariants of :class:`agentmem.contracts.Budgets`.
 
     Raises:
-        PolicyContractBroken: names the policy, the law and the value.
+        PolicyContractBroken: names the policy, the invariant and the value.
 
     """
-    if [len(layer) for layer in dealt] != [len(layer) for layer in request.held]:
-        raise PolicyContractBroken(f"policy {policy!r}: budgets {dealt!r} have not the shape of {request.held!r}")
-    pairs = [pair for held, kept in zip(request.held, dealt, strict=True) for pair in zip(held, kept, strict=True)]
+    if [len(layer) for layer in allocated] != [len(layer) for layer in request.held]:
+        raise PolicyContractBroken(f"policy {policy!r}: budgets {allocated!r} have not the shape of {request.held!r}")
+    pairs = [pair for held, kept in zip(request.held, allocated, strict=True) for pair in zip(held, kept, strict=True)]
     if any(not 0 <= kept <= held for held, kept in pairs):
         raise PolicyContractBroken(
-            f"policy {policy!r}: a head's budget lies outside 0..held: {dealt!r} of {request.held!r}"
+            f"policy {policy!r}: a head's budget lies outside 0..held: {allocated!r} of {request.held!r}"
         )
     if any(kept > request.ceiling for _, kept in pairs):
         raise PolicyContractBroken(
-            f"policy {policy!r}: a head's budget exceeds the ceiling {request.ceiling}: {dealt!r}"
+            f"policy {policy!r}: a head's budget exceeds the ceiling {request.ceiling}: {allocated!r}"
         )
-    if any(sum(kept) > request.layer_ceiling for kept in dealt):
+    if any(sum(kept) > request.layer_ceiling for kept in allocated):
         raise PolicyContractBroken(
-            f"policy {policy!r}: a layer's budgets exceed its ceiling {request.layer_ceiling} together: {dealt!r}"
+            f"policy {policy!r}: a layer's budgets exceed its ceiling {request.layer_ceiling} together: {allocated!r}"
         )
     _check_sum(policy, budgets, request, sum(kept for _, kept in pairs))
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from agentmem.memory.ledger import Ledger
 
 
-class Dealer:
-    """Deals integer slots to every layer and head of one job, for the whole compaction at once."""
+class BudgetAllocator:
+    """Allocates integer slots to every layer and head of one job, for the whole compaction at once."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class Dealer:
         """``held`` are the slots of every compactable layer's segments, ``segment`` makes one of them."""
         self.job, self.held, self.ledger, self.segment = job, held, ledger, segment
 
-    def deal(
+    def allocate(
         self, references: References, stage: Callable[[], AbstractContextManager[None]] = nullcontext
     ) -> tuple[tuple[int, ...], ...]:
         """Segment slots per layer and head, indexed like the model's layers (sliding ones are empty).
@@ -42,7 +42,7 @@ class Dealer:
         ``stage`` is entered around the survey, for the clock.
 
         Raises:
-            PolicyContractBroken: the policy's budgets break their laws.
+            PolicyContractBroken: the policy's budgets break their invariants.
 
         """
         with self.ledger.borrow(self.job.plan.survey_bytes, "scores of all layers"):
@@ -51,9 +51,9 @@ class Dealer:
                 with stage():
                     surveys = self._surveys(references)
             request = self._request(surveys)
-            dealt = self._budgets.deal(request)
-        check_budgets(self.job.policy.name, self._budgets, request, dealt)
-        return self._by_layer(dealt)
+            allocated = self._budgets.allocate(request)
+        check_budgets(self.job.policy.name, self._budgets, request, allocated)
+        return self._by_layer(allocated)
 
     def equal(self) -> Slots:
         """Equal shares, for when the policy's own budgets cannot be had."""
@@ -63,8 +63,8 @@ class Dealer:
         return make_request(self.job.plan, tuple(self.held.values()), self.job.each, self.job.most, surveys)
 
     def _by_layer(self, budgets: Slots) -> Slots:
-        dealt = dict(zip(self.held, budgets, strict=True))
-        return tuple(tuple(dealt.get(index, ())) for index in range(len(self.job.begins)))
+        allocated = dict(zip(self.held, budgets, strict=True))
+        return tuple(tuple(allocated.get(index, ())) for index in range(len(self.job.begins)))
 
     def _surveys(self, references: References) -> tuple[Survey, ...]:
         surveys: dict[int, Survey] = {}

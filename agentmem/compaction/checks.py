@@ -1,4 +1,4 @@
-"""The laws of :class:`agentmem.contracts.Compactor` that are checked before every commit."""
+"""The invariants of :class:`agentmem.contracts.Compactor` that are checked before every commit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def validate(compaction: Compaction, segment: Segment, slots: Sequence[int], *, 
     """Refuse a compaction that must not be committed. Allocates at most one byte per kept slot of one head.
 
     Raises:
-        PolicyContractBroken: names the policy, the layer, the head, the law and the value that breaks it.
+        PolicyContractBroken: names the policy, the layer, the head, the invariant and the value that breaks it.
 
     """
     where = f"policy {policy!r}, layer {segment.layer}"
@@ -57,11 +57,11 @@ def _validate_tensors(result: HeadCompaction, source: HeadSegment, where: str) -
             _hold(finite, where, f"{name} is finite", f"from {low} to {high}")
 
 
-def _hold(law: bool, where: str, text: str, value: object) -> None:  # noqa: FBT001 - the law is the subject
-    if not law:
+def _hold(invariant: bool, where: str, text: str, value: object) -> None:  # noqa: FBT001 - the invariant is the subject
+    if not invariant:
         raise PolicyContractBroken(
             f"{where}: the contract says that {text}, got {value}. Nothing was committed; "
-            "agentmem.testing.check_policy shows every law that the policy breaks"
+            "agentmem.testing.check_policy shows every invariant that the policy breaks"
         )
 
 

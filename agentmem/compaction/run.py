@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from agentmem.compaction.budgets import Dealer
+from agentmem.compaction.budgets import BudgetAllocator
 from agentmem.compaction.checks import validate
 from agentmem.compaction.held_out import Errors, HeldOut, split_references
 from agentmem.compaction.references import References
@@ -42,7 +42,7 @@ ATTEMPTS = 2
 
 
 class RowCompaction:
-    """Compacts one row of a memory to its target and deals the freed slots out as headroom."""
+    """Compacts one row of a memory to its target and gives the freed slots out as headroom."""
 
     def __init__(self, memory: Memory, row: Row, request: Request = USUAL) -> None:
         """Pins are promoted, and nothing else is changed yet; a compaction that has begun goes on as it was asked."""
@@ -87,8 +87,8 @@ class RowCompaction:
                 self._compact_layers()
             else:
                 self._evict_layers()
-            with self._stage("deal"):
-                self._deal()
+            with self._stage("headroom"):
+                self._give_headroom()
         seconds = time.perf_counter() - began
         self.seconds["probe"] = max(0.0, seconds - sum(self.seconds.values()))
         return CompactionReport(
@@ -142,7 +142,7 @@ class RowCompaction:
                 with self._stage("probe text"):
                     self.references.prepare()
                 if self.row.budgets is None:
-                    self._begin(self._dealer().deal(self.references, lambda: self._stage("survey")))
+                    self._begin(self._allocator().allocate(self.references, lambda: self._stage("survey")))
             except PolicyContractBroken:
                 raise
             except Exception as error:  # noqa: BLE001  # whatever a policy or a probe raises must not cost the memory
@@ -154,21 +154,21 @@ class RowCompaction:
         if self.memory.settings.on_failure != "evict":
             self._fail(None, fault)
         if self.row.budgets is None:
-            self._begin(self._dealer().equal())
+            self._begin(self._allocator().equal())
         return False
 
     def _begin(self, budgets: tuple[tuple[int, ...], ...]) -> None:
         """From now on the compaction goes on until it is done; what it will compact is no longer intact."""
         self.row.change(budgets=budgets, job=self.job, intact=self.row.seen - self.job.recent)
 
-    def _dealer(self) -> Dealer:
+    def _allocator(self) -> BudgetAllocator:
         def segment(layer: int, references: tuple[Reference, ...]) -> Segment:
             store = self.row.stores[layer]
-            assert store is not None  # noqa: S101  # only layers with stores are dealt for
+            assert store is not None  # noqa: S101  # only layers with stores are allocated for
             return self._segment(layer, store, references)
 
         held = {index: self.job.held(index, store) for index, store in self.row.full()}
-        return Dealer(self.job, held, self.memory.ledger, segment)
+        return BudgetAllocator(self.job, held, self.memory.ledger, segment)
 
     @property
     def _compactor(self) -> Compactor:
@@ -219,7 +219,7 @@ class RowCompaction:
 
     def _fit_bytes(self, layer: int, store: LayerStore, references: Sequence[Reference]) -> int:
         """The workspace of this very segment: heads that hold more than an equal share may need more than planned."""
-        assert self.row.budgets is not None  # noqa: S101  # dealt before the first layer
+        assert self.row.budgets is not None  # noqa: S101  # allocated before the first layer
         shape = self.memory.shape.layers[layer]
         segment = SegmentShape(
             heads=shape.kv_heads,
@@ -235,7 +235,7 @@ class RowCompaction:
 
     def _fit(self, layer: int, store: LayerStore, references: tuple[Reference, ...]) -> tuple[Compaction, Errors]:
         """A function of its own, so that no view into the old store outlives it."""
-        assert self.row.budgets is not None  # noqa: S101  # dealt before the first layer
+        assert self.row.budgets is not None  # noqa: S101  # allocated before the first layer
         held_out, fitted = split_references(references)
         segment = self._segment(layer, store, fitted if self._compactor.fits else references)
         slots = [min(kept, head.slots) for kept, head in zip(self.row.budgets[layer], segment.heads, strict=True)]
@@ -293,7 +293,7 @@ class RowCompaction:
 
     def _headroom(self) -> int:
         """Free slots for every head alike once all layers keep their budgets: as many as the share of R pays for."""
-        assert self.row.budgets is not None  # noqa: S101  # dealt before the first layer
+        assert self.row.budgets is not None  # noqa: S101  # allocated before the first layer
         price = kept = 0
         for index, store in self.row.full():
             begins, budgets = self.job.begins[index], self.row.budgets[index]
@@ -302,7 +302,7 @@ class RowCompaction:
             kept += store.spec.slot_bytes * sum(map(min, store.lengths, ends))
         return (self.plan.capacity * price - kept) // price
 
-    def _deal(self) -> None:
+    def _give_headroom(self) -> None:
         """Give the headroom to the layers that could not get it when they were committed."""
         headroom = self._headroom()
         for index, store in self.row.full():
@@ -316,7 +316,7 @@ class RowCompaction:
             job=None,
             intact=self.row.seen - self.job.recent,
             compactions=self.row.compactions + 1,
-            dealt_at=self.row.seen,
+            headroom_at=self.row.seen,
             tail=array("i"),
             full_at=self.row.seen + room,  # by the memory's own policy's plan, whoever compacted
         )

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from agentmem.contracts import Policy
-    from agentmem.hf import CappedMemory
+    from agentmem.hf import CappedCache
 
 FULL, WINDOW = "full", "window"
 LEAST_GAP = 0.1
@@ -137,7 +137,7 @@ def measure(
         )
 
 
-def _answer(memory: CappedMemory, fact: Planted) -> Answer:
+def _answer(memory: CappedCache, fact: Planted) -> Answer:
     answer = torch.tensor(fact.asked[-fact.answer :])
     logits = memory.peek(fact.asked[:-1])[-fact.answer :].double().cpu()
     said = torch.log_softmax(logits, dim=-1)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from agentmem.contracts import Policy
-    from agentmem.hf import CappedMemory
+    from agentmem.hf import CappedCache
     from agentmem.planning.pricing import Plan
 
 Equal = Literal["slots", "bytes"]
@@ -93,15 +93,15 @@ class Terms(Frozen):
 
     def memory(
         self, model: PreTrainedModel, policy: Policy, tokenizer: PreTrainedTokenizerBase | None, **settings: Any
-    ) -> AbstractContextManager[CappedMemory]:
+    ) -> AbstractContextManager[CappedCache]:
         """A memory under these terms; ``settings`` are further ones of :func:`agentmem.capped`."""
         return capped(
-            model, self.cap_bytes or _ROOMY, policy=policy, tokenizer=tokenizer, **self._settings(), **settings
+            model, cap=self.cap_bytes or _ROOMY, policy=policy, tokenizer=tokenizer, **self._settings(), **settings
         )
 
     def plan(self, model: PreTrainedModel, policy: Policy, **settings: Any) -> Plan:
         """What :meth:`memory` will plan."""
-        return plan(model, self.cap_bytes or _ROOMY, policy, **self._settings(), **settings)
+        return plan(model, cap=self.cap_bytes or _ROOMY, policy=policy, **self._settings(), **settings)
 
     def _settings(self) -> dict[str, Any]:
         names = ("keep_first", "keep_recent", "target", "chunk", "seed")
@@ -128,7 +128,7 @@ class Reader:
     """Reads tokens into a memory and keeps the account."""
 
     model: PreTrainedModel
-    memory: CappedMemory
+    memory: CappedCache
     seconds: float = 0.0
     _most: int = field(default=0, repr=False)
 

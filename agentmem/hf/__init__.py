@@ -6,7 +6,7 @@ undone with the last block. Forwards that are not ours reach the original functi
 """
 
 from agentmem.hf.attach import attach, detach, scope
-from agentmem.hf.cache import CappedMemory
+from agentmem.hf.cache import CappedCache
 from agentmem.hf.fingerprint import fingerprint
 from agentmem.hf.support import (
     FAMILIES,
@@ -22,7 +22,7 @@ from agentmem.hf.support import (
 
 __all__ = [
     "FAMILIES",
-    "CappedMemory",
+    "CappedCache",
     "attach",
     "check_tokenizer",
     "check_tool",

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from agentmem.errors import CapBypassed, UnsupportedModel
-from agentmem.hf.cache import CappedMemory, TransientCache, mask_columns, size, transient_forward
+from agentmem.hf.cache import CappedCache, TransientCache, mask_columns, size, transient_forward
 from agentmem.hf.forward_context import FRAME, SCOPE, Frame, own_frame, rename, untraced
 from agentmem.hf.generate_checks import check_generate, chosen
 from agentmem.hf.rope import rotations
@@ -63,7 +63,7 @@ class _Attachment:
         def generate(*args: Any, **kwargs: Any) -> Any:
             given = _named(signature, args, kwargs)
             cache, hold = given.get("past_key_values"), None
-            if isinstance(cache, CappedMemory):
+            if isinstance(cache, CappedCache):
                 cache.open_for(model)
                 check_generate(cache, model, given)
                 hold = cache.memory.owner.take()
@@ -90,7 +90,7 @@ class _Attachment:
         """Feed all but the last piece of a long prompt before the forward itself, which then sees that piece only."""
         inputs = _named(signature, args, kwargs)
         cache = inputs.get("past_key_values")
-        if not isinstance(cache, CappedMemory):
+        if not isinstance(cache, CappedCache):
             return None
         rows, count = size(inputs)
         keep = inputs.get("logits_to_keep", 0)
@@ -114,7 +114,7 @@ class _Attachment:
         FRAME.set(frame)  # first of all: _leave runs even when what follows raises
         inputs = _named(signature, args, kwargs)
         cache, wanted = inputs.get("past_key_values"), inputs.get("use_cache")
-        if isinstance(cache, CappedMemory):
+        if isinstance(cache, CappedCache):
             cache.open_for(self.model)
             frame.hold = cache.memory.owner.take()
             frame.memory = cache
@@ -217,7 +217,7 @@ _ATTACHMENTS: WeakKeyDictionary[PreTrainedModel, _Attachment] = WeakKeyDictionar
 _LOCK = threading.Lock()
 
 
-def attach(model: PreTrainedModel, memory: Memory) -> CappedMemory:
+def attach(model: PreTrainedModel, memory: Memory) -> CappedCache:
     """Connect a memory to a model; every attach needs one :func:`detach`."""
     if memory.settings.rebase:  # first of all: it refuses models, which are then left as they were
         turning = rotations(model)
@@ -228,7 +228,7 @@ def attach(model: PreTrainedModel, memory: Memory) -> CappedMemory:
         if attachment.users == 0:
             attachment.install()
         attachment.users += 1
-    view = CappedMemory(memory, model)
+    view = CappedCache(memory, model)
     decoder = model.get_decoder()
 
     def run_transient(ids: Sequence[int], start: int, step: Adopt | Transient) -> None:

@@ -30,7 +30,7 @@ class _Layer(CacheLayerMixin):
 
     is_croppable = False
 
-    def __init__(self, owner: CappedMemory | TransientCache, window: int | None) -> None:
+    def __init__(self, owner: CappedCache | TransientCache, window: int | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
         self.owner, self.is_sliding, self.is_initialized = owner, window is not None, True
 
@@ -43,7 +43,7 @@ class _Layer(CacheLayerMixin):
         """Hand the fresh keys and values on to the attention call, which appends them."""
         frame = FRAME.get()
         if frame is None or frame.step is None:
-            if isinstance(self.owner, CappedMemory):
+            if isinstance(self.owner, CappedCache):
                 self.owner.memory.open_or_raise()
             raise UnsupportedGeneration(FOREIGN)
         return key_states, value_states
@@ -101,7 +101,7 @@ def transient_forward(
         )
 
 
-class CappedMemory(Cache):
+class CappedCache(Cache):
     """A memory under a hard cap, as ``past_key_values``: a thin view over an ordered list of rows.
 
     ``get_seq_length()`` counts columns (pads and compacted tokens included), so that ``generate`` never feeds a token

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from transformers import LogitsProcessorList
 
-    from agentmem.hf.cache import CappedMemory
+    from agentmem.hf.cache import CappedCache
 
 _OURS = ("input_ids", "inputs", "past_key_values", "attention_mask", "position_ids", "custom_generate", "streamer")
 
@@ -58,7 +58,7 @@ class Decoding:
         return frozenset(found if isinstance(found, list) else () if found is None else (int(found),))
 
 
-def prepare(view: CappedMemory, ids: Sequence[int], tokenizer: Any, options: dict[str, Any]) -> Decoding:
+def prepare(view: CappedCache, ids: Sequence[int], tokenizer: Any, options: dict[str, Any]) -> Decoding:
     """Have transformers read the options of ``generate`` for a conversation of ``ids``; nothing is run.
 
     Raises:
@@ -130,7 +130,7 @@ def choose(decoding: Decoding, logits: torch.Tensor, generator: torch.Generator 
     return int(torch.multinomial(weights.cpu(), 1, generator=generator)), scores
 
 
-def feed(view: CappedMemory, ids: Sequence[int], *, holds: bool) -> torch.Tensor:
+def feed(view: CappedCache, ids: Sequence[int], *, holds: bool) -> torch.Tensor:
     """Run tokens that stay, at the row's next positions; the logits ``[V]`` after the last.
 
     With ``holds`` they are consumed by ``view.memory.commit()``: whoever loses the logits can feed them again.

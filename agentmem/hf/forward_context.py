@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig
 
-    from agentmem.hf.cache import CappedMemory
+    from agentmem.hf.cache import CappedCache
     from agentmem.memory.owner import Hold
 
 
@@ -37,7 +37,7 @@ class Frame:
 
     outer: Frame | None
     step: Step | None = None
-    memory: CappedMemory | None = None
+    memory: CappedCache | None = None
     hold: Hold | None = None
     """That its thread owns the memory meanwhile."""
     attended: int = 0

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from agentmem.hf import CappedMemory
+    from agentmem.hf import CappedCache
 
 REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_beams": (lambda value: value > 1, "beams reorder whole memories; use num_beams=1"),
@@ -45,7 +45,7 @@ def chosen(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-def check_generate(cache: CappedMemory, model: Any, given: Mapping[str, Any]) -> None:
+def check_generate(cache: CappedCache, model: Any, given: Mapping[str, Any]) -> None:
     """Refuse what cannot be served; ``given`` are the arguments of ``generate`` by name.
 
     Raises:
@@ -69,7 +69,7 @@ def check_generate(cache: CappedMemory, model: Any, given: Mapping[str, Any]) ->
         _check_rope_switch(cache, model, int(prompt.shape[1]), cache.columns, options)
 
 
-def _only_new(cache: CappedMemory, options: Mapping[str, Any], prompt: torch.Tensor) -> bool:
+def _only_new(cache: CappedCache, options: Mapping[str, Any], prompt: torch.Tensor) -> bool:
     """Whether the prompt holds new tokens alone, under a mask over everything.
 
     Raises:
@@ -92,7 +92,7 @@ def _only_new(cache: CappedMemory, options: Mapping[str, Any], prompt: torch.Ten
 
 
 def _check_extends(
-    cache: CappedMemory, prompt: torch.Tensor, ids: torch.Tensor | None, options: Mapping[str, Any]
+    cache: CappedCache, prompt: torch.Tensor, ids: torch.Tensor | None, options: Mapping[str, Any]
 ) -> None:
     """A later prompt holds the whole conversation and more. Embeddings are taken at their word."""
     rows, count, copies = cache.memory.rows, int(prompt.shape[1]), options.get("num_return_sequences", 1)
@@ -120,7 +120,7 @@ def _check_extends(
             )
 
 
-def _check_rope_switch(cache: CappedMemory, model: Any, prompt: int, earlier: int, options: Mapping[str, Any]) -> None:
+def _check_rope_switch(cache: CappedCache, model: Any, prompt: int, earlier: int, options: Mapping[str, Any]) -> None:
     """Phi-3 drops the cache and starts its own when it crosses ``original_max_position_embeddings`` ids."""
     text = model.config.get_text_config(decoder=True)
     limit = getattr(text, "original_max_position_embeddings", None)

@@ -68,19 +68,19 @@ class Memory:
         settings: Settings,
         policy: Policy,
         *,
-        others: Sequence[Policy] = (),
+        extra_policies: Sequence[Policy] = (),
         words: Mapping[str, Words] | None = None,
         language: Language | None = None,
     ) -> None:
         """Plan for one row; :meth:`bind` plans again for more.
 
-        ``others`` are policies that single compactions may ask for instead. ``words`` are the ids of each policy's own
+        ``extra_policies`` are policies that single compactions may ask for instead. ``words`` are the ids of each policy's own
         texts, by its name; patterns and summaries need a ``language``.
         """
-        self.shape, self.settings, self.policy, self.others = shape, settings, policy, tuple(others)
+        self.shape, self.settings, self.policy, self.extra_policies = shape, settings, policy, tuple(extra_policies)
         self.words = dict(words or {})
         self.language = language
-        self.plan, *self._plans = make_plans(shape, settings, (policy, *self.others))
+        self.plan, *self._plans = make_plans(shape, settings, (policy, *self.extra_policies))
         self.ledger = Ledger(settings.cap)
         self.rows: list[Row] = []
         self.compactions: list[CompactionReport] = []
@@ -110,7 +110,12 @@ class Memory:
     def empty(self) -> Memory:
         """Another memory of the same kind, that has read nothing."""
         return Memory(
-            self.shape, self.settings, self.policy, others=self.others, words=self.words, language=self.language
+            self.shape,
+            self.settings,
+            self.policy,
+            extra_policies=self.extra_policies,
+            words=self.words,
+            language=self.language,
         )
 
     # ---- rows and room
@@ -131,7 +136,7 @@ class Memory:
                 )
             return
         if rows != self.plan.rows:
-            self.plan, *self._plans = make_plans(self.shape, self.settings, (self.policy, *self.others), rows)
+            self.plan, *self._plans = make_plans(self.shape, self.settings, (self.policy, *self.extra_policies), rows)
         log_events.memory_planned(
             cap_bytes=self.plan.cap_bytes, capacity=self.plan.capacity, rows=rows, policy=self.policy.name
         )
@@ -153,7 +158,7 @@ class Memory:
 
     def plan_of(self, policy: Policy) -> Plan:
         """The plan by which one of the memory's policies compacts."""
-        return self.plan if policy is self.policy else self._plans[self.others.index(policy)]
+        return self.plan if policy is self.policy else self._plans[self.extra_policies.index(policy)]
 
     def named(self, name: str) -> Policy:
         """The policy of that name among those that the memory was opened with.
@@ -162,11 +167,11 @@ class Memory:
             SettingsRefused: there is none.
 
         """
-        found = {policy.name: policy for policy in (*self.others, self.policy)}
+        found = {policy.name: policy for policy in (*self.extra_policies, self.policy)}
         if name not in found:
             raise SettingsRefused(
                 f"policy {name!r}: this memory was planned for {', '.join(map(repr, sorted(found)))}; name it when the "
-                "memory is opened (others=...), so that its workspace is counted"
+                "memory is opened (extra_policies=...), so that its workspace is counted"
             )
         return found[name]
 

@@ -55,9 +55,9 @@ class RowState:
     full_at: int
     """Tokens that the row will have consumed when it must be compacted."""
     tail: array[int] = field(default_factory=lambda: array("i"))
-    """Positions of the tokens appended since ``dealt_at``."""
-    dealt_at: int | None = None
-    """Tokens seen when headroom was last dealt; ``None`` while stores still grow towards the capacity."""
+    """Positions of the tokens appended since ``headroom_at``."""
+    headroom_at: int | None = None
+    """Tokens seen when headroom was last allocated; ``None`` while stores still grow towards the capacity."""
     intact: int = 0
     """Tokens from this one on have a slot in every head, as they were appended."""
     compactions: int = 0
@@ -123,7 +123,7 @@ class Row:
     def measured(self, capacity: int, scratch: int) -> int:
         """``full_at``, worked out from the stores; ``scratch`` slots stay free."""
         full = [store for _, store in self.full()]
-        if self.dealt_at is not None:
+        if self.headroom_at is not None:
             return self.seen + min((store.room for store in full), default=0) - scratch
         return self.seen + capacity - scratch - max((max(store.lengths) for store in full), default=0)
 
@@ -182,7 +182,7 @@ class Row:
         return tail if len(tail) == length else tail[:length]
 
     def _tail_length(self) -> int:
-        return self.seen - (self.dealt_at or 0)
+        return self.seen - (self.headroom_at or 0)
 
     @property
     def next_position(self) -> int:
@@ -197,9 +197,9 @@ class Row:
     # ---- parts of the state, by their names
 
     @property
-    def dealt_at(self) -> int | None:
+    def headroom_at(self) -> int | None:
         """See :class:`RowState`."""
-        return self.state.dealt_at
+        return self.state.headroom_at
 
     @property
     def intact(self) -> int:

@@ -1,6 +1,6 @@
 """A row as plain values: a JSON state and tensors, from which an equal row can be made in another memory.
 
-Forks and snapshots use it. Room is not part of it: it is dealt anew under the plan of the memory that takes the row,
+Forks and snapshots use it. Room is not part of it: it is allocated anew under the plan of the memory that takes the row,
 which gives the same room under the same plan, and what there is under another. Nor is what follows from the rest.
 """
 
@@ -33,7 +33,7 @@ class _Image(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class SampleImage(_Image):
+class SavedSample(_Image):
     """How full one stored sample of queries is: ``filled`` of ``size`` tokens, every ``stride``-th one."""
 
     size: Annotated[Count, Field(ge=1)]
@@ -41,15 +41,15 @@ class SampleImage(_Image):
     stride: Annotated[Count, Field(ge=1)]
 
 
-class LayerImage(_Image):
+class SavedLayer(_Image):
     """One layer's store without its tensors."""
 
     lengths: tuple[Count, ...]
     biased: bool
-    samples: tuple[SampleImage, ...] = ()
+    samples: tuple[SavedSample, ...] = ()
 
 
-class RowImage(_Image):
+class SavedRow(_Image):
     """One row without its tensors."""
 
     tokens: Count
@@ -58,14 +58,14 @@ class RowImage(_Image):
     moves: Count
     intact: Count
     compactions: Count
-    dealt_at: Count | None
+    headroom_at: Count | None
     pins: tuple[tuple[Count, Count], ...]
     promoted_until: Count
     prompt_tokens: Count
     new_tokens: Count
     scales: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...]
     """Logit scale of each layer: a compaction may come before the next forward tells it again."""
-    layers: tuple[LayerImage | None, ...]
+    layers: tuple[SavedLayer | None, ...]
     compaction_reports: tuple[CompactionReport, ...]
     rebase_reports: tuple[RebaseReport, ...]
 
@@ -95,7 +95,7 @@ def _spelled(value: Any) -> Any:
 # ---- taking
 
 
-def take(memory: Memory) -> tuple[RowImage, dict[str, torch.Tensor]]:
+def take(memory: Memory) -> tuple[SavedRow, dict[str, torch.Tensor]]:
     """The only row of a memory: its values, and views of its tensors by name. What has begun is finished first.
 
     Raises:
@@ -114,14 +114,14 @@ def take(memory: Memory) -> tuple[RowImage, dict[str, torch.Tensor]]:
             tensors |= _views(index, store)
             tensors |= {f"layer.{index}.sample.{at}": each.kept for at, each in enumerate(row.samples[index])}
     consumed = memory.progress.consumed
-    image = RowImage(
+    image = SavedRow(
         tokens=row.seen,
         next_position=row.next_position,
         shift=row.shift,
         moves=row.moves,
         intact=row.intact,
         compactions=row.compactions,
-        dealt_at=row.dealt_at,
+        headroom_at=row.headroom_at,
         pins=tuple(row.pins.spans),
         promoted_until=row.pins.until,
         prompt_tokens=consumed.prompt_tokens,
@@ -134,12 +134,12 @@ def take(memory: Memory) -> tuple[RowImage, dict[str, torch.Tensor]]:
     return image, tensors
 
 
-def _layer(row: Row, index: int) -> LayerImage | None:
+def _layer(row: Row, index: int) -> SavedLayer | None:
     store = row.stores[index]
     if store is None:
         return None
-    samples = (SampleImage(size=each.size, filled=each.filled, stride=each.stride) for each in row.samples[index])
-    return LayerImage(lengths=tuple(store.lengths), biased=store.biased, samples=tuple(samples))
+    samples = (SavedSample(size=each.size, filled=each.filled, stride=each.stride) for each in row.samples[index])
+    return SavedLayer(lengths=tuple(store.lengths), biased=store.biased, samples=tuple(samples))
 
 
 def columns(window: int | None, *, scored: bool) -> tuple[str, ...]:
@@ -161,7 +161,7 @@ def _column(segment: HeadSegment, name: str) -> torch.Tensor:
 # ---- giving
 
 
-def give(memory: Memory, image: RowImage, tensors: dict[str, torch.Tensor]) -> None:
+def give(memory: Memory, image: SavedRow, tensors: dict[str, torch.Tensor]) -> None:
     """Fill a memory that has read nothing with a row; ``tensors`` is emptied on the way, so that little is held twice.
 
     What comes from elsewhere must have been checked before.
@@ -175,12 +175,14 @@ def give(memory: Memory, image: RowImage, tensors: dict[str, torch.Tensor]) -> N
     row.write(tensors.pop("ids").tolist(), ())
     row.generator.set_state(tensors.pop("generator"))
     row.change(
-        tail=array("i", bytes(4 * (image.tokens - (image.dealt_at or 0)))),  # in the stores all positions are settled
+        tail=array(
+            "i", bytes(4 * (image.tokens - (image.headroom_at or 0)))
+        ),  # in the stores all positions are settled
         shift=image.shift,
         moves=image.moves,
         intact=image.intact,
         compactions=image.compactions,
-        dealt_at=image.dealt_at,
+        headroom_at=image.headroom_at,
     )
     memory.progress.consumed = Consumed(
         (image.tokens,),
@@ -199,7 +201,7 @@ def give(memory: Memory, image: RowImage, tensors: dict[str, torch.Tensor]) -> N
     expand(memory, row)
 
 
-def _store(memory: Memory, row: Row, index: int, layer: LayerImage, tensors: dict[str, torch.Tensor]) -> LayerStore:
+def _store(memory: Memory, row: Row, index: int, layer: SavedLayer, tensors: dict[str, torch.Tensor]) -> LayerStore:
     shape = memory.shape.layers[index]
     full = shape.window is None
     dtype = tensors[f"layer.{index}.head.0.keys"].dtype
@@ -215,7 +217,7 @@ def _store(memory: Memory, row: Row, index: int, layer: LayerImage, tensors: dic
 
 
 def _samples(
-    memory: Memory, row: Row, index: int, layer: LayerImage, tensors: dict[str, torch.Tensor]
+    memory: Memory, row: Row, index: int, layer: SavedLayer, tensors: dict[str, torch.Tensor]
 ) -> tuple[QuerySample, ...]:
     made = []
     parts = zip(layer.samples, memory.policy.queries.stored, memory.plan.stored, strict=False)
@@ -228,7 +230,7 @@ def _samples(
     return tuple(made)
 
 
-def _fill(sample: QuerySample, image: SampleImage, kept: torch.Tensor, seen: int) -> None:
+def _fill(sample: QuerySample, image: SavedSample, kept: torch.Tensor, seen: int) -> None:
     """Put what was kept into a sample that may be smaller: the newest tokens, or fewer at a wider stride."""
     sample.filled, sample.stride = image.filled, image.stride
     if image.size == sample.size:
@@ -253,13 +255,13 @@ def trim(memory: Memory, row: Row) -> None:
     for index, store in enumerate(row.stores):
         if store is not None:
             _resize(row, index, store, store.lengths)
-    if row.dealt_at is not None:
+    if row.headroom_at is not None:
         row.change(full_at=row.seen + _headroom(memory, row) - memory.plan.scratch)  # as it will be
 
 
 def expand(memory: Memory, row: Row) -> None:
-    """Deal out the room that the plan pays for, as after a compaction; a row never compacted grows by itself."""
-    if row.dealt_at is not None:
+    """Give out the room that the plan pays for, as after a compaction; a row never compacted grows by itself."""
+    if row.headroom_at is not None:
         headroom = _headroom(memory, row)
         for index, store in row.full():
             _resize(row, index, store, [length + headroom for length in store.lengths])

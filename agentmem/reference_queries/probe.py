@@ -138,7 +138,7 @@ def _sizes(queries: Queries, tokens: int, words: Mapping[Source, Sequence[int]],
 
 
 def _shared(tokens: int, parts: Sequence[Part]) -> dict[Source, int]:
-    """All tokens dealt by the parts' shares; rounded so that the sums over the first parts are, and none is lost."""
+    """All tokens by the parts' shares; running sums are what is rounded, so that no token is lost."""
     ends = (0.0, *accumulate(part.share for part in parts))
     marks = [round(tokens * end / ends[-1]) for end in ends] if parts else []
     return {part.source: stop - start for part, (start, stop) in zip(parts, pairwise(marks), strict=True)}

@@ -79,7 +79,7 @@ class CompactionReport(_Report):
     seconds: float
     seconds_by_stage: dict[str, float]
     """``probe`` (the transient forward: what the other stages leave), ``probe text`` (finding what it reads), ``fit``,
-    ``check`` (held-out errors), ``commit``, ``deal``; ``survey`` (budgets that compare heads) and ``summary``
+    ``check`` (held-out errors), ``commit``, ``headroom``; ``survey`` (budgets that compare heads) and ``summary``
     (writing one) where there are any."""
     layers: tuple[LayerReport, ...]
     faults: tuple[str, ...] = ()

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from agentmem.sessions.chat.dialogue import Message
     from agentmem.sessions.options import How
     from agentmem.sessions.runtime import Runtime
-    from agentmem.sessions.session import Session
+    from agentmem.sessions.conversation import Conversation
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ def _thread(model: Any) -> ThreadPoolExecutor:
         return THREADS[model]
 
 
-async def _run(session: Session, call: Callable[[], T], cancel: Callable[[], None] = lambda: None) -> T:
+async def _run(session: Conversation, call: Callable[[], T], cancel: Callable[[], None] = lambda: None) -> T:
     """Run a call on the model's thread. When the task is cancelled, ``cancel`` is called and what runs ends first."""
     future = _submitted(session, call)
     try:
@@ -57,7 +57,7 @@ async def _run(session: Session, call: Callable[[], T], cancel: Callable[[], Non
         raise
 
 
-def _submitted(session: Session, call: Callable[[], T]) -> asyncio.Future[T]:
+def _submitted(session: Conversation, call: Callable[[], T]) -> asyncio.Future[T]:
     """Have the model's thread run a call with the caller's number of torch threads, by which its memory is planned."""
     threads = torch.get_num_threads()
 
@@ -97,7 +97,7 @@ class _Place:
             self.loop.call_soon_threadsafe(self.event.set)
 
 
-async def admitted(session: Session, until: float | None = None) -> None:
+async def admitted(session: Conversation, until: float | None = None) -> None:
     """Wait for the session's lease, in the order of asking; ``until`` is on the monotonic clock.
 
     Raises:
@@ -120,7 +120,7 @@ async def admitted(session: Session, until: float | None = None) -> None:
         runtime.wake_next()
 
 
-async def _served(session: Session, place: _Place, until: float) -> None:
+async def _served(session: Conversation, place: _Place, until: float) -> None:
     """Try whenever it is the session's turn to try, until it has its lease; a try is never cut short."""
     runtime = session.runtime
     while True:
@@ -148,7 +148,7 @@ def _refuse_late(runtime: Runtime) -> None:
             place()
 
 
-async def _try(session: Session) -> bool:
+async def _try(session: Conversation) -> bool:
     """Try for the lease; a task that is cancelled meanwhile does not keep it."""
     granted = False
 
@@ -169,7 +169,7 @@ async def _try(session: Session) -> bool:
 
 
 async def _driven(
-    session: Session, make: Callable[[], Generator[Event | None, None, None]], seconds: float | None
+    session: Conversation, make: Callable[[], Generator[Event | None, None, None]], seconds: float | None
 ) -> AsyncGenerator[Event, None]:
     until = None if seconds is None else time.monotonic() + seconds
     events = make()  # a generator, which does nothing yet
@@ -188,14 +188,14 @@ async def _driven(
         await _closed(session, steps)
 
 
-async def _closed(session: Session, steps: Steps) -> None:
+async def _closed(session: Conversation, steps: Steps) -> None:
     """End a turn in order even when the task that had it is being cancelled."""
     future = _submitted(session, steps.close)
     await _ended(future)
     future.result()
 
 
-def stream(session: Session, options: dict[str, Any]) -> AsyncGenerator[Event, None]:
+def stream(session: Conversation, options: dict[str, Any]) -> AsyncGenerator[Event, None]:
     """See :meth:`agentmem.sessions.session.Session.stream`."""
     deadline, keep_open = options.pop("deadline", None), options.pop("keep_open", False)
     if deadline is not None:
@@ -203,7 +203,7 @@ def stream(session: Session, options: dict[str, Any]) -> AsyncGenerator[Event, N
     return _driven(session, lambda: ingestion.replying(session, options, keep_open=keep_open), deadline)
 
 
-async def append(session: Session, messages: Sequence[Message], how: How) -> tuple[CompactionReport, ...]:
+async def append(session: Conversation, messages: Sequence[Message], how: How) -> tuple[CompactionReport, ...]:
     """See :meth:`agentmem.sessions.session.Session.aappend`."""
     async with aclosing(_driven(session, lambda: ingestion.messages(session, messages, how), how.deadline)) as events:
         return tuple([event.report async for event in events if isinstance(event, CompactionFinished)])

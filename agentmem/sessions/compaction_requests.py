@@ -15,17 +15,17 @@ from agentmem.sessions.events import Event
 from agentmem.sessions.turn import Interrupted
 
 if TYPE_CHECKING:
-    from agentmem.sessions.session import Session
+    from agentmem.sessions.conversation import Conversation
 
 
 def compacting(
-    session: Session, focus: str, target: float | None, policy: str | None, *, force: bool
+    session: Conversation, focus: str, target: float | None, policy: str | None, *, force: bool
 ) -> Generator[Event | None, None, None]:
     """The events of a compaction now; see :meth:`agentmem.sessions.session.Session.compact`."""
     try:
         yield from turn.read(session)
         row = session.memory.rows[0]
-        if force or row.room <= session.asking.soft * session.memory.plan.capacity:
+        if force or row.room <= session.hooks.soft * session.memory.plan.capacity:
             request = request_of(session, focus, policy)
             if target is not None:
                 request = Request(_slots_of(session, target), None, request.focus, request.policy)
@@ -34,7 +34,7 @@ def compacting(
         return
 
 
-def request_of(session: Session, focus: str, policy: str | None) -> Request:
+def request_of(session: Conversation, focus: str, policy: str | None) -> Request:
     """What a caller asks of a compaction.
 
     Raises:
@@ -51,7 +51,7 @@ def request_of(session: Session, focus: str, policy: str | None) -> Request:
     return Request(None, None, ids, None if policy is None else chosen)
 
 
-def _slots_of(session: Session, target: float) -> int:
+def _slots_of(session: Conversation, target: float) -> int:
     """Slots per head that a compaction of everything leaves between prefix and recent."""
     if isinstance(target, int):
         return target

@@ -1,4 +1,4 @@
-"""Asking the caller before a compaction, and telling them after it."""
+"""The hooks of one session: what is called before a compaction, and after it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from agentmem.sessions.session import Session
 
 
-class Asking:
-    """One session's hooks, and what they answered last."""
+class HookCalls:
+    """The hooks of one session, and what they answered last."""
 
     def __init__(self, before: BeforeCompact | None, after: AfterCompact | None, soft: float) -> None:
         """``soft`` is the part of the capacity below which ``before`` is asked early."""
@@ -29,7 +29,7 @@ class Asking:
             return False
         return row.room <= self.soft * session.memory.plan.capacity
 
-    def ask(self, session: Session, *, full: bool) -> Request | None:
+    def before_compaction(self, session: Session, *, full: bool) -> Request | None:
         """What is to be done; ``None`` to leave it for now.
 
         Raises:
@@ -39,7 +39,7 @@ class Asking:
         if self.before is None:
             return USUAL
         memory, row = session.memory, session.memory.rows[0]
-        names = tuple(policy.name for policy in (memory.policy, *memory.others))
+        names = tuple(policy.name for policy in (memory.policy, *memory.extra_policies))
         answer = self.before(
             CompactionContext(session.name, full, row.seen, row.held, row.room, memory.policy.name, names)
         )

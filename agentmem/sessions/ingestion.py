@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
     from agentmem.sessions.chat.dialogue import Delta, Dialogue, Message, Span
     from agentmem.sessions.chat.template import ChatTemplate
-    from agentmem.sessions.session import Session
+    from agentmem.sessions.conversation import Conversation
 
 
-def messages(session: Session, given: Sequence[Message], how: How) -> Generator[Event | None, None, None]:
+def messages(session: Conversation, given: Sequence[Message], how: How) -> Generator[Event | None, None, None]:
     """Read messages through the chat template; an open reply ends where it is."""
     closed = _closed(session)
     dialogue, delta = template(session).append(closed, *given)
@@ -42,7 +42,7 @@ def messages(session: Session, given: Sequence[Message], how: How) -> Generator[
     yield from _read(session, after)
 
 
-def text(session: Session, given: str | Sequence[int], how: How) -> Generator[Event | None, None, None]:
+def text(session: Conversation, given: str | Sequence[int], how: How) -> Generator[Event | None, None, None]:
     """Read a text, or ids, as they are; an open reply ends where it is."""
     ids = _ids(session, given)
     start = len(session.ids)
@@ -55,7 +55,7 @@ def text(session: Session, given: str | Sequence[int], how: How) -> Generator[Ev
     yield from _read(session, after)
 
 
-def _read(session: Session, after: After | None) -> Generator[Event | None, None, None]:
+def _read(session: Conversation, after: After | None) -> Generator[Event | None, None, None]:
     reply = Reply(reason="read")
     try:
         yield from turn.read(session, after)
@@ -64,7 +64,7 @@ def _read(session: Session, after: After | None) -> Generator[Event | None, None
     yield turn.finished(reply)
 
 
-def template(session: Session) -> ChatTemplate:
+def template(session: Conversation) -> ChatTemplate:
     """The session's chat template.
 
     Raises:
@@ -78,7 +78,7 @@ def template(session: Session) -> ChatTemplate:
     return session.template
 
 
-def begin_reply(session: Session, options: dict[str, Any]) -> Decoding:
+def begin_reply(session: Conversation, options: dict[str, Any]) -> Decoding:
     """Open a reply, unless one is open already, and have transformers read the options it is decoded by.
 
     Raises:
@@ -93,7 +93,7 @@ def begin_reply(session: Session, options: dict[str, Any]) -> Decoding:
 
 
 @contextmanager
-def _restoring(session: Session) -> Iterator[None]:
+def _restoring(session: Conversation) -> Iterator[None]:
     """Leave the session as it was if the block fails; the block takes nothing away and changes no reply."""
     row, ids, entries = session.memory.rows[0], len(session.ids), len(session.entries)
     before = session.dialogue, session.reply, session.reply_start, row.pins
@@ -106,7 +106,7 @@ def _restoring(session: Session) -> Iterator[None]:
         raise
 
 
-def replying(session: Session, options: dict[str, Any], *, keep_open: bool) -> Generator[Event | None, None, None]:
+def replying(session: Conversation, options: dict[str, Any], *, keep_open: bool) -> Generator[Event | None, None, None]:
     """The events of a reply, for whoever drives them; see :meth:`agentmem.sessions.session.Session.events`."""
     decoding = begin_reply(session, options)
     reply = session.last = session.reply or Reply()
@@ -119,7 +119,7 @@ def replying(session: Session, options: dict[str, Any], *, keep_open: bool) -> G
     yield turn.finished(reply)
 
 
-def _check_new(session: Session) -> None:
+def _check_new(session: Conversation) -> None:
     if not session.pending or (session.reply is not None and session.reply.end is not None):
         raise SettingsRefused(
             "generate: there is nothing new that a reply could go on from; append a message or read a text first (a "
@@ -127,7 +127,7 @@ def _check_new(session: Session) -> None:
         )
 
 
-def say(session: Session, text: str) -> None:
+def say(session: Conversation, text: str) -> None:
     """Put a text into the reply, in place of the end that the model chose; see :meth:`Session.say`."""
     ids = tokens(session, "say", text)
     with _restoring(session):
@@ -142,7 +142,7 @@ def say(session: Session, text: str) -> None:
     reply.ids, reply.text, reply.end = [*kept, *ids], reply.text + said, None
 
 
-def open_reply(session: Session) -> None:
+def open_reply(session: Conversation) -> None:
     """Begin a reply, unless one is open already."""
     if session.reply is None:
         if session.template is not None and session.dialogue.messages:
@@ -155,7 +155,7 @@ def open_reply(session: Session) -> None:
         session.reply_start = len(session.ids)
 
 
-def close_reply(session: Session) -> None:
+def close_reply(session: Conversation) -> None:
     """End the open reply as it is, if there is one, and record it."""
     session.dialogue = _closed(session)
     if (entry := reply_entry(session)) is not None:
@@ -163,7 +163,7 @@ def close_reply(session: Session) -> None:
     session.reply = None
 
 
-def _closed(session: Session) -> Dialogue:
+def _closed(session: Conversation) -> Dialogue:
     """The dialogue with the open reply recorded. An end that is not the template's own counts as text."""
     if not session.dialogue.open:
         return session.dialogue
@@ -174,7 +174,7 @@ def _closed(session: Session) -> Dialogue:
     return made.close_reply(session.dialogue, said, end=end)
 
 
-def reply_entry(session: Session) -> Entry | None:
+def reply_entry(session: Conversation) -> Entry | None:
     """The entry of the open reply, if there is one and it has ids."""
     if session.reply is None or session.reply_start == len(session.ids):
         return None
@@ -182,7 +182,7 @@ def reply_entry(session: Session) -> Entry | None:
     return Entry(kind="reply", role="assistant", start=session.reply_start, stop=len(session.ids), pinned=pinned)
 
 
-def _after(session: Session, tokens: int, how: How) -> After | None:
+def _after(session: Conversation, tokens: int, how: How) -> After | None:
     if how.compact is None:
         return None
     target = TARGET if how.target is None else how.target
@@ -203,7 +203,7 @@ def _after(session: Session, tokens: int, how: How) -> After | None:
 # ---- spans and pins
 
 
-def _take(session: Session, delta: Delta, pinned: Sequence[Span]) -> None:
+def _take(session: Conversation, delta: Delta, pinned: Sequence[Span]) -> None:
     start = len(session.ids)
     session.ids.extend(delta.ids)
     for span in delta.spans:
@@ -219,7 +219,7 @@ def _take(session: Session, delta: Delta, pinned: Sequence[Span]) -> None:
         )
 
 
-def _pinned(session: Session, delta: Delta, fed: int, *, pin: bool) -> list[Span]:
+def _pinned(session: Conversation, delta: Delta, fed: int, *, pin: bool) -> list[Span]:
     """Pin what is to be pinned of a delta that is about to be read; returns the spans that are pinned whole.
 
     What closes one of the ``fed`` messages that came before is not: a session whose pins are full can go on.
@@ -239,7 +239,7 @@ def _pinned(session: Session, delta: Delta, fed: int, *, pin: bool) -> list[Span
     return whole
 
 
-def _ids(session: Session, given: str | Sequence[int]) -> list[int]:
+def _ids(session: Conversation, given: str | Sequence[int]) -> list[int]:
     if isinstance(given, str):
         return tokens(session, "read", given)
     try:

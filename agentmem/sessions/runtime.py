@@ -18,7 +18,7 @@ from agentmem.memory.memory import unwatched
 from agentmem.sessions.arguments import check_count, check_making, check_name, check_place, check_seconds
 from agentmem.sessions.chat.template import ChatTemplate
 from agentmem.sessions.forking import RUNTIMES
-from agentmem.sessions.hook_calls import Asking
+from agentmem.sessions.hook_calls import HookCalls
 from agentmem.sessions.leasing.admission import Leases
 from agentmem.sessions.leasing.holding import Holding, Stage
 from agentmem.sessions.leasing.spill import Spill
@@ -50,7 +50,7 @@ class Runtime:
     """Sessions of one model under one cap, which is the sum of what they all hold and work with.
 
     A session has a *lease*, its share of the cap; it is charged while a turn runs. When another session needs the
-    bytes, idle memories give way in stages: their free room is taken (nothing is lost), they are compacted further
+    bytes, idle memories are preempted in stages: their free room is taken (nothing is lost), they are compacted further
     (their policy's loss), they are moved to disk (nothing is lost). They come back when they are used. The model runs
     one forward at a time.
     """
@@ -75,7 +75,7 @@ class Runtime:
             tokenizer: its tokenizer; roles need one with a chat template.
             cap: bytes, as an integer or a text such as ``"64MiB"``.
             policy: of sessions that name none.
-            pressure: the stages by which idle memories give way, in order; leave out what must not happen.
+            pressure: the stages by which idle memories are preempted, in order; leave out what must not happen.
             spill: the folder where idle memories go; by default a temporary one, which the runtime deletes.
             wait: seconds that a stream waits for its lease.
             max_waiting: streams that may wait at once; more are refused at once.
@@ -121,7 +121,7 @@ class Runtime:
         policy: str | Policy | None = None,
         *,
         name: str | None = None,
-        others: Sequence[str | Policy] = (),
+        extra_policies: Sequence[str | Policy] = (),
         tools: Sequence[Tool] | None = None,
         template_options: Mapping[str, Any] | None = None,
         before_compact: BeforeCompact | None = None,
@@ -133,7 +133,7 @@ class Runtime:
         Args:
             policy: name, spec or policy; the runtime's without it.
             name: for reports and errors.
-            others: policies that hooks and calls of ``compact`` may ask for.
+            extra_policies: policies that hooks and calls of ``compact`` may ask for.
             tools: JSON schemas or functions, for the chat template; they are pinned with the system prompt.
             template_options: the chat template's own variables.
             before_compact: asked before a compaction; see :mod:`agentmem.sessions.hooks`.
@@ -152,7 +152,7 @@ class Runtime:
         own, inner = split(settings)
         chosen = SessionSettings.of(**own)
         lease = chosen.lease(self.cap)
-        policies = [plugins.policy(self.policy if policy is None else policy), *plugins.beside(others)]
+        policies = [plugins.policy(self.policy if policy is None else policy), *plugins.beside(extra_policies)]
         named = tuple(map(Named.of, policies))  # while they are fresh
         try:
             memory = open_memory(self.model, lease, policies[0], self.tokenizer, inner, policies[1:])
@@ -162,7 +162,7 @@ class Runtime:
                 "is its share: raise that, or the runtime's cap"
             ) from error
         template = self._template(chosen, tools, template_options)
-        asking = Asking(before_compact, after_compact, chosen.soft)
+        hooks = HookCalls(before_compact, after_compact, chosen.soft)
         with self.guard:
             self._open_or_raise()
             holding = Holding(self.model, memory, lease)
@@ -208,7 +208,7 @@ class Runtime:
                 session.settings,
                 session.holding,
                 session.template,
-                Asking(session.asking.before, session.asking.after, session.asking.soft),
+                HookCalls(session.hooks.before, session.hooks.after, session.hooks.soft),
             )
             state = saved(session)
             restore(other, state, session.ids[: len(session.ids) - len(state.pending)])
@@ -284,7 +284,7 @@ class Runtime:
         *,
         policy: str | Policy | None = None,
         name: str | None = None,
-        others: Sequence[str | Policy] | None = None,
+        extra_policies: Sequence[str | Policy] | None = None,
         tools: Sequence[Tool] | None = None,
         template_options: Mapping[str, Any] | None = None,
         before_compact: BeforeCompact | None = None,
@@ -294,7 +294,7 @@ class Runtime:
         """A session that was saved, of this model and tokenizer; it goes on as if it had never stopped.
 
         ``settings`` replace those that it was saved with (a ``seed`` begins anew). Tools, template options and hooks
-        are not saved: give them again, and ``policy`` and ``others`` where they were no named ones.
+        are not saved: give them again, and ``policy`` and ``extra_policies`` where they were no named ones.
 
         Raises:
             SnapshotRefused: another model's, damaged, hostile, or larger than the session's share.
@@ -303,7 +303,7 @@ class Runtime:
 
         """
         check_making(name, tools, template_options, before_compact=before_compact, after_compact=after_compact)
-        given = archive.Given(policy, others, tools, template_options, before_compact, after_compact)
+        given = archive.Given(policy, extra_policies, tools, template_options, before_compact, after_compact)
         return archive.load(self, url, name, given, settings)
 
     # ---- the end

@@ -16,7 +16,7 @@ from agentmem.sessions import aio, compaction_requests, ingestion
 from agentmem.sessions.arguments import check_count, check_seconds, check_text
 from agentmem.sessions.chat.dialogue import Dialogue, Message
 from agentmem.sessions.events import CompactionFinished, Event
-from agentmem.sessions.hook_calls import Asking
+from agentmem.sessions.hook_calls import HookCalls
 from agentmem.sessions.options import How
 from agentmem.sessions.stats import SessionStats
 from agentmem.sessions.transcript import Entry, Transcript
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
-    from agentmem.hf import CappedMemory
+    from agentmem.hf import CappedCache
     from agentmem.memory.memory import Memory
     from agentmem.reporting.report import CompactionReport, RebaseReport
     from agentmem.sessions.chat.template import ChatTemplate
@@ -52,11 +52,11 @@ class Session:
         settings: SessionSettings,
         holding: Holding,
         template: ChatTemplate | None,
-        asking: Asking,
+        hooks: HookCalls,
     ) -> None:
         """Use :meth:`Runtime.session`."""
         self.runtime, self.name, self.settings, self.holding = runtime, name, settings, holding
-        self.template, self.asking = template, asking
+        self.template, self.hooks = template, asking
         self.tokenizer: Any = runtime.tokenizer
         self.ids: MutableSequence[int] = array("q")
         """Everything read and sampled, consumed by the memory or not yet."""
@@ -323,9 +323,9 @@ class Session:
             made = report.summary
             self.entries = [entry for entry in self.entries if not entry.replaced(made)]
             self.entries.append(Entry(kind="summary", role=None, start=made.start, stop=made.stop, text=made.text))
-        self.asking.compacted(report)
+        self.hooks.compacted(report)
 
-    def heard(self) -> list[RebaseReport]:
+    def new_rebases(self) -> list[RebaseReport]:
         """Re-basings that were not told of yet."""
         told, self._told = self._told, len(self.memory.rebases)
         return self.memory.rebases[told:]
@@ -375,7 +375,7 @@ class Session:
         return self._here(self.holding.memory)
 
     @property
-    def view(self) -> CappedMemory:
+    def view(self) -> CappedCache:
         """What is passed as ``past_key_values``, while the memory is not on disk."""
         return self._here(self.holding.view)
 

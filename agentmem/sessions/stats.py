@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, Self
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
-    from agentmem.sessions.session import Session
+    from agentmem.sessions.conversation import Conversation
 
 State = Literal["active", "idle", "on disk", "closed"]
 
@@ -42,7 +42,7 @@ class SessionStats(BaseModel):
     """Whether the chat template would have written older messages otherwise by now; the memory keeps its own."""
 
     @classmethod
-    def of(cls, session: Session) -> Self:
+    def of(cls, session: Conversation) -> Self:
         """Look at a session."""
         holding, memory = session.holding, session.holding.memory  # read once: another thread may move it to disk
         state: State = "active" if session.busy else "idle"

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from agentmem.contracts import Policy
     from agentmem.memory.memory import Memory
     from agentmem.reporting.report import CompactionReport
-    from agentmem.sessions.session import Session
+    from agentmem.sessions.conversation import Conversation
 
 Events = Generator[Event | None, None, None]
 """What happens in a turn; ``None`` after a forward that told nothing, so that other turns can have theirs."""
@@ -96,7 +96,7 @@ class Reply:
 
 
 def read(
-    session: Session, after: After | None = None, *, leave: int = 1
+    session: Conversation, after: After | None = None, *, leave: int = 1
 ) -> Generator[Event | None, None, torch.Tensor | None]:
     """Feed what is pending but for the last ``leave`` ids; yields the events of compactions.
 
@@ -121,9 +121,9 @@ def read(
     return None
 
 
-def rebased(session: Session) -> Events:
+def rebased(session: Conversation) -> Events:
     """What was re-based since this was asked last."""
-    yield from (Rebased(report=report) for report in session.heard())
+    yield from (Rebased(report=report) for report in session.new_rebases())
 
 
 def _piece(memory: Memory, after: After | None) -> int:
@@ -135,7 +135,7 @@ def _piece(memory: Memory, after: After | None) -> int:
     return max(LEAST_SPAN, min(most, probe or most, memory.plan.target))
 
 
-def _compact_span(session: Session, after: After, *, last: bool) -> Events:
+def _compact_span(session: Conversation, after: After, *, last: bool) -> Events:
     """Compact what has been read of a text and has left the recent window, less what is pinned."""
     row = session.memory.rows[0]
     start = row.compactable(after.start, session.memory.plan.prefix)
@@ -145,7 +145,7 @@ def _compact_span(session: Session, after: After, *, last: bool) -> Events:
         yield from compact(session, after.request(start, tokens), forced=False)
 
 
-def make_room(session: Session) -> Events:
+def make_room(session: Conversation) -> Events:
     """Compact where the row is full, or nearly so and a hook wants to know."""
     memory, row = session.memory, session.memory.rows[0]
     if memory.policy.compactor is None or memory.settings.mode != "auto":
@@ -153,14 +153,14 @@ def make_room(session: Session) -> Events:
     full = row.room < 1 or row.budgets is not None
     if row.budgets is not None:
         request: Request | None = USUAL
-    elif full or session.asking.early(session, row):
-        request = session.asking.ask(session, full=full)
+    elif full or session.hooks.early(session, row):
+        request = session.hooks.before_compaction(session, full=full)
     else:
         return
     if request is not None:
         report = yield from compact(session, request, forced=full)
         if report is None and not full:  # nothing to reclaim yet
-            session.asking.postpone(session)
+            session.hooks.postpone(session)
     elif full:
         raise TurnEnded(
             f"the memory is full ({memory.plan.capacity} slots per head, {row.seen} tokens seen) and before_compact "
@@ -169,7 +169,7 @@ def make_room(session: Session) -> Events:
 
 
 def compact(
-    session: Session, request: Request, *, forced: bool
+    session: Conversation, request: Request, *, forced: bool
 ) -> Generator[Event | None, None, CompactionReport | None]:
     """Compact now; returns the report, ``None`` where there was nothing to reclaim."""
     memory, row = session.memory, session.memory.rows[0]
@@ -188,7 +188,7 @@ def compact(
     return report
 
 
-def write(session: Session, reply: Reply, decoding: Decoding, *, keep_open: bool) -> Events:
+def write(session: Conversation, reply: Reply, decoding: Decoding, *, keep_open: bool) -> Events:
     """Decode until the reply ends; ``reply`` is filled on the way, so that it is there however the turn ends.
 
     A character that is incomplete at the end is shown as it is, unless the reply goes on.
@@ -206,7 +206,7 @@ def write(session: Session, reply: Reply, decoding: Decoding, *, keep_open: bool
         yield TextEvent(text=rest)
 
 
-def _decode(session: Session, reply: Reply, decoding: Decoding, pieces: TextPieces) -> Events:
+def _decode(session: Conversation, reply: Reply, decoding: Decoding, pieces: TextPieces) -> Events:
     reason: Reason | None = None
     while reason is None:
         logits = yield from read(session, leave=0)
@@ -223,7 +223,7 @@ def _decode(session: Session, reply: Reply, decoding: Decoding, pieces: TextPiec
     reply.reason = reason
 
 
-def _take(session: Session, decoding: Decoding, reply: Reply, logits: torch.Tensor) -> tuple[int, torch.Tensor]:
+def _take(session: Conversation, decoding: Decoding, reply: Reply, logits: torch.Tensor) -> tuple[int, torch.Tensor]:
     """Choose the next token, take it into the conversation, and only then count what it was chosen by as read.
 
     Wherever this ends early there is something left to be read again.
@@ -241,7 +241,7 @@ def _take(session: Session, decoding: Decoding, reply: Reply, logits: torch.Tens
     return token, scores
 
 
-def pin_reply(session: Session, start: int) -> None:
+def pin_reply(session: Conversation, start: int) -> None:
     """Pin what the model writes, where its role is pinned.
 
     Raises:

@@ -10,13 +10,15 @@ from agentmem.sessions.turn import Watch
 
 if TYPE_CHECKING:
     from agentmem.sessions.events import Event
-    from agentmem.sessions.session import Session
+    from agentmem.sessions.conversation import Conversation
 
 
 class Steps:
     """The events of one turn of an admitted session. :meth:`close` must be called, whatever happens."""
 
-    def __init__(self, session: Session, events: Generator[Event | None, None, None], deadline: float | None) -> None:
+    def __init__(
+        self, session: Conversation, events: Generator[Event | None, None, None], deadline: float | None
+    ) -> None:
         """Nothing is run yet; ``deadline`` is on the monotonic clock."""
         self._session, self._events = session, events
         self._open, self.over = True, False

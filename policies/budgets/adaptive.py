@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from agentmem.contracts import BudgetRequest, Budgets, Curve
-from agentmem.policies.budgets.water_filling import Demand, deal
+from agentmem.policies.budgets.water_filling import Demand, allocate
 
 
 @dataclass(frozen=True)
 class Adaptive(Budgets):
-    """Deals by error curves. A larger target never deals more slots.
+    """Allocates by error curves. A larger target never allocates more slots.
 
     The memory keeps a part of its capacity free whatever the curves say, so that compactions do not follow each other
     closely; an easy text is compacted further than ``target`` would, a hard one less.
@@ -38,12 +38,12 @@ class Adaptive(Budgets):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: {getattr(self, name)!r} is no error target; give a number above 0")
 
-    def deal(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
+    def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
         """The fewest slots within the target, or within the tightest multiple of it that fits."""
         if len(request.surveys) != len(request.held):
             raise ValueError(
                 f"{len(request.surveys)} surveys for {len(request.held)} layers: adaptive budgets read error curves; "
-                "deal them in a memory, which surveys every layer first"
+                "allocate them in a memory, which surveys every layer first"
             )
         demands = [[self._demand(curve) for curve in survey.curves] for survey in request.surveys]
         wanted = sum(
@@ -51,7 +51,7 @@ class Adaptive(Budgets):
             for row, layer in zip(demands, request.held, strict=True)
             for demand, held in zip(row, layer, strict=True)
         )
-        return deal(replace(request, total=min(request.limit, wanted)), demands)
+        return allocate(replace(request, total=min(request.limit, wanted)), demands)
 
     def _demand(self, curve: Curve) -> Demand:
         """Slots that keep both errors within a multiple of their targets."""

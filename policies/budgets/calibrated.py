@@ -8,17 +8,17 @@ from __future__ import annotations
 from agentmem.contracts import BudgetRequest
 from agentmem.policies.budgets.head_table import HeadTable
 from agentmem.policies.budgets.tabled import Tabled
-from agentmem.policies.budgets.water_filling import deal, proportional
+from agentmem.policies.budgets.water_filling import allocate, proportional
 
 
 class Calibrated(Tabled):
-    """Deals slots in proportion to a table's shares. Its ceilings are the table's own once the table is known."""
+    """Allocates slots in proportion to a table's shares. Its ceilings are the table's own once the table is known."""
 
     def ceilings(self, table: HeadTable) -> tuple[float, float]:
         """The largest share, and the largest mean share of a layer."""
         return table.head_ceiling, table.layer_ceiling
 
-    def deal(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
+    def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
         """In proportion to the shares, under the floor and the ceilings."""
         shares = self.table_for(request).shares
-        return deal(request, [list(map(proportional, layer)) for layer in shares], self.floor)
+        return allocate(request, [list(map(proportional, layer)) for layer in shares], self.floor)

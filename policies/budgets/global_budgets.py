@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from agentmem.contracts import BudgetRequest, Budgets
-from agentmem.policies.budgets.water_filling import Demand, deal
+from agentmem.policies.budgets.water_filling import Demand, allocate
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,18 @@ class Global(Budgets):
             raise ValueError(f"floor: {self.floor!r} is no fraction of an equal share; give 0 to 1")
         for name in ("head_ceiling", "layer_ceiling"):
             if not 1 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}: {getattr(self, name)!r} equal shares cannot be dealt; give 1 or more")
+                raise ValueError(f"{name}: {getattr(self, name)!r} equal shares cannot be allocated; give 1 or more")
 
-    def deal(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
+    def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
         """The threshold falls until enough scores lie above it."""
         if len(request.surveys) != len(request.held):
             raise ValueError(
                 f"{len(request.surveys)} surveys for {len(request.held)} layers: global budgets compare the scores of "
-                "all layers; deal them in a memory, which surveys every layer first"
+                "all layers; allocate them in a memory, which surveys every layer first"
             )
-        return deal(request, [[_scored(scores) for scores in survey.scores] for survey in request.surveys], self.floor)
+        return allocate(
+            request, [[_scored(scores) for scores in survey.scores] for survey in request.surveys], self.floor
+        )
 
 
 def _scored(scores: torch.Tensor) -> Demand:

@@ -7,7 +7,7 @@ arXiv:2405.12532.
 from __future__ import annotations
 
 from agentmem.contracts import BudgetRequest, Budgets
-from agentmem.policies.budgets.water_filling import deal, proportional
+from agentmem.policies.budgets.water_filling import allocate, proportional
 
 
 class Pyramid(Budgets):
@@ -22,8 +22,10 @@ class Pyramid(Budgets):
         self.steepness = steepness
         self.head_ceiling = self.layer_ceiling = 2 - 1 / steepness
 
-    def deal(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
+    def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
         """In proportion to a line over the layers."""
         last, rise = max(1, len(request.held) - 1), 1 - 1 / self.steepness
         shares = [1 + rise * (1 - 2 * layer / last) for layer in range(len(request.held))]
-        return deal(request, [[proportional(s)] * len(layer) for s, layer in zip(shares, request.held, strict=True)])
+        return allocate(
+            request, [[proportional(s)] * len(layer) for s, layer in zip(shares, request.held, strict=True)]
+        )

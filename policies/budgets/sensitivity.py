@@ -1,9 +1,9 @@
 """Sensitivity budgets: slots go where they lower the predicted loss most, by a table of error curves.
 
 Source: arXiv:2602.16284, nonuniform head budgets: sensitivity curves per head and a greedy exchange of slots from a
-uniform start, with a most per head. The curves are convexified; then the exchange ends at the deal with the least sum
-of errors, and dealing every slot by what it gains leads there directly. Where the paper averages the outcome over
-ratios, the curves are asked anew at every compaction, at the ratio that it has.
+uniform start, with a most per head. The curves are convexified; then the exchange ends at the allocation with the least
+sum of errors, and allocating every slot by what it gains leads there directly. Where the paper averages the outcome
+over ratios, the curves are measured anew at every compaction, at the ratio that it has.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from itertools import pairwise
 from agentmem.contracts import BudgetRequest
 from agentmem.policies.budgets.head_table import HeadTable
 from agentmem.policies.budgets.tabled import Tabled
-from agentmem.policies.budgets.water_filling import Demand, deal
+from agentmem.policies.budgets.water_filling import Demand, allocate
 
 _BETWEEN = 8
 """Steps from one measured point to the next."""
@@ -25,9 +25,9 @@ Point = tuple[float, float]
 
 
 class Sensitivity(Tabled):
-    """Deals slots so that the sum of the predicted errors is least; needs a table with curves.
+    """Allocates slots so that the sum of the predicted errors is least; needs a table with curves.
 
-    The fraction of its slots that a head keeps is taken of the *mean* of what heads hold now: a head that was dealt
+    The fraction of its slots that a head keeps is taken of the *mean* of what heads hold now: a head that was allocated
     little last time shall not be taken for one that has little to lose.
     """
 
@@ -40,13 +40,13 @@ class Sensitivity(Tabled):
             "`agentmem calibrate --method fisher --out FILE` and give it as table=FILE"
         )
 
-    def deal(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
+    def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
         """Slot by slot, the largest gain first."""
         table = self.table_for(request)
         heads = sum(map(len, request.held))
         slots = sum(map(sum, request.held)) / max(1, heads)
         demands = [[_demand(table.fractions, errors, slots) for errors in layer] for layer in table.errors]
-        return deal(request, demands, self.floor)
+        return allocate(request, demands, self.floor)
 
 
 def _demand(fractions: Sequence[float], errors: Sequence[float], slots: float) -> Demand:

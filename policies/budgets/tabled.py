@@ -37,7 +37,7 @@ class Tabled(Budgets):
             raise ValueError(f"floor: {floor!r} is no fraction of an equal share; give 0 to 1")
         for name, value in (("head_ceiling", head_ceiling), ("layer_ceiling", layer_ceiling)):
             if not 1 <= value < float("inf"):
-                raise ValueError(f"{name}: {value!r} equal shares cannot be dealt; give 1 or more")
+                raise ValueError(f"{name}: {value!r} equal shares cannot be allocated; give 1 or more")
         self.floor, self.any_weights = floor, any_weights
         self.head_ceiling, self.layer_ceiling = head_ceiling, layer_ceiling
         self._most = (head_ceiling, layer_ceiling)

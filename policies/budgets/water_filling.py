@@ -1,4 +1,4 @@
-"""The one dealing algorithm that all head budgets share: integer slots by a falling price.
+"""The one allocating algorithm that all head budgets share: integer slots by a falling price.
 
 Every head says how many slots it takes at a price; the price falls until the slots run out. What a price is, is the
 budgets' own affair: an attention score, the error that one more slot removes, the inverse of a share. Held slots,
@@ -26,15 +26,15 @@ def proportional(share: float) -> Demand:
     return lambda price: _INFINITY_BITS if price <= 0 else int(min(weight / price + 0.5, _INFINITY_BITS))
 
 
-def deal(
+def allocate(
     request: BudgetRequest, demands: Sequence[Sequence[Demand]], fraction: float = 0.0
 ) -> tuple[tuple[int, ...], ...]:
-    """Deal ``request.total`` slots to heads with these demands.
+    """Allocate ``request.total`` slots to heads with these demands.
 
-    ``fraction`` of the total is dealt equally first, as a floor besides ``request.floor``; a floor that does not fit
-    is dealt as far as it goes, the emptiest head first.
+    ``fraction`` of the total is allocated equally first, as a floor besides ``request.floor``; a floor that does not fit
+    is allocated as far as it goes, the emptiest head first.
 
-    Laws: those of :class:`agentmem.contracts.Budgets`; a larger total (all else equal) takes a slot from no head;
+    Invariants: those of :class:`agentmem.contracts.Budgets`; a larger total (all else equal) takes a slot from no head;
     every head gets its floor if the total and the ceilings allow it.
 
     The last: a fraction of a larger total raises at most one head's floor by one. Given the floors, what a head gets
@@ -69,18 +69,18 @@ def _fill(
         return sum(min(sum(layer), layer_ceiling) for layer in layers(price))
 
     above, below = _clearing(wanted, total)
-    dealt = list(layers(above))
-    for index, layer in enumerate(dealt):
+    allocated = list(layers(above))
+    for index, layer in enumerate(allocated):
         if sum(layer) > layer_ceiling:  # it was full at a higher price
             alone = ([demands[index]], [floors[index]], [limits[index]])
-            dealt[index] = _fill(*alone, layer_ceiling, sum(limits[index]))[0]
-    left = total - sum(map(sum, dealt))
-    for layer, more in zip(dealt, layers(below), strict=True):
+            allocated[index] = _fill(*alone, layer_ceiling, sum(limits[index]))[0]
+    left = total - sum(map(sum, allocated))
+    for layer, more in zip(allocated, layers(below), strict=True):
         for head, most in enumerate(more):
             extra = max(0, min(most - layer[head], layer_ceiling - sum(layer), left))
             layer[head] += extra
             left -= extra
-    return dealt
+    return allocated
 
 
 def _clearing(wanted: Callable[[float], int], total: int) -> tuple[float, float]:

@@ -33,7 +33,7 @@ _SMALL = 1024
 class Eviction(Compactor):
     """Keeps the slots with the highest scores as they are; of equal ones, the newer.
 
-    Laws, besides those of :class:`Compactor`: scores are finite and at least 0, so that budgets can take them for
+    Invariants, besides those of :class:`Compactor`: scores are finite and at least 0, so that budgets can take them for
     prices; a head that may keep all it holds keeps it as it is.
     """
 

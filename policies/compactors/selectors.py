@@ -38,7 +38,7 @@ class Selection:
 class Selector(ABC):
     """Chooses the slots that stay.
 
-    Laws: exactly ``count`` slots, ascending; of equally good ones the newer; what is random follows from ``seed``;
+    Invariants: exactly ``count`` slots, ascending; of equally good ones the newer; what is random follows from ``seed``;
     a fitted β is within ``bound`` of the old one.
     """
 

@@ -32,8 +32,8 @@ def fit_mass(kept: LocalAttention, log_mass: torch.Tensor, *, ridge: float, boun
     least-squares start, then ``steps`` projected-gradient steps of one over the largest eigenvalue. (A step of one
     over the largest *diagonal* entry diverges as soon as columns overlap.) ``steps=None`` solves it exactly.
 
-    Laws: a slot that no query looks at keeps w = 1; the old β is carried, since Φ contains it; an accepted fit has a
-    smaller squared mass error on the fitting queries than w = 1.
+    Invariants: a slot that no query looks at keeps w = 1; the old β is carried, since Φ contains it; an accepted fit
+    has a smaller squared mass error on the fitting queries than w = 1.
 
     Source: arXiv:2602.16284, mass matching; there without anchor, with 2 steps and bound 3.
     """

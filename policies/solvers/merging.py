@@ -61,8 +61,8 @@ def merge(
             join the nearest that stays.
         rows: slots that are compared with all others at a time.
 
-    Laws: exactly ``min(count, T)`` slots stay; no slot joins one whose key has a smaller cosine with its own, unless
-    ``rest="nearest"``; where the keys of each group coincide, every query's mass and output stay what they were, but
+    Invariants: exactly ``min(count, T)`` slots stay; no slot joins one whose key has a smaller cosine with its own,
+    unless ``rest="nearest"``; where the keys of each group coincide, every query's mass and output stay what they were, but
     for those evicted. The working memory is :func:`merging_bytes`.
 
     Source: the cosine threshold between evicting and merging into the nearest, D2O, arXiv:2406.13035; the retained key

@@ -248,7 +248,7 @@ def bounded_least_squares(
         ridge: how firmly; raised 100-fold, up to three times, where rounding makes the factor fail.
         most: pivots before the last point, clamped, is returned as not converged.
 
-    Laws: the result lies within the bounds; a converged one meets the conditions of Karush, Kuhn and Tucker, so there
+    Invariants: the result lies within the bounds; a converged one meets the conditions of Karush, Kuhn and Tucker, so there
     is no better one; a matrix of zeros gives the anchor. The working memory is :func:`pivoting_bytes` of (t, t).
 
     Equivalent to ``scipy.optimize.lsq_linear(A, y, (low, high))`` with the ridge as further rows of A.

@@ -109,7 +109,7 @@ def pursue(
         cutoff: chosen slots whose log weight is no larger than this are dropped, and others chosen, up to three times.
         keep: indices of slots that are chosen first and never dropped.
 
-    Laws: of equally good slots the later (newer) comes first; a chosen slot without evidence has weight 1; an
+    Invariants: of equally good slots the later (newer) comes first; a chosen slot without evidence has weight 1; an
     accepted fit has a smaller squared mass error on the fitting queries than w = 1 on the same slots. The working
     memory is :func:`pursuit_bytes`.
 

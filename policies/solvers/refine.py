@@ -81,7 +81,7 @@ def refine(
         reach: the trust region around the start.
         mass_weight: what an error of 1 nat in the log mass counts against an output error of 100 %.
 
-    Laws: an accepted result has a smaller objective on the given queries; nothing moves beyond the reach; a slot that
+    Invariants: an accepted result has a smaller objective on the given queries; nothing moves beyond the reach; a slot that
     no query looks at does not move; no global state is read or written. The working memory is :func:`refine_bytes`.
 
     Source: the joint optimisation of keys, β and values in arXiv:2602.16284, there without a trust region; Adam,

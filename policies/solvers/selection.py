@@ -25,7 +25,7 @@ def importance(attention: LocalAttention, score: Score = "rms") -> Importance:
 
     Source: arXiv:2602.16284, "highest attention" (rms works best there).
 
-    Laws: scores lie in [0, 1]; blocks of any size give the same scores up to rounding; a constant added to every
+    Invariants: scores lie in [0, 1]; blocks of any size give the same scores up to rounding; a constant added to every
     logit of a query changes nothing; a query of weight 2 counts like two of weight 1, except for the maximum, which
     weights do not change.
     """

@@ -39,7 +39,7 @@ def fit_values(
     ``|X C - Y|² + ridge * mean(diag XᵀX) * |C - anchor|²``; no slot's value moves further from its own than
     ``bound`` times the longest value of the segment.
 
-    Laws: a slot without evidence keeps its value; fewer queries than slots, one query, equal queries and duplicate
+    Invariants: a slot without evidence keeps its value; fewer queries than slots, one query, equal queries and duplicate
     keys give finite values; the accepted fit has a smaller squared output error on the fitting queries than the
     anchor.
 

@@ -1,4 +1,4 @@
-"""Budgets of one compaction: what is asked, and that every law of the answer is checked."""
+"""Budgets of one compaction: what is asked, and that every invariant of the answer is checked."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Told(Budgets):
 
     adaptive: bool = False
 
-    def deal(self, request: BudgetRequest) -> Slots:
+    def allocate(self, request: BudgetRequest) -> Slots:
         """Nobody asks."""
         raise NotImplementedError
 
@@ -85,7 +85,7 @@ def test_surveys_are_handed_on() -> None:
     assert make_request(plan(), ((188,),), 38, 150, surveys).surveys is surveys
 
 
-# ---- the laws
+# ---- the invariants
 
 
 REQUEST = BudgetRequest(held=((30, 10), (20, 5)), total=30, floor=1, ceiling=15, layer_ceiling=22, limit=36)
@@ -98,7 +98,7 @@ def test_a_good_deal_passes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dealt", "message"),
+    ("allocated", "message"),
     [
         (((12, 6),), r"budgets \(\(12, 6\),\) have not the shape of \(\(30, 10\), \(20, 5\)\)"),
         (((12, 6), (12,)), "have not the shape of"),
@@ -111,16 +111,16 @@ def test_a_good_deal_passes() -> None:
         (((12, 6), (8, 3)), "budgets sum to 29 slots instead of 30"),
     ],
 )
-def test_every_broken_law_is_refused_by_name(dealt: Slots, message: str) -> None:
-    """One law at a time: shape, bounds, the head's ceiling, the layer's ceiling, the sum."""
+def test_every_broken_law_is_refused_by_name(allocated: Slots, message: str) -> None:
+    """One invariant at a time: shape, bounds, the head's ceiling, the layer's ceiling, the sum."""
     with pytest.raises(PolicyContractBroken, match=f"policy 'mine': .*{message}"):
-        check_budgets("mine", Told(), REQUEST, dealt)
+        check_budgets("mine", Told(), REQUEST, allocated)
 
 
 def test_adaptive_budgets_may_deal_anything_up_to_the_limit() -> None:
-    """Less than the total and more; not more than the limit, and every other law is theirs too."""
-    for dealt in (((0, 0), (0, 0)), GOOD, ((15, 7), (10, 4))):
-        check_budgets("mine", Told(adaptive=True), REQUEST, dealt)
+    """Less than the total and more; not more than the limit, and every other invariant is theirs too."""
+    for allocated in (((0, 0), (0, 0)), GOOD, ((15, 7), (10, 4))):
+        check_budgets("mine", Told(adaptive=True), REQUEST, allocated)
     with pytest.raises(PolicyContractBroken, match="budgets sum to 37 slots, above the limit of 36"):
         check_budgets("mine", Told(adaptive=True), REQUEST, ((15, 7), (11, 4)))
     with pytest.raises(PolicyContractBroken, match="exceeds the ceiling 15"):
@@ -145,7 +145,7 @@ HELD = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=3).map(tuple), 
 @settings(deadline=None, derandomize=True, max_examples=60)
 @given(held=HELD, ceiling=st.integers(1, 9), layer_ceiling=st.integers(1, 20))
 def test_the_most_is_the_largest_sum_that_any_deal_reaches(held: Slots, ceiling: int, layer_ceiling: int) -> None:
-    """It is what trying every deal of each layer finds."""
+    """It is what trying every allocate of each layer finds."""
     most = 0
     for heads in held:
         sums = {0}

@@ -16,7 +16,7 @@ def adaptive(error: float) -> str:
 def read(error: float, target: float = 0.25) -> tuple[float, tuple[CompactionReport, ...]]:
     """The part of a document that an error target left, and the reports."""
     policy = adaptive(error)
-    with talk.session(policy="am-halving", others=(policy,), max_slots=512, chunk=64) as session:
+    with talk.session(policy="am-halving", extra_policies=(policy,), max_slots=512, chunk=64) as session:
         session.append("system", "You are terse.")
         begin = len(session.ids)
         reports = session.append("tool", FACT * 20, compact="after", target=target, policy=policy)

@@ -11,7 +11,7 @@ import torch
 
 from agentmem.contracts import Compaction, Compactor, HeadCompaction, Policy, Queries, Segment, SegmentShape
 from agentmem.errors import SettingsRefused
-from agentmem.hf import CappedMemory
+from agentmem.hf import CappedCache
 from agentmem.memory import forwards
 from agentmem.memory.memory import Memory
 from agentmem.planning.pricing import HELD_OUT
@@ -64,7 +64,7 @@ def exact(made: Policy, **settings: Any) -> Any:
     return tiny.capped_by(made, cap=tiny.need(made, tiny.llama(), **settings), **settings)
 
 
-def slots(memory: CappedMemory) -> list[torch.Tensor]:
+def slots(memory: CappedCache) -> list[torch.Tensor]:
     """Keys, values and β of every layer of row 0."""
     runs = [run for store in memory.memory.rows[0].stores if store is not None for run in store.runs()]
     return [tensor.clone() for run in runs for tensor in (run.keys, run.values, run.bias) if tensor is not None]

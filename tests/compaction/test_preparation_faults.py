@@ -20,8 +20,8 @@ class Stumbling(Budgets):
     def __init__(self, errors: list[Exception]) -> None:
         self.errors = errors
 
-    def deal(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
-        """Raise, or deal equally."""
+    def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
+        """Raise, or allocate equally."""
         if self.errors:
             raise self.errors.pop(0)
         return equal_shares(request)
@@ -87,11 +87,11 @@ def test_a_pattern_that_cannot_be_read_is_a_fault_of_the_text() -> None:
 def test_equal_shares_differ_by_at_most_one_where_heads_hold_enough(total: int) -> None:
     """The sum is exact, nobody gets more than it holds, and what one lacks goes to the others."""
     request = BudgetRequest(((20, 3), (20, 20)), total, 1)
-    dealt = equal_shares(request)
-    assert sum(map(sum, dealt)) == total
-    roomy = [dealt[0][0], *dealt[1]]
+    allocated = equal_shares(request)
+    assert sum(map(sum, allocated)) == total
+    roomy = [allocated[0][0], *allocated[1]]
     assert max(roomy) - min(roomy) <= 1
-    assert dealt[0][1] == min(3, total // 4)
+    assert allocated[0][1] == min(3, total // 4)
 
 
 class Weighing(Budgets):
@@ -103,7 +103,7 @@ class Weighing(Budgets):
         self.seen = seen
         self.ledger: Ledger | None = None
 
-    def deal(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
+    def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
         """Note the bytes of all scores and the bytes borrowed."""
         assert self.ledger is not None
         scores = sum(score.numel() * 4 for survey in request.surveys for score in survey.scores)

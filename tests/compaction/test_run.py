@@ -13,7 +13,7 @@ import torch
 from agentmem import api
 from agentmem.contracts import BudgetRequest, Budgets, Compaction, HeadCompaction, Policy, Survey
 from agentmem.errors import CompactionFailed, PolicyContractBroken
-from agentmem.hf import CappedMemory
+from agentmem.hf import CappedCache
 from agentmem.hf.cache import TransientCache
 from agentmem.memory.forwards import Transient, _roomy
 from agentmem.memory.memory import Memory
@@ -58,7 +58,7 @@ def same(left: list[tuple[torch.Tensor, ...]], right: list[tuple[torch.Tensor, .
     return all(torch.equal(a, b) for one, other in pairs for a, b in zip(one, other, strict=True))
 
 
-def decoded(memory: CappedMemory) -> torch.Tensor:
+def decoded(memory: CappedCache) -> torch.Tensor:
     """The hidden states of three tokens that the memory is asked about and does not keep."""
     row = memory.memory.rows[0]
     windows = [None] * LAYERS
@@ -73,7 +73,7 @@ def decoded(memory: CappedMemory) -> torch.Tensor:
     return result.last_hidden_state
 
 
-def feed(memory: CappedMemory, tokens: torch.Tensor, pieces: int = 1 << 20) -> torch.Tensor:
+def feed(memory: CappedCache, tokens: torch.Tensor, pieces: int = 1 << 20) -> torch.Tensor:
     """Feed the shared model."""
     return tiny.feed(memory, tokens, pieces, model=MODEL)
 
@@ -105,7 +105,7 @@ def test_every_state_between_two_commits_decodes(kind: str, layer: int) -> None:
     with tiny.capped_by(made(kind), MODEL) as memory:
         feed(memory, tokens)
         assert budgets is not None
-        changed = tuple(dealt if index < layer else (FULL,) * 2 for index, dealt in enumerate(budgets))
+        changed = tuple(allocated if index < layer else (FULL,) * 2 for index, allocated in enumerate(budgets))
         memory.memory.rows[0].change(budgets=changed)
         memory.compact()
         lengths = [store.lengths[0] for store in memory.memory.rows[0].stores if store is not None]
@@ -312,7 +312,7 @@ def test_an_error_in_mid_forward_is_taken_back_at_once() -> None:
 
 @pytest.mark.parametrize("layer", [0, 2])
 def test_a_broken_contract_is_raised_and_nothing_of_that_layer_committed(layer: int) -> None:
-    """It names policy, layer, head and law; a mended policy goes on from there."""
+    """It names policy, layer, head and invariant; a mended policy goes on from there."""
     policy = faulty("window", layer, [])
     assert isinstance(policy.compactor, tiny.Faulty)
     compactor, inner = policy.compactor, policy.compactor.inner
@@ -337,7 +337,7 @@ def test_a_broken_contract_is_raised_and_nothing_of_that_layer_committed(layer: 
 
 
 class Ragged(Budgets):
-    """Deals more to the first head of every layer, up to what it holds; says what it was asked."""
+    """Allocates more to the first head of every layer, up to what it holds; says what it was asked."""
 
     needs_survey = False
     head_ceiling = 1.5
@@ -346,7 +346,7 @@ class Ragged(Budgets):
         self.wrong = wrong
         self.requests: list[BudgetRequest] = []
 
-    def deal(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
+    def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
         """Three quarters and a quarter of what a layer's heads would get alike."""
         self.requests.append(request)
         each = request.total // len(request.held)
@@ -355,7 +355,7 @@ class Ragged(Budgets):
 
 
 def test_unequal_budgets_cost_unequal_bytes() -> None:
-    """Heads hold what they were dealt; headroom is alike for all; the bytes are those of equal budgets."""
+    """Heads hold what they were allocated; headroom is alike for all; the bytes are those of equal budgets."""
     budgets = Ragged()
     with tiny.capped_by(replace(made("replay"), budgets=budgets), MODEL) as memory:
         feed(memory, tiny.ids(FULL))
@@ -371,13 +371,15 @@ def test_unequal_budgets_cost_unequal_bytes() -> None:
     assert budgets.requests[1].held == ((42, 30),) * 3
 
 
-@pytest.mark.parametrize(("wrong", "law"), [(1, "exceed its ceiling 24"), (-1, "sum to 69 slots"), (100, "outside")])
-def test_budgets_that_break_their_laws_are_refused(wrong: int, law: str) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "invariant"), [(1, "exceed its ceiling 24"), (-1, "sum to 69 slots"), (100, "outside")]
+)
+def test_budgets_that_break_their_laws_are_refused(wrong: int, invariant: str) -> None:
     """Their sum and their bounds are checked before any layer is touched."""
     with tiny.capped_by(replace(made("window"), budgets=Ragged(wrong), name="greedy"), MODEL) as memory:
         feed(memory, tiny.ids(FULL))
         before = snapshot(memory.memory)
-        with pytest.raises(PolicyContractBroken, match=f"'greedy'.*{law}"):
+        with pytest.raises(PolicyContractBroken, match=f"'greedy'.*{invariant}"):
             memory.compact()
         assert same(snapshot(memory.memory), before)
         assert memory.memory.rows[0].budgets is None

@@ -17,7 +17,7 @@ from agentmem.compaction import references
 from agentmem.compaction.writing import write
 from agentmem.contracts import BudgetRequest, Budgets, Part, Policy, Queries
 from agentmem.errors import CompactionFailed, SettingsRefused, UnsupportedModel
-from agentmem.hf import CappedMemory
+from agentmem.hf import CappedCache
 from agentmem.memory.forwards import Scratch
 from agentmem.memory.memory import Memory
 from agentmem.memory.sequence import Row
@@ -42,14 +42,14 @@ KINDS: dict[str, Policy] = {
 EVERY = pytest.mark.parametrize("kind", KINDS)
 
 
-def exact(policy: Policy = STUDY, model: Any | None = None, **settings: Any) -> AbstractContextManager[CappedMemory]:
+def exact(policy: Policy = STUDY, model: Any | None = None, **settings: Any) -> AbstractContextManager[CappedCache]:
     """The smallest cap that 112 slots per head need; a refusal by the ledger is an error."""
     settings = {"on_failure": "raise", "max_slots": SIZE} | settings
     cap = tiny.need(policy, model or tiny.llama(), **settings)
     return tiny.capped_by(policy, model, cap=cap, **settings)
 
 
-def filled(memory: CappedMemory) -> list[Any]:
+def filled(memory: CappedCache) -> list[Any]:
     """Everything of row 0 that a forward could change: filled slots, score columns, samples, counts, randomness."""
     core, row = memory.memory, memory.memory.rows[0]
     found: list[Any] = [core.ledger.resident, core.ledger.transient, memory.columns, row.generator.get_state().tolist()]
@@ -131,7 +131,7 @@ def test_the_least_capacity_has_room_for_scratch() -> None:
     """Half of it, scratch and ``min_reclaim`` fit beside each other; a slot less is refused."""
     least = next(count for count in itertools.count(1) if count - SCRATCH - count // 2 >= 4)
     with pytest.raises(SettingsRefused, match=f"max_slots: {least - 1} is below {least}"):
-        api.plan(tiny.llama(), 1 << 24, STUDY, **(tiny.SETTINGS | {"max_slots": least - 1}))
+        api.plan(tiny.llama(), cap=1 << 24, policy=STUDY, **(tiny.SETTINGS | {"max_slots": least - 1}))
     with exact(max_slots=least) as memory:
         tiny.feed(memory, tiny.ids(56))
         assert len(memory.compactions) == 3
@@ -216,7 +216,7 @@ def test_no_forward_is_longer_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> N
     for words, ends, fed in ((20, (), SCRATCH - 1), (60, (), SCRATCH - 1), (60, range(128), MAX_INSTRUCTION)):
         lengths.clear()
         tokenizer = lambda text, *, add_special_tokens, words=words: {"input_ids": [5] * words}  # noqa: E731 - a fake
-        with api.capped(tiny.llama(), 1 << 24, STUDY, tokenizer=tokenizer, **settings) as memory:
+        with api.capped(tiny.llama(), cap=1 << 24, policy=STUDY, tokenizer=tokenizer, **settings) as memory:
             assert memory.memory.language is not None
             memory.memory.language = replace(memory.memory.language, ends=tuple(ends))
             tiny.feed(memory, tiny.ids(FIRST + 1))
@@ -363,7 +363,7 @@ class Lopsided(Budgets):
 
     head_ceiling = layer_ceiling = 1.9
 
-    def deal(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
+    def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
         """The first head, then the others alike."""
         first = min(request.held[0][0], request.ceiling, request.total * 2 // 5)
         each, left = divmod(request.total - first, 3)

@@ -13,7 +13,7 @@ from agentmem import api
 from agentmem.compaction.writing import repeats, write
 from agentmem.contracts import Policy, Rewrite
 from agentmem.errors import SettingsRefused, UnsupportedModel
-from agentmem.hf import CappedMemory
+from agentmem.hf import CappedCache
 from agentmem.memory.pinning import pin, promote
 from agentmem.planning.pricing import MAX_REQUEST
 from agentmem.policies.summary import summary
@@ -79,7 +79,7 @@ def test_the_profiler_s_peak_is_within_the_cap() -> None:
 # ---- where it stands
 
 
-def compacted(memory: CappedMemory) -> CompactionReport:
+def compacted(memory: CappedCache) -> CompactionReport:
     """The one report of a compaction by hand."""
     (report,) = memory.compact()
     return report

@@ -221,7 +221,7 @@ def test_an_interrupt_behind_the_adoption_leaves_a_row_that_goes_on(
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    with dictation.telling(cap=1 << 24, others=("window",)) as memory:
+    with dictation.telling(cap=1 << 24, extra_policies=("window",)) as memory:
         dictation.dictate(memory, (*SCRIPT, END))
         with monkeypatch.context() as patch:
             if layer is None:
@@ -249,7 +249,7 @@ def test_an_interrupt_behind_the_adoption_leaves_a_row_that_goes_on(
 def test_a_compaction_by_another_policy_keeps_scratch_free() -> None:
     """What the memory's own policy will write in stays free, whoever compacts."""
     policy = POLICIES["summary"]
-    with dictation.telling(policy, cap=1 << 24, others=("window",)) as memory:
+    with dictation.telling(policy, cap=1 << 24, extra_policies=("window",)) as memory:
         dictation.dictate(memory, (*SCRIPT, END))
         dictation.feed(memory, FULL - 4)
         memory.compact(policy="window")

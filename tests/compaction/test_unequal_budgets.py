@@ -1,4 +1,4 @@
-"""Budgets that deal very unequal slots, others at every compaction: the bytes are those of the slots, to the byte."""
+"""Very unequal budgets, others at every compaction: the bytes are those of the slots, to the byte."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from agentmem.contracts import BudgetRequest, Budgets, Policy
-from agentmem.hf import CappedMemory
+from agentmem.hf import CappedCache
 from agentmem.planning.model_shape import BIAS_BYTES, POSITION_BYTES, SCORE_BYTES
 from agentmem.reporting.report import CompactionReport
 from support import tiny
@@ -27,43 +27,43 @@ Slots = tuple[tuple[int, ...], ...]
 class Wild(Budgets):
     """Gives every head one slot, then all that is allowed to one head after the other, in another order every time.
 
-    Adaptive ones deal any sum besides.
+    Adaptive ones allocate any sum besides.
     """
 
     def __init__(self, head: float, layer: float, *, adaptive: bool = False) -> None:
         self.head_ceiling, self.layer_ceiling, self.adaptive = head, layer, adaptive
-        self.dealt: list[Slots] = []
+        self.allocated: list[Slots] = []
 
-    def deal(self, request: BudgetRequest) -> Slots:
+    def allocate(self, request: BudgetRequest) -> Slots:
         """Other slots than the last time."""
-        chance = random.Random(len(self.dealt))  # noqa: S311  # a toy
-        dealt = self.try_once(request, chance)
-        while self.dealt and dealt == self.dealt[-1]:
-            dealt = self.try_once(request, chance)
-        self.dealt.append(dealt)
-        return dealt
+        chance = random.Random(len(self.allocated))  # noqa: S311  # a toy
+        allocated = self.try_once(request, chance)
+        while self.allocated and allocated == self.allocated[-1]:
+            allocated = self.try_once(request, chance)
+        self.allocated.append(allocated)
+        return allocated
 
     def try_once(self, request: BudgetRequest, chance: random.Random) -> Slots:
         """All that is allowed to one head after the other."""
-        dealt = [[min(request.floor, held) for held in heads] for heads in request.held]
+        allocated = [[min(request.floor, held) for held in heads] for heads in request.held]
         total = chance.randint(0, request.limit) if self.adaptive else request.total
-        places = [(layer, head) for layer, heads in enumerate(dealt) for head in range(len(heads))]
+        places = [(layer, head) for layer, heads in enumerate(allocated) for head in range(len(heads))]
         chance.shuffle(places)
         for layer, head in places:
             left = (
-                total - sum(map(sum, dealt)),
-                request.layer_ceiling - sum(dealt[layer]),
-                request.ceiling - dealt[layer][head],
-                request.held[layer][head] - dealt[layer][head],
+                total - sum(map(sum, allocated)),
+                request.layer_ceiling - sum(allocated[layer]),
+                request.ceiling - allocated[layer][head],
+                request.held[layer][head] - allocated[layer][head],
             )
-            dealt[layer][head] += max(0, min(left))
-        return tuple(map(tuple, dealt))
+            allocated[layer][head] += max(0, min(left))
+        return tuple(map(tuple, allocated))
 
 
 class ByRequest(Wild):
     """The same request gives the same slots, whoever asks."""
 
-    def deal(self, request: BudgetRequest) -> Slots:
+    def allocate(self, request: BudgetRequest) -> Slots:
         """The order follows from what is held."""
         return self.try_once(request, random.Random(str(request.held)))  # noqa: S311  # a toy
 
@@ -79,7 +79,7 @@ def capped(policy: Policy, **settings: Any) -> Any:
     return tiny.capped_by(policy, MODEL, cap=tiny.need(policy, MODEL, **settings), **settings)
 
 
-def lengths(memory: CappedMemory) -> list[list[int]]:
+def lengths(memory: CappedCache) -> list[list[int]]:
     """Slots held by every head of every layer."""
     return [store.lengths for store in memory.memory.rows[0].stores if store is not None]
 
@@ -102,7 +102,7 @@ def test_allocated_storage_is_the_sum_of_budgets_and_headroom(kind: str, budgets
 
     def check(event: object) -> None:
         if isinstance(event, CompactionReport):
-            checked.append(allocated(memory, toy.dealt[-1], slot))
+            checked.append(allocated(memory, toy.allocated[-1], slot))
             assert event.faults == ()
             assert event.bytes_peak <= event.bytes_before + memory.plan.workspace_bytes
 
@@ -114,20 +114,20 @@ def test_allocated_storage_is_the_sum_of_budgets_and_headroom(kind: str, budgets
                 break
         assert memory.report().peak_bytes <= memory.plan.cap_bytes == tiny.need(policy, MODEL)
     assert len(checked) == 10
-    assert all(one != other for one, other in pairwise(toy.dealt))
+    assert all(one != other for one, other in pairwise(toy.allocated))
 
 
-def allocated(memory: CappedMemory, dealt: Slots, slot: int) -> int:
-    """Check every store against what its heads were dealt; return the bytes of all."""
+def allocated(memory: CappedCache, allocated: Slots, slot: int) -> int:
+    """Check every store against what its heads were allocated; return the bytes of all."""
     stores = [store for store in memory.memory.rows[0].stores if store is not None]
-    held = [[PINNED + kept for kept in heads] for heads in dealt]
+    held = [[PINNED + kept for kept in heads] for heads in allocated]
     heads = LAYERS * HEADS
     headroom = (tiny.SLOTS * heads - sum(map(sum, held))) // heads
     for store, layer in zip(stores, held, strict=True):
         assert store.lengths == layer
         assert store.allocated_bytes == (sum(layer) + HEADS * headroom) * slot
         assert store.spec.slot_bytes == slot
-    budgets = sum(map(sum, dealt))
+    budgets = sum(map(sum, allocated))
     whole = sum(store.allocated_bytes for store in stores)
     assert whole == (budgets + heads * (PINNED + headroom)) * slot
     assert whole == memory.memory.ledger.resident - memory.plan.stored_bytes
@@ -147,7 +147,7 @@ def test_a_fuller_head_is_within_what_was_planned(adaptive: bool) -> None:
         plan = memory.plan
     least = PINNED if adaptive else plan.limit
     planned = PINNED + plan.most_budget + plan.capacity - least + 1
-    assert max(kept for dealt in toy.dealt for heads in dealt for kept in heads) <= plan.most_budget
+    assert max(kept for allocated in toy.allocated for heads in allocated for kept in heads) <= plan.most_budget
     assert tiny.SLOTS < fullest <= planned
 
 
@@ -160,7 +160,7 @@ class Sparing(Budgets):
     def __init__(self, spared: Sequence[int]) -> None:
         self.spared = list(spared)
 
-    def deal(self, request: BudgetRequest) -> Slots:
+    def allocate(self, request: BudgetRequest) -> Slots:
         """All that it holds to the next layer of the list, nothing to the others."""
         layer = self.spared.pop(0)
         return tuple(heads if index == layer else (0,) * len(heads) for index, heads in enumerate(request.held))
@@ -187,7 +187,7 @@ def test_a_layer_that_keeps_all_keeps_its_positions(spared: tuple[int, ...]) -> 
                 assert positions == [*range(4), *range(row.seen - store.lengths[head] + 4, row.seen)]
 
 
-# ---- the laws of every memory
+# ---- the invariants of every memory
 
 
 @pytest.mark.parametrize("kind", ["window", "replay"])
@@ -198,17 +198,17 @@ def test_unequal_compactions_follow_from_the_tokens_however_they_are_cut(kind: s
         toy = Wild(4.0, 2.0)
         with capped(wild(kind, toy)) as memory:
             logits = tiny.feed(memory, tiny.ids(150), pieces, model=MODEL)
-            outcomes.append((toy.dealt, [each.tokens_seen for each in memory.compactions], logits))
+            outcomes.append((toy.allocated, [each.tokens_seen for each in memory.compactions], logits))
     assert len(outcomes[0][1]) >= 3
-    for dealt, moments, logits in outcomes[1:]:
-        assert dealt == outcomes[0][0]
+    for allocated, moments, logits in outcomes[1:]:
+        assert allocated == outcomes[0][0]
         assert moments == outcomes[0][1]
         assert torch.allclose(logits, outcomes[0][2], atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["window", "replay", "heavy-hitters"])
 def test_an_unequal_row_in_a_batch_is_the_row_alone(kind: str) -> None:
-    """Rows of a batch are dealt their own budgets, and give the tokens that each gives alone."""
+    """Rows of a batch are allocated their own budgets, and give the tokens that each gives alone."""
     settings = {"max_new_tokens": 40, "do_sample": False}
     prompts = torch.cat([tiny.ids(60, seed=1), tiny.ids(60, seed=2)])
     with tiny.capped_by(wild(kind, ByRequest(4.0, 2.0)), MODEL) as memory:

@@ -228,7 +228,7 @@ def test_05_goes_on_with_a_compacted_memory(demo: Demo, folder: str) -> None:
 
 @pytest.mark.usefixtures("_loaded")
 def test_06_checks_a_policy(demo: Demo) -> None:
-    """All laws hold, and a session replies with it."""
+    """All invariants hold, and a session replies with it."""
     said = demo("06", "--tokens", "2", "--policy", "window")
 
     assert re.search(r"policy 'neighbours': 1\d\d checks, 0 broken", said)
@@ -255,4 +255,4 @@ def test_06_the_policy_is_small_and_its_laws_can_break() -> None:
     type(made.compactor).workspace = lambda *_: 64
 
     assert len(policy.strip().splitlines()) < 60
-    assert any("workspace" in result.law for result in check_policy(made).broken)
+    assert any("workspace" in result.invariant for result in check_policy(made).broken)

@@ -66,7 +66,7 @@ def test_rows_match_what_is_read_by_hand(model: Any, ids: torch.Tensor, tmp_path
     truncated = stock(model, ids[DOCUMENT - 10 :])
     assert found["truncation", 20].kl_mean == pytest.approx(kl(full, truncated), rel=1e-3)
     settings: dict[str, Any] = {"keep_first": 2, "keep_recent": 3, "target": 10, "mode": "manual", "min_reclaim": 4}
-    with agentmem.capped(model, "1GiB", "window", max_slots=DOCUMENT, **settings) as memory, torch.no_grad():
+    with agentmem.capped(model, cap="1GiB", policy="window", max_slots=DOCUMENT, **settings) as memory, torch.no_grad():
         model(input_ids=ids[None, :DOCUMENT], past_key_values=memory)
         memory.compact()
         capped = model(input_ids=ids[None, DOCUMENT:-1], past_key_values=memory).logits[0]

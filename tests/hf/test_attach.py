@@ -25,7 +25,7 @@ class Lopsided(Budgets):
 
     head_ceiling = 1.5
 
-    def deal(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
+    def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
         """Three quarters and one quarter of every layer's equal share."""
         each = request.total // len(request.held)
         return tuple((min(held[0], each * 3 // 4), each - min(held[0], each * 3 // 4)) for held in request.held)
@@ -47,7 +47,7 @@ class Held:
     heads: list[reference.Slots]
 
 
-def held(memory: agentmem.CappedMemory) -> list[Held]:
+def held(memory: agentmem.CappedCache) -> list[Held]:
     """Keys, values and β of every layer of row 0."""
     layers = []
     for store in memory.memory.rows[0].stores:

@@ -94,9 +94,9 @@ def test_sliding_windows_alone_are_stock_under_the_smallest_cap(variant: str) ->
     """Where every layer slides, a text of nine windows gives stock's tokens and logits, and nothing is compacted."""
     model, ids = variants.model(variant), variants.prompt(150)
     stock = variants.greedy(model, ids, 60)
-    plan = agentmem.plan(model, "64MiB", chunk=16)
+    plan = agentmem.plan(model, cap="64MiB", chunk=16)
 
-    with agentmem.capped(model, plan.resident_bytes + plan.workspace_bytes, chunk=16) as memory:
+    with agentmem.capped(model, cap=plan.resident_bytes + plan.workspace_bytes, chunk=16) as memory:
         ours = variants.greedy(model, ids, 60, past_key_values=memory)
         usage, compactions = memory.usage(), memory.compactions
 
@@ -112,7 +112,7 @@ def test_any_chunk_serves_a_sliding_window(chunk: int) -> None:
     model, ids = variants.model("mistral, sliding"), variants.prompt(60, seed=4)
     stock = model.generate(ids, max_new_tokens=30, do_sample=False)
 
-    with agentmem.capped(model, "64MiB", chunk=chunk) as memory:
+    with agentmem.capped(model, cap="64MiB", chunk=chunk) as memory:
         ours = model.generate(ids, max_new_tokens=30, do_sample=False, past_key_values=memory)
 
     assert torch.equal(ours, stock)
@@ -133,7 +133,7 @@ def test_a_sliding_layer_keeps_its_window_while_the_full_one_is_compacted() -> N
     torch.testing.assert_close(held, stock.layers[0].keys[0, :, -31:], rtol=0, atol=1e-5)
 
 
-def _full_lengths(memory: agentmem.CappedMemory) -> list[int]:
+def _full_lengths(memory: agentmem.CappedCache) -> list[int]:
     """Slots of every head of every full layer now."""
     stores = [store for store in memory.memory.rows[0].stores if store is not None and store.spec.shape.window is None]
     return [length for store in stores for length in store.lengths]
@@ -148,7 +148,7 @@ def test_the_default_model_below_the_cap_is_stock(
     settings = {"min_new_tokens": 200, "max_new_tokens": 200, "do_sample": False}
     stock = model.generate(**inputs, **settings)
 
-    with agentmem.capped(model, "24MiB") as memory:
+    with agentmem.capped(model, cap="24MiB") as memory:
         ours = model.generate(**inputs, **settings, past_key_values=memory)
 
     assert torch.equal(ours, stock)

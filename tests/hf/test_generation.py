@@ -71,9 +71,9 @@ def test_a_left_padded_batch_below_the_cap_is_stock() -> None:
 def test_the_cap_is_shared_by_all_rows() -> None:
     """Three rows have fewer slots each under the same cap, and never more bytes together."""
     model, (ids, mask) = variants.model(), variants.left_padded(LENGTHS)
-    alone = agentmem.plan(model, "300KiB", chunk=16, keep_first=4, keep_recent=8)
+    alone = agentmem.plan(model, cap="300KiB", chunk=16, keep_first=4, keep_recent=8)
 
-    with agentmem.capped(model, "300KiB", chunk=16, keep_first=4, keep_recent=8) as memory:
+    with agentmem.capped(model, cap="300KiB", chunk=16, keep_first=4, keep_recent=8) as memory:
         model.generate(ids, attention_mask=mask, max_new_tokens=10, past_key_values=memory)
 
     assert memory.plan.rows == 3

@@ -22,7 +22,7 @@ def test_a_batch_in_mid_prompt_stays_within_its_cap(lengths: tuple[int, ...]) ->
     for row, length in enumerate(lengths):
         ids[row, -length:], mask[row, -length:] = 3 + torch.arange(length) % 100, 1
     settings = {"keep_first": 4, "keep_recent": 16, "chunk": 1024, "max_slots": 1060}
-    plan = agentmem.plan(model, 1 << 34, "window", rows=3, **settings)
+    plan = agentmem.plan(model, cap=1 << 34, policy="window", rows=3, **settings)
     cap = plan.resident_bytes + plan.workspace_bytes
 
     def plain() -> None:
@@ -30,7 +30,7 @@ def test_a_batch_in_mid_prompt_stays_within_its_cap(lengths: tuple[int, ...]) ->
             model(input_ids=ids, use_cache=False, logits_to_keep=1)
 
     def capped() -> None:
-        with agentmem.capped(model, cap, "window", **settings) as memory:
+        with agentmem.capped(model, cap=cap, policy="window", **settings) as memory:
             model.generate(ids, attention_mask=mask, past_key_values=memory, max_new_tokens=2, do_sample=False)
 
     assert peak_allocated(capped) - peak_allocated(plain) <= cap
@@ -47,7 +47,7 @@ def test_the_rows_of_a_left_padded_batch_are_not_copied(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(forwards, "append_row", watched)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]])
-    with agentmem.capped(model, "1MiB", "window", keep_first=1, keep_recent=8) as memory, torch.no_grad():
+    with agentmem.capped(model, cap="1MiB", policy="window", keep_first=1, keep_recent=8) as memory, torch.no_grad():
         model(input_ids=3 * mask, attention_mask=mask, past_key_values=memory, logits_to_keep=1)
     assert len(seen) == 2 * 3 * 3
     assert min(seen) >= len(mask)

@@ -9,7 +9,7 @@ import torch
 
 import agentmem
 from agentmem.errors import MemoryCapExceeded, MemoryClosed, SettingsRefused
-from agentmem.hf import CappedMemory
+from agentmem.hf import CappedCache
 from agentmem.testing import tiny_model
 from support import tiny, variants
 
@@ -17,7 +17,7 @@ TOLERANCE = 5e-5
 """Absolute, on float32 logits of magnitude 1 to 10."""
 
 
-def traces(memory: CappedMemory) -> list[Any]:
+def traces(memory: CappedCache) -> list[Any]:
     """Everything that a forward could change, bit for bit; the peak is a record, not a state."""
     core = memory.memory
     found: list[Any] = [memory.columns, core.usage()._replace(peak_bytes=0), core.ledger.transient, core.compactions]

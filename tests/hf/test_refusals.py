@@ -28,7 +28,7 @@ def test_a_seed_that_no_generator_takes_is_refused(seed: int, taken: int) -> Non
     model = variants.private()
     with (
         pytest.raises(SettingsRefused, match=rf"^seed: Input should be .+ to {taken} \(got {seed}\)"),
-        agentmem.capped(model, "1MiB", seed=seed),
+        agentmem.capped(model, cap="1MiB", seed=seed),
     ):
         pass
     with agentmem.wrap(model, cap="4MiB", seed=taken) as memory:
@@ -173,13 +173,13 @@ def test_a_family_that_no_test_covers_is_refused(family: str) -> None:
     """Learned positions, attention sinks, soft-capping, recurrent state, MLA, ALiBi, KV sharing: refused by name."""
     config = AutoConfig.for_model(family)
     with pytest.raises(UnsupportedModel, match=rf"model_type '{family}' is not supported; supported are .*qwen3"):
-        agentmem.plan(config, "24MiB")
+        agentmem.plan(config, cap="24MiB")
 
 
 def test_an_unsupported_model_is_left_as_it_was() -> None:
     """A refused model keeps its attention and its generate."""
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_embd=32, n_layer=1, n_head=2)).eval()
-    with pytest.raises(UnsupportedModel, match="gpt2"), agentmem.capped(model, "24MiB"):
+    with pytest.raises(UnsupportedModel, match="gpt2"), agentmem.capped(model, cap="24MiB"):
         pass
 
     assert model.config._attn_implementation == "sdpa"
@@ -190,7 +190,7 @@ def test_a_model_around_a_supported_text_model_is_refused() -> None:
     """A multimodal Gemma attends to images in both directions: only its text model is supported."""
     config = AutoConfig.for_model("gemma3")
     with pytest.raises(UnsupportedModel, match="'gemma3' is not supported"):
-        agentmem.plan(config, "24MiB")
+        agentmem.plan(config, cap="24MiB")
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_layers_with_another_state_are_refused() -> None:
     kinds = ["full_attention", "linear_attention"]
     config = AutoConfig.for_model("qwen3", num_hidden_layers=2, layer_types=kinds)
     with pytest.raises(UnsupportedModel, match=r"layer 1 keeps its state in a LinearAttentionLayer"):
-        agentmem.plan(config, "24MiB")
+        agentmem.plan(config, cap="24MiB")
 
 
 DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}}

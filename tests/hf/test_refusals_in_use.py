@@ -254,16 +254,16 @@ def test_a_cap_that_is_too_small_says_what_would_do() -> None:
     model = variants.model()
     with (
         variants.refused(model, CapTooSmall, "4.0 KiB", "too small", "raise cap") as _,
-        agentmem.capped(model, "4KiB", chunk=16),
+        agentmem.capped(model, cap="4KiB", chunk=16),
     ):
         pass
     with pytest.raises(CapTooSmall) as caught:
-        agentmem.plan(model, "4KiB", chunk=16)
+        agentmem.plan(model, cap="4KiB", chunk=16)
     enough = int(re.search(r"need (\d+) bytes", str(caught.value))[1])  # type: ignore[index]
 
-    assert agentmem.plan(model, enough, chunk=16).cap_bytes == enough
+    assert agentmem.plan(model, cap=enough, chunk=16).cap_bytes == enough
     with pytest.raises(CapTooSmall):
-        agentmem.plan(model, enough - 1, chunk=16)
+        agentmem.plan(model, cap=enough - 1, chunk=16)
     with agentmem.wrap(model, cap=enough, chunk=16) as ours, variants.refused(model, CapTooSmall, "3 row(s)"):
         ours.generate(variants.prompt(5, rows=3), max_new_tokens=2)
 

@@ -10,7 +10,7 @@ import torch
 from agentmem import plugins
 from agentmem.compaction.request import Request
 from agentmem.errors import CapTooSmall, SettingsRefused
-from agentmem.hf import CappedMemory
+from agentmem.hf import CappedCache
 from agentmem.memory.pinning import pin, promote
 from agentmem.memory.pins import Pins
 from agentmem.memory.store import LayerStore
@@ -19,7 +19,7 @@ from support import tiny
 TOLERANCE = 2e-5
 
 
-def stores(memory: CappedMemory) -> list[LayerStore]:
+def stores(memory: CappedCache) -> list[LayerStore]:
     """The stores of the only row."""
     return [store for store in memory.memory.rows[0].stores if store is not None]
 
@@ -182,7 +182,7 @@ def test_a_focus_is_among_the_queries() -> None:
 def test_another_policy_does_one_compaction() -> None:
     """A memory is planned for all of them; the report says which one ran; a stranger is refused."""
     other = plugins.policy("window")
-    with tiny.capped_by(tiny.KINDS["replay"], others=(other,)) as memory:
+    with tiny.capped_by(tiny.KINDS["replay"], extra_policies=(other,)) as memory:
         tiny.feed(memory, tiny.ids(44))
         (report,) = memory.compact(policy="window")
         assert (report.policy, report.queries) == ("window", "none")
@@ -190,6 +190,6 @@ def test_another_policy_does_one_compaction() -> None:
             memory.compact(policy="keydiff")
     with (
         pytest.raises(SettingsRefused, match="needs scores that are received"),
-        tiny.capped_by(tiny.KINDS["replay"], others=("heavy-hitters",)),
+        tiny.capped_by(tiny.KINDS["replay"], extra_policies=("heavy-hitters",)),
     ):
         pass

@@ -270,7 +270,7 @@ def test_more_slots_than_positions_are_refused() -> None:
     """Slots that no gap is left between stay; at the last position: value, limit, remedy, and nothing is lost."""
     settings = tiny.SETTINGS | {"max_slots": LIMIT + 40, "rebase": True}
     said = r"left position 128, and 1 tokens more do not fit the model's 128 positions; lower the cap or chunk"
-    with api.capped(model(), 1 << 24, "full", **settings) as memory, watched(model()) as seen:
+    with api.capped(model(), cap=1 << 24, policy="full", **settings) as memory, watched(model()) as seen:
         for start in range(LIMIT):
             tiny.feed(memory, tiny.ids(LIMIT)[:, start : start + 1], model=model())
         with pytest.raises(MemoryCapExceeded, match=said):

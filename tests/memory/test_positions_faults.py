@@ -13,7 +13,7 @@ import torch
 from agentmem import api
 from agentmem.contracts import Part
 from agentmem.errors import UnsupportedModel
-from agentmem.hf import CappedMemory
+from agentmem.hf import CappedCache
 from agentmem.memory.ledger import Ledger
 from agentmem.memory.positions import rebase
 from agentmem.memory.rotation import shift_keys
@@ -40,7 +40,7 @@ def counted(patch: pytest.MonkeyPatch, call: int) -> Callable[[], int]:
     return lambda: calls[0]
 
 
-def more(memory: CappedMemory) -> list[float]:
+def more(memory: CappedCache) -> list[float]:
     """A forward that must be preceded by a re-basing; its logits."""
     logits: list[float] = tiny.feed(memory, tiny.ids(3, seed=7), model=model()).tolist()
     return logits
@@ -149,7 +149,7 @@ def test_rope_that_follows_the_largest_position_is_refused(kind: str) -> None:
     with variants.refused(of, UnsupportedModel, repr(kind), "default, linear, llama3, yarn"):
         api.wrap(of, cap=1 << 24, policy="window", rebase=True, **tiny.SETTINGS)
     assert (of.config._attn_implementation, len(of._forward_pre_hooks), "generate" in vars(of)) == (name, hooks, False)
-    with api.capped(of, 1 << 24, "window", **tiny.SETTINGS) as memory:
+    with api.capped(of, cap=1 << 24, policy="window", **tiny.SETTINGS) as memory:
         tiny.feed(memory, tiny.ids(60), model=of)
         assert len(memory.compactions) == 1
 
@@ -161,7 +161,7 @@ def test_another_policy_s_probe_stays_in_reach() -> None:
     """A policy beside the memory's own may run a longer probe: room is left for the longest."""
     with (
         watched(model()) as seen,
-        tiny.capped_by(tiny.KINDS["window"], model(), others=("am-halving",), rebase=True, chunk=32) as memory,
+        tiny.capped_by(tiny.KINDS["window"], model(), extra_policies=("am-halving",), rebase=True, chunk=32) as memory,
     ):
         for seed in range(60):
             tiny.feed(memory, tiny.ids(3, seed=seed), model=model())

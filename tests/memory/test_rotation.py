@@ -1,4 +1,4 @@
-"""Re-basing without a model: the turn of stored keys against a float64 oracle, and the laws of the position map."""
+"""Re-basing without a model: stored keys turn as a float64 oracle says, and the position map keeps its invariants."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_a_hundred_shifts_add_no_error_of_phase(dtype: torch.dtype) -> None:
 def test_attention_does_not_see_a_shift_of_all() -> None:
     """Where a query and all slots are shifted alike, the output stays.
 
-    Frequencies are powers of two here, so that no angle is rounded and the law holds to float64.
+    Frequencies are powers of two here, so that no angle is rounded and the invariant holds to float64.
     """
     by, delta = rotation([1.0, 0.5, 0.125, 0.015625]), -4321
     keys, queries, values = random_keys(30, 8, torch.float64), 2 * random_keys(3, 8, torch.float64), random_keys(30, 4)

@@ -40,8 +40,8 @@ class Bounded(Budgets):
     layer_ceiling: float = 1.0
     adaptive: bool = False
 
-    def deal(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
-        """No plan deals."""
+    def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
+        """No plan allocates."""
         raise NotImplementedError
 
 
@@ -63,7 +63,7 @@ BY_NAME = st.sampled_from(POLICIES)
 SHARED = plugins.policy("am-halving", probe="live+replay")
 """Stored queries that take a share of the cap."""
 
-# How fast a machine is must not decide whether a law holds.
+# How fast a machine is must not decide whether an invariant holds.
 LAW = settings(deadline=None, derandomize=True, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 
 LLAMA = ModelShape("small", (LayerShape(2, 4, 16, 16),) * 3, 4, hidden=64, intermediate=96, vocabulary=128)

@@ -45,7 +45,7 @@ def test_a_cap_with_room_for_more_slots_than_positions_goes_on(kind: str, positi
     """A prompt of three times the positions and a reply of as many, with a probe and a chunk of half of them."""
     model = tiny_model("llama", max_position_embeddings=positions)
     settings = {"keep_first": 4, "keep_recent": 16, "chunk": positions // 2, "rebase": True}
-    with watched(model) as seen, api.capped(model, "64MiB", kind, **settings) as memory:
+    with watched(model) as seen, api.capped(model, cap="64MiB", policy=kind, **settings) as memory:
         model.generate(tiny.ids(3 * positions), past_key_values=memory, max_new_tokens=positions, do_sample=False)
         report = memory.report()
 
@@ -59,7 +59,7 @@ def test_direct_forwards_go_on_behind_a_full_row(pieces: tuple[int, ...]) -> Non
     """However the tokens come, the row is compacted before it is re-based."""
     model = tiny_model("llama", max_position_embeddings=128)
     settings = {"keep_first": 4, "keep_recent": 16, "rebase": True}
-    with watched(model) as seen, api.capped(model, "64MiB", "window", **settings) as memory, torch.no_grad():
+    with watched(model) as seen, api.capped(model, cap="64MiB", policy="window", **settings) as memory, torch.no_grad():
         for at in range(6):
             for each in pieces:
                 model(tiny.ids(each, seed=at), past_key_values=memory, logits_to_keep=1)
@@ -71,7 +71,7 @@ def test_sliding_windows_alone_are_re_based() -> None:
     """No probe ever runs, so only a forward's own tokens need positions."""
     model = tiny_model("mistral", max_position_embeddings=256, sliding_window=32)
     settings = {"keep_first": 4, "keep_recent": 16, "chunk": 128, "rebase": True}
-    with watched(model) as seen, api.capped(model, "64MiB", "am-halving", **settings) as memory:
+    with watched(model) as seen, api.capped(model, cap="64MiB", policy="am-halving", **settings) as memory:
         model.generate(tiny.ids(700), past_key_values=memory, max_new_tokens=100, do_sample=False)
         assert len(memory.report().rebases) >= 2
     assert max(seen) < 256

@@ -85,7 +85,7 @@ def test_it_is_found_and_said_where_it_comes_from() -> None:
 def test_it_is_used() -> None:
     """A capped generate compacts with it."""
     model = tiny_model("llama")
-    with agentmem.capped(model, "8MiB", "thrifty", **SETTINGS) as memory:
+    with agentmem.capped(model, cap="8MiB", policy="thrifty", **SETTINGS) as memory:
         model.generate(torch.arange(3, 60)[None], past_key_values=memory, max_new_tokens=30, min_new_tokens=30)
     assert memory.report().policy == "thrifty"
     assert memory.report().num_compactions >= 2
@@ -97,6 +97,6 @@ def test_it_is_named_when_it_breaks_the_contract() -> None:
     options = {"extra": 1}
     with (
         pytest.raises(agentmem.PolicyContractBroken, match="'thrifty'"),
-        agentmem.capped(model, "8MiB", "thrifty", policy_options=options, **SETTINGS) as memory,
+        agentmem.capped(model, cap="8MiB", policy="thrifty", policy_options=options, **SETTINGS) as memory,
     ):
         model.generate(torch.arange(3, 60)[None], past_key_values=memory, max_new_tokens=30)

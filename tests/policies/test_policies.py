@@ -1,4 +1,4 @@
-"""The built-in policies: their laws, their workspace, and what they are for."""
+"""The built-in policies: their invariants, their workspace, and what they are for."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def built_in() -> list[Policy]:
 @pytest.mark.parametrize("policy", built_in(), ids=lambda policy: policy.name)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_every_policy_keeps_the_laws(policy: Policy, seed: int) -> None:
-    """No law of Compactor or Budgets is broken on any case."""
+    """No invariant of Compactor or Budgets is broken on any case."""
     check_policy(policy, seed=seed).raise_if_broken()
 
 
@@ -268,15 +268,15 @@ held_slots = st.lists(st.lists(st.integers(0, 50), min_size=1, max_size=4).map(t
 @given(held=held_slots.map(tuple), total=st.integers(0, 400))
 def test_uniform_budgets_are_a_water_level(held: tuple[tuple[int, ...], ...], total: int) -> None:
     """The sum is exact, nobody gets more than it holds, and heads below their holdings differ by one slot at most."""
-    dealt = sum(Uniform().deal(BudgetRequest(held, total, 1)), ())
+    allocated = sum(Uniform().allocate(BudgetRequest(held, total, 1)), ())
     flat = sum(held, ())
-    level = max(dealt)
+    level = max(allocated)
 
-    assert sum(dealt) == min(total, sum(flat))
-    assert all(given <= most for given, most in zip(dealt, flat, strict=True))
-    assert all(given == most or given >= level - 1 for given, most in zip(dealt, flat, strict=True))
+    assert sum(allocated) == min(total, sum(flat))
+    assert all(given <= most for given, most in zip(allocated, flat, strict=True))
+    assert all(given == most or given >= level - 1 for given, most in zip(allocated, flat, strict=True))
 
 
 def test_uniform_deals_the_surplus_of_a_short_head_to_the_others() -> None:
     """A head that holds 3 keeps 3, and the other three share the rest; the shape is the model's."""
-    assert Uniform().deal(BudgetRequest(((3, 40), (40, 40)), 48, 1)) == ((3, 15), (15, 15))
+    assert Uniform().allocate(BudgetRequest(((3, 40), (40, 40)), 48, 1)) == ((3, 15), (15, 15))

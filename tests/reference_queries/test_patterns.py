@@ -18,7 +18,7 @@ from agentmem import api, plugins
 from agentmem.compaction.request import Request
 from agentmem.contracts import Compaction, Compactor, Policy, Queries, Segment, SegmentShape
 from agentmem.errors import SettingsRefused
-from agentmem.hf import CappedMemory
+from agentmem.hf import CappedCache
 from agentmem.memory.memory import Memory
 from agentmem.policies.am_recall import CRITICAL
 from agentmem.reference_queries.patterns import Marks
@@ -195,11 +195,11 @@ def policy(probe: str, **options: Any) -> tuple[Policy, Spy]:
 
 
 @contextmanager
-def capped(made: Policy, **settings: Any) -> Iterator[CappedMemory]:
+def capped(made: Policy, **settings: Any) -> Iterator[CappedCache]:
     """400 slots per head under the smallest cap; a refusal is an error."""
     settings = tiny.SETTINGS | {"max_slots": SLOTS, "chunk": 320, "on_failure": "raise"} | settings
     if "cap" not in settings:
-        needed = api.plan(tiny.llama(), 1 << 30, made, **settings)
+        needed = api.plan(tiny.llama(), cap=1 << 30, policy=made, **settings)
         settings["cap"] = needed.resident_bytes + needed.workspace_bytes
     with api.capped(tiny.llama(), policy=made, tokenizer=Tokenizer(), **settings) as memory:
         memory.subscribe(lambda _: tiny.audit(memory.memory))
@@ -307,7 +307,9 @@ def test_another_policy_s_pattern_is_its_own(probes: list[tuple[int, Probe]]) ->
     """A policy beside the memory's own marks what its pattern names, and the memory's own marks nothing for it."""
     made, _ = policy("replay")
     settings = tiny.SETTINGS | {"max_slots": SLOTS, "chunk": 320, "cap": 1 << 26}
-    with api.capped(tiny.llama(), policy="am-halving", tokenizer=Tokenizer(), others=(made,), **settings) as memory:
+    with api.capped(
+        tiny.llama(), policy="am-halving", tokenizer=Tokenizer(), extra_policies=(made,), **settings
+    ) as memory:
         tiny.feed(memory, text(300), pieces=100)
         row = memory.memory.rows[0]
         memory.memory.compact(row, Request(slots=200, policy=made))

@@ -59,10 +59,10 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return threads
 
 
-async def until(law: Callable[[], bool]) -> None:
+async def until(invariant: Callable[[], bool]) -> None:
     """Wait until something holds, ten seconds at most."""
     async with asyncio.timeout(10):
-        while not law():  # noqa: ASYNC110  # what is looked at knows no loop
+        while not invariant():  # noqa: ASYNC110  # what is looked at knows no loop
             await asyncio.sleep(0.001)
 
 

@@ -116,7 +116,7 @@ def test_a_tree_of_forks_under_a_cap_for_two(pressure: tuple[str, ...]) -> None:
 
 
 def test_a_cap_for_one_serves_a_fork_from_disk() -> None:
-    """Where the cap has room for one lease, what a fork is copied from gives way to the disk first."""
+    """Where the cap has room for one lease, what a fork is copied from is preempted to the disk first."""
     with tiny_chat.runtime(1, pressure=("trim", "disk")) as made:
         session = tiny_chat.filled(made)
         fork = session.fork()
@@ -128,7 +128,7 @@ def test_a_cap_for_one_serves_a_fork_from_disk() -> None:
     with tiny_chat.runtime(1, pressure=("trim",)) as made:
         session = tiny_chat.filled(made)
         fork = session.fork()
-        with pytest.raises(RuntimeBusy, match="cannot give way further"):
+        with pytest.raises(RuntimeBusy, match="cannot be preempted further"):
             tiny_chat.on(fork)
 
 

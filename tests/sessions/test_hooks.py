@@ -39,7 +39,7 @@ def opened(caller: Caller, **settings: object) -> Session:
     """A session of 64 slots per head with that caller's hooks, soon full."""
     made = talk.runtime().session(
         "window",
-        others=("key-norm", "am-halving"),
+        extra_policies=("key-norm", "am-halving"),
         before_compact=caller.before,
         after_compact=caller.after,
         **(talk.TIGHT | settings),
@@ -178,11 +178,11 @@ def test_a_hook_that_raises_ends_the_turn() -> None:
         with pytest.raises(KeyError, match="mine"):
             session.append("user", QUESTION * 12)
         assert (session.stats.compactions, session.stats.state) == (0, "idle")
-        caller.answer, session.asking.after = "proceed", broken  # type: ignore[assignment]
+        caller.answer, session.hooks.after = "proceed", broken  # type: ignore[assignment]
         with pytest.raises(KeyError, match="mine"):
             talk.greedy(session, 5)
         assert (session.stats.compactions, session.stats.state) == (1, "idle")
-        session.asking.after = caller.after
+        session.hooks.after = caller.after
         assert len(talk.greedy(session, 5)) == 5
 
 

@@ -163,7 +163,7 @@ def test_a_compaction_by_hand_leaves_what_it_is_told(family: Any, target: float)
 def test_a_document_of_five_capacities_streams_through(policy: str) -> None:
     """Under a lease that is not a byte larger than 64 slots need, audited after every forward; all of it is read."""
     settings = talk.TIGHT
-    plan = agentmem.api.plan(talk.model(), 1 << 30, policy, **settings)
+    plan = agentmem.api.plan(talk.model(), cap=1 << 30, policy=policy, **settings)
     lease = plan.resident_bytes + plan.workspace_bytes
     with begun(policy, **settings, share=lease) as session:
         document = FACT * 25
@@ -230,7 +230,7 @@ def test_a_span_is_probed_by_its_own_content(tight: bool, monkeypatch: pytest.Mo
 def test_each_piece_is_probed_from_where_it_begins(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A piece is no longer than the probe of the policy that compacts it, so that all of it runs again."""
     watched, policy = Watched(monkeypatch), "am-halving[probe_tokens=32]"
-    with begun(policy if own else "window", others=() if own else (policy,)) as session:
+    with begun(policy if own else "window", extra_policies=() if own else (policy,)) as session:
         intact = len(session.ids)
         reports = session.append("tool", FACT * 20, compact="after", policy=policy)
         for report, probe in zip(reports, watched.spans, strict=True):
@@ -244,7 +244,7 @@ def test_each_piece_is_probed_from_where_it_begins(own: bool, monkeypatch: pytes
 
 def test_another_policy_compacts_what_is_read() -> None:
     """One of the session's, by name; later compactions are the session's own again."""
-    with begun("window", others=("am-halving",)) as session:
+    with begun("window", extra_policies=("am-halving",)) as session:
         reports = session.append("tool", FACT * 10, compact="after", policy="am-halving", focus="fox")
         assert {(report.policy, report.queries) for report in reports} == {("am-halving", "focus+replay")}
         later = session.compact(target=0.5)

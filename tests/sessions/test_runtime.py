@@ -1,4 +1,4 @@
-"""One cap for many sessions: leases, idle memories that give way in stages, refusals, threads, and the end."""
+"""One cap for many sessions: leases, idle memories that be preempted in stages, refusals, threads, and the end."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def interrupt(session: Session) -> None:
     assert session.memory.rows[0].budgets is not None
 
 
-# ---- giving way
+# ---- preemption
 
 
 def test_idle_memories_give_way_in_stages_the_longest_idle_first() -> None:
@@ -92,7 +92,7 @@ def test_a_refusal_changes_nothing_and_says_what_there_is() -> None:
             sessions[2].read("hello")
         turn.close()
         assert not sessions[2].busy
-        with pytest.raises(RuntimeBusy, match="cannot give way"):  # idle ones keep their leases without stages
+        with pytest.raises(RuntimeBusy, match="cannot be preempted"):  # idle ones keep their leases without stages
             sessions[2].read("hello")
         sessions[1].close()
         sessions[2].read("hello")

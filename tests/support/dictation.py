@@ -11,7 +11,7 @@ import torch
 
 from agentmem import api
 from agentmem.contracts import Policy
-from agentmem.hf import CappedMemory
+from agentmem.hf import CappedCache
 from agentmem.memory.forwards import Scratch
 from agentmem.memory.pinning import settle
 from agentmem.memory.store import LayerStore
@@ -55,14 +55,14 @@ class Tokenizer:
 
 def cap_of(policy: Policy, model: Any, **settings: Any) -> int:
     """What 176 slots per head need and not a byte more."""
-    plan = api.plan(model, 1 << 30, policy, **(SETTINGS | settings))
+    plan = api.plan(model, cap=1 << 30, policy=policy, **(SETTINGS | settings))
     return plan.resident_bytes + plan.workspace_bytes
 
 
 @contextmanager
-def telling(
+def reporting_compactions(
     policy: str | Policy = "summary-am", model: Any = None, tokenizer: Any = None, **settings: Any
-) -> Iterator[CappedMemory]:
+) -> Iterator[CappedCache]:
     """A memory of 176 slots per head under the smallest cap, audited after every forward."""
     made = POLICIES[policy] if isinstance(policy, str) else policy
     settings, model = SETTINGS | settings, model or tiny.llama(LAYERS)
@@ -72,7 +72,7 @@ def telling(
         yield memory
 
 
-def dictate(memory: CappedMemory, *scripts: Sequence[int]) -> list[int]:
+def dictate(memory: CappedCache, *scripts: Sequence[int]) -> list[int]:
     """Let the model write these texts, one a summary, over and over; END ends a text. Tells how often it wrote."""
     core, writings, said = memory.memory, list[Scratch](), list[int]()
     run = core.run_scratch
@@ -94,12 +94,12 @@ def dictate(memory: CappedMemory, *scripts: Sequence[int]) -> list[int]:
     return said
 
 
-def feed(memory: CappedMemory, count: int, seed: int = 0, pieces: int = 1 << 20, model: Any = None) -> torch.Tensor:
+def feed(memory: CappedCache, count: int, seed: int = 0, pieces: int = 1 << 20, model: Any = None) -> torch.Tensor:
     """Feed random tokens; the logits after the last."""
     return tiny.feed(memory, tiny.ids(count, seed), pieces, model or tiny.llama(LAYERS))
 
 
-def stores(memory: CappedMemory) -> list[LayerStore]:
+def stores(memory: CappedCache) -> list[LayerStore]:
     """The stores of the only row, positions settled."""
     row = memory.memory.rows[0]
     found = [store for store in row.stores if store is not None]
@@ -108,7 +108,7 @@ def stores(memory: CappedMemory) -> list[LayerStore]:
     return found
 
 
-def heads(memory: CappedMemory) -> list[list[dict[str, torch.Tensor]]]:
+def heads(memory: CappedCache) -> list[list[dict[str, torch.Tensor]]]:
     """Copies of all slots, ``[layer][head]``: keys, values, β, positions."""
     names = ("keys", "values", "bias", "positions")
     return [
@@ -123,6 +123,6 @@ def same(left: list[Any], right: list[Any]) -> bool:
     return all(torch.equal(one[name], other[name]) for one, other in pairs for name in one)
 
 
-def lengths(memory: CappedMemory) -> list[list[int]]:
+def lengths(memory: CappedCache) -> list[list[int]]:
     """Slots of every head of every layer."""
     return [list(store.lengths) for store in stores(memory)]

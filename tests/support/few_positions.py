@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from agentmem.hf import CappedMemory
+from agentmem.hf import CappedCache
 from agentmem.memory.pinning import settle
 from agentmem.memory.store import LayerStore
 from agentmem.testing import tiny_model
@@ -50,7 +50,7 @@ def watched(of: Any) -> Iterator[list[int]]:
         handle.remove()
 
 
-def stores(memory: CappedMemory, row: int = 0) -> list[LayerStore]:
+def stores(memory: CappedCache, row: int = 0) -> list[LayerStore]:
     """The stores of a row, positions settled where they are kept."""
     found = [store for store in memory.memory.rows[row].stores if store is not None]
     for store in found:
@@ -59,7 +59,7 @@ def stores(memory: CappedMemory, row: int = 0) -> list[LayerStore]:
     return found
 
 
-def check_order(memory: CappedMemory, row: int = 0) -> None:
+def check_order(memory: CappedCache, row: int = 0) -> None:
     """In every head: prefix first, then rising positions, then the recent tokens in one run up to the next position."""
     core = memory.memory.rows[row]
     for store in stores(memory, row):
@@ -71,7 +71,7 @@ def check_order(memory: CappedMemory, row: int = 0) -> None:
                 assert positions[-8:] == list(range(core.next_position - 8, core.next_position))
 
 
-def slots(memory: CappedMemory) -> list[list[Any]]:
+def slots(memory: CappedCache) -> list[list[Any]]:
     """Copies of all slots of row 0, ``[layer][head]``: positions, keys, values, β, scores."""
     found = []
     for store in stores(memory):
@@ -85,7 +85,7 @@ def _copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.clone()
 
 
-def state(memory: CappedMemory) -> list[Any]:
+def state(memory: CappedCache) -> list[Any]:
     """Everything of row 0 to the bit: slots, stored queries, counts."""
     row = memory.memory.rows[0]
     found: list[Any] = [row.next_position, row.shift, row.moves, row.moving, row.room, list(row.ids), list(row.tail)]
@@ -105,7 +105,7 @@ def turns(of: Any, layer: int) -> list[float]:
     return found
 
 
-def near_the_end(memory: CappedMemory, of: Any, fed: int = 90) -> None:
+def near_the_end(memory: CappedCache, of: Any, fed: int = 90) -> None:
     """Feed tokens: a few more and the row must be re-based."""
     tiny.feed(memory, tiny.ids(fed), model=of)
     assert memory.memory.rows[0].shift == 0

@@ -13,7 +13,7 @@ import torch
 import agentmem.api
 from agentmem import plugins
 from agentmem.contracts import Compaction, Compactor, Part, Policy, Queries, Segment, SegmentShape
-from agentmem.hf import CappedMemory
+from agentmem.hf import CappedCache
 from agentmem.memory.memory import Memory
 from agentmem.planning.pricing import Plan
 from agentmem.testing import tiny_model
@@ -62,7 +62,7 @@ def ids(count: int, seed: int = 0) -> torch.Tensor:
 def plan(kind: str | Policy, model: Any, **settings: Any) -> Plan:
     """The plan of 48 slots per head whatever they cost."""
     policy = KINDS[kind] if isinstance(kind, str) else kind
-    return agentmem.api.plan(model, 1 << 30, policy, **(SETTINGS | settings))
+    return agentmem.api.plan(model, cap=1 << 30, policy=policy, **(SETTINGS | settings))
 
 
 def need(kind: str | Policy, model: Any, **settings: Any) -> int:
@@ -72,7 +72,7 @@ def need(kind: str | Policy, model: Any, **settings: Any) -> int:
 
 
 @contextmanager
-def capped(kind: str, model: Any | None = None, **settings: Any) -> Iterator[CappedMemory]:
+def capped(kind: str, model: Any | None = None, **settings: Any) -> Iterator[CappedCache]:
     """A memory of exactly 48 slots per head under the smallest cap that holds them; every forward is audited."""
     model = model or llama()
     settings = SETTINGS | settings
@@ -83,7 +83,7 @@ def capped(kind: str, model: Any | None = None, **settings: Any) -> Iterator[Cap
 
 
 @contextmanager
-def capped_by(policy: Policy, model: Any | None = None, **settings: Any) -> Iterator[CappedMemory]:
+def capped_by(policy: Policy, model: Any | None = None, **settings: Any) -> Iterator[CappedCache]:
     """The same with a policy that a test made, and a cap that is never short."""
     settings = {"cap": 1 << 24} | SETTINGS | settings
     with agentmem.api.capped(model or llama(), policy=policy, tokenizer=tokenizer, **settings) as memory:
@@ -102,7 +102,7 @@ def audit(memory: Memory) -> None:
     assert ledger.resident + ledger.transient <= ledger.peak <= ledger.cap
 
 
-def feed(memory: CappedMemory, tokens: torch.Tensor, pieces: int = 1 << 20, model: Any | None = None) -> torch.Tensor:
+def feed(memory: CappedCache, tokens: torch.Tensor, pieces: int = 1 << 20, model: Any | None = None) -> torch.Tensor:
     """Feed tokens ``[1, n]``, so many a forward, and return the logits after the last."""
     logits = torch.empty(0)
     for piece in tokens.split(pieces, 1):
@@ -110,7 +110,7 @@ def feed(memory: CappedMemory, tokens: torch.Tensor, pieces: int = 1 << 20, mode
     return logits.detach()
 
 
-def greedy(memory: CappedMemory, token: int, count: int, model: Any | None = None) -> list[int]:
+def greedy(memory: CappedCache, token: int, count: int, model: Any | None = None) -> list[int]:
     """The next greedy tokens after ``token``, one forward each."""
     result = []
     for _ in range(count):

@@ -59,7 +59,7 @@ def lease(policy: str | Policy = "am-halving", on: Any = None, slots: int = SLOT
     options = SETTINGS | settings | {"max_slots": slots}
     for name in ("seed", "share", "pin_roles", "history", "soft"):
         options.pop(name, None)
-    plan = agentmem.api.plan(on or model(), 1 << 30, plugins.policy(policy), **options)
+    plan = agentmem.api.plan(on or model(), cap=1 << 30, policy=plugins.policy(policy), **options)
     return plan.resident_bytes + plan.workspace_bytes
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from agentmem.hf import CappedMemory
+    from agentmem.hf import CappedCache
 
 
 @dataclass
@@ -51,8 +51,8 @@ class Job:
         with (
             capped(
                 self.model,
-                self.cap,
-                self.policy,
+                cap=self.cap,
+                policy=self.policy,
                 tokenizer=self.tokenizer,
                 policy_options=self.policy_options,
                 **self.settings,
@@ -91,7 +91,7 @@ class Job:
         streaming = self.streaming and cap_bytes is not None
         return Display(streaming=streaming, cap_bytes=cap_bytes, max_new_tokens=self.sampling.max_new_tokens)
 
-    def _subscribe(self, memory: CappedMemory, trace: Trace, display: Display, files: ExitStack) -> None:
+    def _subscribe(self, memory: CappedCache, trace: Trace, display: Display, files: ExitStack) -> None:
         trace.cap_bytes, trace.policy = memory.plan.cap_bytes, memory.plan.policy
         if self.trace is not None:
             cap_bytes, policy = memory.plan.cap_bytes, memory.plan.policy

@@ -92,7 +92,7 @@ class Message(BaseModel):
 class Dialogue(BaseModel):
     """A conversation so far. A value: growing it makes another, so forks share it and never disturb one another.
 
-    Laws: ``fed ≤ len(messages)``; every generated message is an assistant's and fed; the messages from ``fed`` on are
+    Invariants: ``fed ≤ len(messages)``; every generated message is an assistant's and fed; the messages from ``fed`` on are
     deferred system messages (the template writes them into the next message).
     """
 

@@ -24,7 +24,7 @@ __all__ = ["ChatTemplate", "Delta", "Dialogue", "Message", "Role", "Span", "Tool
 class ChatTemplate:
     """Grows dialogues through a tokenizer's chat template. It holds no conversation; forks may share it.
 
-    Laws: the deltas of given messages together are the ids that stock ``apply_chat_template`` gives for the whole
+    Invariants: the deltas of given messages together are the ids that stock ``apply_chat_template`` gives for the whole
     conversation wherever messages are separated by special tokens, and decode to the same text elsewhere; BOS comes
     from the template alone; a refusal changes nothing. Rendering costs time in proportion to the conversation.
     """

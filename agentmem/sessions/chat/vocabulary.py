@@ -9,12 +9,12 @@ from agentmem.errors import SettingsRefused
 from agentmem.sessions.arguments import check_encodable
 
 if TYPE_CHECKING:
-    from agentmem.sessions.session import Session
+    from agentmem.sessions.conversation import Conversation
 
 _SHOWN = 4
 
 
-def tokens(session: Session, field: str, text: str) -> list[int]:
+def tokens(session: Conversation, field: str, text: str) -> list[int]:
     """Ids of a text as it is, without special tokens of the tokenizer's own.
 
     Raises:
@@ -27,7 +27,7 @@ def tokens(session: Session, field: str, text: str) -> list[int]:
     return ids
 
 
-def check_known(session: Session, field: str, ids: Iterable[int]) -> None:
+def check_known(session: Conversation, field: str, ids: Iterable[int]) -> None:
     """Refuse ids that the model has no embedding for: a forward would fail on them, or read a wrong one.
 
     Raises:

@@ -1,8 +1,8 @@
-"""One cap for many sessions: who holds what, who gives way, who waits. Integers only, no tensors.
+"""One cap for many sessions: who holds what, who is preempted, who waits. Integers only, no tensors.
 
 Fairness. Leases are granted in the order in which they were asked for: while somebody waits, nobody who asks later is
 served first (a call that cannot wait is refused then). A session keeps its lease until its turn is over; then, and only
-when somebody needs the bytes, idle memories give way, the longest idle first. Turns that run at once take forwards in
+when somebody needs the bytes, idle memories are preempted, the longest idle first. Turns that run at once take forwards in
 turns.
 """
 
@@ -23,7 +23,7 @@ class Leases:
     """The bytes of one cap, charged to holdings."""
 
     def __init__(self, cap: int, pressure: Sequence[Stage]) -> None:
-        """``pressure`` are the stages by which idle holdings give way, in order."""
+        """``pressure`` are the stages by which idle holdings are preempted, in order."""
         self.cap, self.pressure = cap, tuple(pressure)
         self.holdings: list[Holding] = []
 
@@ -38,11 +38,11 @@ class Leases:
         return self.cap - self.charged
 
     def free(
-        self, needed: int, may_yield: Callable[[Holding], bool], give_way: Callable[[Holding, Stage], None]
+        self, needed: int, may_yield: Callable[[Holding], bool], preempt: Callable[[Holding, Stage], None]
     ) -> bool:
-        """Have holdings that may give way until ``needed`` bytes are free; whether they are then.
+        """Have holdings that may be preempted until ``needed`` bytes are free; whether they are then.
 
-        Nobody gives way for nothing: where all of it would not be enough, all is left as it is.
+        Nobody is preempted for nothing: where all of it would not be enough, all is left as it is.
         """
         idle = sorted(filter(may_yield, self.holdings), key=lambda each: each.used)
         if self.left + sum(holding.charged for holding in idle) < needed:
@@ -51,7 +51,7 @@ class Leases:
             for holding in idle:
                 if self.left >= needed:
                     return True
-                give_way(holding, stage)
+                preempt(holding, stage)
         return self.left >= needed
 
     def refusal(self, name: str, needed: int, active: int, waiting: int) -> RuntimeBusy:
@@ -59,7 +59,7 @@ class Leases:
         why = (
             f"{waiting} turn(s) wait for it already and come first"
             if waiting
-            else f"{active} session(s) are in mid-turn and idle ones cannot give way further"
+            else f"{active} session(s) are in mid-turn and idle ones cannot be preempted further"
         )
         return RuntimeBusy(
             f"session {name!r} needs {format_bytes(needed)} ({needed} bytes), and {self.charged} of the runtime's cap "

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from agentmem.sessions.snapshots.recipe import Named
 
 Stage = Literal["trim", "compact", "disk"]
-"""How an idle memory gives way: its room is given back; it is compacted further first; it is moved to disk."""
+"""How an idle memory is preempted: its room is given back; it is compacted further first; it is moved to disk."""
 _STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
@@ -38,10 +38,10 @@ class Holding:
         """Hold a memory that is attached to no model yet."""
         self.model, self.lease = model, lease
         self.memory: Memory | None = None
-        self.view: hf.CappedMemory | None = None
+        self.view: hf.CappedCache | None = None
         self.sessions: set[int] = set()
         self.stage: Stage | None = None
-        """How far it has given way; ``None`` while it has its whole lease."""
+        """How far it has been preempted; ``None`` while it has its whole lease."""
         self.used = 0
         """When it was last used, by the runtime's count."""
         self.policy = memory.policy.name
@@ -106,9 +106,9 @@ class Holding:
         other.named = self.named
         return other
 
-    # ---- giving way
+    # ---- preemption
 
-    def give_way(
+    def preempt(
         self,
         stage: Stage,
         folder: Callable[[], Path],
@@ -117,7 +117,7 @@ class Holding:
         left: int = 0,
         ask: Callable[[], Request | None] = lambda: USUAL,
     ) -> list[CompactionReport]:
-        """Free bytes, unless it has given way as far already; the reports of compactions that this took.
+        """Free bytes, unless it has been preempted as far already; the reports of compactions that this took.
 
         A memory whose room was given back is compacted only where ``left``, what is charged to nobody, has room for
         the workspace; and no memory twice before it is used again. ``ask`` says how it is to be done, ``None`` if not
@@ -147,7 +147,7 @@ class Holding:
         return memory.compactions[told:]
 
     def _compact_further(self, memory: Memory, request: Request) -> None:
-        """Halve the segments, once what has begun is finished. No room is dealt out: it would be given back at once."""
+        """Halve the segments, once what has begun is finished. No room is given out: it would be given back at once."""
         row, plan, cap = memory.rows[0], memory.plan, memory.ledger.cap
         memory.finish(row)
         if memory.policy.compactor is None or memory.settings.mode != "auto":

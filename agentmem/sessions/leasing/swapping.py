@@ -1,4 +1,4 @@
-"""Giving a session its lease: who gives way for it, and its memory brought back, or made its own.
+"""Giving a session its lease: who is preempted for it, and its memory brought back, or made its own.
 
 The runtime's lock is held.
 """
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
     from agentmem.compaction.request import Request
     from agentmem.sessions.leasing.holding import Holding, Stage
-    from agentmem.sessions.runtime import Runtime
-    from agentmem.sessions.session import Session
+    from agentmem.sessions.conversation import Host
+    from agentmem.sessions.conversation import Conversation
 
 
-def lend(runtime: Runtime, session: Session) -> bool:
+def lend(runtime: Host, session: Conversation) -> bool:
     """Give a session its lease if there is room for it, or can be made; it must count as busy already."""
     shared = session.holding
     copies = len(shared.sessions) > 1
@@ -30,11 +30,11 @@ def lend(runtime: Runtime, session: Session) -> bool:
             return copies  # with its own copy the session leaves it to the others, which are idle
         return not any(each.busy for each in _sharing(runtime, holding))
 
-    def give_way(holding: Holding, stage: Stage) -> None:
+    def preempt(holding: Holding, stage: Stage) -> None:
         if holding is not shared or stage != "compact":  # who asks is not compacted for it
-            _give_way(runtime, holding, stage)
+            _preempt(runtime, holding, stage)
 
-    if not runtime.leases.free(needed, may_yield, give_way):
+    if not runtime.leases.free(needed, may_yield, preempt):
         return False
     if copies:
         _part(runtime, session)
@@ -45,10 +45,10 @@ def lend(runtime: Runtime, session: Session) -> bool:
     return True
 
 
-def _part(runtime: Runtime, session: Session) -> None:
+def _part(runtime: Host, session: Conversation) -> None:
     """Give a session a memory of its own; the others keep the one that they shared."""
     shared = session.holding
-    with telling(runtime, shared):
+    with reporting_compactions(runtime, shared):
         own = shared.copied(runtime.identity)
     with runtime.guard:
         shared.sessions.discard(id(session))
@@ -57,24 +57,24 @@ def _part(runtime: Runtime, session: Session) -> None:
         runtime.leases.holdings.append(own)
 
 
-def _give_way(runtime: Runtime, holding: Holding, stage: Stage) -> None:
+def _preempt(runtime: Host, holding: Holding, stage: Stage) -> None:
     def ask() -> Request | None:
-        answers = [each.asking.ask(each, full=False) for each in _sharing(runtime, holding)]
+        answers = [each.hooks.before_compaction(each, full=False) for each in _sharing(runtime, holding)]
         return None if None in answers else answers[0]
 
     try:
-        with telling(runtime, holding):
-            holding.give_way(stage, runtime.folder, runtime.identity, left=runtime.leases.left, ask=ask)
+        with reporting_compactions(runtime, holding):
+            holding.preempt(stage, runtime.folder, runtime.identity, left=runtime.leases.left, ask=ask)
     except CompactionFailed:
-        return  # it gives way no further; its own next turn is told
+        return  # it is preempted no further; its own next turn reports the failure
 
 
-def _sharing(runtime: Runtime, holding: Holding) -> list[Session]:
+def _sharing(runtime: Host, holding: Holding) -> list[Conversation]:
     return [each for each in list(runtime.sessions) if each.holding is holding]
 
 
 @contextmanager
-def telling(runtime: Runtime, holding: Holding) -> Iterator[None]:
+def reporting_compactions(runtime: Host, holding: Holding) -> Iterator[None]:
     """Tell the sessions of a holding what is compacted in the block."""
     memory, sharing = holding.memory, _sharing(runtime, holding)
     before = 0 if memory is None else len(memory.compactions)

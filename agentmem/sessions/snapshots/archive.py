@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from agentmem import plugins
 from agentmem.errors import SettingsRefused, SnapshotRefused
 from agentmem.sessions.arguments import check_place
-from agentmem.sessions.leasing.swapping import telling
+from agentmem.sessions.leasing.swapping import reporting_compactions
 from agentmem.sessions.snapshots.files import read_manifest, read_snapshot, write_snapshot
 from agentmem.sessions.snapshots.recipe import Made, check_settings, made_of, template_digest
 from agentmem.sessions.snapshots.session_state import Saved, restore, saved
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from agentmem.contracts import Policy
-    from agentmem.memory.state import RowImage
+    from agentmem.memory.state import SavedRow
     from agentmem.sessions.chat.template import Tool
     from agentmem.sessions.hooks import AfterCompact, BeforeCompact
-    from agentmem.sessions.runtime import Runtime
-    from agentmem.sessions.session import Session
+    from agentmem.sessions.conversation import Host
+    from agentmem.sessions.conversation import Conversation
 
 
-def save(runtime: Runtime, session: Session, url: str | os.PathLike[str]) -> None:
+def save(runtime: Host, session: Conversation, url: str | os.PathLike[str]) -> None:
     """See :meth:`agentmem.sessions.session.Session.save`."""
     check_place("url", url)
     if session.holding.quiet:
@@ -34,7 +34,7 @@ def save(runtime: Runtime, session: Session, url: str | os.PathLike[str]) -> Non
     else:
         runtime.admit(session, brief=True)
     try:
-        with runtime.lock, telling(runtime, session.holding):
+        with runtime.lock, reporting_compactions(runtime, session.holding):
             image, tensors = take_row(session.memory)
         made = made_of(session, _template_of(runtime, session))
         state = {"row": image.plain(), "session": saved(session).model_dump(mode="json")}
@@ -43,7 +43,7 @@ def save(runtime: Runtime, session: Session, url: str | os.PathLike[str]) -> Non
         runtime.leave(session)
 
 
-def _template_of(runtime: Runtime, session: Session) -> str:
+def _template_of(runtime: Host, session: Conversation) -> str:
     return template_digest(None, None) if session.template is None else runtime.templates[session.template]
 
 
@@ -52,7 +52,7 @@ class Given:
     """What is not saved, or is given anew."""
 
     policy: str | Policy | None
-    others: Sequence[str | Policy] | None
+    extra_policies: Sequence[str | Policy] | None
     tools: Sequence[Tool] | None
     template_options: Mapping[str, Any] | None
     before_compact: BeforeCompact | None
@@ -60,8 +60,8 @@ class Given:
 
 
 def load(
-    runtime: Runtime, url: str | os.PathLike[str], name: str | None, given: Given, settings: Mapping[str, Any]
-) -> Session:
+    runtime: Host, url: str | os.PathLike[str], name: str | None, given: Given, settings: Mapping[str, Any]
+) -> Conversation:
     """See :meth:`agentmem.sessions.runtime.Runtime.load`."""
     check_place("url", url)
     check_settings(settings)
@@ -83,23 +83,23 @@ def load(
 
 
 def _again(
-    runtime: Runtime,
+    runtime: Host,
     url: str | os.PathLike[str],
     name: str | None,
     made: Made,
     given: Given,
     settings: Mapping[str, Any],
-) -> Session:
+) -> Conversation:
     """A session like the one that was saved, which has read nothing."""
     policy = None if given.policy is None else plugins.policy(given.policy)
-    others = None if given.others is None else plugins.beside(given.others)
+    extra_policies = None if given.extra_policies is None else plugins.beside(given.extra_policies)
     made.check_template(template_digest(given.tools, given.template_options), str(url))
     _check_pattern(runtime, made, settings, url)
     with refusing(url, SettingsRefused, remedy="Give load what the session can live with."):
         return runtime.session(
             policy or made.policy.again(),
             name=name or made.name,
-            others=[each.again() for each in made.others] if others is None else others,
+            extra_policies=[each.again() for each in made.extra_policies] if extra_policies is None else extra_policies,
             tools=given.tools,
             template_options=given.template_options,
             before_compact=given.before_compact,
@@ -108,7 +108,7 @@ def _again(
         )
 
 
-def _check_pattern(runtime: Runtime, made: Made, settings: Mapping[str, Any], url: str | os.PathLike[str]) -> None:
+def _check_pattern(runtime: Host, made: Made, settings: Mapping[str, Any], url: str | os.PathLike[str]) -> None:
     """Refuse a pattern that only the snapshot brings: a search for it would run on all that is appended.
 
     Raises:
@@ -123,8 +123,8 @@ def _check_pattern(runtime: Runtime, made: Made, settings: Mapping[str, Any], ur
         )
 
 
-def _fill(runtime: Runtime, session: Session, url: str | os.PathLike[str], *, anew: bool) -> None:
-    def check(image: RowImage, state: dict[str, Any]) -> None:
+def _fill(runtime: Host, session: Conversation, url: str | os.PathLike[str], *, anew: bool) -> None:
+    def check(image: SavedRow, state: dict[str, Any]) -> None:
         pinned = max((high for _, high in image.pins), default=0)
         Saved.of(state).check(image.tokens, pinned, session.memory.shape.vocabulary)
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from agentmem.sessions.chat.template import Tool
     from agentmem.sessions.session import Session
 
-_BESIDE = ("policy", "name", "others", "tools", "template_options", "before_compact", "after_compact")
+_BESIDE = ("policy", "name", "extra_policies", "tools", "template_options", "before_compact", "after_compact")
 """Parameters that a wrongly spelt setting may have meant."""
 _DEPTH = 12
 """Parts of parts of a policy that are looked at."""
@@ -56,11 +56,11 @@ class Named(BaseModel):
                 made = plugins.policy(self.name)
             _check_pattern(made)
         except SettingsRefused as error:
-            raise SettingsRefused(f"{error}; give it again (policy=..., others=...)") from error
+            raise SettingsRefused(f"{error}; give it again (policy=..., extra_policies=...)") from error
         if Named.of(made) != self:
             raise SettingsRefused(
                 f"policy {self.name!r} is no longer, or never was, what that name stands for; give it again "
-                "(policy=..., others=...)"
+                "(policy=..., extra_policies=...)"
             )
         return made
 
@@ -81,7 +81,7 @@ class Made(BaseModel):
 
     name: str
     policy: Named
-    others: tuple[Named, ...]
+    extra_policies: tuple[Named, ...]
     template: str
     """The tools and the variables of its chat template in 64 hexadecimal digits."""
     settings: dict[str, JsonValue]
@@ -126,7 +126,7 @@ def made_of(session: Session, template: str) -> dict[str, Any]:
     made = Made(
         name=session.name,
         policy=session.holding.named[0],
-        others=session.holding.named[1:],
+        extra_policies=session.holding.named[1:],
         template=template,
         settings={**settings, **session.settings.model_dump(mode="json")},
     )

@@ -1,6 +1,6 @@
 """Whether a row that comes from elsewhere is one that this memory can go on from: sizes first, values after reading.
 
-Checksums tell damage, not lies. Every law here is one that later work relies on: what breaks it would end in an index
+Checksums tell damage, not lies. Every invariant here is one that later work relies on: what breaks it would end in an index
 out of range, in slots that nothing accounts for, or at positions that no token has. All raise ValueError with the
 value and the limit.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from agentmem.memory.memory import Memory
-    from agentmem.memory.state import LayerImage, RowImage, SampleImage
+    from agentmem.memory.state import SavedLayer, SavedRow, SavedSample
     from agentmem.planning.model_shape import LayerShape
     from agentmem.queries import Part
 
@@ -33,7 +33,7 @@ _DTYPES = {"bias": torch.float32, "positions": torch.int32, "scores": torch.floa
 # ---- sizes
 
 
-def check_sizes(memory: Memory, image: RowImage, kinds: Mapping[str, Kind], dtype: torch.dtype) -> None:
+def check_sizes(memory: Memory, image: SavedRow, kinds: Mapping[str, Kind], dtype: torch.dtype) -> None:
     """Refuse, before anything is allocated, a row that the memory cannot hold or whose counts contradict each other.
 
     ``kinds`` are the tensors' dtypes and shapes; keys and values must be of ``dtype``.
@@ -60,15 +60,19 @@ def check_sizes(memory: Memory, image: RowImage, kinds: Mapping[str, Kind], dtyp
     _compare(kinds, wanted)
 
 
-def _check_counts(memory: Memory, image: RowImage) -> None:
+def _check_counts(memory: Memory, image: SavedRow) -> None:
     plan, tokens = memory.plan, image.tokens
     _hold(
         image.next_position + image.shift == tokens,
         f"next position {image.next_position} + shift {image.shift} are not its {tokens} tokens",
     )
-    for name, value in (("intact", image.intact), ("dealt_at", image.dealt_at or 0), ("pins", image.promoted_until)):
+    for name, value in (
+        ("intact", image.intact),
+        ("headroom_at", image.headroom_at or 0),
+        ("pins", image.promoted_until),
+    ):
         _hold(value <= tokens, f"{name} at token {value} of {tokens}")
-    _hold(image.dealt_at is not None or image.intact == 0, f"intact from {image.intact} on, yet never compacted")
+    _hold(image.headroom_at is not None or image.intact == 0, f"intact from {image.intact} on, yet never compacted")
     _hold(list(image.pins) == _apart(image.pins), f"pins {image.pins[:4]} are no spans in order")
     unmoved = Pins(list(image.pins)).count(max(plan.prefix, image.promoted_until), image.intact)
     _hold(unmoved == 0, f"{unmoved} pinned tokens before {image.intact} were compacted, not moved to the front")
@@ -94,7 +98,7 @@ def _apart(pins: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return made.spans
 
 
-def _check_lengths(memory: Memory, image: RowImage, index: int, layer: LayerImage, shape: LayerShape) -> None:
+def _check_lengths(memory: Memory, image: SavedRow, index: int, layer: SavedLayer, shape: LayerShape) -> None:
     _hold(len(layer.lengths) == shape.kv_heads, f"layer {index} has {len(layer.lengths)} KV heads")
     low, high = min(layer.lengths), max(layer.lengths)
     if shape.window is not None:
@@ -103,11 +107,11 @@ def _check_lengths(memory: Memory, image: RowImage, index: int, layer: LayerImag
         return
     least = _never_compacted(memory, image)
     _hold(low >= least, f"layer {index} holds {low} slots in a head, of which {least} were never compacted")
-    most = _fullest(memory) if image.dealt_at is not None else image.tokens
+    most = _fullest(memory) if image.headroom_at is not None else image.tokens
     _hold(high <= min(most, image.tokens), f"layer {index} holds {high} slots in a head; {most} are the most here")
 
 
-def _never_compacted(memory: Memory, image: RowImage) -> int:
+def _never_compacted(memory: Memory, image: SavedRow) -> int:
     """Slots that every head has: the prefix, promoted pins, and the tokens after the last compaction and before it."""
     prefix = min(memory.plan.prefix, image.tokens)
     start = max(image.intact, prefix)
@@ -125,7 +129,7 @@ def _fullest(memory: Memory) -> int:
     return pinned + plan.most_budget + max(0, plan.capacity - least) + 1
 
 
-def _check_samples(memory: Memory, image: RowImage, index: int, layer: LayerImage, shape: LayerShape) -> int:
+def _check_samples(memory: Memory, image: SavedRow, index: int, layer: SavedLayer, shape: LayerShape) -> int:
     """Refuse stored queries that are not as full as they must be; returns the bytes that they will take."""
     parts = memory.policy.queries.stored if shape.window is None else ()
     _hold(len(layer.samples) == len(parts), f"layer {index} has {len(layer.samples)} samples instead of {len(parts)}")
@@ -137,11 +141,11 @@ def _check_samples(memory: Memory, image: RowImage, index: int, layer: LayerImag
     return sum(sizes) * shape.query_heads * shape.key_dim * memory.shape.itemsize
 
 
-def _filled(sample: SampleImage, part: Part, tokens: int) -> int:
+def _filled(sample: SavedSample, part: Part, tokens: int) -> int:
     return math.ceil(tokens / sample.stride) if part.source == "context" else min(sample.size, tokens)
 
 
-def _kinds(memory: Memory, index: int, layer: LayerImage, shape: LayerShape, dtype: torch.dtype) -> dict[str, Kind]:
+def _kinds(memory: Memory, index: int, layer: SavedLayer, shape: LayerShape, dtype: torch.dtype) -> dict[str, Kind]:
     dims = {"keys": (shape.key_dim,), "values": (shape.value_dim,)}
     wanted: dict[str, Kind] = {
         f"layer.{index}.head.{head}.{name}": (_DTYPES.get(name, dtype), (length, *dims.get(name, ())))
@@ -164,7 +168,7 @@ def _compare(kinds: Mapping[str, Kind], wanted: Mapping[str, Kind]) -> None:
 # ---- values
 
 
-def check_values(memory: Memory, image: RowImage, tensors: Mapping[str, torch.Tensor]) -> None:
+def check_values(memory: Memory, image: SavedRow, tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuse values that no memory writes: ids beyond the vocabulary, numbers that are none, positions out of place."""
     words = memory.shape.vocabulary
     _check_range("ids", tensors["ids"], 0, words - 1)
@@ -185,7 +189,7 @@ def check_values(memory: Memory, image: RowImage, tensors: Mapping[str, torch.Te
                 _check_positions(memory, image, f"{name}.positions", tensors[f"{name}.positions"])
 
 
-def _check_positions(memory: Memory, image: RowImage, name: str, positions: torch.Tensor) -> None:
+def _check_positions(memory: Memory, image: SavedRow, name: str, positions: torch.Tensor) -> None:
     """The prefix is the first tokens, the recent window the last ones, and what lies between is in order."""
     prefix, stop = min(memory.plan.prefix, image.tokens), image.next_position
     recent, front = image.recent(memory.plan.prefix, memory.plan.recent), image.front(memory.plan.prefix)
@@ -208,6 +212,6 @@ def _check_range(name: str, values: torch.Tensor, least: int, most: int) -> None
         _hold(least <= low and high <= most, f"{name} are from {low} to {high}; {least} to {most} are allowed")
 
 
-def _hold(law: bool, broken: str) -> None:  # noqa: FBT001  # reads as a sentence
-    if not law:
+def _hold(invariant: bool, broken: str) -> None:  # noqa: FBT001  # reads as a sentence
+    if not invariant:
         raise ValueError(broken)

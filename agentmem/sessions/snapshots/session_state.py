@@ -18,7 +18,7 @@ from agentmem.sessions.turn import Reply
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from agentmem.sessions.session import Session
+    from agentmem.sessions.conversation import Conversation
 
 Count = Annotated[int, Field(ge=0, lt=1 << 31)]
 
@@ -94,7 +94,7 @@ class Saved(BaseModel):
         return made
 
 
-def saved(session: Session) -> Saved:
+def saved(session: Conversation) -> Saved:
     """The state of a session beside its memory, as a value."""
     drawn, reply = session.generator, session.reply
     return Saved(
@@ -106,7 +106,7 @@ def saved(session: Session) -> Saved:
     )
 
 
-def restore(session: Session, state: Saved, consumed: Sequence[int]) -> None:
+def restore(session: Conversation, state: Saved, consumed: Sequence[int]) -> None:
     """Put a state into a session that has read nothing; ``consumed`` are the ids in its memory."""
     session.ids = array("q", (*consumed, *state.pending))
     session.dialogue, session.entries = state.dialogue, list(state.entries)
@@ -118,4 +118,4 @@ def restore(session: Session, state: Saved, consumed: Sequence[int]) -> None:
     if drawn is not None and session.generator is not None:
         session.generator = drawn
     if session.holding.memory is not None:
-        session.heard()  # re-basings of before are no news
+        session.new_rebases()  # re-basings of before are no news

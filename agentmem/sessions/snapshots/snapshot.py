@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from agentmem import hf
 from agentmem.errors import AgentmemError, MemoryCapExceeded, SnapshotRefused
-from agentmem.memory.state import RowImage, give, take
+from agentmem.memory.state import SavedRow, give, take
 from agentmem.sessions.snapshots.files import read_manifest, read_snapshot
 from agentmem.sessions.snapshots.sequence_check import check_sizes, check_values
 
@@ -35,7 +35,7 @@ def identity(model: Any, tokenizer: Any) -> dict[str, str]:
     return {"model": hf.fingerprint(model), "tokenizer": hashlib.sha256(said.encode()).hexdigest()}
 
 
-def take_row(memory: Memory) -> tuple[RowImage, dict[str, torch.Tensor]]:
+def take_row(memory: Memory) -> tuple[SavedRow, dict[str, torch.Tensor]]:
     """The row of a memory as values and views of its tensors, which pass the checks that :func:`read_row` makes.
 
     Raises:
@@ -64,7 +64,7 @@ def read_row(
     *,
     identity: Mapping[str, str],
     dtype: torch.dtype,
-    check: Callable[[RowImage, dict[str, Any]], None] = lambda _image, _state: None,
+    check: Callable[[SavedRow, dict[str, Any]], None] = lambda _image, _state: None,
 ) -> dict[str, Any]:
     """Fill a memory that has read nothing with the row of a snapshot; returns the snapshot's state.
 
@@ -95,7 +95,7 @@ def read_row(
     return state
 
 
-def _row_of(state: Mapping[str, Any]) -> RowImage:
+def _row_of(state: Mapping[str, Any]) -> SavedRow:
     """The row's image in a snapshot's state.
 
     Raises:
@@ -103,7 +103,7 @@ def _row_of(state: Mapping[str, Any]) -> RowImage:
 
     """
     try:
-        return RowImage.model_validate_json(json.dumps(state["row"]))
+        return SavedRow.model_validate_json(json.dumps(state["row"]))
     except (KeyError, ValidationError) as error:
         raise ValueError(f"the row's state cannot be read: {error}") from error
 

@@ -19,7 +19,7 @@ from agentmem.compaction import budgets
 from agentmem.compaction.budget_rules import check_budgets, most_slots
 from agentmem.compaction.held_out import CURVE_FRACTIONS, error_curves, split_references
 from agentmem.contracts import BudgetRequest, Curve, Policy, Reference, Segment, Survey
-from agentmem.hf import CappedMemory, describe
+from agentmem.hf import CappedCache, describe
 from agentmem.memory.forwards import Arriving, Transient
 from agentmem.memory.memory import Memory
 from agentmem.planning.capacity import make_plan
@@ -43,7 +43,7 @@ def targets(error: float) -> Adaptive:
     return Adaptive(output_error=error, log_mass_error=error)
 
 
-# ---- dealing
+# ---- allocating
 
 ERRORS = st.integers(0, 64).map(lambda count: count / 32)
 """Multiples of 1/32, so that interpolation between them is exact."""
@@ -75,7 +75,7 @@ def requests(draw: st.DrawFn) -> BudgetRequest:
 def alone(curve: Curve, output_error: float, log_mass_error: float) -> int:
     """What one head gets when nothing limits it."""
     request = BudgetRequest(((curve.slots[-1],),), 1, 0, (Survey(0, (), (curve,)),))
-    return Adaptive(output_error=output_error, log_mass_error=log_mass_error).deal(request)[0][0]
+    return Adaptive(output_error=output_error, log_mass_error=log_mass_error).allocate(request)[0][0]
 
 
 def interpolated(sizes: Sequence[int], errors: Sequence[float], slots: int) -> Fraction:
@@ -106,25 +106,25 @@ def test_a_head_gets_the_fewest_slots_within_both_targets(
 def test_every_deal_keeps_the_laws(request: BudgetRequest, error: float) -> None:
     """Shape, held slots, ceilings and the limit; every head its floor where that fits; the same request, the same."""
     budgets = targets(error)
-    dealt = budgets.deal(request)
+    allocated = budgets.allocate(request)
 
-    check_budgets("adaptive", budgets, request, dealt)
-    assert dealt == budgets.deal(request)
-    assert sum(map(sum, dealt)) <= min(request.limit, most_slots(request))
+    check_budgets("adaptive", budgets, request, allocated)
+    assert allocated == budgets.allocate(request)
+    assert sum(map(sum, allocated)) <= min(request.limit, most_slots(request))
     floors = [[min(request.floor, slots, request.ceiling) for slots in heads] for heads in request.held]
     if sum(map(sum, floors)) <= request.limit and all(sum(heads) <= request.layer_ceiling for heads in floors):
         assert all(
-            slots >= floor for pair in zip(dealt, floors, strict=True) for slots, floor in zip(*pair, strict=True)
+            slots >= floor for pair in zip(allocated, floors, strict=True) for slots, floor in zip(*pair, strict=True)
         )
 
 
 @given(request=requests(), error=TARGETS, factor=st.sampled_from([1, 2, 4, 64]))
 def test_a_larger_target_takes_slots_and_gives_none(request: BudgetRequest, error: float, factor: int) -> None:
     """Both targets by the same factor: no head gets more. One of them alone: the sum is no larger."""
-    few, many = (sum(targets(each).deal(request), ()) for each in (factor * error, error))
+    few, many = (sum(targets(each).allocate(request), ()) for each in (factor * error, error))
     assert all(one <= other for one, other in zip(few, many, strict=True))
     for larger in ({"output_error": factor * error}, {"log_mass_error": factor * error}):
-        assert sum(sum(replace(targets(error), **larger).deal(request), ())) <= sum(many)
+        assert sum(sum(replace(targets(error), **larger).allocate(request), ())) <= sum(many)
 
 
 @given(data=st.data(), held=st.integers(2, 40), error=TARGETS, over=st.integers(0, 40), first=st.booleans())
@@ -146,20 +146,20 @@ def test_a_harder_head_gets_at_least_as_many(
     pair = (hard, easy) if first else (easy, hard)
     free = BudgetRequest(((held, held),), 2, 1, (Survey(0, (), pair),))
     for request, slack in ((free, 0), (replace(free, limit=2 * easy.slots[0] + over), 1)):
-        one, other = targets(error).deal(request)[0]
+        one, other = targets(error).allocate(request)[0]
         assert (one + slack >= other) if first else (other + slack >= one)
 
 
 @pytest.mark.parametrize("field", ["output_error", "log_mass_error"])
 @pytest.mark.parametrize("value", [0.0, -0.1, float("inf"), float("nan")])
 def test_a_target_that_nothing_meets_is_refused(field: str, value: float) -> None:
-    """With its name and value; so are an option that these budgets do not have, and a deal without curves."""
+    """With its name and value; so are an option that these budgets do not have, and a allocate without curves."""
     with pytest.raises(ValueError, match=f"{field}: {value} is no error target; give a number above 0"):
         by_name("adaptive", **{field: value})
     with pytest.raises(ValueError, match="'adaptive' have no option 'output_eror'; did you mean 'output_error'"):
         by_name("adaptive", output_eror=0.1)
     with pytest.raises(ValueError, match="0 surveys for 2 layers: adaptive budgets read error curves"):
-        Adaptive().deal(BudgetRequest(((3,), (3,)), 2, 1))
+        Adaptive().allocate(BudgetRequest(((3,), (3,)), 2, 1))
 
 
 # ---- curves
@@ -233,7 +233,7 @@ def policy(error: float, **options: Any) -> Policy:
     return replace(plugins.policy("am-halving", **options), budgets=targets(error))
 
 
-def exact(made: Policy, **settings: Any) -> AbstractContextManager[CappedMemory]:
+def exact(made: Policy, **settings: Any) -> AbstractContextManager[CappedCache]:
     """The smallest cap that 48 slots per head need; a refusal by the ledger is an error."""
     settings = {"on_failure": "raise"} | settings
     return tiny.capped_by(made, cap=tiny.need(made, tiny.llama(), **settings), **settings)
@@ -319,7 +319,7 @@ def test_targets_between_are_met_with_slots_between() -> None:
 
 
 def test_a_row_in_a_batch_is_the_row_alone() -> None:
-    """Rows are surveyed and dealt by themselves."""
+    """Rows are surveyed and allocated by themselves."""
     made, model = policy(0.5), tiny.llama()
     settings = {"max_new_tokens": 40, "do_sample": False}
     ids, mask = variants.left_padded((60, 51))
@@ -387,7 +387,9 @@ def test_what_was_not_measured_is_not_taken_for_good(options: dict[str, Any]) ->
             return [self.decode(row) for row in rows]
 
     chosen = policy(IMPOSSIBLE, **options)
-    with api.capped(tiny.llama(), 1 << 24, chosen, tokenizer=Text(), **tiny.SETTINGS, on_failure="raise") as memory:
+    with api.capped(
+        tiny.llama(), cap=1 << 24, policy=chosen, tokenizer=Text(), **tiny.SETTINGS, on_failure="raise"
+    ) as memory:
         tiny.feed(memory, torch.arange(3, 52)[None])
         assert memory.compactions[0].slots_after == memory.plan.limit * HEADS
 

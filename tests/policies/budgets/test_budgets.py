@@ -1,4 +1,4 @@
-"""Head budgets: the laws of dealing, and what each kind deals."""
+"""Head budgets: the invariants of allocating, and what each kind allocates."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from agentmem.hf.fingerprint import fingerprint
 from agentmem.policies.budgets.head_table import read_table, shipped_tables
 from agentmem.policies.budgets.registry import NAMES, by_name
 from agentmem.policies.budgets.sensitivity import Sensitivity
-from agentmem.policies.budgets.water_filling import deal, proportional
+from agentmem.policies.budgets.water_filling import allocate, proportional
 
 Held = tuple[tuple[int, ...], ...]
 MODEL = ModelIdentity("some/model", "f" * 64, (2, 2))
@@ -47,9 +47,9 @@ def shares(held: Held, numbers: list[float]) -> list[list[float]]:
     return [[next(supply) for _ in layer] for layer in held]
 
 
-def dealt(request: BudgetRequest, numbers: list[float], fraction: float = 0.0) -> Held:
+def allocated(request: BudgetRequest, numbers: list[float], fraction: float = 0.0) -> Held:
     """Slots in proportion to the numbers."""
-    return deal(request, [list(map(proportional, layer)) for layer in shares(request.held, numbers)], fraction)
+    return allocate(request, [list(map(proportional, layer)) for layer in shares(request.held, numbers)], fraction)
 
 
 def most(request: BudgetRequest) -> int:
@@ -63,13 +63,13 @@ def test_the_sum_is_exact_and_nobody_gets_more_than_it_may(
     request: BudgetRequest, numbers: list[float], fraction: float
 ) -> None:
     """The sum is the total or the most that is possible; held slots and both ceilings bind; it is always the same."""
-    result = dealt(request, numbers, fraction)
+    result = allocated(request, numbers, fraction)
 
     assert sum(map(sum, result)) == min(request.total, most(request))
     for given_slots, held in zip(result, request.held, strict=True):
         assert sum(given_slots) <= request.layer_ceiling
         assert all(0 <= got <= min(had, request.ceiling) for got, had in zip(given_slots, held, strict=True))
-    assert result == dealt(request, numbers, fraction)
+    assert result == allocated(request, numbers, fraction)
 
 
 @given(request=requests(), numbers=weights)
@@ -77,7 +77,7 @@ def test_every_head_gets_its_floor_if_the_total_allows_it(request: BudgetRequest
     """Where floors fit, all are met; where they do not, no head is above its floor and they are levelled."""
     request = replace(request, layer_ceiling=1 << 40)
     floors = [min(held, request.floor, request.ceiling) for layer in request.held for held in layer]
-    result = list(itertools.chain(*dealt(request, numbers)))
+    result = list(itertools.chain(*allocated(request, numbers)))
 
     if sum(floors) <= request.total:
         assert all(got >= floor for got, floor in zip(result, floors, strict=True))
@@ -92,8 +92,8 @@ def test_a_larger_total_takes_from_no_head(request: BudgetRequest, numbers: list
     """One slot more in total goes to one head, and all others keep theirs (a fraction needs roomy layers for that)."""
     if fraction:
         request = replace(request, layer_ceiling=1 << 40)
-    less = dealt(request, numbers, fraction)
-    more = dealt(replace(request, total=request.total + 1), numbers, fraction)
+    less = allocated(request, numbers, fraction)
+    more = allocated(replace(request, total=request.total + 1), numbers, fraction)
 
     assert all(one <= other for one, other in zip(itertools.chain(*less), itertools.chain(*more), strict=True))
 
@@ -102,7 +102,7 @@ def test_a_larger_total_takes_from_no_head(request: BudgetRequest, numbers: list
 def test_shares_are_kept_as_well_as_integers_can(request: BudgetRequest, numbers: list[float]) -> None:
     """No slot of one head would be better placed at another: Webster's condition for every pair that may exchange."""
     request = replace(request, floor=0)
-    result, wanted = dealt(request, numbers), shares(request.held, numbers)
+    result, wanted = allocated(request, numbers), shares(request.held, numbers)
     heads = [(layer, head) for layer, row in enumerate(request.held) for head in range(len(row))]
     full = [sum(row) == request.layer_ceiling for row in result]
 
@@ -118,15 +118,15 @@ def test_a_head_without_a_share_comes_last() -> None:
     """It gets slots when all others hold all that they may."""
     request = BudgetRequest(((10, 10, 10),), 12, 0)
 
-    assert dealt(request, [1.0, 0.0, 1.0]) == ((6, 0, 6),)
-    assert dealt(replace(request, total=25), [1.0, 0.0, 1.0]) == ((10, 5, 10),)
+    assert allocated(request, [1.0, 0.0, 1.0]) == ((6, 0, 6),)
+    assert allocated(replace(request, total=25), [1.0, 0.0, 1.0]) == ((10, 5, 10),)
 
 
 def test_many_slots_take_no_longer_than_few() -> None:
-    """A terabyte of slots is dealt exactly: nothing is done slot by slot."""
+    """A terabyte of slots is allocated exactly: nothing is done slot by slot."""
     request = BudgetRequest(((1 << 40,) * 8,) * 8, 1 << 42, 1)
 
-    assert sum(map(sum, dealt(request, [0.1 + head for head in range(64)]))) == 1 << 42
+    assert sum(map(sum, allocated(request, [0.1 + head for head in range(64)]))) == 1 << 42
 
 
 # ---- by name
@@ -173,9 +173,9 @@ def test_a_pyramid_falls_arithmetically() -> None:
     """From 2 - 1/s to 1/s equal shares; one layer alone gets one share; steepness 1 is uniform."""
     request = BudgetRequest(((100, 100),) * 5, 400, 0)
 
-    assert by_name("pyramid", steepness=4).deal(request) == ((70,) * 2, (55,) * 2, (40,) * 2, (25,) * 2, (10,) * 2)
-    assert by_name("pyramid", steepness=1).deal(request) == ((40, 40),) * 5
-    assert by_name("pyramid", steepness=4).deal(BudgetRequest(((100, 100),), 50, 0)) == ((25, 25),)
+    assert by_name("pyramid", steepness=4).allocate(request) == ((70,) * 2, (55,) * 2, (40,) * 2, (25,) * 2, (10,) * 2)
+    assert by_name("pyramid", steepness=1).allocate(request) == ((40, 40),) * 5
+    assert by_name("pyramid", steepness=4).allocate(BudgetRequest(((100, 100),), 50, 0)) == ((25, 25),)
 
 
 @given(data=st.data(), held=counts, total=st.integers(0, 120))
@@ -196,7 +196,7 @@ def test_global_budgets_are_the_highest_scores(data: st.DataObject, held: Held, 
         for layer, row in enumerate(scores)
     )
 
-    assert by_name("global", floor=0).deal(BudgetRequest(held, total, 0, surveys)) == expected
+    assert by_name("global", floor=0).allocate(BudgetRequest(held, total, 0, surveys)) == expected
 
 
 def test_global_budgets_leave_every_head_its_floor() -> None:
@@ -204,9 +204,9 @@ def test_global_budgets_leave_every_head_its_floor() -> None:
     low, high = torch.zeros(20), torch.ones(20)
     request = BudgetRequest(((20, 20), (20, 20)), 40, 1, (Survey(0, (low, low)), Survey(1, (high, low))))
 
-    assert by_name("global").deal(request) == ((10, 5), (20, 5))
+    assert by_name("global").allocate(request) == ((10, 5), (20, 5))
     with pytest.raises(ValueError, match="0 surveys for 2 layers"):
-        by_name("global").deal(replace(request, surveys=()))
+        by_name("global").allocate(replace(request, surveys=()))
 
 
 # ---- tables
@@ -234,8 +234,8 @@ def test_calibrated_budgets_follow_the_shares(tmp_path: Path) -> None:
     held = ((100, 100), (100, 100))
 
     assert (budgets.head_ceiling, budgets.layer_ceiling) == (2.0, 1.25)
-    assert budgets.deal(BudgetRequest(held, 40, 1)) == ((19, 5), (2, 14))
-    assert budgets.deal(BudgetRequest(held, 200, 1)) == ((95, 24), (10, 71))
+    assert budgets.allocate(BudgetRequest(held, 40, 1)) == ((19, 5), (2, 14))
+    assert budgets.allocate(BudgetRequest(held, 200, 1)) == ((95, 24), (10, 71))
     assert by_name("calibrated", table=write(tmp_path / "t.json"), head_ceiling=1.2).head_ceiling == 1.2
 
 
@@ -254,7 +254,7 @@ def test_a_table_of_another_model_is_refused(tmp_path: Path, name: str) -> None:
 
 
 def test_budgets_serve_one_model(tmp_path: Path) -> None:
-    """Two models of one shape cannot share the object: the second would be dealt the first one's table."""
+    """Two models of one shape cannot share the object: the second would be allocated the first one's table."""
     budgets = by_name("calibrated", table=write(tmp_path / "t.json"), any_weights=True)
     budgets.check(MODEL)
 
@@ -267,9 +267,9 @@ def test_a_table_is_needed_before_dealing(tmp_path: Path) -> None:
     request = BudgetRequest(((5,),), 3, 1)
 
     with pytest.raises(ValueError, match="no table was chosen for 1 layers; call check"):
-        by_name("calibrated").deal(request)
+        by_name("calibrated").allocate(request)
     with pytest.raises(ValueError, match=r"is for heads \(2, 2\), not \(1,\)"):
-        by_name("calibrated", table=write(tmp_path / "t.json")).deal(request)
+        by_name("calibrated", table=write(tmp_path / "t.json")).allocate(request)
 
 
 @pytest.mark.parametrize(
@@ -364,7 +364,7 @@ def test_sensitivity_ends_where_the_greedy_exchange_ends(tmp_path: Path, total: 
     errors = [[0.8, 0.2, 0.01], [0.2, 0.06, 0.005], [0.1, 0.02, 0.001], [0.5, 0.3, 0.12]]
     curves = {"fractions": fractions, "errors": [errors[:2], errors[2:]]}
     budgets = by_name("sensitivity", table=write(tmp_path / "t.json", curves=curves), floor=0)
-    result = list(itertools.chain(*budgets.deal(BudgetRequest(((slots,) * 2,) * 2, total, 0))))
+    result = list(itertools.chain(*budgets.allocate(BudgetRequest(((slots,) * 2,) * 2, total, 0))))
     dense = [curve(fractions, each, slots) for each in errors]
     expected = exchanged(dense, [total // 4] * 4)
 
@@ -381,7 +381,7 @@ def test_sensitivity_follows_the_ratio(tmp_path: Path) -> None:
     curves = {"fractions": [0.1, 0.4], "errors": [[[1.0, 1e-4], [0.02, 0.015]], [[0.0, 0.0], [0.02, 0.015]]]}
     budgets = by_name("sensitivity", table=write(tmp_path / "t.json", curves=curves), floor=0.25)
     held = ((100, 100), (100, 100))
-    few, many = (budgets.deal(BudgetRequest(held, total, 1)) for total in (80, 240))
+    few, many = (budgets.allocate(BudgetRequest(held, total, 1)) for total in (80, 240))
 
     assert few[0][0] / 80 > 0.3 > many[0][0] / 240
     assert (few[1][0], many[1][0]) == (5, 15)

@@ -1,4 +1,4 @@
-"""The policies that score slots and evict the rest: their laws, and their scores against float64 oracles."""
+"""The policies that score slots and evict the rest: their invariants, and their scores against float64 oracles."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def ids(policy: Policy) -> str:
     return policy.name
 
 
-# ---- laws
+# ---- invariants
 
 
 @pytest.mark.parametrize("policy", POLICIES + VARIANTS, ids=ids)
 def test_every_eviction_keeps_the_laws(policy: Policy) -> None:
-    """No law of Compactor or Budgets is broken on any case."""
+    """No invariant of Compactor or Budgets is broken on any case."""
     check_policy(policy).raise_if_broken()
 
 
@@ -70,8 +70,8 @@ def test_every_eviction_can_be_dealt_global_budgets(name: str) -> None:
     segment = make_segment(Case("ragged", held=(12, 3, 9), slots=(1, 1, 1), queries=4), policy)
     survey = eviction(policy).survey(segment)
 
-    dealt = policy.budgets.deal(BudgetRequest(((12, 3, 9),), 12, 1, (survey,)))
-    assert sum(dealt[0]) == 12
+    allocated = policy.budgets.allocate(BudgetRequest(((12, 3, 9),), 12, 1, (survey,)))
+    assert sum(allocated[0]) == 12
     assert all(float(scores.min()) >= 0 for scores in survey.scores)
     with pytest.raises(ValueError, match="budgets: 'globel' is unknown; did you mean 'global'"):
         FACTORIES[name](budgets="globel")

@@ -167,13 +167,13 @@ def test_heterogeneous_heads_get_all_they_hold_and_the_others_share_the_rest() -
     assert policy.budgets is not None
     segment = replace(PROBLEMS[0], heads=4).segment()
     survey = eviction(policy).survey(segment)
-    (dealt,) = policy.budgets.deal(BudgetRequest(((40,) * 4,), 80, 1, (survey,)))
+    (allocated,) = policy.budgets.allocate(BudgetRequest(((40,) * 4,), 80, 1, (survey,)))
     lifted = [index for index, scores in enumerate(survey.scores) if float(scores.min()) >= 1]
 
-    assert [index for index, given in enumerate(dealt) if given == 40] == lifted
+    assert [index for index, given in enumerate(allocated) if given == 40] == lifted
     assert len(lifted) == 1
-    assert sum(dealt) == 80
-    assert min(dealt) >= 10
+    assert sum(allocated) == 80
+    assert min(allocated) >= 10
 
 
 def test_roles_without_budgets_that_look_at_scores_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""Selectors, and what Attention Matching is composed of: every choice of slots with every fit keeps the laws."""
+"""Selectors, and what Attention Matching is composed of: every choice of slots with every fit keeps the invariants."""
 
 from __future__ import annotations
 
@@ -69,19 +69,19 @@ def plain(segment: Segment, head: int) -> tuple[oracle.Matrix, oracle.Matrix, li
     return asked, segment.heads[head].keys.tolist(), segment.heads[head].bias.tolist(), segment.scale
 
 
-# ---- the laws
+# ---- the invariants
 
 
 class Free(Budgets):
-    """Costs nothing: all laws of budgets hold elsewhere."""
+    """Costs nothing: all invariants of budgets hold elsewhere."""
 
-    def deal(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
+    def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
         """The first heads first."""
-        dealt, left = [], request.total
+        allocated, left = [], request.total
         for layer in request.held:
-            dealt.append(tuple(min(held, max(0, left - sum(layer[:head]))) for head, held in enumerate(layer)))
+            allocated.append(tuple(min(held, max(0, left - sum(layer[:head]))) for head, held in enumerate(layer)))
             left -= sum(layer)
-        return tuple(dealt)
+        return tuple(allocated)
 
 
 @EVERY

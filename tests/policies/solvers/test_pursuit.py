@@ -1,4 +1,4 @@
-"""Orthogonal matching pursuit against an oracle in plain loops, its laws, and what a Gram could have lost."""
+"""Orthogonal matching pursuit against an oracle in plain loops, its invariants, and what a Gram could have lost."""
 
 from __future__ import annotations
 

@@ -206,7 +206,7 @@ def test_turns_in_the_wrong_order_are_refused() -> None:
     {"messages": [USER], "fed": 1, "ids": [1]},
 ])  # fmt: skip
 def test_a_dialogue_that_contradicts_itself_is_refused(fields: dict[str, Any]) -> None:
-    """Read from JSON, a dialogue keeps its laws, or is refused."""
+    """Read from JSON, a dialogue keeps its invariants, or is refused."""
     with pytest.raises(ValidationError):
         Dialogue.model_validate(fields)
 

@@ -80,13 +80,13 @@ def test_a_loaded_session_goes_on_as_if_it_had_never_stopped(kind: str, sampled:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_trim_disk_and_coming_back_lose_nothing(kind: str) -> None:
-    """However often a session gives way between turns, its tokens and slots are those of one that never did."""
+    """However often a session is preempted between turns, its tokens and slots are those of one that never did."""
     with opened(kind, pressure=("trim", "disk")) as made:
         session, twin = (tiny_chat.filled(made, 40, name=name) for name in ("away", "here"))
         for round_, stage in enumerate(("trim", "disk", "trim", "disk")):
             charged = session.stats.charged_bytes
             with made.lock:
-                session.holding.give_way(stage, made.folder, made.identity)  # type: ignore[arg-type]
+                session.holding.preempt(stage, made.folder, made.identity)  # type: ignore[arg-type]
             assert session.stats.charged_bytes < charged
             assert session.stats.state == ("on disk" if stage == "disk" else "idle")
             for each in (session, twin):
@@ -249,13 +249,13 @@ def test_policies_that_have_no_name_are_given_again(tmp_path: Path) -> None:
     policy = plugins.policy("am-halving", probe="live", probe_tokens=24)
     assert policy.name == "am-halving"
     with tiny_chat.runtime(3, policy) as made:
-        session = made.session(policy, others=[replace(plugins.policy("window"), name="mine")])
+        session = made.session(policy, extra_policies=[replace(plugins.policy("window"), name="mine")])
         session.read(tiny_chat.ids(90))
         session.save(tmp_path)
-        for given in ({}, {"policy": policy}, {"others": ["window"]}):
+        for given in ({}, {"policy": policy}, {"extra_policies": ["window"]}):
             with pytest.raises(SnapshotRefused, match="give it again"):
                 made.load(tmp_path, **given)
-        loaded = made.load(tmp_path, policy=policy, others=["window"])
+        loaded = made.load(tmp_path, policy=policy, extra_policies=["window"])
         assert loaded.stats.capacity == session.stats.capacity
         assert tiny_chat.on(loaded) == tiny_chat.on(session)
 
@@ -263,7 +263,7 @@ def test_policies_that_have_no_name_are_given_again(tmp_path: Path) -> None:
 def test_a_policy_that_has_looked_up_its_table_is_still_the_one_of_its_name(default_model: Any, tmp_path: Path) -> None:
     """What a policy finds out when it is used does not make it another: a new session is loaded by its name."""
     with Runtime(*default_model, cap="48MiB", policy="am-recall", share=0.5) as made:
-        session = made.session(others=["am-calibrated"])
+        session = made.session(extra_policies=["am-calibrated"])
         session.save(tmp_path)
         session.fork().save(tmp_path)
         loaded = made.load(tmp_path)

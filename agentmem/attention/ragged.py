@@ -154,9 +154,9 @@ def attend(
 
     Without ``fresh`` every query sees every slot (a decode step whose own slot was appended already). With it the
     queries see all slots and, causally, the fresh keys. ``window``: a query sees at most that many tokens, itself
-    included; slots are then the consecutive tokens before it (without ``fresh`` the caller has cut them). Runs
-    with ``scores`` need the explicit path, which
-    also serves devices other than CPU, and ``sinks [Hq]``: one more logit in the denominators of each query head.
+    included; slots are then the consecutive tokens before it (without ``fresh`` the caller has cut them). Runs with
+    ``scores`` need the explicit path, which also serves devices other than CPU, and ``sinks [Hq]``: one more logit in
+    the denominators of each query head.
     """
     if not explicit and sinks is None:
         if fresh is None and queries.shape[1] == 1:

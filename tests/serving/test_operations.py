@@ -143,11 +143,13 @@ def test_a_port_or_a_folder_that_is_taken_is_refused(tmp_path: Path) -> None:
         pass
 
 
-def test_a_cap_that_no_conversation_fits_is_refused_at_the_start() -> None:
+async def test_a_cap_that_no_conversation_fits_is_refused_at_the_start() -> None:
     """Before any request."""
-    made = Runtime(tiny_chat.model(), tiny_chat.tokenizer(), cap=10_000)
-    with pytest.raises(CapTooSmall):
-        serving.server(made).check()
+    with Runtime(tiny_chat.model(), tiny_chat.tokenizer(), cap=10_000) as made:
+        server = serving.server(made)
+        with pytest.raises(CapTooSmall):
+            server.check()
+        await server.close()
 
 
 def test_settings_name_what_is_wrong() -> None:

@@ -179,13 +179,11 @@ async def test_a_cap_that_is_leased_out_is_429() -> None:
     """A turn that waits in vain for its lease ends as RuntimeBusy, which is 429 with Retry-After."""
     made = serving.runtime(1, wait=0.05, pressure=())
     of = serving.server(made)
-    other = made.session()
-    made.admit(other)
     async with serving.client(of) as http:
-        answer = await http.post(ROUTE, json=serving.chat("x"))
+        with made.turn(made.session()):
+            answer = await http.post(ROUTE, json=serving.chat("x"))
         assert (answer.status_code, fault(answer)["code"]) == (429, "rate_limit_exceeded")
         assert int(answer.headers["Retry-After"]) >= 1
-        made.leave(other)
 
 
 async def test_a_failure_of_the_server_tells_no_inside() -> None:

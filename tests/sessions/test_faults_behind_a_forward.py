@@ -40,7 +40,7 @@ LINES = (
     ("decoding.py", "feed", "logits: torch.Tensor"),
     ("memory/forwards.py", "commit", "for row, each in zip"),
     ("memory/forwards.py", "commit", "memory.progress.consumed ="),
-    ("compaction/run.py", "_deal", "self.row.change"),
+    ("compaction/run.py", "_give_headroom", "self.row.change"),
     ("ledger.py", "hold", "self._held["),
     ("memory/store.py", "_release", "self.ledger.release"),
     ("runtime.py", "end", "session.turn = None"),

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import Result
 
 from agentmem.cli.display import Display
-from agentmem.memory.memory import Memory
+from agentmem.engine import Engine
 from agentmem.reporting.report import CompactionReport
 from agentmem.testing import tiny_model
 from support.shell import agentmem, refused, save_model, save_tokenizer
@@ -358,15 +358,15 @@ def test_ctrl_c_while_a_message_is_read(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_ctrl_c_during_a_compaction(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes effect at the next layer; the memory is valid and is compacted by the next attempt."""
-    compact, done = Memory.compact, list[bool]()
+    run, done = Engine.run, list[bool]()
 
-    def interrupted(self: Memory, *arguments: Any) -> CompactionReport | None:
+    def interrupted(self: Engine, compaction: Any) -> CompactionReport:
         if not done:
             done.append(True)
             signal.raise_signal(signal.SIGINT)
-        return compact(self, *arguments)
+        return run(self, compaction)
 
-    monkeypatch.setattr(Memory, "compact", interrupted)
+    monkeypatch.setattr(Engine, "run", interrupted)
     result = chat(folder, "hello " * 15, "/compact", "/compact", "go on")
 
     assert result.exit_code == 0

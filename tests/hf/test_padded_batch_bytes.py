@@ -41,9 +41,11 @@ def test_the_rows_of_a_left_padded_batch_are_not_copied(monkeypatch: pytest.Monk
     model, seen = tiny_model("llama"), list[int]()
     append_row = forwards.append_row
 
-    def watched(memory: Any, row: Any, layer: int, queries: Any, keys: Any, values: Any, scale: float) -> Any:
+    def watched(
+        memory: Any, row: Any, layer: int, queries: Any, keys: Any, values: Any, scale: float, *more: Any
+    ) -> Any:
         seen.extend(each.untyped_storage().nbytes() // each.nbytes for each in (queries, keys, values))
-        return append_row(memory, row, layer, queries, keys, values, scale)
+        return append_row(memory, row, layer, queries, keys, values, scale, *more)
 
     monkeypatch.setattr(forwards, "append_row", watched)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]])

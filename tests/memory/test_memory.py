@@ -269,7 +269,7 @@ def test_a_policy_that_never_compacts_ends_at_the_cap() -> None:
     """``full`` fills its slots and refuses the next token; what it holds stays readable."""
     model = tiny.llama()
     cap = 40_000
-    with tiny.agentmem.api.capped(model, cap, "full", keep_first=0, keep_recent=0, chunk=16) as memory:
+    with tiny.agentmem.api.capped(model, cap=cap, policy="full", keep_first=0, keep_recent=0, chunk=16) as memory:
         capacity = memory.plan.capacity
         tiny.feed(memory, tiny.ids(capacity))
         with pytest.raises(MemoryCapExceeded, match=rf"holds {capacity} of {capacity} slots.*'full' never compacts"):

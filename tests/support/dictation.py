@@ -60,7 +60,7 @@ def cap_of(policy: Policy, model: Any, **settings: Any) -> int:
 
 
 @contextmanager
-def reporting_compactions(
+def telling(
     policy: str | Policy = "summary-am", model: Any = None, tokenizer: Any = None, **settings: Any
 ) -> Iterator[CappedCache]:
     """A memory of 176 slots per head under the smallest cap, audited after every forward."""

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -140,16 +141,17 @@ def test_two_processes_give_the_rows_of_one(folder: Path, whole: Path) -> None:
 
 def test_a_finished_ablation_measures_nothing(folder: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same command again, and --draw, only write the report; a refused cell is tried with --again alone."""
+    shutil.copytree(whole, folder / "finished")
     tried: list[Any] = []
     append = ablation_rows.RowFile.append
     monkeypatch.setattr(ablation_rows.RowFile, "append", lambda file, row: tried.append(row) or append(file, row))
 
     for options in ((), ("--draw",)):
-        result = agentmem("ablate", *arguments(folder, "whole"), *options)
+        result = agentmem("ablate", *arguments(folder, "finished"), *options)
         assert result.exit_code == 0, result.output
     assert tried == []
 
-    again = agentmem("ablate", *arguments(folder, "whole"), "--again")
+    again = agentmem("ablate", *arguments(folder, "finished"), "--again")
     assert again.exit_code == 0, again.output
     assert [row.cell.policy for row in tried] == ["heavy-hitters", "heavy-hitters"]
     assert all(row.refused for row in tried)
@@ -222,15 +224,16 @@ def test_the_report_stands_by_itself(whole: Path) -> None:
 
 def test_the_report_escapes_what_a_user_wrote(folder: Path, whole: Path) -> None:
     """A title and a comment with markup are text on the page."""
+    out = Path(shutil.copytree(whole, folder / "escaped"))
     config = folder / "markup.yaml"
     words = (folder / "tiny.yaml").read_text(encoding="utf-8").replace("Tiny", "<script>alert(1)</script>")
     config.write_text(words, encoding="utf-8")
     result = agentmem(
-        "ablate", str(config), "--out", str(whole), "--cache-dir", str(folder / "logits"), "--draw"
+        "ablate", str(config), "--out", str(out), "--cache-dir", str(folder / "logits"), "--draw"
     )  # fmt: skip
 
     assert result.exit_code == 0, result.output
-    assert "<script" not in (whole / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in (out / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_tables_show_intervals_and_refusals(whole: Path) -> None:

@@ -108,7 +108,7 @@ class RequestRefused(AgentmemError):
 
 
 class RuntimeBusy(AgentmemError):
-    """The runtime's cap is leased out and nobody can give way in time; nothing was changed."""
+    """The runtime's cap is leased out and no idle memory can be preempted in time; nothing was changed."""
 
 
 class CopyRefused(AgentmemError, TypeError):

@@ -147,7 +147,7 @@ class _Attachment:
             CapBypassed: more than one block caps the model here.
 
         """
-        found = [cache for cache in SCOPE.get() if isinstance(cache, CappedCache) and cache.model is self.model]
+        found = self._open_here()
         if len(found) > 1:
             raise CapBypassed(
                 f"generate without past_key_values where {len(found)} blocks cap this model; pass the memory that is "
@@ -155,8 +155,13 @@ class _Attachment:
             )
         return found[0] if found else None
 
+    def _open_here(self) -> list[CappedCache]:
+        """The model's memories whose blocks this context is in; a task may have outlived the block it was begun in."""
+        caches = (cache for cache in SCOPE.get() if isinstance(cache, CappedCache))
+        return [cache for cache in caches if cache.model is self.model and not cache.memory.closed]
+
     def _refuse_bypass(self, what: str) -> None:
-        if any(isinstance(cache, CappedCache) and cache.model is self.model for cache in SCOPE.get()):
+        if self._open_here():
             raise CapBypassed(
                 f"{what} inside a capped block would grow a cache outside the cap; pass past_key_values=memory, "
                 "or use_cache=False if no memory is wanted"

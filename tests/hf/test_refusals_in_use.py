@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
 from typing import Any
 
 import pytest
@@ -170,6 +171,19 @@ def test_generate_in_two_blocks_must_be_told_which_memory() -> None:
             with variants.refused(model, CapBypassed, "2 blocks cap this model", "past_key_values=memory"):
                 model.generate(variants.prompt(5), max_new_tokens=2)
             model.generate(variants.prompt(5), max_new_tokens=2, past_key_values=inner)
+
+
+def test_a_context_that_outlives_its_block_has_no_memory() -> None:
+    """A task that was begun in a block and goes on after it generates as stock does, while another block runs."""
+    model = variants.model()
+    stock = model.generate(variants.prompt(5), max_new_tokens=2)
+    with agentmem.capped(model, **variants.ROOMY):
+        model.generate(variants.prompt(5), max_new_tokens=2)
+        task = copy_context()
+    with agentmem.capped(model, **variants.ROOMY) as memory:
+        assert torch.equal(task.run(model.generate, variants.prompt(5), max_new_tokens=2), stock)
+        assert not memory.memory.used
+        model.generate(variants.prompt(5), max_new_tokens=2)
 
 
 def test_a_closed_memory_is_refused() -> None:

@@ -90,10 +90,6 @@ class Plan:
         beside = max(self.move_bytes, self.survey_bytes)  # no store is moved while layers are surveyed
         return max(self.draw_bytes + self.fit_bytes + self.check_bytes + beside, self.forward_bytes)
 
-    def slots_of(self, layer: LayerShape) -> int:
-        """Slots per head of one layer's store when it is full."""
-        return self.capacity if layer.window is None else window_slots(layer.window, self.chunk)
-
     def _slots_text(self) -> str:
         if self.capacity == UNBOUNDED:
             return f"sliding windows only, {self.rows} row(s): never compacted"

@@ -13,8 +13,9 @@ from agentmem.sessions.conversation import Before, Conversation
 
 
 def _before(session: Conversation) -> Before:
-    """A session as it is now. Its memory must be here."""
-    reply, row = session.reply, session.memory.rows[0]
+    """A session as it is now; a closed one has no memory."""
+    reply, memory = session.reply, session.holding.memory
+    row = None if memory is None else memory.rows[0]
     return Before(
         session.dialogue,
         reply,
@@ -24,7 +25,7 @@ def _before(session: Conversation) -> Before:
         session.ids[-1:],  # type: ignore[arg-type]  # a slice of an array is an array
         len(session.entries),
         row,
-        row.pins,
+        None if row is None else row.pins,
     )
 
 
@@ -50,5 +51,6 @@ def put_back(session: Conversation) -> None:
         before.reply.ids, before.reply.text, before.reply.end = before.said
     session.ids[before.ids - len(before.newest) :] = before.newest
     del session.entries[before.entries :]
-    before.row.pins = before.pins
+    if before.row is not None and before.pins is not None:
+        before.row.pins = before.pins
     session.before = None

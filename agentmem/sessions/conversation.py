@@ -80,7 +80,10 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Before:
-    """A session as it was: its dialogue, its open reply with its content, its newest id, and how much of the rest."""
+    """A session as it was: its dialogue, its open reply with its content, its newest id, and how much of the rest.
+
+    ``row`` and ``pins`` are those of its memory; a closed session has none.
+    """
 
     dialogue: Dialogue
     reply: Reply | None
@@ -89,8 +92,8 @@ class Before:
     ids: int
     newest: array[int]
     entries: int
-    row: Row
-    pins: Pins
+    row: Row | None
+    pins: Pins | None
 
 
 class Host(Protocol):

@@ -304,6 +304,17 @@ async def test_closing_the_runtime_ends_turns_and_waits() -> None:
     assert kinds[-1] == TurnFailed(error="MemoryClosed", message=str(error))
 
 
+async def test_a_stream_that_outlives_its_runtime_can_be_closed() -> None:
+    """Closing it raises nothing, and what the session had said stays readable."""
+    made = tiny_chat.runtime(1)
+    session = tiny_chat.filled(made, 20)
+    stream = session.stream(max_new_tokens=50)
+    await anext(stream)
+    await asyncio.to_thread(made.close)
+    await stream.aclose()  # type: ignore[attr-defined]  # a generator
+    assert session.transcript.entries[-1].kind == "reply"
+
+
 async def test_the_model_s_thread_has_the_torch_threads_of_whoever_asks() -> None:
     """Plans are made with the caller's number of threads; a worker that began with another one takes it over."""
     before, seen = torch.get_num_threads(), list[int]()

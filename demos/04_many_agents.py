@@ -53,7 +53,7 @@ async def watch(runtime: agentmem.Runtime, done: asyncio.Event) -> int:
 
 def look(runtime: agentmem.Runtime) -> tuple[str, agentmem.sessions.RuntimeStats]:
     """One moment."""
-    with runtime.lock:
+    with runtime.scheduler.lock:
         return " ".join(LETTERS[session.stats.state] for session in runtime.sessions), runtime.stats
 
 

@@ -11,7 +11,7 @@ from agentmem.hf.fingerprint import fingerprint
 from agentmem.hf.generate_checks import returned
 from agentmem.hf.model_identity import model_identity, weights
 from agentmem.hf.rope import positions
-from agentmem.hf.self_check import Check, CheckReport, check, require_checked, require_turning
+from agentmem.hf.self_check import Check, CheckReport, check, check_packing, packs, require_checked, require_turning
 from agentmem.hf.support import (
     COVERED,
     check_tokenizer,
@@ -31,6 +31,7 @@ __all__ = [
     "CheckReport",
     "attach",
     "check",
+    "check_packing",
     "check_tokenizer",
     "check_tool",
     "describe",
@@ -40,6 +41,7 @@ __all__ = [
     "fingerprint",
     "input_device",
     "model_identity",
+    "packs",
     "positions",
     "refuse_probe",
     "refuse_scratch",

@@ -14,9 +14,9 @@ from weakref import WeakKeyDictionary
 import torch
 
 from agentmem.engine import Engine
-from agentmem.errors import CapBypassed, UnsupportedModel
+from agentmem.errors import CapBypassed
 from agentmem.hf.cache import CappedCache, TransientCache, mask_columns, size
-from agentmem.hf.forward_context import FRAME, SCOPE, Frame, own_frame, rename, untraced
+from agentmem.hf.forward_context import FRAME, SCOPE, Frame, own_frame, rename, require_all, untraced
 from agentmem.hf.forwards import ModelForwards
 from agentmem.hf.generate_checks import check_adapters, check_forward, check_generate, chosen
 from agentmem.hf.wrapper import Around, named, told_by_wrapper
@@ -112,7 +112,7 @@ class _Attachment:
         cache.memory.bind(rows)
         decoder, start = self.model.get_decoder(), 0
         while (start := start + (width := cache.engine.piece([row[start:] for row in valid], count - start))) < count:
-            with own_frame(holds=False), torch.no_grad():
+            with own_frame(), torch.no_grad():
                 decoder(**_cut(inputs, start - width, start, cache.columns))
         return (), {**inputs, **_cut(inputs, start - width, count, cache.columns)}
 
@@ -217,15 +217,11 @@ def _leave(module: torch.nn.Module, args: tuple[Any, ...], output: object) -> No
         return
     layers = len(engine.memory.shape.layers)
     if output is not None and frame.attended == layers:
-        if not frame.outer or not frame.outer.holds:
-            engine.commit()
+        engine.commit()
         return
     engine.abandon()
     if output is not None:
-        raise UnsupportedModel(
-            f"{frame.attended} of {layers} layers asked the memory in this forward: the attention implementation was "
-            "changed under it; set it before the capped block begins"
-        )
+        require_all(frame.attended, layers)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from agentmem.engine import Engine
-    from agentmem.memory.forwards import Adopt, Append, Scratch, Transient
+    from agentmem.memory.forwards import Adopt, Append, Packed, Scratch, Transient
     from agentmem.memory.memory import Event, Memory, Usage
     from agentmem.planning.pricing import Plan
     from agentmem.reporting.report import CompactionReport, RunReport
@@ -68,14 +68,14 @@ FOREIGN = (
 
 
 class TransientCache(Cache):
-    """What a transient forward passes to the model."""
+    """What a forward that a memory runs by itself passes to the model."""
 
-    def __init__(self, step: Adopt | Transient | Scratch, windows: Sequence[int | None]) -> None:
+    def __init__(self, step: Adopt | Transient | Scratch | Packed, windows: Sequence[int | None]) -> None:
         super().__init__(layers=[_Layer(self, window) for window in windows])
         self.step = step
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002  # transformers' signature
-        """A transient forward starts from nothing, as far as columns go."""
+        """Such a forward starts from nothing, as far as columns go; its positions are given."""
         return 0
 
 

@@ -11,7 +11,6 @@ from transformers import GenerationConfig
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList, StopStringCriteria
 
 from agentmem.errors import AgentmemError, UnsupportedGeneration
-from agentmem.hf.forward_context import own_frame
 from agentmem.hf.support import input_device
 
 if TYPE_CHECKING:
@@ -128,23 +127,3 @@ def choose(decoding: Decoding, logits: torch.Tensor, generator: torch.Generator 
         return int(scores.argmax(-1)), scores
     weights = scores.softmax(-1)
     return int(torch.multinomial(weights.cpu(), 1, generator=generator)), scores
-
-
-def feed(view: CappedCache, ids: Sequence[int], *, holds: bool) -> torch.Tensor:
-    """Run tokens that stay, at the row's next positions; the logits ``[V]`` after the last.
-
-    With ``holds`` they are consumed by ``view.engine.commit()``: whoever loses the logits can feed them again.
-    """
-    memory = view.memory
-    device = input_device(view.model)
-    start = memory.rows[0].next_position + memory.rows[0].shift  # as this caller counts
-    with own_frame(holds=holds), torch.no_grad():
-        output = view.model(
-            input_ids=torch.tensor([list(ids)], device=device),
-            position_ids=torch.arange(start, start + len(ids), device=device)[None],
-            past_key_values=view,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-    logits: torch.Tensor = output.logits[0, -1]
-    return logits

@@ -51,8 +51,6 @@ class Frame:
     """That its thread owns the memory meanwhile."""
     attended: int = 0
     """Layers whose attention call came here so far."""
-    holds: bool = False
-    """Whether forwards right inside it wait for :meth:`agentmem.engine.Engine.commit`."""
 
 
 FRAME: ContextVar[Frame | None] = ContextVar("agentmem_frame", default=None)
@@ -183,16 +181,25 @@ def rename(config: PreTrainedConfig) -> Callable[[], None]:
     return undo
 
 
-@contextmanager
-def own_frame(*, holds: bool | None = None) -> Iterator[None]:
-    """Leave no frame behind: an interrupt, which torch's hooks do not see, would.
+def require_all(attended: int, layers: int) -> None:
+    """Refuse what a forward did that some layers ended without asking the memory.
 
-    ``holds`` says whether a forward in the block is committed later, by whoever uses its output.
+    Raises:
+        UnsupportedModel: so many did not.
+
     """
+    if attended != layers:
+        raise UnsupportedModel(
+            f"{attended} of {layers} layers asked the memory in this forward: the attention implementation was "
+            "changed under it; set it before the capped block begins"
+        )
+
+
+@contextmanager
+def own_frame() -> Iterator[None]:
+    """Leave no frame behind: an interrupt, which torch's hooks do not see, would."""
     frame = FRAME.get()
     try:
-        if holds is not None:
-            FRAME.set(Frame(frame, holds=holds))
         yield
     finally:
         left = FRAME.get()

@@ -1,4 +1,4 @@
-"""The forwards of a model that leave nothing in its cache: probes, replays, summaries, questions."""
+"""The forwards of a model that memories run: of several sequences at once, probes, replays, summaries, questions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from agentmem.hf.cache import TransientCache
-from agentmem.hf.forward_context import own_frame
+from agentmem.hf.forward_context import own_frame, require_all
+from agentmem.hf.generate_checks import check_adapters
 from agentmem.hf.support import input_device, refuse_training
 from agentmem.memory.torch_state import callers_state
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from agentmem.memory.forwards import Adopt, Scratch, Transient
+    from agentmem.memory.forwards import Adopt, Packed, Scratch, Transient
     from agentmem.planning.model_shape import ModelShape
 
 
@@ -29,20 +30,43 @@ class ModelForwards:
 
     def run(self, ids: Sequence[int], start: int, step: Adopt | Transient) -> None:
         """Run the decoder over ids at positions ``start, start + 1, …``; ``step`` attends."""
-        self._forward(self._model.get_decoder(), ids, start, step)
+        self._forward(self._model.get_decoder(), ids, _from(start, ids), step)
 
     def next_logits(self, ids: Sequence[int], start: int, step: Scratch) -> torch.Tensor:
         """Run the whole model likewise: the logits ``[V]`` of the next id, in the model's dtype."""
-        logits: torch.Tensor = self._forward(self._model, ids, start, step, logits_to_keep=1).logits[0, -1]
+        logits: torch.Tensor = self._forward(self._model, ids, _from(start, ids), step, logits_to_keep=1).logits[0, -1]
         return logits
 
     def logits(self, ids: Sequence[int], start: int, step: Transient) -> torch.Tensor:
         """Run the whole model likewise: the logits ``[n, V]`` after every id, in the model's dtype."""
-        logits: torch.Tensor = self._forward(self._model, ids, start, step).logits[0]
+        logits: torch.Tensor = self._forward(self._model, ids, _from(start, ids), step).logits[0]
+        return logits
+
+    def packed(self, ids: Sequence[int], positions: Sequence[int], ends: Sequence[int], step: Packed) -> torch.Tensor:
+        """Run the whole model over ids of several sequences: the logits ``[n, V]`` after those at ``ends``.
+
+        Layers but those of attention must work on each token by itself.
+
+        Raises:
+            UnsupportedModel: not every layer asked the memories.
+
+        """
+        if len(ids) > len(ends):  # not at every token: it visits every module
+            check_adapters(self._model)
+        device = input_device(self._model)
+        keep = torch.tensor(list(ends), device=device)
+        output = self._forward(self._model, ids, positions, step, logits_to_keep=keep)
+        require_all(step.attended, len(self._windows))
+        logits: torch.Tensor = output.logits[0]
         return logits
 
     def _forward(
-        self, module: Any, ids: Sequence[int], start: int, step: Adopt | Transient | Scratch, **more: Any
+        self,
+        module: Any,
+        ids: Sequence[int],
+        positions: Sequence[int],
+        step: Adopt | Transient | Scratch | Packed,
+        **more: Any,
     ) -> Any:
         device = input_device(module)
         refuse_training(module)
@@ -50,8 +74,12 @@ class ModelForwards:
         with callers_state(), own_frame(), torch.no_grad():
             return module(
                 input_ids=torch.tensor([list(ids)], device=device),
-                position_ids=torch.arange(start, start + len(ids), device=device)[None],
+                position_ids=torch.tensor([list(positions)], device=device),
                 past_key_values=TransientCache(step, self._windows),
                 use_cache=True,
                 **more,
             )
+
+
+def _from(start: int, ids: Sequence[int]) -> Sequence[int]:
+    return range(start, start + len(ids))

@@ -39,6 +39,12 @@ def refuse_rebase(config: PreTrainedConfig) -> None:
             )
 
 
+def follows_positions(config: PreTrainedConfig) -> bool:
+    """Whether some layer's frequencies follow the largest position of a forward, whosever it is."""
+    parts = _parts(config.get_text_config(decoder=True)).values()
+    return any((parameters or {}).get("rope_type") in FOLLOWING for parameters in parts)
+
+
 def _why(kind: str | None) -> str:
     if kind is None:
         return "have no RoPE, so their stored keys cannot be taken to other positions"

@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from agentmem import plugins
+from agentmem.engine import Want, feed
 from agentmem.errors import AgentmemError, UnsupportedModel
 from agentmem.hf.attach import attach, detach, scope
 from agentmem.hf.capture import Asked, reading
 from agentmem.hf.check_models import VOCABULARY, causal_class, tiny_model
 from agentmem.hf.forward_context import FRAME, Frame, own_frame, rename
 from agentmem.hf.rebase_check import check_rebase
+from agentmem.hf.rope import follows_positions
 from agentmem.hf.support import COVERED, SINKS, describe
 from agentmem.memory.memory import Memory
 from agentmem.memory.state import take
@@ -143,6 +145,55 @@ def require_turning(model: Any) -> None:
     report = _kept(model, model.config, "re-base", _turning)
     if report.reason is not None:
         raise UnsupportedModel(report.reason)
+
+
+def packs(model: Any) -> bool:
+    """Whether a model can be fed several sequences in one line of tokens, each at its own positions.
+
+    Not where positions of one sequence change what another is computed with, or where layers mix neighbouring tokens:
+    families that no test covers are checked once in a process.
+    """
+    config = model.config
+    if follows_positions(config) or "position_ids" not in inspect.signature(model.forward).parameters:
+        return False
+    if config.model_type in COVERED and type(config).__module__.startswith("transformers."):
+        return True
+    return _kept(model, config, "pack", check_packing).passed
+
+
+def check_packing(model: Any) -> CheckReport:
+    """Compare two sequences that share forwards with stock ones of each alone; the given model is not run."""
+    family = model.config.model_type
+    try:
+        with torch.inference_mode(mode=False), torch.no_grad(), _plain():
+            tiny = tiny_model(type(model), model.config)
+            shape = _as_called(tiny, describe(tiny.config, itemsize=4))
+            check = Check("packed", _packed_apart(tiny, shape))
+            _require_passed(check, 0.0)
+    except Exception as error:  # noqa: BLE001  # whatever the model's own code raises, it is fed alone then
+        return CheckReport(family, (), str(error))
+    return CheckReport(family, (check,))
+
+
+def _packed_apart(model: Any, shape: ModelShape) -> float:
+    generator, worst = torch.Generator().manual_seed(3), 0.0
+    texts = [torch.randint(3, VOCABULARY, (1, count), generator=generator) for count in (12, 9)]
+    cuts = ((7, 4), (1, 3), (1, 1), (3, 1))
+    with _capped(model, shape) as first, _capped(model, shape) as second:
+        for view in (first, second):
+            view.memory.bind(1)
+        starts = [0, 0]
+        for cut in cuts:
+            spans = [slice(start, start + count) for start, count in zip(starts, cut, strict=True)]
+            pieces = [text[0, span].tolist() for text, span in zip(texts, spans, strict=True)]
+            wants = [Want(view.engine, ids) for view, ids in zip((first, second), pieces, strict=True)]
+            feed([(want, len(want.ids)) for want in wants])
+            for want, text, span in zip(wants, texts, spans, strict=True):
+                stock = model(text[:, : span.stop], use_cache=False).logits[0, -1]
+                worst = max(worst, _apart(want.result()[1], stock))
+                want.engine.commit()
+            starts = [span.stop for span in spans]
+    return worst
 
 
 def _turning(model: Any) -> CheckReport:

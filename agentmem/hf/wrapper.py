@@ -55,7 +55,7 @@ class Around:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Begin a forward, without inputs that say no more than that there is text; leaving the frame ends it."""
         outer = FRAME.get()
-        FRAME.set(Frame(outer, holds=outer is not None and outer.holds))
+        FRAME.set(Frame(outer))
         inputs = named(self.signature, args, kwargs)
         if not _ours(inputs):
             return None

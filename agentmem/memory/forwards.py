@@ -37,7 +37,7 @@ class Arriving(NamedTuple):
 
 
 class Forwards(Protocol):
-    """The forwards of a model that leave nothing in its cache: ``step`` is what its layers attend with."""
+    """The forwards of a model with a cache of ours: ``step`` is what its layers attend with."""
 
     def run(self, ids: Sequence[int], start: int, step: Adopt | Transient) -> None:
         """Run the decoder over ids at positions ``start, start + 1, …``."""
@@ -47,6 +47,9 @@ class Forwards(Protocol):
 
     def logits(self, ids: Sequence[int], start: int, step: Transient) -> torch.Tensor:
         """Run the whole model likewise: the logits ``[n, V]`` after every id."""
+
+    def packed(self, ids: Sequence[int], positions: Sequence[int], ends: Sequence[int], step: Packed) -> torch.Tensor:
+        """Run the whole model over ids of several sequences: the logits ``[n, V]`` after those at ``ends``."""
 
 
 class Append:
@@ -108,6 +111,43 @@ class Append:
 def _warn_of_positions(row: Row, before: int, limit: int | None) -> None:
     if limit is not None and before <= limit < row.next_position:
         log_events.positions_passed(row=row.index, tokens_seen=row.seen, positions=limit)
+
+
+class Packed:
+    """Tokens that stay, of several memories of one row each; each memory's own :class:`Append` commits its part.
+
+    A token attends to the slots of its own memory and, causally, to the tokens of its own memory beside it.
+    """
+
+    def __init__(self, appends: Sequence[Append]) -> None:
+        """Room for the tokens must have been made. The line of tokens is in the order of ``appends``."""
+        self.attended = 0
+        """Layers that have attended."""
+        self._parts: list[tuple[Memory, Row, slice]] = []
+        start = 0
+        for append in appends:
+            (arriving,) = append.arriving
+            span = slice(start, start + len(arriving.ids))
+            self._parts.append((append.memory, append.memory.rows[0], span))
+            start = span.stop
+
+    def attend(
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Append the tokens' slots and attend: ``queries [1, Hq, q, d]`` → ``[1, q, Hq, dv]``."""
+        self.attended += 1
+        asked, key, value = queries[0], keys[0], values[0]
+        output = queries.new_empty(1, queries.shape[2], queries.shape[1], values.shape[-1])
+        for memory, row, span in self._parts:
+            part = append_row(memory, row, layer, asked[:, span], key[:, span], value[:, span], scale, sinks)
+            output[0, span] = part.transpose(0, 1)
+        return output
 
 
 class Scratch:

@@ -32,7 +32,7 @@ def own_state() -> AbstractContextManager[None]:
     Costs next to nothing where the caller has set neither. The default dtype belongs to the whole process, so it is
     left alone: our code names the dtype of what it makes.
     """
-    state = _now()
+    state = torch_state()
     return nullcontext() if not state.autocast and state.device.type == "cpu" else _put_aside(state)
 
 
@@ -62,7 +62,8 @@ def computing_dtype(tensor: torch.Tensor) -> torch.dtype:
     return tensor.dtype
 
 
-def _now() -> _State:
+def torch_state() -> _State:
+    """What the thread has set now."""
     on = tuple((kind, torch.get_autocast_dtype(kind)) for kind in _TYPES if torch.is_autocast_enabled(kind))
     return _State(on, torch.get_default_device())
 

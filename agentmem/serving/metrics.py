@@ -39,6 +39,10 @@ class _Moment(Collector):
             ("agentmem_conversations", "Held, in memory, on disk or kept.", len(self._conversations)),
             ("agentmem_turns", "Requests to the model that run or wait.", len(self._turns)),
             ("agentmem_waiting", "Turns that wait for their lease.", stats.waiting),
+            ("agentmem_feeding", "Turns that wait for the next forward.", stats.feeding),
+            ("agentmem_sequences_per_forward", "Sessions that a forward fed, lately.", stats.sequences_per_forward),
+            ("agentmem_tokens_per_second", "Fed to the model, lately, while it ran.", stats.tokens_per_second),
+            ("agentmem_pause_p95_seconds", "Compactions, lately: 95th percentile.", stats.pause_p95_seconds),
         ):
             yield GaugeMetricFamily(name, text, value)
         sessions = GaugeMetricFamily("agentmem_sessions", "Sessions by state.", labels=["state"])

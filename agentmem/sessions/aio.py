@@ -1,7 +1,7 @@
 """The same turns for asyncio: forwards on the model's own thread, waiting for a lease, cancellation. No other logic.
 
 The event loop is never blocked: every step of a turn (a forward, or a compaction) runs on the one thread of its model.
-A step is made only when the consumer asks for the next event, so nothing queues up behind a slow one.
+A turn goes on only when the consumer has taken all events so far, so nothing queues up behind a slow one.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from agentmem.errors import RuntimeBusy
-from agentmem.sessions import ingestion
+from agentmem.sessions import ingestion, turn
 from agentmem.sessions.arguments import check_seconds
 from agentmem.sessions.events import CompactionFinished, Event, TurnFailed
 from agentmem.sessions.turn_steps import Steps
@@ -26,6 +26,7 @@ from agentmem.sessions.turn_steps import Steps
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from agentmem.engine import Want
     from agentmem.reporting.report import CompactionReport
     from agentmem.sessions.chat.dialogue import Message
     from agentmem.sessions.conversation import Conversation, Host
@@ -168,33 +169,55 @@ async def _try(session: Conversation, turn: object) -> bool:
 
 
 async def _driven(
-    session: Conversation, make: Callable[[], Generator[Event | None, None, None]], seconds: float | None
+    session: Conversation, make: Callable[[], turn.Steps], seconds: float | None
 ) -> AsyncGenerator[Event, None]:
     until = None if seconds is None else time.monotonic() + seconds
-    events, turn = make(), object()  # a generator, which does nothing yet
-    await admitted(session, turn, until)
-    steps = Steps(session, events, until)
+    made, begun = make(), object()  # a generator, which does nothing yet
+    await admitted(session, begun, until)
+    steps = Steps(session, made, until)
     try:
         while not steps.over:
-            event = await _run(session, steps.tick, steps.cancel)
-            if event is not None:
+            for event in await _run(session, steps.events, steps.cancel):
                 yield event
+            if steps.want is not None:
+                await _fed(session, steps.want)
     except Exception as error:
         yield TurnFailed(error=type(error).__name__, message=str(error))
         raise
     finally:
         steps.cancel()
-        await _closed(session, steps, turn)
+        await _closed(session, steps, begun)
 
 
-async def _closed(session: Conversation, steps: Steps, turn: object) -> None:
+async def _fed(session: Conversation, want: Want) -> None:
+    """Wait until what a turn wants was fed; whoever finds that it is time has the model's thread feed everybody."""
+    scheduler, loop, woken = session.runtime.scheduler, asyncio.get_running_loop(), asyncio.Event()
+
+    def wake() -> None:
+        with suppress(RuntimeError):  # the loop was closed
+            loop.call_soon_threadsafe(woken.set)
+
+    want.wake = wake
+    scheduler.submit(want)
+    while not want.done:
+        woken.clear()
+        pause = scheduler.pause()
+        if pause > 0:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await woken.wait()
+        else:
+            await _run(session, lambda: scheduler.step(want))
+
+
+async def _closed(session: Conversation, steps: Steps, begun: object) -> None:
     """End a turn in order even when the task that had it is being cancelled."""
 
     def close() -> None:
         try:
             steps.close()
         finally:
-            session.runtime.end(session, turn)
+            session.runtime.end(session, begun)
 
     future = _submitted(session, close)
     await _ended(future)

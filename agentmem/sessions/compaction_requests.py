@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
 
 from agentmem.compaction.request import Request
 from agentmem.errors import SettingsRefused
@@ -11,12 +10,11 @@ from agentmem.memory.pinning import promote
 from agentmem.sessions import turn
 from agentmem.sessions.chat.vocabulary import tokens
 from agentmem.sessions.conversation import Conversation, Interrupted
-from agentmem.sessions.events import Event
 
 
 def compacting(
     session: Conversation, focus: str, target: float | None, policy: str | None, *, force: bool
-) -> Generator[Event | None, None, None]:
+) -> turn.Steps:
     """The events of a compaction now; see :meth:`agentmem.sessions.session.Session.compact`."""
     try:
         yield from turn.read(session)

@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 
+from agentmem.engine import Want
 from agentmem.errors import MemoryClosed
 from agentmem.sessions.chat.dialogue import Dialogue
 from agentmem.sessions.transcript import Entry
 
 if TYPE_CHECKING:
     from collections import deque
-    from collections.abc import Callable, MutableSequence
+    from collections.abc import Callable, MutableSequence, Sequence
     from contextlib import AbstractContextManager
     from itertools import count
     from pathlib import Path
     from weakref import WeakKeyDictionary
 
-    from agentmem.engine import Engine
+    from agentmem.engine import Engine, Scheduler
     from agentmem.hf import CappedCache
     from agentmem.memory.memory import Memory
     from agentmem.memory.pins import Pins
@@ -101,8 +102,14 @@ class Host(Protocol):
 
     model: Any
     tokenizer: Any
-    lock: Any
-    """Held while the model computes or memories move."""
+    scheduler: Scheduler
+    """Of the model, whatever runtimes it has; its lock is held while the model computes or memories move."""
+    max_batch_tokens: int
+
+    @property
+    def packs(self) -> bool:
+        """Whether the model can be fed several sequences in one forward."""
+
     guard: Any
     """Held for an instant, while it is written down who holds what."""
     leases: Leases
@@ -194,8 +201,15 @@ class Conversation:
         """Ids that the memory has not consumed yet."""
         return list(self.ids[self.holding.seen :])
 
+    def want(self, ids: Sequence[int]) -> Want:
+        """Have ids fed next: what is yielded to whoever drives the turn."""
+        runtime = self.runtime
+        priority, most, alone = self.settings.priority, runtime.max_batch_tokens, not runtime.packs
+        return Want(self.engine, ids, self, priority, most, alone)
+
     def compacted(self, report: CompactionReport) -> None:
         """Take note of a compaction."""
+        self.runtime.scheduler.paused(report.seconds)
         if report.summary is not None:
             made = report.summary
             self.entries = [entry for entry in self.entries if not entry.replaced(made)]

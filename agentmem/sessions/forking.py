@@ -19,7 +19,7 @@ _TAKEN: list[Any] = []
 def _before() -> None:
     """Wait for what runs now: the child must not find memories half changed, nor locks that nobody gives back."""
     runtimes = list(RUNTIMES)
-    for lock in [*(each.lock for each in runtimes), *(each.guard for each in runtimes), aio.GUARD]:
+    for lock in [*(each.scheduler.lock for each in runtimes), *(each.guard for each in runtimes), aio.GUARD]:
         lock.acquire()
         _TAKEN.append(lock)
 
@@ -34,6 +34,7 @@ def _in_child() -> None:
     aio.THREADS.clear()
     for runtime in list(RUNTIMES):
         runtime.waiters.clear()
+        runtime.scheduler.forget()
         for holding in runtime.leases.holdings:
             holding.inherit(runtime.folder)
     _after()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from agentmem.errors import SettingsRefused
@@ -17,7 +16,6 @@ from agentmem.sessions.chat.text_decoder import TextPieces
 from agentmem.sessions.chat.vocabulary import check_known, tokens
 from agentmem.sessions.compaction_requests import request_of
 from agentmem.sessions.conversation import Conversation, Interrupted, Reply
-from agentmem.sessions.events import Event
 from agentmem.sessions.options import TARGET, How
 from agentmem.sessions.transcript import Entry
 from agentmem.sessions.turn import After
@@ -29,7 +27,7 @@ if TYPE_CHECKING:
     from agentmem.sessions.chat.template import ChatTemplate
 
 
-def messages(session: Conversation, given: Sequence[Message], how: How) -> Generator[Event | None, None, None]:
+def messages(session: Conversation, given: Sequence[Message], how: How) -> turn.Steps:
     """Read messages through the chat template; an open reply ends where it is."""
     closed = _closed(session)
     dialogue, delta = template(session).append(closed, *given)
@@ -43,7 +41,7 @@ def messages(session: Conversation, given: Sequence[Message], how: How) -> Gener
     yield from _read(session, after)
 
 
-def text(session: Conversation, given: str | Sequence[int], how: How) -> Generator[Event | None, None, None]:
+def text(session: Conversation, given: str | Sequence[int], how: How) -> turn.Steps:
     """Read a text, or ids, as they are; an open reply ends where it is."""
     ids = _ids(session, given)
     start = len(session.ids)
@@ -57,7 +55,7 @@ def text(session: Conversation, given: str | Sequence[int], how: How) -> Generat
     yield from _read(session, after)
 
 
-def _read(session: Conversation, after: After | None) -> Generator[Event | None, None, None]:
+def _read(session: Conversation, after: After | None) -> turn.Steps:
     reply = Reply(reason="read")
     try:
         yield from turn.read(session, after)
@@ -94,7 +92,7 @@ def begin_reply(session: Conversation, options: dict[str, Any]) -> Decoding:
         return prepare(session.view, session.ids, session.tokenizer, options)
 
 
-def replying(session: Conversation, options: dict[str, Any], *, keep_open: bool) -> Generator[Event | None, None, None]:
+def replying(session: Conversation, options: dict[str, Any], *, keep_open: bool) -> turn.Steps:
     """The events of a reply, for whoever drives them; see :meth:`agentmem.sessions.session.Session.events`."""
     decoding = begin_reply(session, options)
     reply = session.last = session.reply or Reply()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from collections import deque
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING, Any, Self, get_args
 from weakref import WeakKeyDictionary
 
 from agentmem import hf, plugins
 from agentmem.api import open_memory
+from agentmem.engine import Scheduler
 from agentmem.errors import CapTooSmall, CopyRefused, MemoryClosed, SettingsRefused
 from agentmem.language import Language
 from agentmem.memory.memory import unwatched
@@ -43,8 +45,8 @@ if TYPE_CHECKING:
     from agentmem.sessions.chat.template import Tool
     from agentmem.sessions.hooks import AfterCompact, BeforeCompact
 
-_LOCKS: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
-"""By model: whoever runs it has its lock, so that runtimes of one model run one forward at a time together."""
+_SCHEDULERS: WeakKeyDictionary[Any, Scheduler] = WeakKeyDictionary()
+"""By model, so that runtimes of one model run one forward at a time together."""
 
 
 class Runtime:
@@ -53,7 +55,7 @@ class Runtime:
     A session has a *lease*, its share of the cap; it is charged while a turn runs. When another session needs the
     bytes, idle memories are preempted in stages: their free room is taken (nothing is lost), they are compacted further
     (their policy's loss), they are moved to disk (nothing is lost). They come back when they are used. The model runs
-    one forward at a time.
+    one forward at a time, which feeds all turns that wait for one (:mod:`agentmem.engine.scheduler`).
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Runtime:
         spill: str | os.PathLike[str] | None = None,
         wait: float = 60.0,
         max_waiting: int = 256,
+        max_batch_tokens: int = 256,
         **settings: Any,
     ) -> None:
         """Attach nothing yet.
@@ -81,6 +84,8 @@ class Runtime:
                 ``agentmem-USER`` among the system's temporary ones.
             wait: seconds that a stream waits for its lease.
             max_waiting: streams that may wait at once; more are refused at once.
+            max_batch_tokens: tokens of a forward that feeds several sessions: replies' next tokens first, then pieces
+                of texts that are read. Fewer keep replies flowing while a long text is read.
             settings: defaults of the sessions' :class:`SessionSettings` and :class:`agentmem.settings.Settings`.
 
         Raises:
@@ -93,6 +98,8 @@ class Runtime:
         self.cap, self.wait, self.max_waiting, self.defaults = parse_bytes(cap, "cap"), wait, max_waiting, settings
         check_seconds("wait", wait, 0)
         check_count("max_waiting", max_waiting)
+        check_count("max_batch_tokens", max_batch_tokens, 1)
+        self.max_batch_tokens = max_batch_tokens
         check_settings(settings)
         SessionSettings.of(**split(settings)[0]).lease(self.cap)
         plugins.policy(policy)  # sessions make their own: some policies keep what they looked up for a model
@@ -101,8 +108,8 @@ class Runtime:
             check_place("spill", spill)
         self.leases = Leases(self.cap, pressure)
         self.sessions: list[Session] = []
-        self.lock = _LOCKS.setdefault(self.model, threading.RLock())
-        """Held while the model computes or memories move; nobody waits for it on an event loop's thread."""
+        self.scheduler = _SCHEDULERS.setdefault(self.model, Scheduler())
+        """Its lock is held while the model computes or memories move; no event loop's thread waits for it."""
         self.guard = threading.RLock()
         """Held for an instant, while it is written down who holds what."""
         self.waiters: deque[Callable[[], None]] = deque()
@@ -217,6 +224,11 @@ class Runtime:
             self.sessions.append(other)
         return other
 
+    @cached_property
+    def packs(self) -> bool:
+        """Whether the model can be fed several sequences in one forward."""
+        return hf.packs(self.model)
+
     # ---- leases
 
     @contextmanager
@@ -257,7 +269,7 @@ class Runtime:
     def try_admit(self, session: Session, turn: object) -> bool:
         """Give a session its lease for a turn if there is room for it, or can be made."""
         admitted = False
-        with self.lock:
+        with self.scheduler.lock:
             try:
                 self.begin(session, turn)
                 admitted = lend(self, session)
@@ -333,7 +345,7 @@ class Runtime:
 
     def forget(self, session: Session) -> None:
         """See :meth:`Session.close`."""
-        with self.lock, self.guard:
+        with self.scheduler.lock, self.guard:
             if session.closed:
                 return
             session.closed = True
@@ -347,7 +359,7 @@ class Runtime:
     def close(self) -> None:
         """Close all sessions and leave the model as it was; closing twice does nothing."""
         self._closed = True
-        with self.lock:
+        with self.scheduler.lock:
             for session in list(self.sessions):
                 self.forget(session)
             self._spill.close()
@@ -372,6 +384,7 @@ class Runtime:
         with self.guard:
             busy = [session.busy for session in self.sessions]
             here = [session.holding.memory is not None for session in self.sessions]
+            figures = self.scheduler.figures()
             return RuntimeStats(
                 cap_bytes=self.cap,
                 charged_bytes=self.leases.charged,
@@ -379,6 +392,12 @@ class Runtime:
                 idle=sum(memory and not active for memory, active in zip(here, busy, strict=True)),
                 on_disk=len(here) - sum(here),
                 waiting=len(self.waiters),
+                feeding=figures.waiting,
+                sequences_per_forward=figures.sequences,
+                tokens_per_second=figures.tokens_per_second,
+                pause_p50_seconds=figures.pauses[0],
+                pause_p95_seconds=figures.pauses[1],
+                pause_max_seconds=figures.pauses[2],
             )
 
     def _open_or_raise(self) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
     from agentmem.reporting.report import CompactionReport
+    from agentmem.sessions import turn
 
 T = TypeVar("T")
 
@@ -208,9 +209,7 @@ class Session(Conversation):
         with self.runtime.turn(self, brief=True):
             ingestion.say(self, text)
 
-    def _drive(
-        self, make: Callable[[], Generator[Event | None, None, None]], deadline: float | None
-    ) -> Generator[Event, None, None]:
+    def _drive(self, make: Callable[[], turn.Steps], deadline: float | None) -> Generator[Event, None, None]:
         with self.runtime.turn(self):
             steps = Steps(self, make(), None if deadline is None else time.monotonic() + deadline)
             try:  # twice, should an interrupt come between

@@ -52,6 +52,8 @@ class SessionSettings(BaseModel):
     """Likewise what this regular expression matches in messages that are appended."""
     history: Literal["keep", "refuse"] = "keep"
     """Where the chat template would rewrite what the memory holds: keep the memory's, or refuse."""
+    priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    """When more turns wait than a forward can feed, those of higher priority are fed first."""
     soft: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     """A ``before_compact`` hook is asked when less than this part of the capacity is free."""
     seed: Seed | None = None

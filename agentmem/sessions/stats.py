@@ -81,3 +81,14 @@ class RuntimeStats(BaseModel):
     idle: int
     on_disk: int
     waiting: int
+    """Turns that wait for a lease."""
+    feeding: int
+    """Turns that wait for the next forward; this and what follows counts all runtimes of the model."""
+    sequences_per_forward: float
+    """Sessions that a forward fed, on average over the newest."""
+    tokens_per_second: float
+    """Tokens that were read and written while the newest forwards ran, per second of theirs."""
+    pause_p50_seconds: float
+    """What one of the newest compactions took, during which no session is fed: the median."""
+    pause_p95_seconds: float
+    pause_max_seconds: float

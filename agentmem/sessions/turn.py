@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from agentmem.compaction.request import USUAL, Request
-from agentmem.engine import in_turn
+from agentmem.engine import Want, in_turn
 from agentmem.errors import TurnEnded
-from agentmem.hf.decoding import Decoding, choose, feed
+from agentmem.hf.decoding import Decoding, choose
 from agentmem.memory.pinning import pin_coming
 from agentmem.sessions.chat.text_decoder import TextPieces
 from agentmem.sessions.conversation import Conversation, Interrupted, Reply
@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from agentmem.memory.memory import Memory
     from agentmem.reporting.report import CompactionReport
 
-Events = Generator[Event | None, None, None]
-"""What happens in a turn; ``None`` after a forward without an event, so that other turns can have theirs."""
+Step = Event | Want
+"""What a turn yields: what has happened, or tokens that must have been fed before it goes on."""
+Steps = Generator[Step, None, None]
 LEAST_SPAN = 16
 """Tokens of a span that is compacted after it was read, at least."""
 
@@ -56,8 +57,8 @@ class After:
 
 def read(
     session: Conversation, after: After | None = None, *, leave: int = 1
-) -> Generator[Event | None, None, torch.Tensor | None]:
-    """Feed what is pending but for the last ``leave`` ids; yields the events of compactions.
+) -> Generator[Step, None, torch.Tensor | None]:
+    """Have what is pending fed but for the last ``leave`` ids; yields the events of compactions.
 
     Between turns the last id is always left: the forward that a reply begins with needs one, and not every chat
     template has a generation prompt. Without it (``leave=0``), returns the logits after the last token; the last
@@ -68,19 +69,19 @@ def read(
         yield from make_room(session)
         session.watch.check()
         width = session.engine.piece([[True] * count], _piece(memory, after))
-        holds = not leave and width == count
-        logits = feed(session.view, waiting[:width], holds=holds)
-        if holds:
+        want = session.want(waiting[:width])
+        yield want
+        fed, logits = want.result()
+        if not leave and fed == count:
             return logits
+        session.engine.commit()
         yield from rebased(session)
         if after is not None:
-            yield from _compact_span(session, after, last=width == count)
-        if width < count:
-            yield None
+            yield from _compact_span(session, after, last=fed == count)
     return None
 
 
-def rebased(session: Conversation) -> Events:
+def rebased(session: Conversation) -> Steps:
     """What was re-based since the last call."""
     yield from (Rebased(report=report) for report in session.new_rebases())
 
@@ -94,7 +95,7 @@ def _piece(memory: Memory, after: After | None) -> int:
     return max(LEAST_SPAN, min(most, probe or most, memory.plan.target))
 
 
-def _compact_span(session: Conversation, after: After, *, last: bool) -> Events:
+def _compact_span(session: Conversation, after: After, *, last: bool) -> Steps:
     """Compact what has been read of a text and has left the recent window, less what is pinned."""
     row = session.memory.rows[0]
     start = row.compactable(after.start, session.memory.plan.prefix)
@@ -104,7 +105,7 @@ def _compact_span(session: Conversation, after: After, *, last: bool) -> Events:
         yield from compact(session, after.request(start, tokens), forced=False)
 
 
-def make_room(session: Conversation) -> Events:
+def make_room(session: Conversation) -> Steps:
     """Compact where the row is full, or nearly so and a hook wants to know."""
     memory, row = session.memory, session.memory.rows[0]
     if not session.engine.automatic:
@@ -127,9 +128,7 @@ def make_room(session: Conversation) -> Events:
         )
 
 
-def compact(
-    session: Conversation, request: Request, *, forced: bool
-) -> Generator[Event | None, None, CompactionReport | None]:
+def compact(session: Conversation, request: Request, *, forced: bool) -> Generator[Step, None, CompactionReport | None]:
     """Compact now; returns the report, ``None`` where there was nothing to reclaim."""
     engine, row = session.engine, session.memory.rows[0]
     report: CompactionReport | None = None
@@ -151,7 +150,7 @@ def compact(
     return report
 
 
-def write(session: Conversation, reply: Reply, decoding: Decoding, *, keep_open: bool) -> Events:
+def write(session: Conversation, reply: Reply, decoding: Decoding, *, keep_open: bool) -> Steps:
     """Decode until the reply ends; ``reply`` is filled on the way, so that it is there however the turn ends.
 
     A character that is incomplete at the end is shown as it is, unless the reply goes on.
@@ -169,7 +168,7 @@ def write(session: Conversation, reply: Reply, decoding: Decoding, *, keep_open:
         yield TextEvent(text=rest)
 
 
-def _decode(session: Conversation, reply: Reply, decoding: Decoding, pieces: TextPieces) -> Events:
+def _decode(session: Conversation, reply: Reply, decoding: Decoding, pieces: TextPieces) -> Steps:
     reason: Reason | None = None
     while reason is None:
         logits = yield from read(session, leave=0)

@@ -42,7 +42,7 @@ def opened(model: Any) -> Any:
     fork = session.fork()
     tiny_chat.on(fork, 2)
     away = tiny_chat.filled(made, 30)
-    with made.lock:
+    with made.scheduler.lock:
         away.holding.preempt("disk", made.folder)
     return made
 

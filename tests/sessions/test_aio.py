@@ -17,7 +17,8 @@ import torch
 from agentmem import plugins
 from agentmem.contracts import Compaction, Compactor, Policy, Segment, SegmentShape
 from agentmem.errors import MemoryClosed, SettingsRefused, UnsupportedGeneration
-from agentmem.sessions import Event, Session, TokenEvent, TurnFailed, TurnFinished, turn
+from agentmem.hf.forwards import ModelForwards
+from agentmem.sessions import Event, Session, TokenEvent, TurnFailed, TurnFinished
 from support import tiny_chat
 
 LAYERS = 3
@@ -47,15 +48,15 @@ def calling(name: str, call: Callable[[int], object]) -> Policy:
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The threads of the forwards that feed tokens, one entry a forward."""
+    """The threads of the forwards that feed tokens, one entry for each session that a forward feeds."""
     threads: list[int] = []
-    feed = turn.feed
+    packed = ModelForwards.packed
 
-    def watched(*args: Any, **options: Any) -> torch.Tensor:
-        threads.append(threading.get_ident())
-        return feed(*args, **options)
+    def watched(self: ModelForwards, ids: Any, positions: Any, ends: Any, step: Any) -> torch.Tensor:
+        threads.extend([threading.get_ident()] * len(ends))
+        return packed(self, ids, positions, ends, step)
 
-    monkeypatch.setattr(turn, "feed", watched)
+    monkeypatch.setattr(ModelForwards, "packed", watched)
     return threads
 
 

@@ -37,7 +37,12 @@ def test_a_fault_in_the_head_leaves_something_to_read(error: BaseException, step
 
 
 LINES = (
-    ("decoding.py", "feed", "logits: torch.Tensor"),
+    ("hf/forwards.py", "packed", "logits: torch.Tensor"),
+    ("engine/feeding.py", "_begun", "append.columns ="),
+    ("engine/feeding.py", "_run", "part.want.outcome = Outcome(part.tokens"),
+    ("engine/scheduler.py", "submit", "self._arrived"),
+    ("engine/scheduler.py", "_ended", "self._waiting ="),
+    ("engine/scheduler.py", "_ended", "self._expected ="),
     ("memory/forwards.py", "commit", "for row, each in zip"),
     ("memory/forwards.py", "commit", "memory.progress.consumed ="),
     ("compaction/run.py", "_give_headroom", "self.row.change"),
@@ -45,7 +50,7 @@ LINES = (
     ("memory/store.py", "_release", "self.ledger.release"),
     ("runtime.py", "end", "session.turn = None"),
     ("runtime.py", "try_admit", "admitted = lend"),
-    ("sessions/turn_steps.py", "close", "with self._session.runtime.lock"),
+    ("sessions/turn_steps.py", "close", "with scheduler.lock"),
 )
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from agentmem.errors import RuntimeBusy
-from agentmem.sessions import TokenEvent, turn
+from agentmem.hf.forwards import ModelForwards
+from agentmem.sessions import TokenEvent
 from support import tiny_chat
 
 
@@ -24,8 +25,10 @@ async def until(invariant: Callable[[], bool]) -> None:
 async def test_a_long_prompt_lets_other_turns_have_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     """While one session reads a prompt of many pieces, another writes a token after every piece of it or two."""
     fed: list[int] = []
-    feed = turn.feed
-    monkeypatch.setattr(turn, "feed", lambda view, ids, **more: (fed.append(len(ids)), feed(view, ids, **more))[1])
+    packed = ModelForwards.packed
+    monkeypatch.setattr(
+        ModelForwards, "packed", lambda self, ids, *more: (fed.append(len(ids)), packed(self, ids, *more))[1]
+    )
     with tiny_chat.runtime(2, "full", slots=900) as made:
         writer, reader = tiny_chat.filled(made, 20), made.session()
         between: list[int] = []

@@ -177,6 +177,9 @@ def passed(family: str, folder: Path) -> str:
     report = checked(family)
     assert report.passed, report.reason
     assert report.sinks == (family in SINKS)
+    assert hf.packs(model(family))
+    packed = hf.check_packing(model(family))
+    assert packed.passed, packed.reason
     forked_and_saved(family, folder)
     ours, stock = in_bfloat16(family)
     assert ours <= 2 * stock

@@ -59,12 +59,12 @@ agentmem check Qwen/Qwen3-0.6B
 ## Tested
 
 Every family of these tables passes all of it: prefill, pieces, decoding, left-padded batches, `generate`, two
-compactions; forks and snapshots of a compacted session, which go on as it does; and bfloat16, whose logits are at most
-twice as far from float32 as stock's, at the median token. *Layers* are what the default config has: full attention is
-compacted, sliding windows are held whole. *Re-basing* is `rebase=True`, which turns stored keys to lower positions;
-before it is used, the keys of one token at two positions show whether that is exact. *Up to its positions*: learned
-positions end in an `IndexError` as in stock, and a probe that would pass them is replaced by eviction, which the report
-says.
+compactions; two sequences in one forward, as sessions are fed; forks and snapshots of a compacted session, which go on
+as it does; and bfloat16, whose logits are at most twice as far from float32 as stock's, at the median token. *Layers*
+are what the default config has: full attention is compacted, sliding windows are held whole. *Re-basing* is
+`rebase=True`, which turns stored keys to lower positions; before it is used, the keys of one token at two positions
+show whether that is exact. *Up to its positions*: learned positions end in an `IndexError` as in stock, and a probe
+that would pass them is replaced by eviction, which the report says.
 
 """
 _LATENT = """

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from agentmem.engine import Engine
-from agentmem.memory.forwards import Adopt, Scratch, Transient
+from agentmem.memory.forwards import Adopt, Packed, Scratch, Transient
 from agentmem.memory.memory import Memory
 
 Run = Callable[[Sequence[int], int, Adopt | Transient], None]
@@ -30,6 +30,10 @@ class Forwards:
         raise NotImplementedError
 
     def logits(self, ids: Sequence[int], start: int, step: Transient) -> torch.Tensor:
+        """There are none."""
+        raise NotImplementedError
+
+    def packed(self, ids: Sequence[int], positions: Sequence[int], ends: Sequence[int], step: Packed) -> torch.Tensor:
         """There are none."""
         raise NotImplementedError
 

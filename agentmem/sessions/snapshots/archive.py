@@ -31,7 +31,7 @@ def save(runtime: Host, session: Conversation, url: str | os.PathLike[str]) -> N
     leased = not session.holding.quiet  # else nothing is to be done but to read
     with runtime.turn(session, brief=True, leased=leased):
         identity = _identity(runtime, session)
-        with runtime.lock, reporting_compactions(runtime, session.holding):
+        with runtime.scheduler.lock, reporting_compactions(runtime, session.holding):
             image, tensors = take_row(session.holding.finished(), runtime.model.dtype)
         made = _made_of(session, _template_of(runtime, session))
         beside = saved(session)

@@ -228,7 +228,7 @@ async def test_sixteen_sessions_under_a_cap_for_four(monkeypatch: pytest.MonkeyP
             return admitted
 
         def audited() -> None:
-            with made.lock:
+            with made.scheduler.lock:
                 tiny_chat.audit(made)
 
         monkeypatch.setattr(made, "try_admit", noted)

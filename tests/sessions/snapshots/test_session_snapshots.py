@@ -85,7 +85,7 @@ def test_trim_disk_and_coming_back_lose_nothing(kind: str) -> None:
         session, twin = (tiny_chat.filled(made, 40, name=name) for name in ("away", "here"))
         for round_, stage in enumerate(("trim", "disk", "trim", "disk")):
             charged = session.stats.charged_bytes
-            with made.lock:
+            with made.scheduler.lock:
                 session.holding.preempt(stage, made.folder)  # type: ignore[arg-type]
             assert session.stats.charged_bytes < charged
             assert session.stats.state == ("on disk" if stage == "disk" else "idle")

@@ -6,8 +6,8 @@ the model's lock, feeds everybody (:func:`agentmem.engine.feeding.feed`), and th
 Order: turns that were passed over :data:`PATIENCE` times, then higher priorities, then single tokens (replies) before
 texts that are read, then who asked first. A forward takes single tokens first and fills up with pieces of texts, as
 many tokens as every one of its turns allows (``most``); a turn that is alone is fed whole. Turns that were fed last are
-waited for, but no longer than :data:`LINGER` seconds after anybody came, so that those who think at the same speed stay
-together.
+waited for, so that those who think at the same speed stay together; but when nobody has come for :data:`LINGER`
+seconds, or :data:`SHARE` of the last forward's, whoever is there is fed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from agentmem.engine.feeding import Want
 
 LINGER = 0.004
-"""Seconds that a forward waits for turns of the last one after anybody came: a small part of a forward."""
+"""Seconds that a forward waits at least for turns of the last one after anybody came."""
+SHARE = 0.1
+"""What part of the last forward's time it waits for them otherwise."""
 PATIENCE = 4
 """Forwards that may pass a turn over before it comes first."""
 
@@ -104,7 +106,8 @@ class Scheduler:
         with self._changed:
             if not self._expected:
                 return 0.0
-            return max(0.0, self._came + LINGER - time.monotonic())
+            linger = max([LINGER, *(SHARE * each.seconds for each in list(self.recent)[-1:])])
+            return max(0.0, self._came + linger - time.monotonic())
 
     def step(self, want: Want) -> None:
         """Run a forward on this thread, unless the want has its outcome by then, or it is not yet time."""

@@ -16,7 +16,7 @@ from agentmem.sessions.transcript import Entry
 
 if TYPE_CHECKING:
     from collections import deque
-    from collections.abc import Callable, MutableSequence, Sequence
+    from collections.abc import MutableSequence, Sequence
     from contextlib import AbstractContextManager
     from itertools import count
     from pathlib import Path
@@ -97,6 +97,15 @@ class Before:
     pins: Pins | None
 
 
+class Place(Protocol):
+    """A turn's place in the queue for leases; called, from any thread, to have it try again."""
+
+    tried: bool
+    """Whether it has tried in vain, and waits."""
+
+    def __call__(self) -> None: ...  # noqa: D102
+
+
 class Host(Protocol):
     """What conversations, and whoever moves their memories, need of the runtime; :class:`Runtime` is the only one."""
 
@@ -119,7 +128,7 @@ class Host(Protocol):
     templates: WeakKeyDictionary[ChatTemplate, str]
     wait: float
     max_waiting: int
-    waiters: deque[Callable[[], None]]
+    waiters: deque[Place]
     sessions: list[Any]
 
     def session(self, *args: Any, **settings: Any) -> Any:

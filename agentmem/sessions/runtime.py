@@ -37,12 +37,13 @@ from agentmem.settings import parse_bytes
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from agentmem.contracts import Policy
     from agentmem.memory.memory import Memory
     from agentmem.sessions.chat.template import Tool
+    from agentmem.sessions.conversation import Place
     from agentmem.sessions.hooks import AfterCompact, BeforeCompact
 
 _SCHEDULERS: WeakKeyDictionary[Any, Scheduler] = WeakKeyDictionary()
@@ -112,7 +113,7 @@ class Runtime:
         """Its lock is held while the model computes or memories move; no event loop's thread waits for it."""
         self.guard = threading.RLock()
         """Held for an instant, while it is written down who holds what."""
-        self.waiters: deque[Callable[[], None]] = deque()
+        self.waiters: deque[Place] = deque()
         """Turns that wait for a lease, the first to be served first; called to have one try again."""
         self.identity = Identity(self.model, tokenizer)
         self._spill = Spill(None if spill is None else local_path(spill))
@@ -261,7 +262,8 @@ class Runtime:
             RuntimeBusy: others are in mid-turn and hold the cap, or wait for it.
 
         """
-        waiting = 0 if brief else len(self.waiters)
+        places = list(self.waiters)  # whoever has not tried yet may find room at once, and keeps nobody from trying
+        waiting = len(places) if places and places[0].tried and not brief else 0
         if waiting or not self.try_admit(session, turn):
             active = sum(each.busy for each in list(self.sessions))
             raise self.leases.refusal(session.name, session.holding.lease, active, waiting)

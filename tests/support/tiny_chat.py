@@ -65,7 +65,11 @@ def lease(policy: str | Policy = "am-halving", on: Any = None, slots: int = SLOT
 
 def runtime(sessions: float = 1, policy: str | Policy = "am-halving", on: Any = None, **options: Any) -> Runtime:
     """A runtime whose cap is so many leases (of 64 slots per head, unless said otherwise): its sessions' share."""
-    own = {name: options.pop(name) for name in ("pressure", "spill", "wait", "max_waiting") if name in options}
+    own = {
+        name: options.pop(name)
+        for name in ("pressure", "spill", "wait", "max_waiting", "max_batch_tokens")
+        if name in options
+    }
     share = lease(policy, on, options.pop("slots", SLOTS), **options)
     settings = SETTINGS | options
     cap = int(share * sessions)

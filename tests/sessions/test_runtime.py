@@ -282,7 +282,7 @@ def test_two_runtimes_share_a_model() -> None:
     left.close()
     list(turns[1])
     assert list(sessions[1].ids[-12:]) == expected
-    assert left.lock is right.lock
+    assert left.scheduler is right.scheduler
     right.close()
 
 

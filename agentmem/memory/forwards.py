@@ -70,6 +70,10 @@ class Append:
     ) -> torch.Tensor:
         """Append the tokens' slots and attend: ``queries [B, Hq, q, d]`` → ``[B, q, Hq, dv]``."""
         memory = self.memory
+        if self.whole and queries.shape[2] == 1:
+            parts = [(memory, row) for row in memory.rows]
+            asked, key, value = (each[:, :, 0] for each in (queries, keys, values))
+            return append_each(parts, layer, asked, key, value, scale, sinks).unsqueeze(1)
         if len(self.arriving) == 1 and self.whole:
             output = append_row(memory, memory.rows[0], layer, queries[0], keys[0], values[0], scale, sinks)
             return output.transpose(0, 1).contiguous().unsqueeze(0)
@@ -201,6 +205,27 @@ class Transient:
         self.memory.ledger.touch(self.memory.plan.forward_bytes, "attention of a probe")
         output, _ = attend(queries[0], runs, Fresh(keys[0], values[0]), scale, window=shape.window, sinks=sinks)
         return output.transpose(0, 1).contiguous().unsqueeze(0)
+
+
+def append_each(
+    parts: Sequence[tuple[Memory, Row]],
+    layer: int,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Append one token's slots of one layer to each of n rows and attend, a row to its own slots only.
+
+    ``queries [n, Hq, d]``, ``keys [n, Hkv, d]``, ``values [n, Hkv, dv]`` → ``[n, Hq, dv]``. The rows may be of several
+    memories of one model; none is given twice.
+    """
+    output = queries.new_empty(*queries.shape[:2], values.shape[-1])
+    for index, (memory, row) in enumerate(parts):
+        fresh = (each[index].unsqueeze(1) for each in (queries, keys, values))
+        output[index] = append_row(memory, row, layer, *fresh, scale, sinks)[:, 0]
+    return output
 
 
 def append_row(

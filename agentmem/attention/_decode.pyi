@@ -1,30 +1,44 @@
-"""What ``decode.c`` offers to ``attention.py``."""
+"""What ``decode.c`` offers to ``decode.py``."""
 
 def attend(
     kind: int,
-    queries: int,
-    output: int,
-    scratch: int,
-    heads: int,
-    pieces: int,
-    length: int,
     threads: int,
     scale: float,
+    window: int,
+    rows: int,
+    heads: int,
     group: int,
     key_dim: int,
     value_dim: int,
-    runs: list[tuple[int, int, int, int, int, int, int, int, int]],
+    queries: int,
+    query_strides: tuple[int, int],
+    keys: int,
+    key_strides: tuple[int, int],
+    values: int,
+    value_strides: tuple[int, int],
+    output: int,
+    scratch: int,
+    scratch_bytes: int,
+    sequences: list[tuple[int, tuple[bytes, object], list[int], bool]],
 ) -> None:
-    """One token's queries over ragged runs; addresses of storage of one dtype, strides in numbers.
+    """One token of each sequence over its slots; addresses of storage of one dtype, strides in numbers.
 
-    ``kind`` of storage: 0 float32, 1 bfloat16, 2 float16. ``queries [heads * group, key_dim]``, ``output [heads *
-    group, value_dim]``; ``scratch`` float32, ``heads * group * key_dim + pieces * group * (value_dim + 2)``; a run
-    is ``(first head, heads, slots, keys, values, float32 bias or 0,`` and the strides of a head in these three ``)``.
+    ``kind`` of storage: 0 float32, 1 bfloat16, 2 float16. ``queries [rows, heads * group, key_dim]``, fresh ``keys
+    [rows, heads, key_dim]`` and ``values [rows, heads, value_dim]``, each with its strides of a row and of a head;
+    ``output [rows, heads * group, value_dim]`` lies together. A sequence is ``(its row, (heads, …), slots that each
+    head has filled, whether slots carry a β)``, where ``heads`` has four uint64 a head: the addresses of its keys,
+    values and float32 β (0: none), and the slots that it has room for. The fresh rows become the slots behind those
+    that are filled, and are attended to; where the address of ``keys`` is 0 there are none. ``window``: only so many of
+    the last slots are attended to, 0 for all.
 
     Raises:
-        ValueError: the runs have more than ``pieces`` pieces of ``length`` slots.
+        ValueError: a head without slots, or without room for one more; a row that is not there; too little scratch; a
+            shape that this code is not made for. Nothing was written.
 
     """
+
+def scratch_bytes(sequences: int, heads: int, group: int, key_dim: int, value_dim: int, threads: int, /) -> int:
+    """Bytes of scratch for so many sequences, whatever their slots."""
 
 def use(level: int, /) -> bool:
     """Work with the instructions of any CPU (0), AVX2 (1) or AVX-512 (2); ``False`` if this CPU lacks them."""

@@ -1,29 +1,43 @@
-/* One decode step: a few queries of each KV head over that head's slots with β, on CPU; float32 sums for every dtype.
+/* Decode steps: a token of each of several sequences over that sequence's slots with β, on CPU. Sums are float32.
  *
  * torch's fused kernel has one task a head and reads keys as a small matrix product; this one reads keys and values
- * once for all queries of a group, at nearly the speed of a plain sum, and shares every head out between the threads.
- * Softmax is online over tiles of slots (Milakov & Gimelshein, arXiv:1805.02867), and the pieces of a head are merged
- * by their log-masses (Flash-Decoding). No -ffast-math: it would change the whole process's rounding of small numbers.
+ * once for all queries of a group, at nearly the speed of a plain sum, and shares the slots of all heads of all
+ * sequences out between threads. Softmax is online over tiles of slots (Milakov & Gimelshein, arXiv:1805.02867), and
+ * a head's pieces are merged by their log-masses (Flash-Decoding). No -ffast-math: it would change the whole process's
+ * rounding of small numbers.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include "numbers.h"
 
 #define TILE 128 /* slots whose weights are kept at a time */
+#define LEAST 256 /* slots of a share, on average: fewer are not worth another thread */
+#define SHARES 2  /* for each thread, so that the others take what a late one does not come to */
 
-/* Slots first .. last of one KV head, its queries, and where the unfinished answer goes. */
+/* Slots first .. last of one KV head of one sequence, and everything that a thread needs to attend to them. */
 typedef struct {
-    const float *queries; /* as widen() orders them, and so is the answer until narrow() */
-    const char *keys, *values;
+    const char *asked;               /* the head's queries in storage, Shape.apart numbers from one to the next */
+    const char *new_key, *new_value; /* what the last slot is set to first; NULL: nothing */
+    char *keys, *values;
     const float *bias; /* NULL while no slot carries a β */
-    Py_ssize_t first, last, head;
+    char *output;      /* [group, value_dim] of the head, in storage */
+    float *work;       /* the queries as widen() orders them, the sums in that order, peaks and masses */
+    Py_ssize_t first, last;
+    Py_ssize_t of; /* in the first piece of a head: into how many pieces the head is cut; 0 in the others */
 } Piece;
 
 typedef struct {
-    Py_ssize_t group, key_dim, value_dim;
+    Py_ssize_t heads, group, key_dim, value_dim, apart, window;
     float scale;
     int kind;
 } Shape;
+
+INLINE float *sums_of(const Piece *piece, const Shape *shape) { return piece->work + shape->group * shape->key_dim; }
+INLINE float *peaks_of(const Piece *piece, const Shape *shape) {
+    return sums_of(piece, shape) + shape->group * shape->value_dim;
+}
+INLINE float *masses_of(const Piece *piece, const Shape *shape) { return peaks_of(piece, shape) + shape->group; }
+static Py_ssize_t work_of(const Shape *shape) { return shape->group * (shape->key_dim + shape->value_dim + 2); }
 
 /* Products of `keys` slots, one behind the other, with `count` queries, not yet summed over the lanes. */
 INLINE void products(
@@ -92,11 +106,13 @@ INLINE void expect(const char *from, Py_ssize_t bytes) {
 }
 
 /* Turns one query's n logits into weights; the peak may rise, and what was summed so far shrinks then. */
-INLINE void soften(float *row, const float *bias, Shape shape, Py_ssize_t n, float *output, float *peak, float *mass) {
+INLINE void soften(
+    float *row, const float *bias, const Shape *shape, Py_ssize_t n, float *output, float *peak, float *mass
+) {
     Py_ssize_t end = n - n % WIDE;
     for (Py_ssize_t j = 0; j < end; j += WIDE)
-        store(row + j, load(row + j) * shape.scale + (bias ? load(bias + j) : none));
-    for (Py_ssize_t j = end; j < n; j++) row[j] = row[j] * shape.scale + (bias ? bias[j] : 0.0f);
+        store(row + j, load(row + j) * shape->scale + (bias ? load(bias + j) : none));
+    for (Py_ssize_t j = end; j < n; j++) row[j] = row[j] * shape->scale + (bias ? bias[j] : 0.0f);
     for (Py_ssize_t j = n; j % WIDE; j++) row[j] = -INFINITY;
     wide tops = none + *peak;
     for (Py_ssize_t j = 0; j < n; j += WIDE) tops = choose(load(row + j) > tops, load(row + j), tops);
@@ -108,7 +124,7 @@ INLINE void soften(float *row, const float *bias, Shape shape, Py_ssize_t n, flo
     if (top > *peak) {
         float shrink = expf(*peak - top);
         *mass *= shrink;
-        for (Py_ssize_t i = 0; i < shape.value_dim; i++) output[i] *= shrink;
+        for (Py_ssize_t i = 0; i < shape->value_dim; i++) output[i] *= shrink;
         *peak = top;
     }
     wide total = none;
@@ -120,28 +136,31 @@ INLINE void soften(float *row, const float *bias, Shape shape, Py_ssize_t n, flo
     *mass += sum(total);
 }
 
-/* A piece for `count` queries from `group` on: output [count, value_dim] unnormalised, and [count] peaks and masses. */
+/* A piece for `count` queries from `group` on: their sums, not yet divided by their masses, and their peaks. */
 INLINE void some(
-    const int level, const int kind, const int count, Piece piece, Shape shape, Py_ssize_t group, float *output, float *peak, float *mass
+    const int level, const int kind, const int count, const Piece *piece, const Shape *shape, Py_ssize_t group
 ) {
     float row[4 * TILE] __attribute__((aligned(64)));
-    const float *queries = piece.queries + group * shape.key_dim;
-    const Py_ssize_t dim = shape.value_dim, slot = bytes_of(kind);
+    const Py_ssize_t width = shape->key_dim, dim = shape->value_dim, slot = bytes_of(kind);
+    const float *queries = piece->work + group * width;
+    float *output = sums_of(piece, shape) + group * dim;
+    float *peak = peaks_of(piece, shape) + group, *mass = masses_of(piece, shape) + group;
     for (int g = 0; g < count; g++) {
         peak[g] = -INFINITY;
         mass[g] = 0.0f;
         for (Py_ssize_t i = 0; i < dim; i++) output[g * dim + i] = 0.0f;
     }
-    for (Py_ssize_t at = piece.first; at < piece.last; at += TILE) {
-        Py_ssize_t n = piece.last - at < TILE ? piece.last - at : TILE;
-        const char *keys = piece.keys + at * shape.key_dim * slot, *values = piece.values + at * dim * slot;
+    for (Py_ssize_t at = piece->first; at < piece->last; at += TILE) {
+        Py_ssize_t n = piece->last - at < TILE ? piece->last - at : TILE;
+        const char *keys = piece->keys + at * width * slot, *values = piece->values + at * dim * slot;
         expect(values, n * dim * slot);
-        if (level == 1 && shape.key_dim == 64) logits(level, kind, count, queries, keys, 64, n, row);
-        else if (level == 1 && shape.key_dim == 128) logits(level, kind, count, queries, keys, 128, n, row);
-        else logits(level, kind, count, queries, keys, shape.key_dim, n, row);
-        if (at + n < piece.last) expect(keys + n * shape.key_dim * slot, n * shape.key_dim * slot);
+        if (level == 1 && width == 64) logits(level, kind, count, queries, keys, 64, n, row);
+        else if (level == 1 && width == 128) logits(level, kind, count, queries, keys, 128, n, row);
+        else logits(level, kind, count, queries, keys, width, n, row);
+        if (at + n < piece->last) expect(keys + n * width * slot, n * width * slot);
+        const float *bias = piece->bias ? piece->bias + at : NULL;
         for (int g = 0; g < count; g++)
-            soften(row + g * TILE, piece.bias ? piece.bias + at : NULL, shape, n, output + g * dim, peak + g, mass + g);
+            soften(row + g * TILE, bias, shape, n, output + g * dim, peak + g, mass + g);
         Py_ssize_t i = 0;
         for (; i + 2 * WIDE <= dim; i += 2 * WIDE) mix(level, kind, count, 2, row, values, i, dim, n, output + i);
         if (i < dim) mix(level, kind, count, 1, row, values, i, dim, n, output + i);
@@ -149,31 +168,26 @@ INLINE void some(
 }
 
 /* All queries of a piece, at most four at a time. */
-INLINE void whole(const int level, const int kind, Piece p, Shape s, float *output, float *peak, float *mass) {
+INLINE void whole(const int level, const int kind, const Piece *piece, const Shape *shape) {
     Py_ssize_t g = 0;
-    for (; g + 4 <= s.group; g += 4) some(level, kind, 4, p, s, g, output + g * s.value_dim, peak + g, mass + g);
-    output += g * s.value_dim, peak += g, mass += g;
-    if (s.group - g == 3) some(level, kind, 3, p, s, g, output, peak, mass);
-    if (s.group - g == 2) some(level, kind, 2, p, s, g, output, peak, mass);
-    if (s.group - g == 1) some(level, kind, 1, p, s, g, output, peak, mass);
+    for (; g + 4 <= shape->group; g += 4) some(level, kind, 4, piece, shape, g);
+    if (shape->group - g == 3) some(level, kind, 3, piece, shape, g);
+    if (shape->group - g == 2) some(level, kind, 2, piece, shape, g);
+    if (shape->group - g == 1) some(level, kind, 1, piece, shape, g);
 }
 
-INLINE void any(const int level, Piece p, Shape s, float *output, float *peak, float *mass) {
-    if (s.kind == FLOAT32) whole(level, FLOAT32, p, s, output, peak, mass);
-    if (s.kind == BFLOAT16) whole(level, BFLOAT16, p, s, output, peak, mass);
-    if (s.kind == FLOAT16) whole(level, FLOAT16, p, s, output, peak, mass);
+INLINE void any(const int level, const Piece *piece, const Shape *shape) {
+    if (shape->kind == FLOAT32) whole(level, FLOAT32, piece, shape);
+    if (shape->kind == BFLOAT16) whole(level, BFLOAT16, piece, shape);
+    if (shape->kind == FLOAT16) whole(level, FLOAT16, piece, shape);
 }
 
-typedef void (*Attend)(Piece, Shape, float *, float *, float *);
-static void portable(Piece p, Shape s, float *output, float *peak, float *mass) { any(0, p, s, output, peak, mass); }
+typedef void (*Attend)(const Piece *, const Shape *);
+static void portable(const Piece *piece, const Shape *shape) { any(0, piece, shape); }
 #ifdef __x86_64__
-__attribute__((target("avx2,fma"))) static void avx2(Piece p, Shape s, float *output, float *peak, float *mass) {
-    any(1, p, s, output, peak, mass);
-}
-__attribute__((target("avx512f,avx512dq,avx512vl,fma"))) static void avx512(
-    Piece p, Shape s, float *output, float *peak, float *mass
-) {
-    any(2, p, s, output, peak, mass);
+__attribute__((target("avx2,fma"))) static void avx2(const Piece *piece, const Shape *shape) { any(1, piece, shape); }
+__attribute__((target("avx512f,avx512dq,avx512vl,fma"))) static void avx512(const Piece *piece, const Shape *shape) {
+    any(2, piece, shape);
 }
 #endif
 
@@ -190,104 +204,248 @@ static Attend code_for(int level) {
 static Attend attend = portable;
 
 /* One head's answer out of its pieces, each of which counts by its mass; it is summed up in the first one's place. */
-static void merge(
-    const Piece *pieces, Py_ssize_t count, Shape shape, float *parts, const float *peaks, const float *masses,
-    char *output
-) {
-    const Py_ssize_t dim = shape.value_dim, stride = shape.group * dim;
-    for (Py_ssize_t g = 0; g < shape.group; g++) {
-        float top = -INFINITY, total = 0.0f, *sum = parts + g * dim;
-        for (Py_ssize_t p = 0; p < count; p++) top = fmaxf(top, peaks[p * shape.group + g]);
+static void merge(const Piece *pieces, Py_ssize_t count, const Shape *shape) {
+    const Py_ssize_t dim = shape->value_dim, size = dim * bytes_of(shape->kind);
+    for (Py_ssize_t g = 0; g < shape->group; g++) {
+        float top = -INFINITY, total = 0.0f, *sum = sums_of(pieces, shape) + g * dim;
+        for (Py_ssize_t p = 0; p < count; p++) top = fmaxf(top, peaks_of(pieces + p, shape)[g]);
         for (Py_ssize_t p = 0; p < count; p++) {
-            Py_ssize_t at = p * shape.group + g;
-            float share = expf(peaks[at] - top);
-            total += share * masses[at];
-            for (Py_ssize_t i = 0; i < dim; i++) sum[i] = (p ? sum[i] : 0.0f) + share * sum[p * stride + i];
+            const float *part = sums_of(pieces + p, shape) + g * dim;
+            float share = expf(peaks_of(pieces + p, shape)[g] - top);
+            total += share * masses_of(pieces + p, shape)[g];
+            for (Py_ssize_t i = 0; i < dim; i++) sum[i] = (p ? sum[i] : 0.0f) + share * part[i];
         }
         for (Py_ssize_t i = 0; i < dim; i++) sum[i] /= total;
-        narrow(shape.kind, sum, dim, output + (pieces->head * shape.group + g) * dim * bytes_of(shape.kind));
+        narrow(shape->kind, sum, dim, pieces->output + g * size);
     }
 }
 
-static void widen_all(const char *queries, Py_ssize_t count, Shape shape, float *to) {
-    for (Py_ssize_t q = 0; q < count; q++)
-        widen(shape.kind, queries + q * shape.key_dim * bytes_of(shape.kind), shape.key_dim, to + q * shape.key_dim);
-}
-
-static void attend_all(const Piece *pieces, Py_ssize_t count, Shape shape, int threads, float *scratch, char *output) {
-    const Py_ssize_t rows = shape.group, part = rows * shape.value_dim;
-    float *peaks = scratch + count * part, *masses = peaks + count * rows;
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && count > 1)
-    for (Py_ssize_t p = 0; p < count; p++)
-        attend(pieces[p], shape, scratch + p * part, peaks + p * rows, masses + p * rows);
-    for (Py_ssize_t p = 0, next; p < count; p = next) {
-        for (next = p + 1; next < count && pieces[next].head == pieces[p].head;) next++;
-        merge(pieces + p, next - p, shape, scratch + p * part, peaks + p * rows, masses + p * rows, output);
+/* All work of one piece: its new slot is written before it is read, and no other piece reads it. */
+static void serve(const Piece *piece, const Shape *shape) {
+    const Py_ssize_t number = bytes_of(shape->kind), key = shape->key_dim * number, value = shape->value_dim * number;
+    if (piece->new_key) {
+        memcpy(piece->keys + (piece->last - 1) * key, piece->new_key, key);
+        memcpy(piece->values + (piece->last - 1) * value, piece->new_value, value);
     }
+    for (Py_ssize_t g = 0; g < shape->group; g++)
+        widen(shape->kind, piece->asked + g * shape->apart * number, shape->key_dim, piece->work + g * shape->key_dim);
+    attend(piece, shape);
+    if (piece->of == 1) merge(piece, 1, shape);
 }
 
-/* One run: (first head, heads, slots, keys, values, bias, and the strides of a head in each). */
+/* All pieces, a share of them at a time: share s is the pieces begins[s] .. begins[s + 1]. */
+static void serve_all(
+    const Piece *pieces, const Py_ssize_t *begins, Py_ssize_t shares, const Shape *shape, int threads
+) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1 && shares > 1)
+    for (Py_ssize_t s = 0; s < shares; s++)
+        for (Py_ssize_t p = begins[s]; p < begins[s + 1]; p++) serve(pieces + p, shape);
+    for (Py_ssize_t p = 0; p < begins[shares]; p++)
+        if (pieces[p].of > 1) merge(pieces + p, pieces[p].of, shape);
+}
+
+/* Where the slots of one head lie: addresses, and how many slots there is room for. */
 typedef struct {
-    Py_ssize_t first, heads, slots;
-    unsigned long long keys, values, bias;
-    Py_ssize_t key_stride, value_stride, bias_stride;
-} Run;
+    unsigned long long keys, values, bias, room;
+} Head;
 
-static int read_run(PyObject *item, Run *run) {
-    return PyArg_ParseTuple(
-        item, "nnnKKKnnn;a run", &run->first, &run->heads, &run->slots, &run->keys, &run->values, &run->bias,
-        &run->key_stride, &run->value_stride, &run->bias_stride);
+/* Queries, fresh keys or fresh values: how many numbers lie from one sequence, and from one head, to the next. */
+typedef struct {
+    unsigned long long address;
+    Py_ssize_t sequence, head;
+} Rows;
+
+/* One sequence: its row in the queries, its heads, how many slots each has filled, and whether they carry a β. */
+typedef struct {
+    Py_ssize_t row;
+    const Head *heads;
+    PyObject *lengths;
+    int biased;
+} Sequence;
+
+typedef struct {
+    Shape shape;
+    Rows queries, keys, values; /* no keys: nothing is appended */
+    char *output;
+    char *scratch;
+    Py_ssize_t rows, size; /* sequences that the queries have; bytes of the scratch */
+    int threads;
+    PyObject *sequences;
+} Step;
+
+static Py_ssize_t most_pieces(Py_ssize_t sequences, Py_ssize_t heads, int threads) {
+    return sequences * heads + SHARES * (Py_ssize_t)threads;
 }
 
-static Py_ssize_t cut(const Run *run, Shape shape, const float *queries, Py_ssize_t length, Piece *to) {
-    Py_ssize_t count = 0;
-    for (Py_ssize_t head = 0; head < run->heads; head++)
-        for (Py_ssize_t first = 0; first < run->slots; first += length)
-            to[count++] = (Piece){
-                .queries = queries + (run->first + head) * shape.group * shape.key_dim,
-                .keys = (const char *)(uintptr_t)run->keys + head * run->key_stride * bytes_of(shape.kind),
-                .values = (const char *)(uintptr_t)run->values + head * run->value_stride * bytes_of(shape.kind),
-                .bias = run->bias ? (const float *)(uintptr_t)run->bias + head * run->bias_stride : NULL,
-                .first = first,
-                .last = first + length < run->slots ? first + length : run->slots,
-                .head = run->first + head,
-            };
-    return count;
+static Py_ssize_t scratch_bytes(Py_ssize_t sequences, const Shape *shape, int threads) {
+    size_t piece = sizeof(Piece) + work_of(shape) * sizeof(float);
+    size_t begins = (SHARES * (size_t)threads + 1) * sizeof(Py_ssize_t);
+    return most_pieces(sequences, shape->heads, threads) * piece + begins;
+}
+
+static int read_sequence(PyObject *item, const Step *step, Sequence *to) {
+    PyObject *layout, *heads;
+    if (!PyArg_ParseTuple(
+            item, "nO!O!p;a sequence", &to->row, &PyTuple_Type, &layout, &PyList_Type, &to->lengths, &to->biased))
+        return 0;
+    heads = PyTuple_GET_SIZE(layout) ? PyTuple_GET_ITEM(layout, 0) : NULL;
+    if (!heads || !PyBytes_Check(heads) || PyBytes_GET_SIZE(heads) != step->shape.heads * (Py_ssize_t)sizeof(Head) ||
+        PyList_GET_SIZE(to->lengths) != step->shape.heads || to->row < 0 || to->row >= step->rows) {
+        PyErr_SetString(PyExc_ValueError, "a sequence has another number of heads, or a row that the queries lack");
+        return 0;
+    }
+    to->heads = (const Head *)(const void *)PyBytes_AS_STRING(heads);
+    return 1;
+}
+
+/* Slots that a head has with its new one; -1 if there is no room for that, or nothing to attend to. */
+static Py_ssize_t filled(const Step *step, const Sequence *sequence, Py_ssize_t head) {
+    Py_ssize_t count = PyLong_AsSsize_t(PyList_GET_ITEM(sequence->lengths, head));
+    if (count == -1 && PyErr_Occurred()) return -1;
+    count += step->keys.address != 0;
+    if (count >= 1 && (unsigned long long)count <= sequence->heads[head].room) return count;
+    PyErr_SetString(PyExc_ValueError, "a head has no slots, or more than it has room for");
+    return -1;
+}
+
+static Py_ssize_t first_seen(const Shape *shape, Py_ssize_t count) {
+    return shape->window && count > shape->window ? count - shape->window : 0;
+}
+
+/* Checks every sequence; the slots that all heads attend to, or -1. */
+static Py_ssize_t all_slots(const Step *step) {
+    Py_ssize_t total = 0;
+    for (Py_ssize_t s = 0; s < PyList_GET_SIZE(step->sequences); s++) {
+        Sequence sequence;
+        if (!read_sequence(PyList_GET_ITEM(step->sequences, s), step, &sequence)) return -1;
+        for (Py_ssize_t head = 0; head < step->shape.heads; head++) {
+            Py_ssize_t count = filled(step, &sequence, head);
+            if (count < 0) return -1;
+            total += count - first_seen(&step->shape, count);
+        }
+    }
+    return total;
+}
+
+static const char *row_of(const Rows *rows, const Shape *shape, Py_ssize_t sequence, Py_ssize_t head) {
+    Py_ssize_t place = sequence * rows->sequence + head * rows->head;
+    return (const char *)(uintptr_t)rows->address + place * bytes_of(shape->kind);
+}
+
+/* One head as a piece that is not cut yet. */
+static Piece head_of(const Step *step, const Sequence *sequence, Py_ssize_t head) {
+    const Shape *shape = &step->shape;
+    const Head *at = sequence->heads + head;
+    const Py_ssize_t place = (sequence->row * shape->heads + head) * shape->group * shape->value_dim;
+    const Py_ssize_t count = filled(step, sequence, head), fresh = step->keys.address != 0;
+    return (Piece){
+        .asked = row_of(&step->queries, shape, sequence->row, head * shape->group),
+        .new_key = fresh ? row_of(&step->keys, shape, sequence->row, head) : NULL,
+        .new_value = fresh ? row_of(&step->values, shape, sequence->row, head) : NULL,
+        .keys = (char *)(uintptr_t)at->keys,
+        .values = (char *)(uintptr_t)at->values,
+        .bias = sequence->biased && at->bias ? (const float *)(uintptr_t)at->bias : NULL,
+        .output = step->output + place * bytes_of(shape->kind),
+        .first = first_seen(shape, count),
+        .last = count,
+    };
+}
+
+/* What is being cut: all slots lie in one line, of which each share takes `share`, whole vectors within a head. */
+typedef struct {
+    Piece *pieces;
+    Py_ssize_t *begins;
+    float *work;
+    Py_ssize_t count, shares; /* pieces so far, shares that have begun */
+    Py_ssize_t share, left;   /* slots of a share, and how many the last one has left */
+} Cut;
+
+static void cut_head(Cut *cut, Piece rest, const Shape *shape) {
+    Piece *first = cut->pieces + cut->count;
+    first->of = 0;
+    for (Py_ssize_t of = 1, next; rest.first < rest.last; rest.first = next, of++) {
+        if (cut->left <= 0) {
+            cut->begins[cut->shares++] = cut->count;
+            cut->left = cut->share;
+        }
+        next = rest.first + (cut->left + WIDE - 1) / WIDE * WIDE;
+        if (next > rest.last) next = rest.last;
+        Piece *piece = cut->pieces + cut->count++;
+        *piece = rest;
+        piece->last = next;
+        if (next < rest.last) piece->new_key = piece->new_value = NULL;
+        piece->work = cut->work;
+        cut->work += work_of(shape);
+        cut->left -= next - rest.first;
+        first->of = of;
+    }
+}
+
+/* Cuts all heads into pieces, and the pieces into shares. */
+static Cut cut_all(const Step *step, Py_ssize_t total) {
+    Py_ssize_t most = most_pieces(PyList_GET_SIZE(step->sequences), step->shape.heads, step->threads);
+    Py_ssize_t shares = step->threads > 1 ? total / LEAST : 1;
+    if (shares > SHARES * (Py_ssize_t)step->threads) shares = SHARES * (Py_ssize_t)step->threads;
+    if (shares < 1) shares = 1;
+    Cut cut = {.pieces = (Piece *)(void *)step->scratch, .share = (total + shares - 1) / shares};
+    cut.begins = (Py_ssize_t *)(void *)(cut.pieces + most);
+    cut.work = (float *)(void *)(cut.begins + SHARES * (Py_ssize_t)step->threads + 1);
+    for (Py_ssize_t s = 0; s < PyList_GET_SIZE(step->sequences); s++) {
+        Sequence sequence;
+        read_sequence(PyList_GET_ITEM(step->sequences, s), step, &sequence); /* as all_slots() has done */
+        for (Py_ssize_t head = 0; head < step->shape.heads; head++)
+            cut_head(&cut, head_of(step, &sequence, head), &step->shape);
+    }
+    cut.begins[cut.shares] = cut.count;
+    return cut;
+}
+
+static int sound(const Step *step) {
+    const Shape *shape = &step->shape;
+    if (shape->kind < FLOAT32 || shape->kind > FLOAT16 || shape->heads < 1 || shape->group < 1 || step->threads < 1 ||
+        shape->key_dim < WIDE || shape->key_dim % WIDE || shape->value_dim < WIDE || shape->value_dim % WIDE || shape->window < 0) {
+        PyErr_SetString(PyExc_ValueError, "a dtype, dims, heads, threads or a window that this code is not made for");
+        return 0;
+    }
+    if (step->size < scratch_bytes(PyList_GET_SIZE(step->sequences), shape, step->threads)) {
+        PyErr_SetString(PyExc_ValueError, "the scratch is smaller than scratch_bytes says");
+        return 0;
+    }
+    return 1;
 }
 
 static PyObject *py_attend(PyObject *Py_UNUSED(module), PyObject *arguments) {
-    unsigned long long queries, output, scratch;
-    Py_ssize_t heads, count, length, filled = 0;
-    int threads;
-    Shape shape;
-    PyObject *runs;
+    Step step = {0};
+    Shape *shape = &step.shape;
+    unsigned long long output, scratch;
     if (!PyArg_ParseTuple(
-            arguments, "iKKKnnnifnnnO!", &shape.kind, &queries, &output, &scratch, &heads, &count, &length, &threads,
-            &shape.scale, &shape.group, &shape.key_dim, &shape.value_dim, &PyList_Type, &runs))
+            arguments, "iifnnnnnnK(nn)K(nn)K(nn)KKnO!", &shape->kind, &step.threads, &shape->scale, &shape->window,
+            &step.rows, &shape->heads, &shape->group, &shape->key_dim, &shape->value_dim, &step.queries.address,
+            &step.queries.sequence, &step.queries.head, &step.keys.address, &step.keys.sequence, &step.keys.head,
+            &step.values.address, &step.values.sequence, &step.values.head, &output, &scratch, &step.size,
+            &PyList_Type, &step.sequences))
         return NULL;
-    float *asked = (float *)(uintptr_t)scratch;
-    Piece *pieces = PyMem_RawMalloc(count * sizeof(Piece));
-    if (!pieces) return PyErr_NoMemory();
-    for (Py_ssize_t r = 0; r < PyList_GET_SIZE(runs); r++) {
-        Run run;
-        if (!read_run(PyList_GET_ITEM(runs, r), &run)) {
-            PyMem_RawFree(pieces);
-            return NULL;
-        }
-        if (length < 1 || run.heads * ((run.slots + length - 1) / length) > count - filled) {
-            PyMem_RawFree(pieces);
-            PyErr_SetString(PyExc_ValueError, "the runs have more pieces than there is scratch for");
-            return NULL;
-        }
-        filled += cut(&run, shape, asked, length, pieces + filled);
-    }
+    step.output = (char *)(uintptr_t)output;
+    step.scratch = (char *)(uintptr_t)scratch;
+    shape->apart = step.queries.head;
+    if (!sound(&step)) return NULL;
+    Py_ssize_t total = all_slots(&step);
+    if (total < 0) return NULL;
+    Cut cut = cut_all(&step, total);
     Py_BEGIN_ALLOW_THREADS
-    widen_all((const char *)(uintptr_t)queries, heads * shape.group, shape, asked);
-    asked += heads * shape.group * shape.key_dim;
-    attend_all(pieces, filled, shape, threads, asked, (char *)(uintptr_t)output);
+    serve_all(cut.pieces, cut.begins, cut.shares, shape, step.threads);
     Py_END_ALLOW_THREADS
-    PyMem_RawFree(pieces);
     Py_RETURN_NONE;
+}
+
+static PyObject *py_scratch_bytes(PyObject *Py_UNUSED(module), PyObject *arguments) {
+    Py_ssize_t sequences;
+    Shape shape = {0};
+    int threads;
+    if (!PyArg_ParseTuple(
+            arguments, "nnnnni", &sequences, &shape.heads, &shape.group, &shape.key_dim, &shape.value_dim, &threads))
+        return NULL;
+    return PyLong_FromSsize_t(scratch_bytes(sequences, &shape, threads));
 }
 
 static PyObject *py_use(PyObject *Py_UNUSED(module), PyObject *arguments) {
@@ -300,7 +458,8 @@ static PyObject *py_use(PyObject *Py_UNUSED(module), PyObject *arguments) {
 }
 
 static PyMethodDef methods[] = {
-    {"attend", py_attend, METH_VARARGS, "Attention of one token's queries over ragged runs; see _decode.pyi."},
+    {"attend", py_attend, METH_VARARGS, "One token of each of several sequences; see _decode.pyi."},
+    {"scratch_bytes", py_scratch_bytes, METH_VARARGS, "Bytes of scratch that attend() needs; see _decode.pyi."},
     {"use", py_use, METH_VARARGS, "Which instructions: 0 any CPU's, 1 AVX2, 2 AVX-512; whether this CPU has them."},
     {NULL, NULL, 0, NULL},
 };

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from agentmem.attention import decode
 from agentmem.contracts import blocks
 
 try:
-    from agentmem.attention import _chunk, _decode
+    from agentmem.attention import _chunk
 
-    COMPILED, TILED = True, _chunk.available()
+    TILED = _chunk.available()
 except ImportError:  # installed without a C compiler, or not on Linux
-    COMPILED = TILED = False
+    TILED = False
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -39,14 +40,9 @@ SPAN = 512
 """16-bit slots that are read as float32 for a call of the kernel; the spans are merged by their log-sum-exp."""
 TILE_BYTES = 1 << 19
 """Bytes of one tile of logits in the explicit path."""
-PIECE = 256
-"""Slots of one head that a thread of a compiled decode step takes at least."""
 _FLOAT = 4  # bytes of float32
-_VECTOR = 16  # floats that decode.c works on at a time
-_PIECE_BYTES = 64  # of decode.c's account of a piece
 _RUN_BYTES = 96  # of chunk.c's account of a run
 _TILED_GROUP = 128  # queries of a token that chunk.c takes for one KV head
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # dtypes that decode.c reads, by its own numbers
 
 
 @dataclass(slots=True)
@@ -81,13 +77,17 @@ class Fresh:
     values: torch.Tensor
 
 
-def fused_bytes(layer: LayerShape, tokens: int, slots: int, itemsize: int) -> int:
-    """Bytes that the fused path of :func:`attend` allocates at most besides its output."""
+def fused_bytes(layer: LayerShape, tokens: int, slots: int, itemsize: int, rows: int = 1) -> int:
+    """Bytes that the fused path of :func:`attend` allocates at most besides its output.
+
+    The rows of a batch are attended one after the other, but for a decode step's, which one compiled call may serve.
+    """
     chunk = _block_bytes(layer, layer.kv_heads, _tokens(layer.group, tokens), max(slots, tokens), itemsize)
     step = layer.query_heads * (layer.key_dim + layer.value_dim + 2) * itemsize + _kernel_bytes(
         layer, layer.group, slots, itemsize
     )
-    return max(chunk, step, _decode_bytes(layer), _tiled_bytes(layer) if itemsize < _FLOAT else 0)
+    compiled = decode.step_bytes(layer, rows, itemsize)
+    return max(chunk, step, compiled, _tiled_bytes(layer) if itemsize < _FLOAT else 0)
 
 
 def _block_bytes(layer: LayerShape, heads: int, tokens: int, keys: int, itemsize: int) -> int:
@@ -106,14 +106,6 @@ def _block_bytes(layer: LayerShape, heads: int, tokens: int, keys: int, itemsize
 def _cast_bytes(layer: LayerShape, heads: int, keys: int, itemsize: int) -> int:
     """Bytes of 16-bit keys and values as float32."""
     return heads * keys * (layer.key_dim + layer.value_dim) * _FLOAT if itemsize < _FLOAT else 0
-
-
-def _decode_bytes(layer: LayerShape) -> int:
-    # decode.c: the queries as float32, and once more if they lie apart; per piece and query an output, its peak and its
-    # mass; and what a piece is
-    pieces = layer.kv_heads + 2 * torch.get_num_threads()
-    asked, parts = 2 * layer.query_heads * layer.key_dim, pieces * layer.group * (layer.value_dim + 2)
-    return (asked + parts) * 4 + pieces * _PIECE_BYTES
 
 
 def _tiled_bytes(layer: LayerShape) -> int:
@@ -201,11 +193,13 @@ def _tokens(group: int, tokens: int) -> int:
 
 
 def _compiled(queries: torch.Tensor, runs: Sequence[Run]) -> bool:
-    """Whether ``decode.c`` serves this decode step: dims of whole vectors, slots one behind the other."""
-    dim, width, dtype = queries.shape[-1], runs[0].values.shape[-1], queries.dtype
-    if not COMPILED or dtype not in _KINDS or dim % _VECTOR or width % _VECTOR:
-        return False
-    return all(_plain(run, dim, width, dtype) for run in runs)
+    """Whether compiled code serves this decode step: slots of a form that it knows, one behind the other."""
+    form = _form(queries, runs)
+    return form.served and all(_plain(run, form.key_dim, form.value_dim, form.dtype) for run in runs)
+
+
+def _form(queries: torch.Tensor, runs: Sequence[Run]) -> decode.Form:
+    return decode.Form(queries.dtype, sum(run.heads for run in runs), queries.shape[-1], runs[0].values.shape[-1])
 
 
 def _plain(run: Run, dim: int, width: int, dtype: torch.dtype) -> bool:
@@ -223,33 +217,23 @@ def _plain(run: Run, dim: int, width: int, dtype: torch.dtype) -> bool:
 
 
 def _decode_step(queries: torch.Tensor, runs: Sequence[Run], scale: float) -> torch.Tensor:
-    """One token's queries ``[Hq, 1, d]`` over all runs at once, every head in pieces of like length."""
-    query_heads, _, dim = queries.shape
-    width, threads = runs[0].values.shape[-1], torch.get_num_threads()
-    sources = [_addresses(run) for run in runs]
-    heads = sum(source[1] for source in sources)
-    group = query_heads // heads
-    length = max(PIECE, -(-sum(source[1] * source[2] for source in sources) // (2 * threads)))
-    pieces = sum(source[1] * -(-source[2] // length) for source in sources)
-    queries = queries.contiguous()
-    output = queries.new_empty(query_heads, 1, width)
-    scratch = torch.empty(query_heads * dim + pieces * group * (width + 2), dtype=torch.float32)
-    _decode.attend(
-        _KINDS[queries.dtype],
-        queries.data_ptr(),
-        output.data_ptr(),
-        scratch.data_ptr(),
-        heads,
-        pieces,
-        length,
-        threads,
-        scale,
-        group,
-        dim,
-        width,
-        sources,
-    )
-    return output
+    """One token's queries ``[Hq, 1, d]`` over all runs at once, which follow one another by their heads."""
+    form = _form(queries, runs)
+    output = queries.new_empty(1, queries.shape[0], form.value_dim)
+    storages = [each for run in runs for each in (run.keys, run.values, run.bias)]
+    layout = decode.layout([head for run in runs for head in _heads(run)], form, *storages)
+    lengths = [run.slots for run in runs for _ in range(run.heads)]
+    decode.attend_each(queries.transpose(0, 1), [(0, layout, lengths, True)], scale, output)
+    return output.transpose(0, 1)
+
+
+def _heads(run: Run) -> Iterator[tuple[int, int, int, int]]:
+    """Where each head of a run lies: addresses of keys, values and β (0: there is none), and its slots."""
+    size = run.keys.element_size()
+    for head in range(run.heads):
+        bias = 0 if run.bias is None else run.bias.data_ptr() + head * run.bias.stride(0) * _FLOAT
+        keys = run.keys.data_ptr() + head * run.keys.stride(0) * size
+        yield keys, run.values.data_ptr() + head * run.values.stride(0) * size, bias, run.slots
 
 
 def _addresses(run: Run) -> tuple[int, int, int, int, int, int, int, int, int]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
+from agentmem.attention import decode
 from agentmem.attention.ragged import Fresh, attend
 from agentmem.memory.sequence import Consumed
 from agentmem.memory.store import LayerStore, SlotSpec
@@ -58,6 +59,7 @@ class Append:
     def __init__(self, memory: Memory, arriving: Sequence[Arriving]) -> None:
         """Room for the tokens must have been made."""
         self.memory, self.arriving = memory, arriving
+        self.parts = [(memory, row) for row in memory.rows]
         self.whole = all(isinstance(each.columns, slice) and each.columns == slice(None) for each in arriving)
         self.columns = 0
         """Columns of the forward, pads included; set by whoever counts them."""
@@ -73,6 +75,9 @@ class Append:
     ) -> torch.Tensor:
         """Append the tokens' slots and attend: ``queries [B, Hq, q, d]`` → ``[B, q, Hq, dv]``."""
         memory = self.memory
+        if self.whole and queries.shape[2] == 1:
+            asked, key, value = _tokens(queries, keys, values)
+            return append_each(self.parts, layer, asked, key, value, scale, sinks).unsqueeze(1)
         if len(self.arriving) == 1 and self.whole:
             output = append_row(memory, memory.rows[0], layer, queries[0], keys[0], values[0], scale, sinks)
             return output.transpose(0, 1).contiguous().unsqueeze(0)
@@ -170,6 +175,9 @@ class Scratch:
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Append and attend: ``queries [1, Hq, q, d]`` → ``[1, q, Hq, dv]``."""
+        if queries.shape[2] == 1:
+            parts, (asked, key, value) = [(self.memory, self.row)], _tokens(queries, keys, values)
+            return append_each(parts, layer, asked, key, value, scale, sinks, scratch=True).unsqueeze(1)
         output = append_row(self.memory, self.row, layer, queries[0], keys[0], values[0], scale, sinks, scratch=True)
         return output.transpose(0, 1).contiguous().unsqueeze(0)
 
@@ -243,6 +251,68 @@ class Transient:
         return output.transpose(0, 1).contiguous().unsqueeze(0)
 
 
+def append_each(
+    parts: Sequence[tuple[Memory, Row]],
+    layer: int,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    sinks: torch.Tensor | None = None,
+    *,
+    scratch: bool = False,
+) -> torch.Tensor:
+    """Append one token's slots of one layer to each of n rows and attend, a row to its own slots only.
+
+    ``queries [n, Hq, d]``, ``keys [n, Hkv, d]``, ``values [n, Hkv, dv]`` → ``[n, Hq, dv]``. The rows may be of several
+    memories of one model; none is given twice. One compiled call serves all rows that it is made for. ``scratch`` slots
+    are neither scored nor sampled: they will be taken back.
+
+    Raises:
+        MemoryCapExceeded: a store that must grow does not fit. Like any fault, it leaves rows with and rows without
+            the token, until :meth:`agentmem.memory.memory.Memory.take_back`.
+
+    """
+    output = queries.new_empty(queries.shape[0], queries.shape[1], values.shape[2])
+    form = None if sinks is not None else decode.form_of(queries, keys, values)
+    stores = [_served(memory, row, layer, keys, form, scratch=scratch) for memory, row in parts]
+    served = [(index, store) for index, store in enumerate(stores) if store is not None]
+    if served:
+        for memory in dict.fromkeys([memory for memory, _ in parts]):
+            memory.scales[layer] = scale
+            memory.ledger.touch(memory.plan.forward_bytes, "attention")
+        steps = [(index, store.layout, store.extent.lengths, store.biased) for index, store in served]
+        window = parts[0][0].shape.layers[layer].window
+        decode.attend_each(queries, steps, scale, output, (keys, values), window)  # type: ignore[arg-type]  # all have a layout
+        for _, store in served:
+            store.appended(1)
+    for index, ((memory, row), store) in enumerate(zip(parts, stores, strict=True)):
+        if store is None:
+            own = (each[index].unsqueeze(1) for each in (queries, keys, values))
+            output[index] = append_row(memory, row, layer, *own, scale, sinks, scratch=scratch)[:, 0]
+        elif memory.plan.stored and not scratch:
+            _sample(memory, row, layer, queries[index].unsqueeze(1))
+    return output
+
+
+def _tokens(*tensors: torch.Tensor) -> Iterator[torch.Tensor]:
+    """What ``[B, h, 1, d]`` has of the one token of each row, ``[B, h, d]``: views."""
+    return (tensor[:, :, 0] for tensor in tensors)
+
+
+def _served(
+    memory: Memory, row: Row, layer: int, like: torch.Tensor, form: decode.Form | None, *, scratch: bool
+) -> LayerStore | None:
+    """The store of a layer with room for one more slot, where compiled code serves it and nothing is to be scored."""
+    if form is None or _scored(memory, layer, scratch=scratch):
+        return None
+    store = row.stores[layer]
+    if store is None or store.room < 1:
+        store = _roomy(memory, row, layer, like, 1)
+    layout = store.layout
+    return store if layout is not None and layout.form == form else None
+
+
 def append_row(
     memory: Memory,
     row: Row,
@@ -263,7 +333,7 @@ def append_row(
     memory.scales[layer] = scale
     store = _roomy(memory, row, layer, keys, count)
     queries, keys, values = _as_stored(store, queries, keys, values)
-    scored = memory.policy.scores == "received" and shape.window is None and not scratch
+    scored = _scored(memory, layer, scratch=scratch)
     memory.ledger.touch(memory.plan.forward_bytes, "attention")
     with torch.no_grad():
         if count == 1:
@@ -276,9 +346,14 @@ def append_row(
             runs = store.runs(shape.window and shape.window - 1, scored=scored)
             output, received = attend(queries, runs, fresh, scale, window=shape.window, explicit=scored, sinks=sinks)
             store.append(keys, values, received if scored else None)
-        if memory.plan.stored and shape.window is None and not scratch:
+        if memory.plan.stored and not scratch:
             _sample(memory, row, layer, queries)
     return output
+
+
+def _scored(memory: Memory, layer: int, *, scratch: bool) -> bool:
+    """Whether the attention that slots receive is summed up: not in sliding layers, nor from scratch slots."""
+    return memory.policy.scores == "received" and memory.shape.layers[layer].window is None and not scratch
 
 
 def _as_stored(store: LayerStore, *tensors: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -306,7 +381,11 @@ def _roomy(memory: Memory, row: Row, layer: int, like: torch.Tensor, count: int)
     return store
 
 
+@torch.no_grad()
 def _sample(memory: Memory, row: Row, layer: int, queries: torch.Tensor) -> None:
+    """Offer ``queries [Hq, q, d]`` to the row's samples, which layers of full attention have."""
+    if memory.shape.layers[layer].window is not None:
+        return
     if not row.samples[layer]:
         parts = zip(memory.policy.queries.stored, memory.plan.stored, strict=True)
         row.samples[layer] = tuple(

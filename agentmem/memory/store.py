@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from agentmem.attention import decode
 from agentmem.attention.ragged import Run
 from agentmem.contracts import HeadSegment
 
@@ -57,8 +58,8 @@ class LayerStore:
     """
 
     __slots__ = (
-        "bias", "biased", "capacities", "extent", "held_bytes", "keys", "ledger", "moves", "positions",
-        "promoted", "scores", "settled", "spec", "starts", "uniform", "values",
+        "_full_at", "_layout", "bias", "biased", "capacities", "extent", "held_bytes", "keys", "ledger", "moves",
+        "positions", "promoted", "scores", "settled", "spec", "starts", "uniform", "values",
     )  # fmt: skip
 
     def __init__(self, spec: SlotSpec, capacities: Sequence[int], ledger: Ledger) -> None:
@@ -71,7 +72,8 @@ class LayerStore:
         self.spec, self.ledger = spec, ledger
         self.capacities = tuple(capacities)
         self.starts = (0, *accumulate(self.capacities))[:-1]
-        self.extent = Extent([0] * len(self.capacities), 0)
+        self.extent, self._full_at = Extent([0] * len(self.capacities), 0), min(self.capacities)
+        self._layout: decode.Layout | None = None
         self.settled = [0] * len(self.capacities)
         self.uniform = len(set(self.capacities)) == 1
         self.biased = False
@@ -122,7 +124,25 @@ class LayerStore:
     @property
     def room(self) -> int:
         """Tokens that can be appended before some head is full."""
-        return min(capacity - length for capacity, length in zip(self.capacities, self.lengths, strict=True))
+        return self._full_at - self.extent.seen
+
+    @property
+    def layout(self) -> decode.Layout | None:
+        """Where the slots lie, for a compiled decode step; ``None`` where that does not serve them."""
+        if self._layout is None and self.spec.device.type == "cpu":
+            self._layout = self._laid_out()
+        return self._layout
+
+    def _laid_out(self) -> decode.Layout | None:
+        shape, number = self.spec.shape, self.spec.dtype.itemsize
+        form = decode.Form(self.spec.dtype, len(self.capacities), shape.key_dim, shape.value_dim)
+        if not form.served or self.keys.shape[0] != sum(self.capacities):  # freed
+            return None
+        keys, values, bias = self.keys.data_ptr(), self.values.data_ptr(), self.bias.data_ptr()
+        key, value = shape.key_dim * number, shape.value_dim * number
+        places = zip(self.starts, self.capacities, strict=True)
+        heads = [(keys + start * key, values + start * value, bias + 4 * start, room) for start, room in places]
+        return decode.layout(heads, form, self.keys, self.values, self.bias)
 
     def bias_range(self) -> tuple[float, float]:
         """The least and the greatest β of the slots that are filled; zeros when there are none."""
@@ -132,6 +152,7 @@ class LayerStore:
 
     def free(self) -> None:
         """Give the bytes back; the store must not be used any more. Freeing twice does nothing."""
+        self._layout = None
         self._release()
         self.keys = self.values = self.bias = self.positions = torch.empty(0)
         self.scores = None
@@ -153,7 +174,7 @@ class LayerStore:
             self.values.view(heads, -1, values.shape[2])[:, start : start + count] = values
             if scores is not None and self.scores is not None:
                 self.scores.view(heads, -1)[:, start : start + count] = scores
-            self.extent = Extent([start + count] * heads, self.seen + count)
+            self.appended(count)
             return
         for head, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
             span = slice(start + length, start + length + count)
@@ -161,8 +182,15 @@ class LayerStore:
             self.values[span] = values[head]
             if scores is not None and self.scores is not None:
                 self.scores[span] = scores[head]
-        # Last, so that a fault before leaves nothing to be taken back that was never there.
-        self.extent = Extent([length + count for length in self.lengths], self.seen + count)
+        self.appended(count)
+
+    def appended(self, count: int) -> None:
+        """Count the slots that were written behind the last one of every head: the last step of appending.
+
+        A fault before it leaves nothing to be taken back.
+        """
+        lengths, seen = self.extent
+        self.extent = Extent([length + count for length in lengths], seen + count)
 
     def drop_tail(self, count: int) -> None:
         """Forget the last ``count`` appended slots of every head (their β and scores become zero again)."""
@@ -355,6 +383,7 @@ class LayerStore:
     ) -> LayerStore:
         """Say what was written into a new store; returns it."""
         self.extent, self.settled = Extent(list(lengths), seen), list(settled)
+        self._full_at = seen + min(capacity - length for capacity, length in zip(self.capacities, lengths, strict=True))
         self.promoted, self.moves = promoted, moves
         self.uniform = len(set(self.capacities)) == 1 and len(set(lengths)) == 1
         return self

@@ -295,7 +295,7 @@ class Planner:
 
     def _forward(self, layer: LayerShape, fullest: int) -> int:
         slots, chunk = self.slots(layer, fullest), self.settings.chunk
-        fused = ragged.fused_bytes(layer, chunk, slots, self.shape.itemsize)
+        fused = ragged.fused_bytes(layer, chunk, slots, self.shape.itemsize, self.rows)
         scored = self.policy.scores == "received"
         explicit = scored or layer.sinks or layer.window is not None or not self._fused(layer)
         most = max(fused, ragged.explicit_bytes(layer, chunk, slots, self.shape.itemsize)) if explicit else fused

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from agentmem.attention import ragged
+from agentmem.attention import decode, ragged
 from agentmem.attention.ragged import Run, attend, fused_bytes
 from agentmem.planning.model_shape import LayerShape
 from agentmem.testing import peak_allocated
@@ -185,7 +185,7 @@ def test_what_it_is_not_made_for_goes_to_torch(monkeypatch: pytest.MonkeyPatch) 
     spread = torch.zeros(1, 40)[:, ::2]
     assert not ragged._compiled(queries, [Run(0, runs[0].keys, runs[0].values, spread)])
     assert not ragged._compiled(queries, [Run(0, runs[0].keys[:, :0], runs[0].values[:, :0])])
-    monkeypatch.setattr(ragged, "COMPILED", False)
+    monkeypatch.setattr(decode, "COMPILED", False)
     assert not ragged._compiled(queries, runs)
 
 
@@ -194,7 +194,7 @@ def test_torch_s_kernel_agrees(dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
     """An installation without a compiler computes the same."""
     queries, runs, _ = problem((700, 300), 3, 64, dtype)
     compiled, _ = attend(queries, runs, None, 0.125)
-    monkeypatch.setattr(ragged, "COMPILED", False)
+    monkeypatch.setattr(decode, "COMPILED", False)
     assert torch.allclose(attend(queries, runs, None, 0.125)[0], compiled, atol=2 * DTYPES[dtype], rtol=0)
 
 

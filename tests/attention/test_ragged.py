@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from agentmem.attention import ragged
+from agentmem.attention import decode, ragged
 from agentmem.attention.ragged import Fresh, Run, attend, explicit_bytes, fused_bytes, local, local_bytes
 from agentmem.planning.model_shape import LayerShape
 from agentmem.testing import peak_allocated
@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def _kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a compiler, or without AMX, torch's kernel serves and the same holds."""
     if request.param == "torch alone":
-        monkeypatch.setattr(ragged, "COMPILED", False)
+        monkeypatch.setattr(decode, "COMPILED", False)
         monkeypatch.setattr(ragged, "TILED", False)
 
 

@@ -47,9 +47,10 @@ TABLE = (
     room("agentmem.planning.model_shape", rooms="errors settings"),
     room("agentmem.attention._chunk"),
     room("agentmem.attention._decode"),
+    room("agentmem.attention.decode", rooms="attention._decode planning.model_shape", outside="torch"),
     room(
         "agentmem.attention.ragged",
-        rooms="attention._chunk attention._decode contracts errors planning.model_shape",
+        rooms="attention._chunk attention.decode contracts errors planning.model_shape",
         outside="torch",
     ),
     room("agentmem.memory.ledger", rooms="errors settings"),
@@ -67,7 +68,7 @@ TABLE = (
     room("agentmem.memory.rotation", outside="torch"),
     room(
         "agentmem.memory.store",
-        rooms="contracts errors planning.model_shape memory.ledger attention.ragged",
+        rooms="contracts errors planning.model_shape memory.ledger attention.decode attention.ragged",
         outside="torch",
     ),
     room("agentmem.memory.jobs", rooms="contracts planning.pricing memory.store"),
@@ -85,7 +86,7 @@ TABLE = (
     ),
     room(
         "agentmem.memory.forwards",
-        rooms="attention.ragged memory.jobs memory.memory memory.sequence memory.store planning.pricing "
+        rooms="attention.decode attention.ragged memory.jobs memory.memory memory.sequence memory.store planning.pricing "
         "reference_queries.stored reporting.log_events",
         outside="torch",
     ),

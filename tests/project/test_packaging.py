@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from agentmem.attention import ragged
+from agentmem.attention import decode
 from agentmem.contracts import Policy
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +64,7 @@ needs_compiler = pytest.mark.skipif(
 @needs_compiler
 def test_the_compiled_attention_is_installed() -> None:
     """An installation that could not build it goes on without, and would be slower in silence."""
-    assert ragged.COMPILED
+    assert decode.COMPILED
 
 
 @needs_compiler

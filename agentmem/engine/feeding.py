@@ -101,7 +101,7 @@ def feed(shares: Sequence[tuple[Want, int]]) -> None:
     try:
         parts = [part for part in (_begun(want, count, holds) for want, count in shares) if part is not None]
         if parts:
-            _run(parts)
+            _run(sorted(parts, key=lambda part: part.tokens > 1))  # single tokens first: they attend in one call
     finally:
         holds.clear()
 

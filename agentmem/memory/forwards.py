@@ -6,6 +6,7 @@ Both are called once a layer, with the model's own queries, keys and values (RoP
 from __future__ import annotations
 
 import operator
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -125,16 +126,18 @@ class Packed:
     """
 
     def __init__(self, appends: Sequence[Append]) -> None:
-        """Room for the tokens must have been made. The line of tokens is in the order of ``appends``."""
+        """Room for the tokens must have been made.
+
+        The line of tokens is in the order of ``appends``; those of a single token that come first are served together.
+        """
         self.attended = 0
         """Layers that have attended."""
-        self._parts: list[tuple[Memory, Row, slice]] = []
-        start = 0
-        for append in appends:
-            (arriving,) = append.arriving
-            span = slice(start, start + len(arriving.ids))
-            self._parts.append((append.memory, append.memory.rows[0], span))
-            start = span.stop
+        counts = [len(arriving.ids) for append in appends for arriving in append.arriving]
+        parts = [(append.memory, append.memory.rows[0]) for append in appends]
+        singles = next((at for at, count in enumerate(counts) if count > 1), len(counts))
+        self._singles = parts[:singles]
+        spans = (slice(*span) for span in pairwise(accumulate(counts[singles:], initial=singles)))
+        self._texts = list(zip(parts[singles:], spans, strict=True))
 
     def attend(
         self,
@@ -147,11 +150,14 @@ class Packed:
     ) -> torch.Tensor:
         """Append the tokens' slots and attend: ``queries [1, Hq, q, d]`` → ``[1, q, Hq, dv]``."""
         self.attended += 1
-        asked, key, value = queries[0], keys[0], values[0]
         output = queries.new_empty(1, queries.shape[2], queries.shape[1], values.shape[-1])
-        for memory, row, span in self._parts:
-            part = append_row(memory, row, layer, asked[:, span], key[:, span], value[:, span], scale, sinks)
-            output[0, span] = part.transpose(0, 1)
+        if self._singles:
+            span = slice(len(self._singles))
+            asked, key, value = (each[0, :, span].transpose(0, 1) for each in (queries, keys, values))
+            output[0, span] = append_each(self._singles, layer, asked, key, value, scale, sinks)
+        for (memory, row), span in self._texts:
+            asked, key, value = (each[0, :, span] for each in (queries, keys, values))
+            output[0, span] = append_row(memory, row, layer, asked, key, value, scale, sinks).transpose(0, 1)
         return output
 
 

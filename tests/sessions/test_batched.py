@@ -66,10 +66,11 @@ async def test_tasks_that_reply_at_once_share_forwards(policy: str, forwards: li
         for session, (ids, slots) in zip(sessions, expected, strict=True):
             assert list(session.ids) == ids
             assert close(tiny_chat.slots(session), slots)
-        assert sum(each.stats.compactions for each in sessions) > 0 or policy == "window"  # its slots suffice
-        tiny_chat.audit(made)
         assert made.stats.sequences_per_forward > 1
-        assert made.stats.pause_max_seconds >= made.stats.pause_p50_seconds > 0
+        if policy != "window":  # whose slots suffice
+            assert sum(each.stats.compactions for each in sessions) > 0
+            assert made.stats.pause_max_seconds >= made.stats.pause_p50_seconds > 0
+        tiny_chat.audit(made)
 
 
 def test_threads_that_reply_at_once_write_what_each_would_alone(forwards: list[tuple[int, int]]) -> None:

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agentmem.contracts import Policy
 from agentmem.errors import SettingsRefused, UnknownPolicy
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from agentmem.contracts import PolicyFactory
 
@@ -200,11 +203,25 @@ def _value(text: str) -> object:
     return str(text)
 
 
-def _registered() -> dict[str, list[EntryPoint]]:
+def _registered() -> Mapping[str, list[EntryPoint]]:
+    """All entry points of the group by name; read anew only when something was installed or removed."""
+    return _read_registered(tuple((folder, _changed(folder)) for folder in sys.path))
+
+
+@lru_cache(maxsize=1)
+def _read_registered(_state: tuple[tuple[str, int], ...]) -> Mapping[str, list[EntryPoint]]:
     registered: dict[str, list[EntryPoint]] = {}
     for point in entry_points(group=GROUP):
         registered.setdefault(point.name, []).append(point)
     return registered
+
+
+def _changed(folder: str) -> int:
+    """When a folder of the import path last changed, in nanoseconds; 0 where there is none."""
+    try:
+        return Path(folder).stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _only(name: str) -> EntryPoint:
@@ -225,32 +242,43 @@ def _only(name: str) -> EntryPoint:
 def _make(point: EntryPoint, options: dict[str, object]) -> Policy:
     factory = _load(point)
     _check_options(point.name, factory, options)
-    origin = f"policy {point.name!r}, factory {point.value!r} of {_distribution(point)}"
     try:
         made = factory(**_typed(factory, options))
     except ValueError as error:
         raise SettingsRefused(f"policy {point.name!r}: {error}") from error
     except TypeError as error:
         given = ", ".join(f"{name}={value!r}" for name, value in options.items()) or "no options"
-        raise SettingsRefused(f"{origin} failed with {given}: TypeError: {error}; check the options' values") from error
+        raise SettingsRefused(
+            f"{_origin(point)} failed with {given}: TypeError: {error}; check the options' values"
+        ) from error
     except Exception as error:
-        raise SettingsRefused(f"{origin} failed: {type(error).__name__}: {error}; mend or uninstall it") from error
+        raise SettingsRefused(
+            f"{_origin(point)} failed: {type(error).__name__}: {error}; mend or uninstall it"
+        ) from error
     if not isinstance(made, Policy):
-        raise SettingsRefused(f"{origin} returned {type(made).__name__}; it must return an agentmem.contracts.Policy")
+        raise SettingsRefused(
+            f"{_origin(point)} returned {type(made).__name__}; it must return an agentmem.contracts.Policy"
+        )
     return made
 
 
 def _load(point: EntryPoint) -> PolicyFactory:
-    origin = f"policy {point.name!r}, factory {point.value!r} of {_distribution(point)}"
     try:
         factory: object = point.load()
     except Exception as error:
         raise SettingsRefused(
-            f"{origin} cannot be imported: {type(error).__name__}: {error}; mend or uninstall it"
+            f"{_origin(point)} cannot be imported: {type(error).__name__}: {error}; mend or uninstall it"
         ) from error
     if not callable(factory):
-        raise SettingsRefused(f"{origin} is {type(factory).__name__}; it must be a function that returns a Policy")
+        raise SettingsRefused(
+            f"{_origin(point)} is {type(factory).__name__}; it must be a function that returns a Policy"
+        )
     return factory
+
+
+def _origin(point: EntryPoint) -> str:
+    """What an error calls it; a distribution's name and version are read from its files."""
+    return f"policy {point.name!r}, factory {point.value!r} of {_distribution(point)}"
 
 
 def _check_options(name: str, factory: PolicyFactory, options: dict[str, object]) -> None:

@@ -14,11 +14,13 @@
 #include <malloc.h>
 #include <stdatomic.h>
 #include <stddef.h>
+#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
 #define LARGE (1 << 16) /* bytes from which on the stack is looked at */
 #define KEPT 1024       /* blocks of MKL's at a time */
+#define KNOWN 65536     /* places in code whose library is remembered */
 
 extern void *__libc_malloc(size_t), *__libc_calloc(size_t, size_t), *__libc_realloc(void *, size_t);
 extern void *__libc_memalign(size_t, size_t);
@@ -27,20 +29,32 @@ extern void __libc_free(void *);
 typedef struct { _Atomic long live, peak; } Account;
 static Account others, products;
 static _Atomic(void *) kept[KEPT];
+static _Atomic uintptr_t known[KNOWN]; /* twice a place in code, plus 1 where it is MKL's */
 static __thread int looking;
 
 static void count(Account *account, long bytes) {
     long now = atomic_fetch_add(&account->live, bytes) + bytes, top = atomic_load(&account->peak);
     while (now > top && !atomic_compare_exchange_weak(&account->peak, &top, now)) {}
 }
+/* dladdr searches all names of a library, so it is asked once for each place. */
+static int is_mkl(void *frame) {
+    uintptr_t twice = (uintptr_t)frame << 1;
+    _Atomic uintptr_t *entry = &known[(twice ^ twice >> 17) % KNOWN];
+    uintptr_t found = atomic_load(entry);
+    if ((found & ~(uintptr_t)1) != twice) {
+        Dl_info at;
+        found = twice | (dladdr(frame, &at) && at.dli_sname && !strncmp(at.dli_sname, "mkl_", 4));
+        atomic_store(entry, found);
+    }
+    return found & 1;
+}
 static int called_by_mkl(void) {
     void *frames[12];
-    Dl_info at;
     if (looking) return 0;
     looking = 1;
     int found = 0, depth = backtrace(frames, 12);
     for (int i = 0; i < depth && !found; i++)
-        found = dladdr(frames[i], &at) && at.dli_sname && !strncmp(at.dli_sname, "mkl_", 4);
+        found = is_mkl(frames[i]);
     looking = 0;
     return found;
 }

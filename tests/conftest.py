@@ -10,14 +10,25 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: it fails at once instead of retrying
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["PIP_NO_INDEX"] = "1"  # of the processes that tests start, which the guard below does not reach
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread that waits leaves its core to another worker
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start: each worker has one core
 
+import hypothesis
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentmem import models
+from agentmem.hf import self_check
+from agentmem.reference_queries import patterns
+from support.waiting import LIMIT
+
+hypothesis.settings.register_profile(  # the same examples in every run, however slow the machine is
+    "any machine", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 
 _THREADS = 4  # tiny tensors get slower, not faster, on the many cores of a large machine
 
@@ -70,6 +81,16 @@ def _threads() -> None:
     """Few threads: one per worker under pytest-xdist, else at most four."""
     worker = "PYTEST_XDIST_WORKER" in os.environ
     torch.set_num_threads(1 if worker else min(_THREADS, torch.get_num_threads()))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_hurry() -> Iterator[None]:
+    """No machine is so busy that a check of a model, or a search for a pattern, is refused for the time it takes."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(self_check, "SECONDS", LIMIT)
+    patch.setattr(patterns, "SECONDS", LIMIT)
+    yield
+    patch.undo()
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from agentmem import Compaction, CompactionFailed, Compactor, MemoryUnused, Poli
 from agentmem.contracts import SegmentShape
 from agentmem.settings import Settings, SettingsOptions
 from support import tiny_chat, variants
+from support.waiting import LIMIT
 
 
 def fingerprint(model: Any) -> tuple[Any, ...]:
@@ -143,7 +144,7 @@ def test_two_threads_with_memories_of_their_own() -> None:
         return output  # type: ignore[no-any-return]
 
     alone = [run(ids) for ids in prompts]
-    streamers = [TextIteratorStreamer(Spelling(), skip_prompt=True, timeout=60) for _ in prompts]  # type: ignore[arg-type]
+    streamers = [TextIteratorStreamer(Spelling(), skip_prompt=True, timeout=LIMIT) for _ in prompts]  # type: ignore[arg-type]
     threads = [threading.Thread(target=run, args=pair) for pair in zip(prompts, streamers, strict=True)]
     for thread in threads:
         thread.start()

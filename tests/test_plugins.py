@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from textwrap import dedent
 
@@ -64,6 +65,16 @@ def test_a_policy_is_made_with_its_options(site: Path) -> None:
     distribution(site, "acme", "acme_one", {"acme-good": "acme_one:good"})
 
     assert plugins.policy("acme-good", depth=5).summary == "depth 5"
+
+
+def test_what_is_installed_later_is_found(site: Path) -> None:
+    """A lookup remembers what is installed, until that changes."""
+    assert "acme-late" not in plugins.names()
+    later = site.stat().st_mtime_ns + 10**9  # file systems tell no two changes of one moment apart
+    distribution(site, "acme", "acme_late", {"acme-late": "acme_late:good"})
+    os.utime(site, ns=(later, later))
+
+    assert plugins.policy("acme-late").name == "good"
 
 
 def test_a_made_policy_is_handed_through() -> None:

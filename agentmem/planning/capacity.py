@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 from agentmem.contracts import ModelIdentity
@@ -38,7 +39,7 @@ def make_plans(shape: ModelShape, settings: Settings, policies: Sequence[Policy]
         _check_model(shape, policy)
     at = _pricing(shape, settings, policies, rows)
     reach = _reach(shape, settings, policies[0])
-    least = _least_capacity(settings, at) if shape.compactable else UNBOUNDED
+    least = _least_capacity(shape, settings, policies, rows) if shape.compactable else UNBOUNDED
     if shape.compactable:
         _check_max_slots(least, settings)
         _check_reach(reach, settings, at(least))
@@ -56,7 +57,7 @@ def _pricing(
 ) -> Callable[[int], tuple[Plan, ...]]:
     """A function of the capacity: the plans there, whether they fit or not."""
     planners = [Planner(shape, settings, policy, rows, frugal=frugal) for policy in policies]
-    return lambda capacity: tuple(planner.at(capacity) for planner in planners)
+    return cache(lambda capacity: tuple(planner.at(capacity) for planner in planners))
 
 
 def _needed(plans: Sequence[Plan]) -> int:
@@ -150,7 +151,7 @@ def _largest(least: int, settings: Settings, reach: int, at: Callable[[int], Seq
     return low
 
 
-def _least_capacity(settings: Settings, at: Callable[[int], Sequence[Plan]]) -> int:
+def _least_capacity(shape: ModelShape, settings: Settings, policies: Sequence[Policy], rows: int) -> int:
     """The smallest capacity at which a compaction leaves room for a budget and frees ``min_reclaim``."""
     pinned = settings.keep_first + settings.keep_recent + MIN_BUDGET
     if isinstance(settings.target, float) and not 0 < settings.target < 1:
@@ -160,17 +161,15 @@ def _least_capacity(settings: Settings, at: Callable[[int], Sequence[Plan]]) -> 
             f"target: {settings.target} slots cannot hold keep_first={settings.keep_first} + "
             f"keep_recent={settings.keep_recent} + {MIN_BUDGET}; give at least {pinned}"
         )
+    planners = [Planner(shape, settings, policy, rows) for policy in policies]
     low, high = 1, UNBOUNDED
     while low < high:
         middle = (low + high) // 2
-        if all(_reclaims(plan, pinned, settings) for plan in at(middle)):
+        outcomes = [planner.compacted(middle) for planner in planners]
+        if all(left >= pinned and freed >= settings.min_reclaim for left, freed in outcomes):
             high = middle
         else:
             low = middle + 1
     if low == UNBOUNDED:
         raise SettingsRefused(f"target: {settings.target!r} leaves no room for keep_first + keep_recent + {MIN_BUDGET}")
     return low
-
-
-def _reclaims(plan: Plan, pinned: int, settings: Settings) -> bool:
-    return plan.target >= pinned and plan.capacity - plan.scratch - plan.target >= settings.min_reclaim

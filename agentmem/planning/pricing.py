@@ -159,6 +159,11 @@ class Planner:
             activation_bytes=self.shape.activation_bytes(max(settings.chunk, probe)),
         )
 
+    def compacted(self, capacity: int) -> tuple[int, int]:
+        """Slots per head that a compaction of a full row leaves, and those that it frees."""
+        target = self._target(capacity)
+        return target, capacity - self._scratch(self._references(capacity)[0], capacity) - target
+
     @property
     def _head_ceiling(self) -> float:
         return 1.0 if self.policy.budgets is None else self.policy.budgets.head_ceiling

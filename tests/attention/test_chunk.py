@@ -196,4 +196,4 @@ def test_too_little_scratch_is_refused() -> None:
 def test_without_tiles_it_refuses() -> None:
     """Nothing is run that the CPU lacks."""
     with pytest.raises(NotImplementedError, match="AMX"):
-        _chunk.scratch_bytes(64, 64)
+        _chunk.attend(0, 0, 0, 0, 1, 0.1, (1, 1), (1, 1), 1, 1, 1, 64, 64, 0, [])

@@ -20,6 +20,7 @@ from agentmem.errors import SettingsRefused
 from agentmem.reporting.trace import read_trace
 from agentmem.testing import tiny_model
 from support.shell import CAP, SMALL, agentmem, refused, save_model, save_tokenizer
+from support.waiting import LIMIT
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +234,7 @@ def test_ctrl_c_from_outside_ends_a_real_process(folder: str, tmp_path: Path) ->
     assert process.stdout is not None
     process.stdout.read(50)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=LIMIT)
 
     assert process.returncode == 130
     assert json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["finish"] == "interrupted"

@@ -320,7 +320,8 @@ def test_model_path_prints_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path:
     home = models.default_folder(tmp_path)
     home.mkdir(parents=True)
     (home / "LICENSE").write_text("\n  Apache License\nVersion 2.0\n", encoding="utf-8")
-    monkeypatch.setattr(models, "is_fetched", lambda *_: True)
+    for module in (models, models.loading):
+        monkeypatch.setattr(module, "is_fetched", lambda *_: True)
 
     fetched, path = agentmem("model", "fetch", home=tmp_path), agentmem("model", "path", home=tmp_path)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from support.coding_tasks import TASKS, Task, code_in, read_tasks
-from support.sandbox import check
+from support.patient_sandbox import check
 
 HUMANEVAL = Path(__file__).parents[3] / "shared" / "data" / "HumanEval.jsonl.gz"
 BY_NAME = {task.name: task for task in TASKS}

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 from support import sandbox
-from support.sandbox import GUARDS, MIB, Outcome, SandboxBroken, check, run
+from support.patient_sandbox import check, run
+from support.sandbox import GUARDS, MIB, Outcome, SandboxBroken
+from support.waiting import LIMIT, wait_until
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs what only Linux enforces")
 
@@ -40,7 +42,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(tempfile, "tempdir", str(home))
     yield home
     assert [*home.iterdir()] == []
-    assert processes_in(home) == []
+    wait_until(lambda: processes_in(home) == [])  # who was killed may take a moment to be gone
 
 
 # ------------------------------------------------------------------------------------------------ how runs end
@@ -52,7 +54,7 @@ def test_a_program_that_ends_passes_with_what_it_printed() -> None:
 
     assert (outcome.status, outcome.exit_code, outcome.text) == ("passed", 0, "one\ntwo\nthrée")
     assert outcome.passed
-    assert 0 < outcome.seconds < 5
+    assert outcome.seconds > 0
 
 
 @pytest.mark.parametrize(
@@ -116,7 +118,7 @@ def test_code_that_does_not_end_is_ended(code: str) -> None:
 
     assert outcome.status == "timeout"
     assert outcome.text.endswith("[stopped: still running after 0.3 s]\n")
-    assert 0.3 <= outcome.seconds < 10
+    assert outcome.seconds >= 0.3
 
 
 @linux
@@ -202,7 +204,7 @@ def test_one_file_is_bounded_by_the_kernel() -> None:
 def test_the_folder_is_bounded(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many bytes, many files, or folders in one another deeper than a path can say, end the run."""
     monkeypatch.setattr(sandbox, "_ENTRIES", 100)
-    outcome = run(f"{code}\nimport time\ntime.sleep(20)", seconds=15, guards=("limits", "landlock", "seccomp"))
+    outcome = run(f"{code}\nimport time\ntime.sleep({2 * LIMIT})", guards=("limits", "landlock", "seccomp"))
 
     assert outcome.status == "disk"
     assert outcome.text == "[stopped: more than 16 MiB or 100 files in its folder]\n"
@@ -230,10 +232,10 @@ def test_what_the_folder_was_replaced_by_is_left_alone(tmp_path: Path) -> None:
 @linux
 def test_a_child_in_the_group_is_killed_with_it() -> None:
     """Where no guard keeps code from forking, the children do not outlive it, at the limit or at its end."""
-    fork = "import os, time\nif os.fork() == 0:\n    time.sleep(60)\n"
+    fork = f"import os, time\nif os.fork() == 0:\n    time.sleep({4 * LIMIT})\n"
 
-    assert run(fork + "time.sleep(60)", seconds=0.3, guards=()).status == "timeout"
-    assert run(fork, seconds=20, guards=()).seconds < 10
+    assert run(fork + f"time.sleep({LIMIT})", seconds=0.3, guards=()).status == "timeout"
+    assert run(fork, guards=()).seconds < LIMIT
 
 
 def test_there_is_no_environment_and_no_input(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +291,10 @@ def test_an_interrupt_of_the_caller_ends_the_run(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(sandbox, "measure", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        run("while True: pass", seconds=60)
+        run("while True: pass")
+
+
+RUNNING = "open('running', 'w').close()\nwhile True: pass"
 
 
 @linux
@@ -297,20 +302,15 @@ def test_a_caller_that_is_killed_takes_the_code_with_it(folders: Path) -> None:
     """Without a chance to clean up, only the folder stays: the kernel ends the process."""
     demos = str(Path(sandbox.__file__).parents[1])
     code = f"import sys, tempfile\nsys.path.insert(0, {demos!r})\ntempfile.tempdir = {str(folders)!r}\n"
-    code += "from support import sandbox\nsandbox.run('while True: pass', seconds=60)"
+    code += f"from support import sandbox\nsandbox.run({RUNNING!r}, seconds={LIMIT})"
     caller = subprocess.Popen([sys.executable, "-c", code])
-    deadline = time.monotonic() + 20
-    while not processes_in(folders):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    time.sleep(0.3)  # it asks for the signal within the first milliseconds
+    wait_until(lambda: any(folders.glob("*/running")))  # by then it has asked for the signal
+    assert processes_in(folders)
     caller.kill()
     caller.wait()
-    while processes_in(folders):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: processes_in(folders) == [])
     for left in folders.iterdir():
-        left.rmdir()
+        shutil.rmtree(left)
 
 
 def test_a_sandbox_that_does_not_start_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from support import kernel_guards
-from support.sandbox import GUARDS, Outcome, run
+from support.patient_sandbox import run
+from support.sandbox import GUARDS, Outcome
 
 ALONE = ("landlock", "seccomp", "audit")
 CLONE_THREAD = 0x10000
@@ -158,7 +159,7 @@ def raids(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], Rai
             (outside / attack.name / "kept").write_text("kept")
             (outside / attack.name / "kept").chmod(0o640)
         codes = {attack.name: attack.code for attack in ATTACKS}
-        outcome = run(f"ATTACKS, OUTSIDE = {codes!r}, {str(outside)!r}\n{PROGRAM}", guards=guards, seconds=20)
+        outcome = run(f"ATTACKS, OUTSIDE = {codes!r}, {str(outside)!r}\n{PROGRAM}", guards=guards)
         last = next(line for line in outcome.text.splitlines() if line.startswith("told "))
         made[guards] = Raid(outcome, json.loads(last.removeprefix("told ")), outside)
     return made

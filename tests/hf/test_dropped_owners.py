@@ -14,6 +14,7 @@ import torch
 import agentmem
 from agentmem.testing import tiny_model
 from support import tiny_chat, variants
+from support.waiting import LIMIT
 
 ATTACH = importlib.import_module("agentmem.hf.attach")
 """The module; the package has a function of its name."""
@@ -93,7 +94,7 @@ def test_a_collection_while_models_are_attached_does_not_wait(*, other_thread: b
         thread = threading.Thread(target=collected, daemon=True)
         if other_thread:
             thread.start()
-            thread.join(20)
+            thread.join(LIMIT)
         else:
             collected()
         assert not thread.is_alive()

@@ -22,6 +22,7 @@ import agentmem
 from agentmem import plugins
 from agentmem.contracts import Policy
 from support import variants
+from support.waiting import LIMIT
 
 TOLERANCE = 5e-5
 LENGTHS = (21, 50, 34)
@@ -262,7 +263,7 @@ class Spelling:
 def test_a_streamer_in_a_thread() -> None:
     """A run in a thread feeds a TextIteratorStreamer that the main thread reads, over compactions."""
     model, ids = variants.model(), variants.prompt(30)
-    streamer = TextIteratorStreamer(Spelling(), skip_prompt=True, timeout=60)  # type: ignore[arg-type]
+    streamer = TextIteratorStreamer(Spelling(), skip_prompt=True, timeout=LIMIT)  # type: ignore[arg-type]
     outputs: list[torch.Tensor] = []
     with agentmem.capped(model, **variants.TIGHT) as memory:
         thread = threading.Thread(

@@ -198,9 +198,9 @@ def test_a_failing_pip_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_interrupted_download_ends_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C while pip runs kills it: the call returns at once although pip would go on for a minute."""
+    """Ctrl-C while pip runs kills it: the call returns at once although pip would go on for an hour."""
     run = download._run
-    sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
+    sleeper = [sys.executable, "-c", "import time; time.sleep(3600)"]
     monkeypatch.setattr(download, "_run", lambda command, *rest: run(sleeper, *rest))
 
     def interrupt(stage: str, done: float) -> None:

@@ -1,4 +1,4 @@
-"""Float64 oracles in plain loops: attention over ragged slots, and equal shares. Nothing of the package is imported.
+"""Float64 oracles, one query at a time: attention over ragged slots. Nothing of the package is imported.
 
 Tensors may come in any dtype; they are read as float64 at once. Every function is written from its definition.
 """
@@ -49,8 +49,7 @@ def attention(
             first = 0 if window is None else max(0, len(head.keys) + token - window + 1)
             seen = _seen(head, None if fresh is None else fresh[row // group], token, first)
             weights = _weights(queries[row, token], seen, scale)
-            for weight, value in zip(weights, seen.values, strict=True):
-                output[row, token] += weight * value
+            output[row, token] = weights @ seen.values
             slots = max(0, len(head.keys) - first)
             old[row // group][first:] += weights[:slots]
             begin = max(0, first - len(head.keys))
@@ -71,8 +70,7 @@ def _seen(head: Slots, fresh: Slots | None, token: int, first: int) -> Slots:
 
 def _logits(query: torch.Tensor, seen: Slots, scale: float) -> torch.Tensor:
     assert seen.bias is not None
-    pairs = zip(seen.keys, seen.bias, strict=True)
-    return torch.stack([scale * (query.double() * key).sum() + bias for key, bias in pairs])
+    return scale * (seen.keys @ query.double()) + seen.bias
 
 
 def _weights(query: torch.Tensor, seen: Slots, scale: float) -> torch.Tensor:

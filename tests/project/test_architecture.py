@@ -86,8 +86,8 @@ TABLE = (
     ),
     room(
         "agentmem.memory.forwards",
-        rooms="attention.decode attention.ragged memory.jobs memory.memory memory.sequence memory.store planning.pricing "
-        "reference_queries.stored reporting.log_events",
+        rooms="attention.decode attention.ragged memory.jobs memory.memory memory.sequence memory.store "
+        "planning.pricing reference_queries.stored reporting.log_events",
         outside="torch",
     ),
     room("agentmem.memory.positions", rooms=ABOVE, outside="torch"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Iterator
 
 import openai
@@ -12,6 +11,7 @@ from openai import AsyncOpenAI, OpenAI
 
 from agentmem.serving.server import Server
 from support import serving
+from support.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +28,8 @@ def client(of: Server) -> Iterator[OpenAI]:
 
 
 def wait_until_idle(of: Server) -> None:
-    """Until no turn runs; at most a few seconds."""
-    until = time.monotonic() + 5
-    while (of.turns or of.runtime.stats.active) and time.monotonic() < until:
-        time.sleep(0.01)
-    assert (len(of.turns), of.runtime.stats.active) == (0, 0)
+    """Until no turn runs."""
+    wait_until(lambda: (len(of.turns), of.runtime.stats.active) == (0, 0))
 
 
 def test_models_are_listed(client: OpenAI, of: Server) -> None:

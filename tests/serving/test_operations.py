@@ -28,6 +28,7 @@ from agentmem.serving.settings import ServerSettings
 from support import serving, tiny_chat
 from support.responses import respond
 from support.shell import agentmem, refused, save_model
+from support.waiting import LIMIT, until
 
 ROUTE = "/v1/chat/completions"
 WORDS = "the colour of my door"
@@ -97,12 +98,12 @@ async def test_a_reader_that_does_not_read_loses_its_stream() -> None:
 
     async def send(message: Any) -> None:
         if message["type"] == "http.response.body":
-            await asyncio.sleep(60)
+            await asyncio.Event().wait()
 
     async def receive() -> Any:
-        await asyncio.sleep(60)
+        await asyncio.Event().wait()
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(LIMIT):
         await EventStream(events(), 0.02, {})({"type": "http"}, receive, send)  # type: ignore[arg-type]  # plain dicts
 
     assert closed == [True]
@@ -113,8 +114,7 @@ async def test_the_end_of_a_server_ends_turns_and_returns_leases() -> None:
     of = serving.server(serving.runtime(1, slots=512), shutdown_seconds=0.05)
     async with serving.client(of) as http:
         running = asyncio.create_task(http.post(ROUTE, json=serving.chat("x", max_tokens=3000)))
-        while not of.turns:  # noqa: ASYNC110  # nothing tells of its beginning
-            await asyncio.sleep(0.01)
+        await until(lambda: bool(of.turns))
         await of.close()
         answer = await running
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "shutting_down")
@@ -207,7 +207,7 @@ async def test_the_command_serves_ends_gracefully_and_goes_on(tmp_path: Path) ->
         first = client.responses.create(input="One", **fields)
         item = client.responses.compact(model="model", input="Other words").output[-1].model_dump()
         run.send_signal(signal.SIGTERM)
-        _, log = run.communicate(timeout=30)
+        _, log = run.communicate(timeout=LIMIT)
     assert [json.loads(line)["status"] for line in log.splitlines() if line.startswith("{")] == [200, 200]
     assert "Traceback" not in log
 

@@ -13,6 +13,7 @@ from openai.types.responses import Response, ResponseItemList
 from support import serving
 from support.responses import CALL, ROUTE, TOOL, body, events, respond
 from support.serving import MODEL
+from support.waiting import LIMIT, until
 
 
 async def test_a_response_is_what_chat_writes() -> None:
@@ -212,7 +213,7 @@ async def test_a_response_in_the_background_can_be_got_and_cancelled() -> None:
     async with serving.client(of) as http:
         made = await respond(http, "One", background=True)
         assert (made.status, made.background) == ("in_progress", True)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(LIMIT):
             while (await http.get(f"{ROUTE}/{made.id}")).json()["status"] == "in_progress":  # noqa: ASYNC110  # as clients do
                 await asyncio.sleep(0.01)
         done = Response.model_validate((await http.get(f"{ROUTE}/{made.id}")).json(), strict=True)
@@ -221,7 +222,7 @@ async def test_a_response_in_the_background_can_be_got_and_cancelled() -> None:
         assert (finished.status_code, finished.json()["error"]["code"]) == (400, "response_not_in_progress")
 
         long = await respond(http, "Two", background=True, max_output_tokens=3000)
-        await asyncio.sleep(0.05)
+        await until(lambda: bool(of.turns))
         stopped = await http.post(f"{ROUTE}/{long.id}/cancel")
         assert Response.model_validate(stopped.json(), strict=True).status == "cancelled"
         assert of.runtime.stats.active == 0

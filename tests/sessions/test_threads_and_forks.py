@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-import time
 
 import pytest
 
@@ -13,6 +12,7 @@ from agentmem.errors import UnsupportedGeneration
 from agentmem.memory.owner import Owner
 from support import tiny
 from support import tiny_chat as tc
+from support.waiting import LIMIT
 
 
 def test_another_thread_is_refused_while_one_owns_it() -> None:
@@ -77,15 +77,12 @@ def test_a_stream_in_a_forked_process_ends() -> None:
         if child == 0:
             code = 1
             try:
-                code = 0 if asyncio.run(asyncio.wait_for(turn(), 20)) == "turn_finished" else 1
+                code = 0 if asyncio.run(asyncio.wait_for(turn(), LIMIT)) == "turn_finished" else 1
             finally:  # whatever it raises: a second pytest must not go on in the child
                 os._exit(code)
-        end, status = time.monotonic() + 30, None
-        while time.monotonic() < end and status is None:
-            found, code = os.waitpid(child, os.WNOHANG)
-            status = code if found else None
-            time.sleep(0.05)
-        if status is None:
-            os.kill(child, 9)
-            os.waitpid(child, 0)
-        assert status == 0
+        killing = threading.Timer(2 * LIMIT, os.kill, (child, 9))
+        killing.start()
+        try:
+            assert os.waitpid(child, 0)[1] == 0
+        finally:
+            killing.cancel()

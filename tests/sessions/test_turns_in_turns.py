@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from statistics import median
 from typing import Any
 
@@ -13,13 +12,7 @@ from agentmem.errors import RuntimeBusy
 from agentmem.hf.forwards import ModelForwards
 from agentmem.sessions import TokenEvent
 from support import tiny_chat
-
-
-async def until(invariant: Callable[[], bool]) -> None:
-    """Wait until something holds, ten seconds at most."""
-    async with asyncio.timeout(10):
-        while not invariant():  # noqa: ASYNC110  # what is looked at knows no loop
-            await asyncio.sleep(0.001)
+from support.waiting import until
 
 
 async def test_a_long_prompt_lets_other_turns_have_theirs(monkeypatch: pytest.MonkeyPatch) -> None:

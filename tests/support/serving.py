@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
@@ -23,6 +22,7 @@ from agentmem.serving.settings import ServerSettings
 from agentmem.serving.turns import Sampling
 from support import tiny_chat
 from support.talk import Dictated
+from support.waiting import join, wait_until
 
 KEYS = ("key-of-alice", "key-of-bob")
 MODEL = "tiny"
@@ -37,7 +37,7 @@ TOOLS = (
 
 def runtime(sessions: float = 2, *, tools: bool = False, **options: Any) -> Runtime:
     """A tiny runtime; with ``tools`` its chat template has a place for them."""
-    made = tiny_chat.runtime(sessions, **{"policy": "window", "wait": 20.0} | options)
+    made = tiny_chat.runtime(sessions, **{"policy": "window"} | options)
     if tools:
         made.tokenizer = tiny_chat.tokenizer(TOOLS)
     return made
@@ -75,14 +75,13 @@ def listening(app: FastAPI, of: Server) -> Iterator[str]:
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        while not running.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
+        wait_until(lambda: running.started or not thread.is_alive())
+        assert running.started
         port = running.servers[0].sockets[0].getsockname()[1]
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         running.should_exit = True
-        thread.join(20)
+        join(thread)
         of.runtime.close()
 
 

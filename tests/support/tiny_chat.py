@@ -21,6 +21,7 @@ from agentmem.memory.ledger import Ledger
 from agentmem.memory.memory import Memory
 from agentmem.sessions import Event, Runtime, Session
 from agentmem.testing import tiny_model
+from support.waiting import LIMIT
 
 SETTINGS: dict[str, Any] = {"keep_first": 4, "keep_recent": 8, "min_reclaim": 4, "chunk": 16}
 SLOTS = 64
@@ -65,11 +66,8 @@ def lease(policy: str | Policy = "am-halving", on: Any = None, slots: int = SLOT
 
 def runtime(sessions: float = 1, policy: str | Policy = "am-halving", on: Any = None, **options: Any) -> Runtime:
     """A runtime whose cap is so many leases (of 64 slots per head, unless said otherwise): its sessions' share."""
-    own = {
-        name: options.pop(name)
-        for name in ("pressure", "spill", "wait", "max_waiting", "max_batch_tokens")
-        if name in options
-    }
+    names = ("pressure", "spill", "wait", "max_waiting", "max_batch_tokens")
+    own: dict[str, Any] = {"wait": LIMIT, **{name: options.pop(name) for name in names if name in options}}
     share = lease(policy, on, options.pop("slots", SLOTS), **options)
     settings = SETTINGS | options
     cap = int(share * sessions)

@@ -26,6 +26,7 @@ from agentmem.settings import Settings, parse_bytes
 from agentmem.untrusted.files import read_plain
 from agentmem.untrusted.json_text import MAX_KEYS, json_value, parsed
 from agentmem.untrusted.texts import MAX_MESSAGE, bounded, faults, shown
+from support.waiting import LIMIT
 
 MANY = 300_000
 WORDS = ["x"] * MANY
@@ -74,7 +75,7 @@ def _call(arguments: str) -> dict[str, Any]:
 def test_what_is_hostile_is_refused_in_few_words(kind: str) -> None:
     """Each refusal is an error of ours (or a ValueError that becomes one), short, at once, and without a huge copy."""
     tracemalloc.start()
-    began = time.monotonic()
+    began = time.thread_time()
     try:
         with pytest.raises(ValueError, match=r"\S") as refused:
             HOSTILE[kind]()
@@ -82,7 +83,7 @@ def test_what_is_hostile_is_refused_in_few_words(kind: str) -> None:
     finally:
         tracemalloc.stop()
     assert len(str(refused.value)) <= MAX_MESSAGE
-    assert time.monotonic() - began < 5
+    assert time.thread_time() - began < LIMIT
     assert peak < 64 << 20
 
 

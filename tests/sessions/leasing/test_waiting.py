@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,13 +12,7 @@ import pytest
 from agentmem.errors import RuntimeBusy
 from agentmem.sessions import Runtime, Session
 from support import tiny_chat
-
-
-async def until(invariant: Callable[[], bool]) -> None:
-    """Wait until something holds, ten seconds at most."""
-    async with asyncio.timeout(10):
-        while not invariant():  # noqa: ASYNC110  # what is looked at knows no loop
-            await asyncio.sleep(0.001)
+from support.waiting import LIMIT, join, until
 
 
 async def begun(made: Runtime) -> tuple[Session, Any]:
@@ -143,7 +136,7 @@ async def test_who_is_cancelled_during_admission_keeps_no_lease(monkeypatch: pyt
 
         def slowly() -> None:
             entered.set()
-            go.wait(10)
+            assert go.wait(LIMIT)
             wake()
 
         monkeypatch.setattr(session.holding, "wake", slowly)
@@ -171,14 +164,14 @@ async def test_a_synchronous_turn_wakes_who_waits() -> None:
         task = asyncio.create_task(made.session().aappend("user", "hello"))
         await until(lambda: made.stats.waiting == 1)
         await asyncio.to_thread(turn.close)  # type: ignore[attr-defined]  # a generator
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(LIMIT):
             await task
     with tiny_chat.runtime(1, pressure=()) as made:
         idle = tiny_chat.filled(made, 20)
         task = asyncio.create_task(made.session().aappend("user", "hello"))
         await until(lambda: made.stats.waiting == 1)
         idle.close()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(LIMIT):
             await task
 
 
@@ -201,8 +194,7 @@ def test_two_event_loops_share_a_runtime() -> None:
         threads = [threading.Thread(target=asyncio.run, args=(some(range(low, low + 3)),)) for low in (0, 3)]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join(60)
+        join(*threads)
         assert [found[seed] for seed in range(6)] == expected
 
 

@@ -16,6 +16,7 @@ import pytest
 from agentmem.errors import AgentmemError, SnapshotRefused
 from agentmem.sessions.snapshots.files import Manifest, read_manifest, write_snapshot
 from support.snapshot_versions import IDENTITY, load, loaded_version, save
+from support.waiting import LIMIT
 
 
 @pytest.fixture
@@ -188,14 +189,14 @@ HOSTILE = {
 @pytest.mark.parametrize("raw", HOSTILE, ids=[f"{raw[:20]!r}" for raw in HOSTILE])
 def test_hostile_json_is_refused(folder: Path, raw: bytes) -> None:
     """Bytes that are no JSON object, or one that costs too much, are refused as a state and as a manifest, soon."""
-    started = time.perf_counter()
+    started = time.thread_time()
     replace_file(folder, "state_file", raw)
     with pytest.raises(SnapshotRefused, match=rf"state-.*\.json: .*{HOSTILE[raw]}"):
         load(folder)
     (folder / "manifest.json").write_bytes(raw)
     with pytest.raises(SnapshotRefused, match=rf"manifest\.json: .*{HOSTILE[raw]}"):
         load(folder)
-    assert time.perf_counter() - started < 10  # a quadratic scan takes minutes
+    assert time.thread_time() - started < LIMIT  # a quadratic scan takes many minutes
 
 
 def test_brackets_in_strings_are_no_nesting(folder: Path) -> None:

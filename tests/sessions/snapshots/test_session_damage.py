@@ -19,6 +19,7 @@ from agentmem.sessions import Runtime, Session
 from benchmarks.session_damage import FORGERIES, forge
 from benchmarks.snapshot_kills import CALLS
 from support import tiny_chat
+from support.waiting import LIMIT
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_session(tmp_path: Path) -> None
             session.read(tiny_chat.ids(40, 3))
             child = processes.Process(target=killed, args=(session, tmp_path / str(last), last))
             child.start()
-            child.join(60)
+            child.join(LIMIT)
             assert child.exitcode == (0 if last == 500 else 9)
             with made.load(tmp_path / str(last)) as loaded:
                 assert loaded.ids[:30] == session.ids[:30]

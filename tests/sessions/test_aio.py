@@ -125,7 +125,7 @@ async def test_no_forward_runs_ahead_of_a_slow_consumer(monkeypatch: pytest.Monk
 
 async def test_the_event_loop_is_never_blocked(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the middle of every forward and compaction of a long text, the loop forks another session and looks around."""
-    loop, feed, met, seen = asyncio.get_running_loop(), turn.feed, list[str](), set[tuple[int, int]]()
+    loop, packed, met, seen = asyncio.get_running_loop(), ModelForwards.packed, list[str](), set[tuple[int, int]]()
 
     def look(done: threading.Event) -> None:
         seen.add((idle.fork().stats.tokens, made.stats.active))
@@ -138,13 +138,13 @@ async def test_the_event_loop_is_never_blocked(monkeypatch: pytest.MonkeyPatch) 
         assert done.wait(LIMIT)
         met.append(where)
 
-    def watched(*args: Any, **options: Any) -> torch.Tensor:
+    def watched(self: ModelForwards, *args: Any) -> torch.Tensor:
         meet("forward")
-        return feed(*args, **options)
+        return packed(self, *args)
 
     with tiny_chat.runtime(2.5) as made:
         session, idle = made.session(policy=calling("am-halving", lambda _: meet("layer"))), tiny_chat.filled(made, 30)
-        monkeypatch.setattr(turn, "feed", watched)
+        monkeypatch.setattr(ModelForwards, "packed", watched)
         reports = await session.aappend("user", "x" * 300)
     assert seen == {(30, 1)}
     assert met.count("layer") == LAYERS * len(reports) > 0

@@ -107,6 +107,7 @@ def test_a_default_folder_that_others_can_read_is_not_used(temporary: Path) -> N
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.usefixtures("one_thread")  # torch's others are the parent's alone, and the child would wait for them
 def test_a_forked_process_has_files_of_its_own(tmp_path: Path) -> None:
     """A memory on disk goes on in the child and in the parent; the child's end takes nothing of the parent's."""
     with tiny_chat.runtime(1, pressure=("disk",), spill=tmp_path) as made:

@@ -1,5 +1,7 @@
 """What ``decode.c`` offers to ``decode.py``."""
 
+from typing import Any
+
 def attend(
     kind: int,
     threads: int,
@@ -11,15 +13,15 @@ def attend(
     key_dim: int,
     value_dim: int,
     queries: int,
-    query_strides: tuple[int, int],
+    query_strides: tuple[int, ...],
     keys: int,
-    key_strides: tuple[int, int],
+    key_strides: tuple[int, ...],
     values: int,
-    value_strides: tuple[int, int],
+    value_strides: tuple[int, ...],
     output: int,
     scratch: int,
     scratch_bytes: int,
-    sequences: list[tuple[int, tuple[bytes, object], list[int], bool]],
+    sequences: list[tuple[int, Any, list[int], bool]],
 ) -> None:
     """One token of each sequence over its slots; addresses of storage of one dtype, strides in numbers.
 

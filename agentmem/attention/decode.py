@@ -132,6 +132,6 @@ def _together(rows: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(2) == 1 else rows.contiguous()
 
 
-def _place(rows: torch.Tensor | None) -> tuple[int, tuple[int, int]]:
+def _place(rows: torch.Tensor | None) -> tuple[int, tuple[int, ...]]:
     """The address of rows ``[n, h, d]``, and the numbers from one row, and from one head, to the next."""
     return (0, (0, 0)) if rows is None else (rows.data_ptr(), rows.stride()[:2])

@@ -281,21 +281,20 @@ def append_each(
     """
     output = queries.new_empty(queries.shape[0], queries.shape[1], values.shape[2])
     form = None if sinks is not None else decode.form_of(queries, keys, values)
-    stores = [_served(memory, row, layer, keys, form, scratch=scratch) for memory, row in parts]
-    served = [(index, store) for index, store in enumerate(stores) if store is not None]
-    if served:
+    served = [_served(memory, row, layer, keys, form, scratch=scratch) for memory, row in parts]
+    steps = [(index, each[1], each[0].extent.lengths, each[0].biased) for index, each in enumerate(served) if each]
+    if steps:
         for memory in dict.fromkeys([memory for memory, _ in parts]):
             memory.scales[layer] = scale
             memory.ledger.touch(memory.plan.forward_bytes, "attention")
-        steps = [(index, store.layout, store.extent.lengths, store.biased) for index, store in served]
-        window = parts[0][0].shape.layers[layer].window
-        decode.attend_each(queries, steps, scale, output, (keys, values), window)  # type: ignore[arg-type]  # all have a layout
-        for _, store in served:
-            store.appended(1)
-    for index, ((memory, row), store) in enumerate(zip(parts, stores, strict=True)):
-        if store is None:
-            own = (each[index].unsqueeze(1) for each in (queries, keys, values))
-            output[index] = append_row(memory, row, layer, *own, scale, sinks, scratch=scratch)[:, 0]
+        decode.attend_each(queries, steps, scale, output, (keys, values), parts[0][0].shape.layers[layer].window)
+        for each in served:
+            if each:
+                each[0].appended(1)
+    for index, (memory, row) in enumerate(parts):
+        if not served[index]:
+            asked, key, value = (each[index].unsqueeze(1) for each in (queries, keys, values))
+            output[index] = append_row(memory, row, layer, asked, key, value, scale, sinks, scratch=scratch)[:, 0]
         elif memory.plan.stored and not scratch:
             _sample(memory, row, layer, queries[index].unsqueeze(1))
     return output
@@ -308,7 +307,7 @@ def _tokens(*tensors: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def _served(
     memory: Memory, row: Row, layer: int, like: torch.Tensor, form: decode.Form | None, *, scratch: bool
-) -> LayerStore | None:
+) -> tuple[LayerStore, decode.Layout] | None:
     """The store of a layer with room for one more slot, where compiled code serves it and nothing is to be scored."""
     if form is None or _scored(memory, layer, scratch=scratch):
         return None
@@ -316,7 +315,7 @@ def _served(
     if store is None or store.room < 1:
         store = _roomy(memory, row, layer, like, 1)
     layout = store.layout
-    return store if layout is not None and layout.form == form else None
+    return (store, layout) if layout is not None and layout.form == form else None
 
 
 def append_row(

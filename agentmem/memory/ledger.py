@@ -41,8 +41,7 @@ class Ledger:
             MemoryCapExceeded: R + T would cross the cap; nothing was added.
 
         """
-        self._check(count, what)
-        self._note(count)
+        self._note(self._checked(count, what))
         self._held[id(holder)] = count
 
     def release(self, holder: object) -> None:
@@ -64,8 +63,7 @@ class Ledger:
         """
         if self._outside:
             return
-        self._check(count, what)
-        self._note(count)
+        self._note(self._checked(count, what))
 
     @contextmanager
     def borrow(self, count: int, what: str) -> Iterator[None]:
@@ -76,8 +74,7 @@ class Ledger:
 
         """
         count = 0 if self._outside else count
-        self._check(count, what)
-        self._note(count)
+        self._note(self._checked(count, what))
         before = self.transient
         try:
             self.transient = before + count
@@ -105,12 +102,12 @@ class Ledger:
             result.append(self._mark)
             self._mark = max(outer, self._mark)
 
-    def _note(self, passing: int = 0) -> None:
-        now = self.resident + self.transient + passing
+    def _note(self, now: int) -> None:
         self.peak = max(self.peak, now)
         self._mark = max(self._mark, now)
 
-    def _check(self, count: int, what: str) -> None:
+    def _checked(self, count: int, what: str) -> int:
+        """R + T with ``count`` bytes more, which fit under the cap."""
         after = self.resident + self.transient + count
         if after > self.cap:
             raise MemoryCapExceeded(
@@ -118,3 +115,4 @@ class Ledger:
                 f"makes {after} of a cap of {self.cap} bytes; raise the cap, lower chunk, or choose a policy "
                 "that compacts"
             )
+        return after

@@ -215,18 +215,6 @@ def test_its_scratch_is_in_the_plan(dtype: torch.dtype, held: tuple[int, ...], g
         torch.set_num_threads(before)
 
 
-def test_too_little_scratch_is_refused() -> None:
-    """Before anything is written."""
-    queries, runs, _ = problem((600,), 2, 64)
-    address, run = queries.data_ptr(), ragged._addresses(runs[0])
-    with pytest.raises(ValueError, match="more pieces"):
-        _decode.attend(0, address, address, address, 1, 2, 256, 1, 0.1, 2, 64, 64, [run])
-    with pytest.raises(ValueError, match="more pieces"):
-        _decode.attend(0, address, address, address, 1, 2, 0, 1, 0.1, 2, 64, 64, [run])
-    with pytest.raises(TypeError, match="a run"):
-        _decode.attend(0, address, address, address, 1, 2, 256, 1, 0.1, 2, 64, 64, [(0, 1)])
-
-
 def test_unknown_instructions_are_refused() -> None:
     """A level that does not exist changes nothing."""
     assert not _decode.use(3)

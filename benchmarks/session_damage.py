@@ -132,6 +132,13 @@ def _pins(parts: Parts, dice: random.Random) -> None:
     parts.row["pins"] = dice.choice([*spans, [[1, 2, 3]], [["a", "b"]], None])
 
 
+def _front(parts: Parts, dice: random.Random) -> None:
+    """Tokens that do not stand first: none though pins were compacted around, more than there are, or out of order."""
+    (start, stop), tokens = parts.row["front"][0], parts.row["tokens"]
+    spans = [[], [[start, stop - 1]], [[start + 1, stop]], [[start, tokens]], [[start, stop], [tokens, tokens + 4]]]
+    parts.row["front"] = dice.choice([*spans, [[stop, start]], [[start, stop], [start, stop]], [[start]], None, 3])
+
+
 def _layers(parts: Parts, dice: random.Random) -> None:
     layers = parts.row["layers"]
     kind = dice.choice(["gone", "null", "all null", "twice"])
@@ -288,7 +295,7 @@ FORGERIES: dict[str, Forgery] = {
     "shift": _count("shift", lambda row: row["shift"] + 1, -1, 1 << 40),
     "intact": _count("intact", lambda row: row["tokens"] + 1, lambda row: row["tokens"], 0, -1, 1 << 40),
     "allocated at": _count("headroom_at", lambda row: row["tokens"] + 1, None, -1, 1 << 40, "x"),
-    "promoted until": _count("promoted_until", lambda row: row["tokens"] + 1, 0, -1, 1 << 40),
+    "front": _front,
     "compactions and moves": _count("compactions", -1, 10**30, 1 << 31, None, 0.5),
     "scales": _count("scales", [], [0.25], [0.0] * 3, [-1.0] * 3, ["Infinity"] * 3, [1e999 * 0] * 0, None),
     "reports": _reports,

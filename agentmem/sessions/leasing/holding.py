@@ -103,7 +103,7 @@ class Holding:
         if self.memory is None:
             return False
         row = self.memory.rows[0]
-        return row.quiet and row.promoting is None
+        return row.quiet and row.arranged
 
     def copied(self) -> Holding:
         """Another holding with an equal memory of its own; this one stays as it is, on disk too."""

@@ -48,7 +48,7 @@ def pin(memory: Memory, row: Row, start: int, stop: int, *, coming: int = 0) -> 
     pin_coming(memory, row, [(start, stop)])
 
 
-def unpin(memory: Memory, row: Row, start: int, stop: int, *, coming: int = 0) -> None:
+def unpin(row: Row, start: int, stop: int, *, coming: int = 0) -> None:
     """Let the tokens ``start .. stop`` of a row be compacted again; those that are not pinned stay as they are.
 
     Raises:

@@ -146,7 +146,7 @@ def tokens(spans: Iterable[tuple[int, int]]) -> set[int]:
 def test_spans_are_sets_of_tokens(
     one: list[tuple[int, int]], other: list[tuple[int, int]], start: int, stop: int
 ) -> None:
-    """Unions, cuts and differences are those of sets, ascending and apart; a request that is pinned twice counts once."""
+    """Unions, cuts and differences are those of sets, ascending and apart; what is pinned twice counts once."""
     left, right = joined(one), joined(other)
     for made, wanted in (
         (left, tokens(one)),

@@ -126,10 +126,19 @@ def _positions(parts: Parts, dice: random.Random) -> None:
         positions.add_(1 if kind == "later" else -1)
 
 
-def _pins(parts: Parts, dice: random.Random) -> None:
+def _pins(name: str) -> Forgery:
+    """Tokens that are not there, were compacted or are no spans, as pins or as the request."""
+
+    def forgery(parts: Parts, dice: random.Random) -> None:
+        parts.row[name] = dice.choice(_spans(parts))
+
+    return forgery
+
+
+def _spans(parts: Parts) -> list[Any]:
     tokens = parts.row["tokens"] + len(parts.session["pending"])
     spans = [[[9, 3]], [[3, 3]], [[0, tokens + 1]], [[0, 10], [5, 20]], [[30, 40], [4, 9]], [[-1, 5]], [[0, tokens]]]
-    parts.row["pins"] = dice.choice([*spans, [[1, 2, 3]], [["a", "b"]], None])
+    return [*spans, [[1, 2, 3]], [["a", "b"]], None]
 
 
 def _front(parts: Parts, dice: random.Random) -> None:
@@ -281,7 +290,8 @@ FORGERIES: dict[str, Forgery] = {
     "more slots than the cap": _grown,
     "NaN and infinity": _not_finite,
     "positions": _positions,
-    "pins": _pins,
+    "pins": _pins("pins"),
+    "request": _pins("request"),
     "layers": _layers,
     "stored queries": _samples,
     "state of the generator": _generator,

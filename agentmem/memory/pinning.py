@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from agentmem.memory.sequence import Row
     from agentmem.memory.store import LayerStore
 
+REQUEST_SHARE = 4
+"""The newest request may take one part in this many of the slots that a compaction leaves of the segment."""
+
 # ---- what is pinned
 
 
@@ -88,7 +91,33 @@ def pin_coming(memory: Memory, row: Row, spans: Sequence[tuple[int, int]]) -> No
             f"need {needed} slots per head, and a compaction leaves {memory.plan.target}; pin less, or raise cap or "
             "target"
         )
-    row.pins = replace(row.pins, spans=wanted)
+    put(memory, row, replace(row.pins, spans=wanted))
+
+
+def pin_request(memory: Memory, row: Row, spans: Spans) -> bool:
+    """Pin the newest request instead of the one before it, where it fits and is still whole; whether it is pinned.
+
+    It fits where its tokens, those aside that are pinned anyway, take no more than :func:`most_requested`.
+    """
+    put(memory, row, replace(row.pins, request=spans if whole(memory, row, spans) else ()))
+    return row.pins.request == spans
+
+
+def put(memory: Memory, row: Row, pins: Pins) -> None:
+    """Have these pins instead, but for a request that does not fit beside the others."""
+    fits = request_size(memory, pins) <= most_requested(memory, pins)
+    row.pins = pins if fits else replace(pins, request=())
+
+
+def request_size(memory: Memory, pins: Pins) -> int:
+    """Tokens of a request that are neither the prefix's nor pinned anyway."""
+    return _behind(without(pins.request, pins.spans), memory.plan.prefix)
+
+
+def most_requested(memory: Memory, pins: Pins) -> int:
+    """Tokens that the request may have: a part of what a compaction leaves between prefix, other pins and recent."""
+    plan = memory.plan
+    return max(0, plan.target - plan.prefix - _behind(pins.spans, plan.prefix) - plan.recent) // REQUEST_SHARE
 
 
 def _behind(spans: Spans, prefix: int) -> int:

@@ -65,6 +65,10 @@ class Pins:
         """Everything that is pinned now."""
         return joined(self.spans, self.request)
 
+    def holds(self, start: int, stop: int) -> bool:
+        """Whether all of ``start .. stop`` is pinned until it is unpinned, and there is something in it."""
+        return start < stop and not without(((start, stop),), self.spans)
+
     def count(self, start: int, stop: int) -> int:
         """Pinned tokens inside ``start .. stop``."""
         return size(within(self.all, start, stop))

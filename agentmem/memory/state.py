@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
-from agentmem.memory.pinning import promote, settle
+from agentmem.memory.pinning import promote, put, settle
 from agentmem.memory.pins import Pins, Spans, joined, size, without
 from agentmem.memory.sequence import Consumed
 from agentmem.memory.store import LayerStore, SlotSpec
@@ -63,6 +63,7 @@ class SavedRow(_Image):
     compactions: Count
     headroom_at: Count | None
     pins: SavedSpans
+    request: SavedSpans
     front: SavedSpans
     """Tokens whose slots stand first in every head, in their order: the prefix, and what is promoted."""
     prompt_tokens: Count
@@ -125,6 +126,7 @@ def take(memory: Memory) -> tuple[SavedRow, dict[str, torch.Tensor]]:
         compactions=row.compactions,
         headroom_at=row.headroom_at,
         pins=row.pins.spans,
+        request=row.pins.request,
         front=joined(((0, min(memory.plan.prefix, row.seen)),), row.promoted),
         prompt_tokens=consumed.prompt_tokens,
         new_tokens=consumed.new_tokens,
@@ -193,7 +195,7 @@ def give(memory: Memory, image: SavedRow, tensors: dict[str, torch.Tensor]) -> N
         image.prompt_tokens,
         image.new_tokens,
     )
-    row.pins = Pins(image.pins)
+    put(memory, row, Pins(image.pins, image.request))
     memory.compactions[:], memory.rebases[:] = image.compaction_reports, image.rebase_reports
     memory.scales = list(image.scales)
     for index, layer in enumerate(image.layers):

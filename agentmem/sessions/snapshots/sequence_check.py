@@ -72,10 +72,10 @@ def _check_counts(memory: Memory, image: SavedRow) -> None:
     ):
         _hold(value <= tokens, f"{name} at token {value} of {tokens}")
     _hold(image.headroom_at is not None or image.intact == 0, f"intact from {image.intact} on, yet never compacted")
-    for name, spans in (("pins", image.pins), ("front", image.front)):
+    for name, spans in (("pins", image.pins), ("request", image.request), ("front", image.front)):
         _hold(spans == joined(spans), f"{name} {spans[:4]} are no spans in order")
     promoted = image.promoted(plan.prefix)
-    unmoved = size(without(within(image.pins, plan.prefix, image.intact), promoted))
+    unmoved = size(without(within(joined(image.pins, image.request), plan.prefix, image.intact), promoted))
     _hold(unmoved == 0, f"{unmoved} pinned tokens before {image.intact} were compacted, not moved to the front")
     prefix, recent = min(plan.prefix, tokens), image.recent(plan.prefix, plan.recent)
     led = prefix == 0 or within(image.front, 0, prefix) == ((0, prefix),)

@@ -232,6 +232,7 @@ def test_pins_are_kept_behind_another_prefix(first: int, tmp_path: Path) -> None
             assert store is not None
             assert store.segment(0, 0, 0).positions[: len(wanted)].tolist() == wanted
 
+
 # ---- what is saved with it
 
 

@@ -35,9 +35,11 @@ def hold_request(session: Conversation, *, wanted: bool = True) -> bool:
 
 
 def release_request(session: Conversation) -> None:
-    """Unpin the newest request; what is pinned besides stays pinned."""
-    row = session.memory.rows[0]
-    row.pins = replace(row.pins, request=())
+    """Unpin the newest request; what is pinned besides stays pinned. A session that was closed meanwhile has none."""
+    memory = session.holding.memory
+    if memory is not None:
+        row = memory.rows[0]
+        row.pins = replace(row.pins, request=())
 
 
 def report_request(session: Conversation) -> None:

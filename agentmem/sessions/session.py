@@ -234,7 +234,8 @@ class Session(Conversation):
         """Compact now; ``None`` when there is nothing to reclaim (or, without ``force``, while there is still room).
 
         ``focus`` is a text that must stay recallable; ``target`` the fraction of the segment, or the slots per head,
-        that stay between prefix and recent; ``policy`` the name of one of the session's.
+        that stay between prefix and recent; ``policy`` the name of one of the session's. Pins stay, the newest request
+        among them until it is answered (the setting ``pin_request``).
 
         Raises:
             SettingsRefused: ``mode="off"``, no such policy, or a focus with a policy that has no probe.

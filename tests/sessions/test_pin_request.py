@@ -171,6 +171,20 @@ def test_messages_of_a_user_in_a_row_are_one_request() -> None:
         assert session.memory.rows[0].pins.request == ((newest.start, newest.stop),)
 
 
+def test_a_compaction_by_hand_leaves_the_request_like_other_pins() -> None:
+    """Before the reply it takes everything else, afterwards the request, too."""
+    with begun() as session:
+        entry = request(session)
+        assert session.compact(target=4) is not None
+        session.append("tool", "4217")
+        session.compact(target=1)
+        assert kept(session, entry)
+        assert session.memory.rows[0].promoted == ((entry.start, entry.stop),)
+        write(session, 4)
+        assert session.compact(target=1) is not None
+        assert not kept(session, entry)
+
+
 def test_what_is_to_be_compacted_at_once_is_not_pinned() -> None:
     """``compact="after"`` asks for the opposite; a tool's result that is compacted leaves the request pinned."""
     with begun(policy="am-halving") as session:

@@ -170,6 +170,40 @@ def _compact_rest(world: World) -> None:
         world.session.compact()
 
 
+def _unpin(world: World) -> None:
+    """What was pinned and promoted is unpinned, and moves back at the compaction that reading takes."""
+    world.session.unpin(0, world.before)
+    _read(world)
+
+
+def _unpin_rest(world: World) -> None:
+    world.session.unpin(0, world.before)
+    _retry(_read)(world)
+
+
+def _asking(_: Path) -> World:
+    """A request that has left the recent window of a memory that is almost full; the reply needs a compaction."""
+    made = tiny_chat.runtime(1, slots=96)
+    session = made.session()
+    session.read(tiny_chat.ids(60))
+    session.append("user", "a")
+    session.read(tiny_chat.ids(22, 1))
+    hold(session.stats.request_tokens > 0, "the request does not fit")
+    return World(made, session, session, Path(), before=len(session.ids))
+
+
+def _answer(world: World) -> None:
+    _generate(world)
+    hold(world.session.stats.compactions > 0, "nothing was compacted")
+    _append(world)
+
+
+def _answer_rest(world: World) -> None:
+    if world.session.reply is not None or len(world.session.ids) == world.before:
+        _generate_rest(world)
+        _append(world)
+
+
 def _save(world: World) -> None:
     world.session.save(world.folder)
 
@@ -242,6 +276,8 @@ SCENARIOS: dict[str, Scenario] = {
     "compact": Scenario(lambda _: _world(), _compact, _compact_rest),
     "scores": Scenario(lambda _: _world(policy="heavy-hitters"), _read, _retry(_read)),
     "re-base": Scenario(lambda _: _world(tokens=100, on=tiny_chat.model(**FEW), rebase=True), _read, _retry(_read)),
+    "unpin": Scenario(lambda _: _world(), _unpin, _unpin_rest),
+    "request": Scenario(_asking, _answer, _answer_rest),
     "save": Scenario(_saving, _save, _saved_or_not),
     "fork": Scenario(lambda _: _world(2.2), _fork, _forks_go_on),
     "on a fork": Scenario(_forked, _on_fork, _on_fork_rest),

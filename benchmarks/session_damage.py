@@ -126,10 +126,26 @@ def _positions(parts: Parts, dice: random.Random) -> None:
         positions.add_(1 if kind == "later" else -1)
 
 
-def _pins(parts: Parts, dice: random.Random) -> None:
+def _pins(name: str) -> Forgery:
+    """Tokens that are not there, were compacted or are no spans, as pins or as the request."""
+
+    def forgery(parts: Parts, dice: random.Random) -> None:
+        parts.row[name] = dice.choice(_spans(parts))
+
+    return forgery
+
+
+def _spans(parts: Parts) -> list[Any]:
     tokens = parts.row["tokens"] + len(parts.session["pending"])
     spans = [[[9, 3]], [[3, 3]], [[0, tokens + 1]], [[0, 10], [5, 20]], [[30, 40], [4, 9]], [[-1, 5]], [[0, tokens]]]
-    parts.row["pins"] = dice.choice([*spans, [[1, 2, 3]], [["a", "b"]], None])
+    return [*spans, [[1, 2, 3]], [["a", "b"]], None]
+
+
+def _front(parts: Parts, dice: random.Random) -> None:
+    """Tokens that do not stand first: none though pins were compacted around, more than there are, or out of order."""
+    (start, stop), tokens = parts.row["front"][0], parts.row["tokens"]
+    spans = [[], [[start, stop - 1]], [[start + 1, stop]], [[start, tokens]], [[start, stop], [tokens, tokens + 4]]]
+    parts.row["front"] = dice.choice([*spans, [[stop, start]], [[start, stop], [start, stop]], [[start]], None, 3])
 
 
 def _layers(parts: Parts, dice: random.Random) -> None:
@@ -274,7 +290,8 @@ FORGERIES: dict[str, Forgery] = {
     "more slots than the cap": _grown,
     "NaN and infinity": _not_finite,
     "positions": _positions,
-    "pins": _pins,
+    "pins": _pins("pins"),
+    "request": _pins("request"),
     "layers": _layers,
     "stored queries": _samples,
     "state of the generator": _generator,
@@ -288,7 +305,7 @@ FORGERIES: dict[str, Forgery] = {
     "shift": _count("shift", lambda row: row["shift"] + 1, -1, 1 << 40),
     "intact": _count("intact", lambda row: row["tokens"] + 1, lambda row: row["tokens"], 0, -1, 1 << 40),
     "allocated at": _count("headroom_at", lambda row: row["tokens"] + 1, None, -1, 1 << 40, "x"),
-    "promoted until": _count("promoted_until", lambda row: row["tokens"] + 1, 0, -1, 1 << 40),
+    "front": _front,
     "compactions and moves": _count("compactions", -1, 10**30, 1 << 31, None, 0.5),
     "scales": _count("scales", [], [0.25], [0.0] * 3, [-1.0] * 3, ["Infinity"] * 3, [1e999 * 0] * 0, None),
     "reports": _reports,

@@ -40,7 +40,7 @@ def make_job(row: Row, request: Request, policy: Policy, plan: Plan, layers: Seq
     recent = min(plan.recent, row.seen - min(plan.prefix, row.seen))
     usual = request.start is None
     start = row.compactable(request.start or 0, plan.prefix)
-    tail = 0 if usual else row.behind(start, plan.prefix)
+    tail = 0 if usual else row.behind(start)
     begins: list[tuple[int, ...]] = [()] * len(row.stores)
     for layer in layers:
         store = row.stores[layer]

@@ -1,24 +1,39 @@
-"""Pinning: the slots of pinned tokens move to the front of every store, behind the prefix, where nothing compacts."""
+"""Pinning: the slots of pinned tokens move to the front of every store, behind the prefix, where nothing compacts.
+
+Every store says which tokens are promoted in it, and is replaced as a whole by one in which others are: those that are
+pinned now and have left the recent window. What was unpinned goes back among the other slots, in the order of their
+positions. Attention does not mind the order of slots, so any mixture of stores decodes alike, and a promotion that was
+interrupted is finished by the next one.
+"""
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from dataclasses import replace
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
 
 from agentmem.errors import CapTooSmall, SettingsRefused
+from agentmem.memory.pins import Pins, Spans, joined, size, within, without
 from agentmem.planning.pricing import MIN_BUDGET
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from agentmem.memory.memory import Memory
     from agentmem.memory.sequence import Row
     from agentmem.memory.store import LayerStore
 
+REQUEST_SHARE = 4
+"""The newest request may take one part in this many of the slots that a compaction leaves of the segment."""
+
+# ---- what is pinned
+
 
 def pin(memory: Memory, row: Row, start: int, stop: int, *, coming: int = 0) -> None:
-    """Never compact the tokens ``start .. stop`` of a row again; those of the prefix are pinned anyway.
+    """Never compact the tokens ``start .. stop`` of a row until they are unpinned; those of the prefix never are.
 
     ``coming`` tokens that the row has not read yet may be pinned, too.
 
@@ -27,16 +42,37 @@ def pin(memory: Memory, row: Row, start: int, stop: int, *, coming: int = 0) -> 
         CapTooSmall: with these pins a compaction could no longer reach its target.
 
     """
-    known = row.seen + coming
-    if not 0 <= start < stop <= known:
-        raise SettingsRefused(f"pin: tokens {start}..{stop} are not among the {known} that row {row.index} has")
-    gone = (max(start, memory.plan.prefix), min(stop, row.intact))
-    if gone[0] < gone[1] and row.pins.count(*gone) < gone[1] - gone[0]:
+    _check_known(row, "pin", start, stop, coming)
+    if not whole(memory, row, ((start, stop),)):
         raise SettingsRefused(
             f"pin: tokens before {row.intact} have been compacted, {start}..{stop} begin earlier; pin a text "
             "when it is appended"
         )
     pin_coming(memory, row, [(start, stop)])
+
+
+def unpin(row: Row, start: int, stop: int, *, coming: int = 0) -> None:
+    """Let the tokens ``start .. stop`` of a row be compacted again; those that are not pinned stay as they are.
+
+    Raises:
+        SettingsRefused: some of them are not known yet.
+
+    """
+    _check_known(row, "unpin", start, stop, coming)
+    gone = ((start, stop),)
+    row.pins = Pins(without(row.pins.spans, gone), without(row.pins.request, gone))
+
+
+def _check_known(row: Row, call: str, start: int, stop: int, coming: int) -> None:
+    known = row.seen + coming
+    if not 0 <= start < stop <= known:
+        raise SettingsRefused(f"{call}: tokens {start}..{stop} are not among the {known} that row {row.index} has")
+
+
+def whole(memory: Memory, row: Row, spans: Spans) -> bool:
+    """Whether every head still has a slot for each of these tokens, as it was appended."""
+    behind = [part for low, high in spans for part in within(((memory.plan.prefix, row.intact),), low, high)]
+    return not any(without(tuple(behind), store.promoted) for _, store in row.full())
 
 
 def pin_coming(memory: Memory, row: Row, spans: Sequence[tuple[int, int]]) -> None:
@@ -46,10 +82,8 @@ def pin_coming(memory: Memory, row: Row, spans: Sequence[tuple[int, int]]) -> No
         CapTooSmall: with these pins a compaction could no longer reach its target; nothing was changed.
 
     """
-    wanted, prefix = row.pins.copy(), memory.plan.prefix
-    for start, stop in spans:
-        wanted.add(start, stop)
-    pinned = wanted.count(prefix, 1 << 60)
+    wanted, prefix = joined(row.pins.spans, spans), memory.plan.prefix
+    pinned = _behind(wanted, prefix)
     needed = prefix + pinned + memory.plan.recent + MIN_BUDGET
     if needed > memory.plan.target and memory.policy.compactor is not None:
         raise CapTooSmall(
@@ -57,35 +91,94 @@ def pin_coming(memory: Memory, row: Row, spans: Sequence[tuple[int, int]]) -> No
             f"need {needed} slots per head, and a compaction leaves {memory.plan.target}; pin less, or raise cap or "
             "target"
         )
-    row.pins = wanted
+    put(memory, row, replace(row.pins, spans=wanted))
+
+
+def pin_request(memory: Memory, row: Row, spans: Spans) -> bool:
+    """Pin the newest request instead of the one before it, where it fits and is still whole; whether it is pinned.
+
+    It fits where its tokens, those aside that are pinned anyway, take no more than :func:`most_requested`.
+    """
+    put(memory, row, replace(row.pins, request=spans if whole(memory, row, spans) else ()))
+    return row.pins.request == spans
+
+
+def put(memory: Memory, row: Row, pins: Pins) -> None:
+    """Have these pins instead, but for a request that does not fit beside the others."""
+    fits = request_size(memory, pins) <= most_requested(memory, pins)
+    row.pins = pins if fits else replace(pins, request=())
+
+
+def request_size(memory: Memory, pins: Pins) -> int:
+    """Tokens of a request that are neither the prefix's nor pinned anyway."""
+    return _behind(without(pins.request, pins.spans), memory.plan.prefix)
+
+
+def most_requested(memory: Memory, pins: Pins) -> int:
+    """Tokens that the request may have: a part of what a compaction leaves between prefix, other pins and recent."""
+    plan = memory.plan
+    return max(0, plan.target - plan.prefix - _behind(pins.spans, plan.prefix) - plan.recent) // REQUEST_SHARE
+
+
+def _behind(spans: Spans, prefix: int) -> int:
+    return size(within(spans, prefix, 1 << 60))
+
+
+# ---- where their slots are
 
 
 def promote(memory: Memory, row: Row) -> None:
-    """Promote the pins that have left the recent window; one that was interrupted goes on.
+    """Promote the pins that have left the recent window, and no other tokens; one that was interrupted goes on.
 
-    Every store is replaced as a whole, and attention does not mind the order of slots, so all states decode alike.
+    Each store that is replaced needs a new one beside it, which the plan has counted.
     """
     if row.job is not None:
         return  # a compaction that has begun has promoted
     prefix = min(memory.plan.prefix, row.seen)
-    stop = row.promoting or max(row.pins.until, row.seen - memory.plan.recent)
-    spans = row.pins.within(max(prefix, row.pins.until), stop)
-    if spans:
-        row.promoting = stop
-        _promote(memory, row, spans, row.front(prefix))
-    row.pins.until = stop
-    row.promoting = None
-
-
-def _promote(memory: Memory, row: Row, spans: list[tuple[int, int]], front: int) -> None:
-    prefix = min(memory.plan.prefix, row.seen)
-    backs = [(row.behind(start, prefix), row.behind(stop, prefix)) for start, stop in spans]
-    wanted = front - prefix + sum(stop - start for start, stop in spans)
+    wanted = within(row.pins.all, prefix, row.seen - memory.plan.recent)
     for index, store in row.full():
-        if store.promoted == wanted:
-            continue
-        settle(row, store)
-        row.replace(index, store.reordered(front, backs))
+        if store.promoted != wanted:
+            settle(row, store)
+            orders = [_order(store, head, prefix, wanted) for head in range(len(store.lengths))]
+            row.replace(index, store.reordered(orders, wanted))
+
+
+def _order(store: LayerStore, head: int, prefix: int, wanted: Spans) -> Spans:
+    """The slots of a head, in spans, in the order in which the ``wanted`` tokens are promoted and no others."""
+
+    def slots(tokens: Spans) -> Spans:
+        return tuple(_slots(store, head, prefix, start, stop) for start, stop in tokens)
+
+    old, front, length = store.promoted, prefix + size(store.promoted), store.lengths[head]
+    stay = (part for low, high in wanted for part in within(old, low, high))
+    coming = without(wanted, old)
+    order, at = [(0, prefix), *slots(tuple(sorted((*stay, *coming))))], front
+    moved = slots(coming)
+    for place, span in _returning(store, head, front, slots(without(old, wanted))):
+        order += [*without(((at, place),), moved), span]
+        at = place
+    return (*order, *without(((at, length),), moved))
+
+
+def _slots(store: LayerStore, head: int, prefix: int, start: int, stop: int) -> tuple[int, int]:
+    """The slots of tokens of which all or none are promoted; those of none have a slot each."""
+    if within(store.promoted, start, stop):
+        first = prefix + size(within(store.promoted, 0, start))
+    else:
+        behind = store.seen - start - size(within(store.promoted, start, store.seen))
+        first = store.lengths[head] - behind
+    return first, first + stop - start
+
+
+def _returning(store: LayerStore, head: int, front: int, leaving: Spans) -> Iterator[tuple[int, tuple[int, int]]]:
+    """Before which slot from ``front`` on the slots ``leaving`` the front are to stand, so that positions ascend."""
+    if leaving:
+        positions = store.segment(head, 0, 0).positions.tolist()
+        for start, stop in leaving:
+            places = groupby(range(start, stop), key=lambda slot: bisect_left(positions, positions[slot], front))
+            for place, group in places:
+                first, *more = group
+                yield place, (first, first + 1 + len(more))
 
 
 def settle(row: Row, store: LayerStore) -> None:

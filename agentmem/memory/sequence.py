@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from agentmem.memory.pins import Pins
+from agentmem.memory.pins import Pins, size, within
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from agentmem.memory.jobs import Job, Move
+    from agentmem.memory.pins import Spans
     from agentmem.memory.store import LayerStore
     from agentmem.reference_queries.patterns import Marks
     from agentmem.reference_queries.stored import QuerySample
@@ -87,8 +88,7 @@ class Row:
         self.marks: dict[str, Marks] = {}
         """What was read for each pattern."""
         self.pins = Pins()
-        self.promoting: int | None = None
-        """Up to which token pins are being promoted, while that has begun and not ended."""
+        """What is not to be compacted; which of it, and of what was unpinned, is promoted, the stores say."""
         self.generator = torch.Generator().manual_seed(seed)
 
     # ---- changes
@@ -141,14 +141,23 @@ class Row:
         lengths = [length for _, store in self.full() for length in store.lengths]
         return sum(lengths) // max(1, len(lengths))
 
-    def front(self, prefix: int) -> int:
-        """Slots at the front of every head that are never compacted: the prefix, and promoted pins."""
-        prefix = min(prefix, self.seen)
-        return prefix + self.pins.count(prefix, self.pins.until)
+    @property
+    def promoted(self) -> Spans:
+        """Tokens at the front of every store, behind the prefix; while :attr:`arranged` does not hold, of one store."""
+        return next((store.promoted for _, store in self.full()), ())
 
-    def behind(self, token: int, prefix: int) -> int:
+    @property
+    def arranged(self) -> bool:
+        """Whether all stores have promoted the same tokens, so that no promotion is to be finished."""
+        return len({store.promoted for _, store in self.full()}) < 2  # noqa: PLR2004  # one kind, or no store
+
+    def front(self, prefix: int) -> int:
+        """Slots at the front of every head that are not compacted: the prefix, and promoted tokens."""
+        return min(prefix, self.seen) + size(self.promoted)
+
+    def behind(self, token: int) -> int:
         """Slots in every head that intact tokens from ``token`` on have, promoted ones aside."""
-        return self.seen - token - self.pins.count(max(token, prefix), self.pins.until)
+        return self.seen - token - size(within(self.promoted, token, self.seen))
 
     def compactable(self, start: int, prefix: int) -> int:
         """The first token from ``start`` on that a span may begin with: behind the prefix, and never compacted."""

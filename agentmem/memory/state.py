@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
-from agentmem.memory.pinning import promote, settle
-from agentmem.memory.pins import Pins
+from agentmem.memory.pinning import promote, put, settle
+from agentmem.memory.pins import Pins, Spans, joined, size, without
 from agentmem.memory.sequence import Consumed
 from agentmem.memory.store import LayerStore, SlotSpec
 from agentmem.reference_queries.stored import QuerySample
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 COLUMNS = ("keys", "values", "bias", "positions", "scores")
 Count = Annotated[int, Field(ge=0, lt=1 << 31)]
+
+
+SavedSpans = Annotated[tuple[tuple[Count, Count], ...], FailFast()]
 
 
 class _Image(BaseModel):
@@ -59,8 +62,10 @@ class SavedRow(_Image):
     intact: Count
     compactions: Count
     headroom_at: Count | None
-    pins: Annotated[tuple[tuple[Count, Count], ...], FailFast()]
-    promoted_until: Count
+    pins: SavedSpans
+    request: SavedSpans
+    front: SavedSpans
+    """Tokens whose slots stand first in every head, in their order: the prefix, and what is promoted."""
     prompt_tokens: Count
     new_tokens: Count
     scales: Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], FailFast()]
@@ -74,10 +79,13 @@ class SavedRow(_Image):
         said: dict[str, Any] = _spelled(self.model_dump(mode="json"))
         return said
 
-    def front(self, prefix: int) -> int:
-        """Slots at the front of every head that are never compacted; see :meth:`agentmem.memory.sequence.Row.front`."""
-        prefix = min(prefix, self.tokens)
-        return prefix + Pins(list(self.pins)).count(prefix, self.promoted_until)
+    def promoted(self, prefix: int) -> Spans:
+        """Promoted tokens behind a prefix of this length, whatever it was before."""
+        return without(self.front, ((0, prefix),))
+
+    def front_slots(self, prefix: int) -> int:
+        """Slots at the front of every head that are not compacted; see :meth:`agentmem.memory.sequence.Row.front`."""
+        return min(prefix, self.tokens) + size(self.promoted(prefix))
 
     def recent(self, prefix: int, recent: int) -> int:
         """Slots at the end of every head that are never compacted."""
@@ -99,7 +107,7 @@ def take(memory: Memory) -> tuple[SavedRow, dict[str, torch.Tensor]]:
     """The only row of a memory, where nothing is under way: its values, and views of its tensors by name."""
     (row,) = memory.rows
     assert row.quiet  # noqa: S101  # Engine.finish comes first
-    if row.promoting is not None:
+    if not row.arranged:
         promote(memory, row)
     tensors = {"ids": torch.tensor(row.ids, dtype=torch.int64), "generator": row.generator.get_state()}
     for index, store in enumerate(row.stores):
@@ -117,8 +125,9 @@ def take(memory: Memory) -> tuple[SavedRow, dict[str, torch.Tensor]]:
         intact=row.intact,
         compactions=row.compactions,
         headroom_at=row.headroom_at,
-        pins=tuple(row.pins.spans),
-        promoted_until=row.pins.until,
+        pins=row.pins.spans,
+        request=row.pins.request,
+        front=joined(((0, min(memory.plan.prefix, row.seen)),), row.promoted),
         prompt_tokens=consumed.prompt_tokens,
         new_tokens=consumed.new_tokens,
         scales=tuple(memory.scales),
@@ -186,26 +195,26 @@ def give(memory: Memory, image: SavedRow, tensors: dict[str, torch.Tensor]) -> N
         image.prompt_tokens,
         image.new_tokens,
     )
-    row.pins = Pins([(low, high) for low, high in image.pins], image.promoted_until)
+    put(memory, row, Pins(image.pins, image.request))
     memory.compactions[:], memory.rebases[:] = image.compaction_reports, image.rebase_reports
     memory.scales = list(image.scales)
     for index, layer in enumerate(image.layers):
         if layer is not None:
-            row.replace(index, _store(memory, row, index, layer, tensors))
+            row.replace(index, _store(memory, row, index, image, tensors))
             row.samples[index] = _samples(memory, row, index, layer, tensors)
     expand(memory, row)
 
 
-def _store(memory: Memory, row: Row, index: int, layer: SavedLayer, tensors: dict[str, torch.Tensor]) -> LayerStore:
-    shape = memory.shape.layers[index]
+def _store(memory: Memory, row: Row, index: int, image: SavedRow, tensors: dict[str, torch.Tensor]) -> LayerStore:
+    shape, layer = memory.shape.layers[index], image.layers[index]
+    assert layer is not None  # noqa: S101  # the caller has looked
     full = shape.window is None
     dtype = tensors[f"layer.{index}.head.0.keys"].dtype
     store = LayerStore(SlotSpec(shape, dtype, memory.device, memory.scored and full), layer.lengths, memory.ledger)
     for head, (start, length) in enumerate(zip(store.starts, layer.lengths, strict=True)):
         for name in columns(shape.window, scored=store.spec.scores):
             getattr(store, name)[start : start + length] = tensors.pop(f"layer.{index}.head.{head}.{name}")
-    prefix = min(memory.plan.prefix, row.seen)
-    settled, promoted = (layer.lengths, row.front(prefix) - prefix) if full else ([0] * shape.kv_heads, 0)
+    settled, promoted = (layer.lengths, image.promoted(memory.plan.prefix)) if full else ([0] * shape.kv_heads, ())
     store.fill(layer.lengths, settled, seen=row.seen, promoted=promoted, moves=row.moves)
     store.biased = layer.biased
     return store

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from agentmem.contracts import Compaction, HeadCompaction
     from agentmem.memory.ledger import Ledger
+    from agentmem.memory.pins import Spans
     from agentmem.planning.model_shape import LayerShape
 
 
@@ -52,7 +53,8 @@ class LayerStore:
     """The slots of one layer of one row: ``keys [S, d]``, ``values [S, dv]``, ``bias [S]``, ``positions [S]``.
 
     ``S`` is the sum of the heads' capacities; head ``h`` owns ``starts[h] .. starts[h] + capacities[h]`` and fills its
-    first ``lengths[h]`` slots, in the order of their positions. β is float32, positions int32, scores float32.
+    first ``lengths[h]`` slots: prefix, promoted tokens, then the rest, each part in the order of its positions. β is
+    float32, positions int32, scores float32.
     Positions of slots that were appended since the store was built are kept by the row (they are the same for all
     heads); ``settled[h]`` slots have theirs here.
     """
@@ -79,8 +81,8 @@ class LayerStore:
         self.biased = False
         self.moves = 0
         """How often its slots were moved to lower positions."""
-        self.promoted = 0
-        """Slots of pinned tokens that were moved to the front, behind the prefix."""
+        self.promoted: Spans = ()
+        """Tokens whose slots were moved to the front, behind the prefix, in their order."""
         total = sum(self.capacities)
         self.held_bytes = total * spec.slot_bytes
         ledger.hold(self, self.held_bytes, "a layer's slots")
@@ -343,25 +345,20 @@ class LayerStore:
         store.biased = self.biased
         return store._filled(lengths, [0] * len(lengths), self)
 
-    def reordered(self, front: int, spans: Sequence[tuple[int, int]]) -> LayerStore:
-        """A new store in which some of the last slots stand behind the first ``front`` ones, order kept otherwise.
+    def reordered(self, orders: Sequence[Sequence[tuple[int, int]]], promoted: Spans) -> LayerStore:
+        """A new store with the same slots in another order, after which ``promoted`` tokens stand behind the prefix.
 
-        ``spans`` say which, counted from the end of every head: ``(5, 3)`` are the fifth and the fourth last slot.
+        ``orders`` has for each head the spans of its slots, one behind the other; positions must be settled.
         """
         store = LayerStore(self.spec, self.capacities, self.ledger)
         try:
-            for head, length in enumerate(self.lengths):
-                moved = [(length - start, length - stop) for start, stop in spans]
-                borders = [front, *(border for span in moved for border in span), length]
-                left = list(zip(borders[::2], borders[1::2], strict=True))
-                self._write_spans(store, head, [(0, front), *moved, *left])
+            for head, order in enumerate(orders):
+                self._write_spans(store, head, order)
         except BaseException:
             store.free()
             raise
         store.biased = self.biased
-        store._filled(self.lengths, self.settled, self)
-        store.promoted += sum(start - stop for start, stop in spans)
-        return store
+        return store.fill(self.lengths, self.settled, seen=self.seen, promoted=promoted, moves=self.moves)
 
     def _write_spans(self, store: LayerStore, head: int, spans: Sequence[tuple[int, int]], at: int = 0) -> None:
         """Write spans of a head's slots one after the other into the same head of another store, from ``at`` on."""
@@ -379,7 +376,7 @@ class LayerStore:
         return self.fill(lengths, settled, seen=like.seen, promoted=like.promoted, moves=like.moves)
 
     def fill(
-        self, lengths: Sequence[int], settled: Sequence[int], *, seen: int, promoted: int, moves: int
+        self, lengths: Sequence[int], settled: Sequence[int], *, seen: int, promoted: Spans, moves: int
     ) -> LayerStore:
         """Say what was written into a new store; returns it."""
         self.extent, self.settled = Extent(list(lengths), seen), list(settled)

@@ -66,6 +66,11 @@ def positions_passed(*, row: int, tokens_seen: int, positions: int) -> None:
     _LOG.warning("positions_passed", row=row, tokens_seen=tokens_seen, positions=positions, remedy=remedy)
 
 
+def request_not_pinned(*, session: str, tokens: int, most: int) -> None:
+    """``request_not_pinned``: a reply is written whose request may be compacted: it was already, or is too long."""
+    _LOG.info("request_not_pinned", session=session, tokens=tokens, most=most)
+
+
 def compaction_fault(*, row: int, layer: int | None, policy: str, error: str, remedy: str) -> None:
     """``compaction_fault``: a layer could not be compacted as asked; ``remedy`` says what was done instead."""
     _LOG.warning("compaction_fault", row=row, layer=layer, policy=policy, error=error, remedy=remedy)

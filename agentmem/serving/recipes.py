@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
@@ -27,6 +27,8 @@ class Extension(BaseModel):
     pin_roles: tuple[Role, ...] | None = None
     """Messages of these roles are never compacted."""
     pin_names: tuple[str, ...] | None = None
+    pin_request: Annotated[bool, Field(strict=True)] | None = None
+    """Whether the newest request is not compacted until it is answered."""
     template_options: dict[str, JsonValue] | None = None
     """The chat template's own variables, such as ``enable_thinking``."""
     compact: Literal["after"] | None = None
@@ -35,7 +37,7 @@ class Extension(BaseModel):
     """What must stay recallable when this request has something compacted."""
 
 
-_SETTINGS = ("keep_first", "keep_recent", "target", "pin_roles", "pin_names")
+_SETTINGS = ("keep_first", "keep_recent", "target", "pin_roles", "pin_names", "pin_request")
 
 
 @dataclass(frozen=True, slots=True)

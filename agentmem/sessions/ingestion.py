@@ -16,6 +16,7 @@ from agentmem.sessions.chat.text_decoder import TextPieces
 from agentmem.sessions.chat.vocabulary import check_known, tokens
 from agentmem.sessions.compaction_requests import request_of
 from agentmem.sessions.conversation import Conversation, Interrupted, Reply
+from agentmem.sessions.newest_request import hold_request, release_request, report_request
 from agentmem.sessions.options import TARGET, How
 from agentmem.sessions.transcript import Entry
 from agentmem.sessions.turn import After
@@ -23,7 +24,7 @@ from agentmem.sessions.turn import After
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from agentmem.sessions.chat.dialogue import Delta, Dialogue, Message, Span
+    from agentmem.sessions.chat.dialogue import Delta, Dialogue, Message
     from agentmem.sessions.chat.template import ChatTemplate
 
 
@@ -34,10 +35,11 @@ def messages(session: Conversation, given: Sequence[Message], how: How) -> turn.
     check_known(session, "append", delta.ids)
     after = _after(session, len(delta.ids), how)
     with changing(session):
-        spans = _pinned(session, delta, closed.fed, pin=how.pin)
+        _pin(session, delta, closed.fed, pin=how.pin)
         close_reply(session)
         session.dialogue = dialogue
-        _take(session, delta, spans)
+        _take(session, delta)
+        hold_request(session, wanted=how.compact is None or all(message.role != "user" for message in given))
     yield from _read(session, after)
 
 
@@ -51,7 +53,7 @@ def text(session: Conversation, given: str | Sequence[int], how: How) -> turn.St
             pin_coming(session.memory, session.memory.rows[0], [(start, start + len(ids))])
         close_reply(session)
         session.ids.extend(ids)
-        session.entries.append(Entry(kind="text", role=None, start=start, stop=len(session.ids), pinned=how.pin))
+        session.entries.append(Entry(kind="text", role=None, start=start, stop=len(session.ids)))
     yield from _read(session, after)
 
 
@@ -135,9 +137,11 @@ def open_reply(session: Conversation) -> None:
         if session.template is not None and session.dialogue.messages:
             dialogue, delta = session.template.open_reply(session.dialogue)
             check_known(session, "chat_template", delta.ids)
-            spans = _pinned(session, delta, session.dialogue.fed, pin=False)
+            _pin(session, delta, session.dialogue.fed, pin=False)
             session.dialogue = dialogue
-            _take(session, delta, spans)
+            _take(session, delta)
+            if not hold_request(session):
+                report_request(session)
         session.reply = Reply()
         session.reply_start = len(session.ids)
 
@@ -147,6 +151,8 @@ def close_reply(session: Conversation) -> None:
     session.dialogue = _closed(session)
     if (entry := reply_entry(session)) is not None:
         session.entries.append(entry)
+    if session.reply is not None:
+        release_request(session)
     session.reply = None
 
 
@@ -165,8 +171,7 @@ def reply_entry(session: Conversation) -> Entry | None:
     """The entry of the open reply, if there is one and it has ids."""
     if session.reply is None or session.reply_start == len(session.ids):
         return None
-    pinned = "assistant" in session.settings.pin_roles
-    return Entry(kind="reply", role="assistant", start=session.reply_start, stop=len(session.ids), pinned=pinned)
+    return Entry(kind="reply", role="assistant", start=session.reply_start, stop=len(session.ids))
 
 
 def _after(session: Conversation, tokens: int, how: How) -> After | None:
@@ -190,24 +195,16 @@ def _after(session: Conversation, tokens: int, how: How) -> After | None:
 # ---- spans and pins
 
 
-def _take(session: Conversation, delta: Delta, pinned: Sequence[Span]) -> None:
+def _take(session: Conversation, delta: Delta) -> None:
     start = len(session.ids)
     session.ids.extend(delta.ids)
     for span in delta.spans:
-        session.entries.append(
-            Entry(
-                kind="message",
-                role=span.role,
-                name=span.name,
-                start=start + span.start,
-                stop=start + span.stop,
-                pinned=span in pinned,
-            )
-        )
+        place = {"start": start + span.start, "stop": start + span.stop}
+        session.entries.append(Entry(kind="message", role=span.role, name=span.name, **place))
 
 
-def _pinned(session: Conversation, delta: Delta, fed: int, *, pin: bool) -> list[Span]:
-    """Pin what is to be pinned of a delta that is about to be read; returns the spans that are pinned whole.
+def _pin(session: Conversation, delta: Delta, fed: int, *, pin: bool) -> None:
+    """Pin what is to be pinned of a delta that is about to be read.
 
     What closes one of the ``fed`` messages that came before is not: a session whose pins are full can go on.
 
@@ -223,7 +220,6 @@ def _pinned(session: Conversation, delta: Delta, fed: int, *, pin: bool) -> list
         found = Marks(settings.pin_pattern, session.memory.language.read).spans(delta.ids)
         places += [(start + low, start + high) for low, high in found]
     pin_coming(session.memory, session.memory.rows[0], places)
-    return whole
 
 
 def _ids(session: Conversation, given: str | Sequence[int]) -> list[int]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from agentmem.errors import CopyRefused
-from agentmem.memory.pinning import pin
+from agentmem.memory.pinning import pin, unpin
 from agentmem.sessions import aio, compaction_requests, ingestion
 from agentmem.sessions.arguments import check_count, check_seconds, check_text
 from agentmem.sessions.chat.dialogue import Message
@@ -234,7 +234,8 @@ class Session(Conversation):
         """Compact now; ``None`` when there is nothing to reclaim (or, without ``force``, while there is still room).
 
         ``focus`` is a text that must stay recallable; ``target`` the fraction of the segment, or the slots per head,
-        that stay between prefix and recent; ``policy`` the name of one of the session's.
+        that stay between prefix and recent; ``policy`` the name of one of the session's. Pins stay, the newest request
+        among them until it is answered (the setting ``pin_request``).
 
         Raises:
             SettingsRefused: ``mode="off"``, no such policy, or a focus with a policy that has no probe.
@@ -252,16 +253,31 @@ class Session(Conversation):
         return found[-1] if found else None
 
     def pin(self, start: int, stop: int) -> None:
-        """Never compact the tokens ``start .. stop`` of the transcript again.
+        """Never compact the tokens ``start .. stop`` of the transcript until they are unpinned.
 
         Raises:
-            SettingsRefused: some were compacted already. CapTooSmall: they do not fit.
+            SettingsRefused: some were compacted already, or are not there. CapTooSmall: they do not fit.
 
         """
         check_count("pin: start", start)
         check_count("pin: stop", stop)
         with self.runtime.turn(self, brief=True):
             pin(self.memory, self.memory.rows[0], start, stop, coming=len(self.pending))
+
+    def unpin(self, start: int, stop: int) -> None:
+        """Let the tokens ``start .. stop`` of the transcript be compacted again, whatever had them pinned.
+
+        Those that are not pinned stay as they are. Nothing is moved before the next compaction; until then they can be
+        pinned again.
+
+        Raises:
+            SettingsRefused: some are not there.
+
+        """
+        check_count("unpin: start", start)
+        check_count("unpin: stop", stop)
+        with self.runtime.turn(self, brief=True):
+            unpin(self.memory.rows[0], start, stop, coming=len(self.pending))
 
     # ---- branches and files
 
@@ -308,7 +324,7 @@ class Session(Conversation):
         """Everything read and written, as ids and as text, and the summaries that stand in the memory."""
         written = ingestion.reply_entry(self)
         entries = [*self.entries, *(() if written is None else (written,))]
-        return Transcript.of(self.ids, entries, self.tokenizer)
+        return Transcript.of(self.ids, entries, self.tokenizer, self.holding.pins)
 
     @property
     def stats(self) -> SessionStats:

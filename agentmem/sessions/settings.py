@@ -50,6 +50,13 @@ class SessionSettings(BaseModel):
     """Likewise messages of these names."""
     pin_pattern: Annotated[str, AfterValidator(_expression)] = ""
     """Likewise what this regular expression matches in messages that are appended."""
+    pin_request: Annotated[bool, Field(strict=True)] = True
+    """The newest request, a user's last message with those right before it, is not compacted until a reply to it ends.
+
+    It is read and answered as it stands, at the cost of other tokens: what compactions leave stays the same. Where it
+    takes more than a quarter of the slots between prefix, pins and recent window, its last message alone is tried,
+    then nothing is pinned, and a log event ``request_not_pinned`` says so. A tool's result pins it again.
+    """
     history: Literal["keep", "refuse"] = "keep"
     """Where the chat template would rewrite what the memory holds: keep the memory's, or refuse."""
     priority: Annotated[int, Field(ge=-100, le=100)] = 0

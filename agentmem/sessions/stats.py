@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
+from agentmem.memory.pins import size
+
 if TYPE_CHECKING:
     from agentmem.sessions.conversation import Conversation
 
@@ -30,6 +32,9 @@ class SessionStats(BaseModel):
     room: int
     """Tokens that fit before the next compaction."""
     pinned_tokens: int
+    """Never compacted until they are unpinned."""
+    request_tokens: int
+    """Of the newest request, while that is pinned; see :attr:`SessionSettings.pin_request`."""
     lease_bytes: int
     charged_bytes: int
     """Of the runtime's cap: the lease while active, what is held while idle, 0 on disk; shared with forks."""
@@ -59,7 +64,8 @@ class SessionStats(BaseModel):
             held_slots=0 if row is None else row.held,
             capacity=holding.capacity,
             room=0 if row is None else row.room,
-            pinned_tokens=0 if row is None else row.pins.count(0, 1 << 60),
+            pinned_tokens=size(holding.pins.spans),
+            request_tokens=size(holding.pins.request),
             lease_bytes=holding.lease,
             charged_bytes=holding.charged,
             peak_bytes=holding.peak,

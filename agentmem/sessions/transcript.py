@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from agentmem.memory.pins import Pins
     from agentmem.reporting.report import SummaryReport
 
 Kind = Literal["message", "reply", "text", "summary"]
@@ -30,6 +31,7 @@ class Entry(BaseModel):
     stop: int
     name: str | None = None
     pinned: bool = False
+    """Whether all of it is pinned now; a transcript says so, a session's own entries do not."""
     text: str = ""
 
     def replaced(self, made: SummaryReport) -> bool:
@@ -46,18 +48,18 @@ class Transcript:
     text: str
 
     @classmethod
-    def of(cls, ids: Sequence[int], entries: Iterable[Entry], tokenizer: Any) -> Self:
+    def of(cls, ids: Sequence[int], entries: Iterable[Entry], tokenizer: Any, pins: Pins) -> Self:
         """What was read and written so far; the text of each entry is decoded where it has none of its own."""
 
         def text(start: int, stop: int) -> str:
             part = list(ids[start:stop])
             return str(tokenizer.decode(part, skip_special_tokens=False)) if part else ""
 
-        decoded = (
-            entry if entry.text else entry.model_copy(update={"text": text(entry.start, entry.stop)})
-            for entry in entries
-        )
-        return cls(tuple(ids), tuple(decoded), text(0, len(ids)))
+        def shown(entry: Entry) -> Entry:
+            pinned = entry.kind != "summary" and pins.holds(entry.start, entry.stop)
+            return entry.model_copy(update={"pinned": pinned, "text": entry.text or text(entry.start, entry.stop)})
+
+        return cls(tuple(ids), tuple(map(shown, entries)), text(0, len(ids)))
 
     def ids_of(self, entry: Entry) -> tuple[int, ...]:
         """The ids of one entry."""

@@ -24,6 +24,7 @@ from agentmem.sessions.events import (
     TokenEvent,
     TurnFinished,
 )
+from agentmem.sessions.newest_request import report_request
 
 if TYPE_CHECKING:
     import torch
@@ -211,7 +212,11 @@ def pin_reply(session: Conversation, start: int) -> None:
 
     """
     if "assistant" in session.settings.pin_roles and start < len(session.ids):
-        pin_coming(session.memory, session.memory.rows[0], [(start, len(session.ids))])
+        row = session.memory.rows[0]
+        held = row.pins.request
+        pin_coming(session.memory, row, [(start, len(session.ids))])
+        if held and not row.pins.request:
+            report_request(session)
 
 
 def _ended(decoding: Decoding, token: int, scores: torch.Tensor) -> Reason | None:

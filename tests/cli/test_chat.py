@@ -14,6 +14,7 @@ from typer.testing import Result
 from agentmem.cli.display import Display
 from agentmem.engine import Engine
 from agentmem.reporting.report import CompactionReport
+from agentmem.sessions.snapshots.files import read_manifest
 from agentmem.testing import tiny_model
 from support.shell import agentmem, refused, save_model, save_tokenizer
 
@@ -104,6 +105,17 @@ def test_rebase_goes_on_past_the_model_s_positions(tmp_path: Path) -> None:
     assert int(found["tokens"]) > 288
     assert int(found["rebases"]) >= 1
     assert int(found["capacity"]) <= 288
+
+
+def test_a_request_may_be_left_unpinned(folder: str, tmp_path: Path) -> None:
+    """With --no-pin-request, which a saved conversation keeps."""
+    for options, wanted in (((), True), (("--no-pin-request",), False)):
+        saved = tmp_path / str(wanted)
+        result = chat(folder, "hello", f"/save {saved}", options=options)
+        assert result.exit_code == 0, result.output
+        made = read_manifest(saved).settings["settings"]
+        assert isinstance(made, dict)
+        assert made["pin_request"] is wanted
 
 
 def test_a_message_may_begin_with_a_slash(folder: str) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from agentmem import plugins
 from agentmem.compaction.request import Request
 from agentmem.errors import CapTooSmall, SettingsRefused
 from agentmem.hf import CappedCache
 from agentmem.memory.pinning import pin, promote
-from agentmem.memory.pins import Pins
+from agentmem.memory.pins import Pins, joined, size, within, without
 from agentmem.memory.store import LayerStore
 from support import tiny
 
@@ -66,11 +69,25 @@ def test_promotion_changes_no_logit(kind: str) -> None:
         before, bytes_before = memory.peek(question), memory.memory.ledger.resident
         promote(memory.memory, row)
 
-        assert [store.promoted for store in stores(memory)] == [4] * 2
+        assert [store.promoted for store in stores(memory)] == [((10, 13), (20, 21))] * 2
         assert row.front(4) == 8
         assert torch.allclose(memory.peek(question), before, atol=TOLERANCE)
         assert memory.memory.ledger.resident == bytes_before
         tiny.audit(memory.memory)
+
+
+def test_what_is_pinned_after_a_promotion_keeps_its_slots() -> None:
+    """A promotion without a compaction, then a pin before what it has promoted: all pins are kept, and only they."""
+    with tiny.capped("window") as memory:
+        tiny.feed(memory, tiny.ids(40))
+        row = memory.memory.rows[0]
+        pin(memory.memory, row, 20, 22)
+        promote(memory.memory, row)
+        pin(memory.memory, row, 10, 12)
+        tiny.feed(memory, tiny.ids(60, seed=1))
+        assert row.compactions >= 2
+        for store in stores(memory):
+            assert store.segment(0, 0, 0).positions[:8].tolist() == [0, 1, 2, 3, 10, 11, 20, 21]
 
 
 def test_an_interrupted_promotion_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,11 +107,11 @@ def test_an_interrupted_promotion_goes_on(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(LayerStore, "reordered", interrupted)
         with pytest.raises(KeyboardInterrupt):
             memory.compact()
-        assert [store.promoted for store in stores(memory)] == [3, 0]
+        assert [store.promoted for store in stores(memory)] == [((10, 13),), ()]
         assert torch.allclose(memory.peek(question), before, atol=TOLERANCE)
         tiny.feed(memory, tiny.ids(4, seed=4))
         memory.compact()
-        assert [store.promoted for store in stores(memory)] == [3, 3]
+        assert [store.promoted for store in stores(memory)] == [((10, 13),)] * 2
         for store in stores(memory):
             assert store.segment(0, 0, 0).positions[:7].tolist() == [0, 1, 2, 3, 10, 11, 12]
 
@@ -114,19 +131,33 @@ def test_a_pin_that_cannot_be_kept_is_refused() -> None:
         with pytest.raises(CapTooSmall, match=r"12 pinned tokens.*need 25 slots per head, and a compaction leaves 24"):
             pin(memory.memory, row, 45, 57)
         pin(memory.memory, row, 45, 56)
-        assert row.pins.spans == [(0, 4), (45, 56)]
+        assert row.pins.spans == ((0, 4), (45, 56))
 
 
-def test_pins_are_spans() -> None:
-    """Against a set of tokens: touching spans join, counts and cuts are those of the set."""
-    pins, tokens = Pins(), set[int]()
-    for start, stop in ((5, 7), (9, 12), (7, 9), (20, 25), (3, 4), (11, 14), (8, 8)):
-        pins.add(start, stop)
-        tokens |= set(range(start, stop))
-        assert {at for low, high in pins.spans for at in range(low, high)} == tokens
-        assert all(high < low for (_, high), (low, _) in zip(pins.spans, pins.spans[1:], strict=False))
-        for low, high in ((0, 30), (6, 10), (12, 12), (13, 22)):
-            assert pins.count(low, high) == len(tokens & set(range(low, high)))
+SPANS = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=6)
+
+
+def tokens(spans: Iterable[tuple[int, int]]) -> set[int]:
+    """What is in some of them."""
+    return {at for low, high in spans for at in range(low, high)}
+
+
+@given(SPANS, SPANS, st.integers(0, 30), st.integers(0, 30))
+def test_spans_are_sets_of_tokens(
+    one: list[tuple[int, int]], other: list[tuple[int, int]], start: int, stop: int
+) -> None:
+    """Unions, cuts and differences are those of sets, ascending and apart; what is pinned twice counts once."""
+    left, right = joined(one), joined(other)
+    for made, wanted in (
+        (left, tokens(one)),
+        (joined(left, right), tokens(one) | tokens(other)),
+        (within(left, start, stop), tokens(one) & set(range(start, stop))),
+        (without(left, right), tokens(one) - tokens(other)),
+    ):
+        assert tokens(made) == wanted
+        assert size(made) == len(wanted)
+        assert made == joined(made)
+    assert Pins(left, right).count(start, stop) == len((tokens(one) | tokens(other)) & set(range(start, stop)))
 
 
 # ---- spans

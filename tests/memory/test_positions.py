@@ -223,7 +223,7 @@ def test_pinned_slots_move_along() -> None:
                 assert len(set(positions)) == len(positions)
                 assert positions[7] < positions[-8] == row.next_position - 8
         assert row.moves >= 4
-        assert [store.promoted for store in stores(memory)] == [4, 4]
+        assert [store.promoted for store in stores(memory)] == [((10, 12), (20, 22))] * 2
 
 
 @pytest.mark.parametrize("kind", ["live", "context"])

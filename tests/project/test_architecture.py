@@ -68,7 +68,7 @@ TABLE = (
     room("agentmem.memory.rotation", outside="torch"),
     room(
         "agentmem.memory.store",
-        rooms="contracts errors planning.model_shape memory.ledger attention.decode attention.ragged",
+        rooms="contracts errors planning.model_shape memory.ledger memory.pins attention.decode attention.ragged",
         outside="torch",
     ),
     room("agentmem.memory.jobs", rooms="contracts planning.pricing memory.store"),
@@ -81,7 +81,7 @@ TABLE = (
     room("agentmem.memory.memory", rooms=ABOVE, outside="torch"),
     room(
         "agentmem.memory.pinning",
-        rooms="errors planning.pricing memory.memory memory.sequence memory.store",
+        rooms="errors planning.pricing memory.memory memory.pins memory.sequence memory.store",
         outside="torch",
     ),
     room(

@@ -86,6 +86,7 @@ async def test_a_conversation_of_many_caps_goes_on() -> None:
         {"messages": [{"role": "user", "content": "Other"}]},
         {"agentmem": {"keep_recent": 7}},
         {"agentmem": {"policy": "am-halving"}},
+        {"agentmem": {"pin_request": False}},
         {"prompt_cache_key": "other"},
         {"model": "gpt-4o-tiny"},
     ],
@@ -100,6 +101,17 @@ async def test_what_differs_is_not_continued(change: dict[str, Any]) -> None:
         facts = await talk.say("Two")
 
         assert facts["continued"] == ("model" in change)
+
+
+async def test_a_request_is_pinned_unless_its_client_says_no() -> None:
+    """The session that a request begins has the setting of the request; its reply written, nothing is pinned."""
+    of = serving.server(serving.runtime(3, slots=512))
+    async with serving.client(of) as http:
+        for given in (None, True, False):
+            await Talk(http, agentmem={} if given is None else {"pin_request": given}).say("One")
+        sessions = of.runtime.sessions
+        assert [each.settings.pin_request for each in sessions] == [True, True, False]
+        assert [each.stats.request_tokens for each in sessions] == [0, 0, 0]
 
 
 async def test_another_key_never_continues() -> None:

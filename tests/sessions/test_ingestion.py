@@ -145,7 +145,7 @@ def test_a_compaction_by_hand_leaves_what_it_is_told(family: Any, target: float)
     tokenizer = chat_templates.tokenizer("chatml")
     model = talk.model() if family == "llama" else tiny_model(family, vocab_size=len(tokenizer))
     with agentmem.Runtime(model, tokenizer, cap="64MiB") as runtime:
-        session = talk.audited(runtime.session("window", **talk.ROOMY))
+        session = talk.audited(runtime.session("window", **talk.ROOMY, pin_request=False))
         session.append("system", SYSTEM)
         session.append("user", FACT * 6)
         pinned, seen = session.stats.pinned_tokens, session.memory.rows[0].seen

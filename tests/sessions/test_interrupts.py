@@ -11,12 +11,15 @@ from agentmem.sessions import changes, ingestion
 from benchmarks.interrupts import SCENARIOS, Line, chosen, interrupted, trial, undisturbed
 from support import tiny_chat
 
-OURS = tuple(f"sessions/{name}.py" for name in ("session", "runtime", "ingestion", "changes", "turn_steps"))
+OURS = (
+    *(f"sessions/{name}.py" for name in ("session", "runtime", "ingestion", "newest_request", "changes", "turn_steps")),
+    "memory/pinning.py",
+)
 """Where a session's own state is changed."""
 SAMPLE = 6
 
 
-@pytest.mark.parametrize("name", ["append", "read", "say", "fork", "save"])
+@pytest.mark.parametrize("name", ["append", "read", "say", "fork", "save", "unpin", "request"])
 def test_an_interrupt_at_any_line_leaves_a_session_that_goes_on(name: str, tmp_path: Path) -> None:
     """What was begun has taken effect or not, and afterwards all tokens are those of an undisturbed session."""
     lines, wanted = undisturbed(SCENARIOS[name], tmp_path)

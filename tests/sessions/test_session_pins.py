@@ -159,7 +159,7 @@ def test_pins_that_cannot_fit_are_refused(way: str) -> None:
         with pytest.raises(CapTooSmall, match=r"need \d+ slots per head, and a compaction leaves 32"):
             calls[way]()
         assert (list(session.ids), session.dialogue, list(session.entries), session.reply, session.stats) == before
-        assert session.memory.rows[0].pins.spans == pins
+        assert list(session.memory.rows[0].pins.spans) == pins
         assert len(talk.greedy(session, 3)) >= 3
 
 

@@ -58,7 +58,7 @@ def model(family: str = "llama", layers: int = 3, **config: Any) -> Any:
 def lease(policy: str | Policy = "am-halving", on: Any = None, slots: int = SLOTS, **settings: Any) -> int:
     """What a memory of so many slots per head needs and not a byte more."""
     options = SETTINGS | settings | {"max_slots": slots}
-    for name in ("seed", "share", "pin_roles", "history", "soft"):
+    for name in ("seed", "share", "pin_roles", "pin_request", "history", "soft"):
         options.pop(name, None)
     plan = agentmem.api.plan(on or model(), cap=1 << 30, policy=plugins.policy(policy), **options)
     return plan.resident_bytes + plan.workspace_bytes

@@ -47,6 +47,10 @@ def chat(
         bool | None,
         typer.Option(help="Go on past the model's positions by moving slots to lower ones.", show_default=False),
     ] = None,
+    pin_request: Annotated[
+        bool | None,
+        typer.Option(help="Do not compact a line before it is answered, where it fits.", show_default=False),
+    ] = None,
     load: Annotated[
         str | None,
         typer.Option(help="Go on with a saved conversation; its own settings hold.", show_default=False),
@@ -60,6 +64,8 @@ def chat(
     settings = {name: value for name, value in given.items() if value is not None}
     plugins.policy(policy or _POLICY)  # what needs no model is refused before one is loaded
     Settings.of(cap=cap, seed=seed, **settings)
+    if pin_request is not None:
+        settings["pin_request"] = pin_request
     loaded, tokenizer = load_model(model, dtype)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:

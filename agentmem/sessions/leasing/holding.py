@@ -15,6 +15,7 @@ from agentmem import hf
 from agentmem.compaction.request import USUAL, Request
 from agentmem.errors import AgentmemError
 from agentmem.memory.pinning import promote
+from agentmem.memory.pins import Pins
 from agentmem.memory.state import copy, expand, trim
 from agentmem.planning.pricing import MIN_BUDGET
 from agentmem.sessions.snapshots.files import write_snapshot
@@ -55,6 +56,7 @@ class Holding:
         """Its policy and the others, as a snapshot names them."""
         self.capacity = memory.plan.capacity
         self._noted = (0, 0, 0, 0)
+        self._pins = Pins()
         self._template = memory.empty()
         self._working = 0
         """Bytes beside what it holds that an idle memory works with."""
@@ -90,6 +92,11 @@ class Holding:
         return memory.rows[0].seen, len(memory.compactions), len(memory.rebases), peak
 
     @property
+    def pins(self) -> Pins:
+        """What is pinned of it."""
+        return self._pins if self.memory is None else self.memory.rows[0].pins
+
+    @property
     def charged(self) -> int:
         """Bytes of the runtime's cap: the lease, what an idle memory holds, or nothing on disk."""
         memory = self.memory
@@ -103,7 +110,7 @@ class Holding:
         if self.memory is None:
             return False
         row = self.memory.rows[0]
-        return row.quiet and row.promoting is None
+        return row.quiet and row.arranged
 
     def copied(self) -> Holding:
         """Another holding with an equal memory of its own; this one stays as it is, on disk too."""
@@ -255,7 +262,7 @@ class Holding:
     def _detach(self) -> None:
         memory = self.memory
         if memory is not None:
-            self._noted = self._counts()
+            self._noted, self._pins = self._counts(), self.pins
             self.memory = self.view = None
             self._leash.detach()
             hf.detach(self.model)

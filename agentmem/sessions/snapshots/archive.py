@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from agentmem import plugins
@@ -153,7 +153,10 @@ def _fill(runtime: Host, session: Conversation, url: str | os.PathLike[str], *, 
 
     memory = session.memory
     state = Saved.of(read_row(memory, url, identity=session.holding.identity, dtype=runtime.model.dtype, check=check))
-    restore(session, state.model_copy(update={"sampling": None}) if anew else state, memory.rows[0].ids)
+    row = memory.rows[0]
+    if not session.settings.pin_request:
+        row.pins = replace(row.pins, request=())
+    restore(session, state.model_copy(update={"sampling": None}) if anew else state, row.ids)
 
 
 def _check(session: Conversation, image: SavedRow, state: Saved) -> None:
@@ -163,5 +166,5 @@ def _check(session: Conversation, image: SavedRow, state: Saved) -> None:
         ValueError: see :meth:`agentmem.sessions.snapshots.session_state.Saved.check`.
 
     """
-    pinned = max((high for _, high in image.pins), default=0)
+    pinned = max((high for _, high in (*image.pins, *image.request)), default=0)
     state.check(image.tokens, pinned, session.memory.shape.vocabulary)

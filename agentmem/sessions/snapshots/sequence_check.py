@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from agentmem.memory.pins import Pins
+from agentmem.memory.pins import joined, size, within, without
 from agentmem.memory.state import columns
 from agentmem.planning.pricing import MIN_BUDGET
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     from agentmem.memory.memory import Memory
     from agentmem.memory.state import SavedLayer, SavedRow, SavedSample
@@ -69,33 +69,32 @@ def _check_counts(memory: Memory, image: SavedRow) -> None:
     for name, value in (
         ("intact", image.intact),
         ("headroom_at", image.headroom_at or 0),
-        ("pins", image.promoted_until),
     ):
         _hold(value <= tokens, f"{name} at token {value} of {tokens}")
     _hold(image.headroom_at is not None or image.intact == 0, f"intact from {image.intact} on, yet never compacted")
-    _hold(list(image.pins) == _apart(image.pins), f"pins {image.pins[:4]} are no spans in order")
-    unmoved = Pins(list(image.pins)).count(max(plan.prefix, image.promoted_until), image.intact)
+    for name, spans in (("pins", image.pins), ("request", image.request), ("front", image.front)):
+        _hold(spans == joined(spans), f"{name} {spans[:4]} are no spans in order")
+    promoted = image.promoted(plan.prefix)
+    unmoved = size(without(within(joined(image.pins, image.request), plan.prefix, image.intact), promoted))
     _hold(unmoved == 0, f"{unmoved} pinned tokens before {image.intact} were compacted, not moved to the front")
-    recent = image.recent(plan.prefix, plan.recent)
+    prefix, recent = min(plan.prefix, tokens), image.recent(plan.prefix, plan.recent)
+    led = prefix == 0 or within(image.front, 0, prefix) == ((0, prefix),)
+    _hold(not promoted or led, f"front {image.front[:4]} does not begin with the first {prefix} tokens (keep_first)")
+    _hold(
+        not promoted or promoted[-1][1] <= tokens - recent,
+        f"front ends at token {image.front[-1:]} of {tokens}, of which {recent} are recent (keep_recent)",
+    )
     _hold(
         recent <= tokens - image.intact,
         f"tokens before {image.intact} of {tokens} have been compacted, so keep_recent={plan.recent} cannot be kept; "
         f"give at most {tokens - image.intact}",
     )
-    pinned = Pins(list(image.pins)).count(plan.prefix, 1 << 60)
+    pinned = size(within(image.pins, plan.prefix, 1 << 60))
     needed = plan.prefix + pinned + plan.recent + MIN_BUDGET
     _hold(
         pinned == 0 or needed <= plan.target or memory.policy.compactor is None,
         f"{pinned} pinned tokens need {needed} slots per head, and a compaction under this share leaves {plan.target}",
     )
-
-
-def _apart(pins: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The spans as :class:`Pins` would keep them."""
-    made = Pins()
-    for low, high in pins:
-        made.add(low, high)
-    return made.spans
 
 
 def _check_lengths(memory: Memory, image: SavedRow, index: int, layer: SavedLayer, shape: LayerShape) -> None:
@@ -115,8 +114,8 @@ def _never_compacted(memory: Memory, image: SavedRow) -> int:
     """Slots that every head has: the prefix, promoted pins, and the tokens after the last compaction and before it."""
     prefix = min(memory.plan.prefix, image.tokens)
     start = max(image.intact, prefix)
-    behind = image.tokens - start - Pins(list(image.pins)).count(start, image.promoted_until)
-    return image.front(memory.plan.prefix) + behind
+    behind = image.tokens - start - size(within(image.promoted(memory.plan.prefix), start, image.tokens))
+    return image.front_slots(memory.plan.prefix) + behind
 
 
 def _fullest(memory: Memory) -> int:
@@ -190,9 +189,9 @@ def check_values(memory: Memory, image: SavedRow, tensors: Mapping[str, torch.Te
 
 
 def _check_positions(memory: Memory, image: SavedRow, name: str, positions: torch.Tensor) -> None:
-    """The prefix is the first tokens, the recent window the last ones, and what lies between is in order."""
+    """The prefix is the first tokens, the recent window the last ones; what is promoted, and the rest, is in order."""
     prefix, stop = min(memory.plan.prefix, image.tokens), image.next_position
-    recent, front = image.recent(memory.plan.prefix, memory.plan.recent), image.front(memory.plan.prefix)
+    recent, front = image.recent(memory.plan.prefix, memory.plan.recent), image.front_slots(memory.plan.prefix)
     _check_range(name, positions, 0, stop - 1)
     first = torch.equal(positions[:prefix], torch.arange(prefix, dtype=torch.int32, device=positions.device))
     _hold(first, f"{name} does not begin with the first {prefix} tokens (keep_first), which were compacted or moved")
@@ -202,8 +201,8 @@ def _check_positions(memory: Memory, image: SavedRow, name: str, positions: torc
     )
     _hold(last, f"{name} does not end with the last {recent} tokens (keep_recent), which were compacted or moved")
     _hold(len(set(positions.tolist())) == len(positions), f"{name} has one of them twice")
-    behind = positions[front:]
-    _hold(bool((behind[1:] > behind[:-1]).all()), f"{name} are not in order behind slot {front}")
+    for part, where in ((positions[:front], "before"), (positions[front:], "behind")):
+        _hold(bool((part[1:] > part[:-1]).all()), f"{name} are not in order {where} slot {front}")
 
 
 def _check_range(name: str, values: torch.Tensor, least: int, most: int) -> None:

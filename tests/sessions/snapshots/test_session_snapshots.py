@@ -215,6 +215,24 @@ def test_windows_that_were_compacted_cannot_be_kept_again(tmp_path: Path) -> Non
             made.load(tmp_path, keep_recent=-1)
 
 
+@pytest.mark.parametrize("first", [0, 2, 6, 8])
+def test_pins_are_kept_behind_another_prefix(first: int, tmp_path: Path) -> None:
+    """A session with pins at its front is loaded with a shorter or a longer prefix: they stay, and only they."""
+    with tiny_chat.runtime(3, "window") as made:
+        session = made.session()
+        session.read(tiny_chat.ids(4))
+        session.read(tiny_chat.ids(4, 1), pin=True)
+        session.read(tiny_chat.ids(90, 2))
+        assert session.stats.compactions
+        session.save(tmp_path)
+        loaded = made.load(tmp_path, keep_first=first)
+        loaded.read(tiny_chat.ids(90, 3))
+        wanted = [*range(first), *range(max(first, 4), 8)]
+        for store in loaded.memory.rows[0].stores:
+            assert store is not None
+            assert store.segment(0, 0, 0).positions[: len(wanted)].tolist() == wanted
+
+
 # ---- what is saved with it
 
 

@@ -101,7 +101,7 @@ def test_unpinned_tokens_are_forked_moved_and_saved(way: str, policy: str, tmp_p
             session.save(tmp_path)
             session = made.load(tmp_path)
         else:
-            with made.lock:
+            with made.scheduler.lock:
                 session.holding.preempt("disk", made.folder)
             assert session.stats.state == "on disk"
             assert session.stats.pinned_tokens == twin.stats.pinned_tokens
@@ -142,7 +142,7 @@ def test_an_idle_memory_gives_back_what_was_unpinned(stage: Any) -> None:
         session.read(tiny_chat.ids(50))
         session.unpin(0, session.stats.pinned_tokens)
         held, resident = session.stats.held_slots, session.memory.ledger.resident
-        with made.lock:
+        with made.scheduler.lock:
             session.holding.preempt(stage, made.folder)
         segment = (held - 6 * 12) // 6
         left = 6 * (12 + segment // 2) if stage == "compact" else held

@@ -249,7 +249,7 @@ def test_a_session_in_the_middle_of_a_reply_is_forked_moved_and_saved(way: str, 
             session.save(tmp_path)
             session = made.load(tmp_path)
         else:
-            with made.lock:
+            with made.scheduler.lock:
                 session.holding.preempt("disk", made.folder)
             assert session.stats.request_tokens == twin.stats.request_tokens
         for each in (session, twin):

@@ -42,7 +42,7 @@ async def test_words_and_pins_need_no_place_in_the_queue() -> None:
     with tiny_chat.runtime(1, pressure=()) as made:
         session = tiny_chat.filled(made, 20)
         waiting = asyncio.create_task(made.session().aappend("user", "hello"))
-        await until(lambda: made.stats.waiting == 1)
+        await until(lambda: made.stats.waiting == 1 and made.waiters[0].tried)
         with pytest.raises(RuntimeBusy, match="come first"):
             session.read("on")
         session.pin(2, 6)

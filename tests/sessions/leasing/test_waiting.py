@@ -38,7 +38,7 @@ async def test_leases_are_granted_in_the_order_of_asking() -> None:
         tasks = []
         for number in range(6):
             tasks.append(asyncio.create_task(ask(number)))
-            await until(lambda: made.stats.waiting == len(tasks))
+            await until(lambda: made.stats.waiting == len(tasks) and made.waiters[0].tried)
         with pytest.raises(RuntimeBusy, match=r"6 turn.*wait for it already and come first"):
             made.session(share=1 << 16).read("hello")
         assert order == []

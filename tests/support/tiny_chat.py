@@ -151,9 +151,10 @@ def watched(cap: int) -> Iterator[list[int]]:
         begin(self, own)
         ledgers.add(self)
 
-    def noted(self: Ledger, passing: int = 0) -> None:
-        note(self, passing)
-        peak[0] = max(peak[0], passing + sum(each.resident + each.transient for each in ledgers))
+    def noted(self: Ledger, now: int) -> None:
+        note(self, now)
+        others = [each for each in ledgers if each is not self]
+        peak[0] = max(peak[0], now + sum(each.resident + each.transient for each in others))
         assert peak[0] <= cap
 
     patch.setattr(Ledger, "__init__", opened)

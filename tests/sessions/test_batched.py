@@ -11,13 +11,21 @@ import pytest
 import torch
 from transformers import LogitsProcessorList
 
+from agentmem.engine import scheduler
 from agentmem.errors import SettingsRefused
 from agentmem.hf.forwards import ModelForwards
 from agentmem.sessions import Session
 from agentmem.testing import tiny_model
 from support import tiny_chat
+from support.waiting import LIMIT
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who was fed together stays together, however busy the machine is."""
+    monkeypatch.setattr(scheduler, "LINGER", LIMIT / 4)
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ the model's lock, feeds everybody (:func:`agentmem.engine.feeding.feed`), and th
 
 Order: turns that were passed over :data:`PATIENCE` times, then higher priorities, then single tokens (replies) before
 texts that are read, then who asked first. A forward takes single tokens first and fills up with pieces of texts, as
-many tokens as every one of its turns allows (``most``); a turn that is alone is fed whole. Turns that were fed last are
-waited for, so that those who think at the same speed stay together; but when nobody has come for :data:`LINGER`
-seconds, or :data:`SHARE` of the last forward's, whoever is there is fed.
+many tokens as every one of its turns allows (``most``); a turn that is alone is fed whole. Turns that were fed last,
+or have begun, are waited for, so that those who think at the same speed stay together; but when nobody has come for
+:data:`LINGER` seconds, or :data:`SHARE` of the last forward's, whoever is there is fed.
 """
 
 from __future__ import annotations
@@ -67,8 +67,14 @@ class Scheduler:
         self._changed = threading.Condition()
         self._waiting: list[Want] = []
         self._expected: set[object] = set()
-        """Turns that the last forward fed and that have not come back."""
+        """Turns that have begun, or that the last forward fed, and that have not come (back) yet."""
         self._came = 0.0
+
+    def expect(self, turn: object) -> None:
+        """A turn has begun, and will soon have something to be fed: the next forward waits for it for a moment."""
+        with self._changed:
+            self._expected.add(turn)
+            self._came = time.monotonic()
 
     def submit(self, want: Want) -> None:
         """Have a want wait; whoever does so waits for its outcome, or withdraws it."""
@@ -143,6 +149,7 @@ class Scheduler:
     def _chosen(self, own: Want) -> list[tuple[Want, int]]:
         """Whose tokens the next forward feeds, and how many of each; all agree with ``own`` in torch's state."""
         with self._changed:
+            self._expected = set()  # who has not come by now is not waited for again
             alike = [each for each in self._waiting if each.ambient == own.ambient and not each.done]
         order = sorted(alike, key=_place)  # stable: who asked first comes first
         if order[0].alone or len(order) == 1:
@@ -166,7 +173,7 @@ class Scheduler:
             self._waiting = [each for each in self._waiting if not each.done]  # at once: an interrupt may come
             for want in self._waiting:
                 want.passed += 1
-            self._expected = {want.turn for want, _ in fed}
+            self._expected = self._expected.union(want.turn for want, _ in fed)
             self._came = now
             waiting = list(self._waiting)
             self._changed.notify_all()

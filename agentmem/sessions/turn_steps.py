@@ -27,6 +27,7 @@ class Steps:
         self._error: Exception | None = None
         session.watch = Watch(deadline)
         session.memory.boundary = session.watch.check
+        session.runtime.scheduler.expect(session)
 
     def tick(self) -> Event | None:
         """At most one event or compaction; ``None`` if there is a :attr:`want`, or when the turn is :attr:`over`."""

@@ -136,6 +136,22 @@ def test_turns_that_were_fed_last_are_waited_for(fed: list[Shares], monkeypatch:
     assert fed[-1] == [("a", 1)]
 
 
+def test_turns_that_have_begun_are_waited_for(fed: list[Shares], monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a moment, until they come or leave; those that begin while others are fed, too."""
+    now = [0.0]
+    monkeypatch.setattr(scheduler.time, "monotonic", lambda: now[0])
+    made, first = Scheduler(), want("a")
+    made.expect("a")
+    made.expect("b")
+    made.submit(first)
+    assert made.pause() == scheduler.LINGER
+    now[0] += scheduler.LINGER
+    made.step(first)
+    assert fed == [[("a", 1)]]
+    made.left("a")
+    assert made.pause() == 0  # b, which did not come, is not waited for again
+
+
 def test_what_is_withdrawn_is_not_fed(fed: list[Shares]) -> None:
     """The others are; withdrawing twice does nothing."""
     wants = [want("a"), want("b")]

@@ -24,13 +24,9 @@ from agentmem.sessions.events import CompactionFinished, Event, TurnFailed
 from agentmem.sessions.turn_steps import Steps
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from agentmem.engine import Want
     from agentmem.reporting.report import CompactionReport
-    from agentmem.sessions.chat.dialogue import Message
     from agentmem.sessions.conversation import Conversation, Host
-    from agentmem.sessions.options import How
 
 T = TypeVar("T")
 
@@ -232,7 +228,9 @@ def stream(session: Conversation, options: dict[str, Any]) -> AsyncGenerator[Eve
     return _driven(session, lambda: ingestion.replying(session, options, keep_open=keep_open), deadline)
 
 
-async def append(session: Conversation, messages: Sequence[Message], how: How) -> tuple[CompactionReport, ...]:
-    """See :meth:`agentmem.sessions.session.Session.aappend`."""
-    async with aclosing(_driven(session, lambda: ingestion.messages(session, messages, how), how.deadline)) as events:
+async def reports(
+    session: Conversation, make: Callable[[], turn.Steps], deadline: float | None
+) -> tuple[CompactionReport, ...]:
+    """Run a turn to its end; what it compacted."""
+    async with aclosing(_driven(session, make, deadline)) as events:
         return tuple([event.report async for event in events if isinstance(event, CompactionFinished)])

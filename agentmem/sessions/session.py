@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator
+from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -136,8 +137,15 @@ class Session(Conversation):
             check_seconds("deadline", deadline)
         return self._drive(lambda: ingestion.replying(self, options, keep_open=keep_open), deadline)
 
+    async def agenerate(self, **options: Any) -> Reply:
+        """:meth:`generate` for asyncio; cancelling the task ends the turn after the forward that runs."""
+        async with aclosing(aio.stream(self, options)) as events:
+            async for _ in events:
+                pass
+        return replace(self.last, ids=list(self.last.ids))
+
     def stream(self, **options: Any) -> AsyncIterator[Event]:
-        """The same for asyncio: forwards run on the model's own thread, one for every event that is asked for.
+        """:meth:`events` for asyncio: forwards run on the model's own thread, one for every event that is asked for.
 
         Use ``contextlib.aclosing`` where the loop may be left early: a mere ``break`` leaves the session in mid-turn.
         """
@@ -161,7 +169,7 @@ class Session(Conversation):
         """:meth:`append` for asyncio."""
         how = How(pin, compact, target, focus, policy, deadline)
         message = Message.of(role=role, content=content, name=name, tool_calls=tool_calls, tool_call_id=tool_call_id)
-        return await aio.append(self, [message], how)
+        return await aio.reports(self, lambda: ingestion.messages(self, [message], how), deadline)
 
     async def aextend(
         self,
@@ -176,7 +184,23 @@ class Session(Conversation):
     ) -> tuple[CompactionReport, ...]:
         """:meth:`extend` for asyncio."""
         how = How(pin, compact, target, focus, policy, deadline)
-        return await aio.append(self, Message.each(messages), how)
+        made = Message.each(messages)
+        return await aio.reports(self, lambda: ingestion.messages(self, made, how), deadline)
+
+    async def aread(
+        self,
+        text: str | Sequence[int],
+        *,
+        pin: bool = False,
+        compact: str | None = None,
+        target: float | None = None,
+        focus: str = "",
+        policy: str | None = None,
+        deadline: float | None = None,
+    ) -> tuple[CompactionReport, ...]:
+        """:meth:`read` for asyncio."""
+        how = How(pin, compact, target, focus, policy, deadline)
+        return await aio.reports(self, lambda: ingestion.text(self, text, how), deadline)
 
     def appending(
         self,
@@ -243,13 +267,24 @@ class Session(Conversation):
 
         """
         How(compact="after", target=target, focus=focus, policy=policy)
-        found = [
-            event.report
-            for event in self._drive(
-                lambda: compaction_requests.compacting(self, focus, target, policy, force=force), None
-            )
-            if isinstance(event, CompactionFinished)
-        ]
+        found = _reports(
+            self._drive(lambda: compaction_requests.compacting(self, focus, target, policy, force=force), None)
+        )
+        return found[-1] if found else None
+
+    async def acompact(
+        self,
+        *,
+        force: bool = True,
+        focus: str = "",
+        target: float | None = None,
+        policy: str | None = None,
+    ) -> CompactionReport | None:
+        """:meth:`compact` for asyncio; cancelling the task ends it at the next layer."""
+        How(compact="after", target=target, focus=focus, policy=policy)
+        found = await aio.reports(
+            self, lambda: compaction_requests.compacting(self, focus, target, policy, force=force), None
+        )
         return found[-1] if found else None
 
     def pin(self, start: int, stop: int) -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from benchmarks.allocations import CASES, measured
+from benchmarks.allocation_cases import CASES
+from benchmarks.allocations import SMALL, measured
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     reason="the account is compiled, and counts glibc's allocations",
 )
 def test_all_allocations_beyond_a_plain_forward_fit_under_the_cap(tmp_path: Path) -> None:
-    """bfloat16: a long prompt, a batch, a padded one and sliding layers, each in a cap that was planned to suffice."""
-    cells = measured(tmp_path, small=True)
+    """bfloat16, every case of the benchmark, each in a cap that was planned to suffice."""
+    cells = list(measured(tmp_path, *SMALL))
     assert len(cells) == len(CASES)
     assert {cell["name"]: cell["peak"] for cell in cells if cell["peak"] > cell["cap"]} == {}

@@ -322,3 +322,43 @@ async def test_the_model_s_thread_has_the_torch_threads_of_whoever_asks() -> Non
     finally:
         handle.remove()
         torch.set_num_threads(before)
+
+
+def test_what_awaits_is_what_blocks() -> None:
+    """Reading, compacting and replying give the same ids, reports and slots with and without asyncio."""
+
+    async def awaited(session: Session) -> list[int]:
+        read = await session.aread(tiny_chat.ids(90), compact="after")
+        compacted = await session.acompact(target=24)
+        reply = await session.agenerate(max_new_tokens=12, do_sample=False)
+        return [len(read), compacted.index if compacted else -1, *reply.ids]
+
+    def blocking(session: Session) -> list[int]:
+        read = session.read(tiny_chat.ids(90), compact="after")
+        compacted = session.compact(target=24)
+        reply = session.generate(max_new_tokens=12, do_sample=False)
+        return [len(read), compacted.index if compacted else -1, *reply.ids]
+
+    with tiny_chat.runtime(2) as made:
+        one, other = made.session(), made.session()
+        assert asyncio.run(awaited(one)) == blocking(other)
+        assert one.stats.compactions == other.stats.compactions > 1
+        for mine, its in zip(tiny_chat.slots(one), tiny_chat.slots(other), strict=True):
+            assert all(torch.equal(mine[name], its[name]) for name in mine)
+
+
+def test_a_task_that_is_cancelled_leaves_a_session_that_goes_on() -> None:
+    """``agenerate`` cancelled after its first forward: the turn is over, and the next one replies."""
+
+    async def cancelled(session: Session) -> None:
+        task = asyncio.create_task(session.agenerate(max_new_tokens=500, do_sample=False, keep_open=True))
+        await until(lambda: len(session.ids) > 31)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    with tiny_chat.runtime(1) as made:
+        session = tiny_chat.filled(made, 30)
+        asyncio.run(cancelled(session))
+        assert not session.busy
+        assert len(tiny_chat.on(session, 5)) == 5

@@ -4,6 +4,7 @@ from typing import Any
 
 def attend(
     kind: int,
+    slots: int,
     threads: int,
     scale: float,
     window: int,
@@ -25,7 +26,8 @@ def attend(
 ) -> None:
     """One token of each sequence over its slots; addresses of storage of one dtype, strides in numbers.
 
-    ``kind`` of storage: 0 float32, 1 bfloat16, 2 float16. ``queries [rows, heads * group, key_dim]``, fresh ``keys
+    ``kind`` of queries, fresh rows and output: 0 float32, 1 bfloat16, 2 float16; ``slots``: the same, or 3 for the rows of
+    ``quantised.py``. ``queries [rows, heads * group, key_dim]``, fresh ``keys
     [rows, heads, key_dim]`` and ``values [rows, heads, value_dim]``, each with its strides of a row and of a head;
     ``output [rows, heads * group, value_dim]`` lies together. A sequence is ``(its row, (heads, …), slots that each
     head has filled, whether slots carry a β)``, where ``heads`` has four uint64 a head: the addresses of its keys,

@@ -29,7 +29,7 @@ typedef struct {
 typedef struct {
     Py_ssize_t heads, group, key_dim, value_dim, apart, window;
     float scale;
-    int kind;
+    int kind, slots; /* of queries, fresh keys and values and the output; and of the slots */
 } Shape;
 
 INLINE float *sums_of(const Piece *piece, const Shape *shape) { return piece->work + shape->group * shape->key_dim; }
@@ -50,7 +50,7 @@ INLINE void products(
         for (int j = 0; j < slots; j++) to[g][j] = none;
     for (; i + 2 * WIDE <= dim; i += 2 * WIDE)
         for (int j = 0; j < slots; j++) {
-            fetch(level, kind, keys, j * dim + i, key);
+            fetch(level, kind, keys + j * row_bytes(kind, dim), dim, i, key);
             for (int g = 0; g < count; g++)
                 for (int v = 0; v < 2; v++) to[g][j] += load(queries + g * dim + i + v * WIDE) * key[v];
         }
@@ -70,14 +70,14 @@ INLINE void logits(
 #if SHUFFLES
     for (wide part[4][4]; level == 2 && j + WIDE <= n; j += WIDE) {
         for (int four = 0; four < 4; four++) {
-            products(level, kind, count, 4, queries, keys + (j + 4 * four) * dim * bytes_of(kind), dim, product);
+            products(level, kind, count, 4, queries, keys + (j + 4 * four) * row_bytes(kind, dim), dim, product);
             for (int g = 0; g < count; g++) part[g][four] = quarters(product[g]);
         }
         for (int g = 0; g < count; g++) store(to + g * TILE + j, sums(part[g]));
     }
 #endif
     for (; j < n; j++) {
-        products(level, kind, count, 1, queries, keys + j * dim * bytes_of(kind), dim, product);
+        products(level, kind, count, 1, queries, keys + j * row_bytes(kind, dim), dim, product);
         for (int g = 0; g < count; g++) to[g * TILE + j] = sum(product[g][0]);
     }
 }
@@ -91,7 +91,7 @@ INLINE void mix(
     for (int g = 0; g < count; g++)
         for (int v = 0; v < vectors; v++) total[g][v] = load(to + g * dim + v * WIDE);
     for (Py_ssize_t j = 0; j < n; j++) {
-        if (vectors == 2) fetch(level, kind, values, j * dim + at, value);
+        if (vectors == 2) fetch(level, kind, values + j * row_bytes(kind, dim), dim, at, value);
         else value[0] = fetch_one(level, kind, values, j * dim + at);
         for (int v = 0; v < vectors; v++)
             for (int g = 0; g < count; g++) total[g][v] += weights[g * TILE + j] * value[v];
@@ -141,7 +141,8 @@ INLINE void some(
     const int level, const int kind, const int count, const Piece *piece, const Shape *shape, Py_ssize_t group
 ) {
     float row[4 * TILE] __attribute__((aligned(64)));
-    const Py_ssize_t width = shape->key_dim, dim = shape->value_dim, slot = bytes_of(kind);
+    const Py_ssize_t width = shape->key_dim, dim = shape->value_dim;
+    const Py_ssize_t key = row_bytes(kind, width), value = row_bytes(kind, dim);
     const float *queries = piece->work + group * width;
     float *output = sums_of(piece, shape) + group * dim;
     float *peak = peaks_of(piece, shape) + group, *mass = masses_of(piece, shape) + group;
@@ -152,12 +153,12 @@ INLINE void some(
     }
     for (Py_ssize_t at = piece->first; at < piece->last; at += TILE) {
         Py_ssize_t n = piece->last - at < TILE ? piece->last - at : TILE;
-        const char *keys = piece->keys + at * width * slot, *values = piece->values + at * dim * slot;
-        expect(values, n * dim * slot);
+        const char *keys = piece->keys + at * key, *values = piece->values + at * value;
+        expect(values, n * value);
         if (level == 1 && width == 64) logits(level, kind, count, queries, keys, 64, n, row);
         else if (level == 1 && width == 128) logits(level, kind, count, queries, keys, 128, n, row);
         else logits(level, kind, count, queries, keys, width, n, row);
-        if (at + n < piece->last) expect(keys + n * width * slot, n * width * slot);
+        if (at + n < piece->last) expect(keys + n * key, n * key);
         const float *bias = piece->bias ? piece->bias + at : NULL;
         for (int g = 0; g < count; g++)
             soften(row + g * TILE, bias, shape, n, output + g * dim, peak + g, mass + g);
@@ -177,9 +178,10 @@ INLINE void whole(const int level, const int kind, const Piece *piece, const Sha
 }
 
 INLINE void any(const int level, const Piece *piece, const Shape *shape) {
-    if (shape->kind == FLOAT32) whole(level, FLOAT32, piece, shape);
-    if (shape->kind == BFLOAT16) whole(level, BFLOAT16, piece, shape);
-    if (shape->kind == FLOAT16) whole(level, FLOAT16, piece, shape);
+    if (shape->slots == FLOAT32) whole(level, FLOAT32, piece, shape);
+    if (shape->slots == BFLOAT16) whole(level, BFLOAT16, piece, shape);
+    if (shape->slots == FLOAT16) whole(level, FLOAT16, piece, shape);
+    if (shape->slots == INT8) whole(level, INT8, piece, shape);
 }
 
 typedef void (*Attend)(const Piece *, const Shape *);
@@ -216,19 +218,24 @@ static void merge(const Piece *pieces, Py_ssize_t count, const Shape *shape) {
             for (Py_ssize_t i = 0; i < dim; i++) sum[i] = (p ? sum[i] : 0.0f) + share * part[i];
         }
         for (Py_ssize_t i = 0; i < dim; i++) sum[i] /= total;
-        narrow(shape->kind, sum, dim, pieces->output + g * size);
+        narrow(shape->kind, shape->slots, sum, dim, pieces->output + g * size);
     }
 }
 
 /* All work of one piece: its new slot is written before it is read, and no other piece reads it. */
 static void serve(const Piece *piece, const Shape *shape) {
-    const Py_ssize_t number = bytes_of(shape->kind), key = shape->key_dim * number, value = shape->value_dim * number;
-    if (piece->new_key) {
+    const Py_ssize_t key = row_bytes(shape->slots, shape->key_dim), value = row_bytes(shape->slots, shape->value_dim);
+    const Py_ssize_t apart = shape->apart * bytes_of(shape->kind);
+    if (piece->new_key && shape->slots != shape->kind) {
+        encode(shape->kind, piece->new_key, shape->key_dim, piece->keys + (piece->last - 1) * key);
+        encode(shape->kind, piece->new_value, shape->value_dim, piece->values + (piece->last - 1) * value);
+    } else if (piece->new_key) {
         memcpy(piece->keys + (piece->last - 1) * key, piece->new_key, key);
         memcpy(piece->values + (piece->last - 1) * value, piece->new_value, value);
     }
     for (Py_ssize_t g = 0; g < shape->group; g++)
-        widen(shape->kind, piece->asked + g * shape->apart * number, shape->key_dim, piece->work + g * shape->key_dim);
+        widen(
+            shape->kind, shape->slots, piece->asked + g * apart, shape->key_dim, piece->work + g * shape->key_dim);
     attend(piece, shape);
     if (piece->of == 1) merge(piece, 1, shape);
 }
@@ -402,7 +409,11 @@ static Cut cut_all(const Step *step, Py_ssize_t total) {
 
 static int sound(const Step *step) {
     const Shape *shape = &step->shape;
-    if (shape->kind < FLOAT32 || shape->kind > FLOAT16 || shape->heads < 1 || shape->group < 1 || step->threads < 1 ||
+    if (shape->slots == INT8 && (shape->key_dim % GROUP || shape->value_dim % GROUP)) {
+        PyErr_SetString(PyExc_ValueError, "dims of quantised slots that are no whole groups");
+        return 0;
+    }
+    if (shape->kind < FLOAT32 || shape->kind > FLOAT16 || (shape->slots != shape->kind && shape->slots != INT8) || shape->heads < 1 || shape->group < 1 || step->threads < 1 ||
         shape->key_dim < WIDE || shape->key_dim % WIDE || shape->value_dim < WIDE || shape->value_dim % WIDE || shape->window < 0) {
         PyErr_SetString(PyExc_ValueError, "a dtype, dims, heads, threads or a window that this code is not made for");
         return 0;
@@ -419,7 +430,7 @@ static PyObject *py_attend(PyObject *Py_UNUSED(module), PyObject *arguments) {
     Shape *shape = &step.shape;
     unsigned long long output, scratch;
     if (!PyArg_ParseTuple(
-            arguments, "iifnnnnnnK(nn)K(nn)K(nn)KKnO!", &shape->kind, &step.threads, &shape->scale, &shape->window,
+            arguments, "iiifnnnnnnK(nn)K(nn)K(nn)KKnO!", &shape->kind, &shape->slots, &step.threads, &shape->scale, &shape->window,
             &step.rows, &shape->heads, &shape->group, &shape->key_dim, &shape->value_dim, &step.queries.address,
             &step.queries.sequence, &step.queries.head, &step.keys.address, &step.keys.sequence, &step.keys.head,
             &step.values.address, &step.values.sequence, &step.values.head, &output, &scratch, &step.size,

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from agentmem.attention import quantised
+
 try:
     from agentmem.attention import _decode
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 _VECTOR = 16  # floats that decode.c works on at a time
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # dtypes that decode.c reads, by its own numbers
+_QUANTISED = 3  # rows of quantised.py, likewise
 
 
 class Form(NamedTuple):
@@ -33,21 +36,26 @@ class Form(NamedTuple):
     heads: int
     key_dim: int
     value_dim: int
+    quantised: bool = False
+    """Whether slots are rows of :mod:`agentmem.attention.quantised`; queries and outputs are of ``dtype``."""
 
     @property
     def served(self) -> bool:
-        """Whether the compiled code is there, and made for such slots: dims of whole vectors."""
-        return COMPILED and self.dtype in _KINDS and not self.key_dim % _VECTOR and not self.value_dim % _VECTOR
+        """Whether the compiled code is there, and made for such slots: dims of whole vectors, or whole groups."""
+        whole = quantised.GROUPS[0] if self.quantised else _VECTOR
+        return COMPILED and self.dtype in _KINDS and not self.key_dim % whole and not self.value_dim % whole
 
 
-def form_of(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Form | None:
-    """The form of fresh ``keys [n, Hkv, d]`` and ``values [n, Hkv, dv]``, where :func:`attend_each` takes them."""
+def form_of(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, quantised: bool = False
+) -> Form | None:
+    """The form of the slots of fresh ``keys [n, Hkv, d]`` and ``values [n, Hkv, dv]``, where :func:`attend_each` takes them."""
     rows, heads, dim = keys.shape
     if not (queries.is_cpu and keys.is_cpu and values.is_cpu and keys.dtype == queries.dtype == values.dtype):
         return None
     if queries.shape[::2] != (rows, dim) or values.shape[:2] != (rows, heads) or queries.shape[1] % heads:
         return None
-    form = Form(keys.dtype, heads, dim, values.shape[2])
+    form = Form(keys.dtype, heads, dim, values.shape[2], quantised)
     return form if form.served else None
 
 
@@ -109,6 +117,7 @@ def attend_each(
     keys, values = (None, None) if fresh is None else map(_together, fresh)
     _decode.attend(
         _KINDS[form.dtype],
+        _QUANTISED if form.quantised else _KINDS[form.dtype],
         threads,
         scale,
         window or 0,

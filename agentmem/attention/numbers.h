@@ -13,10 +13,12 @@ typedef float wide __attribute__((vector_size(4 * WIDE)));
 typedef float loose __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
 typedef int32_t wide_int __attribute__((vector_size(4 * WIDE)));
 typedef uint32_t wide_bits __attribute__((vector_size(4 * WIDE)));
+typedef int8_t codes __attribute__((vector_size(WIDE), aligned(1), may_alias));
 typedef uint16_t few_bits __attribute__((vector_size(2 * WIDE), aligned(2), may_alias));
 typedef uint32_t loose_bits __attribute__((vector_size(4 * WIDE), aligned(2), may_alias));
 
-enum { FLOAT32, BFLOAT16, FLOAT16 }; /* the dtypes of storage */
+enum { FLOAT32, BFLOAT16, FLOAT16, INT8 }; /* the dtypes of storage; INT8 is rows of quantised.py */
+#define GROUP 32 /* codes of INT8 that share a scale */
 
 static const wide none = {0};
 
@@ -28,6 +30,11 @@ INLINE wide choose(wide_int which, wide yes, wide no) {
 }
 
 INLINE ptrdiff_t bytes_of(int kind) { return kind == FLOAT32 ? 4 : 2; }
+
+/* Bytes of `dim` numbers, one behind the other. */
+INLINE ptrdiff_t row_bytes(int kind, ptrdiff_t dim) {
+    return kind == INT8 ? dim + dim / GROUP * 2 : dim * bytes_of(kind);
+}
 
 #ifndef __has_builtin
 #define __has_builtin(name) 0
@@ -63,8 +70,29 @@ INLINE wide fetch_one(const int level, const int kind, const char *from, ptrdiff
     return from_half(bits << 16 & 0x80000000, bits << 13 & 0x0fffe000);
 }
 
-/* 2 * WIDE numbers as two vectors; bfloat16 comes as the even and the odd ones, a shift or a mask apart. */
-INLINE void fetch(const int level, const int kind, const char *from, ptrdiff_t at, wide to[2]) {
+/* A group of INT8, or one half of it, out of a row of `dim` numbers. */
+INLINE float scale_of(const char *row, ptrdiff_t dim, ptrdiff_t at) {
+    uint16_t brain;
+    uint32_t bits;
+    float scale;
+    memcpy(&brain, row + dim + at / GROUP * 2, 2);
+    bits = (uint32_t)brain << 16;
+    memcpy(&scale, &bits, 4);
+    return scale;
+}
+INLINE wide decoded(const char *row, ptrdiff_t at, float scale) {
+    return __builtin_convertvector(__builtin_convertvector(*(const codes *)(row + at), wide_int), wide) * scale;
+}
+
+/* 2 * WIDE numbers of a row of `dim` as two vectors; bfloat16 comes as the even and the odd ones, a shift or a mask
+ * apart. */
+INLINE void fetch(const int level, const int kind, const char *from, ptrdiff_t dim, ptrdiff_t at, wide to[2]) {
+    if (kind == INT8) {
+        float scale = scale_of(from, dim, at);
+        to[0] = decoded(from, at, scale);
+        to[1] = decoded(from, at + WIDE, scale);
+        return;
+    }
     if (kind != BFLOAT16) {
         to[0] = fetch_one(level, kind, from, at);
         to[1] = fetch_one(level, kind, from, at + WIDE);
@@ -155,26 +183,49 @@ static inline uint16_t to_half(float x) {
     return (uint16_t)(sign | (bits - 0x3f000000));
 }
 
-/* `dim` numbers as floats in the order of fetch(). */
-INLINE void widen(const int kind, const char *from, ptrdiff_t dim, float *to) {
+/* `dim` numbers as floats, in the order in which fetch() has numbers of kind `as`. */
+INLINE void widen(const int kind, const int as, const char *from, ptrdiff_t dim, float *to) {
     ptrdiff_t i = 0;
-    for (wide two[2]; i + 2 * WIDE <= dim; i += 2 * WIDE) {
-        fetch(0, kind, from, i, two);
+    for (wide two[2]; kind == as && i + 2 * WIDE <= dim; i += 2 * WIDE) {
+        fetch(0, kind, from, dim, i, two);
         store(to + i, two[0]);
         store(to + i + WIDE, two[1]);
     }
-    if (i < dim) store(to + i, fetch_one(0, kind, from, i));
+    for (; i < dim; i += WIDE) store(to + i, fetch_one(0, kind, from, i));
 }
 
-/* The way back, into storage. */
-INLINE void narrow(const int kind, const float *from, ptrdiff_t dim, char *to) {
+/* A row of INT8 from `dim` numbers of another kind, to the bit as quantised.py has it. */
+static void encode(const int kind, const char *from, ptrdiff_t dim, char *to) {
+    float number[GROUP];
+    for (ptrdiff_t at = 0; at < dim; at += GROUP) {
+        float top = 0.0f, scale;
+        uint32_t bits;
+        for (int i = 0; i < GROUP; i += WIDE) store(number + i, fetch_one(0, kind, from, at + i));
+        for (int i = 0; i < GROUP; i++) top = fabsf(number[i]) <= top ? top : number[i] != number[i] ? NAN : fabsf(number[i]);
+        for (int i = 0; i < GROUP; i++) top = number[i] != number[i] ? NAN : top;
+        scale = top / 127.0f;
+        memcpy(&bits, &scale, 4);
+        bits = (bits & 0x7fffffff) + 0xffff; /* up to the next bfloat16 */
+        uint16_t brain = (uint16_t)(bits >> 16);
+        bits &= 0xffff0000;
+        memcpy(&scale, &bits, 4);
+        memcpy(to + dim + at / GROUP * 2, &brain, 2);
+        for (int i = 0; i < GROUP; i++) {
+            float code = number[i] / scale;
+            to[at + i] = (char)(signed char)(fabsf(code) <= 128.0f ? nearbyintf(code) : 0.0f);
+        }
+    }
+}
+
+/* The way back from the order of kind `as`, into storage. */
+INLINE void narrow(const int kind, const int as, const float *from, ptrdiff_t dim, char *to) {
     if (kind == FLOAT32) {
         memcpy(to, from, 4 * dim);
         return;
     }
     for (ptrdiff_t i = 0; i < dim; i++) {
         ptrdiff_t block = i - i % (2 * WIDE), place = i;
-        if (kind == BFLOAT16 && block + 2 * WIDE <= dim) place = block + i % 2 * WIDE + i % (2 * WIDE) / 2;
+        if (as == BFLOAT16 && block + 2 * WIDE <= dim) place = block + i % 2 * WIDE + i % (2 * WIDE) / 2;
         uint16_t number = kind == BFLOAT16 ? to_brain(from[place]) : to_half(from[place]);
         memcpy(to + 2 * i, &number, 2);
     }

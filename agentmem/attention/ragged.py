@@ -6,12 +6,12 @@ Shapes: queries ``[Hq, q, d]``; a :class:`Run` holds KV heads whose slots lie al
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from agentmem.attention import decode
+from agentmem.attention import decode, quantised
 from agentmem.contracts import blocks
 
 try:
@@ -49,7 +49,7 @@ _TILED_GROUP = 128  # queries of a token that chunk.c takes for one KV head
 class Run:
     """KV heads ``first .. first + h`` of a layer: ``keys [h, n, d]``, ``values [h, n, dv]``, ``bias [h, n]`` float32.
 
-    ``bias`` is ``None`` while no slot carries a β; ``scores [h, n]`` float32 is where received attention is summed.
+    Quantised keys and values are uint8 ``[h, n, row_bytes]``. ``bias`` is ``None`` while no slot carries a β; ``scores [h, n]`` float32 is where received attention is summed.
     """
 
     first: int
@@ -57,6 +57,30 @@ class Run:
     values: torch.Tensor
     bias: torch.Tensor | None = None
     scores: torch.Tensor | None = None
+    quantised: tuple[int, int] | None = None
+    """The key and value dims where keys and values are rows of :mod:`agentmem.attention.quantised`, uint8."""
+
+    @property
+    def value_dim(self) -> int:
+        """Numbers in a value."""
+        return int(self.values.shape[2]) if self.quantised is None else self.quantised[1]
+
+    @property
+    def copied(self) -> bool:
+        """Whether keys and values must be copied to be float32."""
+        return self.keys.dtype.itemsize < _FLOAT
+
+    def part(self, span: slice) -> Run:
+        """Some of the slots, without their scores."""
+        bias = None if self.bias is None else self.bias[:, span]
+        return Run(self.first, self.keys[:, span], self.values[:, span], bias, None, self.quantised)
+
+    def wide(self) -> Run:
+        """The same with keys and values in float32, or as they are if that holds less."""
+        if self.quantised is None:
+            return Run(self.first, _wide(self.keys), _wide(self.values), self.bias)
+        keys, values = (quantised.decode(*each) for each in zip((self.keys, self.values), self.quantised, strict=True))
+        return Run(self.first, keys, values, self.bias)
 
     @property
     def heads(self) -> int:
@@ -104,7 +128,9 @@ def _block_bytes(layer: LayerShape, heads: int, tokens: int, keys: int, itemsize
 
 
 def _cast_bytes(layer: LayerShape, heads: int, keys: int, itemsize: int) -> int:
-    """Bytes of 16-bit keys and values as float32."""
+    """Bytes of keys and values as float32, where they are stored otherwise."""
+    if layer.quantised:
+        return sum(quantised.decode_bytes(heads * keys, dim) for dim in (layer.key_dim, layer.value_dim))
     return heads * keys * (layer.key_dim + layer.value_dim) * _FLOAT if itemsize < _FLOAT else 0
 
 
@@ -120,7 +146,7 @@ def explicit_bytes(layer: LayerShape, tokens: int, slots: int, itemsize: int) ->
     """Bytes that the explicit path of :func:`attend` allocates at most besides its output."""
     span = slots + tokens
     rows = layer.query_heads * min(tokens, max(1, TILE_BYTES // (layer.query_heads * span * 4)))
-    casts = 0 if itemsize == 4 else layer.kv_heads * span * (layer.key_dim + layer.value_dim) * 4  # noqa: PLR2004
+    casts = _cast_bytes(layer, layer.kv_heads, span, itemsize)
     tiles = 3 * rows * span * 4 + 2 * (rows // layer.query_heads) * span * 9
     return tiles + casts + rows * (2 * layer.value_dim + layer.key_dim) * 4 + 4 * layer.kv_heads * span * 4
 
@@ -159,7 +185,7 @@ def attend(
     longest = max((run.slots for run in runs), default=0) + queries.shape[1]
     if fresh is None or (window is not None and longest <= window):
         window = None
-    equal_dims = queries.shape[-1] == (runs[0] if runs else fresh).values.shape[-1]  # type: ignore[union-attr]  # one of the two is there
+    equal_dims = queries.shape[-1] == _width(runs, fresh)
     if explicit or window is not None or sinks is not None or not equal_dims or queries.device.type != "cpu":
         return _explicit(queries, runs, fresh, scale, window, sinks)
     return _fused(queries, runs, fresh, scale), None
@@ -168,14 +194,19 @@ def attend(
 def _fused(queries: torch.Tensor, runs: Sequence[Run], fresh: Fresh | None, scale: float) -> torch.Tensor:
     heads = sum(run.heads for run in runs) if fresh is None else fresh.keys.shape[0]
     group, tokens = queries.shape[0] // heads, queries.shape[1]
-    if fresh is None and tokens == 1 and queries.dtype.itemsize >= _FLOAT:
+    if fresh is None and tokens == 1 and not any(run.copied for run in runs):
         return _step(queries, runs, scale)
-    width = (runs[0] if fresh is None else fresh).values.shape[-1]
+    width = _width(runs, fresh)
     grouped = queries.view(heads, group, tokens, -1)
     output = queries.new_empty(tokens, heads, group, width).permute(1, 2, 0, 3)  # as the model goes on with it
     for block in blocks(tokens, _tokens(group, tokens)):
         output[:, :, block] = _attend_block(grouped[:, :, block], runs, fresh, scale, block)[0]
     return output.flatten(0, 1)
+
+
+def _width(runs: Sequence[Run], fresh: Fresh | None) -> int:
+    """Numbers in a value."""
+    return runs[0].value_dim if fresh is None else int(fresh.values.shape[-1])
 
 
 def _step(queries: torch.Tensor, runs: Sequence[Run], scale: float) -> torch.Tensor:
@@ -195,11 +226,12 @@ def _tokens(group: int, tokens: int) -> int:
 def _compiled(queries: torch.Tensor, runs: Sequence[Run]) -> bool:
     """Whether compiled code serves this decode step: slots of a form that it knows, one behind the other."""
     form = _form(queries, runs)
-    return form.served and all(_plain(run, form.key_dim, form.value_dim, form.dtype) for run in runs)
+    sizes = tuple(quantised.row_bytes(dim) if form.quantised else dim for dim in (form.key_dim, form.value_dim))
+    return form.served and all(_plain(run, *sizes, torch.uint8 if form.quantised else form.dtype) for run in runs)
 
 
 def _form(queries: torch.Tensor, runs: Sequence[Run]) -> decode.Form:
-    return decode.Form(queries.dtype, sum(run.heads for run in runs), queries.shape[-1], runs[0].values.shape[-1])
+    return decode.Form(queries.dtype, sum(run.heads for run in runs), queries.shape[-1], runs[0].value_dim, runs[0].quantised is not None)
 
 
 def _plain(run: Run, dim: int, width: int, dtype: torch.dtype) -> bool:
@@ -315,7 +347,7 @@ def _attend_block(
     Both at least float32. What is seen is attended in parts, and every part counts by its mass.
     """
     grouped = _wide(grouped)
-    output = grouped.new_zeros(*grouped.shape[:3], (fresh or runs[0]).values.shape[-1])
+    output = grouped.new_zeros(*grouped.shape[:3], _width(runs, fresh))
     lse = grouped.new_full(grouped.shape[:3], -torch.inf)
     if fresh is not None:
         _merge(output, lse, *_flash_own(grouped, _wide(fresh.keys[:, block]), _wide(fresh.values[:, block]), scale))
@@ -334,8 +366,8 @@ def _wide(numbers: torch.Tensor) -> torch.Tensor:
 
 def _spans(run: Run) -> Iterator[Run]:
     """The slots of a run: all, or as many at a time as may be copied."""
-    for span in blocks(run.slots, SPAN if run.keys.dtype.itemsize < _FLOAT else max(1, run.slots)):
-        yield Run(run.first, run.keys[:, span], run.values[:, span], None if run.bias is None else run.bias[:, span])
+    for span in blocks(run.slots, SPAN if run.copied else max(1, run.slots)):
+        yield run.part(span)
 
 
 def _merge(output: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
@@ -348,10 +380,11 @@ def _merge(output: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse
 def _flash_rows(grouped: torch.Tensor, run: Run, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """``grouped [h, group, b, d]`` over all slots of a run; the group's queries are rows of one head, read together."""
     heads, group, tokens, _ = grouped.shape
+    run = run.wide()
     output, lse = _flash(
         grouped.reshape(1, heads, group * tokens, -1),
-        _wide(run.keys)[None],
-        _wide(run.values)[None],
+        run.keys[None],
+        run.values[None],
         0.0,
         attn_mask=None if run.bias is None else run.bias[None, :, None],
         scale=scale,
@@ -378,10 +411,11 @@ def _explicit(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     if not runs and fresh is not None:
         runs = [Run(0, fresh.keys[:, :0], fresh.values[:, :0])]
-    output = queries.new_empty(*queries.shape[:2], runs[0].values.shape[-1])
+    output = queries.new_empty(*queries.shape[:2], runs[0].value_dim)
     received = None if fresh is None else fresh.keys.new_zeros(fresh.keys.shape[:2], dtype=torch.float32)
     group = queries.shape[0] // sum(run.heads for run in runs)
-    for run in runs:
+    for each in runs:
+        run = replace(each.wide(), scores=each.scores) if each.quantised else each
         heads = slice(run.first, run.first + run.heads)
         rows = slice(run.first * group, (run.first + run.heads) * group)
         own = None if fresh is None else Fresh(fresh.keys[heads], fresh.values[heads])

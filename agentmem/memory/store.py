@@ -7,15 +7,15 @@ A store is replaced as a whole (build the new one, then swap), so any fault leav
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from agentmem.attention import decode
+from agentmem.attention import decode, quantised
 from agentmem.attention.ragged import Run
-from agentmem.contracts import HeadSegment
+from agentmem.contracts import HeadSegment, blocks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SlotSpec:
-    """What one slot of a layer is made of."""
+    """What one slot of a layer is made of. ``dtype`` is what keys and values are computed in, stored so or quantised."""
 
     shape: LayerShape
     dtype: torch.dtype
@@ -38,8 +38,26 @@ class SlotSpec:
     @property
     def slot_bytes(self) -> int:
         """Bytes of one slot."""
-        rows = (self.shape.key_dim + self.shape.value_dim) * self.dtype.itemsize
-        return rows + 4 + 4 + (4 if self.scores else 0)
+        return sum(self.shape.row_bytes(self.dtype.itemsize)) + 4 + 4 + (4 if self.scores else 0)
+
+    @property
+    def row_dtype(self) -> torch.dtype:
+        """Of what is stored of keys and values."""
+        return torch.uint8 if self.shape.quantised else self.dtype
+
+    @property
+    def row_sizes(self) -> tuple[int, int]:
+        """Elements of ``row_dtype`` in a key and in a value."""
+        key, value = self.shape.row_bytes(self.dtype.itemsize)
+        return key // self.row_dtype.itemsize, value // self.row_dtype.itemsize
+
+    def write(self, rows: torch.Tensor, sink: torch.Tensor) -> None:
+        """Write keys or values ``[…, n, d]`` into their place ``[…, n, row_sizes]``."""
+        if not self.shape.quantised:
+            sink.copy_(rows)
+            return
+        for block in blocks(rows.shape[-2], quantised.BLOCK):
+            sink[..., block, :] = quantised.encode(rows[..., block, :])
 
 
 class Extent(NamedTuple):
@@ -51,6 +69,8 @@ class Extent(NamedTuple):
 
 class LayerStore:
     """The slots of one layer of one row: ``keys [S, d]``, ``values [S, dv]``, ``bias [S]``, ``positions [S]``.
+
+    Quantised keys and values are bytes, ``[S, row_bytes(d)]``.
 
     ``S`` is the sum of the heads' capacities; head ``h`` owns ``starts[h] .. starts[h] + capacities[h]`` and fills its
     first ``lengths[h]`` slots: prefix, promoted tokens, then the rest, each part in the order of its positions. β is
@@ -96,8 +116,9 @@ class LayerStore:
         spec, device = self.spec, self.spec.device
         # A tensor that is born under inference_mode could not be written outside it.
         with torch.inference_mode(mode=False):
-            self.keys = torch.empty(total, spec.shape.key_dim, dtype=spec.dtype, device=device)
-            self.values = torch.empty(total, spec.shape.value_dim, dtype=spec.dtype, device=device)
+            self.keys, self.values = (
+                torch.empty(total, size, dtype=spec.row_dtype, device=device) for size in spec.row_sizes
+            )
             self.bias = torch.zeros(total, dtype=torch.float32, device=device)
             self.positions = torch.empty(total, dtype=torch.int32, device=device)
             self.scores = torch.zeros(total, dtype=torch.float32, device=device) if spec.scores else None
@@ -136,12 +157,12 @@ class LayerStore:
         return self._layout
 
     def _laid_out(self) -> decode.Layout | None:
-        shape, number = self.spec.shape, self.spec.dtype.itemsize
-        form = decode.Form(self.spec.dtype, len(self.capacities), shape.key_dim, shape.value_dim)
+        shape = self.spec.shape
+        form = decode.Form(self.spec.dtype, len(self.capacities), shape.key_dim, shape.value_dim, shape.quantised)
         if not form.served or self.keys.shape[0] != sum(self.capacities):  # freed
             return None
         keys, values, bias = self.keys.data_ptr(), self.values.data_ptr(), self.bias.data_ptr()
-        key, value = shape.key_dim * number, shape.value_dim * number
+        key, value = shape.row_bytes(self.spec.dtype.itemsize)
         places = zip(self.starts, self.capacities, strict=True)
         heads = [(keys + start * key, values + start * value, bias + 4 * start, room) for start, room in places]
         return decode.layout(heads, form, self.keys, self.values, self.bias)
@@ -172,16 +193,16 @@ class LayerStore:
         count = keys.shape[1]
         if self.uniform:
             heads, start = len(self.capacities), self.lengths[0]
-            self.keys.view(heads, -1, keys.shape[2])[:, start : start + count] = keys
-            self.values.view(heads, -1, values.shape[2])[:, start : start + count] = values
+            self.spec.write(keys, self.keys.view(heads, self.capacities[0], -1)[:, start : start + count])
+            self.spec.write(values, self.values.view(heads, self.capacities[0], -1)[:, start : start + count])
             if scores is not None and self.scores is not None:
                 self.scores.view(heads, -1)[:, start : start + count] = scores
             self.appended(count)
             return
         for head, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
             span = slice(start + length, start + length + count)
-            self.keys[span] = keys[head]
-            self.values[span] = values[head]
+            self.spec.write(keys[head], self.keys[span])
+            self.spec.write(values[head], self.values[span])
             if scores is not None and self.scores is not None:
                 self.scores[span] = scores[head]
         self.appended(count)
@@ -219,6 +240,7 @@ class LayerStore:
                     self.values.view(heads, self.capacities[0], -1)[:, span],
                     self.bias.view(heads, -1)[:, span] if self.biased else None,
                     self.scores.view(heads, -1)[:, span] if scored and self.scores is not None else None,
+                    self._dims,
                 )
             ]
         return [self._run(head, scored=scored) for head in range(len(self.capacities))]
@@ -227,10 +249,12 @@ class LayerStore:
         """Views of every head's first ``count`` slots, for a forward that sees nothing else."""
         cut = slice(count)
         runs = (self._run(head, scored=False) for head in range(len(self.capacities)))
-        return [
-            Run(run.first, run.keys[:, cut], run.values[:, cut], None if run.bias is None else run.bias[:, cut])
-            for run in runs
-        ]
+        return [run.part(cut) for run in runs]
+
+    @property
+    def _dims(self) -> tuple[int, int] | None:
+        shape = self.spec.shape
+        return (shape.key_dim, shape.value_dim) if shape.quantised else None
 
     def _run(self, head: int, *, scored: bool) -> Run:
         span = slice(self.starts[head], self.starts[head] + self.lengths[head])
@@ -240,6 +264,7 @@ class LayerStore:
             self.values[None, span],
             self.bias[None, span] if self.biased else None,
             self.scores[None, span] if scored and self.scores is not None else None,
+            self._dims,
         )
 
     def settle(self, tail: torch.Tensor) -> None:
@@ -251,7 +276,19 @@ class LayerStore:
                 self.settled[head] = length
 
     def segment(self, head: int, begin: int, recent: int) -> HeadSegment:
-        """The slots of one head from ``begin`` on without the ``recent`` last ones; positions must be settled."""
+        """The slots of one head from ``begin`` on without the ``recent`` last ones; positions must be settled.
+
+        Views, but for the keys and values of quantised slots, which are copies in the spec's dtype.
+        """
+        found = self.part(head, begin, recent)
+        if not self.spec.shape.quantised:
+            return found
+        shape, dtype = self.spec.shape, self.spec.dtype
+        keys = quantised.decode(found.keys, shape.key_dim, dtype)
+        return replace(found, keys=keys, values=quantised.decode(found.values, shape.value_dim, dtype))
+
+    def part(self, head: int, begin: int, recent: int) -> HeadSegment:
+        """The same as they are stored: views."""
         start, length = self.starts[head], self.lengths[head]
         begin = min(begin, length)
         span = slice(start + begin, start + max(length - recent, begin))
@@ -292,6 +329,8 @@ class LayerStore:
             fitted = getattr(replacement, name, None)
             if fitted is None:
                 torch.index_select(source[old + prefix : end], 0, replacement.kept, out=sink[begin + prefix : middle])
+            elif name in {"keys", "values"}:
+                self.spec.write(fitted, sink[begin + prefix : middle])
             else:
                 sink[begin + prefix : middle] = fitted
             sink[middle : middle + recent] = source[end - recent : end]
@@ -310,8 +349,8 @@ class LayerStore:
             for head, begin in enumerate(begins):
                 middle, end = store.starts[head] + begin, self.lengths[head]
                 self._write_spans(store, head, [(0, begin)])
-                store.keys[middle : middle + count] = keys[head]
-                store.values[middle : middle + count] = values[head]
+                self.spec.write(keys[head], store.keys[middle : middle + count])
+                self.spec.write(values[head], store.values[middle : middle + count])
                 store.positions[middle : middle + count] = positions
                 self._write_spans(store, head, [(end - recent, end)], begin + count)
         except BaseException:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Literal, Self
+
+from agentmem.attention import quantised
 
 BIAS_BYTES = 4
 POSITION_BYTES = 4
 SCORE_BYTES = 4
+SlotDtype = Literal["auto", "int8"]
+"""Numbers of keys and values in slots: the model's own, or quantised; see agentmem/attention/quantised.py."""
 MIN_SPARE = 16
 """Positions that stay free at least, where rows are re-based."""
 
@@ -30,6 +34,18 @@ class LayerShape:
     value_dim: int
     window: int | None = None
     sinks: bool = False
+    slot_dtype: SlotDtype = "auto"
+
+    @property
+    def quantised(self) -> bool:
+        """Whether slots hold codes and scales instead of numbers."""
+        return self.slot_dtype != "auto"
+
+    def row_bytes(self, itemsize: int) -> tuple[int, int]:
+        """Bytes of a slot's key and of its value, for a model with ``itemsize`` bytes a number."""
+        if self.quantised:
+            return quantised.row_bytes(self.key_dim), quantised.row_bytes(self.value_dim)
+        return self.key_dim * itemsize, self.value_dim * itemsize
 
     @property
     def group(self) -> int:
@@ -58,10 +74,13 @@ class ModelShape:
         """The same with attention sinks in every layer."""
         return replace(self, layers=tuple(replace(layer, sinks=True) for layer in self.layers))
 
+    def with_slots(self, slot_dtype: SlotDtype) -> Self:
+        """The same with such numbers in the slots of every layer."""
+        return replace(self, layers=tuple(replace(layer, slot_dtype=slot_dtype) for layer in self.layers))
+
     def slot_bytes(self, layer: LayerShape, *, scores: bool) -> int:
         """Bytes of one slot: key row, value row, β, position, and a score accumulator where one is kept."""
-        rows = (layer.key_dim + layer.value_dim) * self.itemsize
-        return rows + BIAS_BYTES + POSITION_BYTES + (SCORE_BYTES if scores else 0)
+        return sum(layer.row_bytes(self.itemsize)) + BIAS_BYTES + POSITION_BYTES + (SCORE_BYTES if scores else 0)
 
     @property
     def compactable(self) -> tuple[int, ...]:

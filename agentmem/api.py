@@ -47,8 +47,9 @@ def plan(
         if count is not None and (type(count) is not int or count < 1):
             raise SettingsRefused(f"{name}: {count!r} is no whole number of at least 1; give one")
     chosen = plugins.policy(policy, **(policy_options or {}))
-    shape = _shape(model, chosen, itemsize or _itemsize(model))
-    return make_plan(shape, Settings.of(cap=cap, **settings), chosen, rows)
+    wished = Settings.of(cap=cap, **settings)
+    shape = _shape(model, chosen, itemsize or _itemsize(model)).with_slots(wished.slot_dtype)
+    return make_plan(shape, wished, chosen, rows)
 
 
 @contextmanager
@@ -223,7 +224,7 @@ def open_memory(
     chosen = plugins.policy(policy)
     beside = plugins.beside(extra_policies)
     wished = Settings.of(cap=cap, **settings)
-    shape = _shape(model, chosen, _itemsize(model))
+    shape = _shape(model, chosen, _itemsize(model)).with_slots(wished.slot_dtype)
     if wished.rebase:
         hf.require_turning(model)
     for other in beside:

@@ -26,9 +26,9 @@ def attend(
 ) -> None:
     """One token of each sequence over its slots; addresses of storage of one dtype, strides in numbers.
 
-    ``kind`` of queries, fresh rows and output: 0 float32, 1 bfloat16, 2 float16; ``slots``: the same, or 3 for the rows of
-    ``quantised.py``. ``queries [rows, heads * group, key_dim]``, fresh ``keys
-    [rows, heads, key_dim]`` and ``values [rows, heads, value_dim]``, each with its strides of a row and of a head;
+    ``kind`` of queries, fresh rows and output: 0 float32, 1 bfloat16, 2 float16; of ``slots`` the same, or 3 for rows
+    of ``quantised.py``. ``queries [rows, heads * group, key_dim]``, fresh ``keys [rows, heads, key_dim]`` and ``values
+    [rows, heads, value_dim]``, each with its strides of a row and of a head;
     ``output [rows, heads * group, value_dim]`` lies together. A sequence is ``(its row, (heads, …), slots that each
     head has filled, whether slots carry a β)``, where ``heads`` has four uint64 a head: the addresses of its keys,
     values and float32 β (0: none), and the slots that it has room for. The fresh rows become the slots behind those

@@ -46,10 +46,11 @@ class Form(NamedTuple):
         return COMPILED and self.dtype in _KINDS and not self.key_dim % whole and not self.value_dim % whole
 
 
-def form_of(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, quantised: bool = False
-) -> Form | None:
-    """The form of the slots of fresh ``keys [n, Hkv, d]`` and ``values [n, Hkv, dv]``, where :func:`attend_each` takes them."""
+def form_of(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, quantised: bool = False) -> Form | None:
+    """The form of the slots that fresh ``keys [n, Hkv, d]`` and ``values [n, Hkv, dv]`` become.
+
+    ``None`` where :func:`attend_each` does not take them.
+    """
     rows, heads, dim = keys.shape
     if not (queries.is_cpu and keys.is_cpu and values.is_cpu and keys.dtype == queries.dtype == values.dtype):
         return None

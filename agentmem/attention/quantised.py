@@ -1,9 +1,9 @@
 """Rows of 8-bit numbers: a key or a value of ``d`` numbers as ``d`` codes and a scale for each group of them.
 
-A row is ``d`` int8 codes, a byte of padding where ``d`` is odd, and the groups' scales in bfloat16. A number is its code
-times its group's scale. Scales are rounded up, so that no code leaves -127 … 127, and codes are rounded to the nearest:
-a number is off by half a scale at most, which is 0.4 % of the largest in its group. Numbers that are not finite make
-their group NaN. ``decode.c`` reads and writes the same rows.
+A row is ``d`` int8 codes, a byte of padding where ``d`` is odd, and the groups' scales in bfloat16. A number is its
+code times its group's scale. Scales are rounded up, so that no code leaves -127 … 127, and codes are rounded to the
+nearest: a number is off by half a scale at most, which is 0.4 % of the largest in its group. Numbers that are not
+finite make their group NaN. ``decode.c`` reads and writes the same rows.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def encode(rows: torch.Tensor) -> torch.Tensor:
     """Rows ``[..., d]`` of any floating dtype as uint8 ``[..., row_bytes(d)]``; allocates :func:`encode_bytes`."""
     dim = rows.shape[-1]
     groups = rows.float().unflatten(-1, (-1, group(dim)))
-    scales = _rounded_up(groups.abs().amax(-1) / _MOST)
-    codes = (groups / scales.unsqueeze(-1)).nan_to_num_(0.0, 0.0, 0.0).round_()
+    scale = _rounded_up(groups.abs().amax(-1) / _MOST)
+    codes = (groups / scale.unsqueeze(-1)).nan_to_num_(0.0, 0.0, 0.0).round_()
     encoded = rows.new_zeros(*rows.shape[:-1], row_bytes(dim), dtype=torch.uint8)
     encoded[..., :dim].view(torch.int8).copy_(codes.flatten(-2))
-    encoded[..., dim + dim % 2 :].view(torch.bfloat16).copy_(scales)
+    scales(encoded, dim).copy_(scale)
     return encoded
 
 
@@ -49,9 +49,13 @@ def _rounded_up(scales: torch.Tensor) -> torch.Tensor:
 def decode(encoded: torch.Tensor, dim: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The rows ``[..., d]`` that ``encoded [..., row_bytes(d)]`` stands for; allocates :func:`decode_bytes`."""
     rows = encoded[..., :dim].view(torch.int8).float()
-    scales = encoded[..., dim + dim % 2 :].view(torch.bfloat16).float()
-    rows.unflatten(-1, (-1, group(dim))).mul_(scales.unsqueeze(-1))
+    rows.unflatten(-1, (-1, group(dim))).mul_(scales(encoded, dim).float().unsqueeze(-1))
     return rows.to(dtype)
+
+
+def scales(encoded: torch.Tensor, dim: int) -> torch.Tensor:
+    """The scales ``[…, groups]`` of encoded rows, bfloat16: a view."""
+    return encoded[..., dim + dim % 2 :].view(torch.bfloat16)
 
 
 def encode_bytes(rows: int, dim: int) -> int:

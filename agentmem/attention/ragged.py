@@ -49,7 +49,8 @@ _TILED_GROUP = 128  # queries of a token that chunk.c takes for one KV head
 class Run:
     """KV heads ``first .. first + h`` of a layer: ``keys [h, n, d]``, ``values [h, n, dv]``, ``bias [h, n]`` float32.
 
-    Quantised keys and values are uint8 ``[h, n, row_bytes]``. ``bias`` is ``None`` while no slot carries a β; ``scores [h, n]`` float32 is where received attention is summed.
+    Quantised keys and values are uint8 ``[h, n, row_bytes]``. ``bias`` is ``None`` while no slot carries a β; ``scores
+    [h, n]`` float32 is where received attention is summed.
     """
 
     first: int
@@ -231,7 +232,13 @@ def _compiled(queries: torch.Tensor, runs: Sequence[Run]) -> bool:
 
 
 def _form(queries: torch.Tensor, runs: Sequence[Run]) -> decode.Form:
-    return decode.Form(queries.dtype, sum(run.heads for run in runs), queries.shape[-1], runs[0].value_dim, runs[0].quantised is not None)
+    return decode.Form(
+        queries.dtype,
+        sum(run.heads for run in runs),
+        queries.shape[-1],
+        runs[0].value_dim,
+        runs[0].quantised is not None,
+    )
 
 
 def _plain(run: Run, dim: int, width: int, dtype: torch.dtype) -> bool:

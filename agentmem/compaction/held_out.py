@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import torch
 
 from agentmem.attention.ragged import local
 from agentmem.contracts import Curve, Reference
@@ -13,8 +16,6 @@ from agentmem.reporting.report import SpanError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import torch
 
     from agentmem.contracts import Compaction, Compactor, HeadCompaction, HeadSegment, Segment
 
@@ -35,6 +36,15 @@ def _cut(reference: Reference, start: int, stop: int) -> Reference:
     first = 0 if reference.span is None else reference.span[0]
     span = None if reference.span is None else (first + start, first + stop)
     return Reference(reference.queries[:, start:stop], reference.weight, reference.source, span)
+
+
+Rounded = Callable[[torch.Tensor], torch.Tensor]
+"""How fitted keys or values ``[n, d]`` will be read once they are stored."""
+
+
+def _as_fitted(rows: torch.Tensor) -> torch.Tensor:
+    """As they are."""
+    return rows
 
 
 @dataclass
@@ -64,11 +74,16 @@ class HeldOut:
 
     spans: dict[tuple[int, int], _Tally] = field(default_factory=dict)
 
-    def measure(self, segment: Segment, compaction: Compaction, held: Sequence[Reference]) -> Errors:
-        """The errors of one layer's compaction; ``(None, None)`` without held-out queries."""
+    def measure(
+        self, segment: Segment, compaction: Compaction, held: Sequence[Reference], rounded: Rounded = _as_fitted
+    ) -> Errors:
+        """The errors of one layer's compaction; ``(None, None)`` without held-out queries.
+
+        ``rounded`` says how fitted keys or values ``[n, d]`` will be read once they are stored.
+        """
         layer = _Tally()
         for part in held:
-            tally = _part_errors(segment, compaction, part)
+            tally = _part_errors(segment, compaction, part, rounded)
             layer.add(tally)
             if part.span is not None:
                 self.spans.setdefault(part.span, _Tally()).add(tally)
@@ -85,22 +100,27 @@ class HeldOut:
         )
 
 
-def _part_errors(segment: Segment, compaction: Compaction, part: Reference) -> _Tally:
+def _part_errors(segment: Segment, compaction: Compaction, part: Reference, rounded: Rounded = _as_fitted) -> _Tally:
     tally = _Tally()
     for index, (head, fit) in enumerate(zip(segment.heads, compaction.heads, strict=True)):
-        tally.add(_head_errors(part.queries, (index, len(segment.heads)), head, fit, segment.scale))
+        tally.add(_head_errors(part.queries, (index, len(segment.heads)), head, fit, segment.scale, rounded))
     return tally
 
 
 def _head_errors(
-    queries: torch.Tensor, place: tuple[int, int], head: HeadSegment, fit: HeadCompaction, scale: float
+    queries: torch.Tensor,
+    place: tuple[int, int],
+    head: HeadSegment,
+    fit: HeadCompaction,
+    scale: float,
+    rounded: Rounded = _as_fitted,
 ) -> _Tally:
     """One head's errors: its queries are the ``place[0]``-th of ``place[1]`` groups of ``queries [Hq, n, d]``."""
     group = queries.shape[0] // place[1]
     asked = queries[place[0] * group : (place[0] + 1) * group]
     output, log_mass = local(asked, head.keys, head.values, head.bias, scale)
-    keys = head.keys[fit.kept] if fit.keys is None else fit.keys.to(head.keys.dtype)
-    values = head.values[fit.kept] if fit.values is None else fit.values.to(head.values.dtype)
+    keys = head.keys[fit.kept] if fit.keys is None else rounded(fit.keys).to(head.keys.dtype)
+    values = head.values[fit.kept] if fit.values is None else rounded(fit.values).to(head.values.dtype)
     bias = head.bias[fit.kept] if fit.bias is None else fit.bias
     fitted, fitted_mass = local(asked, keys, values, bias, scale)
     return _Tally(

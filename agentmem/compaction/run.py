@@ -27,6 +27,7 @@ from agentmem.contracts import Compaction, HeadCompaction, Segment, SegmentShape
 from agentmem.errors import CompactionFailed, PolicyContractBroken
 from agentmem.memory.pinning import promote, settle
 from agentmem.memory.torch_state import own_state
+from agentmem.planning.pricing import copy_bytes
 from agentmem.reporting import log_events
 from agentmem.reporting.report import CompactionReport, LayerReport, Outcome, SummaryReport
 
@@ -233,7 +234,8 @@ class RowCompaction:
             value_dim=shape.value_dim,
             itemsize=store.spec.dtype.itemsize,
         )
-        return max(self.plan.fit_bytes, self._compactor.workspace(segment))
+        copied = copy_bytes(shape, segment.slots, segment.itemsize)
+        return max(self.plan.fit_bytes, self._compactor.workspace(segment)) + max(self.plan.copy_bytes, copied)
 
     def _fit(self, layer: int, store: LayerStore, references: tuple[Reference, ...]) -> tuple[Compaction, Errors]:
         """A function of its own, so that no view into the old store outlives it."""
@@ -244,7 +246,7 @@ class RowCompaction:
             compaction = self._compactor.compact(segment, slots)
             validate(compaction, segment, slots, policy=self.job.policy.name)
         with self._stage("check"), self.memory.ledger.borrow(self.plan.check_bytes, "held-out errors"):
-            return compaction, self.held_out.measure(segment, compaction, held_out)
+            return compaction, self.held_out.measure(segment, compaction, held_out, store.spec.rounded)
 
     def _evict_layer(self, layer: int) -> None:
         store, budgets = self.row.stores[layer], self.job.budgets

@@ -131,8 +131,8 @@ class Rewriting:
         stop = self.row.next_position
         for index, store in self._stores():
             for head, (begin, length) in enumerate(zip(self.job.begins[index], store.lengths, strict=True)):
-                found.update(store.segment(head, 0, length - begin).positions.tolist())
-                stop = min([stop, *store.segment(head, length - self.job.recent, 0).positions[:1].tolist()])
+                found.update(store.part(head, 0, length - begin).positions.tolist())
+                stop = min([stop, *store.part(head, length - self.job.recent, 0).positions[:1].tolist()])
         fixed = sorted(found)
         while fixed:
             last = fixed.pop()

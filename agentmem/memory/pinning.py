@@ -173,7 +173,7 @@ def _slots(store: LayerStore, head: int, prefix: int, start: int, stop: int) -> 
 def _returning(store: LayerStore, head: int, front: int, leaving: Spans) -> Iterator[tuple[int, tuple[int, int]]]:
     """Before which slot from ``front`` on the slots ``leaving`` the front are to stand, so that positions ascend."""
     if leaving:
-        positions = store.segment(head, 0, 0).positions.tolist()
+        positions = store.part(head, 0, 0).positions.tolist()
         for start, stop in leaving:
             places = groupby(range(start, stop), key=lambda slot: bisect_left(positions, positions[slot], front))
             for place, group in places:

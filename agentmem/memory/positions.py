@@ -16,7 +16,7 @@ import torch
 from agentmem.memory.forwards import Forwards, Transient
 from agentmem.memory.jobs import Move
 from agentmem.memory.pinning import settle
-from agentmem.memory.rotation import map_scratch, rebased, shift_keys, shift_scratch, widest_gap
+from agentmem.memory.rotation import map_scratch, rebased, shift_keys, widest_gap
 from agentmem.memory.torch_state import own_state
 from agentmem.planning.model_shape import MIN_SPARE, spare_positions
 from agentmem.reporting import log_events
@@ -98,7 +98,7 @@ def _heads(memory: Memory, row: Row) -> Iterator[torch.Tensor]:
     for _, store in row.full():
         settle(row, store)
         for head in range(len(store.lengths)):
-            yield store.segment(head, prefix, recent).positions
+            yield store.part(head, prefix, recent).positions
 
 
 def _ends(memory: Memory, row: Row) -> tuple[int, int]:
@@ -114,7 +114,7 @@ def _move_layer(memory: Memory, row: Row, layer: int, old: LayerStore) -> None:
     if shape.window is None:
         settle(row, old)
     longest = max(old.lengths)
-    scratch = shift_scratch(longest, shape.key_dim, old.spec.dtype.itemsize) + 3 * map_scratch(longest)
+    scratch = old.spec.shift_scratch(longest) + 3 * map_scratch(longest)
     with memory.ledger.borrow(scratch, "turning keys"):
         new = old.resized(old.capacities)
         for head in range(len(new.lengths)):
@@ -128,19 +128,20 @@ def _move_head(memory: Memory, row: Row, store: LayerStore, head: int, layer: in
     rotation, delta = memory.positions.rotations[layer], move.end - move.start
     length = store.lengths[head]
     if memory.shape.layers[layer].window is not None:  # the newest tokens, whose positions are not kept here
-        keys = store.segment(head, 0, 0).keys
+        keys = store.part(head, 0, 0).keys
         positions = torch.arange(row.next_position - length, row.next_position, dtype=torch.int32)
-        shift_keys(keys, positions, torch.tensor(delta, dtype=torch.int32).expand(length), rotation)
+        store.spec.shift(keys, positions, torch.tensor(delta, dtype=torch.int32).expand(length), rotation)
         return
     prefix, recent = _ends(memory, row)
-    middle, newest = store.segment(head, prefix, recent), store.segment(head, length - recent, 0)
+    middle, newest = store.part(head, prefix, recent), store.part(head, length - recent, 0)
     if middle.slots:
         gap = widest_gap([middle.positions], move.start, move.end - prefix)  # its own: it need not suffer for others
         deltas = rebased(middle.positions, move.start, move.end, gap)
-        shift_keys(middle.keys, middle.positions, deltas, rotation)
+        store.spec.shift(middle.keys, middle.positions, deltas, rotation)
         middle.positions.add_(deltas)
     if newest.slots:
-        shift_keys(newest.keys, newest.positions, torch.tensor(delta, dtype=torch.int32).expand(recent), rotation)
+        delta_of_each = torch.tensor(delta, dtype=torch.int32).expand(recent)
+        store.spec.shift(newest.keys, newest.positions, delta_of_each, rotation)
         newest.positions.add_(delta)
 
 

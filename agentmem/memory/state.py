@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, FailFast, Field
@@ -49,7 +49,15 @@ class SavedLayer(_Image):
 
     lengths: Annotated[tuple[Count, ...], FailFast()]
     biased: bool
+    dtype: Literal["float32", "bfloat16", "float16", "float64"]
+    """What keys and values are computed in, stored so or quantised."""
     samples: Annotated[tuple[SavedSample, ...], FailFast()] = ()
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The same as torch has it."""
+        found: torch.dtype = getattr(torch, self.dtype)
+        return found
 
 
 class SavedRow(_Image):
@@ -78,6 +86,11 @@ class SavedRow(_Image):
         """As JSON has it. Infinite numbers of a report, such as the condition of a singular fit, become texts."""
         said: dict[str, Any] = _spelled(self.model_dump(mode="json"))
         return said
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What keys and values are computed in; ``None`` where none are held."""
+        return next((each.torch_dtype for each in self.layers if each is not None), None)
 
     def promoted(self, prefix: int) -> Spans:
         """Promoted tokens behind a prefix of this length, whatever it was before."""
@@ -143,7 +156,8 @@ def _layer(row: Row, index: int) -> SavedLayer | None:
     if store is None:
         return None
     samples = (SavedSample(size=each.size, filled=each.filled, stride=each.stride) for each in row.samples[index])
-    return SavedLayer(lengths=tuple(store.lengths), biased=store.biased, samples=tuple(samples))
+    dtype = str(store.spec.dtype).removeprefix("torch.")
+    return SavedLayer(lengths=tuple(store.lengths), biased=store.biased, dtype=dtype, samples=tuple(samples))  # type: ignore[arg-type]  # pydantic validates
 
 
 def columns(window: int | None, *, scored: bool) -> tuple[str, ...]:
@@ -153,7 +167,7 @@ def columns(window: int | None, *, scored: bool) -> tuple[str, ...]:
 
 def _views(index: int, store: LayerStore) -> dict[str, torch.Tensor]:
     names = columns(store.spec.shape.window, scored=store.spec.scores)
-    heads = ((head, store.segment(head, 0, 0)) for head in range(len(store.lengths)))
+    heads = ((head, store.part(head, 0, 0)) for head in range(len(store.lengths)))
     return {f"layer.{index}.head.{head}.{name}": _column(segment, name) for head, segment in heads for name in names}
 
 
@@ -209,8 +223,9 @@ def _store(memory: Memory, row: Row, index: int, image: SavedRow, tensors: dict[
     shape, layer = memory.shape.layers[index], image.layers[index]
     assert layer is not None  # noqa: S101  # the caller has looked
     full = shape.window is None
-    dtype = tensors[f"layer.{index}.head.0.keys"].dtype
-    store = LayerStore(SlotSpec(shape, dtype, memory.device, memory.scored and full), layer.lengths, memory.ledger)
+    store = LayerStore(
+        SlotSpec(shape, layer.torch_dtype, memory.device, memory.scored and full), layer.lengths, memory.ledger
+    )
     for head, (start, length) in enumerate(zip(store.starts, layer.lengths, strict=True)):
         for name in columns(shape.window, scored=store.spec.scores):
             getattr(store, name)[start : start + length] = tensors.pop(f"layer.{index}.head.{head}.{name}")

@@ -16,6 +16,7 @@ import torch
 from agentmem.attention import decode, quantised
 from agentmem.attention.ragged import Run
 from agentmem.contracts import HeadSegment, blocks
+from agentmem.memory.rotation import shift_keys, shift_scratch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,12 +24,13 @@ if TYPE_CHECKING:
     from agentmem.contracts import Compaction, HeadCompaction
     from agentmem.memory.ledger import Ledger
     from agentmem.memory.pins import Spans
+    from agentmem.memory.rotation import Rotation
     from agentmem.planning.model_shape import LayerShape
 
 
 @dataclass(frozen=True, slots=True)
 class SlotSpec:
-    """What one slot of a layer is made of. ``dtype`` is what keys and values are computed in, stored so or quantised."""
+    """What one slot of a layer is made of; ``dtype`` is what keys and values are computed in, quantised or not."""
 
     shape: LayerShape
     dtype: torch.dtype
@@ -50,6 +52,39 @@ class SlotSpec:
         """Elements of ``row_dtype`` in a key and in a value."""
         key, value = self.shape.row_bytes(self.dtype.itemsize)
         return key // self.row_dtype.itemsize, value // self.row_dtype.itemsize
+
+    def shift(self, keys: torch.Tensor, positions: torch.Tensor, deltas: torch.Tensor, rotation: Rotation) -> None:
+        """Turn stored keys ``[n, …]`` in place; see :func:`agentmem.memory.rotation.shift_keys`.
+
+        Quantised keys that move are encoded again, which adds half a scale to their error; others keep their bits.
+        """
+        if not self.shape.quantised:
+            shift_keys(keys, positions, deltas, rotation)
+            return
+        for block in blocks(keys.shape[0], quantised.BLOCK):
+            moved = deltas[block].nonzero()[:, 0]
+            if moved.shape[0]:
+                rows = quantised.decode(keys[block][moved], self.shape.key_dim)
+                shift_keys(rows, positions[block][moved], deltas[block][moved], rotation)
+                keys[block].index_copy_(0, moved, quantised.encode(rows))
+
+    def shift_scratch(self, slots: int) -> int:
+        """Bytes that :meth:`shift` of so many slots allocates at most."""
+        dim, itemsize = self.shape.key_dim, self.dtype.itemsize
+        if not self.shape.quantised:
+            return shift_scratch(slots, dim, itemsize)
+        block, row = min(slots, quantised.BLOCK), quantised.row_bytes(dim)
+        coded = quantised.decode_bytes(block, dim) + quantised.encode_bytes(block, dim) + block * (row + 24)
+        return shift_scratch(block, dim, 4) + coded
+
+    def rounded(self, rows: torch.Tensor) -> torch.Tensor:
+        """Keys or values ``[n, d]`` as they will be read once they are stored, in ``dtype``."""
+        if not self.shape.quantised:
+            return rows
+        found = rows.new_empty(rows.shape, dtype=self.dtype)
+        for block in blocks(rows.shape[0], quantised.BLOCK):
+            found[block] = quantised.decode(quantised.encode(rows[block]), rows.shape[-1])
+        return found
 
     def write(self, rows: torch.Tensor, sink: torch.Tensor) -> None:
         """Write keys or values ``[…, n, d]`` into their place ``[…, n, row_sizes]``."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Self
 
 from agentmem.attention import quantised
+
+if TYPE_CHECKING:
+    from agentmem.settings import SlotDtype
 
 BIAS_BYTES = 4
 POSITION_BYTES = 4
 SCORE_BYTES = 4
-SlotDtype = Literal["auto", "int8"]
-"""Numbers of keys and values in slots: the model's own, or quantised; see agentmem/attention/quantised.py."""
 MIN_SPARE = 16
 """Positions that stay free at least, where rows are re-based."""
 
@@ -35,6 +36,7 @@ class LayerShape:
     window: int | None = None
     sinks: bool = False
     slot_dtype: SlotDtype = "auto"
+    """What its slots hold: the model's own numbers, or those of :mod:`agentmem.attention.quantised`."""
 
     @property
     def quantised(self) -> bool:

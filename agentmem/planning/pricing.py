@@ -7,10 +7,10 @@ R is what the storages of all rows hold when they are full; T the most that agen
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from agentmem.attention import ragged
+from agentmem.attention import quantised, ragged
 from agentmem.contracts import MIN_SUMMARY, SegmentShape
 from agentmem.planning.model_shape import SCORE_BYTES
 from agentmem.queries import MAX_INSTRUCTION
@@ -77,6 +77,8 @@ class Plan:
     stored_bytes: int
     draw_bytes: int
     fit_bytes: int
+    copy_bytes: int
+    """A segment's quantised keys and values as numbers, which a fit reads."""
     check_bytes: int
     survey_bytes: int
     """Scores of all layers, which budgets compare."""
@@ -88,7 +90,7 @@ class Plan:
     def workspace_bytes(self) -> int:
         """T: the phases do not overlap, but a commit's new store exists beside the fit's result."""
         beside = max(self.move_bytes, self.survey_bytes)  # no store is moved while layers are surveyed
-        return max(self.draw_bytes + self.fit_bytes + self.check_bytes + beside, self.forward_bytes)
+        return max(self.draw_bytes + self.fit_bytes + self.copy_bytes + self.check_bytes + beside, self.forward_bytes)
 
     def _slots_text(self) -> str:
         if self.capacity == UNBOUNDED:
@@ -101,7 +103,8 @@ class Plan:
             ("cap", self.cap_bytes, "hard limit over R + T"),
             ("R: slots", self.resident_bytes - self.stored_bytes, self._slots_text()),
             ("R: stored queries", self.stored_bytes, f"of {sum(self.stored)} tokens per row"),
-            ("T: fit", self.fit_bytes + self.draw_bytes, f"the policy's workspace, {self.probe_tokens} probe tokens"),
+            ("T: fit", self.draw_bytes + self.fit_bytes, f"the policy's workspace, {self.probe_tokens} probe tokens"),
+            *([("T: copies", self.copy_bytes, "a layer's quantised slots as numbers")] if self.copy_bytes else []),
             ("T: survey", self.survey_bytes, "scores of all layers, before anything is moved"),
             ("T: held-out check", self.check_bytes, "errors for the report"),
             ("T: moving a layer", self.move_bytes, "a new store beside the old one"),
@@ -150,7 +153,10 @@ class Planner:
             stored_bytes=stored_bytes,
             draw_bytes=self._most(lambda layer: random_bytes(layer, drawn, self.shape.itemsize)) if drawn else 0,
             fit_bytes=self._most(lambda layer: self._fit(layer, capacity, limit, most, references)),
-            check_bytes=self._most(lambda layer: self._check(layer, self._fullest(capacity, limit, most), references)),
+            copy_bytes=self._most(lambda layer: self._copies(layer, self._fullest(capacity, limit, most))),
+            check_bytes=self._most(
+                lambda layer: self._check(layer, self._fullest(capacity, limit, most), max(1, most), references)
+            ),
             forward_bytes=max(
                 self._forward(layer, self._fullest(capacity, limit, most)) for layer in self.shape.layers
             ),
@@ -189,13 +195,14 @@ class Planner:
 
     def _move(self, layer: LayerShape, capacity: int, limit: int, most: int) -> int:
         """Bytes of the largest store of a layer, which a commit builds beside the old one."""
+        encoding = encoding_bytes(layer, capacity)
         if layer.window is not None or self._head_ceiling == 1:
-            return self._store_bytes(layer, capacity)
+            return encoding + self._store_bytes(layer, capacity)
         pinned = self.settings.keep_first + self.settings.keep_recent
         shares = math.ceil(self._layer_ceiling * layer.kv_heads * max(0, limit - pinned))
         kept = min(layer.kv_heads * most, shares)
         headroom = self._fullest(capacity, limit, most) - most
-        return (layer.kv_heads * headroom + kept) * self._slot_bytes(layer)
+        return encoding + (layer.kv_heads * headroom + kept) * self._slot_bytes(layer)
 
     def slots(self, layer: LayerShape, capacity: int) -> int:
         """Slots per head of one layer's store when it is full."""
@@ -284,9 +291,17 @@ class Planner:
         )
         return self.policy.compactor.workspace(segment)
 
-    def _check(self, layer: LayerShape, slots: int, references: int) -> int:
+    def _copies(self, layer: LayerShape, fullest: int) -> int:
+        segment = max(1, fullest - self.settings.keep_first - self.settings.keep_recent)
+        return copy_bytes(layer, segment, self.shape.itemsize)
+
+    def _check(self, layer: LayerShape, slots: int, kept: int, references: int) -> int:
         queries = references // HELD_OUT
-        return ragged.local_bytes(layer, queries, slots, slots, self.shape.itemsize, fused=self._fused(layer))
+        if not queries:
+            return 0  # nothing is held out, so nothing is compared
+        copies, itemsize = replace(layer, slot_dtype="auto"), self.shape.itemsize
+        compared = ragged.local_bytes(copies, queries, slots, kept, itemsize, fused=self._fused(layer))
+        return compared + rounding_bytes(layer, kept, itemsize)
 
     def _survey(self, slots: int) -> int:
         """A float32 score a slot of every layer, and a mask of one head while they are compared."""
@@ -306,7 +321,32 @@ class Planner:
         most = max(fused, ragged.explicit_bytes(layer, chunk, slots, self.shape.itemsize)) if explicit else fused
         # a row of a batch is attended beside the output of all
         own = layer.query_heads * chunk * layer.value_dim * self.shape.itemsize if self.rows > 1 else 0
-        return most + own
+        return max(most + own, encoding_bytes(layer, layer.kv_heads * chunk))
+
+
+def copy_bytes(layer: LayerShape, slots: int, itemsize: int) -> int:
+    """Bytes of quantised slots of all heads as numbers, and of making those of one head."""
+    if not layer.quantised:
+        return 0
+    copies = layer.kv_heads * slots * (layer.key_dim + layer.value_dim) * itemsize
+    return copies + max(quantised.decode_bytes(slots, dim) for dim in (layer.key_dim, layer.value_dim))
+
+
+def rounding_bytes(layer: LayerShape, slots: int, itemsize: int) -> int:
+    """Bytes of one head's fitted keys and values as they will be read from quantised slots."""
+    if not layer.quantised:
+        return 0
+    dims, block = (layer.key_dim, layer.value_dim), min(slots, quantised.BLOCK)
+    coding = max(quantised.encode_bytes(block, dim) + quantised.decode_bytes(block, dim) for dim in dims)
+    return slots * sum(dims) * itemsize + coding
+
+
+def encoding_bytes(layer: LayerShape, rows: int) -> int:
+    """Bytes of encoding so many keys or values, a block of tokens of all heads at a time."""
+    if not layer.quantised:
+        return 0
+    block = min(rows, layer.kv_heads * quantised.BLOCK)
+    return max(quantised.encode_bytes(block, dim) for dim in (layer.key_dim, layer.value_dim))
 
 
 def window_slots(window: int, chunk: int) -> int:

@@ -201,7 +201,7 @@ class Holding:
         image, tensors = take_row(self.finished(), None)
         moved = False
         try:
-            self._dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), self._dtype)
+            self._dtype = image.dtype or self._dtype
             self._folder = Path(tempfile.mkdtemp(prefix="idle-", dir=folder()))
             write_snapshot(self._folder, tensors, {"row": image.plain()}, identity=self.identity)
             moved = True

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from agentmem.attention import quantised
 from agentmem.memory.pins import joined, size, within, without
 from agentmem.memory.state import columns
+from agentmem.memory.store import SlotSpec
 from agentmem.planning.pricing import MIN_BUDGET
 
 if TYPE_CHECKING:
@@ -145,9 +147,13 @@ def _filled(sample: SavedSample, part: Part, tokens: int) -> int:
 
 
 def _kinds(memory: Memory, index: int, layer: SavedLayer, shape: LayerShape, dtype: torch.dtype) -> dict[str, Kind]:
-    dims = {"keys": (shape.key_dim,), "values": (shape.value_dim,)}
+    _hold(layer.torch_dtype == dtype, f"layer {index} is of {layer.torch_dtype} instead of {dtype}")
+    spec = SlotSpec(shape, dtype, memory.device, memory.scored)
+    rows = dict(zip(("keys", "values"), spec.row_sizes, strict=True))
     wanted: dict[str, Kind] = {
-        f"layer.{index}.head.{head}.{name}": (_DTYPES.get(name, dtype), (length, *dims.get(name, ())))
+        f"layer.{index}.head.{head}.{name}": (
+            (spec.row_dtype, (length, rows[name])) if name in rows else (_DTYPES[name], (length,))
+        )
         for head, length in enumerate(layer.lengths)
         for name in columns(shape.window, scored=memory.scored)
     }
@@ -167,6 +173,13 @@ def _compare(kinds: Mapping[str, Kind], wanted: Mapping[str, Kind]) -> None:
 # ---- values
 
 
+def _check_scales(tensors: Mapping[str, torch.Tensor], name: str, shape: LayerShape) -> None:
+    """Refuse quantised rows that stand for numbers which are not finite."""
+    for part, dim in (("keys", shape.key_dim), ("values", shape.value_dim)):
+        scales = quantised.scales(tensors[f"{name}.{part}"], dim)
+        _hold(bool(scales.isfinite().all()), f"{name}.{part} has a scale that is not finite")
+
+
 def check_values(memory: Memory, image: SavedRow, tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuse values that no memory writes: ids beyond the vocabulary, numbers that are none, positions out of place."""
     words = memory.shape.vocabulary
@@ -184,6 +197,8 @@ def check_values(memory: Memory, image: SavedRow, tensors: Mapping[str, torch.Te
             name = f"layer.{index}.head.{head}"
             if layer is not None and not layer.biased:
                 _hold(not tensors[f"{name}.bias"].any(), f"{name}.bias has a β, and layer {index} says it has none")
+            if shape.quantised:
+                _check_scales(tensors, name, shape)
             if shape.window is None:
                 _check_positions(memory, image, f"{name}.positions", tensors[f"{name}.positions"])
 

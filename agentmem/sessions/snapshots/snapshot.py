@@ -65,9 +65,8 @@ def take_row(memory: Memory, dtype: torch.dtype | None) -> tuple[SavedRow, dict[
     """
     image, tensors = take(memory)
     kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    dtypes = (kind[0] for name, kind in kinds.items() if name.endswith(".keys"))
     with loadable():
-        check_sizes(memory, image, kinds, dtype or next(dtypes, torch.float32))
+        check_sizes(memory, image, kinds, dtype or image.dtype or torch.float32)
         if image.tokens > MAX_TOKENS:
             raise ValueError(f"it has {image.tokens} tokens; {MAX_TOKENS} are read")
         check_values(memory, image, tensors)

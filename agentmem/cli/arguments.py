@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from agentmem.settings import SlotDtype
+
 LEAST_TEMPERATURE = 1e-30
 """Logits of any model stay finite in float32 when they are divided by it."""
 
@@ -31,6 +33,10 @@ KeepFirst = Annotated[int, typer.Option(min=0, help="First tokens that are never
 KeepRecent = Annotated[int, typer.Option(min=0, help="Last tokens that are never compacted.")]
 Target = Annotated[str, typer.Option(help="What a compaction leaves: a fraction (0.5), slots (256) or bytes (12MiB).")]
 Chunk = Annotated[int, typer.Option(min=1, help="Most tokens in one forward.")]
+SlotNumbers = Annotated[
+    SlotDtype,
+    typer.Option(help="What slots hold: auto is the model's own numbers, int8 takes a half or a quarter of the bytes."),
+]
 Rebase = Annotated[
     # Without a --no-rebase, for which the help would need a column of its own.
     bool, typer.Option("--rebase", help="Go on past the model's positions by moving slots to lower ones.")

@@ -19,6 +19,7 @@ from agentmem.cli.arguments import (
     Probe,
     ProbeTokens,
     Rebase,
+    SlotNumbers,
     Target,
     parse_target,
     policy_options,
@@ -40,6 +41,7 @@ def plan(
     probe: Probe = None,
     probe_tokens: ProbeTokens = None,
     chunk: Chunk = 1024,
+    slot_dtype: SlotNumbers = "auto",
     rebase: Rebase = False,
     dtype: Annotated[Dtype, typer.Option(help="Number format of keys and values.")] = Dtype.AUTO,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -57,6 +59,7 @@ def plan(
         keep_recent=keep_recent,
         target=parse_target(target),
         chunk=chunk,
+        slot_dtype=slot_dtype,
         rebase=rebase,
     )
     if as_json:

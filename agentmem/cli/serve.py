@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from agentmem import models, plugins
-from agentmem.cli.arguments import Cap, Model
+from agentmem.cli.arguments import Cap, Model, SlotNumbers
 from agentmem.cli.console import OUT
 from agentmem.cli.loading import Dtype, load_model
 from agentmem.cli.logs import log_requests
@@ -48,12 +48,13 @@ def serve(
     rebase: Annotated[
         bool, typer.Option("--rebase", help="Go on past the model's positions by moving slots to lower ones.")
     ] = False,
+    slot_dtype: SlotNumbers = "auto",
     dtype: Annotated[Dtype, typer.Option(help="Number format; auto is the checkpoint's own.")] = Dtype.AUTO,
 ) -> None:
     """Serve chat completions, responses and compaction items whose memory is latent; Ctrl-C ends it."""
     launch = _launch()
     plugins.policy(policy)  # what needs no model is refused before one is loaded
-    Settings.of(cap=cap, keep_recent=keep_recent, rebase=rebase)
+    Settings.of(cap=cap, keep_recent=keep_recent, rebase=rebase, slot_dtype=slot_dtype)
     keys = launch.ApiKeys() if api_key_file is None else launch.ApiKeys.of_file(api_key_file)
     launch.check_keys(host, keys)
     name = models.DEFAULT.name if model is None else Path(model).name if Path(model).exists() else model
@@ -64,6 +65,7 @@ def serve(
     with launch.alone(state):
         loaded, tokenizer = load_model(model, dtype)
         options: dict[str, Any] = {"share": share, "keep_recent": keep_recent, "rebase": rebase}
+        options["slot_dtype"] = slot_dtype
         with Runtime(
             loaded,
             tokenizer,

@@ -13,7 +13,7 @@ from agentmem import plugins
 from agentmem.api import capped, plan
 from agentmem.contracts import Queries
 from agentmem.errors import SettingsRefused
-from agentmem.settings import Seed
+from agentmem.settings import Seed, SlotDtype
 from agentmem.untrusted.texts import faults
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class Terms(Frozen):
     keep_recent: int = Field(default=96, ge=0)
     target: int | float | str = 0.5
     chunk: int = Field(default=1024, ge=1)
+    slot_dtype: SlotDtype = "auto"
     probe: str | None = None
     """A mixture such as ``replay+spread:0.5`` for every policy that asks for queries; ``None`` leaves each its own."""
     probe_tokens: int | None = Field(default=None, ge=1)
@@ -99,7 +100,7 @@ class Terms(Frozen):
         return plan(model, cap=self.cap_bytes or _ROOMY, policy=policy, **self._settings(), **settings)
 
     def _settings(self) -> dict[str, Any]:
-        names = ("keep_first", "keep_recent", "target", "chunk", "seed")
+        names = ("keep_first", "keep_recent", "target", "chunk", "slot_dtype", "seed")
         return {"max_slots": self.slots, **{name: getattr(self, name) for name in names}}
 
 

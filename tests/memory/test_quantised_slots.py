@@ -94,8 +94,8 @@ def test_without_compiled_code_the_slots_are_the_same(policy: str, monkeypatch: 
         made = model()
         with capped(made, policy) as memory, torch.no_grad():
             memory_logits = [made(ids(80), past_key_values=memory, logits_to_keep=1).logits[0, -1]]
-            for token in ids(30)[0]:
-                memory_logits.append(made(token.view(1, 1), past_key_values=memory).logits[0, -1])
+            tokens = ids(30)[0].view(-1, 1, 1)
+            memory_logits += [made(token, past_key_values=memory).logits[0, -1] for token in tokens]
             found.append(torch.stack(memory_logits))
     torch.testing.assert_close(found[0], found[1], rtol=0.02, atol=0.02)
 

@@ -16,7 +16,7 @@ from agentmem.cli.console import note, refuse
 from agentmem.cli.loading import Dtype, load_model
 from agentmem.errors import AgentmemError, SettingsRefused
 from agentmem.sessions import Runtime
-from agentmem.settings import Settings, format_bytes
+from agentmem.settings import Settings, SlotDtype, format_bytes
 
 if TYPE_CHECKING:
     from agentmem.sessions import Session
@@ -47,6 +47,10 @@ def chat(
         bool | None,
         typer.Option(help="Go on past the model's positions by moving slots to lower ones.", show_default=False),
     ] = None,
+    slot_dtype: Annotated[
+        SlotDtype | None,
+        typer.Option(help="What slots hold: auto the model's own numbers, or int8.", show_default=False),
+    ] = None,
     pin_request: Annotated[
         bool | None,
         typer.Option(help="Do not compact a line before it is answered, where it fits.", show_default=False),
@@ -60,7 +64,7 @@ def chat(
     """Talk with a model, one line a turn. /help lists the commands; lines may come from a pipe."""
     if load is not None and system is not None:
         raise typer.BadParameter("--system belongs to a new conversation; leave it out with --load")
-    given = {"keep_recent": keep_recent, "rebase": rebase}
+    given = {"keep_recent": keep_recent, "rebase": rebase, "slot_dtype": slot_dtype}
     settings = {name: value for name, value in given.items() if value is not None}
     plugins.policy(policy or _POLICY)  # what needs no model is refused before one is loaded
     Settings.of(cap=cap, seed=seed, **settings)

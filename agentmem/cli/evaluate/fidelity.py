@@ -9,7 +9,7 @@ import torch
 import typer
 
 from agentmem import evaluation
-from agentmem.cli.arguments import Chunk, Model, Probe, ProbeTokens, parse_target
+from agentmem.cli.arguments import Chunk, Model, Probe, ProbeTokens, SlotNumbers, parse_target
 from agentmem.cli.evaluate.one_shot import compare as compare_one_shot
 from agentmem.cli.evaluate.options import (
     POLICIES,
@@ -62,6 +62,7 @@ def fidelity(
     probe: Probe = None,
     probe_tokens: ProbeTokens = None,
     chunk: Chunk = 1024,
+    slot_dtype: SlotNumbers = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the memory.")] = 0,
     one_shot: Annotated[
         bool, typer.Option("--one-shot", help="Compact a document once, then teacher-force its continuation.")
@@ -93,6 +94,7 @@ def fidelity(
         keep_recent=recent if keep_recent is None else keep_recent,
         target=parse_target(target or "0.5"),
         chunk=chunk,
+        slot_dtype=slot_dtype,
         probe=probe,
         probe_tokens=probe_tokens,
         seed=seed,

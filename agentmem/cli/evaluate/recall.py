@@ -9,7 +9,17 @@ from typing import Annotated
 import typer
 
 from agentmem import evaluation
-from agentmem.cli.arguments import Chunk, KeepFirst, KeepRecent, Model, Probe, ProbeTokens, Target, parse_target
+from agentmem.cli.arguments import (
+    Chunk,
+    KeepFirst,
+    KeepRecent,
+    Model,
+    Probe,
+    ProbeTokens,
+    SlotNumbers,
+    Target,
+    parse_target,
+)
 from agentmem.cli.evaluate.options import (
     POLICIES,
     CacheDir,
@@ -56,6 +66,7 @@ def recall(
     probe: Probe = None,
     probe_tokens: ProbeTokens = None,
     chunk: Chunk = 1024,
+    slot_dtype: SlotNumbers = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the facts and of the memory.")] = 0,
     dtype: Annotated[Dtype, typer.Option(help="Number format; auto is the checkpoint's own.")] = Dtype.AUTO,
     json_path: JsonPath = None,
@@ -80,6 +91,7 @@ def recall(
         keep_recent=keep_recent,
         target=parse_target(target),
         chunk=chunk,
+        slot_dtype=slot_dtype,
         probe=probe,
         probe_tokens=probe_tokens,
         seed=seed,

@@ -18,6 +18,7 @@ from agentmem.cli.arguments import (
     Probe,
     ProbeTokens,
     Rebase,
+    SlotNumbers,
     Target,
     Temperature,
     parse_target,
@@ -51,6 +52,7 @@ def run(
     probe: Probe = None,
     probe_tokens: ProbeTokens = None,
     chunk: Chunk = 1024,
+    slot_dtype: SlotNumbers = "auto",
     rebase: Rebase = False,
     temperature: Temperature = 0.0,
     top_p: Annotated[float, typer.Option(min=1e-6, max=1.0, help="Nucleus of the sampling.")] = 1.0,
@@ -76,6 +78,7 @@ def run(
         "keep_recent": keep_recent,
         "target": parse_target(target),
         "chunk": chunk,
+        "slot_dtype": slot_dtype,
         "rebase": rebase,
         "seed": seed,
     }

@@ -13,7 +13,7 @@ from agentmem.errors import SettingsRefused
 from agentmem.evaluation.facts import DEPTHS, FORMATS, Format, Quiz
 from agentmem.evaluation.recall import FULL
 from agentmem.evaluation.terms import Frozen
-from agentmem.settings import Seed, parse_bytes
+from agentmem.settings import Seed, SlotDtype, parse_bytes
 
 PAGES = "pages"
 """The text that ships with the package."""
@@ -160,6 +160,7 @@ class Ablation(Frozen):
     keep_first: Annotated[tuple[Tokens, ...], *Several, Field(min_length=1)] = (16,)
     keep_recent: Annotated[tuple[Tokens, ...], *Several, Field(min_length=1)] = (96,)
     target: Annotated[tuple[int | float | str, ...], *Several, Field(min_length=1)] = (0.5,)
+    slot_dtype: Annotated[tuple[SlotDtype, ...], *Several, Field(min_length=1)] = ("auto",)
     chunk: int = Field(default=1024, ge=1)
     texts: Annotated[tuple[Annotated[Text, BeforeValidator(_text)], ...], *Several, Field(min_length=1)] = (Text(),)
     seeds: Annotated[tuple[Seed, ...], *Several, Field(min_length=1)] = (0,)

@@ -108,7 +108,8 @@ def _pareto(instrument: str, lines: Sequence[Line], palette: Palette) -> Picture
 def _by_setting(lines: Sequence[Line]) -> list[list[Line]]:
     groups: dict[object, list[Line]] = {}
     for line in lines:
-        groups.setdefault((line.model, line.equal, line.keep_first, line.keep_recent, line.target), []).append(line)
+        kept = (line.keep_first, line.keep_recent, line.target, line.slot_dtype)
+        groups.setdefault((line.model, line.equal, *kept), []).append(line)
     return list(groups.values())
 
 
@@ -136,7 +137,8 @@ def _tightest(found: Sequence[Row]) -> list[Row]:
     for row in found:
         cell = row.cell
         if cell.instrument == "fidelity" and row.compactions:
-            key = (cell.model, cell.text, cell.seed, cell.limit, cell.keep_first, cell.keep_recent, cell.target)
+            kept = (cell.keep_first, cell.keep_recent, cell.target, cell.slot_dtype)
+            key = (cell.model, cell.text, cell.seed, cell.limit, *kept)
             groups.setdefault(key, []).append(row)
     return max(groups.values(), key=lambda group: (len(group), max(row.compactions for row in group)), default=[])
 

@@ -9,7 +9,7 @@ from agentmem.errors import SettingsRefused
 from agentmem.evaluation.ablation.config import MAX_CELLS, Ablation, Text, limits
 from agentmem.evaluation.recall import FULL, WINDOW
 from agentmem.evaluation.terms import Frozen, Terms
-from agentmem.settings import format_bytes
+from agentmem.settings import SlotDtype, format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,12 +29,13 @@ class Cell(Frozen):
     keep_recent: int
     target: int | float | str
     chunk: int
+    slot_dtype: SlotDtype
     seed: int
 
     @property
     def terms(self) -> Terms:
         """The terms of its memory."""
-        names = ("slots", "cap_bytes", "keep_first", "keep_recent", "target", "chunk", "seed")
+        names = ("slots", "cap_bytes", "keep_first", "keep_recent", "target", "chunk", "slot_dtype", "seed")
         return Terms(**{name: getattr(self, name) for name in names})
 
     @property
@@ -57,6 +58,10 @@ class Cell(Frozen):
         return None if self.slots is None else f"{self.slots} slots"
 
 
+_PLAIN = {"target": 0.5, "slot_dtype": "auto"}
+"""Of full memory, which nothing is left out of."""
+
+
 def cells(ablation: Ablation) -> tuple[Cell, ...]:
     """Every cell, those that share a model and a text next to each other.
 
@@ -68,7 +73,7 @@ def cells(ablation: Ablation) -> tuple[Cell, ...]:
 
     """
     size = len(list(limits(ablation)))
-    for name in ("models", "texts", "seeds", "policies", "keep_first", "keep_recent", "target"):
+    for name in ("models", "texts", "seeds", "policies", "keep_first", "keep_recent", "target", "slot_dtype"):
         size *= len(getattr(ablation, name))
     if size * len(ablation.instruments.chosen) > MAX_CELLS:
         raise SettingsRefused(f"the grid has more than {MAX_CELLS:,} cells; give shorter lists")
@@ -86,11 +91,11 @@ def _at(ablation: Ablation, **same: Any) -> Iterator[Cell]:
     """The cells of one instrument, model, text and seed."""
     policies = ablation.policies
     if same["instrument"] != "fidelity":
-        yield Cell(**same, slots=None, cap_bytes=None, policy=FULL, keep_first=0, keep_recent=0, target=0.5)
+        yield Cell(**same, slots=None, cap_bytes=None, policy=FULL, keep_first=0, keep_recent=0, **_PLAIN)
     if same["instrument"] == "recall":
         policies = tuple(dict.fromkeys((WINDOW, *policies)))
-    kept = product(ablation.keep_first, ablation.keep_recent, ablation.target)
-    for (slots, cap), (first, recent, target), policy in product(limits(ablation), list(kept), policies):
+    kept = product(ablation.keep_first, ablation.keep_recent, ablation.target, ablation.slot_dtype)
+    for (slots, cap), (first, recent, target, slot_dtype), policy in product(limits(ablation), list(kept), policies):
         yield Cell(
             **same,
             policy=policy,
@@ -99,4 +104,5 @@ def _at(ablation: Ablation, **same: Any) -> Iterator[Cell]:
             keep_first=first,
             keep_recent=recent,
             target=target,
+            slot_dtype=slot_dtype,
         )

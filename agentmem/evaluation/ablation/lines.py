@@ -12,6 +12,7 @@ from agentmem.evaluation.ablation.intervals import Interval, of_difference, of_m
 from agentmem.evaluation.ablation.scores import Scored, scored
 from agentmem.evaluation.recall import FULL
 from agentmem.evaluation.terms import Equal, Frozen
+from agentmem.settings import SlotDtype
 
 if TYPE_CHECKING:
     from agentmem.evaluation.ablation.config import Ablation
@@ -34,6 +35,7 @@ class Line(Frozen):
     keep_first: int
     keep_recent: int
     target: int | float | str
+    slot_dtype: SlotDtype
     cells: int
     """Texts × seeds that were measured."""
     refused: tuple[str, ...] = ()
@@ -72,7 +74,16 @@ def lines(ablation: Ablation, rows: Sequence[Row]) -> tuple[Line, ...]:
 
 
 def _setting(cell: Cell) -> Hashable:
-    return cell.instrument, cell.model, cell.slots, cell.cap_bytes, cell.keep_first, cell.keep_recent, cell.target
+    return (
+        cell.instrument,
+        cell.model,
+        cell.slots,
+        cell.cap_bytes,
+        cell.keep_first,
+        cell.keep_recent,
+        cell.target,
+        cell.slot_dtype,
+    )
 
 
 def _line(ablation: Ablation, group: Sequence[Row], ours: Sequence[Scored], theirs: Sequence[Scored]) -> Line:
@@ -81,6 +92,7 @@ def _line(ablation: Ablation, group: Sequence[Row], ours: Sequence[Scored], thei
         **{name: getattr(cell, name) for name in ("instrument", "model", "policy", "limit", "keep_first")},
         keep_recent=cell.keep_recent,
         target=cell.target,
+        slot_dtype=cell.slot_dtype,
         equal=cell.terms.equal,
         limit_value=cell.cap_bytes or cell.slots or 0,
         cells=len(ours),

@@ -85,7 +85,7 @@ def _place(row: Row) -> Hashable:
 
 def _same(row: Row) -> Hashable:
     cell = row.cell
-    return _place(row), cell.slots, cell.cap_bytes, cell.keep_first, cell.keep_recent, cell.target
+    return _place(row), cell.slots, cell.cap_bytes, cell.keep_first, cell.keep_recent, cell.target, cell.slot_dtype
 
 
 def _fidelity(group: Sequence[Row]) -> Iterable[Scored]:

@@ -18,7 +18,19 @@ if TYPE_CHECKING:
     from agentmem.evaluation.ablation.rows import Row
 
 _MISSING = "–"
-_CELL = ("instrument", "model", "policy", "slots", "cap_bytes", "keep_first", "keep_recent", "target", "chunk", "seed")
+_CELL = (
+    "instrument",
+    "model",
+    "policy",
+    "slots",
+    "cap_bytes",
+    "keep_first",
+    "keep_recent",
+    "target",
+    "slot_dtype",
+    "chunk",
+    "seed",
+)
 _ROW = ("refused", "peak_bytes", "compactions", "seconds", "compact_seconds", "tokens", "key")
 
 
@@ -73,7 +85,9 @@ def tables(ablation: Ablation, lines: Sequence[Line]) -> tuple[Table, ...]:
 
 def _table(ablation: Ablation, title: str, lines: Sequence[Line]) -> Table:
     measure = measure_of(lines[0].instrument)
-    varying = [name for name in ("keep_first", "keep_recent", "target") if len(getattr(ablation, name)) > 1]
+    varying = [
+        name for name in ("keep_first", "keep_recent", "target", "slot_dtype") if len(getattr(ablation, name)) > 1
+    ]
     percent = f"{ablation.confidence:.0%}"
     columns = ("policy", "limit", *varying, f"{measure.name} [{percent}]", f"to {ablation.compared_with} [{percent}]")
     costs = ("peak MiB", "compactions", "s each", "compacting")

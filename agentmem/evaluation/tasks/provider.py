@@ -33,14 +33,14 @@ from agentmem import models
 from agentmem.errors import SettingsRefused
 from agentmem.evaluation.tasks.generation import Forced, Reply, Sampling, Writer
 from agentmem.evaluation.terms import Frozen, Terms
-from agentmem.settings import parse_bytes
+from agentmem.settings import SlotDtype, parse_bytes
 
 if TYPE_CHECKING:
     from inspect_ai.model import ChatMessage
     from inspect_ai.tool import ToolChoice, ToolInfo
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_TERMS = ("slots", "keep_first", "keep_recent", "target", "chunk", "seed")
+_TERMS = ("slots", "keep_first", "keep_recent", "target", "chunk", "slot_dtype", "seed")
 
 
 class Reading(Frozen):
@@ -61,6 +61,7 @@ class Arguments(Frozen):
     keep_recent: int = 96
     target: int | float | str = 0.5
     chunk: int = 1024
+    slot_dtype: SlotDtype = "auto"
     seed: int = 0
     max_compactions: int | None = None
     dtype: str = "auto"

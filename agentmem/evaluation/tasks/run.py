@@ -78,7 +78,9 @@ def attempts(
     task = TASKS[name](**chosen)
     given: dict[str, Any] = {"loaded": loaded, "policy": policy, "seed": seed}
     if terms is not None:
-        given |= {key: getattr(terms, key) for key in ("slots", "keep_first", "keep_recent", "target", "chunk")}
+        given |= {
+            key: getattr(terms, key) for key in ("slots", "keep_first", "keep_recent", "target", "chunk", "slot_dtype")
+        }
         given["cap"] = terms.cap_bytes
     model = get_model("agentmem/loaded", memoize=False, **given)
     (log,) = inspect_ai.eval(

@@ -52,6 +52,7 @@ def check_sizes(memory: Memory, image: SavedRow, kinds: Mapping[str, Kind], dtyp
     for index, (layer, shape) in enumerate(zip(image.layers, shapes, strict=True)):
         _hold((layer is None) == (image.tokens == 0), f"layer {index} of {image.tokens} tokens is not as it must be")
         if layer is not None:
+            _check_slots(index, shape, kinds)
             _check_lengths(memory, image, index, layer, shape)
             wanted |= _kinds(memory, index, layer, shape, dtype)
             held += _check_samples(memory, image, index, layer, shape)
@@ -60,6 +61,15 @@ def check_sizes(memory: Memory, image: SavedRow, kinds: Mapping[str, Kind], dtyp
     most = memory.plan.resident_bytes
     _hold(held <= most, f"it needs {held} bytes, and a share of {memory.plan.cap_bytes} has room for {most}")
     _compare(kinds, wanted)
+
+
+def _check_slots(index: int, shape: LayerShape, kinds: Mapping[str, Kind]) -> None:
+    found = kinds.get(f"layer.{index}.head.0.keys")
+    _hold(
+        found is None or (found[0] == torch.uint8) == shape.quantised,
+        f"layer {index} has keys of {found and found[0]}, which slot_dtype={shape.slot_dtype!r} does not hold; leave "
+        "slot_dtype out, so that the snapshot's own is taken",
+    )
 
 
 def _check_counts(memory: Memory, image: SavedRow) -> None:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from agentmem import models
 from agentmem.hf import self_check
 from agentmem.reference_queries import patterns
+from support import forked
 from support.waiting import LIMIT
 
 hypothesis.settings.register_profile(  # the same examples in every run, however slow the machine is
@@ -46,6 +47,17 @@ def _is_local(address: object) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host in {"localhost", ""}
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Fork the process off that runs Python commands for tests, while nothing else has run; not where none will run."""
+    if not session.config.pluginmanager.hasplugin("dsession"):
+        forked.start()
+
+
+def pytest_sessionfinish() -> None:
+    """End it."""
+    forked.stop()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from agentmem import models
 from agentmem.hf import self_check
 from agentmem.reference_queries import patterns
-from support import forked
+from support import forked, matrices
 from support.waiting import LIMIT
 
 hypothesis.settings.register_profile(  # the same examples in every run, however slow the machine is
@@ -47,6 +47,16 @@ def _is_local(address: object) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host in {"localhost", ""}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Whether matrices of parameters are run whole; see support/matrices.py."""
+    parser.addoption(matrices.EXHAUSTIVE, action="store_true", help="all combinations of parameters")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before any test is collected."""
+    matrices.whole = config.getoption(matrices.EXHAUSTIVE)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

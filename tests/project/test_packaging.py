@@ -70,10 +70,10 @@ def test_the_compiled_attention_is_installed() -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("module", PROJECT["tool"]["setuptools"]["ext-modules"], ids=lambda module: module["name"])
-def test_compiled_code_has_no_warnings(module: dict[str, Any], tmp_path: Path) -> None:
-    """With the flags of the installation, and all of the compiler's advice."""
-    advice = ["-Wall", "-Wextra", "-Werror", f"-I{sysconfig.get_paths()['include']}", "-fPIC"]
-    command = ["cc", *module["extra-compile-args"], *advice, "-c", *module["sources"], "-o", str(tmp_path / "code.o")]
+def test_compiled_code_has_no_warnings(module: dict[str, Any]) -> None:
+    """Those that need no optimiser; with the optimiser's, CI's installation ends, by the CFLAGS in AGENTS.md."""
+    advice = ["-Wall", "-Wextra", "-Werror", f"-I{sysconfig.get_paths()['include']}", "-fsyntax-only"]
+    command = ["cc", *module["extra-compile-args"], *advice, *module["sources"]]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
     assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import os
 import socket
@@ -14,6 +15,9 @@ os.environ["PIP_NO_INDEX"] = "1"  # of the processes that tests start, which the
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread that waits leaves its core to another worker
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start: each worker has one core
+
+if gc.isenabled():
+    gc.disable()  # nothing that is imported becomes garbage; pytest_collection_finish enables it
 
 import hypothesis
 import pytest
@@ -61,8 +65,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Fork the process off that runs Python commands for tests, while nothing else has run; not where none will run."""
-    if not session.config.pluginmanager.hasplugin("dsession"):
+    if session.config.pluginmanager.hasplugin("dsession"):
+        gc.enable()
+    else:
         forked.start()
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector the million objects that were imported, in tests that call it and at the end."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_sessionfinish() -> None:

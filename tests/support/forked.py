@@ -9,6 +9,7 @@ other programs than this interpreter, processes are started as usual.
 from __future__ import annotations
 
 import atexit
+import gc
 import inspect
 import json
 import os
@@ -156,6 +157,7 @@ def _import_for_all() -> None:
 
     for name in [name for name in sys.modules if name.startswith("agentmem.cli")]:
         del sys.modules[name]
+    gc.freeze()
 
 
 def _tell(order: Mapping[str, Any], to: int, *streams: int) -> NoReturn:
@@ -208,6 +210,7 @@ def _settle(order: Mapping[str, Any], streams: Sequence[int]) -> None:
     )
     signal.signal(signal.SIGINT, signal.default_int_handler)
     tempfile.tempdir = None  # it may be another one in this environment
+    gc.enable()  # tests/conftest.py has disabled it until tests are collected
     warnings.resetwarnings()
     warnings.simplefilter("ignore", DeprecationWarning)
     atexit._clear()

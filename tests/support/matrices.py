@@ -1,11 +1,12 @@
 """Parameters of a test: each value with each value of every other parameter, or all combinations with ``--exhaustive``.
 
 A fault that shows for one value, or for two together, shows in either. The rest is evidence: ``make test-all``.
+A parameter whose values can be wrong only by themselves is taken :func:`in_turn`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations, product
 from typing import Any
 
@@ -17,9 +18,23 @@ whole = False
 
 
 def matrix(**values: Sequence[Any]) -> pytest.MarkDecorator:
-    """A parametrisation by these names."""
-    made = list(product(*values.values())) if whole else pairwise(list(values.values()))
-    return pytest.mark.parametrize(tuple(values), made, ids=["-".join(map(str, each)) for each in made])
+    """A parametrisation by these names: each value with each of every other."""
+    return _parametrised(values, pairwise(list(values.values())))
+
+
+def in_turn(**values: Sequence[Any]) -> pytest.MarkDecorator:
+    """A parametrisation by these names: each value once at least."""
+    rounds = range(max(map(len, values.values())))
+    return _parametrised(values, [tuple(each[at % len(each)] for each in values.values()) for at in rounds])
+
+
+def _parametrised(values: Mapping[str, Sequence[Any]], few: Sequence[tuple[Any, ...]]) -> pytest.MarkDecorator:
+    made = list(product(*values.values())) if whole else few
+    return pytest.mark.parametrize(tuple(values), made, ids=["-".join(map(_named, each)) for each in made])
+
+
+def _named(value: Any) -> str:
+    return str(getattr(value, "name", value))
 
 
 def pairwise(values: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:

@@ -1,8 +1,9 @@
-# make install | demo | serve-demo | test | lint | types | format | bench | soak | docs | clean
+# make install | demo | serve-demo | test | test-all | coverage | lint | types | format | bench | soak | docs | clean
 #
 # PYTHON       the interpreter that .venv is made with (3.11 or newer)
 # WORKERS      processes of make test, each with one thread: auto (one a core, at most four), or 0 for none
-# TURNS        of the soak, e.g. make soak TURNS=20 SOAK_CAP=12MiB
+# TURNS        of the soak, e.g. make soak TURNS=6 SOAK_CAP=12MiB POSITIONS=1800
+# CFLAGS       of make install's compiled attention, e.g. "-Wall -Wextra -Werror"
 # TORCH_INDEX  where torch comes from, e.g. https://download.pytorch.org/whl/cpu; empty: pip's own index
 
 TORCH_INDEX ?=
@@ -12,7 +13,11 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 WORKERS ?= auto
 TURNS ?= 200
 SOAK_CAP ?= 16MiB
+POSITIONS ?= 0
 
+CORE := engine memory planning
+comma := ,
+space := $(subst ,, )
 BIN := .venv/bin
 PY := $(BIN)/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -22,10 +27,10 @@ SOURCES := $(shell find agentmem policies -name '*.py' -o -name '*.pyi' -o -name
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install model demo serve-demo test lint types format bench soak docs clean
+.PHONY: help install model demo serve-demo test test-all coverage lint types format bench soak docs clean
 
 help:
-	@sed -n '1,6s/^# \{0,1\}//p' Makefile
+	@sed -n '1,7s/^# \{0,1\}//p' Makefile
 
 install: $(INSTALLED)
 
@@ -52,7 +57,19 @@ serve-demo: model
 	$(PY) demos/07_serve.py
 
 test: model
-	$(PY) -m pytest -n $(WORKERS) --maxprocesses 4
+	$(PY) -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal --durations 10
+
+# All combinations of the parameters of which `make test` runs those that have every two values together.
+test-all: model
+	$(PY) -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal --exhaustive
+
+# Lines of the packages that hold the cap which their own tests run. All of the suite would take a third longer.
+coverage: install
+	@mkdir -p build
+	$(PY) -m slipcover --source $(subst $(space),$(comma),$(CORE:%=agentmem/%)) --out build/coverage.txt \
+		-m pytest -q -n $(WORKERS) --maxprocesses 4 -W "ignore:Module already imported:pytest.PytestAssertRewriteWarning" \
+		$(CORE:%=tests/%)
+	@echo "lines of $(CORE) that their tests run: $$(awk '/^[(]summary[)]/ { print $$NF }' build/coverage.txt) %, see build/coverage.txt"
 
 lint: install
 	$(BIN)/ruff format --check .
@@ -66,10 +83,11 @@ format: install
 types: $(SITE)/.built
 	cd $(SITE) && ../../$(PY) -m mypy --config-file ../../pyproject.toml -p agentmem
 
+# Its compiled attention, which takes half a minute, is left out: mypy reads what it is from the .pyi files.
 $(SITE)/.built: $(SOURCES) | $(INSTALLED)
-	rm -rf build/lib* build/temp* build/bdist.* $(SITE) dist
-	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
-	$(PIP) install --quiet --no-deps --target $(SITE) dist/*.whl
+	rm -rf build/lib* build/temp* build/bdist.* build/wheel $(SITE)
+	CC=false $(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	$(PIP) install --quiet --no-deps --target $(SITE) build/wheel/*.whl
 	cd $(SITE) && ../../$(PY) -P -c 'import sys; sys.path.insert(0, "."); import agentmem.policies.am_halving as p; print("wheel:", p.__file__)'
 	@touch $@
 
@@ -78,7 +96,7 @@ bench: install
 	$(PY) -m benchmarks.decode
 
 soak: model
-	$(PY) -m benchmarks.soak --turns $(TURNS) --cap $(SOAK_CAP)
+	$(PY) -m benchmarks.soak --turns $(TURNS) --cap $(SOAK_CAP) --positions $(POSITIONS)
 
 # The guide, and the reference out of the docstrings, as one site that can be searched; a dead link ends the build.
 docs: install

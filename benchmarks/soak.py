@@ -1,6 +1,7 @@
 """A session that goes on for hundreds of turns under one cap: tool outputs up to three times it, positions re-based.
 
     python -m benchmarks.soak --turns 200     # writes build/soak/report.json and build/soak/soak.png
+    python -m benchmarks.soak --turns 6 --cap 12MiB --positions 1800     # positions end soon, so that some are re-based
 
 After every forward the ledger is compared with the bytes that the storages really have. At the end: every turn was
 answered, R + T stayed under the cap, and the process holds no more in its second half than in its first. Exit code 1
@@ -44,6 +45,8 @@ class Soak:
 
     cap_bytes: int
     capacity: int = 0
+    positions: int = 0
+    """Of the model; 0: its own, which a few turns do not use up."""
     turns: int = 0
     answered: int = 0
     tokens_seen: int = 0
@@ -72,6 +75,8 @@ class Soak:
             found.append(f"{self.turns - self.answered} of {self.turns} turns were not answered")
         if self.peak_bytes > self.cap_bytes:
             found.append(f"R + T came to {self.peak_bytes} of {self.cap_bytes} bytes")
+        if self.positions and not self.rebases:
+            found.append(f"nothing was re-based, though there are {self.positions} positions only")
         if self.turns >= LONG and self.growth > FLAT:
             found.append(f"resident memory grew {self.growth:.3f} times")
         return found
@@ -107,18 +112,21 @@ def turn(session: Session, soak: Soak, text: str, rng: random.Random, words: int
     soak.held.append(session.stats.held_slots)
 
 
-def soaked(model: Any, tokenizer: Any, turns: int, *, cap: str, words: int, seed: int = 0, **settings: Any) -> Soak:
-    """Run so many turns.
+def soaked(
+    model: Any, tokenizer: Any, turns: int, *, cap: str, words: int, positions: int = 0, seed: int = 0, **settings: Any
+) -> Soak:
+    """Run so many turns; with ``positions``, of a model that has no more.
 
     Raises:
         AssertionError: the ledger and the storages disagree after some forward.
 
     """
     text, began = default_text() * 4, time.perf_counter()
+    model.config.max_position_embeddings = positions or model.config.max_position_embeddings
     rng = random.Random(seed)  # noqa: S311  # texts, not secrets
     with Runtime(model, tokenizer, cap=cap) as runtime:
         session = runtime.session(rebase=True, keep_recent=48, **settings)
-        soak = Soak(runtime.cap, session.stats.capacity)
+        soak = Soak(runtime.cap, session.stats.capacity, positions)
         session.memory.subscribe(lambda _: audit(session.memory, soak))
         session.append("system", "You read what tools say and answer in a few words.")
         for _ in range(turns):
@@ -155,11 +163,13 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=200)
     parser.add_argument("--cap", default="16MiB")
     parser.add_argument("--words", type=int, default=16, help="tokens of a reply, at most")
+    parser.add_argument("--positions", type=int, default=0, help="of the model; default: its own")
     parser.add_argument("--policy", default="am-calibrated[probe_tokens=256]")
     parser.add_argument("--out", type=Path, default=Path("build/soak"))
     given = parser.parse_args()
     model, tokenizer = models.load(None, dtype=torch.float32)
-    soak = soaked(model, tokenizer, given.turns, cap=given.cap, words=given.words, policy=given.policy, chunk=256)
+    how = {"cap": given.cap, "words": given.words, "positions": given.positions, "policy": given.policy, "chunk": 256}
+    soak = soaked(model, tokenizer, given.turns, **how)
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "report.json").write_text(json.dumps({**asdict(soak), "growth": soak.growth}, indent=1))
     picture(soak, given.out / "soak.png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import os
 import socket
@@ -15,6 +16,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread that waits leave
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start: each worker has one core
 
+if gc.isenabled():
+    gc.disable()  # nothing that is imported becomes garbage; pytest_collection_finish enables it
+
 import hypothesis
 import pytest
 import torch
@@ -23,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from agentmem import models
 from agentmem.hf import self_check
 from agentmem.reference_queries import patterns
+from support import forked, matrices
 from support.waiting import LIMIT
 
 hypothesis.settings.register_profile(  # the same examples in every run, however slow the machine is
@@ -46,6 +51,35 @@ def _is_local(address: object) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host in {"localhost", ""}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Whether matrices of parameters are run whole; see support/matrices.py."""
+    parser.addoption(matrices.EXHAUSTIVE, action="store_true", help="all combinations of parameters")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before any test is collected."""
+    matrices.whole = config.getoption(matrices.EXHAUSTIVE)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Fork the process off that runs Python commands for tests, while nothing else has run; not where none will run."""
+    if session.config.pluginmanager.hasplugin("dsession"):
+        gc.enable()
+    else:
+        forked.start()
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector the million objects that were imported, in tests that call it and at the end."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    """End it."""
+    forked.stop()
 
 
 @pytest.fixture(autouse=True, scope="session")

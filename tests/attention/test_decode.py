@@ -12,6 +12,7 @@ from agentmem.attention.ragged import Run, attend, fused_bytes
 from agentmem.planning.model_shape import LayerShape
 from agentmem.testing import peak_allocated
 from oracles import attention as reference
+from support.matrices import matrix
 
 _decode = pytest.importorskip("agentmem.attention._decode", reason="installed without a C compiler")
 
@@ -60,10 +61,7 @@ def error(queries: torch.Tensor, runs: list[Run], heads: list[reference.Slots], 
     return float(((output.double() - truth).abs() / (1e-6 + DTYPES[output.dtype] * truth.abs().clamp(min=0.5))).max())
 
 
-@pytest.mark.parametrize("biased", [False, True], ids=["plain", "β"])
-@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 9])
-@pytest.mark.parametrize("dim", [16, 48, 64, 80, 128, 256])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@matrix(dtype=list(DTYPES), dim=[16, 48, 64, 80, 128, 256], group=[1, 2, 3, 4, 5, 7, 9], biased=[False, True])
 def test_every_shape_is_the_oracle_s(dtype: torch.dtype, dim: int, group: int, *, biased: bool) -> None:
     """Groups that leave a rest of four, dims that leave a rest of two vectors, tiles and pieces that are not full."""
     assert error(*problem((1, 129, 300), group, dim, dtype, biased=biased, room=5), dim**-0.5) < 1
@@ -80,9 +78,11 @@ def test_values_may_be_wider_or_narrower_than_keys(dtype: torch.dtype, dims: tup
     assert error(queries, runs, heads, dims[0] ** -0.5) < 1
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3, 8])
-@pytest.mark.parametrize("held", [(1,), (255,), (256, 256, 256), (257, 2000), (4096,), (10, 5000, 10)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@matrix(
+    dtype=list(DTYPES),
+    held=[(1,), (255,), (256, 256, 256), (257, 2000), (4096,), (10, 5000, 10)],
+    threads=[1, 2, 3, 8],
+)
 def test_any_number_of_threads_gives_the_answer(dtype: torch.dtype, held: tuple[int, ...], threads: int) -> None:
     """However the heads are cut into pieces."""
     before = torch.get_num_threads()

@@ -12,6 +12,7 @@ from agentmem.attention.ragged import Fresh, Run, attend, explicit_bytes, fused_
 from agentmem.planning.model_shape import LayerShape
 from agentmem.testing import peak_allocated
 from oracles import attention as reference
+from support.matrices import matrix
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -268,8 +269,6 @@ SHAPES = (
     ),
     Problem("32 heads", (2000,) * 8, group=4, tokens=512, fresh=True, biased=True, key_dim=64, value_dim=64),
 )
-SPENT = [(problem, dtype) for problem in SHAPES for dtype in (DTYPES if problem.name != "32 heads" else DTYPES[:2])]
-"""float16 allocates what bfloat16 does; once is enough at the last size."""
 
 
 def spent(problem: Problem, dtype: torch.dtype, *, explicit: bool) -> int:
@@ -279,8 +278,7 @@ def spent(problem: Problem, dtype: torch.dtype, *, explicit: bool) -> int:
     return peak - queries.shape[0] * problem.tokens * problem.value_dim * dtype.itemsize
 
 
-@pytest.mark.parametrize("explicit", [False, True], ids=["fused", "explicit"])
-@pytest.mark.parametrize(("problem", "dtype"), SPENT, ids=[f"{problem.name}-{dtype}" for problem, dtype in SPENT])
+@matrix(problem=list(SHAPES), dtype=list(DTYPES), explicit=[False, True])
 def test_attention_allocates_no_more_than_it_promises(problem: Problem, dtype: torch.dtype, explicit: bool) -> None:
     """The profiler's peak stays within the bytes that a plan sets aside."""
     slots = max(problem.held)

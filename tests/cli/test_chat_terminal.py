@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from agentmem.testing import tiny_model
+from support import forked
 from support.shell import save_tokenizer
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no pseudo-terminal")
@@ -34,7 +35,7 @@ class Terminal:
         own += "; import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # in background jobs too
         program = f"{own}; from agentmem.cli import main; sys.exit(main())"
         self._keys, theirs = pty.openpty()
-        self.process = subprocess.Popen(
+        self.process = forked.Popen(
             [sys.executable, "-c", program, "chat", *options],
             stdin=theirs,
             stdout=theirs,

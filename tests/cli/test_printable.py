@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from rich.console import Console
 from agentmem.cli import console, display, logs
 from agentmem.cli.display import Display
 from agentmem.errors import AgentmemError
+from support import forked
 
 EVIL = "\x1b]0;taken\x07\x9b2J\u202ea\tb\nc\r\ud83d\x7f"
 SAFE = "␛]0;taken␇\ufffd2J\ufffda\tb\nc␍\ufffd␡"
@@ -78,7 +78,7 @@ def test_json_keeps_the_text_in_escapes(tmp_path: Path) -> None:
 def test_an_argument_that_is_not_utf_8_is_wrong_usage(arguments: tuple[str | bytes, ...]) -> None:
     """Wherever it stands: exit code 2 and one message, no traceback."""
     code = "import sys; from agentmem.cli import main; sys.exit(main())"
-    done = subprocess.run([sys.executable, "-X", "utf8", "-c", code, *arguments], capture_output=True, check=False)
+    done = forked.run([sys.executable, "-c", code, *arguments])
 
     assert done.returncode == 2
     assert b"is not UTF-8" in done.stderr

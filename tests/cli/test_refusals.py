@@ -19,6 +19,7 @@ from agentmem.cli.run.prompt import read_prompt
 from agentmem.errors import SettingsRefused
 from agentmem.reporting.trace import read_trace
 from agentmem.testing import tiny_model
+from support import forked
 from support.shell import CAP, SMALL, agentmem, refused, save_model, save_tokenizer
 from support.waiting import LIMIT
 
@@ -228,7 +229,7 @@ def test_ctrl_c_from_outside_ends_a_real_process(folder: str, tmp_path: Path) ->
         "hello",
         "--ignore-eos",
     ]
-    process = subprocess.Popen(
+    process = forked.Popen(
         [*command, *arguments, "--json", str(tmp_path / "r.json")], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     assert process.stdout is not None
@@ -245,9 +246,7 @@ def test_the_installed_command_returns_its_exit_codes(tmp_path: Path) -> None:
     """A refusal through the real entry point: exit code 1, one line, no traceback."""
     command = [sys.executable, "-c", "import sys; from agentmem.cli import main; sys.exit(main())"]
     arguments = ["run", "--prompt", "x", "--model", str(tmp_path / "none")]
-    ended = subprocess.run(
-        [*command, *arguments], check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
+    ended = forked.run([*command, *arguments], text=True, stdin=subprocess.DEVNULL)
 
     assert (ended.returncode, ended.stdout) == (1, "")
     assert ended.stderr.count("\n") == 1

@@ -22,6 +22,7 @@ import agentmem
 from agentmem import plugins
 from agentmem.contracts import Policy
 from support import variants
+from support.matrices import matrix
 from support.waiting import LIMIT
 
 TOLERANCE = 5e-5
@@ -33,9 +34,7 @@ EVERY_POLICY = pytest.mark.parametrize("policy", POLICIES, ids=[*variants.POLICI
 # ---- batches
 
 
-@pytest.mark.parametrize("variant", ["llama", "gemma3_text"])
-@pytest.mark.parametrize("room", ["below", "above"])
-@EVERY_POLICY
+@matrix(policy=POLICIES, room=["below", "above"], variant=["llama", "gemma3_text"])
 def test_a_row_in_a_batch_is_the_row_alone(policy: Policy, room: str, variant: str) -> None:
     """Each of three left-padded rows gets the tokens, logits, slots and compactions that it gets alone."""
     model, settings = variants.model(variant), variants.ROOMY if room == "below" else variants.TIGHT

@@ -105,7 +105,7 @@ def test_a_capped_generate_peaks_no_higher_than_one_chunk_plus_the_cap(kind: str
 
     def run() -> None:
         with tiny.capped(kind, cap=cap) as memory:
-            model.generate(prompt, past_key_values=memory, max_new_tokens=30, do_sample=False)
+            model.generate(prompt, past_key_values=memory, max_new_tokens=12, do_sample=False)
             seen.append(len(memory.compactions))
 
     peak = peak_allocated(run)

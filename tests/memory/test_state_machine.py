@@ -17,7 +17,7 @@ from agentmem.planning.capacity import make_plan
 from agentmem.planning.model_shape import LayerShape, ModelShape
 from agentmem.planning.pricing import window_slots
 from agentmem.settings import Settings
-from support import tiny
+from support import matrices, tiny
 from support.no_model import engine
 
 LAYER = LayerShape(kv_heads=2, query_heads=4, key_dim=8, value_dim=8)
@@ -169,7 +169,7 @@ class MemoryMachine(RuleBasedStateMachine):
 
 TestMemoryMachine = MemoryMachine.TestCase
 TestMemoryMachine.settings = settings(
-    max_examples=60,
+    max_examples=60 if matrices.whole else 30,
     stateful_step_count=40,
     deadline=None,
     derandomize=True,

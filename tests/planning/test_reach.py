@@ -15,6 +15,7 @@ from agentmem.settings import Settings
 from agentmem.testing import tiny_model
 from support import tiny, tiny_chat
 from support.few_positions import watched
+from support.matrices import in_turn
 
 LLAMA = ModelShape("small", (LayerShape(2, 4, 16, 16),) * 3, 4, hidden=64, intermediate=96, vocabulary=128)
 KINDS = ("window", "heavy-hitters", "am-halving", "am-halving[probe=live]", "am-halving[budgets=global]", "summary-am")
@@ -39,8 +40,10 @@ def test_fewer_positions_than_slots_are_refused() -> None:
         make_plan(shape, Settings.of(cap=10_000_000, rebase=True), plugins.policy("window"))
 
 
-@pytest.mark.parametrize("kind", ["window", "heavy-hitters", "key-norm", "am-halving[probe=live]", "am-halving"])
-@pytest.mark.parametrize("positions", [256, 512])
+@in_turn(
+    kind=["window", "heavy-hitters", "key-norm", "am-halving[probe=live]", "am-halving"],
+    positions=[256, 512],
+)
 def test_a_cap_with_room_for_more_slots_than_positions_goes_on(kind: str, positions: int) -> None:
     """A prompt of three times the positions and a reply of as many, with a probe and a chunk of half of them."""
     model = tiny_model("llama", max_position_embeddings=positions)
@@ -84,7 +87,7 @@ def test_a_session_on_few_positions_goes_on() -> None:
         session = runtime.session()
         for turn in range(20):
             session.append("user", f"turn {turn}: " + "tell me more of it " * 12)
-            session.generate(max_new_tokens=30, do_sample=False)
+            session.generate(max_new_tokens=8, do_sample=False)
         assert session.stats.tokens > 2 * 2048
         assert 1 <= session.stats.rebases <= 2 * session.stats.compactions
     assert max(seen) < 2048

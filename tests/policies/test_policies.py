@@ -22,6 +22,7 @@ from agentmem.policies.solvers.values import fit_values
 from agentmem.policies.window import window
 from agentmem.testing import Case, check_policy, make_segment, peak_allocated
 from oracles import matching as oracle
+from support.matrices import in_turn
 
 HALVED = Case("halved", held=(512,) * 3, slots=(256,) * 3, queries=1024, key_dim=64, value_dim=64)
 
@@ -32,8 +33,7 @@ def built_in() -> list[Policy]:
     return [am_halving(), *scored, window(), heavy_hitters(), full()]
 
 
-@pytest.mark.parametrize("policy", built_in(), ids=lambda policy: policy.name)
-@pytest.mark.parametrize("seed", [0, 1])
+@in_turn(policy=built_in(), seed=[0, 1])
 def test_every_policy_keeps_the_laws(policy: Policy, seed: int) -> None:
     """No invariant of Compactor or Budgets is broken on any case."""
     check_policy(policy, seed=seed).raise_if_broken()

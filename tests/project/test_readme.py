@@ -12,6 +12,7 @@ import doctest
 import io
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from typing import Any
 import pytest
 
 from agentmem import models
+from support import forked
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guide").glob("*.md"))]
@@ -85,8 +87,19 @@ def run_python(block: Block, namespace: dict[str, Any]) -> str:
 
 def run_command(command: str) -> str:
     """Run one console command with the tested interpreter's scripts first on the path; its standard output."""
+    script = "import sys; from agentmem.cli import main; sys.exit(main())"
+    if (words := shlex.split(command))[0] == "agentmem" and not set("|&;<>$`") & set(command):
+        done = forked.run([sys.executable, "-c", script, *words[1:]], text=True)
+    else:
+        done = in_a_shell(command)
+    assert done.returncode == 0, f"`{command}` exited with {done.returncode}:\n{done.stderr}"
+    return str(done.stdout)
+
+
+def in_a_shell(command: str) -> subprocess.CompletedProcess[str]:
+    """Run any other command."""
     paths = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
-    done = subprocess.run(
+    return subprocess.run(
         command,
         shell=True,  # a README shows pipes and quotes as a shell reads them
         env={**os.environ, "PATH": paths},
@@ -96,8 +109,6 @@ def run_command(command: str) -> str:
         timeout=SECONDS,
         check=False,
     )
-    assert done.returncode == 0, f"`{command}` exited with {done.returncode}:\n{done.stderr}"
-    return done.stdout
 
 
 def run(text: str, name: str = "page") -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +14,7 @@ import pytest
 from agentmem.errors import SettingsRefused
 from agentmem.reporting.report import CompactionReport, LayerReport, SpanError
 from agentmem.reporting.trace import Trace, TraceWriter, read_trace
+from support import forked
 
 
 class Usage(NamedTuple):
@@ -153,7 +153,7 @@ def test_a_killed_run_leaves_a_valid_trace(tmp_path: Path) -> None:
         "    writer(SimpleNamespace(tokens_seen=n, held_slots=n, resident_bytes=9, used_bytes=n, peak_bytes=9))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    ended = subprocess.run([sys.executable, "-c", script, str(path)], check=False)
+    ended = forked.run([sys.executable, "-c", script, str(path)])
 
     assert ended.returncode == -signal.SIGKILL
     assert [point.tokens_seen for point in read_trace(path).points] == list(range(1, 51))

@@ -25,7 +25,7 @@ from agentmem.serving import launch
 from agentmem.serving.event_stream import EventStream
 from agentmem.serving.keys import ApiKeys
 from agentmem.serving.settings import ServerSettings
-from support import serving, tiny_chat
+from support import forked, serving, tiny_chat
 from support.responses import respond
 from support.shell import agentmem, refused, save_model
 from support.waiting import LIMIT, until
@@ -181,9 +181,7 @@ def process(model: str, state: Path) -> Iterator[tuple[subprocess.Popen[str], Op
     command = [sys.executable, "-c", "import sys; from agentmem.cli import main; sys.exit(main())", "serve"]
     options = ["--model", model, "--cap", "4MiB", "--port", "0", "--state", str(state), "--keep-recent", "8"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env
-    ) as run:
+    with forked.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as run:
         try:
             assert run.stdout is not None
             printed = ""

@@ -63,6 +63,7 @@ def test_two_threads_cannot_mix_their_tokens() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.usefixtures("one_thread")  # OpenMP's others are not in the child, which would wait for them
 def test_a_stream_in_a_forked_process_ends() -> None:
     """A worker that was forked after streams ran streams by a thread of its own."""
 

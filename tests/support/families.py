@@ -142,7 +142,7 @@ def forked_and_saved(family: str, folder: Path) -> None:
     with tiny_chat.runtime(4, on=model(family), policy="am-halving") as made:
         session = made.session()
         session.append("user", "a long way to go and nobody there to ask for it")
-        session.generate(max_new_tokens=10, do_sample=False)
+        session.generate(max_new_tokens=3, do_sample=False)
         assert session.stats.compactions
         session.save(folder / family)
         fork, loaded = session.fork(), made.load(folder / family)
@@ -151,7 +151,7 @@ def forked_and_saved(family: str, folder: Path) -> None:
         ends = []
         for each in (fork, loaded, session):
             each.append("user", "and on")
-            each.generate(max_new_tokens=4, do_sample=False)
+            each.generate(max_new_tokens=2, do_sample=False)
             ends.append((list(each.ids), tiny_chat.slots(each)))
         for ids, slots in ends[:2]:
             assert ids == ends[2][0]

@@ -19,6 +19,7 @@ import pytest
 
 from agentmem.cli import ablate
 from agentmem.evaluation.ablation import rows as ablation_rows
+from support import forked
 from support.shell import agentmem, refused
 
 COMMAND = "import sys; from agentmem.cli import main; sys.exit(main())"
@@ -52,7 +53,7 @@ def arguments(folder: Path, out: str) -> list[str]:
 
 def start(folder: Path, out: str, before: str = "", **environment: str) -> subprocess.Popen[str]:
     """The command in a process of its own, in which some code runs before it."""
-    return subprocess.Popen(
+    return forked.Popen(
         [sys.executable, "-c", before + COMMAND, "ablate", *arguments(folder, out)],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         stdout=subprocess.PIPE,

@@ -36,6 +36,7 @@ from oracles import eviction as reference_eviction
 from oracles import matching as oracle
 from oracles import pursuit as reference_pursuit
 from support import tiny
+from support.matrices import matrix
 
 FITTING = ("omp", "omp-fast", "omp-progressive", "omp-needles")
 """Selectors that fit β themselves."""
@@ -100,14 +101,17 @@ def quarter(case: Case) -> Case:
     return replace(case, held=tuple(held), slots=tuple(slots), queries=-(-case.queries // 4))
 
 
-@EVERY
-@pytest.mark.parametrize("mass", ["projected", "exact", "none"])
-@pytest.mark.parametrize("values", ["fitted", "own"])
-def test_every_composition_keeps_the_laws(name: str, mass: str, values: str) -> None:
+@matrix(
+    name=list(SELECTORS),
+    mass=["projected", "exact", "none"],
+    values=["fitted", "own"],
+    carry=[0, 0.9],
+    refine=[0, 2],
+)
+def test_every_composition_keeps_the_laws(name: str, mass: str, values: str, carry: float, refine: int) -> None:
     """Whatever selects, fits β and fits values, with and without carried importance and refinement."""
-    for carry, refine in itertools.product((0.0, 0.9), (0, 2)):
-        made = halving(name, mass=mass, values=values, carry=carry, refine=refine)
-        check_policy(replace(made, budgets=Free()), shapes=(TINY,)).raise_if_broken()
+    made = halving(name, mass=mass, values=values, carry=carry, refine=refine)
+    check_policy(replace(made, budgets=Free()), shapes=(TINY,)).raise_if_broken()
 
 
 @EVERY

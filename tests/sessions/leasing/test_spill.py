@@ -6,7 +6,6 @@ import gc
 import json
 import os
 import stat
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 
 from agentmem.errors import AgentmemError
 from agentmem.sessions.leasing.spill import Spill
-from support import tiny_chat
+from support import forked, tiny_chat
 
 KILLED = (
     "import os, sys, pathlib; from agentmem.sessions.leasing.spill import Spill; "
@@ -27,7 +26,8 @@ KILLED = (
 def run(place: Path | None, *, killed: bool = True, **variables: str) -> None:
     """A process that leaves a file in its spill folder, killed or at its end."""
     words = [str(int(killed)), *([] if place is None else [str(place)])]
-    subprocess.run([sys.executable, "-c", KILLED, *words], check=not killed, env={**os.environ, **variables})
+    done = forked.run([sys.executable, "-c", KILLED, *words], env={**os.environ, **variables})
+    assert done.returncode == (9 if killed else 0), done.stderr
 
 
 def test_what_a_killed_process_left_is_deleted_and_what_a_living_one_has_is_not(tmp_path: Path) -> None:

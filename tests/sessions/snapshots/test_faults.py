@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -23,6 +22,7 @@ from agentmem.errors import AgentmemError, SnapshotRefused
 from agentmem.sessions.snapshots import files
 from agentmem.sessions.snapshots import folder as snapshot_folder
 from agentmem.sessions.snapshots.files import read_manifest
+from support import forked
 from support.snapshot_versions import data_files, load, loaded_version, save, tensors_of
 
 ROOT = Path(__file__).parents[3]
@@ -166,7 +166,7 @@ def test_a_damaged_snapshot_can_be_saved_over(folder: Path) -> None:
 def test_killed_savers_and_damaged_snapshots() -> None:
     """Killed at any moment, a save loses and spoils nothing; 48 corruptions of 24 kinds are all refused."""
     command = [sys.executable, "-m", "benchmarks.snapshot_kills", "--kills", "6", "--corruptions", "48", "--mib", "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    done = forked.run(command, cwd=ROOT, text=True)
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6 kills while saving 1 MiB: 0 lost or spoiled" in done.stdout

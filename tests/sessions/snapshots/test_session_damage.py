@@ -88,6 +88,7 @@ def killed(session: Session, url: Path, last: int) -> None:
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="the child has the session by fork")
+@pytest.mark.usefixtures("one_thread")  # OpenMP's others are not in the child, which would wait for them
 def test_a_kill_at_any_moment_of_a_save_leaves_a_session(tmp_path: Path) -> None:
     """Killed before the new snapshot is whole, the old one is loaded; killed after, the new one."""
     processes, found = multiprocessing.get_context("fork"), set()

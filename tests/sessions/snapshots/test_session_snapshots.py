@@ -14,6 +14,7 @@ from agentmem.errors import AgentmemError, RuntimeBusy, SettingsRefused, Snapsho
 from agentmem.sessions import Runtime, Session
 from agentmem.sessions.conversation import Interrupted
 from support import tiny_chat
+from support.matrices import in_turn
 
 GEMMA = tiny_chat.model("gemma3_text", layers=2)
 FEW = tiny_chat.model(max_position_embeddings=160)
@@ -52,8 +53,7 @@ def state_of(session: Session) -> dict[str, Any]:
     return {"stats": stats, "transcript": session.transcript, "dialogue": session.dialogue}
 
 
-@pytest.mark.parametrize("sampled", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@in_turn(kind=list(KINDS), sampled=[False, True])
 def test_a_loaded_session_goes_on_as_if_it_had_never_stopped(kind: str, sampled: bool, tmp_path: Path) -> None:
     """Saved in mid-dialogue with an open reply, loaded by another runtime: the same tokens, slots and reports."""
     options = {"do_sample": sampled}

@@ -67,7 +67,7 @@ class Session(Conversation):
             target: what that leaves: a fraction, or slots per head; a quarter without it.
             focus: a text: what must stay recallable.
             policy: one of the session's: one with adaptive budgets, such as
-                ``am-halving[budgets=adaptive;output_error=0.1]``, leaves what its errors allow instead of ``target``.
+                ``am-halving[budgets=adaptive[output_error=0.1]]``, leaves what its errors allow instead of ``target``.
             deadline: seconds; what is not read by then is read by the next turn, and no longer compacted after it was
                 read.
 

@@ -157,7 +157,7 @@ def test_a_target_that_nothing_meets_is_refused(field: str, value: float) -> Non
     """With its name and value; so are an option that these budgets do not have, and a allocate without curves."""
     with pytest.raises(ValueError, match=f"{field}: {value} is no error target; give a number above 0"):
         by_name("adaptive", **{field: value})
-    with pytest.raises(ValueError, match="'adaptive' have no option 'output_eror'; did you mean 'output_error'"):
+    with pytest.raises(ValueError, match="'adaptive' has no option 'output_eror'; did you mean 'output_error'"):
         by_name("adaptive", output_eror=0.1)
     with pytest.raises(ValueError, match="0 surveys for 2 layers: adaptive budgets read error curves"):
         Adaptive().allocate(BudgetRequest(((3,), (3,)), 2, 1))

@@ -21,7 +21,7 @@ Source = Literal["replay", "repeat", "spread", "transcript", "focus", "self-stud
 - ``focus``: a text that the caller gives (``text``): what must stay recallable.
 - ``self-study``: what the model itself writes about its memory (questions and answers, facts, a summary, structured
   data: one after the other at successive compactions, or after ``text``), in scratch slots that are kept free for it.
-- ``live``: the queries of the newest tokens, kept as the model asked them, bounded in bytes.
+- ``live``: the queries of the newest tokens, kept from the model's own forwards, bounded in bytes.
 - ``context``: a sample of the queries of everything read so far, kept likewise.
 - ``random``: random directions with the norms of live queries.
 """
@@ -156,7 +156,7 @@ class Queries:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """One stretch of reference queries, as attention was asked them: ``queries [heads * group, n, d]``.
+    """One stretch of reference queries, as attention gets them: ``queries [heads * group, n, d]``.
 
     Query heads in the model's order, post-RoPE, in the model's dtype. ``span`` says which tokens of the transcript
     they are the queries of, where they are of any.

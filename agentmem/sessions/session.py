@@ -297,7 +297,7 @@ class Session(Conversation):
         check_count("pin: start", start)
         check_count("pin: stop", stop)
         with self.runtime.turn(self, brief=True):
-            pin(self.memory, self.memory.rows[0], start, stop, coming=len(self.pending))
+            pin(self.memory, self.memory.sequences[0], start, stop, coming=len(self.pending))
 
     def unpin(self, start: int, stop: int) -> None:
         """Let the tokens ``start .. stop`` of the transcript be compacted again, whatever had them pinned.
@@ -312,7 +312,7 @@ class Session(Conversation):
         check_count("unpin: start", start)
         check_count("unpin: stop", stop)
         with self.runtime.turn(self, brief=True):
-            unpin(self.memory.rows[0], start, stop, coming=len(self.pending))
+            unpin(self.memory.sequences[0], start, stop, coming=len(self.pending))
 
     # ---- branches and files
 

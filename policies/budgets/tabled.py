@@ -14,7 +14,7 @@ LAYER_CEILING = 2.0
 
 
 class Tabled(Budgets):
-    """Follows a file's table, or the shipped one of the model that :meth:`check` is asked about.
+    """Follows a file's table, or the shipped one of the model that :meth:`check` is called with.
 
     ``floor`` is the fraction of an equal share that every head gets. ``any_weights`` takes a table made for other
     weights of the same heads, as a fine-tune may. ``head_ceiling`` and ``layer_ceiling`` are in equal shares.

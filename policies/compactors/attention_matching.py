@@ -1,7 +1,7 @@
 """Attention Matching: choose the slots that stay, fit β to the mass, then the values to the output.
 
 Source: "Fast KV Compaction via Attention Matching", arXiv:2602.16284. Added here: both fits are anchored at the kept
-slots themselves, β is carried from one compaction to the next, and so is a slot's importance if asked for.
+slots themselves, β is carried from one compaction to the next, and so is a slot's importance with ``carry``.
 """
 
 from __future__ import annotations

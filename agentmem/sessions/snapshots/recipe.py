@@ -156,11 +156,11 @@ def _check_names(inner: Mapping[str, Any]) -> None:
 
 def template_digest(tools: Sequence[Tool] | None, options: Mapping[str, Any] | None) -> str:
     """What a chat template is given besides messages; a function counts by its name, signature and docstring."""
-    told = [
+    functions = [
         tool if isinstance(tool, dict) else [tool.__qualname__, str(inspect.signature(tool)), tool.__doc__]
         for tool in tools or ()
     ]
-    return _digest([told, dict(options or {})])
+    return _digest([functions, dict(options or {})])
 
 
 def _digest(value: object) -> str:

@@ -313,7 +313,7 @@ def test_targets_between_are_met_with_slots_between() -> None:
         with exact(policy(error)) as memory:
             tiny.feed(memory, tiny.ids(49))
             left.append(memory.compactions[0].slots_after)
-            unequal |= any(len(set(store.lengths)) > 1 for store in memory.memory.rows[0].stores if store)
+            unequal |= any(len(set(store.lengths)) > 1 for store in memory.memory.sequences[0].stores if store)
     assert left == sorted(left, reverse=True)
     assert len(set(left)) >= 4
     assert unequal
@@ -357,11 +357,11 @@ def test_a_whole_compaction_allocates_no_more_than_planned(error: float) -> None
 
     def compact() -> None:
         for layer, store in enumerate(
-            memory.rows[0].stores
+            memory.sequences[0].stores
         ):  # born again: the profiler sees only frees of what it saw allocated
             assert store is not None
-            memory.rows[0].replace(layer, store.resized(store.capacities))
-        assert runs.compact(memory.rows[0]) is not None
+            memory.sequences[0].replace(layer, store.resized(store.capacities))
+        assert runs.compact(memory.sequences[0]) is not None
 
     resident = memory.ledger.resident
     memory.ledger.cap += plan.capacity * 2 * 148  # for the rebirth alone

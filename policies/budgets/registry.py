@@ -36,7 +36,10 @@ def by_name(name: str, **options: Any) -> Budgets:
     spec = specs.parsed(name, "budgets")
     if spec.name not in NAMES:
         hint = did_you_mean(spec.name, NAMES)
-        raise ValueError(f"budgets: {shown(spec.name)} is unknown; {hint}choose one of {', '.join(NAMES)}")
+        raise ValueError(
+            f"budgets: {shown(spec.name)} is unknown; {hint}choose one of {', '.join(NAMES)}; options follow "
+            "in brackets, as in calibrated[floor=0.5]"
+        )
     make = NAMES[spec.name]
     specs.check_options({**spec.options, **options}, make, f"budgets {spec.name!r}")
     return make(**specs.typed(spec.options, make) | options)

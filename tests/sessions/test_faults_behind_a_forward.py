@@ -43,7 +43,7 @@ LINES = (
     ("engine/scheduler.py", "submit", "self._arrived"),
     ("engine/scheduler.py", "_ended", "self._waiting ="),
     ("engine/scheduler.py", "_ended", "self._expected ="),
-    ("memory/forwards.py", "commit", "for row, each in zip"),
+    ("memory/forwards.py", "commit", "for sequence, each in zip"),
     ("memory/forwards.py", "commit", "memory.progress.consumed ="),
     ("compaction/run.py", "_give_headroom", "self.sequence.change"),
     ("ledger.py", "hold", "self._held["),

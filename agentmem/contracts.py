@@ -73,7 +73,7 @@ class HeadSegment:
 
     ``keys [T, d]`` and ``values [T, dv]`` in the model's dtype (keys carry their RoPE phase), ``bias [T]`` float32
     (β, added to the attention logit), ``positions [T]`` int32 ascending, ``scores [T]`` float32 or ``None`` when the
-    policy asked for no score column (see :attr:`Compactor.scores`).
+    policy keeps no score column (see :attr:`Compactor.scores`).
     """
 
     keys: torch.Tensor
@@ -92,7 +92,7 @@ class HeadSegment:
 class Segment:
     """One layer's segment: between prefix and recent, one :class:`HeadSegment` per KV head.
 
-    ``references`` are the reference queries in parts (none when the policy asked for none); ``scale`` multiplies the
+    ``references`` are the reference queries in parts (none where the policy has no queries); ``scale`` multiplies the
     logits; ``generator`` is the only randomness a compactor may use.
     """
 
@@ -173,7 +173,7 @@ class Curve:
 class Survey:
     """What a survey of one layer found. ``scores`` has one ``[T]`` float32 tensor per KV head, ``curves`` one each.
 
-    Each is empty unless the budgets asked for it.
+    Each is empty unless the budgets need it.
     """
 
     layer: int
@@ -232,7 +232,7 @@ class Budgets(ABC):
     """The most that the heads of one layer can get together, in equal shares."""
 
     def check(self, model: ModelIdentity) -> None:  # noqa: B027  # most budgets fit every model
-        """Raise ValueError where these budgets are not for that model; asked once, before any work."""
+        """Raise ValueError where these budgets are not for that model; called once, before any work."""
 
     @abstractmethod
     def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:

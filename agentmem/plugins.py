@@ -2,23 +2,24 @@
 
 An entry point names a factory: called with keyword options, all of them optional, it returns a
 :class:`agentmem.contracts.Policy`. This is the only dynamic import of the project. A *spec* is a policy with options
-as one text: ``am-halving[score=max,steps=4]``.
+as one text, ``am-halving[score=max,steps=4]``, which :mod:`agentmem.specs` reads.
 """
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from agentmem import specs
 from agentmem.contracts import Policy
 from agentmem.errors import SettingsRefused, UnknownPolicy
+from agentmem.untrusted.texts import did_you_mean, shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,10 +27,7 @@ if TYPE_CHECKING:
     from agentmem.contracts import PolicyFactory
 
 GROUP = "agentmem.policies"
-MAX_SPEC = 4096
-"""Characters of a spec, or of a list of them, at most: they may come from a snapshot."""
-SPEC = "name[option=value,option=value]"
-"""How a policy with options is written."""
+_NONE: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +64,15 @@ def policy(name_or_policy: str | Policy, **options: object) -> Policy:
         raise SettingsRefused(
             f"policy {name_or_policy!r} is neither a name nor a Policy; give one of {', '.join(names())}, or a Policy"
         )
-    _check_length(name_or_policy)
-    name, written = _read(name_or_policy)
-    twice = ", ".join(sorted(written.keys() & options.keys()))
+    try:
+        spec = specs.parsed(name_or_policy, "policy")
+    except ValueError as error:
+        raise SettingsRefused(str(error)) from None
+    twice = ", ".join(sorted(spec.options.keys() & options.keys()))
     if twice:
         raise SettingsRefused(f"policy {name_or_policy!r}: option {twice} is given beside the spec too; give it once")
-    made = _make(_only(name), {**written, **options})
-    return replace(made, name=name_or_policy.strip()) if written else made
+    made = _make(_only(spec.name), options, spec.options)
+    return replace(made, name=name_or_policy.strip()) if spec.options else made
 
 
 def beside(extra_policies: Sequence[str | Policy]) -> list[Policy]:
@@ -92,15 +92,17 @@ def beside(extra_policies: Sequence[str | Policy]) -> list[Policy]:
         raise type(error)(f"extra_policies: {error}") from error
 
 
-def specs(text: str) -> list[str]:
-    """The names and specs of a comma-separated list, each once; commas inside brackets belong to their spec.
+def listed(text: str) -> list[str]:
+    """The names and specs of a comma-separated list, each once.
 
     Raises:
-        SettingsRefused: the list is empty, or a bracket has no partner.
+        SettingsRefused: the list is empty, or cannot be read.
 
     """
-    _check_length(text)
-    found = [spec.strip() for spec in _split(text, text) if spec.strip()]
+    try:
+        found = specs.entries(text, "policies")
+    except ValueError as error:
+        raise SettingsRefused(str(error)) from None
     if not found:
         raise SettingsRefused(f"policies: {text!r} names no policy; write am-halving,window")
     return list(dict.fromkeys(found))
@@ -117,90 +119,12 @@ def catalogue() -> list[CatalogueRow]:
     for name, points in sorted(_registered().items()):
         distribution = ", ".join(map(_distribution, points))
         try:
-            made = _make(_only(name), {})
+            made = _make(_only(name))
         except SettingsRefused as error:
             rows.append(CatalogueRow(name, "", "", distribution, str(error)))
         else:
             rows.append(CatalogueRow(name, made.summary, made.source, distribution))
     return rows
-
-
-def _check_length(spec: str) -> None:
-    if len(spec) > MAX_SPEC:
-        raise SettingsRefused(
-            f"policy {spec[:40]!r}… has {len(spec)} characters; {MAX_SPEC} are allowed. Make the policy in Python"
-        )
-
-
-def _read(spec: str) -> tuple[str, dict[str, object]]:
-    """The name and the options of a spec; a plain name has none."""
-    name, bracket, rest = (part.strip() for part in spec.partition("["))
-    options: dict[str, object] = {}
-    if not bracket and "]" not in name:
-        return name, options
-    if not name or not rest.endswith("]"):
-        raise SettingsRefused(f"policy {spec!r} cannot be read: {_misplaced(name, rest)}; write {SPEC}")
-    for item in _split(rest[:-1], spec):
-        option, equals, value = (part.strip() for part in item.partition("="))
-        if not option.isidentifier() or not equals or not value:
-            raise SettingsRefused(f"policy {spec!r} cannot be read: {item.strip()!r} is no option=value; write {SPEC}")
-        if option in options:
-            raise SettingsRefused(f"policy {spec!r}: option {option!r} is given twice; give it once")
-        options[option] = _Written(value)
-    return name, options
-
-
-def _misplaced(name: str, rest: str) -> str:
-    if not rest:
-        return "']' without '['" if "]" in name else "nothing follows '['"
-    if "]" not in rest:
-        return "its '[' is never closed"
-    return "']' does not end it" if name else "no name before '['"
-
-
-def _split(text: str, whole: str) -> list[str]:
-    """``text`` at its commas, those inside brackets left alone; ``whole`` is what a refusal quotes."""
-    pieces, depth = [""], 0
-    for character in text:
-        depth += (character == "[") - (character == "]")
-        if depth < 0:
-            break
-        if character == "," and depth == 0:
-            pieces.append("")
-        else:
-            pieces[-1] += character
-    if depth:
-        fault = "a '[' is never closed" if depth > 0 else "a ']' closes nothing"
-        raise SettingsRefused(f"policy {whole!r} cannot be read: {fault}; write {SPEC}")
-    return pieces
-
-
-class _Written(str):
-    """An option's value as a spec has it; what it is, the factory's default says."""
-
-    __slots__ = ()
-
-
-def _typed(factory: PolicyFactory, options: dict[str, object]) -> dict[str, object]:
-    """Written values as texts where the factory's default is one (a pattern of digits stays a text)."""
-    known = inspect.signature(factory).parameters
-    texts = {name for name, parameter in known.items() if isinstance(parameter.default, str)}
-    return {
-        name: value if not isinstance(value, _Written) else str(value) if name in texts else _value(value)
-        for name, value in options.items()
-    }
-
-
-def _value(text: str) -> object:
-    """An integer, a number or a truth value if it reads as one, else the text."""
-    if text in ("true", "false"):
-        return text == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return str(text)
 
 
 def _registered() -> Mapping[str, list[EntryPoint]]:
@@ -229,27 +153,32 @@ def _only(name: str) -> EntryPoint:
     registered = _registered()
     points = registered.get(name, [])
     if not points:
-        lower = {each.lower(): each for each in registered}
-        near = [lower[each] for each in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.5)]
-        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-        raise UnknownPolicy(f"policy {name!r} is unknown; {hint}Installed: {', '.join(sorted(registered)) or 'none'}")
+        installed = ", ".join(sorted(registered)) or "none"
+        raise UnknownPolicy(
+            f"policy {shown(name)} is unknown; {did_you_mean(name, registered, most=3)}Installed: {installed}"
+        )
     if len(points) > 1:
         offers = " and ".join(f"{point.value!r} of {_distribution(point)}" for point in points)
         raise SettingsRefused(f"policy {name!r} is offered {len(points)} times: {offers}; uninstall all but one")
     return points[0]
 
 
-def _make(point: EntryPoint, options: dict[str, object]) -> Policy:
+def _make(point: EntryPoint, given: Mapping[str, object] = _NONE, written: Mapping[str, str] = _NONE) -> Policy:
+    """The policy of that entry point, with options as values and as a spec has them."""
     factory = _load(point)
-    _check_options(point.name, factory, options)
+    options = {**written, **given}
     try:
-        made = factory(**_typed(factory, options))
+        specs.check_options(options, factory, f"policy {point.name!r}")
+    except ValueError as error:
+        raise SettingsRefused(str(error)) from None
+    try:
+        made = factory(**specs.typed(written, factory), **given)
     except ValueError as error:
         raise SettingsRefused(f"policy {point.name!r}: {error}") from error
     except TypeError as error:
-        given = ", ".join(f"{name}={value!r}" for name, value in options.items()) or "no options"
+        named = ", ".join(f"{name}={value!r}" for name, value in options.items()) or "no options"
         raise SettingsRefused(
-            f"{_origin(point)} failed with {given}: TypeError: {error}; check the options' values"
+            f"{_origin(point)} failed with {named}: TypeError: {error}; check the options' values"
         ) from error
     except Exception as error:
         raise SettingsRefused(
@@ -279,19 +208,6 @@ def _load(point: EntryPoint) -> PolicyFactory:
 def _origin(point: EntryPoint) -> str:
     """What an error calls it; a distribution's name and version are read from its files."""
     return f"policy {point.name!r}, factory {point.value!r} of {_distribution(point)}"
-
-
-def _check_options(name: str, factory: PolicyFactory, options: dict[str, object]) -> None:
-    """Refuse option names that the factory does not take, before it runs."""
-    parameters = inspect.signature(factory).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return
-    for option in options:
-        if option not in parameters:
-            near = difflib.get_close_matches(option, parameters, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            known = ", ".join(parameters) or "none"
-            raise SettingsRefused(f"policy {name!r} has no option {option!r}; {hint}Its options: {known}")
 
 
 def _distribution(point: EntryPoint) -> str:

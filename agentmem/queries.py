@@ -1,13 +1,15 @@
-"""Reference queries: which sources a policy asks for, and what the runtime hands to it. A leaf: it imports torch."""
+"""Reference queries: which sources a policy asks for, and what the runtime hands to it."""
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from typing import Literal, cast, get_args
 
 import regex
 import torch
+
+from agentmem import specs
+from agentmem.untrusted.texts import did_you_mean
 
 Source = Literal["replay", "repeat", "spread", "transcript", "focus", "self-study", "live", "context", "random"]
 """Where one part of the reference queries comes from:
@@ -19,7 +21,7 @@ Source = Literal["replay", "repeat", "spread", "transcript", "focus", "self-stud
 - ``focus``: a text that the caller gives (``text``): what must stay recallable.
 - ``self-study``: what the model itself writes about its memory (questions and answers, facts, a summary, structured
   data: one after the other at successive compactions, or after ``text``), in scratch slots that are kept free for it.
-- ``live``: the queries of the newest tokens, kept as the model asked them, bounded in bytes.
+- ``live``: the queries of the newest tokens, kept from the model's own forwards, bounded in bytes.
 - ``context``: a sample of the queries of everything read so far, kept likewise.
 - ``random``: random directions with the norms of live queries.
 """
@@ -42,8 +44,6 @@ MAX_PATTERN = 4096
 """Characters of a regular expression."""
 MAX_INSTRUCTION = 32
 """Tokens of an instruction of ``self-study`` at most."""
-_NUMBER = r"(\d++(?:\.\d*+)?|\.\d++)"  # possessive: a run of digits is read once, whatever follows it
-_PART = re.compile(rf"\s*+([a-z-]++)(?::{_NUMBER})?(?:\*{_NUMBER})?\s*+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,9 @@ class Part:
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
         if self.source not in get_args(Source):
-            raise ValueError(f"probe: {self.source!r} is unknown; choose from {', '.join(get_args(Source))}")
+            known = get_args(Source)
+            hint = did_you_mean(self.source, known)
+            raise ValueError(f"probe: {self.source!r} is unknown; {hint}choose from {', '.join(known)}")
         for name in ("share", "weight"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"probe: the {name} of {self.source!r} is {getattr(self, name)}; give one above 0")
@@ -91,19 +93,12 @@ class Queries:
         """Parse ``"replay"``, ``"replay+spread"``, ``"replay:3+spread:1*0.5"``: ``source[:share][*weight]``, joined.
 
         Raises:
-            ValueError: a source is unknown, or a share or weight is not positive.
+            ValueError: the text cannot be read, a source is unknown, or a share or weight is not positive.
 
         """
-        parts = []
-        for piece in text.split("+"):
-            match = _PART.fullmatch(piece)
-            if match is None:
-                raise ValueError(
-                    f"probe: cannot read {piece[:80]!r}; write source[:share][*weight], as in replay:3+spread"
-                )
-            source, share, weight = match.groups()
-            words = focus if source == "focus" else ""
-            parts.append(Part(cast("Source", source), float(share or 1), float(weight or 1), words))
+        terms = specs.mixture(text, "probe")
+        words = {"focus": focus}
+        parts = [Part(cast("Source", t.name), t.share, t.weight, words.get(t.name, "")) for t in terms]
         return cls(tuple(parts), tokens)
 
     def __post_init__(self) -> None:
@@ -161,7 +156,7 @@ class Queries:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """One stretch of reference queries, as attention was asked them: ``queries [heads * group, n, d]``.
+    """One stretch of reference queries, as attention gets them: ``queries [heads * group, n, d]``.
 
     Query heads in the model's order, post-RoPE, in the model's dtype. ``span`` says which tokens of the transcript
     they are the queries of, where they are of any.

@@ -144,8 +144,8 @@ class Crowd:
             memory = session.holding.memory
             if memory is None:
                 continue
-            stores = [store for row in memory.rows for store in row.stores if store is not None]
-            samples = [sample for row in memory.rows for layer in row.samples for sample in layer]
+            stores = [store for row in memory.sequences for store in row.stores if store is not None]
+            samples = [sample for row in memory.sequences for layer in row.samples for sample in layer]
             held = sum(each.allocated_bytes for each in (*stores, *samples))
             ledger = memory.ledger
             if ledger.resident != held or ledger.peak > ledger.cap:

@@ -55,7 +55,7 @@ def message(number: int, turn: int) -> str:
 def digest(session: Session) -> str:
     """All that a session's memory holds, and its ids, in 64 hexadecimal digits."""
     made = hashlib.sha256(repr(list(session.ids)).encode())
-    for store in session.memory.rows[0].stores:
+    for store in session.memory.sequences[0].stores:
         for head in range(0 if store is None else len(store.lengths)):
             assert store is not None  # noqa: S101  # there are no heads without one
             segment = store.segment(head, 0, 0)
@@ -109,7 +109,7 @@ def _write(session: Session, tokens: int, options: dict[str, Any]) -> None:
 
 def _state(session: Session, *, wrote: bool) -> str:
     """Where a cancel fell, by what it left."""
-    row = session.memory.rows[0]
+    row = session.memory.sequences[0]
     if row.job is None:
         return "between forwards, tokens written" if wrote else "before or in the first forward"
     held = [(row.job.held(index, store), row.job.budgets[index]) for index, store in enumerate(row.stores) if store]

@@ -84,7 +84,7 @@ class Soak:
 
 def audit(memory: Memory, soak: Soak) -> None:
     """The ledger holds what the storages hold."""
-    (row,) = memory.rows
+    (row,) = memory.sequences
     stores = [store for store in row.stores if store is not None]
     held = sum(store.allocated_bytes for store in stores)
     ledger = memory.ledger

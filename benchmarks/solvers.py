@@ -164,10 +164,9 @@ class Method:
         keys, bias, values = problem.keys[chosen.kept], chosen.bias, chosen.anchor
         whole = problem.attention()
         if self.fits_values:
-            values = fit_values(whole, whole.over(keys, bias), problem.values, values, ridge=3e-3, bound=2.0).values
+            values = fit_values(whole, whole.over(keys, bias), problem.values, values, ridge=3e-3, bound=2.0).value
         if self.refines:
-            refined = refine(whole, whole.over(keys, bias), problem.values, values)
-            keys, bias, values = refined.keys, refined.bias, refined.values
+            keys, bias, values = refine(whole, whole.over(keys, bias), problem.values, values).value
         ended = clocks()
         times = (chosen_at[0] - began[0], chosen_at[1] - began[1], ended[0] - began[0], ended[1] - began[1])
         return (keys, bias, values), times
@@ -191,7 +190,7 @@ def highest_attention(problem: Problem, count: int) -> Chosen:
     kept = top(found.scores, count)
     plain = whole.over(problem.keys[kept], torch.zeros(count))
     fitted = fit_mass(plain, found.log_mass, ridge=1e-2, bound=3.0, steps=2)
-    return Chosen(kept, fitted.log_weights, problem.values[kept])
+    return Chosen(kept, fitted.value, problem.values[kept])
 
 
 def highest_attention_exact(problem: Problem, count: int) -> Chosen:
@@ -201,7 +200,7 @@ def highest_attention_exact(problem: Problem, count: int) -> Chosen:
     kept = top(found.scores, count)
     gram, pull, _ = relative_gram(whole.over(problem.keys[kept], torch.zeros(count)), found.log_mass)
     fitted = bounded_least_squares(gram, pull, low=math.exp(-3), high=math.exp(3), ridge=1e-2)
-    return Chosen(kept, fitted.solution.log().float(), problem.values[kept])
+    return Chosen(kept, fitted.value.log().float(), problem.values[kept])
 
 
 def merged(problem: Problem, count: int) -> Chosen:
@@ -211,7 +210,7 @@ def merged(problem: Problem, count: int) -> Chosen:
     mean = importance(whole, "mean").scores.clamp_(min=1e-12).log_()
     bias = torch.zeros(len(scores))
     found = merge(problem.keys, problem.values, bias, scores, count, threshold=0.99, log_weights=mean, rest="nearest")
-    return Chosen(found.kept, found.bias, found.values)
+    return Chosen(*found.value)
 
 
 def merged_prior(problem: Problem, count: int) -> Chosen:
@@ -221,7 +220,7 @@ def merged_prior(problem: Problem, count: int) -> Chosen:
     log_mass = importance(whole).log_mass
     plain = whole.over(problem.keys[start.kept], start.bias)
     fitted = fit_mass(plain, log_mass, ridge=1e-2, bound=3.0, steps=2)
-    return Chosen(start.kept, start.bias + fitted.log_weights, start.anchor)
+    return Chosen(start.kept, start.bias + fitted.value, start.anchor)
 
 
 def pursuit(schedule: Schedule, *, margin: int | None = None) -> Callable[[Problem, int], Chosen]:
@@ -233,8 +232,8 @@ def pursuit(schedule: Schedule, *, margin: int | None = None) -> Callable[[Probl
         likely = top(found.scores, len(found.scores) if margin is None else count + margin)
         part = whole.over(problem.keys[likely], torch.zeros(len(likely)))
         pursued = pursue(part, found.log_mass, count, schedule=schedule, ridge=PURSUIT_RIDGE)
-        kept = likely[pursued.kept]
-        return Chosen(kept, pursued.log_weights, problem.values[kept])
+        kept = likely[pursued.value.kept]
+        return Chosen(kept, pursued.value.log_weights, problem.values[kept])
 
     return choose
 

@@ -43,7 +43,7 @@ def am_halving(
     ``probe`` is a mixture as :meth:`Queries.of` reads it, ``probe_tokens`` how many tokens (``None``: the plan
     chooses), ``focus`` the text of a ``focus`` part, ``pattern`` a regular expression for what must not be lost.
     ``budgets`` is read by :func:`agentmem.policies.budgets.registry.by_name`, options as in
-    ``"calibrated;floor=0.5"``; the rest are the options of :class:`AttentionMatching`.
+    ``"calibrated[floor=0.5]"``; the rest are the options of :class:`AttentionMatching`.
 
     Raises:
         ValueError: an option's value cannot work.

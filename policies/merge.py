@@ -83,7 +83,8 @@ class Merging(Observation):
             rest=self.rest,
             rows=self._rows(head.slots, head.keys.shape[1]),
         )
-        return HeadCompaction(merged.kept, merged.bias, merged.values.to(head.values.dtype))
+        kept, bias, values = merged.value
+        return HeadCompaction(kept, bias, values.to(head.values.dtype))
 
     def _rows(self, slots: int, key_dim: int) -> int:
         return max(_LEAST_ROWS, self.block_bytes // (FLOAT * (slots + key_dim)))

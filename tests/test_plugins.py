@@ -202,11 +202,14 @@ def test_an_option_of_a_spec_is_not_overruled() -> None:
 
 def test_a_list_is_split_outside_brackets_only() -> None:
     """Commas inside brackets stay, repetitions and empty entries go."""
-    assert plugins.specs("window, am-halving[score=max,steps=4],,window") == ["window", "am-halving[score=max,steps=4]"]
+    assert plugins.listed("window, am-halving[score=max,steps=4],,window") == [
+        "window",
+        "am-halving[score=max,steps=4]",
+    ]
 
 
 @pytest.mark.parametrize(("text", "message"), [(" ,", "names no policy"), ("a,b[c=1", "closed"), ("a],b", "nothing")])
 def test_a_list_that_cannot_be_split_is_refused(text: str, message: str) -> None:
     """An empty list, and brackets without a partner."""
     with pytest.raises(SettingsRefused, match=message):
-        plugins.specs(text)
+        plugins.listed(text)

@@ -227,8 +227,10 @@ def _tokens(group: int, tokens: int) -> int:
 def _compiled(queries: torch.Tensor, runs: Sequence[Run]) -> bool:
     """Whether compiled code serves this decode step: slots of a form that it knows, one behind the other."""
     form = _form(queries, runs)
-    sizes = tuple(quantised.row_bytes(dim) if form.quantised else dim for dim in (form.key_dim, form.value_dim))
-    return form.served and all(_plain(run, *sizes, torch.uint8 if form.quantised else form.dtype) for run in runs)
+    dim, width, dtype = form.key_dim, form.value_dim, form.dtype
+    if form.quantised:
+        dim, width, dtype = quantised.row_bytes(dim), quantised.row_bytes(width), torch.uint8
+    return form.served and all(_plain(run, dim, width, dtype) for run in runs)
 
 
 def _form(queries: torch.Tensor, runs: Sequence[Run]) -> decode.Form:

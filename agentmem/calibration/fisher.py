@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from agentmem.hf.capture import Asked, attended
+from agentmem.hf.capture import AttentionCall, attended
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,7 +58,7 @@ def _gradients(window: Window, layers: Sequence[int]) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def _losses(asked: Asked, past: Asked, gradients: torch.Tensor, heads: int) -> torch.Tensor:
+def _losses(asked: AttentionCall, past: AttentionCall, gradients: torch.Tensor, heads: int) -> torch.Tensor:
     """½ E (g · d)² per token of every KV head ``[heads]``, its group's query heads taken together."""
     output = attended(asked.queries, asked.keys, asked.values, past, asked.scale, sinks=asked.sinks)
     change = (output - asked.output).float()

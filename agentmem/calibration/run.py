@@ -102,7 +102,7 @@ class Team:
             return cls()
         from accelerate import PartialState
 
-        # It joins no processes on a CPU unless told, and one may wait for the others as long as their work takes.
+        # On a CPU it joins processes only on request, and one may wait for the others as long as their work takes.
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
         return cls(state.process_index, state.num_processes, state.wait_for_everyone)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from agentmem.calibration.terms import Terms
     from agentmem.contracts import Compactor
-    from agentmem.hf.capture import Asked, Reader, Reading
+    from agentmem.hf.capture import AttentionCall, Reader, Reading
 
 
 def cut(ids: torch.Tensor, terms: Terms) -> list[torch.Tensor]:
@@ -64,7 +64,7 @@ class Window:
         """What comes next, without a graph of it."""
         return self.read_ahead(self.context.layers)
 
-    def read_ahead(self, past: Sequence[Asked], *, gradient: bool = False) -> Reading:
+    def read_ahead(self, past: Sequence[AttentionCall], *, gradient: bool = False) -> Reading:
         """Read what comes next against a past, with logits."""
         context = self.terms.context
         return self.reader.read(self.ids[context:], start=context, past=past, logits=True, gradient=gradient)
@@ -96,7 +96,7 @@ class Window:
         """Slots of a head that are this fraction of its segment, at least one."""
         return max(1, round(fraction * self.terms.segment))
 
-    def compact(self, segment: Segment, compactor: Compactor, slots: Sequence[int]) -> Asked:
+    def compact(self, segment: Segment, compactor: Compactor, slots: Sequence[int]) -> AttentionCall:
         """A layer's context with its heads compacted to ``slots``.
 
         Raises:
@@ -107,7 +107,7 @@ class Window:
         validate(compaction, segment, slots, policy=self.terms.policy)
         return self.compacted(segment.layer, compaction)
 
-    def compacted(self, layer: int, compaction: Compaction) -> Asked:
+    def compacted(self, layer: int, compaction: Compaction) -> AttentionCall:
         """A layer's context with this compaction in place: slots that are gone are hidden by a β of -inf."""
         context, span = self.context.layers[layer], self.span
         keys, values = context.keys.clone(), context.values.clone()

@@ -1,4 +1,4 @@
-"""What one compaction is to do: which slots of a row, by which policy, down to how many. Integers only."""
+"""What one compaction is to do: which slots of a sequence, by which policy, down to how many. Integers only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from agentmem.contracts import Policy
-    from agentmem.memory.sequence import Row
+    from agentmem.memory.sequence import TokenSequence
     from agentmem.planning.pricing import Plan
 
 
@@ -34,21 +34,21 @@ class Request:
 USUAL = Request()
 
 
-def make_job(row: Row, request: Request, policy: Policy, plan: Plan, layers: Sequence[int]) -> Job:
-    """The job of a row whose compactable layers are ``layers``; pins must have been promoted."""
-    front = row.front(plan.prefix)
-    recent = min(plan.recent, row.seen - min(plan.prefix, row.seen))
+def make_job(sequence: TokenSequence, request: Request, policy: Policy, plan: Plan, layers: Sequence[int]) -> Job:
+    """The job of a sequence whose compactable layers are ``layers``; pins must have been promoted."""
+    front = sequence.front(plan.prefix)
+    recent = min(plan.recent, sequence.seen - min(plan.prefix, sequence.seen))
     usual = request.start is None
-    start = row.compactable(request.start or 0, plan.prefix)
-    tail = 0 if usual else row.behind(start)
-    begins: list[tuple[int, ...]] = [()] * len(row.stores)
+    start = sequence.compactable(request.start or 0, plan.prefix)
+    tail = 0 if usual else sequence.behind(start)
+    begins: list[tuple[int, ...]] = [()] * len(sequence.stores)
     for layer in layers:
-        store = row.stores[layer]
+        store = sequence.stores[layer]
         assert store is not None  # noqa: S101  # the caller lists layers that hold something
         begins[layer] = tuple(min(front, length) if usual else length - tail for length in store.lengths)
     each = max(0, plan.target - front - recent) if request.slots is None else request.slots
     most = max(0, plan.limit - front - recent) if request.slots is None else request.slots
     if not usual and policy.budgets is not None and policy.budgets.adaptive:
         most = max(0, tail - recent)  # errors say how much of a span stays, up to all of it
-    first = min(plan.prefix, row.seen) if usual else start
+    first = min(plan.prefix, sequence.seen) if usual else start
     return Job(policy, plan, tuple(begins), recent, each, most, first, request.focus, request.text, usual)

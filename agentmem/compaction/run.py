@@ -1,4 +1,4 @@
-"""One compaction of one row: budgets, then layer by layer fit → check → commit, then headroom.
+"""One compaction of one sequence: budgets, then layer by layer fit → check → commit, then headroom.
 
 State *k* of a compaction is "layers before k compacted"; a commit swaps one store for another, so every state decodes
 correctly and an interrupted compaction goes on where it was. Failed layers are tried once more, then evicted to their
@@ -38,22 +38,22 @@ if TYPE_CHECKING:
     from agentmem.memory.forwards import Forwards
     from agentmem.memory.jobs import Job, Slots
     from agentmem.memory.memory import Memory
-    from agentmem.memory.sequence import Row
+    from agentmem.memory.sequence import TokenSequence
     from agentmem.memory.store import LayerStore
 
 ATTEMPTS = 2
 
 
-class RowCompaction:
-    """Compacts one row of a memory to its target and gives the freed slots out as headroom."""
+class SequenceCompaction:
+    """Compacts one sequence of a memory to its target and gives the freed slots out as headroom."""
 
-    def __init__(self, memory: Memory, forwards: Forwards, row: Row, request: Request = USUAL) -> None:
-        """Pins are promoted, and nothing else is changed yet; a compaction that has begun goes on as it was asked."""
-        self.memory, self.row, self.plan = memory, row, memory.plan_of(request.policy or memory.policy)
+    def __init__(self, memory: Memory, forwards: Forwards, sequence: TokenSequence, request: Request = USUAL) -> None:
+        """Pins are promoted, and nothing else is changed yet; a compaction that has begun keeps its own request."""
+        self.memory, self.sequence, self.plan = memory, sequence, memory.plan_of(request.policy or memory.policy)
         self.forwards, self.request = forwards, request
-        promote(memory, row)
-        self.job = row.job or self._job(request)
-        self.references = References(memory, forwards, row, self.job)
+        promote(memory, sequence)
+        self.job = sequence.job or self._job(request)
+        self.references = References(memory, forwards, sequence, self.job)
         self.held_out = HeldOut()
         self.layers: dict[int, LayerReport] = {}
         self.faults: list[str] = []
@@ -62,14 +62,14 @@ class RowCompaction:
 
     def _job(self, request: Request) -> Job:
         policy = request.policy or self.memory.policy
-        return make_job(self.row, request, policy, self.plan, [index for index, _ in self.row.full()])
+        return make_job(self.sequence, request, policy, self.plan, [index for index, _ in self.sequence.full()])
 
     @property
     def worthwhile(self) -> bool:
         """Whether a begun compaction is to be finished, or the segments hold more than is to be left on average."""
-        held = [slots for index, store in self.row.full() for slots in self.job.held(index, store)]
+        held = [slots for index, store in self.sequence.full() for slots in self.job.held(index, store)]
         compacts = self.job.policy.compactor is not None
-        return self.row.job is not None or (compacts and sum(held) > self.job.each * len(held))
+        return self.sequence.job is not None or (compacts and sum(held) > self.job.each * len(held))
 
     def run(self) -> CompactionReport:
         """Do it.
@@ -80,9 +80,9 @@ class RowCompaction:
             PolicyContractBroken: the policy returned something that its contract forbids.
 
         """
-        memory, row, policy = self.memory, self.row, self.job.policy
-        began, slots, resident = time.perf_counter(), row.held, memory.ledger.resident
-        log_events.compaction_started(row=row.index, policy=policy.name, tokens_seen=row.seen, slots=slots)
+        memory, sequence, policy = self.memory, self.sequence, self.job.policy
+        began, slots, resident = time.perf_counter(), sequence.held, memory.ledger.resident
+        log_events.compaction_started(row=sequence.index, policy=policy.name, tokens_seen=sequence.seen, slots=slots)
         outside = memory.ledger.outside() if policy.queries.outside_cap else nullcontext()
         with own_state(), torch.no_grad(), memory.ledger.watch() as peak, outside:
             self._rewrite()
@@ -96,11 +96,11 @@ class RowCompaction:
         self.seconds["probe"] = max(0.0, seconds - sum(self.seconds.values()))
         return CompactionReport(
             index=len(memory.compactions),
-            row=row.index,
+            row=sequence.index,
             policy=policy.name,
-            tokens_seen=row.seen,
+            tokens_seen=sequence.seen,
             slots_before=slots,
-            slots_after=row.held,
+            slots_after=sequence.held,
             bytes_before=resident,
             bytes_after=memory.ledger.resident,
             bytes_peak=peak[0],
@@ -118,24 +118,24 @@ class RowCompaction:
     def _rewrite(self) -> None:
         """Have the segment summarised, where the policy asks for it; what goes wrong leaves it to matching."""
         rewrite, language = self.job.policy.rewrite, self.memory.language
-        if rewrite is None or language is None or not self.job.whole or self.row.job is not None:
+        if rewrite is None or language is None or not self.job.whole or self.sequence.job is not None:
             return
         try:
             with self._stage("summary"):
-                request = Rewriting(self.memory, self.forwards, self.row, self.job, rewrite, language).run()
+                request = Rewriting(self.memory, self.forwards, self.sequence, self.job, rewrite, language).run()
             self.job = self._job(replace(request, policy=self.job.policy, focus=self.job.focus))
         except SummaryRefused as refused:
             self._note_fault(None, refused, "matching instead")
         except Exception as error:  # noqa: BLE001  # whatever a forward raises must not cost the memory
             traceback.clear_frames(error.__traceback__)
             self._note_fault(None, error, "matching instead")
-            self.job = self.row.state.job or self._job(self.request)
-        self.references = References(self.memory, self.forwards, self.row, self.job)
+            self.job = self.sequence.state.job or self._job(self.request)
+        self.references = References(self.memory, self.forwards, self.sequence, self.job)
 
     def _summary(self) -> SummaryReport | None:
         """Return and clear the pending summary, so that it is reported exactly once, even after an interrupt."""
-        found = self.row.state.summary
-        self.row.change(summary=None)
+        found = self.sequence.state.summary
+        self.sequence.change(summary=None)
         return found
 
     def _prepared(self) -> bool:
@@ -144,7 +144,7 @@ class RowCompaction:
             try:
                 with self._stage("probe text"):
                     self.references.prepare()
-                if self.row.job is None:
+                if self.sequence.job is None:
                     self._begin(self._allocator().allocate(self.references, lambda: self._stage("survey")))
             except PolicyContractBroken:
                 raise
@@ -156,22 +156,22 @@ class RowCompaction:
                 return True
         if self.memory.settings.on_failure != "evict":
             self._fail(None, fault)
-        if self.row.job is None:
+        if self.sequence.job is None:
             self._begin(self._allocator().equal())
         return False
 
     def _begin(self, budgets: Slots) -> None:
         """From now on the compaction goes on until it is done; what it will compact is no longer intact."""
         self.job = replace(self.job, budgets=budgets)
-        self.row.change(job=self.job, intact=self.row.seen - self.job.recent)
+        self.sequence.change(job=self.job, intact=self.sequence.seen - self.job.recent)
 
     def _allocator(self) -> BudgetAllocator:
         def segment(layer: int, references: tuple[Reference, ...]) -> Segment:
-            store = self.row.stores[layer]
+            store = self.sequence.stores[layer]
             assert store is not None  # noqa: S101  # only layers with stores are allocated for
             return self._segment(layer, store, references)
 
-        held = {index: self.job.held(index, store) for index, store in self.row.full()}
+        held = {index: self.job.held(index, store) for index, store in self.sequence.full()}
         return BudgetAllocator(self.job, held, self.memory.ledger, segment)
 
     @property
@@ -186,7 +186,7 @@ class RowCompaction:
         job = self.job
         return [
             index
-            for index, store in self.row.full()
+            for index, store in self.sequence.full()
             if any(held > kept for held, kept in zip(job.held(index, store), job.budgets[index], strict=True))
         ]
 
@@ -215,7 +215,7 @@ class RowCompaction:
             self._evict_layer(layer)
 
     def _compact_layer(self, layer: int, references: tuple[Reference, ...]) -> None:
-        store = self.row.stores[layer]
+        store = self.sequence.stores[layer]
         assert store is not None  # noqa: S101  # _todo lists such layers only
         with self.memory.ledger.borrow(self._fit_bytes(layer, store, references), "the policy's workspace"):
             compaction, errors = self._fit(layer, store, references)
@@ -249,10 +249,10 @@ class RowCompaction:
             return compaction, self.held_out.measure(segment, compaction, held_out, store.spec.rounded)
 
     def _evict_layer(self, layer: int) -> None:
-        store, budgets = self.row.stores[layer], self.job.budgets
+        store, budgets = self.sequence.stores[layer], self.job.budgets
         assert store is not None  # noqa: S101  # _todo lists such layers only
         self.outcome = "evicted"
-        settle(self.row, store)
+        settle(self.sequence, store)
         held = self.job.held(layer, store)
         with self.memory.ledger.borrow(self.plan.fit_bytes, "the slots that stay"):
             kept = [
@@ -264,7 +264,7 @@ class RowCompaction:
     def _commit(self, layer: int, store: LayerStore, compaction: Compaction, errors: Errors) -> None:
         with self._stage("commit"):
             replacement = store.compacted(compaction, self.job.begins[layer], self.job.recent, self._headroom())
-            self.row.replace(layer, replacement)
+            self.sequence.replace(layer, replacement)
         bias_min, bias_max = replacement.bias_range()
         self.layers[layer] = LayerReport(
             layer=layer,
@@ -280,7 +280,7 @@ class RowCompaction:
         )
 
     def _segment(self, layer: int, store: LayerStore, references: tuple[Reference, ...]) -> Segment:
-        settle(self.row, store)
+        settle(self.sequence, store)
         return Segment(
             layer=layer,
             heads=tuple(
@@ -288,7 +288,7 @@ class RowCompaction:
             ),
             references=references,
             scale=self.memory.scales[layer],
-            generator=self.row.generator,
+            generator=self.sequence.generator,
             workspace_bytes=self.plan.fit_bytes,
         )
 
@@ -297,7 +297,7 @@ class RowCompaction:
     def _headroom(self) -> int:
         """Free slots for every head alike once all layers keep their budgets: as many as the share of R pays for."""
         price = kept = 0
-        for index, store in self.row.full():
+        for index, store in self.sequence.full():
             begins, budgets = self.job.begins[index], self.job.budgets[index]
             ends = (begin + budget + self.job.recent for begin, budget in zip(begins, budgets, strict=True))
             price += len(store.lengths) * store.spec.slot_bytes
@@ -307,19 +307,19 @@ class RowCompaction:
     def _give_headroom(self) -> None:
         """Give the headroom to the layers that could not get it when they were committed."""
         headroom = self._headroom()
-        for index, store in self.row.full():
-            settle(self.row, store)  # a layer that keeps all was not touched, and the tail is about to go
+        for index, store in self.sequence.full():
+            settle(self.sequence, store)  # a layer that keeps all was not touched, and the tail is about to go
             capacities = [length + headroom for length in store.lengths]
             if tuple(capacities) != store.capacities:
-                self.row.replace(index, store.resized(capacities))
-        room = min((store.room for _, store in self.row.full()), default=0) - self.memory.plan.scratch
-        self.row.change(
+                self.sequence.replace(index, store.resized(capacities))
+        room = min((store.room for _, store in self.sequence.full()), default=0) - self.memory.plan.scratch
+        self.sequence.change(
             job=None,
-            intact=self.row.seen - self.job.recent,
-            compactions=self.row.compactions + 1,
-            headroom_at=self.row.seen,
+            intact=self.sequence.seen - self.job.recent,
+            compactions=self.sequence.compactions + 1,
+            headroom_at=self.sequence.seen,
             tail=array("i"),
-            full_at=self.row.seen + room,  # by the memory's own policy's plan, whoever compacted
+            full_at=self.sequence.seen + room,  # by the memory's own policy's plan, whoever compacted
         )
 
     # ---- faults and time
@@ -327,11 +327,11 @@ class RowCompaction:
     def _note_fault(self, layer: int | None, error: Exception, remedy: str) -> None:
         self.faults.append(f"{_place(layer)}: {type(error).__name__}: {error} ({remedy})")
         log_events.compaction_fault(
-            row=self.row.index, layer=layer, policy=self.job.policy.name, error=repr(error), remedy=remedy
+            row=self.sequence.index, layer=layer, policy=self.job.policy.name, error=repr(error), remedy=remedy
         )
 
     def _remedy(self, attempt: int) -> str:
-        if self.row.job is not None and not self._todo():  # a probe can fail behind its last layer
+        if self.sequence.job is not None and not self._todo():  # a probe can fail behind its last layer
             return "every layer was done"
         if attempt + 1 < ATTEMPTS:
             return "tried again"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from agentmem.memory.forwards import Forwards
     from agentmem.memory.jobs import Job
     from agentmem.memory.memory import Memory
-    from agentmem.memory.sequence import Row
+    from agentmem.memory.sequence import TokenSequence
     from agentmem.memory.store import LayerStore
 
 NO_REPEAT = 8
@@ -44,20 +44,26 @@ class Rewriting:
     """Replaces the segment of one job by a summary of it."""
 
     def __init__(
-        self, memory: Memory, forwards: Forwards, row: Row, job: Job, rewrite: Rewrite, language: Language
+        self,
+        memory: Memory,
+        forwards: Forwards,
+        sequence: TokenSequence,
+        job: Job,
+        rewrite: Rewrite,
+        language: Language,
     ) -> None:
         """Nothing is written yet."""
         self.forwards = forwards
-        self.memory, self.row, self.job, self.rewrite, self.language = memory, row, job, rewrite, language
+        self.memory, self.sequence, self.job, self.rewrite, self.language = memory, sequence, job, rewrite, language
 
     def run(self) -> Request:
-        """Write, place, adopt; the row has a summary then. Returns what is left to compact.
+        """Write, place, adopt; the sequence has a summary then. Returns what is left to compact.
 
         Raises:
             SummaryRefused: it is empty, runs away or has no place; nothing was changed.
 
         """
-        before, written = self.row.held, self._written(self._instruction())
+        before, written = self.sequence.held, self._written(self._instruction())
         lead = self.language.write(self.rewrite.lead)
         ids = (*lead, *written)
         self._check_shorter(len(ids))
@@ -66,15 +72,15 @@ class Rewriting:
         summary = SummaryReport(
             text=self._text(written),
             tokens=len(ids),
-            start=min(self.memory.plan.prefix, self.row.seen),
-            stop=self.row.seen - self.job.recent,
+            start=min(self.memory.plan.prefix, self.sequence.seen),
+            stop=self.sequence.seen - self.job.recent,
             position=position,
             slots_before=before,
-            slots_after=self.row.held,
+            slots_after=self.sequence.held,
         )
-        full_at = self.row.measured(self.memory.plan.capacity, self.memory.plan.scratch)
-        self.row.change(job=None, summary=summary, full_at=full_at)
-        recent = tuple(self.row.ids[self.row.seen - self.job.recent :])
+        full_at = self.sequence.measured(self.memory.plan.capacity, self.memory.plan.scratch)
+        self.sequence.change(job=None, summary=summary, full_at=full_at)
+        recent = tuple(self.sequence.ids[self.sequence.seen - self.job.recent :])
         slots = max(1, round(self.rewrite.keep * len(ids)))
         return Request(slots=min(slots, max(1, self.job.each)), text=ids + recent)
 
@@ -90,7 +96,9 @@ class Rewriting:
         most = len(instruction) + min(
             plan.scratch - MAX_REQUEST, plan.chunk - len(self.language.write(self.rewrite.lead))
         )
-        found = write(self.memory, self.forwards, self.row, instruction, most, no_repeat=NO_REPEAT)[len(instruction) :]
+        found = write(self.memory, self.forwards, self.sequence, instruction, most, no_repeat=NO_REPEAT)[
+            len(instruction) :
+        ]
         ended = bool(found) and found[-1] in self.language.ends
         written = found[:-1] if ended else self._whole_sentences(found)
         if len(written) < MIN_SUMMARY or not self._text(written).strip():
@@ -112,9 +120,9 @@ class Rewriting:
 
     def _stores(self) -> list[tuple[int, LayerStore]]:
         """The layers that are compacted, with the positions of all their slots."""
-        stores = self.row.full()
+        stores = self.sequence.full()
         for _, store in stores:
-            settle(self.row, store)
+            settle(self.sequence, store)
         return stores
 
     def _check_shorter(self, count: int) -> None:
@@ -128,7 +136,7 @@ class Rewriting:
         Re-basing moves every head's pinned slots apart from the others', so those of all heads are looked at.
         """
         found: set[int] = set()
-        stop = self.row.next_position
+        stop = self.sequence.next_position
         for index, store in self._stores():
             for head, (begin, length) in enumerate(zip(self.job.begins[index], store.lengths, strict=True)):
                 found.update(store.part(head, 0, length - begin).positions.tolist())
@@ -145,16 +153,16 @@ class Rewriting:
 
     def _adopt(self, ids: tuple[int, ...], position: int) -> None:
         """Replace the segments; what an interrupt or a fault leaves half done is a compaction to equal budgets."""
-        memory, row, before = self.memory, self.row, self._stores()
+        memory, sequence, before = self.memory, self.sequence, self._stores()
         positions = torch.arange(position, position + len(ids), dtype=torch.int32)
-        step = Adopt(memory, row, self.job.begins, self.job.recent, positions)
-        each, intact = max(1, self.job.each), row.intact
+        step = Adopt(memory, sequence, self.job.begins, self.job.recent, positions)
+        each, intact = max(1, self.job.each), sequence.intact
         budgets = tuple((each,) * len(heads) for heads in self.job.begins)
-        row.change(job=replace(self.job, budgets=budgets), intact=row.seen - self.job.recent)
+        sequence.change(job=replace(self.job, budgets=budgets), intact=sequence.seen - self.job.recent)
         try:
             with torch.no_grad():
                 self.forwards.run(ids, position, step)
         except BaseException:
-            if all(row.stores[index] is store for index, store in before):
-                row.change(job=None, intact=intact)
+            if all(sequence.stores[index] is store for index, store in before):
+                sequence.change(job=None, intact=intact)
             raise

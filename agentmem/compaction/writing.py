@@ -11,11 +11,17 @@ if TYPE_CHECKING:
 
     from agentmem.memory.forwards import Forwards
     from agentmem.memory.memory import Memory
-    from agentmem.memory.sequence import Row
+    from agentmem.memory.sequence import TokenSequence
 
 
 def write(
-    memory: Memory, forwards: Forwards, row: Row, instruction: Sequence[int], most: int, *, no_repeat: int = 0
+    memory: Memory,
+    forwards: Forwards,
+    sequence: TokenSequence,
+    instruction: Sequence[int],
+    most: int,
+    *,
+    no_repeat: int = 0,
 ) -> tuple[int, ...]:
     """What the model writes after an instruction, greedily: at most ``most`` tokens with it.
 
@@ -23,12 +29,12 @@ def write(
     early at a token that ends a text; no run of ``no_repeat`` tokens is written twice.
     """
     ends = () if memory.language is None else memory.language.ends
-    step, written, fed = Scratch(memory, row), list(instruction), 0
+    step, written, fed = Scratch(memory, sequence), list(instruction), 0
     try:
         while len(written) < most and (fed < len(instruction) or written[-1] not in ends):
             memory.boundary()
             piece = written[fed : fed + memory.plan.chunk]
-            scores = forwards.next_logits(piece, row.next_position + fed, step)
+            scores = forwards.next_logits(piece, sequence.next_position + fed, step)
             fed += len(piece)
             if fed == len(written):
                 scores[repeats(written[len(instruction) :], no_repeat)] = float("-inf")

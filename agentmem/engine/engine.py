@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from agentmem.compaction.request import USUAL, Request
-from agentmem.compaction.run import RowCompaction
+from agentmem.compaction.run import SequenceCompaction
 from agentmem.errors import MemoryCapExceeded, SettingsRefused
 from agentmem.memory.forwards import Append, Transient
 from agentmem.memory.positions import measured_tokens, rebase
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from agentmem.memory.forwards import Arriving, Forwards
     from agentmem.memory.memory import Memory
-    from agentmem.memory.sequence import Row
+    from agentmem.memory.sequence import TokenSequence
     from agentmem.reporting.report import CompactionReport
 
 
@@ -45,17 +45,19 @@ class Engine:
         return min([chunk, *(window_slots(window, chunk) - window + 1 for window in windows)])
 
     def piece(self, arriving: Sequence[Sequence[bool]], limit: int) -> int:
-        """Columns of a batch that can be fed now: as many as no row has to be compacted for, ``limit`` at most.
+        """Columns of a batch that can be fed now: as many as no sequence has to be compacted for, ``limit`` at most.
 
-        Rows that are full are compacted first, so the result is never 0. Cutting exactly where a row fills up makes
+        Full sequences are compacted first, so the result is never 0. Cutting exactly where a sequence fills up makes
         the moments of compaction a function of the tokens alone, however a prompt was cut.
         """
-        rows = self.memory.rows
-        for row, valid in zip(rows, arriving, strict=True):
-            if row.room < 1 and any(valid):
-                self._free_slots(row, 1)
+        sequences = self.memory.sequences
+        for sequence, valid in zip(sequences, arriving, strict=True):
+            if sequence.room < 1 and any(valid):
+                self._free_slots(sequence, 1)
         limit = min(limit, self.most_tokens)
-        return max(1, min(_columns(valid, row.room, limit) for row, valid in zip(rows, arriving, strict=True)))
+        return max(
+            1, min(_columns(valid, sequence.room, limit) for sequence, valid in zip(sequences, arriving, strict=True))
+        )
 
     def begin(self, arriving: Sequence[Arriving]) -> Append:
         """Start a forward whose tokens stay; makes room for all of them first.
@@ -63,19 +65,19 @@ class Engine:
         Raises:
             MemoryClosed: the memory was closed.
             MemoryCapExceeded: see :meth:`make_room`.
-            CompactionFailed: see :class:`agentmem.compaction.run.RowCompaction`.
+            CompactionFailed: see :class:`agentmem.compaction.run.SequenceCompaction`.
 
         """
         self.memory.open_or_raise()
         self.abandon()
-        for row, each in zip(self.memory.rows, arriving, strict=True):
+        for sequence, each in zip(self.memory.sequences, arriving, strict=True):
             if each.ids:
-                self.make_room(row, len(each.ids))
+                self.make_room(sequence, len(each.ids))
         self._pending = Append(self.memory, arriving)
         return self._pending
 
     def commit(self) -> None:
-        """The forward that has attended in every layer ended well: the rows have consumed its tokens."""
+        """The forward that has attended in every layer ended well: the sequences have consumed its tokens."""
         if self._pending is not None:
             self._pending.commit()
             self._pending = None
@@ -90,19 +92,19 @@ class Engine:
         self.memory.take_back()
 
     def peek(self, ids: Sequence[int], index: int) -> torch.Tensor:
-        """Logits ``[n, V]`` of ``ids`` as they would go on from where row ``index`` is; nothing of them stays behind.
+        """Logits ``[n, V]`` of ``ids`` as they would follow sequence ``index``; nothing of them stays behind.
 
         Raises:
             MemoryClosed: the memory was closed.
-            SettingsRefused: no ids, or a row that has read nothing.
+            SettingsRefused: no ids, or a sequence that has read nothing.
             MemoryCapExceeded: more ids than ``chunk``, for which the plan has counted scratch.
 
         """
-        memory, most, rows = self.memory, self.memory.plan.chunk, self.memory.rows
+        memory, most, sequences = self.memory, self.memory.plan.chunk, self.memory.sequences
         memory.open_or_raise()
-        if not 0 <= index < len(rows) or not rows[index].seen:
+        if not 0 <= index < len(sequences) or not sequences[index].seen:
             raise SettingsRefused(
-                f"peek: row {index} of {len(rows)} has read nothing that ids could go on from; feed it"
+                f"peek: row {index} of {len(sequences)} has read nothing that ids could go on from; feed it"
             )
         if not ids:
             raise SettingsRefused("peek: there are no ids; give at least 1")
@@ -111,55 +113,55 @@ class Engine:
                 f"peek: {len(ids)} ids in one forward, but scratch is planned for {most}; give fewer, or raise chunk"
             )
         self.abandon()
-        self._keep_in_reach(rows[index], len(ids))
-        return self.forwards.logits(ids, rows[index].next_position, Transient(memory, rows[index]))
+        self._keep_in_reach(sequences[index], len(ids))
+        return self.forwards.logits(ids, sequences[index].next_position, Transient(memory, sequences[index]))
 
     # ---- room
 
     @property
     def automatic(self) -> bool:
-        """Whether a full row is compacted by itself."""
+        """Whether a full sequence is compacted by itself."""
         return self.memory.policy.compactor is not None and self.memory.settings.mode == "auto"
 
-    def make_room(self, row: Row, tokens: int) -> None:
-        """Compact, then re-base, a row that cannot take ``tokens`` more: slots move into gaps that compactions leave.
+    def make_room(self, sequence: TokenSequence, tokens: int) -> None:
+        """Compact, then re-base, a sequence that cannot take ``tokens`` more: slots move into gaps of compactions.
 
         Raises:
             MemoryCapExceeded: the policy never compacts, or compaction is not automatic, or too many tokens at once.
-            CompactionFailed: see :class:`agentmem.compaction.run.RowCompaction`.
+            CompactionFailed: see :class:`agentmem.compaction.run.SequenceCompaction`.
 
         """
-        self._free_slots(row, tokens)
-        self._keep_in_reach(row, tokens)
+        self._free_slots(sequence, tokens)
+        self._keep_in_reach(sequence, tokens)
 
-    def finish(self, row: Row) -> None:
-        """End what was begun and interrupted on a row: a forward, a compaction, a re-basing.
+    def finish(self, sequence: TokenSequence) -> None:
+        """End what was begun and interrupted on a sequence: a forward, a compaction, a re-basing.
 
         Raises:
-            CompactionFailed: see :class:`agentmem.compaction.run.RowCompaction`.
+            CompactionFailed: see :class:`agentmem.compaction.run.SequenceCompaction`.
 
         """
         self.abandon()
-        if row.job is not None:
-            self.compact(row)
-        if row.moving is not None:
-            rebase(self.memory, self.forwards, row)
+        if sequence.job is not None:
+            self.compact(sequence)
+        if sequence.moving is not None:
+            rebase(self.memory, self.forwards, sequence)
 
-    def _free_slots(self, row: Row, tokens: int) -> None:
-        if row.room >= tokens and row.job is None:
+    def _free_slots(self, sequence: TokenSequence, tokens: int) -> None:
+        if sequence.room >= tokens and sequence.job is None:
             return
-        if row.job is None and not self.automatic:
-            raise MemoryCapExceeded(_full(self.memory, row, tokens))
-        self.compact(row)
-        if row.room < tokens:
+        if sequence.job is None and not self.automatic:
+            raise MemoryCapExceeded(_full(self.memory, sequence, tokens))
+        self.compact(sequence)
+        if sequence.room < tokens:
             raise MemoryCapExceeded(
-                f"a forward of {tokens} tokens does not fit: a row of {self.memory.plan.capacity} slots per head has "
-                f"room for {row.room} after a compaction; feed at most that many at once (generate does so), or raise "
-                "cap"
+                f"a forward of {tokens} tokens does not fit: a sequence of {self.memory.plan.capacity} slots per head "
+                f"has room for {sequence.room} after a compaction; feed at most so many at once (generate does so), "
+                "or raise cap"
             )
 
-    def _keep_in_reach(self, row: Row, tokens: int) -> None:
-        """Re-base a row if a run of ``tokens`` behind it would leave the model's positions: of a forward or of a probe.
+    def _keep_in_reach(self, sequence: TokenSequence, tokens: int) -> None:
+        """Re-base a sequence if ``tokens`` behind it, a forward's or a probe's, would leave the model's positions.
 
         Raises:
             MemoryCapExceeded: the slots alone need more positions than the model has.
@@ -168,36 +170,36 @@ class Engine:
         memory, positions = self.memory, self.memory.positions
         if positions is None:
             return
-        if row.moving is None and row.next_position + tokens + measured_tokens(memory) <= positions.limit:
+        if sequence.moving is None and sequence.next_position + tokens + measured_tokens(memory) <= positions.limit:
             return
-        rebase(memory, self.forwards, row, tokens)
-        if row.next_position + tokens > positions.limit:
+        rebase(memory, self.forwards, sequence, tokens)
+        if sequence.next_position + tokens > positions.limit:
             raise MemoryCapExceeded(
-                f"re-basing left position {row.next_position}, and {tokens} tokens more do not fit the model's "
+                f"re-basing left position {sequence.next_position}, and {tokens} tokens more do not fit the model's "
                 f"{positions.limit} positions; lower the cap or chunk, or feed fewer tokens at once"
             )
 
     # ---- compaction
 
-    def compact(self, row: Row, request: Request = USUAL) -> CompactionReport | None:
-        """Compact one row now; ``None`` when there is nothing to reclaim.
+    def compact(self, sequence: TokenSequence, request: Request = USUAL) -> CompactionReport | None:
+        """Compact one sequence now; ``None`` when there is nothing to reclaim.
 
         What has begun is finished first, and its report returned where nothing is left to reclaim then.
 
         Raises:
             SettingsRefused: ``mode="off"``.
-            CompactionFailed: see :class:`agentmem.compaction.run.RowCompaction`.
+            CompactionFailed: see :class:`agentmem.compaction.run.SequenceCompaction`.
 
         """
         report: CompactionReport | None = None
-        for each in in_turn(row, request):
-            compaction = self.prepare(row, each)
+        for each in in_turn(sequence, request):
+            compaction = self.prepare(sequence, each)
             if compaction is not None:
                 report = self.run(compaction)
         return report
 
-    def prepare(self, row: Row, request: Request = USUAL) -> RowCompaction | None:
-        """The compaction of a row, which :meth:`run` runs; ``None`` when there is nothing to reclaim.
+    def prepare(self, sequence: TokenSequence, request: Request = USUAL) -> SequenceCompaction | None:
+        """The compaction of a sequence, which :meth:`run` runs; ``None`` when there is nothing to reclaim.
 
         Raises:
             SettingsRefused: ``mode="off"``.
@@ -206,19 +208,19 @@ class Engine:
         memory = self.memory
         memory.open_or_raise()
         self.abandon()
-        policy = row.job.policy if row.job is not None else request.policy or memory.policy
+        policy = sequence.job.policy if sequence.job is not None else request.policy or memory.policy
         plan = memory.plan_of(policy)
-        self._keep_in_reach(row, plan.probe_tokens + plan.scratch)
+        self._keep_in_reach(sequence, plan.probe_tokens + plan.scratch)
         if memory.settings.mode == "off":
             raise SettingsRefused("mode='off' never compacts; open the memory with mode='manual' to compact by hand")
-        compaction = RowCompaction(memory, self.forwards, row, request)
+        compaction = SequenceCompaction(memory, self.forwards, sequence, request)
         return compaction if compaction.worthwhile else None
 
-    def run(self, compaction: RowCompaction) -> CompactionReport:
+    def run(self, compaction: SequenceCompaction) -> CompactionReport:
         """Run what :meth:`prepare` returned, and record its report.
 
         Raises:
-            CompactionFailed: see :class:`agentmem.compaction.run.RowCompaction`.
+            CompactionFailed: see :class:`agentmem.compaction.run.SequenceCompaction`.
 
         """
         report = compaction.run()
@@ -228,20 +230,20 @@ class Engine:
         return report
 
 
-def in_turn(row: Row, request: Request) -> tuple[Request, ...]:
-    """What is to be run for a request: a compaction that has begun comes first, as it was asked for."""
-    return (USUAL, request) if row.job is not None and request is not USUAL else (request,)
+def in_turn(sequence: TokenSequence, request: Request) -> tuple[Request, ...]:
+    """What is to be run for a request: a compaction that has begun comes first, with its own request."""
+    return (USUAL, request) if sequence.job is not None and request is not USUAL else (request,)
 
 
-def _full(memory: Memory, row: Row, tokens: int) -> str:
-    """Why a row cannot take more tokens, and what would help."""
+def _full(memory: Memory, sequence: TokenSequence, tokens: int) -> str:
+    """Why a sequence cannot take more tokens, and what would help."""
     mode, plan = memory.settings.mode, memory.plan
     why = f"mode={mode!r} does not compact by itself"
     if memory.policy.compactor is None:
         why = f"policy {memory.policy.name!r} never compacts"
     by_hand = ", or call memory.compact()" if mode == "manual" else ""
     return (
-        f"row {row.index} holds {plan.capacity - row.room} of {plan.capacity} slots per head under a cap of "
+        f"row {sequence.index} holds {plan.capacity - sequence.room} of {plan.capacity} slots per head under a cap of "
         f"{plan.cap_bytes} bytes and cannot take {tokens} more token(s): {why}; raise cap, or choose another policy or "
         f"mode{by_hand}"
     )

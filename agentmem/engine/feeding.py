@@ -37,7 +37,7 @@ def _nobody() -> None:
 
 @dataclass(eq=False, slots=True)
 class Want:
-    """Tokens that a turn wants to be fed next, at its sequence's next positions; the memory has one row.
+    """Tokens that a turn wants to be fed next, at its sequence's next positions; the memory has one sequence.
 
     What was fed is consumed when the turn itself calls :meth:`agentmem.engine.engine.Engine.commit`; until then it can
     be fed again.
@@ -108,10 +108,10 @@ def feed(shares: Sequence[tuple[Want, int]]) -> None:
 
 def _begun(want: Want, count: int, holds: list[object]) -> _Part | None:
     """Make room for a want's tokens; its failure is its outcome."""
-    engine, row = want.engine, want.engine.memory.rows[0]
+    engine, sequence = want.engine, want.engine.memory.sequences[0]
     try:
         holds.append(engine.memory.owner.take())
-        start = row.next_position + row.shift  # as whoever feeds counts
+        start = sequence.next_position + sequence.shift  # as whoever feeds counts
         ids = want.ids[:count]
         append = engine.begin([Arriving(ids, range(start, start + len(ids)), slice(None))])
     except Exception as error:  # noqa: BLE001  # it ends this turn alone
@@ -143,8 +143,8 @@ def _forward(parts: Sequence[_Part]) -> torch.Tensor:
     positions: list[int] = []
     ends: list[int] = []
     for part in parts:
-        (arriving,), (row,) = part.append.arriving, part.append.memory.rows
+        (arriving,), (sequence,) = part.append.arriving, part.append.memory.sequences
         ids.extend(arriving.ids)
-        positions.extend(position - row.shift for position in arriving.positions)
+        positions.extend(position - sequence.shift for position in arriving.positions)
         ends.append(len(ids) - 1)
     return parts[0].want.engine.forwards.packed(ids, positions, ends, Packed([part.append for part in parts]))

@@ -4,10 +4,10 @@ There is no thread of its own. A turn that waits looks by itself whether it is t
 the model's lock, feeds everybody (:func:`agentmem.engine.feeding.feed`), and the others find their outcomes.
 
 Order: turns that were passed over :data:`PATIENCE` times, then higher priorities, then single tokens (replies) before
-texts that are read, then who asked first. A forward takes single tokens first and fills up with pieces of texts, as
-many tokens as every one of its turns allows (``most``); a turn that is alone is fed whole. Turns that were fed last,
-or have begun, are waited for, so that those who think at the same speed stay together; but when nobody has come for
-:data:`LINGER` seconds, or :data:`SHARE` of the last forward's, whoever is there is fed.
+texts that are read, then in the order of their requests. A forward takes single tokens first and fills up with pieces
+of texts, as many tokens as every one of its turns allows (``most``); a turn that is alone is fed whole. A forward waits
+for turns that the last one fed and for those that have begun, so that turns of the same speed stay together; but when
+none has come for :data:`LINGER` seconds, or :data:`SHARE` of the last forward's, it feeds those that are there.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class Scheduler:
         with self._changed:
             self._expected = set()  # who has not come by now is not waited for again
             alike = [each for each in self._waiting if each.ambient == own.ambient and not each.done]
-        order = sorted(alike, key=_place)  # stable: who asked first comes first
+        order = sorted(alike, key=_place)  # stable: in the order of their requests
         if order[0].alone or len(order) == 1:
             return [(order[0], len(order[0].ids))]
         chosen: list[tuple[Want, int]] = []

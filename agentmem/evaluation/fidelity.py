@@ -163,8 +163,8 @@ def stream(
         if found is None:
             if full is None:
                 full = full_logits(model, ids, folder, fresh=fresh, progress=partial(progress, "full memory"))
-            told = partial(progress, policy.name)
-            found = measure(model, ids, full, policy, terms, tokenizer=tokenizer, progress=told)
+            named = partial(progress, policy.name)
+            found = measure(model, ids, full, policy, terms, tokenizer=tokenizer, progress=named)
             save(found, path)
         yield found
 

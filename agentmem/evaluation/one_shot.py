@@ -190,8 +190,8 @@ def stream(
         found = None if fresh else load(OneShotRow, path)
         if found is None:
             if full is None:
-                told = partial(progress, "full memory")
-                full = full_logits(model, ids, folder, first=document, fresh=fresh, progress=told)
+                named = partial(progress, "full memory")
+                full = full_logits(model, ids, folder, first=document, fresh=fresh, progress=named)
             label = case.name if case.ratio is None else f"{case.name}, 1/{case.ratio}"
             found = _measure(model, ids, full, case, tokenizer, partial(progress, label))
             save(found, path)

@@ -184,8 +184,8 @@ def stream(
             path = folder / f"{key}.json"
             found = None if fresh else load(Recalled, path)
             if found is None:
-                told = partial(_tell, progress, policy.name, before)
-                found = measure(model, document, policy, common, tokenizer=tokenizer, progress=told)
+                named = partial(_tell, progress, policy.name, before)
+                found = measure(model, document, policy, common, tokenizer=tokenizer, progress=named)
                 folder.mkdir(parents=True, exist_ok=True)
                 save(found, path)
             before += len(document.ids)

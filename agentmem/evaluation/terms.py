@@ -207,7 +207,7 @@ class Reader:
         self._most = max(self._most, usage.held_slots)
         self._moments.append(Moment(tokens=usage.tokens_seen, used=usage.used_bytes, resident=usage.resident_bytes))
         if compacted:
-            stores = self.memory.memory.rows[0].stores
+            stores = self.memory.memory.sequences[0].stores
             self._heads = tuple(tuple(store.lengths) for store in stores if store is not None)
 
     def spent(self) -> Spent:

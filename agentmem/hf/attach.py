@@ -19,7 +19,7 @@ from agentmem.hf.cache import CappedCache, TransientCache, mask_columns, size
 from agentmem.hf.forward_context import FRAME, SCOPE, Frame, own_frame, rename, require_all, untraced
 from agentmem.hf.forwards import ModelForwards
 from agentmem.hf.generate_checks import check_adapters, check_forward, check_generate, chosen
-from agentmem.hf.wrapper import Around, named, told_by_wrapper
+from agentmem.hf.wrapper import Around, named, with_wrapper_inputs
 from agentmem.memory.torch_state import own_state
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class _Attachment:
             return None
         check_forward(inputs)
         rows, count = size(inputs)
-        if count > 1 or not cache.memory.rows:  # not at every token: it visits every module
+        if count > 1 or not cache.memory.sequences:  # not at every token: it visits every module
             check_adapters(self.model)
         keep = inputs.get("logits_to_keep", 0)
         if count == 1 or not isinstance(keep, int) or keep < 1 or inputs.get("output_hidden_states"):
@@ -129,10 +129,10 @@ class _Attachment:
             cache.open_for(self.model)
             frame.hold = cache.memory.owner.take()
             frame.engine = cache.engine
-            told = told_by_wrapper(frame.outer, inputs)
+            complete = with_wrapper_inputs(frame.outer, inputs)
             with own_state():
-                frame.step = cache.begin(told)
-                moved = cache.moved(told)
+                frame.step = cache.begin(complete)
+                moved = cache.moved(complete)
             return None if moved is None else ((), {**inputs, "position_ids": moved["position_ids"]})
         if isinstance(cache, TransientCache):
             frame.step = cache.step

@@ -131,7 +131,11 @@ class CappedCache(Cache):
 
     def room(self, row: int = 0) -> int:
         """Tokens that a row can take before it has to be compacted."""
-        return self.memory.rows[row].room if self.memory.rows else self.memory.plan.capacity - self.memory.plan.scratch
+        return (
+            self.memory.sequences[row].room
+            if self.memory.sequences
+            else self.memory.plan.capacity - self.memory.plan.scratch
+        )
 
     def compact(
         self, *, slots: int | None = None, focus: Sequence[int] = (), policy: str | None = None
@@ -143,13 +147,13 @@ class CappedCache(Cache):
 
         Raises:
             SettingsRefused: ``mode="off"``, or a policy that the memory was not planned for.
-            CompactionFailed: see :class:`agentmem.compaction.run.RowCompaction`.
+            CompactionFailed: see :class:`agentmem.compaction.run.SequenceCompaction`.
 
         """
         request = USUAL
         if slots is not None or focus or policy is not None:
             request = Request(slots, None, tuple(focus), None if policy is None else self.memory.named(policy))
-        reports = (self.engine.compact(row, request) for row in self.memory.rows)
+        reports = (self.engine.compact(sequence, request) for sequence in self.memory.sequences)
         return tuple(report for report in reports if report is not None)
 
     def peek(self, ids: Sequence[int], row: int = 0) -> torch.Tensor:
@@ -168,12 +172,12 @@ class CappedCache(Cache):
 
     def transcript(self, row: int = 0) -> list[int]:
         """The ids that a row has consumed, in order, pads left out."""
-        return list(self.memory.rows[row].ids) if self.memory.rows else []
+        return list(self.memory.sequences[row].ids) if self.memory.sequences else []
 
     def padded_transcripts(self) -> torch.Tensor:
         """What all rows have consumed, ``[rows, columns]``, left-padded with 0: for a run that was stopped."""
-        longest = max((row.seen for row in self.memory.rows), default=0)
-        return torch.tensor([[0] * (longest - row.seen) + list(row.ids) for row in self.memory.rows])
+        longest = max((each.seen for each in self.memory.sequences), default=0)
+        return torch.tensor([[0] * (longest - each.seen) + list(each.ids) for each in self.memory.sequences])
 
     # what transformers asks
 
@@ -225,7 +229,7 @@ class CappedCache(Cache):
     @property
     def batchsize(self) -> int:
         """Rows, or -1 before the first forward."""
-        return len(self.memory.rows) or -1
+        return len(self.memory.sequences) or -1
 
     # a forward
 
@@ -250,7 +254,7 @@ class CappedCache(Cache):
 
         """
         for index, row in enumerate(valid):
-            seen = self.memory.rows[index].seen if self.memory.rows else 0
+            seen = self.memory.sequences[index].seen if self.memory.sequences else 0
             if not row[-1] and (seen or any(row)):
                 raise UnsupportedGeneration(
                     f"row {index} ends with a pad, and what follows is wanted of its last column; pad on the left "
@@ -292,7 +296,7 @@ class CappedCache(Cache):
 
     def moved(self, inputs: dict[str, Any]) -> dict[str, Any] | None:
         """The same arguments at the positions where re-based rows are; ``None`` where no row was."""
-        if not any(row.shift for row in self.memory.rows):
+        if not any(each.shift for each in self.memory.sequences):
             return None
         rows, count = size(inputs)
         places = inputs.get("position_ids")
@@ -300,7 +304,7 @@ class CappedCache(Cache):
         device = (given if given is not None else inputs["inputs_embeds"]).device
         if places is None:
             places = torch.arange(self.columns, self.columns + count, device=device)[None]
-        shifts = torch.tensor([[row.shift] for row in self.memory.rows], device=device)
+        shifts = torch.tensor([[each.shift] for each in self.memory.sequences], device=device)
         return {**inputs, "position_ids": (places.expand(rows, -1) - shifts).clamp_(min=0)}
 
     def _ids(self, inputs: dict[str, Any], rows: int, count: int) -> list[list[int]]:

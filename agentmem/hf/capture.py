@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What one layer's attention was asked: ``queries [Hq, n, d]``, ``keys [H, n, d]``, ``values [H, n, dv]``.
+class AttentionCall:
+    """What one layer's attention was called with: ``queries [Hq, n, d]``, ``keys [H, n, d]``, ``values [H, n, dv]``.
 
     Queries and keys are post-RoPE, in the model's dtype. ``output [Hq, n, dv]`` is what it answered. ``bias [H, n]``
     float32, if any, is added to the logits of these keys when later tokens are read against them: -inf hides one.
@@ -42,9 +42,9 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One forward: what every layer was asked, and the logits ``[n, V]`` if they were wanted."""
+    """One forward: what every layer was called with, and the logits ``[n, V]`` if they were wanted."""
 
-    layers: tuple[Asked, ...]
+    layers: tuple[AttentionCall, ...]
     logits: torch.Tensor | None = None
 
 
@@ -59,7 +59,7 @@ class Reader:
         ids: torch.Tensor,
         *,
         start: int = 0,
-        past: Sequence[Asked] = (),
+        past: Sequence[AttentionCall] = (),
         logits: bool = False,
         gradient: bool = False,
     ) -> Reading:
@@ -84,11 +84,11 @@ class Reader:
 
 
 class _Watch:
-    """Answers every layer's attention call as the model would, and keeps what it was asked."""
+    """Answers every layer's attention call as the model would, and keeps what it was called with."""
 
-    def __init__(self, past: Sequence[Asked], windows: Sequence[int | None], *, gradient: bool) -> None:
+    def __init__(self, past: Sequence[AttentionCall], windows: Sequence[int | None], *, gradient: bool) -> None:
         self.past, self.windows, self.gradient = past, windows, gradient
-        self.layers: list[Asked] = []
+        self.layers: list[AttentionCall] = []
 
     def attend(
         self,
@@ -105,7 +105,7 @@ class _Watch:
         output = attended(*own, past, scale, self.windows[layer], sinks)
         if self.gradient and not output.requires_grad:
             output = output.detach().requires_grad_()
-        self.layers.append(Asked(*own, output, scale, sinks=sinks))
+        self.layers.append(AttentionCall(*own, output, scale, sinks=sinks))
         return output.transpose(0, 1)[None].contiguous()  # some models view it in another shape
 
 
@@ -113,7 +113,7 @@ def attended(
     queries: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    past: Asked | None,
+    past: AttentionCall | None,
     scale: float,
     window: int | None = None,
     sinks: torch.Tensor | None = None,

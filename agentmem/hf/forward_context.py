@@ -190,7 +190,7 @@ def require_all(attended: int, layers: int) -> None:
     """
     if attended != layers:
         raise UnsupportedModel(
-            f"{attended} of {layers} layers asked the memory in this forward: the attention implementation was "
+            f"{attended} of {layers} layers called the memory in this forward: the attention implementation was "
             "changed under it; set it before the capped block begins"
         )
 

@@ -48,7 +48,7 @@ class ModelForwards:
         Layers but those of attention must work on each token by itself.
 
         Raises:
-            UnsupportedModel: not every layer asked the memories.
+            UnsupportedModel: not every layer called the memories.
 
         """
         if len(ids) > len(ends):  # not at every token: it visits every module

@@ -157,7 +157,7 @@ def _check_extends(
     cache: CappedCache, prompt: torch.Tensor, ids: torch.Tensor | None, options: Mapping[str, Any]
 ) -> None:
     """A later prompt holds the whole conversation and more. Embeddings are taken at their word."""
-    rows, count, copies = cache.memory.rows, int(prompt.shape[1]), options.get("num_return_sequences", 1)
+    rows, count, copies = cache.memory.sequences, int(prompt.shape[1]), options.get("num_return_sequences", 1)
     if not rows:
         return
     if len(rows) != prompt.shape[0] * copies:

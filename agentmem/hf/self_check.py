@@ -21,7 +21,7 @@ from agentmem import plugins
 from agentmem.engine import Want, feed
 from agentmem.errors import AgentmemError, UnsupportedModel
 from agentmem.hf.attach import attach, detach, scope
-from agentmem.hf.capture import Asked, reading
+from agentmem.hf.capture import AttentionCall, reading
 from agentmem.hf.check_models import VOCABULARY, causal_class, tiny_model
 from agentmem.hf.forward_context import FRAME, Frame, own_frame, rename
 from agentmem.hf.rebase_check import check_rebase
@@ -385,14 +385,14 @@ def _after_a_compaction(model: Any, shape: ModelShape, ids: torch.Tensor) -> Ite
 class _Slots:
     """The slots of one layer ``[H, n, …]``; positions are not kept in sliding windows."""
 
-    asked: Asked
+    asked: AttentionCall
     positions: torch.Tensor | None
 
 
 def _slots(memory: CappedCache, shape: ModelShape) -> list[_Slots]:
     """A copy of all slots."""
-    (row,) = memory.memory.rows
-    memory.engine.finish(row)
+    (sequence,) = memory.memory.sequences
+    memory.engine.finish(sequence)
     _, tensors = take(memory.memory)
     found = []
     for index, layer in enumerate(shape.layers):
@@ -401,12 +401,12 @@ def _slots(memory: CappedCache, shape: ModelShape) -> list[_Slots]:
             return torch.stack([tensors[f"layer.{index}.head.{head}.{name}"] for head in range(heads)]).clone()
 
         empty = torch.empty(0)
-        asked = Asked(empty, column("keys"), column("values"), empty, 1.0, column("bias"))
+        asked = AttentionCall(empty, column("keys"), column("values"), empty, 1.0, column("bias"))
         found.append(_Slots(asked, None if layer.window is not None else column("positions").long()))
     return found
 
 
-def _misplaced(slots: Sequence[_Slots], stock: Sequence[Asked], shape: ModelShape) -> float:
+def _misplaced(slots: Sequence[_Slots], stock: Sequence[AttentionCall], shape: ModelShape) -> float:
     """How far the keys of the slots are from those that the model's attention is passed for their positions."""
     worst = 0.0
     for each, whole, layer in zip(slots, stock, shape.layers, strict=True):

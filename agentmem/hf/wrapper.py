@@ -90,7 +90,7 @@ def _ours(inputs: Mapping[str, Any]) -> bool:
     return isinstance(inputs.get("past_key_values"), CappedCache | TransientCache)
 
 
-def told_by_wrapper(frame: Frame | None, inputs: dict[str, Any]) -> dict[str, Any]:
+def with_wrapper_inputs(frame: Frame | None, inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs of a text model's forward, with what the forward around it was passed where there is one."""
     places = inputs.get("position_ids")
     if places is not None and places.ndim > 2:  # noqa: PLR2004  # of text, all rows of a multimodal RoPE are alike

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
     from agentmem.memory.jobs import Slots
     from agentmem.memory.memory import Memory
-    from agentmem.memory.sequence import Row
+    from agentmem.memory.sequence import TokenSequence
 
 
 class Arriving(NamedTuple):
-    """The tokens of one forward that belong to one row: their ids, positions, and columns in the batch.
+    """The tokens of one forward that belong to one sequence: their ids, positions, and columns in the batch.
 
     Positions are as whoever feeds the tokens counts: re-basing leaves them alone.
     """
@@ -60,7 +60,7 @@ class Append:
     def __init__(self, memory: Memory, arriving: Sequence[Arriving]) -> None:
         """Room for the tokens must have been made."""
         self.memory, self.arriving = memory, arriving
-        self.parts = [(memory, row) for row in memory.rows]
+        self.parts = [(memory, sequence) for sequence in memory.sequences]
         self.whole = all(isinstance(each.columns, slice) and each.columns == slice(None) for each in arriving)
         self.columns = 0
         """Columns of the forward, pads included; set by whoever counts them."""
@@ -80,28 +80,28 @@ class Append:
             asked, key, value = _tokens(queries, keys, values)
             return append_each(self.parts, layer, asked, key, value, scale, sinks).unsqueeze(1)
         if len(self.arriving) == 1 and self.whole:
-            output = append_row(memory, memory.rows[0], layer, queries[0], keys[0], values[0], scale, sinks)
+            output = append_one(memory, memory.sequences[0], layer, queries[0], keys[0], values[0], scale, sinks)
             return output.transpose(0, 1).contiguous().unsqueeze(0)
         output = queries.new_zeros(queries.shape[0], queries.shape[2], queries.shape[1], values.shape[-1])
-        for row, arriving in zip(memory.rows, self.arriving, strict=True):
+        for sequence, arriving in zip(memory.sequences, self.arriving, strict=True):
             if arriving.ids:
-                index, columns = row.index, arriving.columns
+                index, columns = sequence.index, arriving.columns
                 asked, key, value = (each[index][:, columns] for each in (queries, keys, values))
-                part = append_row(memory, row, layer, asked, key, value, scale, sinks)
+                part = append_one(memory, sequence, layer, asked, key, value, scale, sinks)
                 output[index, columns] = part.transpose(0, 1)
         return output
 
     def commit(self) -> None:
-        """The forward ended well: the rows have consumed the tokens."""
-        memory, before = self.memory, [row.next_position for row in self.memory.rows]
-        for row, each in zip(memory.rows, self.arriving, strict=True):
-            row.write(each.ids, [position - row.shift for position in each.positions])
+        """The forward ended well: the sequences have consumed the tokens."""
+        memory, before = self.memory, [sequence.next_position for sequence in self.memory.sequences]
+        for sequence, each in zip(memory.sequences, self.arriving, strict=True):
+            sequence.write(each.ids, [position - sequence.shift for position in each.positions])
         memory.progress.consumed = self._consumed(memory.progress.consumed)
-        for row, position in zip(memory.rows, before, strict=True):
-            _warn_of_positions(row, position, memory.shape.positions)
+        for sequence, position in zip(memory.sequences, before, strict=True):
+            _warn_of_positions(sequence, position, memory.shape.positions)
 
     def _consumed(self, past: Consumed) -> Consumed:
-        """What the rows have consumed with the tokens."""
+        """What the sequences have consumed with the tokens."""
         counts = [len(each.ids) for each in self.arriving]
         prompt, new = (sum(counts), 0) if max(counts) > 1 else (0, sum(counts))
         ends = zip(self.arriving, past.positions, strict=True)
@@ -114,13 +114,13 @@ class Append:
         )
 
 
-def _warn_of_positions(row: Row, before: int, limit: int | None) -> None:
-    if limit is not None and before <= limit < row.next_position:
-        log_events.positions_passed(row=row.index, tokens_seen=row.seen, positions=limit)
+def _warn_of_positions(sequence: TokenSequence, before: int, limit: int | None) -> None:
+    if limit is not None and before <= limit < sequence.next_position:
+        log_events.positions_passed(row=sequence.index, tokens_seen=sequence.seen, positions=limit)
 
 
 class Packed:
-    """Tokens that stay, of several memories of one row each; each memory's own :class:`Append` commits its part.
+    """Tokens that stay, of several memories of one sequence each; each memory's own :class:`Append` commits its part.
 
     A token attends to the slots of its own memory and, causally, to the tokens of its own memory beside it.
     """
@@ -133,7 +133,7 @@ class Packed:
         self.attended = 0
         """Layers that have attended."""
         counts = [len(arriving.ids) for append in appends for arriving in append.arriving]
-        parts = [(append.memory, append.memory.rows[0]) for append in appends]
+        parts = [(append.memory, append.memory.sequences[0]) for append in appends]
         singles = next((at for at, count in enumerate(counts) if count > 1), len(counts))
         self._singles = parts[:singles]
         spans = (slice(*span) for span in pairwise(accumulate(counts[singles:], initial=singles)))
@@ -155,21 +155,21 @@ class Packed:
             span = slice(len(self._singles))
             asked, key, value = (each[0, :, span].transpose(0, 1) for each in (queries, keys, values))
             output[0, span] = append_each(self._singles, layer, asked, key, value, scale, sinks)
-        for (memory, row), span in self._texts:
+        for (memory, sequence), span in self._texts:
             asked, key, value = (each[0, :, span] for each in (queries, keys, values))
-            output[0, span] = append_row(memory, row, layer, asked, key, value, scale, sinks).transpose(0, 1)
+            output[0, span] = append_one(memory, sequence, layer, asked, key, value, scale, sinks).transpose(0, 1)
         return output
 
 
 class Scratch:
-    """Forwards of one row whose slots stay until :meth:`rollback`: what the model writes for itself.
+    """Forwards of one sequence whose slots stay until :meth:`rollback`: what the model writes for itself.
 
     The slots are those that the plan keeps free; nothing is scored, sampled or recorded.
     """
 
-    def __init__(self, memory: Memory, row: Row) -> None:
+    def __init__(self, memory: Memory, sequence: TokenSequence) -> None:
         """Nothing is appended yet."""
-        self.memory, self.row = memory, row
+        self.memory, self.sequence = memory, sequence
 
     def attend(
         self,
@@ -182,14 +182,16 @@ class Scratch:
     ) -> torch.Tensor:
         """Append and attend: ``queries [1, Hq, q, d]`` → ``[1, q, Hq, dv]``."""
         if queries.shape[2] == 1:
-            parts, (asked, key, value) = [(self.memory, self.row)], _tokens(queries, keys, values)
+            parts, (asked, key, value) = [(self.memory, self.sequence)], _tokens(queries, keys, values)
             return append_each(parts, layer, asked, key, value, scale, sinks, scratch=True).unsqueeze(1)
-        output = append_row(self.memory, self.row, layer, queries[0], keys[0], values[0], scale, sinks, scratch=True)
+        output = append_one(
+            self.memory, self.sequence, layer, queries[0], keys[0], values[0], scale, sinks, scratch=True
+        )
         return output.transpose(0, 1).contiguous().unsqueeze(0)
 
     def rollback(self) -> None:
         """Take back all that was appended."""
-        self.row.take_back()
+        self.sequence.take_back()
 
 
 class Adopt:
@@ -198,9 +200,17 @@ class Adopt:
     A layer's store is swapped when the layer has attended, so every state between two layers decodes.
     """
 
-    def __init__(self, memory: Memory, row: Row, begins: Slots, recent: int, positions: torch.Tensor) -> None:
+    def __init__(
+        self, memory: Memory, sequence: TokenSequence, begins: Slots, recent: int, positions: torch.Tensor
+    ) -> None:
         """``begins`` are the segments' first slots by layer and head; ``positions [n]`` int32 are the new slots'."""
-        self.memory, self.row, self.begins, self.recent, self.positions = memory, row, begins, recent, positions
+        self.memory, self.sequence, self.begins, self.recent, self.positions = (
+            memory,
+            sequence,
+            begins,
+            recent,
+            positions,
+        )
 
     def attend(
         self,
@@ -212,29 +222,32 @@ class Adopt:
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend, then replace: ``queries [1, Hq, n, d]`` → ``[1, n, Hq, dv]``."""
-        memory, store = self.memory, self.row.stores[layer]
-        assert store is not None  # noqa: S101  # a row that is rewritten holds something in every layer
+        memory, store = self.memory, self.sequence.stores[layer]
+        assert store is not None  # noqa: S101  # a sequence that is rewritten holds something in every layer
         memory.boundary()
         memory.ledger.touch(memory.plan.forward_bytes, "attention of a summary")
         queries, keys, values = _as_stored(store, queries, keys, values)
         front = store.front(min(self.begins[layer]))
         output, _ = attend(queries[0], front, Fresh(keys[0], values[0]), scale, sinks=sinks)
         new = store.rewritten(self.begins[layer], self.recent, keys[0], values[0], self.positions)
-        self.row.replace(layer, new)
+        self.sequence.replace(layer, new)
         return output.transpose(0, 1).contiguous().unsqueeze(0)
 
 
 class Transient:
-    """A forward that leaves nothing behind: one row's slots and, causally, the tokens' own keys and values.
+    """A forward that leaves nothing behind: one sequence's slots and, causally, the tokens' own keys and values.
 
     ``visit(layer, queries [Hq, q, d])`` is called before a layer attends, so what it commits is what is attended.
     """
 
     def __init__(
-        self, memory: Memory, row: Row, visit: Callable[[int, torch.Tensor], None] = lambda _layer, _queries: None
+        self,
+        memory: Memory,
+        sequence: TokenSequence,
+        visit: Callable[[int, torch.Tensor], None] = lambda _layer, _queries: None,
     ) -> None:
         """Nothing is allocated here."""
-        self.memory, self.row, self.visit = memory, row, visit
+        self.memory, self.sequence, self.visit = memory, sequence, visit
 
     def attend(
         self,
@@ -248,7 +261,7 @@ class Transient:
         """Attend without appending: ``queries [1, Hq, q, d]`` → ``[1, q, Hq, dv]``."""
         self.visit(layer, queries[0])
         shape = self.memory.shape.layers[layer]
-        store = self.row.stores[layer]
+        store = self.sequence.stores[layer]
         if store is not None:
             queries, keys, values = _as_stored(store, queries, keys, values)
         runs = [] if store is None else store.runs(shape.window and shape.window - 1, scored=False)
@@ -258,7 +271,7 @@ class Transient:
 
 
 def append_each(
-    parts: Sequence[tuple[Memory, Row]],
+    parts: Sequence[tuple[Memory, TokenSequence]],
     layer: int,
     queries: torch.Tensor,
     keys: torch.Tensor,
@@ -268,21 +281,21 @@ def append_each(
     *,
     scratch: bool = False,
 ) -> torch.Tensor:
-    """Append one token's slots of one layer to each of n rows and attend, a row to its own slots only.
+    """Append one token's slots of one layer to each of n sequences and attend, a sequence to its own slots only.
 
-    ``queries [n, Hq, d]``, ``keys [n, Hkv, d]``, ``values [n, Hkv, dv]`` → ``[n, Hq, dv]``. The rows may be of several
-    memories of one model; none is given twice. One compiled call serves all rows that it is made for. ``scratch`` slots
-    are neither scored nor sampled: they will be taken back.
+    ``queries [n, Hq, d]``, ``keys [n, Hkv, d]``, ``values [n, Hkv, dv]`` → ``[n, Hq, dv]``. The sequences may
+    be of several memories of one model; none is given twice. One compiled call serves all that it can. ``scratch``
+    slots are neither scored nor sampled: they will be taken back.
 
     Raises:
-        MemoryCapExceeded: a store that must grow does not fit. Like any fault, it leaves rows with and rows without
+        MemoryCapExceeded: a store that must grow does not fit. Like any fault, it leaves some with and others without
             the token, until :meth:`agentmem.memory.memory.Memory.take_back`.
 
     """
     output = queries.new_empty(queries.shape[0], queries.shape[1], values.shape[2])
     coded = parts[0][0].shape.layers[layer].quantised
     form = None if sinks is not None else decode.form_of(queries, keys, values, quantised=coded)
-    served = [_served(memory, row, layer, keys, form, scratch=scratch) for memory, row in parts]
+    served = [_served(memory, sequence, layer, keys, form, scratch=scratch) for memory, sequence in parts]
     steps = [(index, each[1], each[0].extent.lengths, each[0].biased) for index, each in enumerate(served) if each]
     if steps:
         for memory in dict.fromkeys([memory for memory, _ in parts]):
@@ -292,36 +305,36 @@ def append_each(
         for each in served:
             if each:
                 each[0].appended(1)
-    for index, (memory, row) in enumerate(parts):
+    for index, (memory, sequence) in enumerate(parts):
         if not served[index]:
             asked, key, value = (each[index].unsqueeze(1) for each in (queries, keys, values))
-            output[index] = append_row(memory, row, layer, asked, key, value, scale, sinks, scratch=scratch)[:, 0]
+            output[index] = append_one(memory, sequence, layer, asked, key, value, scale, sinks, scratch=scratch)[:, 0]
         elif memory.plan.stored and not scratch:
-            _sample(memory, row, layer, queries[index].unsqueeze(1))
+            _sample(memory, sequence, layer, queries[index].unsqueeze(1))
     return output
 
 
 def _tokens(*tensors: torch.Tensor) -> Iterator[torch.Tensor]:
-    """What ``[B, h, 1, d]`` has of the one token of each row, ``[B, h, d]``: views."""
+    """What ``[B, h, 1, d]`` has of the one token of each sequence, ``[B, h, d]``: views."""
     return (tensor[:, :, 0] for tensor in tensors)
 
 
 def _served(
-    memory: Memory, row: Row, layer: int, like: torch.Tensor, form: decode.Form | None, *, scratch: bool
+    memory: Memory, sequence: TokenSequence, layer: int, like: torch.Tensor, form: decode.Form | None, *, scratch: bool
 ) -> tuple[LayerStore, decode.Layout] | None:
     """The store of a layer with room for one more slot, where compiled code serves it and nothing is to be scored."""
     if form is None or _scored(memory, layer, scratch=scratch):
         return None
-    store = row.stores[layer]
+    store = sequence.stores[layer]
     if store is None or store.room < 1:
-        store = _roomy(memory, row, layer, like, 1)
+        store = _roomy(memory, sequence, layer, like, 1)
     layout = store.layout
     return (store, layout) if layout is not None and layout.form == form else None
 
 
-def append_row(
+def append_one(
     memory: Memory,
-    row: Row,
+    sequence: TokenSequence,
     layer: int,
     queries: torch.Tensor,
     keys: torch.Tensor,
@@ -331,13 +344,13 @@ def append_row(
     *,
     scratch: bool = False,
 ) -> torch.Tensor:
-    """Append one row's slots of one layer and attend: ``queries [Hq, q, d]`` → ``[Hq, q, dv]``.
+    """Append one sequence's slots of one layer and attend: ``queries [Hq, q, d]`` → ``[Hq, q, dv]``.
 
     ``scratch`` slots are neither scored nor sampled: they will be taken back.
     """
     shape, count = memory.shape.layers[layer], keys.shape[1]
     memory.scales[layer] = scale
-    store = _roomy(memory, row, layer, keys, count)
+    store = _roomy(memory, sequence, layer, keys, count)
     queries, keys, values = _as_stored(store, queries, keys, values)
     scored = _scored(memory, layer, scratch=scratch)
     memory.ledger.touch(memory.plan.forward_bytes, "attention")
@@ -353,7 +366,7 @@ def append_row(
             output, received = attend(queries, runs, fresh, scale, window=shape.window, explicit=scored, sinks=sinks)
             store.append(keys, values, received if scored else None)
         if memory.plan.stored and not scratch:
-            _sample(memory, row, layer, queries)
+            _sample(memory, sequence, layer, queries)
     return output
 
 
@@ -367,35 +380,35 @@ def _as_stored(store: LayerStore, *tensors: torch.Tensor) -> Iterator[torch.Tens
     return (tensor.to(store.spec.dtype) for tensor in tensors)
 
 
-def _roomy(memory: Memory, row: Row, layer: int, like: torch.Tensor, count: int) -> LayerStore:
+def _roomy(memory: Memory, sequence: TokenSequence, layer: int, like: torch.Tensor, count: int) -> LayerStore:
     """The store of a layer, with allocated room for ``count`` more slots."""
-    store, window = row.stores[layer], memory.shape.layers[layer].window
+    store, window = sequence.stores[layer], memory.shape.layers[layer].window
     limit = memory.plan.capacity if window is None else window_slots(window, memory.plan.chunk)
     if store is not None and window is not None and store.lengths[0] + count > limit:
         store = store.slid(window - 1)
-        row.replace(layer, store)
+        sequence.replace(layer, store)
     if store is not None and store.room >= count:
         return store
     if store is None:
         scores = memory.policy.scores != "none" and window is None
         spec = SlotSpec(memory.shape.layers[layer], like.dtype, like.device, scores)
         store = LayerStore(spec, [grown(count, limit)] * spec.shape.kv_heads, memory.ledger)
-        store.moves = row.moves
+        store.moves = sequence.moves
     else:
         store = store.resized([grown(max(store.lengths) + count, limit)] * len(store.lengths))
-    row.replace(layer, store)
+    sequence.replace(layer, store)
     return store
 
 
 @torch.no_grad()
-def _sample(memory: Memory, row: Row, layer: int, queries: torch.Tensor) -> None:
-    """Offer ``queries [Hq, q, d]`` to the row's samples, which layers of full attention have."""
+def _sample(memory: Memory, sequence: TokenSequence, layer: int, queries: torch.Tensor) -> None:
+    """Offer ``queries [Hq, q, d]`` to the sequence's samples, which layers of full attention have."""
     if memory.shape.layers[layer].window is not None:
         return
-    if not row.samples[layer]:
+    if not sequence.samples[layer]:
         parts = zip(memory.policy.queries.stored, memory.plan.stored, strict=True)
-        row.samples[layer] = tuple(
+        sequence.samples[layer] = tuple(
             QuerySample(part, memory.shape.layers[layer], size, queries, memory.ledger) for part, size in parts
         )
-    for sample in row.samples[layer]:
-        sample.offer(queries, row.seen)
+    for sample in sequence.samples[layer]:
+        sample.offer(queries, sequence.seen)

@@ -1,4 +1,4 @@
-"""The memory: rows of slots under one cap, their plans and ledger, and what happened to them.
+"""The memory: sequences of slots under one cap, their plans and ledger, and what happened to them.
 
 It neither compacts nor knows a model: :class:`agentmem.engine.Engine` runs it.
 """
@@ -12,7 +12,7 @@ import torch
 from agentmem.errors import MemoryClosed, SettingsRefused, UnsupportedGeneration
 from agentmem.memory.ledger import Ledger
 from agentmem.memory.owner import Owner
-from agentmem.memory.sequence import Consumed, Progress, Row
+from agentmem.memory.sequence import Consumed, Progress, TokenSequence
 from agentmem.planning.capacity import make_plans
 from agentmem.reference_queries.patterns import Marks
 from agentmem.reporting import log_events
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Usage(NamedTuple):
-    """A moment of a memory, summed over its rows."""
+    """A moment of a memory, summed over its sequences."""
 
     tokens_seen: int
     held_slots: int
@@ -49,10 +49,10 @@ Event = CompactionReport | RebaseReport | Usage
 
 
 class Memory:
-    """Slots of all rows under one cap.
+    """Slots of all sequences under one cap.
 
     Raises:
-        CapTooSmall: at construction or when rows are bound, with the cap that would do.
+        CapTooSmall: at construction or when sequences are bound, with the cap that would do.
 
     """
 
@@ -68,11 +68,11 @@ class Memory:
         device: torch.device | None = None,
         positions: Positions | None = None,
     ) -> None:
-        """Plan for one row; :meth:`bind` plans again for more.
+        """Plan for one sequence; :meth:`bind` plans again for more.
 
         ``extra_policies`` are policies that single compactions may ask for instead. ``words`` are the ids of each
         policy's own texts, by its name; patterns and summaries need a ``language``. ``device`` is where the model
-        computes, the CPU without it. ``positions`` is how the model counts positions, where rows are re-based.
+        computes, the CPU without it. ``positions`` is how the model counts positions, where sequences are re-based.
         """
         self.shape, self.settings, self.policy, self.extra_policies = shape, settings, policy, tuple(extra_policies)
         self.words = dict(words or {})
@@ -80,7 +80,7 @@ class Memory:
         self.device = torch.device("cpu") if device is None else device
         self.plan, *self._plans = make_plans(shape, settings, (policy, *self.extra_policies))
         self.ledger = Ledger(settings.cap)
-        self.rows: list[Row] = []
+        self.sequences: list[TokenSequence] = []
         self.compactions: list[CompactionReport] = []
         self.scales = [1.0] * len(shape.layers)
         """Logit scale of each layer, as the model last used it."""
@@ -91,7 +91,7 @@ class Memory:
         self._closed = False
         self._subscribers: list[Callable[[Event], None]] = []
         self.progress = Progress()
-        """What the rows have consumed."""
+        """What the sequences have consumed."""
         self.owner = Owner()
 
     def empty(self) -> Memory:
@@ -107,21 +107,21 @@ class Memory:
             positions=self.positions,
         )
 
-    # ---- rows and room
+    # ---- sequences and room
 
     def bind(self, rows: int) -> None:
-        """Fix the number of rows at the first forward and share the cap among them.
+        """Fix the number of sequences at the first forward and share the cap among them.
 
         Raises:
-            CapTooSmall: the cap cannot serve that many rows.
-            UnsupportedGeneration: the memory already holds another number of rows.
+            CapTooSmall: the cap cannot serve that many sequences.
+            UnsupportedGeneration: the memory already holds another number of sequences.
 
         """
-        if self.rows:
-            if rows != len(self.rows):
+        if self.sequences:
+            if rows != len(self.sequences):
                 raise UnsupportedGeneration(
-                    f"a batch of {rows} row(s) was given to a memory of {len(self.rows)}; a memory serves the batch it "
-                    "began with: open another one, or repeat the prompt as often as before"
+                    f"a batch of {rows} row(s) was given to a memory of {len(self.sequences)}; a memory serves the "
+                    "batch it began with: open another one, or repeat the prompt as often as before"
                 )
             return
         if rows != self.plan.rows:
@@ -131,7 +131,7 @@ class Memory:
         )
         room, layers, seed = self.plan.capacity - self.plan.scratch, len(self.shape.layers), self.settings.seed
         self.progress.consumed = Consumed((0,) * rows, (0,) * rows)
-        self.rows = [Row(index, layers, room, seed, self.progress) for index in range(rows)]
+        self.sequences = [TokenSequence(index, layers, room, seed, self.progress) for index in range(rows)]
 
     def plan_of(self, policy: Policy) -> Plan:
         """The plan by which one of the memory's policies compacts."""
@@ -152,13 +152,13 @@ class Memory:
             )
         return found[name]
 
-    def marks(self, row: Row, pattern: str) -> list[tuple[int, int]]:
-        """The spans of a row's transcript that a policy's pattern names."""
+    def marks(self, sequence: TokenSequence, pattern: str) -> list[tuple[int, int]]:
+        """The spans of a sequence's transcript that a policy's pattern names."""
         if not pattern or self.language is None:
             return []
-        if pattern not in row.marks:
-            row.marks[pattern] = Marks(pattern, self.language.read)
-        return row.marks[pattern].spans(row.ids)
+        if pattern not in sequence.marks:
+            sequence.marks[pattern] = Marks(pattern, self.language.read)
+        return sequence.marks[pattern].spans(sequence.ids)
 
     @property
     def scored(self) -> bool:
@@ -168,21 +168,21 @@ class Memory:
     def take_back(self) -> None:
         """Take back the slots of tokens that were never committed, and what was lent for their forward."""
         self.ledger.recover(self._holders())
-        for row in self.rows:
-            row.take_back()
+        for sequence in self.sequences:
+            sequence.take_back()
 
     def _holders(self) -> Iterator[LayerStore | QuerySample]:
-        for row in self.rows:
-            yield from (store for store in row.stores if store is not None)
-            yield from (sample for layer in row.samples for sample in layer)
+        for sequence in self.sequences:
+            yield from (store for store in sequence.stores if store is not None)
+            yield from (sample for layer in sequence.samples for sample in layer)
 
     # ---- what happened
 
     def usage(self) -> Usage:
         """The memory now."""
-        stores = [store for row in self.rows for store in row.stores if store is not None]
+        stores = [store for sequence in self.sequences for store in sequence.stores if store is not None]
         return Usage(
-            tokens_seen=sum(row.seen for row in self.rows),
+            tokens_seen=sum(sequence.seen for sequence in self.sequences),
             held_slots=sum(sum(store.lengths) for store in stores),
             resident_bytes=self.ledger.resident,
             used_bytes=sum(store.used_bytes for store in stores),
@@ -197,9 +197,9 @@ class Memory:
             cap_bytes=self.plan.cap_bytes,
             peak_bytes=self.ledger.peak,
             resident_bytes=self.ledger.resident,
-            held_slots=sum(row.held for row in self.rows),
+            held_slots=sum(sequence.held for sequence in self.sequences),
             capacity=self.plan.capacity,
-            rows=len(self.rows),
+            rows=len(self.sequences),
             num_compactions=len(self.compactions),
             num_prompt_tokens=self.progress.consumed.prompt_tokens,
             num_new_tokens=self.progress.consumed.new_tokens,
@@ -239,7 +239,7 @@ class Memory:
     @property
     def used(self) -> bool:
         """Whether a forward ever reached the memory."""
-        return bool(self.rows)
+        return bool(self.sequences)
 
     def open_or_raise(self) -> None:
         """Refuse work on a closed memory.
@@ -256,10 +256,10 @@ class Memory:
     def close(self) -> None:
         """Free all slots; the reports stay readable."""
         self._closed = True
-        for row in self.rows:
-            for layer in range(len(row.stores)):
-                row.replace(layer, None)
-            row.samples = [()] * len(row.samples)
+        for sequence in self.sequences:
+            for layer in range(len(sequence.stores)):
+                sequence.replace(layer, None)
+            sequence.samples = [()] * len(sequence.samples)
         self.ledger.recover(())
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from agentmem.memory.memory import Memory
-    from agentmem.memory.sequence import Row
+    from agentmem.memory.sequence import TokenSequence
     from agentmem.memory.store import LayerStore
 
 REQUEST_SHARE = 4
@@ -32,57 +32,57 @@ REQUEST_SHARE = 4
 # ---- what is pinned
 
 
-def pin(memory: Memory, row: Row, start: int, stop: int, *, coming: int = 0) -> None:
-    """Never compact the tokens ``start .. stop`` of a row until they are unpinned; those of the prefix never are.
+def pin(memory: Memory, sequence: TokenSequence, start: int, stop: int, *, coming: int = 0) -> None:
+    """Never compact the tokens ``start .. stop`` of a sequence until they are unpinned; those of the prefix never are.
 
-    ``coming`` tokens that the row has not read yet may be pinned, too.
+    ``coming`` tokens that the sequence has not read yet may be pinned, too.
 
     Raises:
         SettingsRefused: some of them have been compacted already, or are not known yet.
         CapTooSmall: with these pins a compaction could no longer reach its target.
 
     """
-    _check_known(row, "pin", start, stop, coming)
-    if not whole(memory, row, ((start, stop),)):
+    _check_known(sequence, "pin", start, stop, coming)
+    if not whole(memory, sequence, ((start, stop),)):
         raise SettingsRefused(
-            f"pin: tokens before {row.intact} have been compacted, {start}..{stop} begin earlier; pin a text "
+            f"pin: tokens before {sequence.intact} have been compacted, {start}..{stop} begin earlier; pin a text "
             "when it is appended"
         )
-    pin_coming(memory, row, [(start, stop)])
+    pin_coming(memory, sequence, [(start, stop)])
 
 
-def unpin(row: Row, start: int, stop: int, *, coming: int = 0) -> None:
-    """Let the tokens ``start .. stop`` of a row be compacted again; those that are not pinned stay as they are.
+def unpin(sequence: TokenSequence, start: int, stop: int, *, coming: int = 0) -> None:
+    """Let the tokens ``start .. stop`` of a sequence be compacted again; those that are not pinned stay as they are.
 
     Raises:
         SettingsRefused: some of them are not known yet.
 
     """
-    _check_known(row, "unpin", start, stop, coming)
+    _check_known(sequence, "unpin", start, stop, coming)
     gone = ((start, stop),)
-    row.pins = Pins(without(row.pins.spans, gone), without(row.pins.request, gone))
+    sequence.pins = Pins(without(sequence.pins.spans, gone), without(sequence.pins.request, gone))
 
 
-def _check_known(row: Row, call: str, start: int, stop: int, coming: int) -> None:
-    known = row.seen + coming
+def _check_known(sequence: TokenSequence, call: str, start: int, stop: int, coming: int) -> None:
+    known = sequence.seen + coming
     if not 0 <= start < stop <= known:
-        raise SettingsRefused(f"{call}: tokens {start}..{stop} are not among the {known} that row {row.index} has")
+        raise SettingsRefused(f"{call}: tokens {start}..{stop} are not among the {known} that row {sequence.index} has")
 
 
-def whole(memory: Memory, row: Row, spans: Spans) -> bool:
+def whole(memory: Memory, sequence: TokenSequence, spans: Spans) -> bool:
     """Whether every head still has a slot for each of these tokens, as it was appended."""
-    behind = [part for low, high in spans for part in within(((memory.plan.prefix, row.intact),), low, high)]
-    return not any(without(tuple(behind), store.promoted) for _, store in row.full())
+    behind = [part for low, high in spans for part in within(((memory.plan.prefix, sequence.intact),), low, high)]
+    return not any(without(tuple(behind), store.promoted) for _, store in sequence.full())
 
 
-def pin_coming(memory: Memory, row: Row, spans: Sequence[tuple[int, int]]) -> None:
+def pin_coming(memory: Memory, sequence: TokenSequence, spans: Sequence[tuple[int, int]]) -> None:
     """Pin tokens that no compaction has reached, read yet or not.
 
     Raises:
         CapTooSmall: with these pins a compaction could no longer reach its target; nothing was changed.
 
     """
-    wanted, prefix = joined(row.pins.spans, spans), memory.plan.prefix
+    wanted, prefix = joined(sequence.pins.spans, spans), memory.plan.prefix
     pinned = _behind(wanted, prefix)
     needed = prefix + pinned + memory.plan.recent + MIN_BUDGET
     if needed > memory.plan.target and memory.policy.compactor is not None:
@@ -91,22 +91,22 @@ def pin_coming(memory: Memory, row: Row, spans: Sequence[tuple[int, int]]) -> No
             f"need {needed} slots per head, and a compaction leaves {memory.plan.target}; pin less, or raise cap or "
             "target"
         )
-    put(memory, row, replace(row.pins, spans=wanted))
+    put(memory, sequence, replace(sequence.pins, spans=wanted))
 
 
-def pin_request(memory: Memory, row: Row, spans: Spans) -> bool:
+def pin_request(memory: Memory, sequence: TokenSequence, spans: Spans) -> bool:
     """Pin the newest request instead of the one before it, where it fits and is still whole; whether it is pinned.
 
     It fits where its tokens, those aside that are pinned anyway, take no more than :func:`most_requested`.
     """
-    put(memory, row, replace(row.pins, request=spans if whole(memory, row, spans) else ()))
-    return row.pins.request == spans
+    put(memory, sequence, replace(sequence.pins, request=spans if whole(memory, sequence, spans) else ()))
+    return sequence.pins.request == spans
 
 
-def put(memory: Memory, row: Row, pins: Pins) -> None:
+def put(memory: Memory, sequence: TokenSequence, pins: Pins) -> None:
     """Have these pins instead, but for a request that does not fit beside the others."""
     fits = request_size(memory, pins) <= most_requested(memory, pins)
-    row.pins = pins if fits else replace(pins, request=())
+    sequence.pins = pins if fits else replace(pins, request=())
 
 
 def request_size(memory: Memory, pins: Pins) -> int:
@@ -127,20 +127,20 @@ def _behind(spans: Spans, prefix: int) -> int:
 # ---- where their slots are
 
 
-def promote(memory: Memory, row: Row) -> None:
+def promote(memory: Memory, sequence: TokenSequence) -> None:
     """Promote the pins that have left the recent window, and no other tokens; one that was interrupted goes on.
 
     Each store that is replaced needs a new one beside it, which the plan has counted.
     """
-    if row.job is not None:
+    if sequence.job is not None:
         return  # a compaction that has begun has promoted
-    prefix = min(memory.plan.prefix, row.seen)
-    wanted = within(row.pins.all, prefix, row.seen - memory.plan.recent)
-    for index, store in row.full():
+    prefix = min(memory.plan.prefix, sequence.seen)
+    wanted = within(sequence.pins.all, prefix, sequence.seen - memory.plan.recent)
+    for index, store in sequence.full():
         if store.promoted != wanted:
-            settle(row, store)
+            settle(sequence, store)
             orders = [_order(store, head, prefix, wanted) for head in range(len(store.lengths))]
-            row.replace(index, store.reordered(orders, wanted))
+            sequence.replace(index, store.reordered(orders, wanted))
 
 
 def _order(store: LayerStore, head: int, prefix: int, wanted: Spans) -> Spans:
@@ -181,7 +181,7 @@ def _returning(store: LayerStore, head: int, front: int, leaving: Spans) -> Iter
                 yield place, (first, first + 1 + len(more))
 
 
-def settle(row: Row, store: LayerStore) -> None:
+def settle(sequence: TokenSequence, store: LayerStore) -> None:
     """Write the positions of what was appended since the last compaction into a store."""
-    tail = row.tail[:]  # a copy: an array whose buffer some traceback keeps could not grow any more
+    tail = sequence.tail[:]  # a copy: an array whose buffer some traceback keeps could not grow any more
     store.settle(torch.frombuffer(tail, dtype=torch.int32) if tail else torch.empty(0))

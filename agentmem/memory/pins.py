@@ -1,4 +1,4 @@
-"""Pins: tokens of one row that are never compacted, beside its prefix, until they are unpinned.
+"""Pins: tokens of one sequence that are never compacted, beside its prefix, until they are unpinned.
 
 At the next compaction after they left the recent window their slots are *promoted*: moved to the front of every
 store, behind the prefix, so that the segment stays one run. What is unpinned stands there until the next compaction,
@@ -53,7 +53,7 @@ def size(spans: Spans) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Pins:
-    """What is pinned of a row; it is replaced as a whole."""
+    """What is pinned of a sequence; it is replaced as a whole."""
 
     spans: Spans = ()
     """Tokens that a caller or a setting has pinned, until they are unpinned."""

@@ -1,9 +1,9 @@
 """One sequence of a batch: its stores, and what it has consumed.
 
-Nothing here is changed in two places. What a forward changes, for all rows at once, is one :class:`Consumed`; what a
-compaction or a re-basing changes is one :class:`RowState`; a layer's slots are one store. Each is replaced by a single
-assignment, so an interrupt finds the old or the new one. Ids and positions are written behind the end that those values
-state, and count from the moment that they do.
+Nothing here is changed in two places. What a forward changes, for all sequences at once, is one :class:`Consumed`;
+what a compaction or a re-basing changes is one :class:`SequenceState`; a layer's slots are one store.
+Each is replaced by one assignment, so an interrupt finds the old or the new one. Ids and positions are written behind
+the end that those values state, and count once the values include them.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 
 class Consumed(NamedTuple):
-    """What all rows of a memory have consumed: a forward is committed by replacing it."""
+    """What all sequences of a memory have consumed: a forward is committed by replacing it."""
 
     tokens: tuple[int, ...] = ()
-    """Of each row."""
+    """Of each sequence."""
     positions: tuple[int, ...] = ()
-    """The next position of each row, as whoever feeds it counts: re-basing leaves it alone."""
+    """The next position of each sequence, as whoever feeds it counts: re-basing leaves it alone."""
     columns: int = 0
     """Columns, pads included."""
     prompt_tokens: int = 0
@@ -43,17 +43,17 @@ class Consumed(NamedTuple):
 
 @dataclass(slots=True)
 class Progress:
-    """Where a memory keeps its :class:`Consumed`, for its rows to read."""
+    """Where a memory keeps its :class:`Consumed`, for its sequences to read."""
 
     consumed: Consumed = field(default_factory=Consumed)
 
 
 @dataclass(frozen=True, slots=True)
-class RowState:
-    """What compactions and re-basings change of a row."""
+class SequenceState:
+    """What compactions and re-basings change of a sequence."""
 
     full_at: int
-    """Tokens that the row will have consumed when it must be compacted."""
+    """Tokens that the sequence will have consumed when it must be compacted."""
     tail: array[int] = field(default_factory=lambda: array("i"))
     """Positions of the tokens appended since ``headroom_at``."""
     headroom_at: int | None = None
@@ -73,13 +73,13 @@ class RowState:
     """A re-basing that has begun and not ended."""
 
 
-class Row:
+class TokenSequence:
     """One sequence: its stores, and what it has consumed."""
 
     def __init__(self, index: int, layers: int, room: int, seed: int, progress: Progress) -> None:
-        """An empty row with room for so many tokens; its randomness does not depend on the other rows."""
+        """An empty sequence with room for so many tokens; its randomness does not depend on the other sequences."""
         self.index = index
-        self.state = RowState(full_at=room)
+        self.state = SequenceState(full_at=room)
         self._progress = progress
         self._stores: tuple[LayerStore | None, ...] = (None,) * layers
         self._ids: array[int] = array("q")
@@ -98,7 +98,7 @@ class Row:
         self.state = replace(self.state, **changes)
 
     def replace(self, layer: int, store: LayerStore | None) -> None:
-        """Put a store in the place of a layer's, which is freed: the only way to change what a row holds."""
+        """Put a store in the place of a layer's, which is freed: the only way to change what a sequence holds."""
         old = self._stores[layer]
         self._stores = (*self._stores[:layer], store, *self._stores[layer + 1 :])
         if old is not None:
@@ -177,7 +177,7 @@ class Row:
 
     @property
     def seen(self) -> int:
-        """Tokens that the row has consumed."""
+        """Tokens that the sequence has consumed."""
         return self._progress.consumed.tokens[self.index]
 
     @property
@@ -202,42 +202,42 @@ class Row:
 
     @property
     def room(self) -> int:
-        """Tokens that can be appended before the row must be compacted."""
+        """Tokens that can be appended before the sequence must be compacted."""
         return self.state.full_at - self.seen
 
     # ---- parts of the state, by their names
 
     @property
     def headroom_at(self) -> int | None:
-        """See :class:`RowState`."""
+        """See :class:`SequenceState`."""
         return self.state.headroom_at
 
     @property
     def intact(self) -> int:
-        """See :class:`RowState`."""
+        """See :class:`SequenceState`."""
         return self.state.intact
 
     @property
     def compactions(self) -> int:
-        """See :class:`RowState`."""
+        """See :class:`SequenceState`."""
         return self.state.compactions
 
     @property
     def job(self) -> Job | None:
-        """See :class:`RowState`."""
+        """See :class:`SequenceState`."""
         return self.state.job
 
     @property
     def shift(self) -> int:
-        """See :class:`RowState`."""
+        """See :class:`SequenceState`."""
         return self.state.shift
 
     @property
     def moves(self) -> int:
-        """See :class:`RowState`."""
+        """See :class:`SequenceState`."""
         return self.state.moves
 
     @property
     def moving(self) -> Move | None:
-        """See :class:`RowState`."""
+        """See :class:`SequenceState`."""
         return self.state.moving

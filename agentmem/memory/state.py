@@ -1,7 +1,7 @@
-"""A row as plain values: a JSON state and tensors, from which an equal row can be made in another memory.
+"""A sequence as plain values: a JSON state and tensors, from which an equal sequence can be made in another memory.
 
 Forks and snapshots use it. Room is not part of it: it is allocated anew under the plan of the memory that takes the
-row, which gives the same room under the same plan, and what there is under another. Nor is what follows from the rest.
+sequence, so under another plan it may differ. What follows from the rest is not part of it either.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from agentmem.reporting.report import CompactionReport, RebaseReport
 if TYPE_CHECKING:
     from agentmem.contracts import HeadSegment
     from agentmem.memory.memory import Memory
-    from agentmem.memory.sequence import Row
+    from agentmem.memory.sequence import TokenSequence
 
 COLUMNS = ("keys", "values", "bias", "positions", "scores")
 Count = Annotated[int, Field(ge=0, lt=1 << 31)]
@@ -60,8 +60,8 @@ class SavedLayer(_Image):
         return found
 
 
-class SavedRow(_Image):
-    """One row without its tensors."""
+class SavedSequence(_Image):
+    """One sequence without its tensors."""
 
     tokens: Count
     next_position: Count
@@ -97,7 +97,7 @@ class SavedRow(_Image):
         return without(self.front, ((0, prefix),))
 
     def front_slots(self, prefix: int) -> int:
-        """Slots at the front of every head that are not compacted; see :meth:`agentmem.memory.sequence.Row.front`."""
+        """Slots at the front of every head that are not compacted; see :meth:`.sequence.TokenSequence.front`."""
         return min(prefix, self.tokens) + size(self.promoted(prefix))
 
     def recent(self, prefix: int, recent: int) -> int:
@@ -116,46 +116,46 @@ def _spelled(value: Any) -> Any:
 # ---- taking
 
 
-def take(memory: Memory) -> tuple[SavedRow, dict[str, torch.Tensor]]:
-    """The only row of a memory, where nothing is under way: its values, and views of its tensors by name."""
-    (row,) = memory.rows
-    assert row.quiet  # noqa: S101  # Engine.finish comes first
-    if not row.arranged:
-        promote(memory, row)
-    tensors = {"ids": torch.tensor(row.ids, dtype=torch.int64), "generator": row.generator.get_state()}
-    for index, store in enumerate(row.stores):
+def take(memory: Memory) -> tuple[SavedSequence, dict[str, torch.Tensor]]:
+    """The only sequence of a memory, where nothing is under way: its values, and views of its tensors by name."""
+    (sequence,) = memory.sequences
+    assert sequence.quiet  # noqa: S101  # Engine.finish comes first
+    if not sequence.arranged:
+        promote(memory, sequence)
+    tensors = {"ids": torch.tensor(sequence.ids, dtype=torch.int64), "generator": sequence.generator.get_state()}
+    for index, store in enumerate(sequence.stores):
         if store is not None:
             if store.spec.shape.window is None:  # positions in fixed windows are not kept
-                settle(row, store)
+                settle(sequence, store)
             tensors |= _views(index, store)
-            tensors |= {f"layer.{index}.sample.{at}": each.kept for at, each in enumerate(row.samples[index])}
+            tensors |= {f"layer.{index}.sample.{at}": each.kept for at, each in enumerate(sequence.samples[index])}
     consumed = memory.progress.consumed
-    image = SavedRow(
-        tokens=row.seen,
-        next_position=row.next_position,
-        shift=row.shift,
-        moves=row.moves,
-        intact=row.intact,
-        compactions=row.compactions,
-        headroom_at=row.headroom_at,
-        pins=row.pins.spans,
-        request=row.pins.request,
-        front=joined(((0, min(memory.plan.prefix, row.seen)),), row.promoted),
+    saved = SavedSequence(
+        tokens=sequence.seen,
+        next_position=sequence.next_position,
+        shift=sequence.shift,
+        moves=sequence.moves,
+        intact=sequence.intact,
+        compactions=sequence.compactions,
+        headroom_at=sequence.headroom_at,
+        pins=sequence.pins.spans,
+        request=sequence.pins.request,
+        front=joined(((0, min(memory.plan.prefix, sequence.seen)),), sequence.promoted),
         prompt_tokens=consumed.prompt_tokens,
         new_tokens=consumed.new_tokens,
         scales=tuple(memory.scales),
-        layers=tuple(_layer(row, index) for index in range(len(row.stores))),
+        layers=tuple(_layer(sequence, index) for index in range(len(sequence.stores))),
         compaction_reports=tuple(memory.compactions),
         rebase_reports=tuple(memory.rebases),
     )
-    return image, tensors
+    return saved, tensors
 
 
-def _layer(row: Row, index: int) -> SavedLayer | None:
-    store = row.stores[index]
+def _layer(sequence: TokenSequence, index: int) -> SavedLayer | None:
+    store = sequence.stores[index]
     if store is None:
         return None
-    samples = (SavedSample(size=each.size, filled=each.filled, stride=each.stride) for each in row.samples[index])
+    samples = (SavedSample(size=each.size, filled=each.filled, stride=each.stride) for each in sequence.samples[index])
     dtype = str(store.spec.dtype).removeprefix("torch.")
     return SavedLayer(lengths=tuple(store.lengths), biased=store.biased, dtype=dtype, samples=tuple(samples))  # type: ignore[arg-type]  # pydantic validates
 
@@ -179,8 +179,8 @@ def _column(segment: HeadSegment, name: str) -> torch.Tensor:
 # ---- giving
 
 
-def give(memory: Memory, image: SavedRow, tensors: dict[str, torch.Tensor]) -> None:
-    """Fill a memory that has read nothing with a row; ``tensors`` is emptied on the way, so that little is held twice.
+def give(memory: Memory, saved: SavedSequence, tensors: dict[str, torch.Tensor]) -> None:
+    """Fill a memory that has read nothing; ``tensors`` is emptied on the way, so that little is held twice.
 
     What comes from elsewhere must have been checked before.
 
@@ -189,38 +189,40 @@ def give(memory: Memory, image: SavedRow, tensors: dict[str, torch.Tensor]) -> N
 
     """
     memory.bind(1)
-    (row,) = memory.rows
-    row.write(tensors.pop("ids").tolist(), ())
-    row.generator.set_state(tensors.pop("generator"))
-    row.change(
+    (sequence,) = memory.sequences
+    sequence.write(tensors.pop("ids").tolist(), ())
+    sequence.generator.set_state(tensors.pop("generator"))
+    sequence.change(
         tail=array(
-            "i", bytes(4 * (image.tokens - (image.headroom_at or 0)))
+            "i", bytes(4 * (saved.tokens - (saved.headroom_at or 0)))
         ),  # in the stores all positions are settled
-        shift=image.shift,
-        moves=image.moves,
-        intact=image.intact,
-        compactions=image.compactions,
-        headroom_at=image.headroom_at,
+        shift=saved.shift,
+        moves=saved.moves,
+        intact=saved.intact,
+        compactions=saved.compactions,
+        headroom_at=saved.headroom_at,
     )
     memory.progress.consumed = Consumed(
-        (image.tokens,),
-        (image.next_position + image.shift,),
-        image.tokens,
-        image.prompt_tokens,
-        image.new_tokens,
+        (saved.tokens,),
+        (saved.next_position + saved.shift,),
+        saved.tokens,
+        saved.prompt_tokens,
+        saved.new_tokens,
     )
-    put(memory, row, Pins(image.pins, image.request))
-    memory.compactions[:], memory.rebases[:] = image.compaction_reports, image.rebase_reports
-    memory.scales = list(image.scales)
-    for index, layer in enumerate(image.layers):
+    put(memory, sequence, Pins(saved.pins, saved.request))
+    memory.compactions[:], memory.rebases[:] = saved.compaction_reports, saved.rebase_reports
+    memory.scales = list(saved.scales)
+    for index, layer in enumerate(saved.layers):
         if layer is not None:
-            row.replace(index, _store(memory, row, index, image, tensors))
-            row.samples[index] = _samples(memory, row, index, layer, tensors)
-    expand(memory, row)
+            sequence.replace(index, _store(memory, sequence, index, saved, tensors))
+            sequence.samples[index] = _samples(memory, sequence, index, layer, tensors)
+    expand(memory, sequence)
 
 
-def _store(memory: Memory, row: Row, index: int, image: SavedRow, tensors: dict[str, torch.Tensor]) -> LayerStore:
-    shape, layer = memory.shape.layers[index], image.layers[index]
+def _store(
+    memory: Memory, sequence: TokenSequence, index: int, saved: SavedSequence, tensors: dict[str, torch.Tensor]
+) -> LayerStore:
+    shape, layer = memory.shape.layers[index], saved.layers[index]
     assert layer is not None  # noqa: S101  # the caller has looked
     full = shape.window is None
     store = LayerStore(
@@ -229,79 +231,79 @@ def _store(memory: Memory, row: Row, index: int, image: SavedRow, tensors: dict[
     for head, (start, length) in enumerate(zip(store.starts, layer.lengths, strict=True)):
         for name in columns(shape.window, scored=store.spec.scores):
             getattr(store, name)[start : start + length] = tensors.pop(f"layer.{index}.head.{head}.{name}")
-    settled, promoted = (layer.lengths, image.promoted(memory.plan.prefix)) if full else ([0] * shape.kv_heads, ())
-    store.fill(layer.lengths, settled, seen=row.seen, promoted=promoted, moves=row.moves)
+    settled, promoted = (layer.lengths, saved.promoted(memory.plan.prefix)) if full else ([0] * shape.kv_heads, ())
+    store.fill(layer.lengths, settled, seen=sequence.seen, promoted=promoted, moves=sequence.moves)
     store.biased = layer.biased
     return store
 
 
 def _samples(
-    memory: Memory, row: Row, index: int, layer: SavedLayer, tensors: dict[str, torch.Tensor]
+    memory: Memory, sequence: TokenSequence, index: int, layer: SavedLayer, tensors: dict[str, torch.Tensor]
 ) -> tuple[QuerySample, ...]:
     made = []
     parts = zip(layer.samples, memory.policy.queries.stored, memory.plan.stored, strict=False)
-    for at, (image, part, planned) in enumerate(parts):
+    for at, (saved, part, planned) in enumerate(parts):
         kept = tensors.pop(f"layer.{index}.sample.{at}").to(memory.device)
         # No larger than it was: what a larger one would hold besides was never kept.
-        sample = QuerySample(part, memory.shape.layers[index], min(image.size, planned), kept, memory.ledger)
-        _fill(sample, image, kept, row.seen)
+        sample = QuerySample(part, memory.shape.layers[index], min(saved.size, planned), kept, memory.ledger)
+        _fill(sample, saved, kept, sequence.seen)
         made.append(sample)
     return tuple(made)
 
 
-def _fill(sample: QuerySample, image: SavedSample, kept: torch.Tensor, seen: int) -> None:
+def _fill(sample: QuerySample, saved: SavedSample, kept: torch.Tensor, seen: int) -> None:
     """Put what was kept into a sample that may be smaller: the newest tokens, or fewer at a wider stride."""
-    sample.filled, sample.stride = image.filled, image.stride
-    if image.size == sample.size:
-        sample.queries[:, : image.filled] = kept
+    sample.filled, sample.stride = saved.filled, saved.stride
+    if saved.size == sample.size:
+        sample.queries[:, : saved.filled] = kept
     elif sample.part.source == "context":
         while sample.filled > sample.size:
             kept, sample.stride = kept[:, ::2], 2 * sample.stride
             sample.filled = kept.shape[1]
         sample.queries[:, : sample.filled] = kept
     else:
-        sample.filled = min(image.filled, sample.size)
+        sample.filled = min(saved.filled, sample.size)
         for token in range(seen - sample.filled, seen):
-            sample.queries[:, token % sample.size] = kept[:, token % image.size]
+            sample.queries[:, token % sample.size] = kept[:, token % saved.size]
 
 
 # ---- room
 
 
-def trim(memory: Memory, row: Row) -> None:
+def trim(memory: Memory, sequence: TokenSequence) -> None:
     """Give back all room: every store is as large as what it holds. :func:`expand` brings it back."""
-    for index, store in enumerate(row.stores):
+    for index, store in enumerate(sequence.stores):
         if store is not None:
-            _resize(row, index, store, store.lengths)
-    if row.headroom_at is not None:
-        row.change(full_at=row.seen + _headroom(memory, row) - memory.plan.scratch)  # as it will be
+            _resize(sequence, index, store, store.lengths)
+    if sequence.headroom_at is not None:
+        sequence.change(full_at=sequence.seen + _headroom(memory, sequence) - memory.plan.scratch)  # as it will be
 
 
-def expand(memory: Memory, row: Row) -> None:
-    """Give out the room that the plan pays for, as after a compaction; a row never compacted grows by itself."""
-    if row.headroom_at is not None:
-        headroom = _headroom(memory, row)
-        for index, store in row.full():
-            _resize(row, index, store, [length + headroom for length in store.lengths])
-    row.change(full_at=row.measured(memory.plan.capacity, memory.plan.scratch))
+def expand(memory: Memory, sequence: TokenSequence) -> None:
+    """Give out the room that the plan pays for, as after a compaction; a sequence never compacted grows by itself."""
+    if sequence.headroom_at is not None:
+        headroom = _headroom(memory, sequence)
+        for index, store in sequence.full():
+            _resize(sequence, index, store, [length + headroom for length in store.lengths])
+    sequence.change(full_at=sequence.measured(memory.plan.capacity, memory.plan.scratch))
 
 
-def _headroom(memory: Memory, row: Row) -> int:
+def _headroom(memory: Memory, sequence: TokenSequence) -> int:
     """Free slots that the plan pays for, for every head alike."""
-    full = row.full()
+    full = sequence.full()
     price = sum(len(store.lengths) * store.spec.slot_bytes for _, store in full)
     kept = sum(store.used_bytes for _, store in full)
     return max(0, (memory.plan.capacity * price - kept) // max(1, price))
 
 
-def _resize(row: Row, index: int, store: LayerStore, capacities: list[int]) -> None:
+def _resize(sequence: TokenSequence, index: int, store: LayerStore, capacities: list[int]) -> None:
     if store.capacities != tuple(capacities):
-        row.replace(index, store.resized(capacities))
+        sequence.replace(index, store.resized(capacities))
 
 
 def copy(memory: Memory) -> Memory:
-    """Another memory with an equal row, where nothing is under way; the bytes are its own."""
+    """Another memory with an equal sequence, where nothing is under way; the bytes are its own."""
     other = memory.empty()
-    image, views = take(memory)
-    give(other, image, views)
+    saved, views = take(memory)
+    give(other, saved, views)
     return other

@@ -1,6 +1,6 @@
 """Storage of slots: the only place that keeps K and V.
 
-A :class:`LayerStore` holds one layer of one row. Its tensors are flat over slots; every KV head owns one contiguous
+A :class:`LayerStore` holds one layer of one sequence. Its tensors are flat over slots; each KV head owns one contiguous
 run in them, with room to grow at its end, so attention reads without a gather and unequal heads cost unequal bytes.
 A store is replaced as a whole (build the new one, then swap), so any fault leaves the old one in force.
 """
@@ -103,14 +103,14 @@ class Extent(NamedTuple):
 
 
 class LayerStore:
-    """The slots of one layer of one row: ``keys [S, d]``, ``values [S, dv]``, ``bias [S]``, ``positions [S]``.
+    """The slots of one layer of one sequence: ``keys [S, d]``, ``values [S, dv]``, ``bias [S]``, ``positions [S]``.
 
     Quantised keys and values are bytes, ``[S, row_bytes(d)]``.
 
     ``S`` is the sum of the heads' capacities; head ``h`` owns ``starts[h] .. starts[h] + capacities[h]`` and fills its
     first ``lengths[h]`` slots: prefix, promoted tokens, then the rest, each part in the order of its positions. β is
     float32, positions int32, scores float32.
-    Positions of slots that were appended since the store was built are kept by the row (they are the same for all
+    Positions of slots that were appended since the store was built are kept by the sequence (they are the same for all
     heads); ``settled[h]`` slots have theirs here.
     """
 
@@ -120,7 +120,7 @@ class LayerStore:
     )  # fmt: skip
 
     def __init__(self, spec: SlotSpec, capacities: Sequence[int], ledger: Ledger) -> None:
-        """Allocate the store; the ledger is asked first.
+        """Allocate the store; the ledger is charged first.
 
         Raises:
             MemoryCapExceeded: the bytes do not fit under the cap.

@@ -66,7 +66,7 @@ class ModelShape:
     intermediate: int
     vocabulary: int
     fused: bool = True
-    """Whether the attention room has a fused path for the model's device (CPU); else its logits are materialised."""
+    """Whether attention has a fused path for the model's device (CPU); else its logits are materialised."""
     fingerprint: str | None = None
     """Tells models of one architecture apart by their weights; ``None`` where no weights are at hand."""
     positions: int | None = None

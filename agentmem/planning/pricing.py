@@ -277,7 +277,7 @@ class Planner:
         return max(price(layer) for layer in compactable)
 
     def _fit(self, layer: LayerShape, capacity: int, limit: int, most: int, references: int) -> int:
-        assert self.policy.compactor is not None  # noqa: S101  # _most has asked
+        assert self.policy.compactor is not None  # noqa: S101  # _most has checked
         pinned = self.settings.keep_first + self.settings.keep_recent
         segment = SegmentShape(
             heads=layer.kv_heads,

@@ -25,7 +25,7 @@ class QuerySample:
     """
 
     def __init__(self, part: Part, layer: LayerShape, size: int, like: torch.Tensor, ledger: Ledger) -> None:
-        """Allocate in the dtype and on the device of ``like``; the ledger is asked first."""
+        """Allocate in the dtype and on the device of ``like``; the ledger is charged first."""
         self.part, self.size, self.stride, self.filled = part, size, 1, 0
         ledger.hold(self, layer.query_heads * size * layer.key_dim * like.element_size(), "stored queries")
         with torch.inference_mode(mode=False):

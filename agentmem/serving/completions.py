@@ -135,6 +135,6 @@ async def _chunks(answer: CompletionAnswer, pieces: AsyncGenerator[Piece]) -> As
                 elif isinstance(piece, Ended):
                     for chunk in answer.last(piece):
                         yield event(chunk)
-        except Exception as error:  # noqa: BLE001  # the status has been sent: the client is told here
+        except Exception as error:  # noqa: BLE001  # the status has been sent: the stream reports it
             yield event({"error": error_object(refusal(error))})
         yield event("[DONE]")

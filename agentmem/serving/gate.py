@@ -44,8 +44,8 @@ class Gate:
                 await self.app(scope, receive, send)
                 return
             await self._posted(scope, headers, receive, send)
-        except RequestRefused as told:
-            await response(told)(scope, receive, send)
+        except RequestRefused as refused:
+            await response(refused)(scope, receive, send)
 
     async def _posted(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
         if self.requests >= self.settings.max_requests:

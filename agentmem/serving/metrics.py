@@ -9,6 +9,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from agentmem import specs
+
 if TYPE_CHECKING:
     from agentmem import CompactionReport, Runtime
     from agentmem.serving.conversations import Conversations
@@ -81,7 +83,7 @@ class Metrics:
         for kind, count in (("read", usage.prompt - usage.cached), ("cached", usage.cached), ("written", usage.reply)):
             self._tokens.labels(kind).inc(max(0, count))
         for report in reports:
-            self._compactions.labels(report.policy.partition("[")[0]).inc()
+            self._compactions.labels(specs.plain_name(report.policy)).inc()
             self._seconds.observe(report.seconds)
             if report.output_error is not None:
                 self._errors.observe(report.output_error)

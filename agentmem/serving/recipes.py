@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from agentmem import contracts, plugins
+from agentmem import contracts, plugins, specs
 from agentmem.errors import RequestRefused
 from agentmem.sessions.chat.dialogue import Role
 
@@ -89,7 +89,7 @@ def check_policy(spec: str | None) -> None:
     if spec is None:
         return
     with contracts.without_files():
-        made, plain = plugins.policy(spec), plugins.policy(spec.partition("[")[0])
+        made, plain = plugins.policy(spec), plugins.policy(specs.plain_name(spec))
     if made.queries.pattern not in ("", plain.queries.pattern):
         raise RequestRefused(
             f"agentmem.policy: {spec[:80]!r} brings a pattern, which a client cannot have this server search for; "

@@ -17,7 +17,7 @@ from agentmem.serving import logs
 _LONGEST = 1000
 """Characters of a message: an error may quote what a client sent."""
 _MOST = 3
-"""Violations of one request that are told."""
+"""Violations of one request that its message names."""
 
 _STATUS: tuple[tuple[type[AgentmemError], int, str], ...] = (
     (errors.CapTooSmall, 400, "cap_too_small"),
@@ -35,7 +35,7 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_
 
 
 def refusal(error: BaseException, *, retry_after: int = 1) -> RequestRefused:
-    """What a client is told of an error."""
+    """The refusal that a client gets for an error."""
     if isinstance(error, RequestRefused):
         return error
     for kind, status, code in _STATUS:
@@ -48,19 +48,19 @@ def refusal(error: BaseException, *, retry_after: int = 1) -> RequestRefused:
     )
 
 
-def error_object(told: RequestRefused) -> dict[str, Any]:
+def error_object(refused: RequestRefused) -> dict[str, Any]:
     """OpenAI's error object."""
-    kind = _TYPES.get(told.status, "invalid_request_error" if told.status < 500 else "server_error")  # noqa: PLR2004
-    param = None if told.param is None else shortened(told.param)
-    return {"message": shortened(str(told)), "type": kind, "param": param, "code": told.code}
+    kind = _TYPES.get(refused.status, "invalid_request_error" if refused.status < 500 else "server_error")  # noqa: PLR2004
+    param = None if refused.param is None else shortened(refused.param)
+    return {"message": shortened(str(refused)), "type": kind, "param": param, "code": refused.code}
 
 
-def response(told: RequestRefused) -> JSONResponse:
+def response(refused: RequestRefused) -> JSONResponse:
     """The whole answer."""
-    headers = {} if told.retry_after is None else {"Retry-After": str(told.retry_after)}
-    if told.status == 401:  # noqa: PLR2004  # HTTP's number
+    headers = {} if refused.retry_after is None else {"Retry-After": str(refused.retry_after)}
+    if refused.status == 401:  # noqa: PLR2004  # HTTP's number
         headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse({"error": error_object(told)}, told.status, headers)
+    return JSONResponse({"error": error_object(refused)}, refused.status, headers)
 
 
 def shortened(text: str) -> str:

@@ -21,7 +21,7 @@ class ReplyText:
         self.stopped = False
         """Whether a stop sequence came: nothing after it is shown."""
         self.calls: list[ToolCall] = []
-        self.told = ""
+        self.sent = ""
         """What was shown."""
 
     def push(self, text: str) -> str:
@@ -47,7 +47,7 @@ class ReplyText:
 
     def _show(self, stop: int) -> str:
         piece = self._text[self._shown : stop]
-        self._shown, self.told = max(stop, self._shown), self.told + piece
+        self._shown, self.sent = max(stop, self._shown), self.sent + piece
         return piece
 
     def _safe(self) -> int:

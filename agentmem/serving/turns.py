@@ -112,7 +112,7 @@ class Turn:
                 return
 
     async def stop(self, why: RequestRefused | None = None) -> None:
-        """End the turn within one forward, if it has not ended; ``why`` is what its reader is told."""
+        """End the turn within one forward, if it has not ended; ``why`` is the error that its reader gets."""
         self._why = why or self._why
         self.task.cancel()
         await asyncio.wait([self.task])
@@ -123,7 +123,7 @@ class Turn:
         except asyncio.CancelledError:
             self._pieces.put_nowait(self._why)
             raise
-        except Exception as error:  # noqa: BLE001  # whoever reads the pieces is told
+        except Exception as error:  # noqa: BLE001  # whoever reads the pieces gets it
             self._pieces.put_nowait(error)
 
     async def _turn(self) -> None:
@@ -275,7 +275,7 @@ class Turn:
         if self._first:
             self._server.metrics.reply(self._first - self._start, time.monotonic() - self._first, self._usage.reply)
         facts = self._log.facts(conversation.id, stats, self._usage) | {"ended": reason}
-        self._pieces.put_nowait(Ended(reason, text.told, tuple(text.calls), self._usage, facts))
+        self._pieces.put_nowait(Ended(reason, text.sent, tuple(text.calls), self._usage, facts))
 
     async def _write(self, session: Session, text: ReplyText, conversation: Conversation) -> End:
         """Decode until the reply ends or a stop sequence comes; why it ended."""
@@ -322,4 +322,4 @@ class _Anew(Exception):
 def _said(text: ReplyText) -> Message:
     """The reply as the client will send it back."""
     calls = tuple(call.plain() for call in text.calls) or None
-    return Message(role="assistant", content=text.told, tool_calls=calls)
+    return Message(role="assistant", content=text.sent, tool_calls=calls)

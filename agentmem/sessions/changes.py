@@ -15,7 +15,7 @@ from agentmem.sessions.conversation import Before, Conversation
 def _before(session: Conversation) -> Before:
     """A session as it is now; a closed one has no memory."""
     reply, memory = session.reply, session.holding.memory
-    row = None if memory is None else memory.rows[0]
+    sequence = None if memory is None else memory.sequences[0]
     return Before(
         session.dialogue,
         reply,
@@ -24,8 +24,8 @@ def _before(session: Conversation) -> Before:
         len(session.ids),
         session.ids[-1:],  # type: ignore[arg-type]  # a slice of an array is an array
         len(session.entries),
-        row,
-        None if row is None else row.pins,
+        sequence,
+        None if sequence is None else sequence.pins,
     )
 
 
@@ -51,6 +51,6 @@ def put_back(session: Conversation) -> None:
         before.reply.ids, before.reply.text, before.reply.end = before.said
     session.ids[before.ids - len(before.newest) :] = before.newest
     del session.entries[before.entries :]
-    if before.row is not None and before.pins is not None:
-        before.row.pins = before.pins
+    if before.sequence is not None and before.pins is not None:
+        before.sequence.pins = before.pins
     session.before = None

@@ -18,8 +18,8 @@ def compacting(
     """The events of a compaction now; see :meth:`agentmem.sessions.session.Session.compact`."""
     try:
         yield from turn.read(session)
-        row = session.memory.rows[0]
-        if force or row.room <= session.hooks.soft * session.memory.plan.capacity:
+        sequence = session.memory.sequences[0]
+        if force or sequence.room <= session.hooks.soft * session.memory.plan.capacity:
             request = request_of(session, focus, policy)
             if target is not None:
                 request = Request(_slots_of(session, target), None, request.focus, request.policy)
@@ -49,7 +49,7 @@ def _slots_of(session: Conversation, target: float) -> int:
     """Slots per head that a compaction of everything leaves between prefix and recent."""
     if isinstance(target, int):
         return target
-    memory, row = session.memory, session.memory.rows[0]
-    promote(memory, row)
-    held = row.mean_slots() - row.front(memory.plan.prefix) - memory.plan.recent
+    memory, sequence = session.memory, session.memory.sequences[0]
+    promote(memory, sequence)
+    held = sequence.mean_slots() - sequence.front(memory.plan.prefix) - memory.plan.recent
     return max(1, math.ceil(target * max(0, held)))

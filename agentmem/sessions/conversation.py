@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from agentmem.hf import CappedCache
     from agentmem.memory.memory import Memory
     from agentmem.memory.pins import Pins
-    from agentmem.memory.sequence import Row
+    from agentmem.memory.sequence import TokenSequence
     from agentmem.reporting.report import CompactionReport, RebaseReport
     from agentmem.sessions.chat.template import ChatTemplate
     from agentmem.sessions.events import Reason
@@ -83,7 +83,7 @@ class Reply:
 class Before:
     """A session as it was: its dialogue, its open reply with its content, its newest id, and how much of the rest.
 
-    ``row`` and ``pins`` are those of its memory; a closed session has none.
+    ``sequence`` and ``pins`` are those of its memory; a closed session has none.
     """
 
     dialogue: Dialogue
@@ -93,7 +93,7 @@ class Before:
     ids: int
     newest: array[int]
     entries: int
-    row: Row | None
+    sequence: TokenSequence | None
     pins: Pins | None
 
 

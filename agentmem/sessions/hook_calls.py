@@ -17,17 +17,17 @@ class HookCalls:
     """The hooks of one session, and what they answered last."""
 
     def __init__(self, before: BeforeCompact | None, after: AfterCompact | None, soft: float) -> None:
-        """``soft`` is the part of the capacity below which ``before`` is asked early."""
+        """``soft`` is the part of the capacity below which ``before`` is called early."""
         self.before, self.after, self.soft = before, after, soft
         self._not_before = 0
         self._vetoed = False
 
     def early(self, memory: Memory) -> bool:
-        """Whether a compaction is due soon, and is to be asked for now."""
-        row = memory.rows[0]
-        if self.before is None or self._vetoed or row.seen < self._not_before:
+        """Whether a compaction is due soon, so that the hook is called now."""
+        sequence = memory.sequences[0]
+        if self.before is None or self._vetoed or sequence.seen < self._not_before:
             return False
-        return row.room <= self.soft * memory.plan.capacity
+        return sequence.room <= self.soft * memory.plan.capacity
 
     def before_compaction(self, session: str, memory: Memory, *, full: bool) -> Request | None:
         """What is to be done with the memory of the session of that name; ``None`` to leave it for now.
@@ -38,9 +38,11 @@ class HookCalls:
         """
         if self.before is None:
             return USUAL
-        row = memory.rows[0]
+        sequence = memory.sequences[0]
         names = tuple(policy.name for policy in (memory.policy, *memory.extra_policies))
-        answer = self.before(CompactionContext(session, full, row.seen, row.held, row.room, memory.policy.name, names))
+        answer = self.before(
+            CompactionContext(session, full, sequence.seen, sequence.held, sequence.room, memory.policy.name, names)
+        )
         if answer == PROCEED:
             return USUAL
         if answer == POSTPONE:
@@ -58,7 +60,7 @@ class HookCalls:
 
     def postpone(self, memory: Memory) -> None:
         """Ask again when another part of the room is used up."""
-        self._not_before = memory.rows[0].seen + max(1, memory.settings.min_reclaim)
+        self._not_before = memory.sequences[0].seen + max(1, memory.settings.min_reclaim)
 
     def compacted(self, report: CompactionReport) -> None:
         """A compaction is over: nothing is vetoed or postponed any more."""

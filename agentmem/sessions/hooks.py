@@ -1,4 +1,4 @@
-"""Hooks around compactions: what a caller is asked before, and may answer."""
+"""Hooks around compactions: what they are called with, and what they may answer."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def text(session: Conversation, given: str | Sequence[int], how: How) -> turn.St
     after = _after(session, len(ids), how)
     with changing(session):
         if how.pin:
-            pin_coming(session.memory, session.memory.rows[0], [(start, start + len(ids))])
+            pin_coming(session.memory, session.memory.sequences[0], [(start, start + len(ids))])
         close_reply(session)
         session.ids.extend(ids)
         session.entries.append(Entry(kind="text", role=None, start=start, stop=len(session.ids)))
@@ -219,7 +219,7 @@ def _pin(session: Conversation, delta: Delta, fed: int, *, pin: bool) -> None:
     if settings.pin_pattern and session.memory.language is not None:
         found = Marks(settings.pin_pattern, session.memory.language.read).spans(delta.ids)
         places += [(start + low, start + high) for low, high in found]
-    pin_coming(session.memory, session.memory.rows[0], places)
+    pin_coming(session.memory, session.memory.sequences[0], places)
 
 
 def _ids(session: Conversation, given: str | Sequence[int]) -> list[int]:

@@ -27,25 +27,25 @@ Written = TypeVar("Written", Entry, Message)
 
 def hold_request(session: Conversation, *, wanted: bool = True) -> bool:
     """Pin the newest request, or its last message where that alone fits; whether all is pinned that was wanted."""
-    memory, row = session.memory, session.memory.rows[0]
+    memory, sequence = session.memory, session.memory.sequences[0]
     if not (wanted and session.settings.pin_request):
         release_request(session)
         return True
-    return any(pin_request(memory, row, spans) for spans in _requests(session))
+    return any(pin_request(memory, sequence, spans) for spans in _requests(session))
 
 
 def release_request(session: Conversation) -> None:
     """Unpin the newest request; what is pinned besides stays pinned. A session that was closed meanwhile has none."""
     memory = session.holding.memory
     if memory is not None:
-        row = memory.rows[0]
-        row.pins = replace(row.pins, request=())
+        sequence = memory.sequences[0]
+        sequence.pins = replace(sequence.pins, request=())
 
 
 def report_request(session: Conversation) -> None:
     """Log that a reply is written whose request may be compacted, with its length and the most that it may have."""
-    memory, row = session.memory, session.memory.rows[0]
-    pins = replace(row.pins, request=_requests(session)[-1])
+    memory, sequence = session.memory, session.memory.sequences[0]
+    pins = replace(sequence.pins, request=_requests(session)[-1])
     tokens, most = request_size(memory, pins), most_requested(memory, pins)
     log_events.request_not_pinned(session=session.name, tokens=tokens, most=most)
 

@@ -67,7 +67,7 @@ class Session(Conversation):
             target: what that leaves: a fraction, or slots per head; a quarter without it.
             focus: a text: what must stay recallable.
             policy: one of the session's: one with adaptive budgets, such as
-                ``am-halving[budgets=adaptive;output_error=0.1]``, leaves what its errors allow instead of ``target``.
+                ``am-halving[budgets=adaptive[output_error=0.1]]``, leaves what its errors allow instead of ``target``.
             deadline: seconds; what is not read by then is read by the next turn, and no longer compacted after it was
                 read.
 
@@ -297,7 +297,7 @@ class Session(Conversation):
         check_count("pin: start", start)
         check_count("pin: stop", stop)
         with self.runtime.turn(self, brief=True):
-            pin(self.memory, self.memory.rows[0], start, stop, coming=len(self.pending))
+            pin(self.memory, self.memory.sequences[0], start, stop, coming=len(self.pending))
 
     def unpin(self, start: int, stop: int) -> None:
         """Let the tokens ``start .. stop`` of the transcript be compacted again, whatever had them pinned.
@@ -312,7 +312,7 @@ class Session(Conversation):
         check_count("unpin: start", start)
         check_count("unpin: stop", stop)
         with self.runtime.turn(self, brief=True):
-            unpin(self.memory.rows[0], start, stop, coming=len(self.pending))
+            unpin(self.memory.sequences[0], start, stop, coming=len(self.pending))
 
     # ---- branches and files
 

@@ -62,7 +62,7 @@ class SessionSettings(BaseModel):
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
     """When more turns wait than a forward can feed, those of higher priority are fed first."""
     soft: Annotated[float, Field(ge=0, le=0.5)] = 0.1
-    """A ``before_compact`` hook is asked when less than this part of the capacity is free."""
+    """A ``before_compact`` hook is called when less than this part of the capacity is free."""
     seed: Seed | None = None
     """Seed of this session's own sampling; ``None`` samples from torch's global generator, as ``generate`` does."""
 

@@ -53,17 +53,17 @@ class SessionStats(BaseModel):
         state: State = "active" if session.busy else "idle"
         if memory is None:
             state = "closed" if session.closed else "on disk"
-        row = None if memory is None else memory.rows[0]
+        sequence = None if memory is None else memory.sequences[0]
         return cls(
             name=session.name,
             state=state,
             policy=holding.policy,
             tokens=len(session.ids),
             pending=len(session.ids) - holding.seen,
-            next_position=0 if row is None else row.next_position,
-            held_slots=0 if row is None else row.held,
+            next_position=0 if sequence is None else sequence.next_position,
+            held_slots=0 if sequence is None else sequence.held,
             capacity=holding.capacity,
-            room=0 if row is None else row.room,
+            room=0 if sequence is None else sequence.room,
             pinned_tokens=size(holding.pins.spans),
             request_tokens=size(holding.pins.request),
             lease_bytes=holding.lease,

@@ -98,21 +98,21 @@ def _piece(memory: Memory, after: After | None) -> int:
 
 def _compact_span(session: Conversation, after: After, *, last: bool) -> Steps:
     """Compact what has been read of a text and has left the recent window, less what is pinned."""
-    row = session.memory.rows[0]
-    start = row.compactable(after.start, session.memory.plan.prefix)
-    stop = max(start, row.seen - session.memory.plan.recent)
-    tokens = stop - start - row.pins.count(start, stop)
+    sequence = session.memory.sequences[0]
+    start = sequence.compactable(after.start, session.memory.plan.prefix)
+    stop = max(start, sequence.seen - session.memory.plan.recent)
+    tokens = stop - start - sequence.pins.count(start, stop)
     if tokens >= (LEAST_SPAN if last else max(LEAST_SPAN, _piece(session.memory, after) // 2)):
         yield from compact(session, after.request(start, tokens), forced=False)
 
 
 def make_room(session: Conversation) -> Steps:
-    """Compact where the row is full, or nearly so and a hook wants to know."""
-    memory, row = session.memory, session.memory.rows[0]
+    """Compact where the sequence is full, or nearly so and a hook wants to know."""
+    memory, sequence = session.memory, session.memory.sequences[0]
     if not session.engine.automatic:
         return
-    full = row.room < 1 or row.job is not None
-    if row.job is not None:
+    full = sequence.room < 1 or sequence.job is not None
+    if sequence.job is not None:
         request: Request | None = USUAL
     elif full or session.hooks.early(memory):
         request = session.hooks.before_compaction(session.name, memory, full=full)
@@ -124,24 +124,24 @@ def make_room(session: Conversation) -> Steps:
             session.hooks.postpone(memory)
     elif full:
         raise TurnEnded(
-            f"the memory is full ({memory.plan.capacity} slots per head, {row.seen} tokens seen) and before_compact "
-            "said no; answer 'proceed' or a policy when context.full is true, or raise cap"
+            f"the memory is full ({memory.plan.capacity} slots per head, {sequence.seen} tokens seen) and "
+            "before_compact said no; answer 'proceed' or a policy when context.full is true, or raise cap"
         )
 
 
 def compact(session: Conversation, request: Request, *, forced: bool) -> Generator[Step, None, CompactionReport | None]:
     """Compact now; returns the report, ``None`` where there was nothing to reclaim."""
-    engine, row = session.engine, session.memory.rows[0]
+    engine, sequence = session.engine, session.memory.sequences[0]
     report: CompactionReport | None = None
-    for each in in_turn(row, request):
-        compaction = engine.prepare(row, each)
+    for each in in_turn(sequence, request):
+        compaction = engine.prepare(sequence, each)
         yield from rebased(session)
         if compaction is None:
             continue
         started = CompactionStarted(
             policy=compaction.job.policy.name,
-            tokens_seen=row.seen,
-            slots=row.held,
+            tokens_seen=sequence.seen,
+            slots=sequence.held,
             forced=forced or each is not request,
         )
         yield started
@@ -212,10 +212,10 @@ def pin_reply(session: Conversation, start: int) -> None:
 
     """
     if "assistant" in session.settings.pin_roles and start < len(session.ids):
-        row = session.memory.rows[0]
-        held = row.pins.request
-        pin_coming(session.memory, row, [(start, len(session.ids))])
-        if held and not row.pins.request:
+        sequence = session.memory.sequences[0]
+        held = sequence.pins.request
+        pin_coming(session.memory, sequence, [(start, len(session.ids))])
+        if held and not sequence.pins.request:
             report_request(session)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 from reprlib import Repr
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from pydantic import ValidationError
 
 MAX_MESSAGE: Final = 2000
@@ -15,6 +18,8 @@ _END: Final = 500
 _LISTED: Final = 4
 _DESCRIBED: Final = 1000
 """Violations of one validation that are looked at; where there are more, they are counted."""
+_COMPARED: Final = 40
+"""Characters of a wrong name that are compared with the known ones."""
 _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
@@ -34,6 +39,13 @@ def shown(value: object) -> str:
     except ValueError:  # of integers with more digits than Python writes
         bits = f" of {value.bit_length()} bits" if isinstance(value, int) else ""
         return f"<{type(value).__name__}{bits}>"
+
+
+def did_you_mean(wrong: str, known: Iterable[str], most: int = 1) -> str:
+    """``did you mean 'x'? `` with the ``most`` nearest of the known names, however they are capitalised, or nothing."""
+    lower = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(wrong[:_COMPARED].lower(), lower, n=most, cutoff=0.5)
+    return f"did you mean {' or '.join(repr(lower[name]) for name in near)}? " if near else ""
 
 
 def faults(error: ValidationError, given: object = None) -> str:

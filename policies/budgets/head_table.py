@@ -21,8 +21,8 @@ VERSION = 1
 MAX_BYTES = 16 << 20
 """Of a table's file, which is checked before it is read."""
 _MAKE = (
-    "make one with `agentmem calibrate --model MODEL --out FILE` and give it as budgets='calibrated;table=FILE' (for a "
-    "fine-tune add ';any_weights=true'), or use budgets=global, which needs none"
+    "make one with `agentmem calibrate --model MODEL --out FILE` and give it as budgets='calibrated[table=FILE]' (for "
+    "a fine-tune 'calibrated[table=FILE,any_weights=true]'), or use budgets=global, which needs none"
 )
 
 Rows = tuple[tuple[float, ...], ...]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
+from agentmem import specs
 from agentmem.contracts import Budgets
 from agentmem.policies.budgets.adaptive import Adaptive
 from agentmem.policies.budgets.calibrated import Calibrated
@@ -14,6 +13,7 @@ from agentmem.policies.budgets.global_budgets import Global
 from agentmem.policies.budgets.pyramid import Pyramid
 from agentmem.policies.budgets.sensitivity import Sensitivity
 from agentmem.policies.budgets.uniform import Uniform
+from agentmem.untrusted.texts import did_you_mean, shown
 
 NAMES: dict[str, Callable[..., Budgets]] = {
     "uniform": Uniform,
@@ -26,43 +26,20 @@ NAMES: dict[str, Callable[..., Budgets]] = {
 
 
 def by_name(name: str, **options: Any) -> Budgets:
-    """The budgets of that name, made with their own options.
-
-    Options may also follow the name, where only a text can be given: ``"calibrated;floor=0.5;table=mine.json"``.
+    """The budgets of that name or spec, ``"calibrated[floor=0.5,table=mine.json]"``, made with their own options.
 
     Raises:
-        ValueError: the name or an option is unknown (the message suggests the nearest), or a value cannot work.
+        ValueError: the spec cannot be read, the name or an option is unknown (the message suggests the nearest), or a
+            value cannot work.
 
     """
-    name, *written = (part.strip() for part in name.split(";"))
-    options = dict(map(_option, written)) | options
-    if name not in NAMES:
-        raise ValueError(f"budgets: {name!r} is unknown; {_hint(name, NAMES)}choose one of {', '.join(NAMES)}")
-    known = inspect.signature(NAMES[name]).parameters
-    for option in options:
-        if option not in known:
-            listed = ", ".join(known) or "none"
-            raise ValueError(
-                f"budgets {name!r} have no option {option!r}; {_hint(option, known)}their options: {listed}"
-            )
-    return NAMES[name](**options)
-
-
-def _option(text: str) -> tuple[str, Any]:
-    """``key=value``; a number where it reads as one."""
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(f"budgets: {text!r} is no option; write key=value, as in calibrated;floor=0.5")
-    if key.strip() == "table":  # a file may be named 123
-        return "table", value.strip()
-    if value in ("true", "false"):
-        return key.strip(), value == "true"
-    try:
-        return key.strip(), float(value)
-    except ValueError:
-        return key.strip(), value.strip()
-
-
-def _hint(wrong: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}? " if near else ""
+    spec = specs.parsed(name, "budgets")
+    if spec.name not in NAMES:
+        hint = did_you_mean(spec.name, NAMES)
+        raise ValueError(
+            f"budgets: {shown(spec.name)} is unknown; {hint}choose one of {', '.join(NAMES)}; options follow "
+            "in brackets, as in calibrated[floor=0.5]"
+        )
+    make = NAMES[spec.name]
+    specs.check_options({**spec.options, **options}, make, f"budgets {spec.name!r}")
+    return make(**specs.typed(spec.options, make) | options)

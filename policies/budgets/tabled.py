@@ -14,7 +14,7 @@ LAYER_CEILING = 2.0
 
 
 class Tabled(Budgets):
-    """Follows a file's table, or the shipped one of the model that :meth:`check` is asked about.
+    """Follows a file's table, or the shipped one of the model that :meth:`check` is called with.
 
     ``floor`` is the fraction of an equal share that every head gets. ``any_weights`` takes a table made for other
     weights of the same heads, as a fine-tune may. ``head_ceiling`` and ``layer_ceiling`` are in equal shares.
@@ -26,7 +26,7 @@ class Tabled(Budgets):
 
     def __init__(
         self,
-        table: str | Path | None = None,
+        table: str | Path = "",
         *,
         floor: float = 0.25,
         head_ceiling: float = HEAD_CEILING,
@@ -43,7 +43,7 @@ class Tabled(Budgets):
         self._most = (head_ceiling, layer_ceiling)
         self._table: HeadTable | None = None
         self._model: ModelIdentity | None = None
-        if table is None:
+        if not str(table):
             self._tables = tuple(found for found in shipped_tables() if not self.lacks(found))
             return
         self._tables = (read_table(table),)

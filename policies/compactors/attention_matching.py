@@ -1,7 +1,7 @@
 """Attention Matching: choose the slots that stay, fit β to the mass, then the values to the output.
 
 Source: "Fast KV Compaction via Attention Matching", arXiv:2602.16284. Added here: both fits are anchored at the kept
-slots themselves, β is carried from one compaction to the next, and so is a slot's importance if asked for.
+slots themselves, β is carried from one compaction to the next, and so is a slot's importance with ``carry``.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from agentmem.contracts import (
 )
 from agentmem.policies.compactors.selectors import Highest, Selection, Selector
 from agentmem.policies.solvers.attention import LocalAttention
-from agentmem.policies.solvers.mass import MassFit, fit_mass
+from agentmem.policies.solvers.mass import fit_mass
 from agentmem.policies.solvers.nonnegative import pivoting_bytes
 from agentmem.policies.solvers.refine import refine, refine_bytes
 from agentmem.policies.solvers.selection import Importance, Score, importance
-from agentmem.policies.solvers.values import ValueFit, fit_values
+from agentmem.policies.solvers.solution import Outcome, Solution
+from agentmem.policies.solvers.values import fit_values
 
 Mass = Literal["projected", "exact", "none"]
 Values = Literal["fitted", "own"]
@@ -151,12 +152,12 @@ class AttentionMatching(Compactor):
 
     def _fit(
         self, head: HeadSegment, attention: LocalAttention, found: Importance, selection: Selection
-    ) -> tuple[HeadCompaction, MassFit, ValueFit | None]:
+    ) -> tuple[HeadCompaction, Solution[torch.Tensor], Solution[torch.Tensor] | None]:
         """Fit β, then the values: two passes over the queries."""
         kept = selection.kept
         plain = attention.over(attention.keys[kept], head.bias[kept])
         mass = self._fit_mass(plain, found, selection)
-        bias = plain.bias + mass.log_weights
+        bias = plain.bias + mass.value
         scores = found.scores[kept] if self.carry else None
         fitted, better = None, None
         values = head.values.float()
@@ -170,20 +171,21 @@ class AttentionMatching(Compactor):
                 ridge=self.ridge_values,
                 bound=self.value_bound,
             )
-            start = fitted.values
+            start = fitted.value
         if self.refine:
             better = refine(attention, plain.over(plain.keys, bias), values, start, steps=self.refine)
         if better is not None and better.accepted:
-            keys, moved = better.keys.to(head.keys.dtype), better.values.to(head.values.dtype)
-            return HeadCompaction(kept, better.bias, moved, keys, scores), mass, fitted
+            keys, bias, values = better.value
+            moved = values.to(head.values.dtype)
+            return HeadCompaction(kept, bias, moved, keys.to(head.keys.dtype), scores), mass, fitted
         new = None if fitted is None else start.to(head.values.dtype)
         return HeadCompaction(kept, bias, new, scores=scores), mass, fitted
 
-    def _fit_mass(self, plain: LocalAttention, found: Importance, selection: Selection) -> MassFit:
-        if selection.log_weights is not None:
-            return MassFit(selection.log_weights, accepted=selection.accepted, condition=selection.condition)
+    def _fit_mass(self, plain: LocalAttention, found: Importance, selection: Selection) -> Solution[torch.Tensor]:
+        if selection.mass is not None:
+            return selection.mass
         if self.mass == "none":
-            return MassFit(torch.zeros_like(plain.bias), accepted=True, condition=1.0)
+            return Solution(torch.zeros_like(plain.bias))
         steps = None if self.mass == "exact" else self.steps
         return fit_mass(plain, found.log_mass, ridge=self.ridge_mass, bound=self.beta_bound, steps=steps)
 
@@ -205,12 +207,12 @@ def _row_bytes(slots: int, key_dim: int, value_dim: int) -> int:
     return _FLOAT * (slots + 2 * key_dim + value_dim + 4)
 
 
-def _notes(mass: MassFit, values: ValueFit | None) -> list[str]:
+def _notes(mass: Solution[torch.Tensor], values: Solution[torch.Tensor] | None) -> list[str]:
     notes = []
-    if not mass.accepted:
-        notes.append("plain β kept, no fit beat it")
+    if mass.outcome is not Outcome.SOLVED:
+        notes.append(f"{'β fitted' if mass.accepted else 'plain β kept'}, {mass.outcome.value}")
     if values is not None and not values.accepted:
-        notes.append("own values kept, no fit beat them")
-    if values is not None and values.bounded:
-        notes.append(f"{values.bounded} values cut to the bound")
+        notes.append(f"own values kept, {values.outcome.value}")
+    if values is not None and values.stats["bounded"]:
+        notes.append(f"{values.stats['bounded']} values cut to the bound")
     return notes

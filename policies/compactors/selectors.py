@@ -19,6 +19,7 @@ from agentmem.policies.solvers.attention import LocalAttention
 from agentmem.policies.solvers.lots import lots
 from agentmem.policies.solvers.pursuit import EXACT, FAST, PROGRESSIVE, Schedule, pursue, pursuit_bytes
 from agentmem.policies.solvers.selection import Importance, top
+from agentmem.policies.solvers.solution import Solution
 
 _FLOAT = 4
 _SORT = 28
@@ -27,12 +28,10 @@ _SORT = 28
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """``kept [t]`` int64 ascending; ``log_weights [t]`` float32 where the selector has fitted β already."""
+    """``kept [t]`` int64 ascending; ``mass``, as of :func:`fit_mass`, where the selector has fitted β already."""
 
     kept: torch.Tensor
-    log_weights: torch.Tensor | None = None
-    condition: float = 1.0
-    accepted: bool = True
+    mass: Solution[torch.Tensor] | None = None
 
 
 class Selector(ABC):
@@ -102,7 +101,8 @@ class Pursue(Selector):
             cutoff=-bound,
             keep=keep,
         )
-        return Selection(result.kept, result.log_weights, result.condition, result.accepted)
+        kept, log_weights = result.value
+        return Selection(kept, Solution(log_weights, result.outcome, result.condition, result.stats))
 
     def workspace(self, shape: SegmentShape, rows: int) -> int:
         """The pursuit's."""

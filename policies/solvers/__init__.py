@@ -2,6 +2,7 @@
 
 | file | algorithm |
 | --- | --- |
+| ``solution.py`` | no algorithm: the result type of all that fit or choose |
 | ``attention.py`` | attention of blocks of queries over one head's segment alone |
 | ``selection.py`` | importance of slots over all queries, and the top of it |
 | ``pursuit.py`` | orthogonal matching pursuit: slots and weights that together restore the mass |

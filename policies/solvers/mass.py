@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 
 from agentmem.policies.solvers.anchored import FIRMER_RIDGES, Anchored, add_gram, factored
 from agentmem.policies.solvers.attention import LocalAttention
 from agentmem.policies.solvers.nonnegative import bounded_least_squares
+from agentmem.policies.solvers.solution import Outcome, Solution
 
 
-@dataclass(frozen=True, slots=True)
-class MassFit:
-    """``log_weights [t]`` float32: the *update* of β, to be added to the kept slots' old β.
-
-    ``accepted`` is false where the fit did not beat plain β (w = 1) on the fitting queries; then the update is 0.
-    """
-
-    log_weights: torch.Tensor
-    accepted: bool
-    condition: float
-
-
-def fit_mass(kept: LocalAttention, log_mass: torch.Tensor, *, ridge: float, bound: float, steps: int | None) -> MassFit:
+def fit_mass(
+    kept: LocalAttention, log_mass: torch.Tensor, *, ridge: float, bound: float, steps: int | None
+) -> Solution[torch.Tensor]:
     """Fit ``Φ w ≈ 1`` with Φ the weights of the kept slots relative to the mass of the whole segment.
+
+    The value is ``log w [t]`` float32: the *update* of β, to be added to the kept slots' old β. Where the fit does not
+    beat plain β (w = 1) on the fitting queries, the update is 0.
 
     ``kept`` attends over the kept slots with their old β; ``log_mass [N]`` is each query's log mass over all slots.
     Minimises ``|Φ w - 1|² + ridge * mean(diag ΦᵀΦ) * |w - 1|²`` within ``w in [e^-bound, e^bound]``: a clamped
@@ -45,27 +38,28 @@ def fit_mass(kept: LocalAttention, log_mass: torch.Tensor, *, ridge: float, boun
         if equations is not None:
             break
     else:
-        return MassFit(torch.zeros_like(kept.bias), accepted=False, condition=math.inf)
+        return Solution(torch.zeros_like(kept.bias), Outcome.SINGULAR, math.inf)
     shift = _bounded(equations, pull, bound=bound, steps=steps)
     condition = equations.condition()
     if not equations.gain(pull, shift) > 0:
-        return MassFit(torch.zeros_like(kept.bias), accepted=False, condition=condition)
+        return Solution(torch.zeros_like(kept.bias), Outcome.REFUSED, condition)
     log_weights = shift.squeeze(-1).log1p().clamp_(-bound, bound)
-    return MassFit(log_weights, accepted=True, condition=condition)
+    return Solution(log_weights, condition=condition)
 
 
-def _exact(kept: LocalAttention, log_mass: torch.Tensor, *, ridge: float, bound: float) -> MassFit:
+def _exact(kept: LocalAttention, log_mass: torch.Tensor, *, ridge: float, bound: float) -> Solution[torch.Tensor]:
     """The minimum itself, by pivoting."""
     residual = kept.bias.new_zeros(len(kept.bias), 1)
     gram = _gram(kept, log_mass, residual)
     gram.triu_().add_(gram.triu(1).mT)
     pull = residual.squeeze(-1) + gram.sum(dim=-1)
     found = bounded_least_squares(gram, pull, low=math.exp(-bound), high=math.exp(bound), ridge=ridge)
-    shift = found.solution.float() - 1
+    shift = found.value.float() - 1
     lowered = 2 * residual.squeeze(-1) @ shift - shift @ (gram @ shift)
     if not float(lowered) > 0:
-        return MassFit(torch.zeros_like(kept.bias), accepted=False, condition=1.0)
-    return MassFit(shift.log1p_().clamp_(-bound, bound), accepted=True, condition=1.0)
+        refused = Outcome.REFUSED if found.accepted else found.outcome
+        return Solution(torch.zeros_like(kept.bias), refused, found.condition)
+    return Solution(shift.log1p_().clamp_(-bound, bound), found.outcome)
 
 
 def _gram(kept: LocalAttention, log_mass: torch.Tensor, pull: torch.Tensor) -> torch.Tensor:

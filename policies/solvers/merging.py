@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import heapq
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
+
+from agentmem.policies.solvers.solution import Solution
 
 Rest = Literal["evict", "nearest"]
 
@@ -16,18 +17,12 @@ _BYTES_PER_SLOT = 160
 _SMALL = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Merged:
-    """``kept [t]`` int64 ascending, their total ``bias [t]`` and ``values [t, dv]``, float32.
-
-    ``merged`` slots went into a kept one, ``evicted`` slots left without a trace.
-    """
+class Merged(NamedTuple):
+    """``kept [t]`` int64 ascending, their total ``bias [t]`` and ``values [t, dv]``, float32."""
 
     kept: torch.Tensor
     bias: torch.Tensor
     values: torch.Tensor
-    merged: int
-    evicted: int
 
 
 def merge(
@@ -41,12 +36,13 @@ def merge(
     log_weights: torch.Tensor | None = None,
     rest: Rest = "evict",
     rows: int = 128,
-) -> Merged:
+) -> Solution[Merged]:
     """Merge the most similar slots, then drop the least important ones, until ``count`` are left.
 
     A slot joins the most similar of those that are more important than itself, the most similar pair first; a slot that
     others have joined stays. A group keeps the key of its most important slot; its value is the mean of all by weight,
-    and that slot's β grows by the log of the group's weight over its own.
+    and that slot's β grows by the log of the group's weight over its own. Stats: ``merged``, the slots that
+    went into a kept one, and ``evicted``, those that left without a trace.
 
     Args:
         keys: ``[T, d]`` float32.
@@ -90,7 +86,8 @@ def merge(
     own = bias if log_weights is None else log_weights
     grouped, means = _pooled(parents, kept, own, values)
     evicted = int((parents < 0).sum())
-    return Merged(kept, bias[kept] + grouped - own[kept], means, merged=total - len(kept) - evicted, evicted=evicted)
+    stats = {"merged": total - len(kept) - evicted, "evicted": evicted}
+    return Solution(Merged(kept, bias[kept] + grouped - own[kept], means), stats=stats)
 
 
 def merging_bytes(slots: int, rows: int, key_dim: int, value_dim: int) -> int:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from agentmem.policies.solvers.anchored import FIRMER_RIDGES
+from agentmem.policies.solvers.solution import Outcome, Solution
 
 LOW, FREE, HIGH, ABSENT = -1, 0, 1, 2
 """Where an unknown is: at a bound, free, or not in the problem and 0."""
@@ -31,21 +32,6 @@ _SMALL = 4096
 
 class IllConditioned(ArithmeticError):
     """Rounding made the factor of the free unknowns fail; a larger ridge cures it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Bounded:
-    """``solution [t]`` float64 and how it was found.
-
-    ``converged``: no condition is broken beyond rounding. ``violation``: the largest broken one, as a fraction of the
-    largest entry of ``Aᵀy + r a``. ``free`` counts the unknowns strictly between their bounds.
-    """
-
-    solution: torch.Tensor
-    converged: bool
-    pivots: int
-    violation: float
-    free: int
 
 
 @dataclass(slots=True)
@@ -160,14 +146,17 @@ class Pivoting:
             self._exchange(wrong)
         return False
 
-    def outcome(self, *, converged: bool) -> Bounded:
-        """The present solution within its bounds."""
+    def result(self, *, converged: bool) -> Solution[torch.Tensor]:
+        """The present solution within its bounds, as :func:`bounded_least_squares` returns it."""
         present = self.state != ABSENT
         inside = self.solution.clamp(self.low, self.high).mul_(present)
         gradient = self._gradient(inside).mul_(present)
         gradient[(inside <= self.low) & (gradient > 0) | (inside >= self.high) & (gradient < 0)] = 0
         violation = float(gradient.abs().amax()) / (float(self.pull.abs().amax()) or 1.0)
-        return Bounded(inside, converged, self.pivots, violation, int((self.state == FREE).sum()))
+        outcome = Outcome.SOLVED if converged else Outcome.STOPPED
+        free = int((self.state == FREE).sum())
+        stats = {"pivots": self.pivots, "violation": violation, "free": free}
+        return Solution(inside, outcome, stats=stats)
 
     def _pivot(self) -> None:
         self.pivots += 1
@@ -236,8 +225,12 @@ def bounded_least_squares(
     anchor: float = 1.0,
     ridge: float = 1e-10,
     most: int = 1000,
-) -> Bounded:
+) -> Solution[torch.Tensor]:
     """The x within ``[low, high]`` of least ``|A x - y|² + ridge * mean(diag AᵀA) * |x - anchor|²``.
+
+    The value is ``x [t]`` float64; it is solved if no condition is broken beyond rounding. Stats: ``pivots``;
+    ``violation``, the largest broken condition as a fraction of the largest entry of ``Aᵀy + r a``; ``free``, how many
+    unknowns lie strictly between their bounds. No condition number is estimated.
 
     Args:
         gram: ``AᵀA [t, t]``, float32 or float64; it is not written.
@@ -246,9 +239,9 @@ def bounded_least_squares(
         high: the largest.
         anchor: where an unknown without evidence stays, if the bounds allow.
         ridge: how firmly; raised 100-fold, up to three times, where rounding makes the factor fail.
-        most: pivots before the last point, clamped, is returned as not converged.
+        most: pivots before the last point, clamped, is returned as stopped.
 
-    Invariants: the result lies within the bounds; a converged one meets the conditions of Karush, Kuhn and Tucker, so
+    Invariants: the result lies within the bounds; a solved one meets the conditions of Karush, Kuhn and Tucker, so
     there is no better one; a matrix of zeros gives the anchor. The working memory is :func:`pivoting_bytes` of (t, t).
 
     Equivalent to ``scipy.optimize.lsq_linear(A, y, (low, high))`` with the ridge as further rows of A.
@@ -267,8 +260,9 @@ def bounded_least_squares(
         problem = pivoting(gram, pull, low=low, high=high, anchor=anchor, ridge=absolute, capacity=len(pull))
         problem.state.fill_(FREE)
         try:
-            return problem.outcome(converged=problem.solve(most))
+            return problem.result(converged=problem.solve(most))
         except IllConditioned:
             del problem  # before the next one is made
     solution = torch.full((len(pull),), anchor, dtype=torch.float64, device=gram.device).clamp_(low, high)
-    return Bounded(solution, converged=False, pivots=0, violation=float("inf"), free=0)
+    stats = {"pivots": 0, "violation": float("inf"), "free": 0}
+    return Solution(solution, Outcome.SINGULAR, float("inf"), stats)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -25,6 +26,7 @@ from agentmem.policies.solvers.nonnegative import (
     pivoting_bytes,
 )
 from agentmem.policies.solvers.selection import top
+from agentmem.policies.solvers.solution import Outcome, Solution
 
 _STRIP = 256
 _ROUNDS = 3
@@ -62,23 +64,11 @@ FAST = Schedule(4, 2)
 PROGRESSIVE = Schedule(1, 1, 1 / 8)
 
 
-@dataclass(frozen=True, slots=True)
-class Pursuit:
-    """``kept [t]`` int64 ascending and ``log_weights [t]`` float32: the *update* of their β, as of a mass fit.
-
-    ``accepted`` is false where the fit did not beat plain β (w = 1) of the same slots; then the update is 0.
-    ``error`` is the root mean square of ``Φ w - 1`` over the queries (float32 sums blur it below 3e-4), ``replaced``
-    how many slots were dropped for a weight at the cutoff, ``converged`` whether the last fit is exact.
-    """
+class Pursued(NamedTuple):
+    """``kept [t]`` int64 ascending and ``log_weights [t]`` float32: the *update* of their β, as of a mass fit."""
 
     kept: torch.Tensor
     log_weights: torch.Tensor
-    accepted: bool
-    error: float
-    condition: float
-    fits: int
-    replaced: int
-    converged: bool
 
 
 def pursue(
@@ -91,13 +81,17 @@ def pursue(
     bound: float = 7.0,
     cutoff: float | None = -7.0,
     keep: torch.Tensor | None = None,
-) -> Pursuit:
+) -> Solution[Pursued]:
     """Choose ``count`` of the slots and weights w for them, so that ``Φ w ≈ 1`` for every query.
 
     Φ ``[N, T]`` is each slot's attention mass relative to that of the whole segment. Minimises
     ``|Φ w - 1|² + ridge * mean(diag ΦᵀΦ) * |w - 1|²`` over w that is 0 except for ``count`` slots and there within
     ``e^-bound .. e^bound``: again and again the slots of the steepest descent are added, then all weights are refitted,
     exactly.
+
+    Where the fit does not beat plain β (w = 1) of the same slots, it is refused and the update is 0. Stats: ``error``,
+    the root mean square of ``Φ w - 1`` over the queries (float32 sums blur it below 3e-4); ``fits``; ``replaced``, how
+    many slots were dropped for a weight at the cutoff.
 
     Args:
         slots: attends over the slots to choose from, with their old β: a whole segment or its likely part.
@@ -146,7 +140,8 @@ def pursue(
         return chase.result(pull, total)
     kept = top(gram.diagonal(), count)
     plain = torch.zeros(count, dtype=torch.float32, device=gram.device)
-    return Pursuit(kept, plain, accepted=False, error=math.inf, condition=math.inf, fits=0, replaced=0, converged=False)
+    stats = {"error": math.inf, "fits": 0, "replaced": 0}
+    return Solution(Pursued(kept, plain), Outcome.SINGULAR, math.inf, stats)
 
 
 def pursuit_bytes(slots: int, kept: int, rows: int, key_dim: int) -> int:
@@ -230,27 +225,22 @@ class _Chase:
         self.converged = self.problem.solve(_MOST_PIVOTS)
         self.fits += 1
 
-    def result(self, pull: torch.Tensor, total: float) -> Pursuit:
+    def result(self, pull: torch.Tensor, total: float) -> Solution[Pursued]:
         """The chosen slots and their weights, or plain β where that is better."""
         problem, gram = self.problem, self.problem.factor.gram
         chosen = problem.state != ABSENT
         kept = chosen.nonzero().squeeze(-1)
-        weights = problem.outcome(converged=self.converged).solution
+        solved = problem.result(converged=self.converged)
+        weights, outcome = solved.value, solved.outcome
         fitted, plain = (_squared(gram, pull, vector) for vector in (weights, chosen.double()))
-        accepted = fitted < plain - _BLUR * total
-        log_weights = torch.zeros(len(kept), dtype=torch.float32, device=gram.device)
-        if accepted:
+        if fitted < plain - _BLUR * total:
             log_weights = weights[kept].log_().float()
-        return Pursuit(
-            kept,
-            log_weights,
-            accepted=accepted,
-            error=math.sqrt(max(0.0, total + min(fitted, plain)) / total),
-            condition=problem.factor.condition(),
-            fits=self.fits,
-            replaced=self.replaced,
-            converged=self.converged,
-        )
+        else:
+            outcome = Outcome.REFUSED
+            log_weights = torch.zeros(len(kept), dtype=torch.float32, device=gram.device)
+        error = math.sqrt(max(0.0, total + min(fitted, plain)) / total)
+        stats = {"error": error, "fits": self.fits, "replaced": self.replaced}
+        return Solution(Pursued(kept, log_weights), outcome, problem.factor.condition(), stats)
 
 
 def _squared(gram: torch.Tensor, pull: torch.Tensor, weights: torch.Tensor) -> float:

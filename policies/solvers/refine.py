@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from agentmem.policies.solvers.attention import LocalAttention
+from agentmem.policies.solvers.solution import Outcome, Solution
 
 _FADING = (0.8, 0.95)
 """What is left after a step of the mean of the gradients and of their mean square; short, for there are few steps."""
@@ -39,19 +41,12 @@ class Reach:
 NEAR = Reach()
 
 
-@dataclass(frozen=True, slots=True)
-class Refined:
-    """``keys [t, d]``, ``bias [t]`` (total β) and ``values [t, dv]``, float32, and the objective before and after.
-
-    ``accepted`` is false where no step lowered the objective on the given queries; then the start is returned.
-    """
+class Refined(NamedTuple):
+    """``keys [t, d]``, ``bias [t]`` (total β) and ``values [t, dv]``, float32."""
 
     keys: torch.Tensor
     bias: torch.Tensor
     values: torch.Tensor
-    accepted: bool
-    before: float
-    after: float
 
 
 def refine(
@@ -64,12 +59,13 @@ def refine(
     rate: float = 0.05,
     reach: Reach = NEAR,
     mass_weight: float = 1.0,
-) -> Refined:
+) -> Solution[Refined]:
     """Lower the mean over all queries of ``|o' - o|² / mean |o|² + mass_weight (log m' - log m)²``.
 
     o and m are a query's output and mass over the whole segment, o' and m' those over the kept slots; both softmaxes
     are local, and a query counts as often as its weight says. The steps are those of Adam; one that gains nothing is
-    taken back and the next one is shorter.
+    taken back and the next one is shorter. Where none gains anything, the start is returned as refused. Stats: the
+    objective ``before`` and ``after``.
 
     Args:
         whole: attends over all slots.
@@ -103,7 +99,8 @@ def refine(
             walk.lost()
         del point, there  # before the next ones are made
     keys, bias, moved = walk.point
-    return Refined(keys, bias.squeeze(-1), moved, walk.point is not start, before, least)
+    outcome = Outcome.REFUSED if walk.point is start else Outcome.SOLVED
+    return Solution(Refined(keys, bias.squeeze(-1), moved), outcome, stats={"before": before, "after": least})
 
 
 def refine_bytes(slots: int, kept: int, queries: int, rows: int, key_dim: int, value_dim: int) -> int:

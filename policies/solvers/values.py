@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 
 from agentmem.policies.solvers.anchored import FIRMER_RIDGES, add_gram, factored
 from agentmem.policies.solvers.attention import LocalAttention
-
-
-@dataclass(frozen=True, slots=True)
-class ValueFit:
-    """``values [t, dv]`` float32. ``accepted`` is false where the kept slots' own values are returned instead.
-
-    ``bounded`` counts the slots whose shift was cut to the bound.
-    """
-
-    values: torch.Tensor
-    accepted: bool
-    bounded: int
-    condition: float
+from agentmem.policies.solvers.solution import Outcome, Solution
 
 
 def fit_values(
@@ -32,12 +19,15 @@ def fit_values(
     *,
     ridge: float,
     bound: float,
-) -> ValueFit:
+) -> Solution[torch.Tensor]:
     """Fit ``X C ≈ Y``: X the weights over the kept slots with their new β, Y the output of the whole segment.
 
     ``values [T, dv]`` and ``anchor [t, dv]`` (the kept slots' own values) are float32. Minimises
     ``|X C - Y|² + ridge * mean(diag XᵀX) * |C - anchor|²``; no slot's value moves further from its own than
     ``bound`` times the longest value of the segment.
+
+    The value is ``C [t, dv]`` float32, or the anchor where no fit is better; the stat ``bounded`` counts the slots
+    whose shift was cut to the bound.
 
     Invariants: a slot without evidence keeps its value; fewer queries than slots, one query, equal queries and
     duplicate keys give finite values; the accepted fit has a smaller squared output error on the fitting queries than
@@ -51,12 +41,12 @@ def fit_values(
         if equations is not None:
             break
     else:
-        return ValueFit(anchor, accepted=False, bounded=0, condition=math.inf)
+        return Solution(anchor, Outcome.SINGULAR, math.inf, {"bounded": 0})
     shift, bounded = _bounded(equations.shift(pull), bound * float(values.norm(dim=-1).amax()))
     condition = equations.condition()
     if not equations.gain(pull, shift) > 0:
-        return ValueFit(anchor, accepted=False, bounded=bounded, condition=condition)
-    return ValueFit(anchor + shift, accepted=True, bounded=bounded, condition=condition)
+        return Solution(anchor, Outcome.REFUSED, condition, {"bounded": bounded})
+    return Solution(anchor + shift, Outcome.SOLVED, condition, {"bounded": bounded})
 
 
 def _bounded(shift: torch.Tensor, limit: float) -> tuple[torch.Tensor, int]:

@@ -224,7 +224,7 @@ def test_forks_share_the_cap_in_turns(folder: str) -> None:
 @pytest.mark.parametrize(
     ("line", "parts"),
     [
-        ("/sav x", ("/sav is no command", "did you mean /save?", "//sav")),
+        ("/sav x", ("/sav is no command", "did you mean '/save'?", "//sav")),
         ("/nonsense", ("/nonsense is no command; /help",)),
         ("/save", ("/save needs PATH; write /save PATH",)),
         ("/load", ("/load needs PATH",)),

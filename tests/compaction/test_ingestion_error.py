@@ -10,7 +10,7 @@ FACT = "The quick brown fox jumps over the lazy dog while it rains. "
 
 def adaptive(error: float) -> str:
     """AM halving that holds both errors under a target."""
-    return f"am-halving[budgets=adaptive;output_error={error};log_mass_error={error}]"
+    return f"am-halving[budgets=adaptive[output_error={error},log_mass_error={error}]]"
 
 
 def read(error: float, target: float = 0.25) -> tuple[float, tuple[CompactionReport, ...]]:

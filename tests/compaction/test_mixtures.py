@@ -66,7 +66,7 @@ def exact(made: Policy, **settings: Any) -> Any:
 
 def slots(memory: CappedCache) -> list[torch.Tensor]:
     """Keys, values and β of every layer of row 0."""
-    runs = [run for store in memory.memory.rows[0].stores if store is not None for run in store.runs()]
+    runs = [run for store in memory.memory.sequences[0].stores if store is not None for run in store.runs()]
     return [tensor.clone() for run in runs for tensor in (run.keys, run.values, run.bias) if tensor is not None]
 
 
@@ -155,13 +155,13 @@ def test_parts_arrive_with_their_weights_sources_and_spans() -> None:
 def test_live_queries_are_those_that_the_model_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """A compactor is given the newest tokens' own queries of its layer, post-RoPE, bit for bit."""
     asked: dict[int, list[torch.Tensor]] = {0: [], 1: []}
-    append = forwards.append_row
+    append = forwards.append_one
 
     def watched(memory: Memory, row: Any, layer: int, queries: torch.Tensor, *rest: Any) -> torch.Tensor:
         asked[layer].append(queries.detach().clone())
         return append(memory, row, layer, queries, *rest)
 
-    monkeypatch.setattr(forwards, "append_row", watched)
+    monkeypatch.setattr(forwards, "append_one", watched)
     spy, made = spied(Queries.of("live", 6))
     with tiny.capped_by(made) as memory:
         tiny.feed(memory, tiny.ids(48), pieces=7)
@@ -178,7 +178,7 @@ def test_context_is_a_sample_of_everything_read() -> None:
     spy, made = spied(Queries.of("context", 16))
     with tiny.capped_by(made) as memory:
         tiny.feed(memory, tiny.ids(200))
-        (sample,) = memory.memory.rows[0].samples[0]
+        (sample,) = memory.memory.sequences[0].samples[0]
         assert memory.report().num_compactions >= 5
         assert sample.stride * sample.filled >= 200 - sample.stride
         assert 8 <= sample.filled <= 16

@@ -47,7 +47,7 @@ def faults(count: int) -> list[BaseException]:
 
 def snapshot(memory: Memory) -> list[tuple[torch.Tensor, ...]]:
     """Copies of all slots of row 0, head after head: keys, values, β."""
-    runs = [run for store in memory.rows[0].stores if store is not None for run in store.runs()]
+    runs = [run for store in memory.sequences[0].stores if store is not None for run in store.runs()]
     blank = [torch.zeros(run.keys.shape[:2]) if run.bias is None else run.bias for run in runs]
     return [(run.keys.clone(), run.values.clone(), bias.clone()) for run, bias in zip(runs, blank, strict=True)]
 
@@ -60,7 +60,7 @@ def same(left: list[tuple[torch.Tensor, ...]], right: list[tuple[torch.Tensor, .
 
 def decoded(memory: CappedCache) -> torch.Tensor:
     """The hidden states of three tokens that the memory is asked about and does not keep."""
-    row = memory.memory.rows[0]
+    row = memory.memory.sequences[0]
     windows = [None] * LAYERS
     step = Transient(memory.memory, row, lambda *_: None)
     with torch.no_grad():
@@ -100,16 +100,16 @@ def test_every_state_between_two_commits_decodes(kind: str, layer: int) -> None:
         with pytest.raises(CompactionFailed, match=said):
             memory.compact()
         tiny.audit(memory.memory)
-        slots, states, job = snapshot(memory.memory), decoded(memory), memory.memory.rows[0].job
+        slots, states, job = snapshot(memory.memory), decoded(memory), memory.memory.sequences[0].job
         assert memory.transcript() == tokens[0].tolist()
     with tiny.capped_by(made(kind), MODEL) as memory:
         feed(memory, tokens)
         assert job is not None
         changed = tuple(allocated if index < layer else (FULL,) * 2 for index, allocated in enumerate(job.budgets))
         core = memory.memory
-        core.rows[0].change(job=replace(job, policy=core.policy, plan=core.plan, budgets=changed))
+        core.sequences[0].change(job=replace(job, policy=core.policy, plan=core.plan, budgets=changed))
         memory.compact()
-        lengths = [store.lengths[0] for store in memory.memory.rows[0].stores if store is not None]
+        lengths = [store.lengths[0] for store in memory.memory.sequences[0].stores if store is not None]
         assert lengths == [24] * layer + [48] * (LAYERS - layer)
         assert same(slots, snapshot(memory.memory))
         assert torch.equal(states, decoded(memory))
@@ -216,7 +216,7 @@ def test_a_fault_keeps_no_old_slots_alive() -> None:
 
     def bound(memory: Memory) -> Any:
         memory.bind(1)
-        row = memory.rows[0]
+        row = memory.sequences[0]
         for layer in range(LAYERS):
             _roomy(memory, row, layer, torch.zeros(1), FULL)
         row.write(range(FULL), range(FULL))
@@ -290,7 +290,7 @@ def test_compacting_by_hand_after_an_interrupt(kind: str) -> None:
                     feed(memory, tiny.ids(1))
             memory.compact()
             slots.append(snapshot(memory.memory))
-            stores = [store for store in memory.memory.rows[0].stores if store is not None]
+            stores = [store for store in memory.memory.sequences[0].stores if store is not None]
             assert [store.segment(0, 0, 0).positions[-8:].tolist() for store in stores] == [list(range(32, 40))] * 3
     assert same(*slots)
 
@@ -303,7 +303,7 @@ def test_an_error_in_mid_forward_is_taken_back_at_once() -> None:
         with pytest.raises(ZeroDivisionError):
             feed(memory, tiny.ids(3))
         handle.remove()
-        assert [store.seen for store in memory.memory.rows[0].stores if store is not None] == [30] * LAYERS
+        assert [store.seen for store in memory.memory.sequences[0].stores if store is not None] == [30] * LAYERS
         assert memory.usage().held_slots == 30 * 2 * LAYERS
 
 
@@ -328,7 +328,7 @@ def test_a_broken_contract_is_raised_and_nothing_of_that_layer_committed(layer: 
         said = rf"'faulty', layer {layer}, head 0: .*exactly 12 slots.*got \[11\]"
         with pytest.raises(PolicyContractBroken, match=said):
             memory.compact()
-        lengths = [store.lengths for store in memory.memory.rows[0].stores if store is not None]
+        lengths = [store.lengths for store in memory.memory.sequences[0].stores if store is not None]
         assert lengths == [[24, 24]] * layer + [[48, 48]] * (LAYERS - layer)
         tiny.audit(memory.memory)
         compactor.compact = inner.compact  # type: ignore[method-assign]
@@ -361,7 +361,7 @@ def test_unequal_budgets_cost_unequal_bytes() -> None:
         feed(memory, tiny.ids(FULL))
         for _ in range(3):
             (report,) = memory.compact()
-            stores = [store for store in memory.memory.rows[0].stores if store is not None]
+            stores = [store for store in memory.memory.sequences[0].stores if store is not None]
             assert [store.lengths for store in stores] == [[12 + 18, 12 + 6]] * LAYERS
             assert [store.capacities for store in stores] == [(54, 42)] * LAYERS
             assert report.bytes_after == FULL * 2 * LAYERS * 136 == memory.memory.ledger.resident
@@ -382,7 +382,7 @@ def test_budgets_that_break_their_laws_are_refused(wrong: int, invariant: str) -
         with pytest.raises(PolicyContractBroken, match=f"'greedy'.*{invariant}"):
             memory.compact()
         assert same(snapshot(memory.memory), before)
-        assert memory.memory.rows[0].job is None
+        assert memory.memory.sequences[0].job is None
 
 
 class Surveying(Ragged):

@@ -20,7 +20,7 @@ from agentmem.errors import CompactionFailed, SettingsRefused, UnsupportedModel
 from agentmem.hf import CappedCache
 from agentmem.memory.forwards import Scratch
 from agentmem.memory.memory import Memory
-from agentmem.memory.sequence import Row
+from agentmem.memory.sequence import TokenSequence
 from agentmem.planning.pricing import STUDY_SHARE
 from agentmem.queries import MAX_INSTRUCTION, WORDED
 from agentmem.testing import peak_allocated
@@ -51,7 +51,7 @@ def exact(policy: Policy = STUDY, model: Any | None = None, **settings: Any) -> 
 
 def filled(memory: CappedCache) -> list[Any]:
     """Everything of row 0 that a forward could change: filled slots, score columns, samples, counts, randomness."""
-    core, row = memory.memory, memory.memory.rows[0]
+    core, row = memory.memory, memory.memory.sequences[0]
     found: list[Any] = [core.ledger.resident, core.ledger.transient, memory.columns, row.generator.get_state().tolist()]
     found += [list(row.ids), list(row.tail), row.next_position, row.room, row.job, row.held]
     for store in (each for each in row.stores if each is not None):
@@ -75,7 +75,9 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Told:
     calls: Told = []
     original = references.write
 
-    def watched(self: Memory, forwards: Any, row: Row, instruction: Sequence[int], most: int) -> tuple[int, ...]:
+    def watched(
+        self: Memory, forwards: Any, row: TokenSequence, instruction: Sequence[int], most: int
+    ) -> tuple[int, ...]:
         result = original(self, forwards, row, instruction, most)
         calls.append((tuple(instruction), result))
         return result
@@ -117,7 +119,7 @@ def test_a_row_is_full_when_only_scratch_is_left(kind: str) -> None:
         tiny.feed(memory, tiny.ids(FIRST + 40))
         assert [report.tokens_seen for report in memory.compactions] == [FIRST, FIRST + 16, FIRST + 32]
         assert memory.room() == 8
-        for store in (each for each in memory.memory.rows[0].stores if each is not None):
+        for store in (each for each in memory.memory.sequences[0].stores if each is not None):
             positions = store.segment(1, 0, 8).positions.tolist()
             assert positions[:4] + positions[-8:] == [0, 1, 2, 3, *range(FIRST + 24, FIRST + 32)]
             assert positions == sorted(set(positions))
@@ -161,12 +163,12 @@ def test_writing_goes_on_at_the_following_positions(monkeypatch: pytest.MonkeyPa
         scratch = forwards.next_logits
 
         def watched(ids: Sequence[int], start: int, step: Scratch) -> torch.Tensor:
-            seen.append((core.rows[0].seen, start, len(ids)))
+            seen.append((core.sequences[0].seen, start, len(ids)))
             return scratch(ids, start, step)
 
         monkeypatch.setattr(forwards, "next_logits", watched)
         tiny.feed(memory, tiny.ids(FIRST + 17))
-        assert core.rows[0].next_position == FIRST + 17
+        assert core.sequences[0].next_position == FIRST + 17
     for moment in (FIRST, FIRST + 16):
         forwards = [(start, count) for tokens, start, count in seen if tokens == moment]
         ends = itertools.accumulate((count for _, count in forwards), initial=moment)
@@ -233,10 +235,10 @@ def test_nothing_of_it_is_left_between_compactions(kind: str) -> None:
     with exact(KINDS[kind]) as memory:
         tiny.feed(memory, tiny.ids(FIRST + 10))
         core, before = memory.memory, filled(memory)
-        first = write(core, memory.engine.forwards, core.rows[0], (5, 6, 7), SCRATCH)
+        first = write(core, memory.engine.forwards, core.sequences[0], (5, 6, 7), SCRATCH)
 
         assert filled(memory) == before
-        assert write(core, memory.engine.forwards, core.rows[0], (5, 6, 7), SCRATCH) == first
+        assert write(core, memory.engine.forwards, core.sequences[0], (5, 6, 7), SCRATCH) == first
         assert len(first) == SCRATCH
 
 
@@ -384,7 +386,7 @@ def test_a_compaction_that_goes_on_writes_nothing() -> None:
                 tiny.feed(memory, tokens[:, FIRST + 16 :])
             states.append(filled(memory))
         assert states[0] == states[1]
-        assert [store.room for store in memory.memory.rows[0].stores if store] == [0, 40]
+        assert [store.room for store in memory.memory.sequences[0].stores if store] == [0, 40]
         tiny.feed(memory, tokens[:, FIRST + 16 :])
         assert [report.faults for report in memory.compactions] == [(), ()]
         assert memory.compactions[1].slots_after == 56 * 4

@@ -97,7 +97,7 @@ def test_the_segment_is_the_summary(kind: str, left: int) -> None:
         dictation.dictate(memory, (*SCRIPT, END))
         for again in range(6):
             dictation.feed(memory, memory.room() if again else FULL, seed=again)
-            before, seen = dictation.heads(memory), memory.memory.rows[0].seen
+            before, seen = dictation.heads(memory), memory.memory.sequences[0].seen
             report = compacted(memory)
             place = seen - RECENT - len(WHOLE)
             for old, new in zip(flat(before), flat(dictation.heads(memory)), strict=True):
@@ -116,7 +116,7 @@ def test_the_segment_is_the_summary(kind: str, left: int) -> None:
             assert (found.slots_before, found.slots_after) == (FULL * 6 if again == 0 else report.slots_before, 29 * 6)
             assert report.slots_after == (FIRST + left + RECENT) * 6
             assert report.faults == ()
-            assert memory.memory.rows[0].next_position == seen
+            assert memory.memory.sequences[0].next_position == seen
         assert memory.report().num_compactions == 6
 
 
@@ -164,7 +164,7 @@ def test_it_sees_pinned_slots() -> None:
     with dictation.telling("summary") as memory:
         dictation.dictate(memory, (*SCRIPT, END))
         dictation.feed(memory, FULL)
-        row = memory.memory.rows[0]
+        row = memory.memory.sequences[0]
         pin(memory.memory, row, 10, 12)
         pin(memory.memory, row, FULL - 10, FULL - RECENT)
         pinned = [*range(FIRST), 10, 11, FULL - 10, FULL - 9]
@@ -192,8 +192,8 @@ def test_it_stands_behind_the_pins_of_every_head(layer: int, head: int) -> None:
     with dictation.telling("summary") as memory:
         dictation.dictate(memory, (*SCRIPT, END))
         dictation.feed(memory, FULL)
-        pin(memory.memory, memory.memory.rows[0], 10, 11)
-        promote(memory.memory, memory.memory.rows[0])
+        pin(memory.memory, memory.memory.sequences[0], 10, 11)
+        promote(memory.memory, memory.memory.sequences[0])
         store = dictation.stores(memory)[layer]
         store.segment(head, FIRST, 0).positions[0] = FULL - 15
         found = compacted(memory).summary
@@ -210,8 +210,8 @@ def test_summaries_pins_and_re_basing_share_positions() -> None:
     with dictation.telling("summary", model, rebase=True) as memory:
         dictation.dictate(memory, (*SCRIPT, END), (END,), (END,))
         dictation.feed(memory, 40, model=model)
-        pin(memory.memory, memory.memory.rows[0], 9, 10)
-        pin(memory.memory, memory.memory.rows[0], 25, 27)
+        pin(memory.memory, memory.memory.sequences[0], 9, 10)
+        pin(memory.memory, memory.memory.sequences[0], 25, 27)
         for seed in range(40):
             dictation.feed(memory, 11, seed=seed, model=model)
             for slots in flat(dictation.heads(memory)):
@@ -289,9 +289,9 @@ def test_no_run_of_eight_is_written_twice() -> None:
             return logits
 
         forwards.next_logits = circling  # type: ignore[method-assign]
-        free = write(core, forwards, core.rows[0], (5, 6), 60)[2:]
+        free = write(core, forwards, core.sequences[0], (5, 6), 60)[2:]
         state[0] = 0
-        bound = write(core, forwards, core.rows[0], (5, 6), 60, no_repeat=8)[2:]
+        bound = write(core, forwards, core.sequences[0], (5, 6), 60, no_repeat=8)[2:]
     assert free == tuple(cycle * 20)[:58]
     runs = [bound[at : at + 8] for at in range(51)]
     assert len(set(runs)) == len(runs)

@@ -55,7 +55,7 @@ def test_a_summary_that_says_nothing_is_left_to_matching(name: str) -> None:
         assert dictation.same(dictation.heads(memory), matched())
         assert report.summary is None
         assert [said in fault and fault.endswith("(matching instead)") for fault in report.faults] == [True]
-        assert memory.memory.rows[0].next_position == FULL
+        assert memory.memory.sequences[0].next_position == FULL
         tiny.audit(memory.memory)
         assert len(tiny.greedy(memory, 5, 16, model=tiny.llama(LAYERS))) == 16
         assert [each.slots_after for each in memory.compactions] == [MATCHED * 2 * LAYERS] * 2
@@ -85,7 +85,7 @@ def test_a_summary_without_a_place_is_left_to_matching() -> None:
         dictation.dictate(memory, (*SCRIPT, END))
         dictation.feed(memory, FULL)
         for at in range(10, 45, 7):
-            pin(memory.memory, memory.memory.rows[0], at, at + 1)
+            pin(memory.memory, memory.memory.sequences[0], at, at + 1)
         (report,) = memory.compact()
         assert "no 17 free positions in a row" in report.faults[0]
         assert dictation.lengths(memory) == [[MATCHED] * 2] * LAYERS
@@ -178,7 +178,7 @@ def test_an_interrupt_before_anything_is_replaced_costs_nothing(where: str, monk
             with pytest.raises(KeyboardInterrupt):
                 dictation.feed(memory, FULL + 1)
         assert dictation.lengths(memory) == [[FULL] * 2] * LAYERS
-        assert memory.memory.rows[0].job is None
+        assert memory.memory.sequences[0].job is None
         logits = tiny.feed(memory, tiny.ids(FULL + 1)[:, FULL:], model=tiny.llama(LAYERS))
         assert dictation.same(dictation.heads(memory), undisturbed()[0])
         assert logits.tolist() == undisturbed()[1]
@@ -199,7 +199,7 @@ def test_an_interrupt_between_layers_leaves_a_memory_that_decodes(
         assert dictation.lengths(memory) == [[ADOPTED] * 2] * adopted + [[FULL] * 2] * (LAYERS - adopted)
         assert torch.isfinite(memory.peek([9, 8, 7])).all()
         with pytest.raises(SettingsRefused, match=f"tokens before {FULL - RECENT} have been compacted"):
-            pin(memory.memory, memory.memory.rows[0], 20, 22)
+            pin(memory.memory, memory.memory.sequences[0], 20, 22)
         tiny.feed(memory, tiny.ids(FULL + 1)[:, FULL:], model=tiny.llama(LAYERS))
         ends = [[ADOPTED + 1] * 2] * adopted + [[MATCHED + 1] * 2] * (LAYERS - adopted)
         assert dictation.lengths(memory) == ends
@@ -237,7 +237,7 @@ def test_an_interrupt_behind_the_adoption_leaves_a_row_that_goes_on(
             memory.compact(policy="window", slots=10)
         told = memory.compactions[0].summary
         assert told is not None
-        assert (told.slots_after, memory.memory.rows[0].state.summary) == (2 * LAYERS * ADOPTED, None)
+        assert (told.slots_after, memory.memory.sequences[0].state.summary) == (2 * LAYERS * ADOPTED, None)
         dictation.feed(memory, 90, seed=1)
         assert memory.compactions[-1].summary is not None
         assert memory.memory.ledger.peak <= memory.plan.cap_bytes

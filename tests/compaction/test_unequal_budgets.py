@@ -81,7 +81,7 @@ def capped(policy: Policy, **settings: Any) -> Any:
 
 def lengths(memory: CappedCache) -> list[list[int]]:
     """Slots held by every head of every layer."""
-    return [store.lengths for store in memory.memory.rows[0].stores if store is not None]
+    return [store.lengths for store in memory.memory.sequences[0].stores if store is not None]
 
 
 CEILINGS = pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_allocated_storage_is_the_sum_of_budgets_and_headroom(kind: str, budgets
 
 def allocated(memory: CappedCache, allocated: Slots, slot: int) -> int:
     """Check every store against what its heads were allocated; return the bytes of all."""
-    stores = [store for store in memory.memory.rows[0].stores if store is not None]
+    stores = [store for store in memory.memory.sequences[0].stores if store is not None]
     held = [[PINNED + kept for kept in heads] for heads in allocated]
     heads = LAYERS * HEADS
     headroom = (tiny.SLOTS * heads - sum(map(sum, held))) // heads
@@ -178,7 +178,7 @@ def test_a_layer_that_keeps_all_keeps_its_positions(spared: tuple[int, ...]) -> 
             assert lengths(memory) == [
                 held if index == layer else [PINNED] * HEADS for index, held in enumerate(before)
             ]
-        row = memory.memory.rows[0]
+        row = memory.memory.sequences[0]
         for store in row.stores:
             assert store is not None
             assert store.settled == store.lengths

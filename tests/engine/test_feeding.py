@@ -71,7 +71,7 @@ def test_memories_that_compact_are_as_they_are_alone(kind: str) -> None:
         for one, other in zip(views, alone, strict=True):
             assert len(one.compactions) == len(other.compactions) > 0
             assert one.transcript() == other.transcript()
-            held = [view.memory.rows[0].stores for view in (one, other)]
+            held = [view.memory.sequences[0].stores for view in (one, other)]
             assert [store.lengths for store in held[0] if store] == [store.lengths for store in held[1] if store]
             tiny.audit(one.memory)
 
@@ -161,6 +161,6 @@ def test_attention_that_was_changed_under_it_is_refused() -> None:
             feed([(want, 8)])
         finally:
             model.config._attn_implementation = ours
-        with pytest.raises(UnsupportedModel, match="0 of 2 layers asked the memory"):
+        with pytest.raises(UnsupportedModel, match="0 of 2 layers called the memory"):
             want.result()
         assert view.transcript() == []

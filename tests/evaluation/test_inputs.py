@@ -39,7 +39,7 @@ def test_options_of_a_part_with_slots_make_another_key() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"probe": "reply"}, "'reply' is unknown; choose from replay"),
+        ({"probe": "reply"}, "'reply' is unknown; did you mean 'replay'"),
         ({"probe": "replay+replay"}, "names a source twice"),
         ({"keep_first": -1}, "keep_first: .* \\(got -1\\)"),
     ],

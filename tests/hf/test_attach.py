@@ -50,7 +50,7 @@ class Held:
 def held(memory: agentmem.CappedCache) -> list[Held]:
     """Keys, values and β of every layer of row 0."""
     layers = []
-    for store in memory.memory.rows[0].stores:
+    for store in memory.memory.sequences[0].stores:
         assert store is not None
         segments = [store.segment(head, 0, 0) for head in range(2)]
         layers.append(
@@ -146,7 +146,7 @@ def test_positions_go_on_after_a_compaction() -> None:
     model, ids = variants.model(), variants.prompt(50)
     with agentmem.capped(model, policy="window", **variants.TIGHT) as memory:
         places = spied_positions(model, lambda: model.generate(ids, max_new_tokens=30, past_key_values=memory))
-        row = memory.memory.rows[0]
+        row = memory.memory.sequences[0]
         row.stores[0].settle(torch.tensor(row.tail.tolist(), dtype=torch.int32))  # type: ignore[union-attr]
         head = row.stores[0].segment(0, 0, 0)  # type: ignore[union-attr]
 
@@ -163,7 +163,7 @@ def test_a_probe_stands_at_the_following_positions() -> None:
     with torch.no_grad(), agentmem.capped(model, **variants.TIGHT) as memory:
         model(ids, past_key_values=memory, logits_to_keep=1)
         places = spied_positions(model, memory.compact)
-        seen, columns = memory.memory.rows[0].next_position, memory.get_seq_length()
+        seen, columns = memory.memory.sequences[0].next_position, memory.get_seq_length()
 
     assert places == [[list(range(30, 30 + memory.plan.probe_tokens))]]
     assert (seen, columns) == (30, 30)
@@ -178,7 +178,7 @@ def test_custom_positions_are_kept() -> None:
         with agentmem.capped(model, **variants.ROOMY) as memory:
             first = model(ids[:, :12], position_ids=places[:, :12], past_key_values=memory).logits
             second = model(ids[:, 12:], position_ids=places[:, 12:], past_key_values=memory).logits
-            following = memory.memory.rows[0].next_position
+            following = memory.memory.sequences[0].next_position
 
     torch.testing.assert_close(torch.cat((first, second), 1), stock, rtol=0, atol=TOLERANCE)
     assert following == 108
@@ -219,7 +219,7 @@ def test_pads_are_not_stored() -> None:
         stock = model(tokens, attention_mask=mask, position_ids=places).logits
         with agentmem.capped(model, **variants.ROOMY) as memory:
             ours = model(tokens, attention_mask=mask, position_ids=places, past_key_values=memory).logits
-            rows = [row.seen for row in memory.memory.rows]
+            rows = [row.seen for row in memory.memory.sequences]
             held_slots = memory.usage().held_slots
             columns = memory.get_seq_length()
 
@@ -237,7 +237,7 @@ def test_a_row_of_pads_alone_is_finite() -> None:
     mask[1] = 0
     with torch.no_grad(), agentmem.capped(model, **variants.ROOMY) as memory:
         logits = model(ids, attention_mask=mask, past_key_values=memory).logits
-        assert [row.held for row in memory.memory.rows] == [24, 0]
+        assert [row.held for row in memory.memory.sequences] == [24, 0]
 
     assert torch.isfinite(logits).all()
 
@@ -276,7 +276,7 @@ def test_autocast_keeps_working() -> None:
         stock = variants.greedy(model, ids, 10)
         with agentmem.capped(model, **variants.ROOMY) as memory:
             ours = variants.greedy(model, ids, 10, past_key_values=memory)
-            store = memory.memory.rows[0].stores[0]
+            store = memory.memory.sequences[0].stores[0]
         with agentmem.capped(model, **variants.TIGHT) as tight:
             model.generate(ids, max_new_tokens=30, past_key_values=tight)
 
@@ -306,7 +306,7 @@ def test_gradients_do_not_reach_the_slots() -> None:
     model = variants.model()
     with agentmem.capped(model, **variants.ROOMY) as memory:
         model(variants.prompt(8), past_key_values=memory)
-        stores = [store for store in memory.memory.rows[0].stores if store is not None]
+        stores = [store for store in memory.memory.sequences[0].stores if store is not None]
 
         assert not any(store.keys.requires_grad or store.values.requires_grad for store in stores)
 
@@ -348,7 +348,7 @@ def test_an_interrupt_between_two_layers_leaves_nothing_behind() -> None:
         handle.remove()
         between = variants.foreign(model, ids, mask)
         model(ids[:, 12:], past_key_values=memory)
-        seen = memory.memory.rows[0].seen, memory.get_seq_length(), memory.usage().held_slots
+        seen = memory.memory.sequences[0].seen, memory.get_seq_length(), memory.usage().held_slots
 
     assert torch.equal(between, stock)
     assert seen == (20, 20, 80)

@@ -126,7 +126,7 @@ def test_a_sliding_layer_keeps_its_window_while_the_full_one_is_compacted() -> N
         model(ids, past_key_values=memory, logits_to_keep=1)
         model(ids, past_key_values=stock)
         assert memory.report().num_compactions >= 3
-        store = memory.memory.rows[0].stores[0]
+        store = memory.memory.sequences[0].stores[0]
         assert store is not None
         held = torch.stack([store.segment(head, 0, 0).keys[-31:] for head in range(2)])
 
@@ -135,7 +135,9 @@ def test_a_sliding_layer_keeps_its_window_while_the_full_one_is_compacted() -> N
 
 def _full_lengths(memory: agentmem.CappedCache) -> list[int]:
     """Slots of every head of every full layer now."""
-    stores = [store for store in memory.memory.rows[0].stores if store is not None and store.spec.shape.window is None]
+    stores = [
+        store for store in memory.memory.sequences[0].stores if store is not None and store.spec.shape.window is None
+    ]
     return [length for store in stores for length in store.lengths]
 
 

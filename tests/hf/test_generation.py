@@ -41,13 +41,13 @@ def test_a_row_in_a_batch_is_the_row_alone(policy: Policy, room: str, variant: s
     ids, mask = variants.left_padded(LENGTHS)
     with agentmem.capped(model, policy=policy, **settings) as memory:
         batch = variants.greedy(model, ids, 30, attention_mask=mask, past_key_values=memory)
-        rows = [(row.seen, row.held, row.next_position, row.ids) for row in memory.memory.rows]
+        rows = [(row.seen, row.held, row.next_position, row.ids) for row in memory.memory.sequences]
     compactions = memory.compactions
 
     for index, length in enumerate(LENGTHS):
         with agentmem.capped(model, policy=policy, **settings) as memory:
             alone = variants.greedy(model, ids[index : index + 1, -length:], 30, past_key_values=memory)
-            (row,) = memory.memory.rows
+            (row,) = memory.memory.sequences
             assert rows[index] == (row.seen, row.held, row.next_position, row.ids)
         mine = [report.tokens_seen for report in compactions if report.row == index]
         assert mine == [report.tokens_seen for report in memory.compactions]

@@ -39,15 +39,15 @@ def test_a_batch_in_mid_prompt_stays_within_its_cap(lengths: tuple[int, ...]) ->
 def test_the_rows_of_a_left_padded_batch_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a row appends and attends with are views into the forward's own tensors, whose bytes are the model's."""
     model, seen = tiny_model("llama"), list[int]()
-    append_row = forwards.append_row
+    append_one = forwards.append_one
 
     def watched(
         memory: Any, row: Any, layer: int, queries: Any, keys: Any, values: Any, scale: float, *more: Any
     ) -> Any:
         seen.extend(each.untyped_storage().nbytes() // each.nbytes for each in (queries, keys, values))
-        return append_row(memory, row, layer, queries, keys, values, scale, *more)
+        return append_one(memory, row, layer, queries, keys, values, scale, *more)
 
-    monkeypatch.setattr(forwards, "append_row", watched)
+    monkeypatch.setattr(forwards, "append_one", watched)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]])
     with agentmem.capped(model, cap="1MiB", policy="window", keep_first=1, keep_recent=8) as memory, torch.no_grad():
         model(input_ids=3 * mask, attention_mask=mask, past_key_values=memory, logits_to_keep=1)

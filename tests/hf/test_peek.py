@@ -22,7 +22,7 @@ def traces(memory: CappedCache) -> list[Any]:
     core = memory.memory
     found: list[Any] = [memory.columns, core.usage()._replace(peak_bytes=0), core.ledger.transient, core.compactions]
     found += [torch.get_rng_state().tolist()]
-    for row in core.rows:
+    for row in core.sequences:
         found += [list(row.ids), list(row.tail), row.next_position, row.room, row.job, row.held]
         found += [row.generator.get_state().tolist()]
         for store in (each for each in row.stores if each is not None):

@@ -31,7 +31,7 @@ def test_a_second_turn_with_the_whole_conversation(masked: bool, variant: str) -
     stock = turns(DynamicCache(config=model.config))
     with agentmem.capped(model, **variants.ROOMY) as memory:
         ours = turns(memory)
-        seen = memory.memory.rows[0].seen
+        seen = memory.memory.sequences[0].seen
 
     assert torch.equal(ours, stock)
     assert seen == 20 + 10 + 12 + 10 - 1
@@ -68,7 +68,7 @@ def test_a_second_turn_of_a_padded_batch() -> None:
         ours = turns(memory)
     with agentmem.capped(model, **variants.TIGHT) as tight:
         capped = turns(tight)
-        positions = [row.next_position for row in tight.memory.rows]
+        positions = [row.next_position for row in tight.memory.sequences]
 
     assert torch.equal(ours, stock)
     assert capped.shape == stock.shape

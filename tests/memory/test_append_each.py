@@ -13,9 +13,9 @@ from agentmem import plugins
 from agentmem.attention import decode
 from agentmem.contracts import Policy
 from agentmem.errors import MemoryCapExceeded
-from agentmem.memory.forwards import append_each, append_row
+from agentmem.memory.forwards import append_each, append_one
 from agentmem.memory.memory import Memory
-from agentmem.memory.sequence import Consumed, Row
+from agentmem.memory.sequence import Consumed, TokenSequence
 from agentmem.memory.store import LayerStore, SlotSpec
 from agentmem.planning.model_shape import LayerShape, ModelShape
 from agentmem.settings import Settings
@@ -24,7 +24,7 @@ from oracles import attention as reference
 
 pytest.importorskip("agentmem.attention._decode", reason="installed without a C compiler")
 
-Parts = Sequence[tuple[Memory, Row]]
+Parts = Sequence[tuple[Memory, TokenSequence]]
 FULL = LayerShape(kv_heads=2, query_heads=6, key_dim=16, value_dim=32)
 SLIDING = replace(FULL, window=24)
 LAYERS = (FULL, SLIDING)
@@ -67,16 +67,16 @@ def fill(parts: Parts, counts: Sequence[int], dtype: torch.dtype = torch.float32
             store.fill(lengths, lengths, seen=count, promoted=0, moves=0)
             store.biased = index % 2 == 0 and shape.window is None
             row.replace(layer, store)
-        tokens = tuple(count if each is row else each.seen for each in memory.rows)
+        tokens = tuple(count if each is row else each.seen for each in memory.sequences)
         memory.progress.consumed = memory.progress.consumed._replace(tokens=tokens)
 
 
 def made(
     counts: Sequence[int], dtype: torch.dtype = torch.float32, policy: str | Policy = "window", **settings: Any
-) -> list[tuple[Memory, Row]]:
+) -> list[tuple[Memory, TokenSequence]]:
     """A row of a memory of its own for each count of slots."""
     memories = [opened(policy, dtype) for _ in counts]
-    parts = [(memory, memory.rows[0]) for memory in memories]
+    parts = [(memory, memory.sequences[0]) for memory in memories]
     fill(parts, counts, dtype, **settings)
     return parts
 
@@ -91,7 +91,7 @@ def tokens(count: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tup
 def row_by_row(parts: Parts, layer: int, given: Sequence[torch.Tensor]) -> torch.Tensor:
     """What :func:`append_each` is to give, by a call a row."""
     outputs = [
-        append_row(memory, row, layer, *(each[index][:, None] for each in given), SCALE)[:, 0]
+        append_one(memory, row, layer, *(each[index][:, None] for each in given), SCALE)[:, 0]
         for index, (memory, row) in enumerate(parts)
     ]
     return torch.stack(outputs)
@@ -151,7 +151,7 @@ def test_the_answer_is_the_oracle_s(counts: tuple[int, ...]) -> None:
 
 def test_rows_grow_from_nothing() -> None:
     """Stores are made and replaced in the middle of it, for some rows earlier than for others."""
-    parts, others = ([(memory, memory.rows[0]) for memory in (opened(), opened(), opened())] for _ in range(2))
+    parts, others = ([(memory, memory.sequences[0]) for memory in (opened(), opened(), opened())] for _ in range(2))
     fill(parts[1:], (3, 41))
     fill(others[1:], (3, 41))
     for seed in range(60):
@@ -165,7 +165,7 @@ def test_rows_grow_from_nothing() -> None:
 def test_rows_of_one_memory() -> None:
     """A batch, whose rows hold unequal numbers of slots."""
     memory, other = opened(rows=3), opened(rows=3)
-    parts, others = ([(each, row) for row in each.rows] for each in (memory, other))
+    parts, others = ([(each, row) for row in each.sequences] for each in (memory, other))
     fill(parts, (70, 5, 300))
     fill(others, (70, 5, 300))
     given = tokens(3)
@@ -181,7 +181,7 @@ def test_rows_that_must_be_served_alone_go_beside_the_others() -> None:
     kinds = ("window", "heavy-hitters", "window")
     groups = []
     for _ in range(2):
-        parts = [(memory, memory.rows[0]) for memory in map(opened, kinds)]
+        parts = [(memory, memory.sequences[0]) for memory in map(opened, kinds)]
         fill(parts[:2], (70, 40))
         fill(parts[2:], (30,), torch.bfloat16)
         groups.append(parts)
@@ -247,7 +247,7 @@ def test_a_store_that_was_freed_has_no_layout() -> None:
 def test_stored_queries_are_those_of_every_token(policy: str) -> None:
     """Each row's sample is offered the row's own queries, in full layers only."""
     chosen = plugins.policy("am-halving", probe=policy, probe_tokens=8)
-    parts, others = ([(memory, memory.rows[0]) for memory in (opened(chosen), opened(chosen))] for _ in range(2))
+    parts, others = ([(memory, memory.sequences[0]) for memory in (opened(chosen), opened(chosen))] for _ in range(2))
     for seen in range(12):
         given = tuple(each.requires_grad_() for each in tokens(2, seed=seen))  # as outside no_grad
         for layer in range(2):
@@ -287,7 +287,7 @@ def test_its_allocations_are_what_the_memories_promised(threads: int, dtype: tor
     try:
         for count in (1, 16):
             batch = opened(dtype=dtype, rows=count)
-            for parts in (made((70,) * count, dtype), [(batch, row) for row in batch.rows]):
+            for parts in (made((70,) * count, dtype), [(batch, row) for row in batch.sequences]):
                 if parts[0][0] is batch:
                     fill(parts, (70,) * count, dtype)
                 given = tuple(torch.stack((each, each), -1)[..., 0] for each in tokens(count, dtype))

@@ -56,7 +56,7 @@ def test_a_whole_compaction_allocates_no_more_than_planned(kind: str) -> None:
             step.visit(layer, queries)
 
     runs.forwards = Forwards(visit)
-    row = memory.rows[0]
+    row = memory.sequences[0]
     reports: list[CompactionReport | None] = []
 
     def compact() -> None:
@@ -179,8 +179,8 @@ def test_pads_neither_see_nor_are_seen() -> None:
     runs.commit()
     expected = reference.padded(queries, keys, values, valid, 0.25)
     assert torch.allclose(output.double(), expected, atol=1e-5)
-    assert [row.held for row in memory.rows] == [12, 8, 0]
-    assert [row.next_position for row in memory.rows] == [6, 4, 0]
+    assert [row.held for row in memory.sequences] == [12, 8, 0]
+    assert [row.next_position for row in memory.sequences] == [6, 4, 0]
 
 
 def arrives(valid: list[bool]) -> Arriving:
@@ -194,7 +194,7 @@ def test_positions_stay_with_their_slots(kind: str) -> None:
     """After many compactions every head's positions ascend; prefix and recent are the first and the last tokens."""
     with tiny.capped(kind) as memory:
         tiny.feed(memory, tiny.ids(169))
-        row = memory.memory.rows[0]
+        row = memory.memory.sequences[0]
         assert memory.compactions[-1].tokens_seen == 168
         for store in row.stores:
             assert store is not None
@@ -221,7 +221,7 @@ def test_a_probe_leaves_nothing_behind() -> None:
     """Slots, scores, ids and positions are after a transient forward what they were."""
     with tiny.capped("replay") as memory:
         tiny.feed(memory, tiny.ids(40))
-        row = memory.memory.rows[0]
+        row = memory.memory.sequences[0]
         stores = [store for store in row.stores if store is not None]
         before = [(store.keys.clone(), store.bias.clone(), list(store.lengths)) for store in stores]
         visited: list[int] = []
@@ -322,7 +322,7 @@ def test_sliding_layers_stay_in_their_window(kind: str) -> None:
     with tiny.capped(kind, model) as memory:
         whole = tiny.feed(memory, tiny.ids(100), model=model)
         assert [each.layers[0].layer for each in memory.compactions] == [1] * len(memory.compactions)
-        sliding = memory.memory.rows[0].stores[0]
+        sliding = memory.memory.sequences[0].stores[0]
         assert sliding is not None
         assert sliding.lengths[0] <= 12 - 1 + 12
     with tiny.capped(kind, model) as memory:
@@ -336,7 +336,7 @@ def test_half_precision_models_keep_their_dtype(kind: str, dtype: torch.dtype) -
     model: Any = tiny_model("llama", dtype=dtype)
     with tiny.capped(kind, model) as memory:
         assert torch.isfinite(tiny.feed(memory, tiny.ids(80), model=model)).all()
-        store = memory.memory.rows[0].stores[0]
+        store = memory.memory.sequences[0].stores[0]
         assert store is not None
         assert (store.keys.dtype, store.bias.dtype) == (dtype, torch.float32)
 

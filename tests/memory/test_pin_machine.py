@@ -75,7 +75,7 @@ class PinMachine(RuleBasedStateMachine):
     @rule(count=st.sampled_from([1, 5, 8]))
     def append(self, count: int) -> None:
         """Tokens that stay."""
-        row = self.memory.rows[0]
+        row = self.memory.sequences[0]
         with suppress(KeyboardInterrupt):
             arriving = Arriving([7] * count, range(row.seen, row.seen + count), slice(None))
             step = self.engine.begin([arriving])
@@ -86,16 +86,16 @@ class PinMachine(RuleBasedStateMachine):
     @rule(back=st.integers(1, 12), length=st.integers(1, 3))
     def pin(self, back: int, length: int) -> None:
         """Some of the newer tokens, if they are there, still whole and not too many."""
-        row = self.memory.rows[0]
+        row = self.memory.sequences[0]
         start = max(0, row.seen - back)
         with suppress(SettingsRefused, CapTooSmall):
             pin(self.memory, row, start, min(row.seen, start + length))
 
-    @precondition(lambda self: self.memory.rows[0].pins.spans)
+    @precondition(lambda self: self.memory.sequences[0].pins.spans)
     @rule(which=st.integers(0, 4), skip=st.integers(0, 1), length=st.integers(1, 6))
     def unpin(self, which: int, skip: int, length: int) -> None:
         """Tokens of a pin, and some behind it."""
-        row = self.memory.rows[0]
+        row = self.memory.sequences[0]
         start = row.pins.spans[which % len(row.pins.spans)][0] + skip
         with suppress(SettingsRefused):
             unpin(row, start, min(row.seen, start + length))
@@ -104,13 +104,13 @@ class PinMachine(RuleBasedStateMachine):
     def compact(self) -> None:
         """By hand, whenever."""
         with suppress(KeyboardInterrupt):
-            self.engine.compact(self.memory.rows[0])
+            self.engine.compact(self.memory.sequences[0])
 
     @rule()
     def rearrange(self) -> None:
         """Without a compaction."""
         with suppress(KeyboardInterrupt):
-            promote(self.memory, self.memory.rows[0])
+            promote(self.memory, self.memory.sequences[0])
 
     @rule(at=st.integers(1, 2))
     def arm(self, at: int) -> None:
@@ -121,7 +121,7 @@ class PinMachine(RuleBasedStateMachine):
     def fork(self) -> None:
         """Go on with a copy."""
         with suppress(KeyboardInterrupt):
-            self.engine.finish(self.memory.rows[0])
+            self.engine.finish(self.memory.sequences[0])
             old, made = self.memory, copy(self.memory)
             self.use(made)
             old.close()
@@ -138,7 +138,7 @@ class PinMachine(RuleBasedStateMachine):
         """Every pin has its slots; the front has what it says; behind it positions ascend; keys go with positions."""
         if not hasattr(self, "memory"):
             return
-        row = self.memory.rows[0]
+        row = self.memory.sequences[0]
         pinned = {at for low, high in row.pins.all for at in range(low, high)}
         for _, store in row.full():
             settle(row, store)

@@ -24,7 +24,7 @@ TOLERANCE = 2e-5
 
 def stores(memory: CappedCache) -> list[LayerStore]:
     """The stores of the only row."""
-    return [store for store in memory.memory.rows[0].stores if store is not None]
+    return [store for store in memory.memory.sequences[0].stores if store is not None]
 
 
 def slot(store: LayerStore, head: int, position: int) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -39,7 +39,7 @@ def test_pinned_tokens_keep_their_slots_bit_for_bit(kind: str) -> None:
     """Through four compactions every head of every layer has the keys, values and positions of all pinned tokens."""
     with tiny.capped(kind) as memory:
         tiny.feed(memory, tiny.ids(20))
-        row = memory.memory.rows[0]
+        row = memory.memory.sequences[0]
         pin(memory.memory, row, 6, 9)
         pin(memory.memory, row, 14, 16)
         pinned = [6, 7, 8, 14, 15]
@@ -63,7 +63,7 @@ def test_promotion_changes_no_logit(kind: str) -> None:
     """Moving pinned slots to the front leaves what the memory answers as it was; bytes and counts too."""
     with tiny.capped(kind) as memory:
         tiny.feed(memory, tiny.ids(40))
-        row, question = memory.memory.rows[0], tiny.ids(3, seed=2)[0].tolist()
+        row, question = memory.memory.sequences[0], tiny.ids(3, seed=2)[0].tolist()
         pin(memory.memory, row, 10, 13)
         pin(memory.memory, row, 20, 21)
         before, bytes_before = memory.peek(question), memory.memory.ledger.resident
@@ -80,7 +80,7 @@ def test_what_is_pinned_after_a_promotion_keeps_its_slots() -> None:
     """A promotion without a compaction, then a pin before what it has promoted: all pins are kept, and only they."""
     with tiny.capped("window") as memory:
         tiny.feed(memory, tiny.ids(40))
-        row = memory.memory.rows[0]
+        row = memory.memory.sequences[0]
         pin(memory.memory, row, 20, 22)
         promote(memory.memory, row)
         pin(memory.memory, row, 10, 12)
@@ -94,7 +94,7 @@ def test_an_interrupted_promotion_goes_on(monkeypatch: pytest.MonkeyPatch) -> No
     """An interrupt between two layers leaves a memory that answers the same and is finished by the next compaction."""
     with tiny.capped("window") as memory:
         tiny.feed(memory, tiny.ids(40))
-        row, question = memory.memory.rows[0], tiny.ids(3, seed=2)[0].tolist()
+        row, question = memory.memory.sequences[0], tiny.ids(3, seed=2)[0].tolist()
         pin(memory.memory, row, 10, 13)
         before, real, calls = memory.peek(question), LayerStore.reordered, list[int]()
 
@@ -120,7 +120,7 @@ def test_a_pin_that_cannot_be_kept_is_refused() -> None:
     """Compacted tokens, tokens that are not there, and more than a compaction could leave: value, limit, remedy."""
     with tiny.capped("window") as memory:
         tiny.feed(memory, tiny.ids(60))
-        row = memory.memory.rows[0]
+        row = memory.memory.sequences[0]
         assert row.intact == 48 - 8
         with pytest.raises(SettingsRefused, match="before 40 have been compacted"):
             pin(memory.memory, row, 20, 50)
@@ -168,7 +168,7 @@ def test_a_span_is_compacted_apart(kind: str) -> None:
     """Only the span's slots go: everything before it and the recent window stay bit for bit."""
     with tiny.capped(kind) as memory:
         tiny.feed(memory, tiny.ids(60))
-        row = memory.memory.rows[0]
+        row = memory.memory.sequences[0]
         for store in stores(memory):
             store.settle(torch.frombuffer(row.tail, dtype=torch.int32))
         start, before = 50, [store.segment(head, 0, 0) for store in stores(memory) for head in range(2)]
@@ -191,8 +191,8 @@ def test_a_span_is_probed_with_its_own_text() -> None:
     """The probe of a span that is shorter than a probe may be runs the span's tokens and no other."""
     with tiny.capped("replay") as memory:
         tiny.feed(memory, tiny.ids(44))
-        report = memory.engine.compact(memory.memory.rows[0], Request(slots=4, start=38))
-        whole = memory.engine.compact(memory.memory.rows[0], Request(slots=4))
+        report = memory.engine.compact(memory.memory.sequences[0], Request(slots=4, start=38))
+        whole = memory.engine.compact(memory.memory.sequences[0], Request(slots=4))
     assert whole is not None
     assert report is None or report.probe_tokens == 6
     assert whole.probe_tokens == memory.plan.probe_tokens
@@ -202,7 +202,7 @@ def test_a_focus_is_among_the_queries() -> None:
     """Its text is run in the probe, a quarter of the reference tokens at most."""
     with tiny.capped("replay") as memory:
         tiny.feed(memory, tiny.ids(44))
-        report = memory.engine.compact(memory.memory.rows[0], Request(focus=(5, 6, 7, 8)))
+        report = memory.engine.compact(memory.memory.sequences[0], Request(focus=(5, 6, 7, 8)))
     assert report is not None
     assert report.queries == "focus+replay"
 

@@ -61,7 +61,7 @@ def test_direct_forwards_stay_in_reach(kind: str, pieces: int) -> None:
         memory.subscribe(lambda event: None if isinstance(event, RebaseReport) else check_order(memory))
         tiny.feed(memory, tiny.ids(20), model=model())
         tiny.feed(memory, tiny.ids(220, seed=1), pieces, model=model())
-        row = memory.memory.rows[0]
+        row = memory.memory.sequences[0]
         assert row.next_position + row.shift == row.seen == 240
         assert row.moves == len(memory.report().rebases) >= 2
     assert max(seen) < LIMIT
@@ -137,8 +137,8 @@ def test_slots_go_where_the_oracle_puts_them(kind: str, family: str) -> None:
     with tiny.capped(kind, of, rebase=True) as memory:
         near_the_end(memory, of)
         before = slots(memory)
-        rebase(memory.memory, memory.engine.forwards, memory.memory.rows[0])
-        after, row, (report,) = slots(memory), memory.memory.rows[0], memory.report().rebases
+        rebase(memory.memory, memory.engine.forwards, memory.memory.sequences[0])
+        after, row, (report,) = slots(memory), memory.memory.sequences[0], memory.report().rebases
         full = [at for at, store in enumerate(stores(memory)) if store.spec.shape.window is None]
     start = 90 - 8
     middles = [head["positions"][4:-8].tolist() for at in full for head in before[at]]
@@ -175,7 +175,7 @@ def test_where_all_slots_move_alike_nothing_is_forgotten(family: str) -> None:
     of, question = model(family), tiny.ids(5, seed=3)[0].tolist()
     with tiny.capped("window", of, rebase=True, keep_first=0) as memory:
         near_the_end(memory, of)
-        before, row = memory.peek(question), memory.memory.rows[0]
+        before, row = memory.peek(question), memory.memory.sequences[0]
         rebase(memory.memory, memory.engine.forwards, row)
         assert row.shift == 90 - 64
         # float32 logits of magnitude 1 to 10: a few hundred roundings, as in test_families.
@@ -193,7 +193,7 @@ def test_the_report_says_what_it_cost() -> None:
         near_the_end(memory, model())
         newest, peak = tiny.ids(90)[0, -16:].tolist(), memory.memory.ledger.peak
         before = memory.peek(newest).double().log_softmax(-1)
-        rebase(memory.memory, memory.engine.forwards, memory.memory.rows[0])
+        rebase(memory.memory, memory.engine.forwards, memory.memory.sequences[0])
         after = memory.peek(newest).double().log_softmax(-1)
         (report,) = memory.report().rebases
         assert memory.memory.ledger.peak >= peak
@@ -209,7 +209,7 @@ def test_pinned_slots_move_along() -> None:
     """Before and after promotion, through many re-basings: order is kept, values too."""
     with tiny.capped("replay", model(), rebase=True) as memory:
         tiny.feed(memory, tiny.ids(30), model=model())
-        row, core = memory.memory.rows[0], memory.memory
+        row, core = memory.memory.sequences[0], memory.memory
         pin(core, row, 10, 12)
         pin(core, row, 20, 22)
         before = [layer[head]["values"][[10, 11, 20, 21]] for layer in slots(memory) for head in range(2)]
@@ -231,7 +231,7 @@ def test_stored_queries_are_turned_along(kind: str) -> None:
     """Each as far as the recent block goes, from the position of the token that asked it."""
     with tiny.capped(kind, model(), rebase=True) as memory:
         near_the_end(memory, model())
-        row = memory.memory.rows[0]
+        row = memory.memory.sequences[0]
         for again in range(2):
             held = [(sample, sample.queries[:, : sample.filled].clone()) for layer in row.samples for sample in layer]
             shift, next_position = row.shift, row.next_position

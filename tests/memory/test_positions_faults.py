@@ -52,7 +52,7 @@ def undisturbed(kind: str) -> tuple[list[Any], list[float]]:
     with tiny.capped(kind, model(), rebase=True) as memory:
         near_the_end(memory, model(), 110)
         logits = more(memory)
-        assert memory.memory.rows[0].moves == 1
+        assert memory.memory.sequences[0].moves == 1
         return state(memory), logits
 
 
@@ -66,7 +66,7 @@ def test_an_interrupted_re_basing_goes_on(call: int, monkeypatch: pytest.MonkeyP
             with pytest.raises(KeyboardInterrupt):
                 more(memory)
             assert calls() == call
-        row = memory.memory.rows[0]
+        row = memory.memory.sequences[0]
         tiny.audit(memory.memory)
         assert row.moving is not None
         assert (row.next_position, row.shift, row.moves, row.seen) == (110, 0, 0, 110)
@@ -87,9 +87,9 @@ def test_a_compaction_finishes_an_interrupted_re_basing_first(call: int, monkeyp
                 with monkeypatch.context() as patch:
                     counted(patch, call)
                     with pytest.raises(KeyboardInterrupt):
-                        rebase(memory.memory, memory.engine.forwards, memory.memory.rows[0])
+                        rebase(memory.memory, memory.engine.forwards, memory.memory.sequences[0])
             else:
-                rebase(memory.memory, memory.engine.forwards, memory.memory.rows[0])
+                rebase(memory.memory, memory.engine.forwards, memory.memory.sequences[0])
             seen.clear()
             (report,) = memory.compact(slots=4)
             assert not report.faults
@@ -128,7 +128,7 @@ def test_a_compaction_that_was_interrupted_is_re_based_and_goes_on() -> None:
         tiny.feed(memory, tiny.ids(48), model=model())
         with pytest.raises(KeyboardInterrupt):
             memory.compact()
-        row = memory.memory.rows[0]
+        row = memory.memory.sequences[0]
         rebase(memory.memory, memory.engine.forwards, row)
         check_order(memory)
         tiny.feed(memory, tiny.ids(200), model=model())
@@ -166,7 +166,7 @@ def test_another_policy_s_probe_stays_in_reach() -> None:
         for seed in range(60):
             tiny.feed(memory, tiny.ids(3, seed=seed), model=model())
             memory.compact(policy="am-halving", slots=6)
-        assert memory.memory.rows[0].moves >= 2
+        assert memory.memory.sequences[0].moves >= 2
     assert max(seen) < LIMIT
 
 
@@ -176,13 +176,13 @@ def test_a_peek_stays_in_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     with watched(model()) as seen, tiny.capped("window", model(), rebase=True) as memory:
         for seed in range(14):
             tiny.feed(memory, tiny.ids(8, seed=seed), model=model())
-        assert memory.memory.rows[0].next_position == 112
+        assert memory.memory.sequences[0].next_position == 112
         with monkeypatch.context() as patch:
             counted(patch, 5)
             with pytest.raises(KeyboardInterrupt):
                 memory.peek(question)
         answer = memory.peek(question)
-        assert memory.memory.rows[0].moves == 1
+        assert memory.memory.sequences[0].moves == 1
         assert torch.equal(memory.peek(question), answer)
     assert max(seen) < LIMIT
 

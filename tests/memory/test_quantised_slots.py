@@ -54,7 +54,7 @@ def test_every_policy_compacts_them_under_the_smallest_cap(policy: str, dtype: t
     with capped(made, policy) as memory:
         made.generate(ids(220), past_key_values=memory, max_new_tokens=30, do_sample=False)
         report = memory.report()
-        store = memory.memory.rows[0].stores[0]
+        store = memory.memory.sequences[0].stores[0]
         assert store is not None
         assert store.keys.dtype == torch.uint8
         assert store.keys.shape[1] == quantised.row_bytes(64)
@@ -136,10 +136,10 @@ def test_keys_that_are_re_based_are_turned() -> None:
     with capped(made, "window", rebase=True) as memory:
         made.generate(ids(300), past_key_values=memory, max_new_tokens=30, do_sample=False)
         assert memory.report().rebases
-        row = memory.memory.rows[0]
-        store = row.stores[0]
+        sequence = memory.memory.sequences[0]
+        store = sequence.stores[0]
         assert store is not None
-        settle(row, store)
+        settle(sequence, store)
         assert int(store.part(0, 0, 0).positions.max()) < 160
 
 
@@ -148,12 +148,12 @@ def test_a_copy_and_its_original_go_on_alike() -> None:
     made = model()
     with capped(made, "am-halving") as memory:
         made.generate(ids(150), past_key_values=memory, max_new_tokens=4, do_sample=False)
-        image, tensors = state.take(memory.memory)
+        saved, tensors = state.take(memory.memory)
         held = {name: tensor.clone() for name, tensor in tensors.items()}
         other = memory.memory.empty()
-        state.give(other, image, dict(held))
+        state.give(other, saved, dict(held))
         _, again = state.take(other)
-        assert image.dtype == torch.float32
+        assert saved.dtype == torch.float32
         assert held.keys() == again.keys()
         assert all(torch.equal(held[name], again[name]) for name in held)
         other.close()
@@ -196,8 +196,8 @@ def test_a_snapshot_keeps_its_kind_of_slots(tmp_path: Any) -> None:
             session.save(tmp_path / place)
             loaded = other.load(tmp_path / place)
             assert tiny_chat.on(loaded, 30) == tiny_chat.on(session, 30)
-            assert [store.keys.dtype for store in loaded.memory.rows[0].stores if store is not None] == [
-                store.keys.dtype for store in session.memory.rows[0].stores if store is not None
+            assert [store.keys.dtype for store in loaded.memory.sequences[0].stores if store is not None] == [
+                store.keys.dtype for store in session.memory.sequences[0].stores if store is not None
             ]
 
 
@@ -205,7 +205,7 @@ def test_a_scale_that_is_not_finite_is_refused(tmp_path: Any) -> None:
     """A memory with such a number cannot be saved, and stays as it is."""
     with on_quantised(1) as made:
         session = tiny_chat.filled(made, 40)
-        store = session.memory.rows[0].stores[0]
+        store = session.memory.sequences[0].stores[0]
         assert store is not None
         quantised.scales(store.keys, 64)[0, 0] = torch.nan
         with pytest.raises(agentmem.errors.AgentmemError, match="scale that is not finite"):

@@ -68,7 +68,7 @@ def opened(compactor: Compactor, layer: LayerShape, layers: int = 1) -> Engine:
 
 def feed(runs: Engine, count: int, *, taken_back: bool = False) -> torch.Tensor:
     """Feed so many tokens in forwards of at most 8; return the last forward's queries and keys' attention output."""
-    row, layers = runs.memory.rows[0], runs.memory.shape.layers
+    row, layers = runs.memory.sequences[0], runs.memory.shape.layers
     output = torch.empty(0)
     while count:
         piece = runs.piece([[True] * min(count, 8)], 8)
@@ -86,7 +86,7 @@ def feed(runs: Engine, count: int, *, taken_back: bool = False) -> torch.Tensor:
 
 def scores(memory: Memory) -> list[torch.Tensor]:
     """The score column of every head of the first layer, as far as it is filled."""
-    store = memory.rows[0].stores[0]
+    store = memory.sequences[0].stores[0]
     assert store is not None
     assert store.scores is not None
     pairs = zip(store.starts, store.lengths, strict=True)
@@ -122,7 +122,7 @@ def test_attention_adds_nothing_to_what_is_carried(layer: LayerShape, pieces: in
     runs = opened(Carrying(), layer)
     memory = runs.memory
     feed(runs, SLOTS)
-    runs.compact(memory.rows[0])
+    runs.compact(memory.sequences[0])
     before = scores(memory)
     assert all(bool(head[FIRST:-RECENT].all()) for head in before)
     for _ in range(2):
@@ -141,7 +141,7 @@ def test_what_is_silent_keeps_its_numbers(layer: LayerShape) -> None:
     runs = opened(compactor, layer)
     memory = runs.memory
     feed(runs, SLOTS)
-    runs.compact(memory.rows[0])
+    runs.compact(memory.sequences[0])
     given = [dict(zip(positions, found, strict=True)) for positions, found in looked_at(memory)]
     compactor.silent = True
     feed(runs, 20)
@@ -154,9 +154,9 @@ def test_what_is_silent_keeps_its_numbers(layer: LayerShape) -> None:
 
 def looked_at(memory: Memory) -> list[tuple[list[int], list[float]]]:
     """Positions and scores of every head's segment now."""
-    store = memory.rows[0].stores[0]
+    store = memory.sequences[0].stores[0]
     assert store is not None
-    store.settle(torch.tensor(memory.rows[0].tail.tolist(), dtype=torch.int32))
+    store.settle(torch.tensor(memory.sequences[0].tail.tolist(), dtype=torch.int32))
     segments = [store.segment(head, FIRST, RECENT) for head in range(2)]
     return [(each.positions.tolist(), [] if each.scores is None else each.scores.tolist()) for each in segments]
 
@@ -168,7 +168,7 @@ def test_a_forward_that_is_taken_back_leaves_no_scores(kind: ScoreColumn) -> Non
     memory = runs.memory
     feed(runs, 10)
     feed(runs, 5, taken_back=True)
-    store = memory.rows[0].stores[0]
+    store = memory.sequences[0].stores[0]
     assert store is not None
     assert store.scores is not None
     assert store.lengths == [10, 10]
@@ -223,7 +223,7 @@ def test_a_column_is_there_for_those_who_want_one(kind: ScoreColumn, column: boo
     memory = runs.memory
     feed(runs, 40)
     assert memory.compactions
-    for store in memory.rows[0].stores:
+    for store in memory.sequences[0].stores:
         assert store is not None
         assert (store.scores is not None) == column
         assert store.spec.slot_bytes == 16 * 4 + 8 + 4 * column

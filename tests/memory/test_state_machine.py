@@ -72,7 +72,7 @@ class MemoryMachine(RuleBasedStateMachine):
         longest = max(counts)
         arriving = [
             Arriving([7] * n, range(row.next_position, row.next_position + n), torch.arange(longest - n, longest))
-            for n, row in zip(counts, self.memory.rows, strict=True)
+            for n, row in zip(counts, self.memory.sequences, strict=True)
         ]
         try:
             step = self.engine.begin(arriving)
@@ -111,11 +111,11 @@ class MemoryMachine(RuleBasedStateMachine):
     def compact(self, row: int) -> None:
         """By hand, whenever."""
         try:
-            self.engine.compact(self.memory.rows[row])
+            self.engine.compact(self.memory.sequences[row])
         except (CompactionFailed, KeyboardInterrupt):
             pass
         else:
-            assert self.memory.rows[row].job is None
+            assert self.memory.sequences[row].job is None
         self.clean = True
 
     @precondition(lambda self: not self.errors)
@@ -134,7 +134,7 @@ class MemoryMachine(RuleBasedStateMachine):
     @invariant()
     def rows(self) -> None:
         """Each row holds its tokens: in the transcript, in the stores, within capacity, as positions in order."""
-        for row, ids in zip(self.memory.rows, self.ids, strict=True):
+        for row, ids in zip(self.memory.sequences, self.ids, strict=True):
             assert list(row.ids) == ids
             assert row.next_position == len(ids)
             for layer, store in zip(LAYERS, row.stores, strict=True):
@@ -152,7 +152,7 @@ class MemoryMachine(RuleBasedStateMachine):
 
     def positions_ascend(self, index: int) -> None:
         """What is settled is the prefix, then anything in order."""
-        for store in self.memory.rows[index].stores:
+        for store in self.memory.sequences[index].stores:
             if store is None or store.spec.shape.window:
                 continue
             for head, (start, count) in enumerate(zip(store.starts, store.settled, strict=True)):

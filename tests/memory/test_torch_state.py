@@ -70,7 +70,7 @@ def slots(policy: str, state: AbstractContextManager[object] | None = None) -> t
         with state or torch.no_grad():
             for start in range(0, 60, 5):
                 model(input_ids=ids[:, start : start + 5], past_key_values=memory, logits_to_keep=1)
-        stores = [store for store in memory.memory.rows[0].stores if store is not None]
+        stores = [store for store in memory.memory.sequences[0].stores if store is not None]
         held = [run for store in stores for each in store.runs(None, scored=True) for run in (each.keys, each.values)]
         bias = [each.bias for store in stores for each in store.runs(None, scored=True) if each.bias is not None]
         copies = [each.clone() for each in (*held, *bias)]
@@ -116,7 +116,7 @@ def test_tokens_below_the_cap_equal_stock_under_the_same_autocast(variant: str) 
             stock = variants.greedy(model, ids, 12)
             with agentmem.capped(model, **variants.ROOMY) as memory:
                 ours = variants.greedy(model, ids, 12, past_key_values=memory)
-                store = memory.memory.rows[0].stores[0]
+                store = memory.memory.sequences[0].stores[0]
         assert store is not None
         assert store.spec.dtype == torch.bfloat16
         exact = variants.steps(variants.greedy(model, ids, 1))[:, 0]

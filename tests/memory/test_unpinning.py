@@ -22,7 +22,7 @@ NAMES = ("keys", "values", "bias", "positions")
 
 def stores(memory: CappedCache) -> list[LayerStore]:
     """The stores of the only row, with all positions."""
-    row = memory.memory.rows[0]
+    row = memory.memory.sequences[0]
     found = [store for store in row.stores if store is not None]
     for store in found:
         settle(row, store)
@@ -54,7 +54,7 @@ def test_what_is_unpinned_goes_back_to_its_place(kind: str) -> None:
         for each in (memory, twin):
             tiny.feed(each, tiny.ids(40))
         core = memory.memory
-        row, before = core.rows[0], core.ledger.resident
+        row, before = core.sequences[0], core.ledger.resident
         for start, stop in ((4, 5), (10, 13), (20, 21)):
             pin(core, row, start, stop)
         promote(core, row)
@@ -79,7 +79,7 @@ def test_what_was_compacted_around_is_compacted_with_the_rest(kind: str) -> None
     with tiny.capped(kind) as memory:
         tiny.feed(memory, tiny.ids(20))
         core = memory.memory
-        row = core.rows[0]
+        row = core.sequences[0]
         pin(core, row, 6, 9)
         pin(core, row, 14, 16)
         tiny.feed(memory, tiny.ids(60, seed=1))
@@ -111,7 +111,7 @@ def test_a_promotion_and_its_inverse_at_once() -> None:
         for each in (memory, twin):
             tiny.feed(each, tiny.ids(40))
         core = memory.memory
-        row = core.rows[0]
+        row = core.sequences[0]
         pin(core, row, 10, 16)
         pin(core, row, 25, 27)
         promote(core, row)
@@ -131,7 +131,7 @@ def test_an_interrupt_between_two_layers_is_made_good(monkeypatch: pytest.Monkey
     with tiny.capped("window") as memory:
         tiny.feed(memory, tiny.ids(40))
         core = memory.memory
-        row, question = core.rows[0], tiny.ids(3, seed=2)[0].tolist()
+        row, question = core.sequences[0], tiny.ids(3, seed=2)[0].tolist()
         pin(core, row, 10, 13)
         promote(core, row)
         unpin(row, 10, 13)
@@ -152,7 +152,7 @@ def test_an_interrupt_between_two_layers_is_made_good(monkeypatch: pytest.Monkey
         tiny.feed(memory, tiny.ids(4, seed=4))
         other = copy(core)
         assert row.arranged
-        assert all(store is not None and store.promoted == () for store in (*row.stores, *other.rows[0].stores))
+        assert all(store is not None and store.promoted == () for store in (*row.stores, *other.sequences[0].stores))
         other.close()
         tiny.feed(memory, tiny.ids(40, seed=5))
         tiny.audit(core)
@@ -163,7 +163,7 @@ def test_what_is_still_whole_can_be_pinned_again() -> None:
     with tiny.capped("window") as memory:
         tiny.feed(memory, tiny.ids(20))
         core = memory.memory
-        row = core.rows[0]
+        row = core.sequences[0]
         pin(core, row, 6, 9)
         tiny.feed(memory, tiny.ids(40, seed=1))
         assert row.intact > 9
@@ -186,7 +186,7 @@ def test_unpinning_is_refused_for_tokens_that_are_not_there() -> None:
     with tiny.capped("window") as memory:
         tiny.feed(memory, tiny.ids(20))
         core = memory.memory
-        row = core.rows[0]
+        row = core.sequences[0]
         pin(core, row, 6, 9)
         for start, stop in ((19, 21), (-1, 3), (5, 5)):
             with pytest.raises(SettingsRefused, match=rf"^unpin: tokens {start}..{stop} are not among the 20"):
@@ -201,7 +201,7 @@ def test_a_span_near_what_was_unpinned_is_compacted_apart() -> None:
     with tiny.capped("window") as memory:
         tiny.feed(memory, tiny.ids(40))
         core = memory.memory
-        row = core.rows[0]
+        row = core.sequences[0]
         pin(core, row, 10, 13)
         pin(core, row, 20, 22)
         promote(core, row)
@@ -219,7 +219,7 @@ def test_unpinned_slots_that_were_rebased_go_back_in_order() -> None:
     with tiny.capped("replay", model, rebase=True) as memory:
         tiny.feed(memory, tiny.ids(30), model=model)
         core = memory.memory
-        row = core.rows[0]
+        row = core.sequences[0]
         pin(core, row, 10, 12)
         pin(core, row, 20, 22)
         for seed in range(4):

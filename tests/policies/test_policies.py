@@ -123,12 +123,12 @@ def test_merging_duplicates_loses_nothing() -> None:
     whole = LocalAttention((queries,), twice.keys, twice.bias, segment.scale, 64)
     kept = whole.over(head.keys, head.bias)
     mass = fit_mass(kept, importance(whole).log_mass, ridge=1e-4, bound=3.0, steps=2)
-    kept = kept.over(head.keys, mass.log_weights)
-    values = fit_values(whole, kept, twice.values, head.values, ridge=1e-4, bound=2.0).values
-    merged = HeadSegment(head.keys, values, mass.log_weights, head.positions)
+    kept = kept.over(head.keys, mass.value)
+    values = fit_values(whole, kept, twice.values, head.values, ridge=1e-4, bound=2.0).value
+    merged = HeadSegment(head.keys, values, mass.value, head.positions)
 
     assert max(errors(merged, twice, unseen, segment.scale)) < 0.01
-    torch.testing.assert_close(mass.log_weights, torch.full((24,), 2.0).log(), atol=0.05, rtol=0)
+    torch.testing.assert_close(mass.value, torch.full((24,), 2.0).log(), atol=0.05, rtol=0)
 
 
 def test_a_slot_with_hardly_any_evidence_outlives_six_compactions() -> None:
@@ -154,7 +154,7 @@ def test_a_slot_with_hardly_any_evidence_outlives_six_compactions() -> None:
             bound=compactor.beta_bound,
             steps=compactor.steps,
         )
-        kept, bias = kept[stay], bias[stay] + fit.log_weights
+        kept, bias = kept[stay], bias[stay] + fit.value
 
     assert 1e-8 < float(share.mean()) < 1e-5
     assert float(bias.max()) > 0.5
@@ -198,8 +198,11 @@ def test_a_refused_fit_is_in_the_numerics() -> None:
     segment = Segment(0, (head,), (Reference(torch.ones(1, 1, 2)),), 1.0, torch.Generator(), 0)
     merged = AttentionMatching().compact(segment, [2])
 
-    assert numerics.fallbacks == ("head 0: plain β kept, no fit beat it", "head 0: own values kept, no fit beat them")
-    assert merged.numerics.fallbacks == ("head 0: own values kept, no fit beat them",)
+    assert numerics.fallbacks == (
+        "head 0: plain β kept, no fit was better",
+        "head 0: own values kept, no fit was better",
+    )
+    assert merged.numerics.fallbacks == ("head 0: own values kept, no fit was better",)
 
 
 def test_attention_matching_refuses_a_segment_without_queries() -> None:

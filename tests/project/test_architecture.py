@@ -37,7 +37,8 @@ def room(name: str, rooms: str = "", outside: str = "") -> Room:
 TABLE = (
     room("agentmem.untrusted", outside="pydantic"),
     room("agentmem.errors", rooms="untrusted"),
-    room("agentmem.queries", outside="torch regex"),
+    room("agentmem.specs", rooms="untrusted"),
+    room("agentmem.queries", rooms="specs untrusted", outside="torch regex"),
     room("agentmem.contracts", rooms="queries", outside="torch"),
     room("agentmem.language"),
     room("agentmem.models.files", rooms="errors"),
@@ -121,7 +122,7 @@ TABLE = (
     room("agentmem.engine.feeding", rooms="engine.engine memory.forwards memory.torch_state", outside="torch"),
     room("agentmem.engine.scheduler", rooms="engine.feeding"),
     room("agentmem.engine", rooms="engine.engine engine.feeding engine.scheduler"),
-    room("agentmem.plugins", rooms="contracts errors"),
+    room("agentmem.plugins", rooms="contracts errors specs untrusted"),
     room("agentmem.hf.support", rooms="errors planning.model_shape", outside="torch transformers"),
     room("agentmem.hf.rope", rooms="errors memory.rotation", outside="torch transformers"),
     room(
@@ -178,7 +179,7 @@ TABLE = (
     ),
     room("agentmem.cli", rooms=ABOVE, outside="torch transformers typer rich pydantic structlog"),
     room("agentmem.policies.solvers", outside="torch"),
-    room("agentmem.policies", rooms="contracts untrusted policies.solvers", outside="torch"),
+    room("agentmem.policies", rooms="contracts specs untrusted policies.solvers", outside="torch"),
 )
 
 
@@ -271,7 +272,19 @@ def test_the_documented_folders_are_the_packages_on_disk() -> None:
     assert sorted(listed) == sorted(on_disk - {"agentmem", "policies"})
 
 
-FLAT = {"__init__", "api", "contracts", "engine", "errors", "language", "plugins", "queries", "settings", "testing"}
+FLAT = {
+    "__init__",
+    "api",
+    "contracts",
+    "engine",
+    "errors",
+    "language",
+    "plugins",
+    "queries",
+    "settings",
+    "specs",
+    "testing",
+}
 
 
 def test_no_other_module_lies_flat_in_the_package() -> None:

@@ -29,7 +29,7 @@ def test_what_a_row_holds_cannot_be_assigned() -> None:
     """Its stores are a tuple without a setter."""
     with tiny.capped("window") as memory:
         tiny.feed(memory, tiny.ids(20))
-        row = memory.memory.rows[0]
+        row = memory.memory.sequences[0]
         with pytest.raises(TypeError):
             row.stores[0] = None  # type: ignore[index]  # what is refused
         with pytest.raises(AttributeError):
@@ -40,7 +40,7 @@ def test_replacing_a_store_frees_the_old_one() -> None:
     """The account has the new one alone."""
     with tiny.capped_by(tiny.KINDS["window"]) as memory:
         tiny.feed(memory, tiny.ids(20))
-        row = memory.memory.rows[0]
+        row = memory.memory.sequences[0]
         old = row.stores[0]
         assert old is not None
         row.replace(0, old.resized(old.capacities))

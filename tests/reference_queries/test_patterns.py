@@ -213,7 +213,7 @@ def probes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Probe]]:
     run = References.run
 
     def watched(self: References, visit: Any) -> None:
-        found.append((self.row.seen, self.probe))
+        found.append((self.sequence.seen, self.probe))
         run(self, visit)
 
     monkeypatch.setattr(References, "run", watched)
@@ -247,7 +247,7 @@ def test_a_pattern_that_matches_nothing_changes_nothing() -> None:
         made = plugins.policy("am-halving", probe="replay+spread", probe_tokens=200, pattern=pattern)
         with capped(made) as memory:
             tiny.feed(memory, text(601))
-            slots.append([run.keys.clone() for s in memory.memory.rows[0].stores if s for run in s.runs()])
+            slots.append([run.keys.clone() for s in memory.memory.sequences[0].stores if s for run in s.runs()])
     assert all(torch.equal(one, other) for one, other in zip(*slots, strict=True))
 
 
@@ -311,7 +311,7 @@ def test_another_policy_s_pattern_is_its_own(probes: list[tuple[int, Probe]]) ->
         tiny.llama(), policy="am-halving", tokenizer=Tokenizer(), extra_policies=(made,), **settings
     ) as memory:
         tiny.feed(memory, text(300), pieces=100)
-        row = memory.memory.rows[0]
+        row = memory.memory.sequences[0]
         memory.engine.compact(row, Request(slots=200, policy=made))
         tiny.feed(memory, text(60, seed=1), pieces=60)
         memory.engine.compact(row, Request(slots=180))

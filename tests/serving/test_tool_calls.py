@@ -51,7 +51,7 @@ def test_calls_are_taken_out_of_the_text(family: ToolFormat, text: str, names: l
     reply = ReplyText((), family, known)
     told = "".join(reply.push(text[at : at + size]) for at in range(0, len(text), size)) + reply.end()
 
-    assert told == reply.told == said
+    assert told == reply.sent == said
     assert [call.name for call in reply.calls] == names
     assert json.loads(reply.calls[0].arguments) == PARIS
     assert len({call.id for call in reply.calls}) == len(names)
@@ -96,7 +96,7 @@ def test_a_reply_ends_before_the_first_stop_sequence(size: int) -> None:
     reply = ReplyText(stop)
     told = "".join(reply.push(text[at : at + size]) for at in range(0, len(text), size)) + reply.end()
 
-    assert told == reply.told == "one two st "
+    assert told == reply.sent == "one two st "
     assert reply.stopped
 
     other = ReplyText(stop)

@@ -234,11 +234,11 @@ async def test_a_cancel_inside_a_compaction_takes_effect_at_the_next_layer(name:
     with tiny_chat.runtime(3, name) as made:
         session = tiny_chat.filled(made, 60, policy=calling(name, call))
         twin = tiny_chat.filled(made, 60)
-        before = [sum(store.lengths) for store in session.memory.rows[0].stores if store]
+        before = [sum(store.lengths) for store in session.memory.sequences[0].stores if store]
         tasks.append(asyncio.create_task(tiny_chat.events(session, max_new_tokens=30, keep_open=True)))
         with pytest.raises(asyncio.CancelledError):
             await tasks[0]
-        row = session.memory.rows[0]
+        row = session.memory.sequences[0]
         states.append([sum(store.lengths) for store in row.stores if store])
         smaller = [now < then for now, then in zip(states[0], before, strict=True)]
         assert smaller == [at <= layer for at in range(LAYERS)]

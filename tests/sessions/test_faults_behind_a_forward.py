@@ -43,9 +43,9 @@ LINES = (
     ("engine/scheduler.py", "submit", "self._arrived"),
     ("engine/scheduler.py", "_ended", "self._waiting ="),
     ("engine/scheduler.py", "_ended", "self._expected ="),
-    ("memory/forwards.py", "commit", "for row, each in zip"),
+    ("memory/forwards.py", "commit", "for sequence, each in zip"),
     ("memory/forwards.py", "commit", "memory.progress.consumed ="),
-    ("compaction/run.py", "_give_headroom", "self.row.change"),
+    ("compaction/run.py", "_give_headroom", "self.sequence.change"),
     ("ledger.py", "hold", "self._held["),
     ("memory/store.py", "_release", "self.ledger.release"),
     ("runtime.py", "end", "session.turn = None"),
@@ -84,5 +84,5 @@ def test_an_interrupt_at_a_line_leaves_a_session_that_goes_on(file: str, functio
         session.append("user", "hello again")
         session.generate(max_new_tokens=12, do_sample=False)
         session.compact()
-        assert [*session.memory.rows[0].ids, *session.pending] == list(session.ids)
+        assert [*session.memory.sequences[0].ids, *session.pending] == list(session.ids)
         tc.audit(runtime)

@@ -171,9 +171,9 @@ def test_forks_of_an_interrupted_compaction_both_finish_it() -> None:
         session.memory.boundary = stop
         told.clear()
         with pytest.raises(Interrupted), hf.forward_context.own_frame():
-            session.engine.compact(session.memory.rows[0])
+            session.engine.compact(session.memory.sequences[0])
         made.end(session, stop)
-        assert session.memory.rows[0].job is not None
+        assert session.memory.sequences[0].job is not None
         fork = session.fork()
         ids = tiny_chat.on(fork)
 

@@ -238,7 +238,7 @@ def test_an_interrupted_compaction_is_told_of_when_it_is_finished(monkeypatch: p
     caller = Caller("proceed")
     with opened(caller) as session:
         session.append("user", QUESTION * 4)
-        row, check, layers = session.memory.rows[0], Watch.check, list[int]()
+        row, check, layers = session.memory.sequences[0], Watch.check, list[int]()
 
         def cut(watch: Watch) -> None:
             if row.job is not None:

@@ -36,8 +36,8 @@ class Watched:
         real = References.run
 
         def run(references: References, visit: Any) -> None:
-            assert references.row.job is not None
-            (self.whole if references.row.job.whole else self.spans).append(references.probe)
+            assert references.sequence.job is not None
+            (self.whole if references.sequence.job.whole else self.spans).append(references.probe)
             real(references, visit)
 
         patch.setattr(References, "run", run)
@@ -54,7 +54,7 @@ def begun(policy: str = "am-halving", **settings: Any) -> Iterator[Session]:
 
 def stores(session: Session) -> list[LayerStore]:
     """The stores of the only row."""
-    return [store for store in session.memory.rows[0].stores if store is not None]
+    return [store for store in session.memory.sequences[0].stores if store is not None]
 
 
 def front(session: Session, slots: int) -> list[list[float]]:
@@ -88,7 +88,7 @@ def test_a_document_is_compacted_right_after_it_was_read(policy: str, target: fl
             left += math.ceil(share * span)
         spans = intact - begin
         assert spans >= tokens - 8 - LEAST_SPAN
-        assert session.stats.held_slots == 4 * (session.memory.rows[0].seen - spans + left)
+        assert session.stats.held_slots == 4 * (session.memory.sequences[0].seen - spans + left)
         assert left <= share * spans + len(reports)
         assert len(talk.greedy(session, 5)) == 5
 
@@ -124,7 +124,7 @@ def test_what_is_pinned_in_a_document_stays() -> None:
     with begun(pin_pattern=r"code \d+") as session:
         begin = len(session.ids)
         reports = session.append("tool", FACT * 3 + "The code 4217 opens. " + FACT * 3, compact="after", target=0.25)
-        row = session.memory.rows[0]
+        row = session.memory.sequences[0]
         spans = [(low, high) for low, high in row.pins.spans if low >= begin]
         assert [session.tokenizer.decode(list(session.ids[low:high])) for low, high in spans] == [" The code 4217"]
         intact = begin
@@ -148,7 +148,7 @@ def test_a_compaction_by_hand_leaves_what_it_is_told(family: Any, target: float)
         session = talk.audited(runtime.session("window", **talk.ROOMY, pin_request=False))
         session.append("system", SYSTEM)
         session.append("user", FACT * 6)
-        pinned, seen = session.stats.pinned_tokens, session.memory.rows[0].seen
+        pinned, seen = session.stats.pinned_tokens, session.memory.sequences[0].seen
         assert session.compact(target=target) is not None
         segment = seen - pinned - 8
         left = math.ceil(target * segment) if target < 1 else target
@@ -197,7 +197,7 @@ def test_a_deadline_leaves_the_rest_for_later() -> None:
         pending = session.pending
         assert len(pending) > 100
         talk.greedy(session, 2)
-        assert session.transcript.ids == (*session.memory.rows[0].ids, *session.pending)
+        assert session.transcript.ids == (*session.memory.sequences[0].ids, *session.pending)
         assert len(session.pending) == 1
 
 
@@ -297,7 +297,7 @@ def test_a_request_for_a_span_never_reaches_into_the_prefix() -> None:
     """A memory's own ``compact`` with a start inside the prefix begins behind it."""
     with talk.session(policy="window", **(ROOMY | {"keep_first": 24})) as session:
         session.read(FACT * 4)
-        session.engine.compact(session.memory.rows[0], Request(slots=16, start=0))
+        session.engine.compact(session.memory.sequences[0], Request(slots=16, start=0))
 
         for store in stores(session):
             assert all(length == 24 + 16 + 8 for length in store.lengths)

@@ -40,7 +40,7 @@ def request(session: Session) -> Entry:
 
 def kept(session: Session, entry: Entry) -> bool:
     """Whether every head of every layer has a slot for each token of an entry, as it was appended."""
-    row = session.memory.rows[0]
+    row = session.memory.sequences[0]
     held = [store.promoted for _, store in row.full()]
     newer = max(row.intact, entry.start)
     behind = {(entry.start, min(newer, entry.stop))} if entry.start < newer else set()
@@ -66,7 +66,7 @@ def test_the_newest_request_stays_until_it_is_answered(policy: str) -> None:
         assert session.stats.request_tokens == 0
         assert session.stats.pinned_tokens == 0
         session.compact(target=8)
-        assert session.memory.rows[0].promoted == ()
+        assert session.memory.sequences[0].promoted == ()
         assert not kept(session, entry)
 
 
@@ -77,7 +77,7 @@ def test_it_is_an_option() -> None:
         assert session.stats.request_tokens == 0
         write(session, 260)
         assert not kept(session, entry)
-        assert session.memory.rows[0].promoted == ()
+        assert session.memory.sequences[0].promoted == ()
 
 
 def test_below_the_cap_nothing_changes() -> None:
@@ -129,7 +129,7 @@ def test_only_what_is_still_whole_is_pinned() -> None:
         session.read(talk.ids("one two three four five six") * 20)
         assert session.stats.compactions
         write(session, 8)
-        assert session.memory.rows[0].promoted == ()
+        assert session.memory.sequences[0].promoted == ()
 
 
 def test_what_is_read_before_the_reply_leaves_it_whole() -> None:
@@ -148,14 +148,14 @@ def test_a_request_is_pinned_again_while_its_tools_are_read() -> None:
     with begun() as session:
         entry = request(session)
         write(session, 170)
-        assert session.memory.rows[0].promoted == ((entry.start, entry.stop),)
+        assert session.memory.sequences[0].promoted == ((entry.start, entry.stop),)
         assert session.stats.request_tokens == 0
         session.append("tool", "4217 " * 40)
         assert session.stats.request_tokens == entry.stop - entry.start
         write(session, 170)
         assert kept(session, entry)
         session.append("user", QUESTION)
-        assert session.memory.rows[0].pins.request[0][0] >= entry.stop
+        assert session.memory.sequences[0].pins.request[0][0] >= entry.stop
 
 
 def test_messages_of_a_user_in_a_row_are_one_request() -> None:
@@ -165,10 +165,10 @@ def test_messages_of_a_user_in_a_row_are_one_request() -> None:
         session.append("user", "No.")
         session.append("user", "Yes.")
         first, second = [entry for entry in session.transcript.entries if entry.role == "user"][-2:]
-        assert session.memory.rows[0].pins.request == ((first.start, second.stop),)
+        assert session.memory.sequences[0].pins.request == ((first.start, second.stop),)
         session.append("user", QUESTION)
         newest = request(session)
-        assert session.memory.rows[0].pins.request == ((newest.start, newest.stop),)
+        assert session.memory.sequences[0].pins.request == ((newest.start, newest.stop),)
 
 
 def test_a_compaction_by_hand_leaves_the_request_like_other_pins() -> None:
@@ -179,7 +179,7 @@ def test_a_compaction_by_hand_leaves_the_request_like_other_pins() -> None:
         session.append("tool", "4217")
         session.compact(target=1)
         assert kept(session, entry)
-        assert session.memory.rows[0].promoted == ((entry.start, entry.stop),)
+        assert session.memory.sequences[0].promoted == ((entry.start, entry.stop),)
         write(session, 4)
         assert session.compact(target=1) is not None
         assert not kept(session, entry)
@@ -211,7 +211,7 @@ def test_pins_come_before_the_request() -> None:
         entry = request(session)
         session.pin(entry.start, entry.start + 3)
         write(session, 8)
-        assert session.memory.rows[0].pins.all == ((entry.start, entry.start + 3),)
+        assert session.memory.sequences[0].pins.all == ((entry.start, entry.start + 3),)
 
 
 def test_a_reply_that_goes_on_keeps_the_request() -> None:
@@ -257,7 +257,7 @@ def test_a_session_in_the_middle_of_a_reply_is_forked_moved_and_saved(way: str, 
             each.append("user", "c")
             each.read(tiny_chat.ids(90))
         assert list(session.ids) == list(twin.ids)
-        assert session.memory.rows[0].pins == twin.memory.rows[0].pins
+        assert session.memory.sequences[0].pins == twin.memory.sequences[0].pins
         assert tiny_chat.same(tiny_chat.slots(session), tiny_chat.slots(twin))
 
 

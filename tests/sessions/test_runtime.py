@@ -37,9 +37,9 @@ def interrupt(session: Session) -> None:
     session.runtime.admit(session, stop)
     session.memory.boundary = stop
     with pytest.raises(Interrupted):
-        session.engine.compact(session.memory.rows[0])
+        session.engine.compact(session.memory.sequences[0])
     session.runtime.end(session, stop)
-    assert session.memory.rows[0].job is not None
+    assert session.memory.sequences[0].job is not None
 
 
 # ---- preemption

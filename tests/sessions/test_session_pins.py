@@ -18,7 +18,7 @@ NUMBERS = "one two three four five six seven eight nine ten eleven twelve"
 
 def slots(session: Session, tokens: set[int]) -> dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor, float]]:
     """Key, value and β of the slots at the positions of these tokens, by layer, head and position."""
-    row = session.memory.rows[0]
+    row = session.memory.sequences[0]
     tail = torch.frombuffer(row.tail, dtype=torch.int32) if row.tail else torch.empty(0)
     found = {}
     for layer, store in enumerate(row.stores):
@@ -81,7 +81,7 @@ def test_a_pattern_pins_what_it_matches() -> None:
         session.append("system", SYSTEM)
         session.append("user", f"My code 4217 is old. {QUESTION} The code 93 is new.")
         session.append("user", QUESTION)
-        row = session.memory.rows[0]
+        row = session.memory.sequences[0]
         texts = [session.tokenizer.decode(list(session.ids[start:stop])) for start, stop in row.pins.spans]
         assert texts == ["My code 4217", " The code 93"]
         assert not any(entry.pinned for entry in session.transcript.entries)
@@ -133,10 +133,10 @@ def test_a_reply_that_is_refused_pins_nothing() -> None:
     """Its opening is taken back, and so is what was pinned of it."""
     with talk.session(**talk.TIGHT, pin_roles=("assistant",)) as session:
         session.append("user", QUESTION)
-        before = (session.stats, list(session.memory.rows[0].pins.spans))
+        before = (session.stats, list(session.memory.sequences[0].pins.spans))
         with pytest.raises(UnsupportedGeneration, match="num_beams"):
             session.generate(num_beams=2)
-        assert (session.stats, list(session.memory.rows[0].pins.spans)) == before
+        assert (session.stats, list(session.memory.sequences[0].pins.spans)) == before
 
 
 @pytest.mark.parametrize("way", ["pin", "role", "read", "range", "open"])
@@ -148,7 +148,7 @@ def test_pins_that_cannot_fit_are_refused(way: str) -> None:
         if way == "open":
             session.generate(max_new_tokens=2, do_sample=False, keep_open=True)
         before = (list(session.ids), session.dialogue, list(session.entries), session.reply, session.stats)
-        pins = list(session.memory.rows[0].pins.spans)
+        pins = list(session.memory.sequences[0].pins.spans)
         calls: dict[str, Any] = {
             "pin": lambda: session.append("user", NUMBERS * 2, pin=True),
             "role": lambda: session.append("tool", NUMBERS * 2),
@@ -159,7 +159,7 @@ def test_pins_that_cannot_fit_are_refused(way: str) -> None:
         with pytest.raises(CapTooSmall, match=r"need \d+ slots per head, and a compaction leaves 32"):
             calls[way]()
         assert (list(session.ids), session.dialogue, list(session.entries), session.reply, session.stats) == before
-        assert list(session.memory.rows[0].pins.spans) == pins
+        assert list(session.memory.sequences[0].pins.spans) == pins
         assert len(talk.greedy(session, 3)) >= 3
 
 

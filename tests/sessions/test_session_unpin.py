@@ -17,7 +17,7 @@ SYSTEM, QUESTION = "You are terse.", "What is the capital of France?"
 
 def positions(session: Session) -> list[list[int]]:
     """The positions that every head of every layer holds, in order."""
-    row = session.memory.rows[0]
+    row = session.memory.sequences[0]
     for _, store in row.full():
         settle(row, store)
     return [
@@ -47,7 +47,7 @@ def test_what_is_unpinned_is_compacted_like_the_rest() -> None:
         while session.stats.compactions < 4:
             session.append("user", QUESTION)
         assert not any(tokens & set(held) for held in positions(session))
-        assert session.memory.rows[0].front(4) == 4
+        assert session.memory.sequences[0].front(4) == 4
 
 
 def test_a_transcript_says_what_is_pinned_whole() -> None:
@@ -94,7 +94,7 @@ def test_unpinned_tokens_are_forked_moved_and_saved(way: str, policy: str, tmp_p
             each.append("system", "be kind")
             each.read(tiny_chat.ids(80))
             each.unpin(6, 20)
-            assert each.memory.rows[0].promoted == ((4, each.transcript.entries[0].stop),)
+            assert each.memory.sequences[0].promoted == ((4, each.transcript.entries[0].stop),)
         if way == "fork":
             session = session.fork()
         elif way == "file":
@@ -111,8 +111,8 @@ def test_unpinned_tokens_are_forked_moved_and_saved(way: str, policy: str, tmp_p
         for each in (session, twin):
             each.read(tiny_chat.ids(70, 3))
         assert tiny_chat.on(session) == tiny_chat.on(twin)
-        assert session.memory.rows[0].pins == twin.memory.rows[0].pins
-        assert session.memory.rows[0].promoted == twin.memory.rows[0].promoted
+        assert session.memory.sequences[0].pins == twin.memory.sequences[0].pins
+        assert session.memory.sequences[0].promoted == twin.memory.sequences[0].promoted
         assert tiny_chat.same(tiny_chat.slots(session), tiny_chat.slots(twin))
         tiny_chat.audit(made)
 
@@ -129,8 +129,8 @@ def test_a_fork_keeps_the_pins_that_its_parent_gives_up() -> None:
         assert (session.stats.pinned_tokens, fork.stats.pinned_tokens) == (0, count)
         for each in (session, fork):
             each.read(tiny_chat.ids(80, 2))
-        assert session.memory.rows[0].promoted == ()
-        assert fork.memory.rows[0].promoted == ((4, count),)
+        assert session.memory.sequences[0].promoted == ()
+        assert fork.memory.sequences[0].promoted == ((4, count),)
 
 
 @pytest.mark.parametrize("stage", ["compact", "trim"])

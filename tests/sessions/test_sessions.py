@@ -170,7 +170,7 @@ def test_stats_are_a_moment_in_numbers() -> None:
         session.append("system", SYSTEM)
         before = session.stats
         session.append("user", FIRST * 12)
-        stats, row = session.stats, session.memory.rows[0]
+        stats, row = session.stats, session.memory.sequences[0]
 
         assert (before.compactions, before.held_slots) == (0, (before.tokens - 1) * 4)
         assert (stats.state, stats.policy, stats.capacity) == ("idle", "window", 64)

@@ -100,7 +100,7 @@ def feed(memory: CappedCache, count: int, seed: int = 0, pieces: int = 1 << 20, 
 
 def stores(memory: CappedCache) -> list[LayerStore]:
     """The stores of the only row, positions settled."""
-    row = memory.memory.rows[0]
+    row = memory.memory.sequences[0]
     found = [store for store in row.stores if store is not None]
     for store in found:
         settle(row, store)

@@ -123,7 +123,7 @@ def rebased(family: str) -> str:
             logits = tiny.feed(memory, tiny.ids(POSITIONS + 16), 16, model=model(family))
             assert torch.isfinite(logits).all()
             assert memory.report().rebases
-            assert memory.memory.rows[0].next_position < POSITIONS
+            assert memory.memory.sequences[0].next_position < POSITIONS
     except UnsupportedModel as error:
         (why,) = (why for said, why in _WHY.items() if said in str(error))
         return f"refused: {why}"

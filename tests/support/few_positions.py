@@ -52,16 +52,16 @@ def watched(of: Any) -> Iterator[list[int]]:
 
 def stores(memory: CappedCache, row: int = 0) -> list[LayerStore]:
     """The stores of a row, positions settled where they are kept."""
-    found = [store for store in memory.memory.rows[row].stores if store is not None]
+    found = [store for store in memory.memory.sequences[row].stores if store is not None]
     for store in found:
         if store.spec.shape.window is None:
-            settle(memory.memory.rows[row], store)
+            settle(memory.memory.sequences[row], store)
     return found
 
 
 def check_order(memory: CappedCache, row: int = 0) -> None:
     """In every head: prefix first, then rising positions, then the recent tokens in one run up to the next position."""
-    core = memory.memory.rows[row]
+    core = memory.memory.sequences[row]
     for store in stores(memory, row):
         if store.spec.shape.window is None:
             for head in range(len(store.lengths)):
@@ -87,7 +87,7 @@ def _copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 def state(memory: CappedCache) -> list[Any]:
     """Everything of row 0 to the bit: slots, stored queries, counts."""
-    row = memory.memory.rows[0]
+    row = memory.memory.sequences[0]
     found: list[Any] = [row.next_position, row.shift, row.moves, row.moving, row.room, list(row.ids), list(row.tail)]
     for layer, store in zip(slots(memory), stores(memory), strict=True):
         names = ("keys", "values", "bias") + (("positions",) if store.spec.shape.window is None else ())
@@ -108,4 +108,4 @@ def turns(of: Any, layer: int) -> list[float]:
 def near_the_end(memory: CappedCache, of: Any, fed: int = 90) -> None:
     """Feed tokens: a few more and the row must be re-based."""
     tiny.feed(memory, tiny.ids(fed), model=of)
-    assert memory.memory.rows[0].shift == 0
+    assert memory.memory.sequences[0].shift == 0

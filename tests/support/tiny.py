@@ -93,8 +93,8 @@ def capped_by(policy: Policy, model: Any | None = None, **settings: Any) -> Iter
 
 def audit(memory: Memory) -> None:
     """The ledger holds what the storages hold, and R + T stays under the cap."""
-    stores = [store for row in memory.rows for store in row.stores if store is not None]
-    samples = [sample for row in memory.rows for layer in row.samples for sample in layer]
+    stores = [store for row in memory.sequences for store in row.stores if store is not None]
+    samples = [sample for row in memory.sequences for layer in row.samples for sample in layer]
     held = sum(store.allocated_bytes for store in stores)
     held += sum(sample.queries.untyped_storage().nbytes() for sample in samples)
     ledger = memory.ledger

@@ -106,8 +106,8 @@ def audit(made: Runtime) -> None:
 
 def allocated(memory: Memory) -> int:
     """Bytes of all storages of a memory."""
-    stores = [store for row in memory.rows for store in row.stores if store is not None]
-    samples = [sample for row in memory.rows for layer in row.samples for sample in layer]
+    stores = [store for row in memory.sequences for store in row.stores if store is not None]
+    samples = [sample for row in memory.sequences for layer in row.samples for sample in layer]
     storages = sum(store.allocated_bytes for store in stores)
     return storages + sum(sample.queries.untyped_storage().nbytes() for sample in samples)
 
@@ -115,7 +115,7 @@ def allocated(memory: Memory) -> int:
 def slots(session: Session) -> list[dict[str, torch.Tensor]]:
     """Copies of all that a session's memory holds, head by head."""
     found = []
-    for store in session.memory.rows[0].stores:
+    for store in session.memory.sequences[0].stores:
         assert store is not None
         for head, length in enumerate(store.lengths):
             start = store.starts[head]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from agentmem.cli.chat.conversation import stopping
 from agentmem.cli.console import note, show, table
 from agentmem.errors import SettingsRefused
 from agentmem.settings import format_bytes
+from agentmem.untrusted.texts import did_you_mean
 
 if TYPE_CHECKING:
     from agentmem.cli.chat.conversation import Conversation
@@ -57,11 +57,9 @@ def obey(conversation: Conversation, line: str) -> bool:
     name, argument = (*line.split(maxsplit=1), "")[:2]
     command = COMMANDS.get(name)
     if command is None:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
         raise SettingsRefused(
-            f"{name} is no command; {hint}/help lists them. A message that begins with a slash is written with two: "
-            f"/{name}"
+            f"{name} is no command; {did_you_mean(name, COMMANDS)}/help lists them. A message that begins with a slash "
+            f"is written with two: /{name}"
         )
     command.check(argument.strip())
     return command.run(conversation, argument.strip()) is not False
@@ -141,8 +139,7 @@ def _switch(conversation: Conversation, name: str) -> None:
         return
     session = conversation.sessions.get(name)
     if session is None:
-        near = difflib.get_close_matches(name, conversation.sessions, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = did_you_mean(name, conversation.sessions)
         raise SettingsRefused(f"/switch: no session {name!r}; {hint}there are {', '.join(conversation.sessions)}")
     conversation.enter(session)
     note(f"now in {name!r}")

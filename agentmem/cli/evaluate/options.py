@@ -12,7 +12,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from agentmem import evaluation, models, plugins
+from agentmem import evaluation, models, plugins, specs
 from agentmem.cli.console import ERR, OUT, STDOUT, note, require_folder, require_writable, show, table, write_json
 from agentmem.errors import SettingsRefused
 from agentmem.evaluation.terms import Frozen, Terms
@@ -41,6 +41,19 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Measure again what was mea
 Number = TypeVar("Number", int, float)
 
 
+def entries(text: str, option: str) -> tuple[str, ...]:
+    """The entries of a comma-separated list.
+
+    Raises:
+        SettingsRefused: it cannot be read.
+
+    """
+    try:
+        return tuple(specs.entries(text, option))
+    except ValueError as error:
+        raise SettingsRefused(str(error)) from None
+
+
 def numbers(text: str, option: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:
     """The numbers of a comma-separated list.
 
@@ -48,8 +61,9 @@ def numbers(text: str, option: str, kind: Callable[[str], Number]) -> tuple[Numb
         SettingsRefused: an entry is no such number, is negative or stands there twice; or there is none.
 
     """
+    parts = entries(text, option)
     try:
-        found = tuple(kind(entry) for entry in text.split(",") if entry.strip())
+        found = tuple(map(kind, parts))
     except ValueError as error:
         raise SettingsRefused(f"{option}: {text!r} is no list of numbers ({error}); separate them by commas") from None
     if not found or min(found) < 0 or len(set(found)) < len(found):
@@ -74,10 +88,10 @@ def comparisons(common: Terms, slots: int | None, cap: str | None) -> list[Terms
 
 def chosen(policies: str, terms: Terms) -> list[str]:
     """The specs of ``--policies``, each of them made once, so that a bad one is refused before a model is loaded."""
-    specs = plugins.specs(policies)
-    for spec in specs:
+    found = plugins.listed(policies)
+    for spec in found:
         terms.policy(spec)
-    return specs
+    return found
 
 
 @dataclass(frozen=True)

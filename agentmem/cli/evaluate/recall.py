@@ -35,6 +35,7 @@ from agentmem.cli.evaluate.options import (
     bars,
     chosen,
     comparisons,
+    entries,
     kept_in,
     numbers,
     words,
@@ -96,7 +97,7 @@ def recall(
         probe_tokens=probe_tokens,
         seed=seed,
     )
-    kinds = tuple(kind.strip() for kind in formats.split(",") if kind.strip())
+    kinds = entries(formats, "--formats")
     quiz = Quiz.of(tokens=tokens, facts=facts, depths=numbers(depths, "--depths", float), formats=kinds, seed=seed)
     specs, limits, source = chosen(policies, terms), comparisons(terms, slots, cap), words(text)
     loaded, tokenizer = load_model(model, dtype)

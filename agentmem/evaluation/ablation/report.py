@@ -72,8 +72,8 @@ def _finding(ablation: Ablation, group: Sequence[Line]) -> str:
     if best.score is not None:
         text += f", {interval(best.score, measure.digits)} {measure.unit}"
     if best.difference is not None:
-        told = "" if best.difference.excludes_zero else ", which includes zero"
-        text += f"; to {ablation.compared_with} {interval(best.difference, measure.digits, sign='+')}{told}"
+        remark = "" if best.difference.excludes_zero else ", which includes zero"
+        text += f"; to {ablation.compared_with} {interval(best.difference, measure.digits, sign='+')}{remark}"
     return f"{text}."
 
 

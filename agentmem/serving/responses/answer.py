@@ -54,16 +54,16 @@ class ResponseAnswer:
 
     def failed(self, error: Exception) -> Iterator[Event]:
         """The turn failed in its middle."""
-        told = error_object(refusal(error))
+        described = error_object(refusal(error))
         self.status = "failed"
-        code = "rate_limit_exceeded" if told["code"] == "rate_limit_exceeded" else "server_error"
-        self._end["error"] = {"code": code, "message": told["message"]}
-        if told["code"] == CANCELLED:
+        code = "rate_limit_exceeded" if described["code"] == "rate_limit_exceeded" else "server_error"
+        self._end["error"] = {"code": code, "message": described["message"]}
+        if described["code"] == CANCELLED:
             self.status = "cancelled"
             self._end["error"] = None
             yield self._event("response.incomplete", response=self.object())
             return
-        yield self._event("error", code=told["code"], message=told["message"], param=told["param"])
+        yield self._event("error", code=described["code"], message=described["message"], param=described["param"])
         yield self._event("response.failed", response=self.object())
 
     # ---- text

@@ -68,7 +68,7 @@ class Creation:
 
 
 async def event_lines(creation: Creation, pieces: AsyncGenerator[Piece]) -> AsyncGenerator[bytes]:
-    """The stream of one response; an error that comes in its middle is told in its last events."""
+    """The stream of one response; its last events report an error that came in its middle."""
     async with aclosing(pieces):
         creation.store()
         for each in creation.answer.begin():
@@ -77,15 +77,15 @@ async def event_lines(creation: Creation, pieces: AsyncGenerator[Piece]) -> Asyn
             async for piece in pieces:
                 for each in creation.take(piece):
                     yield _line(each)
-        except Exception as error:  # noqa: BLE001  # the status has been sent: the client is told here
+        except Exception as error:  # noqa: BLE001  # the status has been sent: the stream reports it
             for each in creation.fail(error):
                 yield _line(each)
         finally:
             creation.leave()
 
 
-def _line(told: Event) -> bytes:
-    return event(told, told["type"])
+def _line(sent: Event) -> bytes:
+    return event(sent, sent["type"])
 
 
 async def in_background(server: Server, request: turns.Request, creation: Creation) -> None:
@@ -94,5 +94,5 @@ async def in_background(server: Server, request: turns.Request, creation: Creati
         async with turn_of(server, request) as turn:
             async for piece in turn.pieces():
                 creation.take(piece)
-    except Exception as error:  # noqa: BLE001  # whoever gets the response is told
+    except Exception as error:  # noqa: BLE001  # the stored response reports it
         creation.fail(error)

@@ -106,7 +106,7 @@ class Markup:
         return tuple(ids), [bisect_right(stops, bound) for bound in bounds]
 
     def _piece(self, text: str, context: str) -> tuple[list[int], list[int]]:
-        """Ids and end offsets of a text that stands behind ``context``, if that can be told."""
+        """Ids and end offsets of a text that stands behind ``context``, if the tokenizer gives them."""
         if not text:
             return [], []
         if context and not self._every.match(text):

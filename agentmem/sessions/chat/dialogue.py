@@ -6,7 +6,6 @@ Nothing here holds ids or renders text: the ids in the memory are the state, and
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self, get_args
@@ -16,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, JsonValue, Validati
 from agentmem.errors import SettingsRefused
 from agentmem.sessions.arguments import check_encodable
 from agentmem.sessions.chat.message_shapes import plain
-from agentmem.untrusted.texts import faults, shown
+from agentmem.untrusted.texts import did_you_mean, faults, shown
 
 __all__ = ["ROLES", "Delta", "Dialogue", "Message", "Role", "Span"]
 
@@ -64,8 +63,7 @@ class Message(BaseModel):
         fields = plain(fields)
         role = fields.get("role")
         if role not in ROLES:
-            near = difflib.get_close_matches(str(role)[:40].lower(), ROLES, n=1, cutoff=0.6)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = did_you_mean(str(role), ROLES)
             raise SettingsRefused(f"role {shown(role)} is unknown; {hint}Roles are: {', '.join(ROLES)}")
         try:
             return cls.model_validate(fields)

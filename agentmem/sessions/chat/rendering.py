@@ -110,7 +110,7 @@ class Renderer:
         return str(text)
 
     def tail(self, chat: Chat, index: int, *, opened: bool = False) -> str | None:
-        """What follows one message's content, wherever the template puts it; ``None`` if that cannot be told."""
+        """What follows one message's content, wherever the template puts it; ``None`` if it cannot be found."""
         return self._after(_marked(chat, index, self.sentinel), opened=opened)
 
     def reply_tail(self, chat: Chat, index: int, ends: Sequence[str], *, ended: bool, opened: bool) -> str | None:

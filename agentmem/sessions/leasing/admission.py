@@ -27,7 +27,7 @@ class Leases:
         self.cap, self.pressure = cap, tuple(pressure)
         self.holdings: list[Holding] = []
         self.faults: list[str] = []
-        """Why idle holdings did not be preempted when bytes were last asked for."""
+        """Why idle holdings were not preempted at the last request for bytes."""
 
     @property
     def charged(self) -> int:
@@ -72,5 +72,5 @@ class Leases:
 
     @property
     def stuck(self) -> str:
-        """The first reason why an idle holding did not be preempted when bytes were last asked for, in brackets."""
+        """The first reason why an idle holding was not preempted at the last request for bytes, in brackets."""
         return f" ({self.faults[0]})" if self.faults else ""

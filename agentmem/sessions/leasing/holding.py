@@ -19,7 +19,7 @@ from agentmem.memory.pins import Pins
 from agentmem.memory.state import copy, expand, trim
 from agentmem.planning.pricing import MIN_BUDGET
 from agentmem.sessions.snapshots.files import write_snapshot
-from agentmem.sessions.snapshots.snapshot import read_row, take_row
+from agentmem.sessions.snapshots.snapshot import read_sequence, take_sequence
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -89,12 +89,12 @@ class Holding:
         if memory is None:
             return noted
         peak = max(noted[3], memory.ledger.peak)
-        return memory.rows[0].seen, len(memory.compactions), len(memory.rebases), peak
+        return memory.sequences[0].seen, len(memory.compactions), len(memory.rebases), peak
 
     @property
     def pins(self) -> Pins:
         """What is pinned of it."""
-        return self._pins if self.memory is None else self.memory.rows[0].pins
+        return self._pins if self.memory is None else self.memory.sequences[0].pins
 
     @property
     def charged(self) -> int:
@@ -109,8 +109,8 @@ class Holding:
         """Whether the memory is here and nothing that was begun is to be finished, so that reading it needs no room."""
         if self.memory is None:
             return False
-        row = self.memory.rows[0]
-        return row.quiet and row.arranged
+        sequence = self.memory.sequences[0]
+        return sequence.quiet and sequence.arranged
 
     def copied(self) -> Holding:
         """Another holding with an equal memory of its own; this one stays as it is, on disk too."""
@@ -133,7 +133,7 @@ class Holding:
 
         """
         memory = self.engine.memory
-        self.engine.finish(memory.rows[0])
+        self.engine.finish(memory.sequences[0])
         return memory
 
     # ---- preemption
@@ -166,20 +166,20 @@ class Holding:
         if stage == "disk":
             self._to_disk(memory, folder)
         elif stage == "trim":
-            trim(self.finished(), memory.rows[0])
+            trim(self.finished(), memory.sequences[0])
         elif (self.stage is not None and memory.plan.workspace_bytes > left) or (request := ask()) is None:
             return []
         else:
             self._compact_further(memory, request)
-            trim(memory, memory.rows[0])
+            trim(memory, memory.sequences[0])
         self.stage = stage
         return memory.compactions[before:]
 
     def _compact_further(self, memory: Memory, request: Request) -> None:
         """Halve the segments, once what has begun is finished. No room is given out: it would be given back at once."""
-        row, plan, cap = memory.rows[0], memory.plan, memory.ledger.cap
+        sequence, plan, cap = memory.sequences[0], memory.plan, memory.ledger.cap
         engine = self.engine
-        engine.finish(row)
+        engine.finish(sequence)
         if not engine.automatic:
             return
         if plan is not memory.plan_of(request.policy or memory.policy):
@@ -188,22 +188,22 @@ class Holding:
             if self.stage is not None:
                 self._working = plan.workspace_bytes
                 memory.ledger.cap = self.charged
-            promote(memory, row)  # pins count as the front, where a compaction would put them first of all
-            pinned = row.front(plan.prefix) + plan.recent
-            slots = (row.mean_slots() - pinned) // 2
+            promote(memory, sequence)  # pins count as the front, where a compaction would put them first of all
+            pinned = sequence.front(plan.prefix) + plan.recent
+            slots = (sequence.mean_slots() - pinned) // 2
             if slots >= MIN_BUDGET:
                 memory.plan = replace(plan, capacity=pinned + slots)
-                engine.compact(row, Request(slots=slots))
+                engine.compact(sequence, Request(slots=slots))
         finally:
             memory.plan, memory.ledger.cap, self._working = plan, cap, 0
 
     def _to_disk(self, memory: Memory, folder: Callable[[], Path]) -> None:
-        image, tensors = take_row(self.finished(), None)
+        saved, tensors = take_sequence(self.finished(), None)
         moved = False
         try:
-            self._dtype = image.dtype or self._dtype
+            self._dtype = saved.dtype or self._dtype
             self._folder = Path(tempfile.mkdtemp(prefix="idle-", dir=folder()))
-            write_snapshot(self._folder, tensors, {"row": image.plain()}, identity=self.identity)
+            write_snapshot(self._folder, tensors, {"row": saved.plain()}, identity=self.identity)
             moved = True
         except (OSError, AgentmemError) as error:
             raise AgentmemError(
@@ -224,7 +224,7 @@ class Holding:
             self._attach(self._read())
             self._forget_disk()
         elif self.stage is not None:
-            expand(self.memory, self.memory.rows[0])
+            expand(self.memory, self.memory.sequences[0])
         self.stage = None
 
     def inherit(self, folder: Callable[[], Path]) -> None:
@@ -249,7 +249,7 @@ class Holding:
     def _read(self) -> Memory:
         assert self._folder is not None  # noqa: S101  # a memory that is not here is on disk
         memory = self._template.empty()
-        read_row(memory, self._folder, identity=self.identity, dtype=self._dtype)
+        read_sequence(memory, self._folder, identity=self.identity, dtype=self._dtype)
         return memory
 
     def _attach(self, memory: Memory) -> None:

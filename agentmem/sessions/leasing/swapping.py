@@ -31,7 +31,7 @@ def lend(runtime: Host, session: Conversation) -> bool:
         return not any(each.busy for each in _sharing(runtime, holding))
 
     def preempt(holding: Holding, stage: Stage) -> None:
-        if holding is not shared or stage != "compact":  # who asks is not compacted for it
+        if holding is not shared or stage != "compact":  # the session that needs bytes is not compacted itself
             _preempt(runtime, holding, stage)
 
     if not runtime.leases.free(needed, may_yield, preempt):
@@ -74,7 +74,7 @@ def _preempt(runtime: Host, holding: Holding, stage: Stage) -> None:
     except CompactionFailed:
         return  # it is preempted no further; its own next turn reports the failure
     except AgentmemError as error:
-        runtime.leases.faults.append(str(error))  # others may; if not, who asks is told
+        runtime.leases.faults.append(str(error))  # others may; if not, the refusal names it
 
 
 def _sharing(runtime: Host, holding: Holding) -> list[Conversation]:

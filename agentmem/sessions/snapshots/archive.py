@@ -12,14 +12,14 @@ from agentmem.sessions.leasing.swapping import reporting_compactions
 from agentmem.sessions.snapshots.files import check_identity, differing, read_manifest, shown, write_snapshot
 from agentmem.sessions.snapshots.recipe import Made, check_settings, template_digest
 from agentmem.sessions.snapshots.session_state import Saved, restore, saved
-from agentmem.sessions.snapshots.snapshot import loadable, read_row, refusing, take_row
+from agentmem.sessions.snapshots.snapshot import loadable, read_sequence, refusing, take_sequence
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping, Sequence
 
     from agentmem.contracts import Policy
-    from agentmem.memory.state import SavedRow
+    from agentmem.memory.state import SavedSequence
     from agentmem.sessions.chat.template import Tool
     from agentmem.sessions.conversation import Conversation, Host
     from agentmem.sessions.hooks import AfterCompact, BeforeCompact
@@ -32,12 +32,12 @@ def save(runtime: Host, session: Conversation, url: str | os.PathLike[str]) -> N
     with runtime.turn(session, brief=True, leased=leased):
         identity = _identity(runtime, session)
         with runtime.scheduler.lock, reporting_compactions(runtime, session.holding):
-            image, tensors = take_row(session.holding.finished(), runtime.model.dtype)
+            sequence, tensors = take_sequence(session.holding.finished(), runtime.model.dtype)
         made = _made_of(session, _template_of(runtime, session))
         beside = saved(session)
         with loadable():
-            _check(session, image, beside)
-        state = {"row": image.plain(), "session": beside.model_dump(mode="json")}
+            _check(session, sequence, beside)
+        state = {"row": sequence.plain(), "session": beside.model_dump(mode="json")}
         write_snapshot(url, tensors, state, identity=identity, settings=made)
 
 
@@ -148,23 +148,25 @@ def _check_pattern(runtime: Host, made: Made, settings: Mapping[str, Any], url: 
 
 
 def _fill(runtime: Host, session: Conversation, url: str | os.PathLike[str], *, anew: bool) -> None:
-    def check(image: SavedRow, state: dict[str, Any]) -> None:
-        _check(session, image, Saved.of(state))
+    def check(saved: SavedSequence, state: dict[str, Any]) -> None:
+        _check(session, saved, Saved.of(state))
 
     memory = session.memory
-    state = Saved.of(read_row(memory, url, identity=session.holding.identity, dtype=runtime.model.dtype, check=check))
-    row = memory.rows[0]
+    state = Saved.of(
+        read_sequence(memory, url, identity=session.holding.identity, dtype=runtime.model.dtype, check=check)
+    )
+    sequence = memory.sequences[0]
     if not session.settings.pin_request:
-        row.pins = replace(row.pins, request=())
-    restore(session, state.model_copy(update={"sampling": None}) if anew else state, row.ids)
+        sequence.pins = replace(sequence.pins, request=())
+    restore(session, state.model_copy(update={"sampling": None}) if anew else state, sequence.ids)
 
 
-def _check(session: Conversation, image: SavedRow, state: Saved) -> None:
+def _check(session: Conversation, saved: SavedSequence, state: Saved) -> None:
     """What is checked of a session's state before it is written, and before it is used.
 
     Raises:
         ValueError: see :meth:`agentmem.sessions.snapshots.session_state.Saved.check`.
 
     """
-    pinned = max((high for _, high in (*image.pins, *image.request)), default=0)
-    state.check(image.tokens, pinned, session.memory.shape.vocabulary)
+    pinned = max((high for _, high in (*saved.pins, *saved.request)), default=0)
+    state.check(saved.tokens, pinned, session.memory.shape.vocabulary)

@@ -358,7 +358,7 @@ def _said_of(name: str) -> Iterator[None]:
 
 @contextmanager
 def _told(kind: type[AgentmemError], where: str | os.PathLike[str], remedy: str) -> Iterator[None]:
-    """Any fault of files or of what is in them as ``kind``; what is told already passes."""
+    """Any fault of files or of what is in them as ``kind``; errors of agentmem pass unchanged."""
     try:
         yield
     except AgentmemError:

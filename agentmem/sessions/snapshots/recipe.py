@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import inspect
 import json
@@ -13,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import torch
 from pydantic import BaseModel, ConfigDict, FailFast, Field, JsonValue, ValidationError
 
-from agentmem import contracts, plugins
+from agentmem import contracts, plugins, specs
 from agentmem.contracts import Policy
 from agentmem.errors import SettingsRefused, SnapshotRefused
 from agentmem.sessions.settings import SessionSettings
 from agentmem.settings import Settings
-from agentmem.untrusted.texts import faults
+from agentmem.untrusted.texts import did_you_mean, faults
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +35,7 @@ class Named(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Annotated[str, Field(max_length=plugins.MAX_SPEC)]
+    name: Annotated[str, Field(max_length=specs.MAX_CHARACTERS)]
     parts: Annotated[str, Field(max_length=64)]
 
     @classmethod
@@ -67,7 +66,7 @@ class Named(BaseModel):
 
 def _check_pattern(made: Policy) -> None:
     """Refuse a pattern that only the snapshot's spec brings, not the installed policy of that name."""
-    plain = plugins.policy(made.name.partition("[")[0])
+    plain = plugins.policy(specs.plain_name(made.name))
     if made.queries.pattern not in ("", plain.queries.pattern):
         raise SettingsRefused(
             f"policy {made.name[:80]!r}: it brings a pattern, which a snapshot alone must not have run"
@@ -147,8 +146,7 @@ def _check_names(inner: Mapping[str, Any]) -> None:
     unknown = sorted(inner.keys() - Settings.model_fields.keys())
     if unknown:
         known = sorted({*SessionSettings.model_fields, *Settings.model_fields} - {"cap"})
-        near = difflib.get_close_matches(unknown[0][:40], [*known, *_BESIDE], n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = did_you_mean(unknown[0], [*known, *_BESIDE])
         named = ", ".join(name[:40] for name in unknown[:4]) + (", …" if len(unknown) > 4 else "")  # noqa: PLR2004
         raise SettingsRefused(f"{named}: no such setting; {hint}Settings are: {', '.join(known)}")
 
@@ -158,11 +156,11 @@ def _check_names(inner: Mapping[str, Any]) -> None:
 
 def template_digest(tools: Sequence[Tool] | None, options: Mapping[str, Any] | None) -> str:
     """What a chat template is given besides messages; a function counts by its name, signature and docstring."""
-    told = [
+    functions = [
         tool if isinstance(tool, dict) else [tool.__qualname__, str(inspect.signature(tool)), tool.__doc__]
         for tool in tools or ()
     ]
-    return _digest([told, dict(options or {})])
+    return _digest([functions, dict(options or {})])
 
 
 def _digest(value: object) -> str:

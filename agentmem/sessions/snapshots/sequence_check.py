@@ -1,4 +1,4 @@
-"""Whether a row that comes from elsewhere is one that this memory can go on from: sizes first, values after reading.
+"""Checks whether this memory can go on from a sequence that comes from elsewhere: sizes first, values after reading.
 
 Checksums tell damage, not lies. Every invariant here is one that later work relies on: what breaks it would end in an
 index out of range, in slots that nothing accounts for, or at positions that no token has. All raise ValueError with the
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from agentmem.memory.memory import Memory
-    from agentmem.memory.state import SavedLayer, SavedRow, SavedSample
+    from agentmem.memory.state import SavedLayer, SavedSample, SavedSequence
     from agentmem.planning.model_shape import LayerShape
     from agentmem.queries import Part
 
@@ -35,27 +35,27 @@ _DTYPES = {"bias": torch.float32, "positions": torch.int32, "scores": torch.floa
 # ---- sizes
 
 
-def check_sizes(memory: Memory, image: SavedRow, kinds: Mapping[str, Kind], dtype: torch.dtype) -> None:
-    """Refuse, before anything is allocated, a row that the memory cannot hold or whose counts contradict each other.
+def check_sizes(memory: Memory, saved: SavedSequence, kinds: Mapping[str, Kind], dtype: torch.dtype) -> None:
+    """Refuse, before anything is allocated, a sequence that the memory cannot hold or whose counts are at odds.
 
     ``kinds`` are the tensors' dtypes and shapes; keys and values must be of ``dtype``.
     """
     shapes = memory.shape.layers
-    _hold(len(image.layers) == len(shapes), f"it has {len(image.layers)} layers, the model has {len(shapes)}")
-    _hold(len(image.scales) == len(shapes), f"it has {len(image.scales)} scales for {len(shapes)} layers")
-    _check_counts(memory, image)
+    _hold(len(saved.layers) == len(shapes), f"it has {len(saved.layers)} layers, the model has {len(shapes)}")
+    _hold(len(saved.scales) == len(shapes), f"it has {len(saved.scales)} scales for {len(shapes)} layers")
+    _check_counts(memory, saved)
     wanted: dict[str, Kind] = {
-        "ids": (torch.int64, (image.tokens,)),
+        "ids": (torch.int64, (saved.tokens,)),
         "generator": (torch.uint8, tuple(torch.Generator().get_state().shape)),
     }
     held = 0
-    for index, (layer, shape) in enumerate(zip(image.layers, shapes, strict=True)):
-        _hold((layer is None) == (image.tokens == 0), f"layer {index} of {image.tokens} tokens is not as it must be")
+    for index, (layer, shape) in enumerate(zip(saved.layers, shapes, strict=True)):
+        _hold((layer is None) == (saved.tokens == 0), f"layer {index} of {saved.tokens} tokens is not as it must be")
         if layer is not None:
             _check_slots(index, shape, kinds)
-            _check_lengths(memory, image, index, layer, shape)
+            _check_lengths(memory, saved, index, layer, shape)
             wanted |= _kinds(memory, index, layer, shape, dtype)
-            held += _check_samples(memory, image, index, layer, shape)
+            held += _check_samples(memory, saved, index, layer, shape)
             scored = memory.scored and shape.window is None
             held += sum(layer.lengths) * memory.shape.slot_bytes(shape, scores=scored)
     most = memory.plan.resident_bytes
@@ -72,36 +72,36 @@ def _check_slots(index: int, shape: LayerShape, kinds: Mapping[str, Kind]) -> No
     )
 
 
-def _check_counts(memory: Memory, image: SavedRow) -> None:
-    plan, tokens = memory.plan, image.tokens
+def _check_counts(memory: Memory, saved: SavedSequence) -> None:
+    plan, tokens = memory.plan, saved.tokens
     _hold(
-        image.next_position + image.shift == tokens,
-        f"next position {image.next_position} + shift {image.shift} are not its {tokens} tokens",
+        saved.next_position + saved.shift == tokens,
+        f"next position {saved.next_position} + shift {saved.shift} are not its {tokens} tokens",
     )
     for name, value in (
-        ("intact", image.intact),
-        ("headroom_at", image.headroom_at or 0),
+        ("intact", saved.intact),
+        ("headroom_at", saved.headroom_at or 0),
     ):
         _hold(value <= tokens, f"{name} at token {value} of {tokens}")
-    _hold(image.headroom_at is not None or image.intact == 0, f"intact from {image.intact} on, yet never compacted")
-    for name, spans in (("pins", image.pins), ("request", image.request), ("front", image.front)):
+    _hold(saved.headroom_at is not None or saved.intact == 0, f"intact from {saved.intact} on, yet never compacted")
+    for name, spans in (("pins", saved.pins), ("request", saved.request), ("front", saved.front)):
         _hold(spans == joined(spans), f"{name} {spans[:4]} are no spans in order")
-    promoted = image.promoted(plan.prefix)
-    unmoved = size(without(within(joined(image.pins, image.request), plan.prefix, image.intact), promoted))
-    _hold(unmoved == 0, f"{unmoved} pinned tokens before {image.intact} were compacted, not moved to the front")
-    prefix, recent = min(plan.prefix, tokens), image.recent(plan.prefix, plan.recent)
-    led = prefix == 0 or within(image.front, 0, prefix) == ((0, prefix),)
-    _hold(not promoted or led, f"front {image.front[:4]} does not begin with the first {prefix} tokens (keep_first)")
+    promoted = saved.promoted(plan.prefix)
+    unmoved = size(without(within(joined(saved.pins, saved.request), plan.prefix, saved.intact), promoted))
+    _hold(unmoved == 0, f"{unmoved} pinned tokens before {saved.intact} were compacted, not moved to the front")
+    prefix, recent = min(plan.prefix, tokens), saved.recent(plan.prefix, plan.recent)
+    led = prefix == 0 or within(saved.front, 0, prefix) == ((0, prefix),)
+    _hold(not promoted or led, f"front {saved.front[:4]} does not begin with the first {prefix} tokens (keep_first)")
     _hold(
         not promoted or promoted[-1][1] <= tokens - recent,
-        f"front ends at token {image.front[-1:]} of {tokens}, of which {recent} are recent (keep_recent)",
+        f"front ends at token {saved.front[-1:]} of {tokens}, of which {recent} are recent (keep_recent)",
     )
     _hold(
-        recent <= tokens - image.intact,
-        f"tokens before {image.intact} of {tokens} have been compacted, so keep_recent={plan.recent} cannot be kept; "
-        f"give at most {tokens - image.intact}",
+        recent <= tokens - saved.intact,
+        f"tokens before {saved.intact} of {tokens} have been compacted, so keep_recent={plan.recent} cannot be kept; "
+        f"give at most {tokens - saved.intact}",
     )
-    pinned = size(within(image.pins, plan.prefix, 1 << 60))
+    pinned = size(within(saved.pins, plan.prefix, 1 << 60))
     needed = plan.prefix + pinned + plan.recent + MIN_BUDGET
     _hold(
         pinned == 0 or needed <= plan.target or memory.policy.compactor is None,
@@ -109,29 +109,29 @@ def _check_counts(memory: Memory, image: SavedRow) -> None:
     )
 
 
-def _check_lengths(memory: Memory, image: SavedRow, index: int, layer: SavedLayer, shape: LayerShape) -> None:
+def _check_lengths(memory: Memory, saved: SavedSequence, index: int, layer: SavedLayer, shape: LayerShape) -> None:
     _hold(len(layer.lengths) == shape.kv_heads, f"layer {index} has {len(layer.lengths)} KV heads")
     low, high = min(layer.lengths), max(layer.lengths)
     if shape.window is not None:
-        least, most = min(image.tokens, shape.window - 1), min(image.tokens, 2 * shape.window - 1)
+        least, most = min(saved.tokens, shape.window - 1), min(saved.tokens, 2 * shape.window - 1)
         _hold(low == high and least <= low <= most, f"layer {index} holds {low} … {high} slots of its window")
         return
-    least = _never_compacted(memory, image)
+    least = _never_compacted(memory, saved)
     _hold(low >= least, f"layer {index} holds {low} slots in a head, of which {least} were never compacted")
-    most = _fullest(memory) if image.headroom_at is not None else image.tokens
-    _hold(high <= min(most, image.tokens), f"layer {index} holds {high} slots in a head; {most} are the most here")
+    most = _fullest(memory) if saved.headroom_at is not None else saved.tokens
+    _hold(high <= min(most, saved.tokens), f"layer {index} holds {high} slots in a head; {most} are the most here")
 
 
-def _never_compacted(memory: Memory, image: SavedRow) -> int:
+def _never_compacted(memory: Memory, saved: SavedSequence) -> int:
     """Slots that every head has: the prefix, promoted pins, and the tokens after the last compaction and before it."""
-    prefix = min(memory.plan.prefix, image.tokens)
-    start = max(image.intact, prefix)
-    behind = image.tokens - start - size(within(image.promoted(memory.plan.prefix), start, image.tokens))
-    return image.front_slots(memory.plan.prefix) + behind
+    prefix = min(memory.plan.prefix, saved.tokens)
+    start = max(saved.intact, prefix)
+    behind = saved.tokens - start - size(within(saved.promoted(memory.plan.prefix), start, saved.tokens))
+    return saved.front_slots(memory.plan.prefix) + behind
 
 
 def _fullest(memory: Memory) -> int:
-    """Slots that the fullest head of a full row can hold, as the plan has priced it."""
+    """Slots that the fullest head of a full sequence can hold, as the plan has priced it."""
     plan, budgets = memory.plan, memory.policy.budgets
     if budgets is None or budgets.head_ceiling == 1:
         return plan.capacity
@@ -140,12 +140,12 @@ def _fullest(memory: Memory) -> int:
     return pinned + plan.most_budget + max(0, plan.capacity - least) + 1
 
 
-def _check_samples(memory: Memory, image: SavedRow, index: int, layer: SavedLayer, shape: LayerShape) -> int:
+def _check_samples(memory: Memory, saved: SavedSequence, index: int, layer: SavedLayer, shape: LayerShape) -> int:
     """Refuse stored queries that are not as full as they must be; returns the bytes that they will take."""
     parts = memory.policy.queries.stored if shape.window is None else ()
     _hold(len(layer.samples) == len(parts), f"layer {index} has {len(layer.samples)} samples instead of {len(parts)}")
     for sample, part in zip(layer.samples, parts, strict=True):
-        filled = _filled(sample, part, image.tokens)
+        filled = _filled(sample, part, saved.tokens)
         right = sample.filled == filled <= sample.size
         _hold(right, f"layer {index}: {sample.filled} of {sample.size} queries are stored instead of {filled}")
     sizes = (min(sample.size, size) for sample, size in zip(layer.samples, memory.plan.stored, strict=False))
@@ -190,7 +190,7 @@ def _check_scales(tensors: Mapping[str, torch.Tensor], name: str, shape: LayerSh
         _hold(bool(scales.isfinite().all()), f"{name}.{part} has a scale that is not finite")
 
 
-def check_values(memory: Memory, image: SavedRow, tensors: Mapping[str, torch.Tensor]) -> None:
+def check_values(memory: Memory, saved: SavedSequence, tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuse values that no memory writes: ids beyond the vocabulary, numbers that are none, positions out of place."""
     words = memory.shape.vocabulary
     _check_range("ids", tensors["ids"], 0, words - 1)
@@ -202,7 +202,7 @@ def check_values(memory: Memory, image: SavedRow, tensors: Mapping[str, torch.Te
         if tensor.is_floating_point() and tensor.numel():
             low, high = (float(end) for end in tensor.aminmax())  # NaN is handed on, and nothing is allocated
             _hold(math.isfinite(low) and math.isfinite(high), f"{name} is not finite: from {low} to {high}")
-    for index, (layer, shape) in enumerate(zip(image.layers, memory.shape.layers, strict=True)):
+    for index, (layer, shape) in enumerate(zip(saved.layers, memory.shape.layers, strict=True)):
         for head in range(0 if layer is None else shape.kv_heads):
             name = f"layer.{index}.head.{head}"
             if layer is not None and not layer.biased:
@@ -210,13 +210,13 @@ def check_values(memory: Memory, image: SavedRow, tensors: Mapping[str, torch.Te
             if shape.quantised:
                 _check_scales(tensors, name, shape)
             if shape.window is None:
-                _check_positions(memory, image, f"{name}.positions", tensors[f"{name}.positions"])
+                _check_positions(memory, saved, f"{name}.positions", tensors[f"{name}.positions"])
 
 
-def _check_positions(memory: Memory, image: SavedRow, name: str, positions: torch.Tensor) -> None:
+def _check_positions(memory: Memory, saved: SavedSequence, name: str, positions: torch.Tensor) -> None:
     """The prefix is the first tokens, the recent window the last ones; what is promoted, and the rest, is in order."""
-    prefix, stop = min(memory.plan.prefix, image.tokens), image.next_position
-    recent, front = image.recent(memory.plan.prefix, memory.plan.recent), image.front_slots(memory.plan.prefix)
+    prefix, stop = min(memory.plan.prefix, saved.tokens), saved.next_position
+    recent, front = saved.recent(memory.plan.prefix, memory.plan.recent), saved.front_slots(memory.plan.prefix)
     _check_range(name, positions, 0, stop - 1)
     first = torch.equal(positions[:prefix], torch.arange(prefix, dtype=torch.int32, device=positions.device))
     _hold(first, f"{name} does not begin with the first {prefix} tokens (keep_first), which were compacted or moved")

@@ -1,4 +1,4 @@
-"""What of a session is neither tensors nor the row's: its dialogue, its pending ids, whose tokens are whose."""
+"""What of a session is neither tensors nor the sequence's: its dialogue, its pending ids, whose tokens are whose."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Saved(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     pending: Annotated[tuple[Count, ...], FailFast()]
-    """Ids that the memory has not consumed; those that it has are the row's."""
+    """Ids that the memory has not consumed; those that it has are the sequence's."""
     dialogue: Dialogue
     entries: Annotated[tuple[Entry, ...], FailFast()]
     open_reply: tuple[Count, str, int | None] | None

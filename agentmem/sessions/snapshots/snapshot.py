@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from agentmem import hf
 from agentmem.errors import AgentmemError, MemoryCapExceeded, SnapshotRefused
-from agentmem.memory.state import SavedRow, give, take
+from agentmem.memory.state import SavedSequence, give, take
 from agentmem.sessions.snapshots.files import read_manifest, read_snapshot, shown
 from agentmem.sessions.snapshots.sequence_check import check_sizes, check_values
 from agentmem.untrusted.json_text import tuples
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _OTHER = "Load another snapshot, or begin a new session."
 MAX_TOKENS = 1 << 26
-"""Ids of a row are outside the cap, so something else must bound what is read: 512 MiB of them."""
+"""Ids of a sequence are outside the cap, so something else must bound what is read: 512 MiB of them."""
 
 
 class Identity:
@@ -52,8 +52,8 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def take_row(memory: Memory, dtype: torch.dtype | None) -> tuple[SavedRow, dict[str, torch.Tensor]]:
-    """The row of a memory as values and views of its tensors, which pass the checks that :func:`read_row` makes.
+def take_sequence(memory: Memory, dtype: torch.dtype | None) -> tuple[SavedSequence, dict[str, torch.Tensor]]:
+    """The sequence of a memory as values and views of its tensors; they pass the checks of :func:`read_sequence`.
 
     ``dtype`` is what it will be read with; ``None``: that of the keys.
 
@@ -63,14 +63,14 @@ def take_row(memory: Memory, dtype: torch.dtype | None) -> tuple[SavedRow, dict[
         CompactionFailed: see :func:`agentmem.memory.state.take`.
 
     """
-    image, tensors = take(memory)
+    saved, tensors = take(memory)
     kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     with loadable():
-        check_sizes(memory, image, kinds, dtype or image.dtype or torch.float32)
-        if image.tokens > MAX_TOKENS:
-            raise ValueError(f"it has {image.tokens} tokens; {MAX_TOKENS} are read")
-        check_values(memory, image, tensors)
-    return image, tensors
+        check_sizes(memory, saved, kinds, dtype or saved.dtype or torch.float32)
+        if saved.tokens > MAX_TOKENS:
+            raise ValueError(f"it has {saved.tokens} tokens; {MAX_TOKENS} are read")
+        check_values(memory, saved, tensors)
+    return saved, tensors
 
 
 @contextmanager
@@ -90,15 +90,15 @@ def loadable() -> Iterator[None]:
         ) from None
 
 
-def read_row(
+def read_sequence(
     memory: Memory,
     url: str | os.PathLike[str],
     *,
     identity: Mapping[str, str],
     dtype: torch.dtype,
-    check: Callable[[SavedRow, dict[str, Any]], None] = lambda _image, _state: None,
+    check: Callable[[SavedSequence, dict[str, Any]], None] = lambda _saved, _state: None,
 ) -> dict[str, Any]:
-    """Fill a memory that has read nothing with the row of a snapshot; returns the snapshot's state.
+    """Fill a memory that has read nothing with the sequence of a snapshot; returns the snapshot's state.
 
     Args:
         memory: it is changed by the last step alone, when nothing can be refused any more but for want of room.
@@ -114,32 +114,32 @@ def read_row(
 
     def sizes(state: dict[str, Any], specs: Mapping[str, TensorSpec]) -> None:
         kinds = {name: (spec.torch_dtype, tuple(spec.shape)) for name, spec in specs.items()}
-        check_sizes(memory, image := _row_of(state), kinds, dtype)
-        check(image, state)
+        check_sizes(memory, saved := _sequence_of(state), kinds, dtype)
+        check(saved, state)
 
     ids = read_manifest(url).tensors.get("ids")
     most = memory.plan.cap_bytes + min(8 * MAX_TOKENS, 0 if ids is None else ids.nbytes) + (1 << 16)
     tensors, state = read_snapshot(url, identity=identity, max_bytes=most, check=sizes)
-    image = _row_of(state)
+    saved = _sequence_of(state)
     with refusing(url, ValueError, MemoryCapExceeded):
-        check_values(memory, image, tensors)
-        give(memory, image, tensors)
+        check_values(memory, saved, tensors)
+        give(memory, saved, tensors)
     return state
 
 
-def _row_of(state: Mapping[str, Any]) -> SavedRow:
-    """The row's image in a snapshot's state.
+def _sequence_of(state: Mapping[str, Any]) -> SavedSequence:
+    """The sequence's saved in a snapshot's state.
 
     Raises:
         ValueError: there is none, or it is none.
 
     """
     try:
-        return SavedRow.model_validate(tuples(state["row"]))
+        return SavedSequence.model_validate(tuples(state["row"]))
     except KeyError:
-        raise ValueError("it has no row's state") from None
+        raise ValueError("it has no sequence's state") from None
     except ValidationError as error:
-        raise ValueError(f"the row's state cannot be read: {faults(error, state['row'])}") from None
+        raise ValueError(f"the sequence's state cannot be read: {faults(error, state['row'])}") from None
 
 
 @contextmanager

@@ -157,7 +157,7 @@ def test_a_target_that_nothing_meets_is_refused(field: str, value: float) -> Non
     """With its name and value; so are an option that these budgets do not have, and a allocate without curves."""
     with pytest.raises(ValueError, match=f"{field}: {value} is no error target; give a number above 0"):
         by_name("adaptive", **{field: value})
-    with pytest.raises(ValueError, match="'adaptive' have no option 'output_eror'; did you mean 'output_error'"):
+    with pytest.raises(ValueError, match="'adaptive' has no option 'output_eror'; did you mean 'output_error'"):
         by_name("adaptive", output_eror=0.1)
     with pytest.raises(ValueError, match="0 surveys for 2 layers: adaptive budgets read error curves"):
         Adaptive().allocate(BudgetRequest(((3,), (3,)), 2, 1))
@@ -313,7 +313,7 @@ def test_targets_between_are_met_with_slots_between() -> None:
         with exact(policy(error)) as memory:
             tiny.feed(memory, tiny.ids(49))
             left.append(memory.compactions[0].slots_after)
-            unequal |= any(len(set(store.lengths)) > 1 for store in memory.memory.rows[0].stores if store)
+            unequal |= any(len(set(store.lengths)) > 1 for store in memory.memory.sequences[0].stores if store)
     assert left == sorted(left, reverse=True)
     assert len(set(left)) >= 4
     assert unequal
@@ -357,11 +357,11 @@ def test_a_whole_compaction_allocates_no_more_than_planned(error: float) -> None
 
     def compact() -> None:
         for layer, store in enumerate(
-            memory.rows[0].stores
+            memory.sequences[0].stores
         ):  # born again: the profiler sees only frees of what it saw allocated
             assert store is not None
-            memory.rows[0].replace(layer, store.resized(store.capacities))
-        assert runs.compact(memory.rows[0]) is not None
+            memory.sequences[0].replace(layer, store.resized(store.capacities))
+        assert runs.compact(memory.sequences[0]) is not None
 
     resident = memory.ledger.resident
     memory.ledger.cap += plan.capacity * 2 * 148  # for the rebirth alone

@@ -136,7 +136,7 @@ def test_unknown_names_and_options_are_refused_with_the_nearest() -> None:
     """The message has the name that was probably meant, and all there are."""
     with pytest.raises(ValueError, match=r"did you mean 'calibrated'.*uniform, global, calibrated"):
         by_name("calibrate")
-    with pytest.raises(ValueError, match=r"budgets 'pyramid' have no option 'steepnes'; did you mean 'steepness'"):
+    with pytest.raises(ValueError, match=r"budgets 'pyramid' has no option 'steepnes'; did you mean 'steepness'"):
         by_name("pyramid", steepnes=3)
 
 

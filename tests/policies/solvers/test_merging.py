@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from agentmem.policies.solvers.merging import Merged, Rest, merge, merging_bytes
+from agentmem.policies.solvers.solution import Solution
 from agentmem.testing import peak_allocated
 from oracles import matching
 from oracles import pursuit as oracle
@@ -23,7 +24,7 @@ class Problem:
     bias: torch.Tensor
     importance: torch.Tensor
 
-    def merge(self, count: int, **options: object) -> Merged:
+    def merge(self, count: int, **options: object) -> Solution[Merged]:
         """With options by name."""
         return merge(self.keys, self.values, self.bias, self.importance, count, **options)  # type: ignore[arg-type]  # options by name
 
@@ -57,13 +58,13 @@ def test_merging_is_that_of_the_plain_loops(name: str, threshold: float, count: 
     found = given.merge(count, threshold=threshold, rows=rows)
     joined, stay = oracle.merge(given.keys.double().tolist(), given.importance.tolist(), count, threshold)
 
-    assert found.kept.tolist() == stay
-    assert (found.merged, found.evicted) == (len(joined), 16 - len(stay) - len(joined))
+    assert found.value.kept.tolist() == stay
+    assert (found.stats["merged"], found.stats["evicted"]) == (len(joined), 16 - len(stay) - len(joined))
     for place, slot in enumerate(stay):
         group = [slot, *(member for member, lead in joined.items() if lead == slot)]
         log_weight, mean = oracle.pooled(group, given.bias.double().tolist(), given.values.double().tolist())
-        assert float(found.bias[place]) == pytest.approx(log_weight, abs=1e-5)
-        torch.testing.assert_close(found.values[place], torch.tensor(mean), atol=1e-5, rtol=0)
+        assert float(found.value.bias[place]) == pytest.approx(log_weight, abs=1e-5)
+        torch.testing.assert_close(found.value.values[place], torch.tensor(mean), atol=1e-5, rtol=0)
 
 
 def test_slots_with_equal_keys_merge_without_loss() -> None:
@@ -75,13 +76,13 @@ def test_slots_with_equal_keys_merge_without_loss() -> None:
     found = given.merge(5, threshold=0.999)
     queries = torch.randn(7, 4, generator=generator).tolist()
     whole = (given.keys.tolist(), given.bias.tolist())
-    merged = (given.keys[found.kept].tolist(), found.bias.double().tolist())
+    merged = (given.keys[found.value.kept].tolist(), found.value.bias.double().tolist())
 
-    assert found.evicted == 0
-    assert found.merged == 15
+    assert found.stats["evicted"] == 0
+    assert found.stats["merged"] == 15
     assert matching.log_mass(queries, *merged, 0.5) == pytest.approx(matching.log_mass(queries, *whole, 0.5), abs=1e-5)
     torch.testing.assert_close(
-        torch.tensor(matching.output(queries, *merged, found.values.tolist(), 0.5)),
+        torch.tensor(matching.output(queries, *merged, found.value.values.tolist(), 0.5)),
         torch.tensor(matching.output(queries, *whole, given.values.tolist(), 0.5)),
         atol=1e-5,
         rtol=0,
@@ -94,13 +95,13 @@ def test_slots_with_equal_keys_merge_without_loss() -> None:
 def test_exactly_count_slots_stay(name: str, rest: str, count: int) -> None:
     """min(count, T) ascending slots with finite β and values; what left is merged or evicted."""
     found = problem(name).merge(count, threshold=0.8, rest=rest)
-    kept = found.kept.tolist()
+    kept = found.value.kept.tolist()
 
     assert kept == sorted(set(kept))
     assert len(kept) == min(count, 16)
-    assert len(kept) + found.merged + found.evicted == 16
-    assert bool(found.bias.isfinite().all())
-    assert bool(found.values.isfinite().all())
+    assert len(kept) + found.stats["merged"] + found.stats["evicted"] == 16
+    assert bool(found.value.bias.isfinite().all())
+    assert bool(found.value.values.isfinite().all())
 
 
 def test_nothing_to_do_changes_nothing() -> None:
@@ -108,19 +109,19 @@ def test_nothing_to_do_changes_nothing() -> None:
     given = problem("clusters")
     found = given.merge(16, threshold=0.1)
 
-    assert found.merged == found.evicted == 0
-    torch.testing.assert_close(found.bias, given.bias)
-    torch.testing.assert_close(found.values, given.values)
+    assert found.stats["merged"] == found.stats["evicted"] == 0
+    torch.testing.assert_close(found.value.bias, given.bias)
+    torch.testing.assert_close(found.value.values, given.values)
 
 
 def test_the_more_important_slot_leads_and_of_equals_the_newer() -> None:
     """Of two equal keys the more important keeps its place; without any difference the later."""
     keys, values, bias = torch.ones(2, 4), torch.eye(2), torch.zeros(2)
 
-    assert merge(keys, values, bias, torch.tensor([2.0, 1.0]), 1).kept.tolist() == [0]
-    assert merge(keys, values, bias, torch.tensor([1.0, 1.0]), 1).kept.tolist() == [1]
-    assert merge(keys, values, bias, torch.tensor([1.0, 1.0]), 1).values.tolist() == [[0.5, 0.5]]
-    assert float(merge(keys, values, bias, torch.ones(2), 1).bias) == pytest.approx(math.log(2))
+    assert merge(keys, values, bias, torch.tensor([2.0, 1.0]), 1).value.kept.tolist() == [0]
+    assert merge(keys, values, bias, torch.tensor([1.0, 1.0]), 1).value.kept.tolist() == [1]
+    assert merge(keys, values, bias, torch.tensor([1.0, 1.0]), 1).value.values.tolist() == [[0.5, 0.5]]
+    assert float(merge(keys, values, bias, torch.ones(2), 1).value.bias) == pytest.approx(math.log(2))
 
 
 def test_no_chain_of_similar_slots_joins_dissimilar_ones() -> None:
@@ -130,8 +131,8 @@ def test_no_chain_of_similar_slots_joins_dissimilar_ones() -> None:
     # The value of slot i is the i-th unit vector, so that a merged value names the members of its group.
     found = merge(keys, torch.eye(18), torch.zeros(18), torch.arange(18).float(), 9, threshold=math.cos(0.36))
 
-    assert found.evicted == 0
-    for slot, members in zip(found.kept.tolist(), found.values, strict=True):
+    assert found.stats["evicted"] == 0
+    for slot, members in zip(found.value.kept.tolist(), found.value.values, strict=True):
         for member in members.nonzero().squeeze(-1).tolist():
             assert float(keys[slot] @ keys[member]) >= math.cos(0.36) - 1e-6
 
@@ -144,13 +145,13 @@ def test_nearest_adopts_what_resembles_none() -> None:
     unit = torch.nn.functional.normalize(given.keys, dim=-1)
     nearest = stay[(unit @ unit[stay].T).argmax(dim=-1)]
 
-    assert found.evicted == 0
-    assert found.kept.tolist() == stay.tolist()
+    assert found.stats["evicted"] == 0
+    assert found.value.kept.tolist() == stay.tolist()
     for place, slot in enumerate(stay.tolist()):
         group = (nearest == slot).nonzero().squeeze(-1).tolist()
         log_weight, mean = oracle.pooled(group, given.bias.double().tolist(), given.values.double().tolist())
-        assert float(found.bias[place]) == pytest.approx(log_weight, abs=1e-5)
-        torch.testing.assert_close(found.values[place], torch.tensor(mean), atol=1e-5, rtol=0)
+        assert float(found.value.bias[place]) == pytest.approx(log_weight, abs=1e-5)
+        torch.testing.assert_close(found.value.values[place], torch.tensor(mean), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("rest", ["evict", "nearest"])
@@ -161,10 +162,10 @@ def test_groups_leave_with_their_members(rest: Rest) -> None:
     found = merge(keys, torch.eye(3), torch.zeros(3), importance, 1, threshold=0.9, rest=rest)
     members = 1 if rest == "evict" else 3
 
-    assert found.kept.tolist() == [2]
-    assert (found.merged, found.evicted) == (members - 1, 3 - members)
-    assert found.values[0].tolist() == pytest.approx([0.0, 0.0, 1.0] if members == 1 else [1 / 3] * 3)
-    assert float(found.bias) == pytest.approx(math.log(members))
+    assert found.value.kept.tolist() == [2]
+    assert (found.stats["merged"], found.stats["evicted"]) == (members - 1, 3 - members)
+    assert found.value.values[0].tolist() == pytest.approx([0.0, 0.0, 1.0] if members == 1 else [1 / 3] * 3)
+    assert float(found.value.bias) == pytest.approx(math.log(members))
 
 
 @pytest.mark.parametrize("offset", [-1e4, 0.0, 1e4])
@@ -175,8 +176,8 @@ def test_only_ratios_of_weights_matter(offset: float) -> None:
     found = given.merge(6, threshold=0.5, log_weights=weights + offset)
     expected = given.merge(6, threshold=0.5, log_weights=weights)
 
-    torch.testing.assert_close(found.values, expected.values, atol=1e-2, rtol=0)
-    torch.testing.assert_close(found.bias, expected.bias, atol=1e-2, rtol=0)
+    torch.testing.assert_close(found.value.values, expected.value.values, atol=1e-2, rtol=0)
+    torch.testing.assert_close(found.value.bias, expected.value.bias, atol=1e-2, rtol=0)
 
 
 def test_an_unknown_rest_is_refused() -> None:

@@ -9,6 +9,7 @@ import torch
 
 from agentmem.policies.solvers import nonnegative
 from agentmem.policies.solvers.nonnegative import FREE, bounded_least_squares, pivoting, pivoting_bytes
+from agentmem.policies.solvers.solution import Outcome
 from agentmem.testing import peak_allocated
 from oracles import matching
 from oracles import pursuit as oracle
@@ -57,17 +58,17 @@ def test_no_point_within_the_bounds_is_better(name: str, ridge: float, dtype: to
     """The objective is that of the best of all 3^6 vertices, up to the rounding of the Gram's entries."""
     rows = design(name)
     found = bounded_least_squares(*normal(rows, dtype), low=LOW, high=HIGH, ridge=ridge)
-    point = found.solution.tolist()
+    point = found.value.tolist()
     ones = [1.0] * len(rows)
     firm = ridge * oracle.mean_diagonal(oracle.gram(rows))
     best = oracle.objective(rows, ones, oracle.every_vertex(rows, ones, LOW, HIGH, firm), firm)
     # A Gram that is off by e in every entry is off by e |x|² in the objective, for both points.
     rounding = 4 * torch.finfo(dtype).eps * (len(rows) + sum(abs(x) for x in point) ** 2)
 
-    assert found.converged
+    assert found.outcome is Outcome.SOLVED
     assert all(LOW <= x <= HIGH for x in point)
     assert oracle.objective(rows, ones, point, firm) <= best + rounding
-    assert found.violation <= 64 * torch.finfo(dtype).eps
+    assert found.stats["violation"] <= 64 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -82,8 +83,8 @@ def test_a_firm_anchor_makes_the_solution_the_only_one(name: str) -> None:
     expected = oracle.coordinate_descent(matrix, right, LOW, HIGH)
     found = bounded_least_squares(*normal(rows), low=LOW, high=HIGH, ridge=1e-2)
 
-    torch.testing.assert_close(found.solution, torch.tensor(expected, dtype=torch.float64), atol=1e-9, rtol=0)
-    assert found.free == sum(LOW < x < HIGH for x in expected)
+    torch.testing.assert_close(found.value, torch.tensor(expected, dtype=torch.float64), atol=1e-9, rtol=0)
+    assert found.stats["free"] == sum(LOW < x < HIGH for x in expected)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -93,9 +94,9 @@ def test_one_exchange_at_a_time_ends_at_the_same_point(name: str, monkeypatch: p
     monkeypatch.setattr(nonnegative, "_PATIENCE", -1)
     single = bounded_least_squares(*normal(design(name)), low=0.5, high=1.5, ridge=1e-3)
 
-    assert single.converged
-    assert single.pivots >= blocks.pivots
-    torch.testing.assert_close(single.solution, blocks.solution, atol=1e-9, rtol=0)
+    assert single.outcome is Outcome.SOLVED
+    assert single.stats["pivots"] >= blocks.stats["pivots"]
+    torch.testing.assert_close(single.value, blocks.value, atol=1e-9, rtol=0)
 
 
 def test_blocks_that_go_round_in_circles_are_exchanged_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,9 +108,9 @@ def test_blocks_that_go_round_in_circles_are_exchanged_one_at_a_time(monkeypatch
     monkeypatch.setattr(nonnegative, "_PATIENCE", 10**9)
     circling = bounded_least_squares(gram, pull, low=1e-3, high=1e3, ridge=1e-6, most=500)
 
-    assert found.converged
-    assert found.violation < 1e-12
-    assert not circling.converged
+    assert found.outcome is Outcome.SOLVED
+    assert found.stats["violation"] < 1e-12
+    assert circling.outcome is Outcome.STOPPED
 
 
 def large(size: int, rows: int = 300) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,8 +156,8 @@ def test_a_float32_gram_is_as_good_as_its_entries() -> None:
     def error(point: torch.Tensor) -> float:
         return math.sqrt(max(0.0, float(point @ gram @ point - 2 * pull @ point) / 300 + 1))
 
-    assert rounded.converged
-    assert error(rounded.solution) == pytest.approx(error(exact.solution), abs=1e-5)
+    assert rounded.outcome is Outcome.SOLVED
+    assert error(rounded.value) == pytest.approx(error(exact.value), abs=1e-5)
 
 
 def test_no_evidence_stays_at_the_anchor() -> None:
@@ -166,9 +167,9 @@ def test_no_evidence_stays_at_the_anchor() -> None:
     gram, pull = normal(design("no mass"))
     part = bounded_least_squares(gram, pull, low=LOW, high=HIGH, anchor=1.25, ridge=1e-6)
 
-    assert nothing.solution.tolist() == [1.0, 1.0, 1.0]
-    assert outside.solution.tolist() == [1.5, 1.5, 1.5]
-    torch.testing.assert_close(part.solution[[1, 4]], torch.full((2,), 1.25, dtype=torch.float64))
+    assert nothing.value.tolist() == [1.0, 1.0, 1.0]
+    assert outside.value.tolist() == [1.5, 1.5, 1.5]
+    torch.testing.assert_close(part.value[[1, 4]], torch.full((2,), 1.25, dtype=torch.float64))
 
 
 def test_what_cannot_be_solved_is_said() -> None:
@@ -177,13 +178,13 @@ def test_what_cannot_be_solved_is_said() -> None:
     hasty = bounded_least_squares(gram, pull, low=0.9, high=1.1, ridge=1e-6, most=1)
     broken = bounded_least_squares(-torch.eye(3), torch.ones(3), low=0.5, high=2.0)
 
-    assert not hasty.converged
-    assert hasty.violation > 1e-6
-    assert float(hasty.solution.min()) >= 0.9
-    assert float(hasty.solution.max()) <= 1.1
-    assert not broken.converged
-    assert broken.solution.tolist() == [1.0, 1.0, 1.0]
-    assert math.isinf(broken.violation)
+    assert hasty.outcome is Outcome.STOPPED
+    assert hasty.stats["violation"] > 1e-6
+    assert float(hasty.value.min()) >= 0.9
+    assert float(hasty.value.max()) <= 1.1
+    assert broken.outcome is Outcome.SINGULAR
+    assert broken.value.tolist() == [1.0, 1.0, 1.0]
+    assert math.isinf(broken.stats["violation"])
 
 
 def test_equal_columns_share_their_weight() -> None:
@@ -191,8 +192,8 @@ def test_equal_columns_share_their_weight() -> None:
     rows = [[x, x, y] for x, y in ((0.5, 0.1), (0.2, 0.3), (0.4, 0.2))]
     found = bounded_least_squares(*normal(rows, torch.float32), low=0.0, high=10.0, ridge=1e-4)
 
-    assert found.converged
-    assert float(found.solution[0]) == pytest.approx(float(found.solution[1]), abs=1e-3)
+    assert found.outcome is Outcome.SOLVED
+    assert float(found.value[0]) == pytest.approx(float(found.value[1]), abs=1e-3)
 
 
 def test_bounds_that_cannot_hold_a_point_are_refused() -> None:

@@ -10,9 +10,10 @@ import torch
 
 from agentmem.policies.solvers.attention import LocalAttention
 from agentmem.policies.solvers.mass import fit_mass
-from agentmem.policies.solvers.pursuit import EXACT, FAST, PROGRESSIVE, Pursuit, Schedule, pursue, pursuit_bytes
+from agentmem.policies.solvers.pursuit import EXACT, FAST, PROGRESSIVE, Pursued, Schedule, pursue, pursuit_bytes
 from agentmem.policies.solvers.pursuit import relative_gram as summed
 from agentmem.policies.solvers.selection import importance, top
+from agentmem.policies.solvers.solution import Outcome, Solution
 from agentmem.testing import peak_allocated
 from oracles import matching
 from oracles import pursuit as oracle
@@ -31,7 +32,9 @@ class Problem:
         """Over all slots."""
         return LocalAttention((self.queries,), self.keys, self.bias, self.scale, rows)
 
-    def pursue(self, count: int, schedule: Schedule = FAST, **options: float | torch.Tensor | None) -> Pursuit:
+    def pursue(
+        self, count: int, schedule: Schedule = FAST, **options: float | torch.Tensor | None
+    ) -> Solution[Pursued]:
         """With the log mass of the whole segment."""
         attention = self.attention()
         return pursue(attention, importance(attention).log_mass, count, schedule=schedule, **options)  # type: ignore[arg-type]  # options by name
@@ -79,11 +82,11 @@ DISTINCT = ("well posed", "old bias", "fewer queries than slots", "bfloat16")
 """Problems in which no two slots are equally good, so that the choice is not decided by rounding."""
 
 
-def squared_error(rows: matching.Matrix, found: Pursuit, log_weights: torch.Tensor | None = None) -> float:
+def squared_error(rows: matching.Matrix, found: Solution[Pursued], log_weights: torch.Tensor | None = None) -> float:
     """``|Φ w - 1|²`` in float64."""
     point = [0.0] * len(rows[0])
-    weights = found.log_weights if log_weights is None else log_weights
-    for slot, weight in zip(found.kept.tolist(), weights.double().exp().tolist(), strict=True):
+    weights = found.value.log_weights if log_weights is None else log_weights
+    for slot, weight in zip(found.value.kept.tolist(), weights.double().exp().tolist(), strict=True):
         point[slot] = weight
     return oracle.squared_error(rows, [1.0] * len(rows), point)
 
@@ -99,13 +102,13 @@ def test_pursuit_is_the_greedy_choice_with_an_exact_fit(name: str, schedule: Sch
     rows = given.design()
     kept, weights = oracle.pursue(rows, [1.0] * len(rows), count, batch, ridge=1e-2, bound=7.0)
 
-    assert found.kept.tolist() == kept
-    assert found.converged
-    torch.testing.assert_close(found.log_weights.exp(), torch.tensor(weights), atol=1e-3, rtol=0)
+    assert found.value.kept.tolist() == kept
+    assert found.outcome is Outcome.SOLVED
+    torch.testing.assert_close(found.value.log_weights.exp(), torch.tensor(weights), atol=1e-3, rtol=0)
     expected = math.sqrt(
         oracle.squared_error(rows, [1.0] * len(rows), _spread(kept, weights, len(rows[0]))) / len(rows)
     )
-    assert found.error == pytest.approx(expected, abs=1e-3)
+    assert found.stats["error"] == pytest.approx(expected, abs=1e-3)
 
 
 def _spread(kept: list[int], weights: list[float], slots: int) -> list[float]:
@@ -120,13 +123,13 @@ def _spread(kept: list[int], weights: list[float], slots: int) -> list[float]:
 def test_exactly_count_slots_stay_and_all_is_finite(name: str, count: int) -> None:
     """Ascending indices of min(count, T) slots with finite updates within the bound, whatever the problem."""
     found = problem(name).pursue(count, bound=3.0, cutoff=-3.0)
-    kept = found.kept.tolist()
+    kept = found.value.kept.tolist()
 
     assert kept == sorted(set(kept))
     assert len(kept) == min(count, 14)
-    assert found.log_weights.dtype == torch.float32
-    assert bool((found.log_weights.abs() <= 3.0001).all())
-    assert math.isfinite(found.error)
+    assert found.value.log_weights.dtype == torch.float32
+    assert bool((found.value.log_weights.abs() <= 3.0001).all())
+    assert math.isfinite(found.stats["error"])
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -140,18 +143,18 @@ def test_an_accepted_fit_beats_plain_weights_on_the_same_slots(name: str, schedu
 
     if found.accepted:
         assert squared_error(rows, found) < plain
-        assert found.error == pytest.approx(math.sqrt(squared_error(rows, found) / len(rows)), abs=1e-3)
+        assert found.stats["error"] == pytest.approx(math.sqrt(squared_error(rows, found) / len(rows)), abs=1e-3)
     else:
-        assert torch.equal(found.log_weights, torch.zeros(6))
+        assert torch.equal(found.value.log_weights, torch.zeros(6))
 
 
 def test_r_steps_of_k_slots_are_one_step_of_their_product() -> None:
     """Between two fits the residual stands still, so only the product of the two numbers counts."""
     given = problem("well posed", slots=60)
 
-    assert torch.equal(given.pursue(30, Schedule(4, 2)).kept, given.pursue(30, Schedule(8, 1)).kept)
-    assert given.pursue(30, Schedule(4, 2), cutoff=None).fits == 4
-    assert given.pursue(30, Schedule(1, 1, growth=1.0), cutoff=None).fits == 6  # 1 + 1 + 2 + 4 + 8 + 14
+    assert torch.equal(given.pursue(30, Schedule(4, 2)).value.kept, given.pursue(30, Schedule(8, 1)).value.kept)
+    assert given.pursue(30, Schedule(4, 2), cutoff=None).stats["fits"] == 4
+    assert given.pursue(30, Schedule(1, 1, growth=1.0), cutoff=None).stats["fits"] == 6  # 1 + 1 + 2 + 4 + 8 + 14
     assert [PROGRESSIVE.batch(chosen) for chosen in (0, 8, 16, 80)] == [1, 1, 2, 10]
 
 
@@ -167,8 +170,8 @@ def test_equal_slots_go_to_the_newest() -> None:
     given = replace(problem("well posed"), keys=torch.ones(14, 4))
     found = given.pursue(4, EXACT, ridge=1e-3)
 
-    assert found.kept.tolist() == [10, 11, 12, 13]
-    torch.testing.assert_close(found.log_weights, torch.full((4,), math.log(14 / 4)), atol=1e-2, rtol=0)
+    assert found.value.kept.tolist() == [10, 11, 12, 13]
+    torch.testing.assert_close(found.value.log_weights, torch.full((4,), math.log(14 / 4)), atol=1e-2, rtol=0)
 
 
 def test_one_of_each_kind_is_kept_where_highest_attention_keeps_copies() -> None:
@@ -179,9 +182,9 @@ def test_one_of_each_kind_is_kept_where_highest_attention_keeps_copies() -> None
     found = given.pursue(4, EXACT)
     attended = top(importance(given.attention()).scores, 4)
 
-    assert found.kept.tolist() == [5, 11, 17, 23]
-    torch.testing.assert_close(found.log_weights.exp(), torch.full((4,), 6.0), atol=0.05, rtol=0)
-    assert found.error < 1e-2
+    assert found.value.kept.tolist() == [5, 11, 17, 23]
+    torch.testing.assert_close(found.value.log_weights.exp(), torch.full((4,), 6.0), atol=0.05, rtol=0)
+    assert found.stats["error"] < 1e-2
     assert len({slot // 6 for slot in attended.tolist()}) == 1
 
 
@@ -189,13 +192,13 @@ def test_slots_to_keep_are_kept() -> None:
     """The given indices stay even where pursuit would not choose them, and where their weight is at the cutoff."""
     given = problem("well posed", slots=40)
     free = given.pursue(10)
-    unwanted = torch.tensor([slot for slot in range(40) if slot not in free.kept.tolist()][:4])
+    unwanted = torch.tensor([slot for slot in range(40) if slot not in free.value.kept.tolist()][:4])
     found = given.pursue(10, keep=unwanted)
 
-    assert set(unwanted.tolist()) <= set(found.kept.tolist())
-    assert len(found.kept) == 10
+    assert set(unwanted.tolist()) <= set(found.value.kept.tolist())
+    assert len(found.value.kept) == 10
     only = given.pursue(4, keep=unwanted)
-    assert only.kept.tolist() == unwanted.tolist()
+    assert only.value.kept.tolist() == unwanted.tolist()
     with pytest.raises(ValueError, match=r"4 slots must be kept but only 3 may stay.*raise the count"):
         given.pursue(3, keep=unwanted)
 
@@ -205,16 +208,16 @@ def test_slots_at_the_cutoff_make_room_for_others() -> None:
     given = crowd()
     without = given.pursue(24, Schedule(12, 1), ridge=1e-6, cutoff=None)
     found = given.pursue(24, Schedule(12, 1), ridge=1e-6, cutoff=-7.0)
-    weak = set(without.kept[without.log_weights <= -6.99].tolist())
-    held = given.pursue(24, Schedule(12, 1), ridge=1e-6, keep=without.kept)
+    weak = set(without.value.kept[without.value.log_weights <= -6.99].tolist())
+    held = given.pursue(24, Schedule(12, 1), ridge=1e-6, keep=without.value.kept)
 
     assert len(weak) > 5
-    assert without.replaced == 0
-    assert found.replaced >= len(weak)
-    assert len(weak & set(found.kept.tolist())) < len(weak) / 2
-    assert found.error < 0.5 * without.error
-    assert torch.equal(held.kept, without.kept)
-    assert held.replaced == 0
+    assert without.stats["replaced"] == 0
+    assert found.stats["replaced"] >= len(weak)
+    assert len(weak & set(found.value.kept.tolist())) < len(weak) / 2
+    assert found.stats["error"] < 0.5 * without.stats["error"]
+    assert torch.equal(held.value.kept, without.value.kept)
+    assert held.stats["replaced"] == 0
 
 
 def crowd(slots: int = 96, width: int = 3) -> Problem:
@@ -224,11 +227,11 @@ def crowd(slots: int = 96, width: int = 3) -> Problem:
     return Problem(queries, keys, torch.zeros(slots))
 
 
-def held_out(given: Problem, found: Pursuit) -> float:
+def held_out(given: Problem, found: Solution[Pursued]) -> float:
     """Root mean square error of the log mass on queries that were not fitted."""
     queries = torch.randn(500, given.keys.shape[1], generator=torch.Generator().manual_seed(77)).double()
     logits = queries @ given.keys.double().T * given.scale
-    kept = torch.logsumexp(logits[:, found.kept] + found.log_weights.double(), dim=-1)
+    kept = torch.logsumexp(logits[:, found.value.kept] + found.value.log_weights.double(), dim=-1)
     return float((kept - torch.logsumexp(logits, dim=-1)).square().mean().sqrt())
 
 
@@ -242,7 +245,7 @@ def test_the_gram_loses_nothing_against_orthogonal_factors(count: int) -> None:
     found = given.pursue(count, ridge=1e-4, cutoff=None)
     phi = torch.tensor(given.design(), dtype=torch.float64)
     kept, weights = oracle.orthogonal(phi, count, FAST.batch(0), 1e-4 * float(phi.square().sum()) / phi.shape[1])
-    expected = replace(found, kept=kept, log_weights=weights.log().float())
+    expected = replace(found, value=Pursued(kept, weights.log().float()))
 
     assert float(torch.linalg.cond(phi)) > 1e6
     assert held_out(given, found) <= 1.1 * held_out(given, expected) + 1e-4
@@ -263,7 +266,7 @@ def test_pursuit_restores_the_mass_of_unseen_queries_better_than_highest_attenti
     plain = attention.over(given.keys[kept], given.bias[kept])
     fitted = fit_mass(plain, found.log_mass, ridge=1e-2, bound=3.0, steps=2)
     pursued = given.pursue(24)
-    attended = replace(pursued, kept=kept, log_weights=fitted.log_weights)
+    attended = replace(pursued, value=Pursued(kept, fitted.value))
 
     assert held_out(given, pursued) < 0.5 * held_out(given, attended)
 
@@ -277,11 +280,11 @@ def test_slots_without_evidence_keep_their_weight() -> None:
     keys[3:5] = torch.tensor([0.0, 0.0, 0.0, 60.0])
     given = Problem(facing, keys, given.bias)
     found = given.pursue(6, keep=torch.tensor([3, 4]))
-    away = [place for place, slot in enumerate(found.kept.tolist()) if slot in {3, 4}]
+    away = [place for place, slot in enumerate(found.value.kept.tolist()) if slot in {3, 4}]
 
     assert found.accepted
-    assert float(found.log_weights.abs().max()) > 0.1
-    torch.testing.assert_close(found.log_weights[away], torch.zeros(2), atol=1e-4, rtol=0)
+    assert float(found.value.log_weights.abs().max()) > 0.1
+    torch.testing.assert_close(found.value.log_weights[away], torch.zeros(2), atol=1e-4, rtol=0)
 
 
 def test_a_query_of_weight_two_counts_like_two() -> None:
@@ -295,7 +298,7 @@ def test_a_query_of_weight_two_counts_like_two() -> None:
 
     for one, two in zip(summed(weighted, log_mass), summed(twice, repeated), strict=True):
         torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(two), rtol=1e-5, atol=1e-6)
-    assert torch.equal(pursue(weighted, log_mass, 5).kept, pursue(twice, repeated, 5).kept)
+    assert torch.equal(pursue(weighted, log_mass, 5).value.kept, pursue(twice, repeated, 5).value.kept)
 
 
 @pytest.mark.parametrize("slots", [14, 600])
@@ -320,8 +323,8 @@ def test_blocks_of_any_size_choose_the_same(rows: int) -> None:
     found = pursue(attention, importance(attention).log_mass, 6, ridge=1e-2)
     expected = given.pursue(6, ridge=1e-2)
 
-    assert torch.equal(found.kept, expected.kept)
-    torch.testing.assert_close(found.log_weights, expected.log_weights, atol=1e-3, rtol=0)
+    assert torch.equal(found.value.kept, expected.value.kept)
+    torch.testing.assert_close(found.value.log_weights, expected.value.log_weights, atol=1e-3, rtol=0)
 
 
 def test_no_mass_changes_nothing() -> None:
@@ -329,9 +332,9 @@ def test_no_mass_changes_nothing() -> None:
     given = problem("well posed")
     found = pursue(given.attention(), torch.full((18,), 1e4), 5)
 
-    assert found.kept.tolist() == [9, 10, 11, 12, 13]
-    assert not found.accepted
-    assert torch.equal(found.log_weights, torch.zeros(5))
+    assert found.value.kept.tolist() == [9, 10, 11, 12, 13]
+    assert found.outcome is Outcome.REFUSED
+    assert torch.equal(found.value.log_weights, torch.zeros(5))
 
 
 def test_masses_beyond_float32_give_plain_slots() -> None:
@@ -339,10 +342,9 @@ def test_masses_beyond_float32_give_plain_slots() -> None:
     given = problem("well posed")
     found = pursue(given.attention(), torch.full((18,), -1e4), 5)
 
-    assert len(found.kept) == 5
-    assert not found.accepted
-    assert not found.converged
-    assert torch.equal(found.log_weights, torch.zeros(5))
+    assert len(found.value.kept) == 5
+    assert found.outcome is Outcome.SINGULAR
+    assert torch.equal(found.value.log_weights, torch.zeros(5))
 
 
 @pytest.mark.parametrize(("slots", "count", "queries"), [(14, 6, 9), (300, 150, 100), (300, 20, 100), (64, 64, 3)])

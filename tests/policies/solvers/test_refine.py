@@ -9,6 +9,7 @@ import torch
 
 from agentmem.policies.solvers.attention import LocalAttention
 from agentmem.policies.solvers.refine import Reach, Refined, _Objective, refine, refine_bytes
+from agentmem.policies.solvers.solution import Outcome, Solution
 from agentmem.testing import peak_allocated
 from oracles import pursuit as oracle
 
@@ -35,7 +36,7 @@ class Problem:
         """Over the kept slots."""
         return self.whole(rows).over(self.keys[KEPT], self.kept_bias)
 
-    def refine(self, rows: int = 5, **options: float | Reach) -> Refined:
+    def refine(self, rows: int = 5, **options: float | Reach) -> Solution[Refined]:
         """From the start."""
         return refine(self.whole(rows), self.kept(rows), self.values, self.fitted, **options)  # type: ignore[arg-type]  # options by name
 
@@ -77,10 +78,10 @@ def test_the_objective_is_the_oracles(name: str, mass_weight: float) -> None:
     given = problem(name)
     found = given.refine(mass_weight=mass_weight, steps=4)
     start = given.mismatch(given.keys[KEPT], given.kept_bias, given.fitted, mass_weight)
-    end = given.mismatch(found.keys, found.bias, found.values, mass_weight)
+    end = given.mismatch(found.value.keys, found.value.bias, found.value.values, mass_weight)
 
-    assert found.before == pytest.approx(start, rel=1e-4, abs=1e-6)
-    assert found.after == pytest.approx(end, rel=1e-4, abs=1e-6)
+    assert found.stats["before"] == pytest.approx(start, rel=1e-4, abs=1e-6)
+    assert found.stats["after"] == pytest.approx(end, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["well posed", "one query", "peaked"])
@@ -109,24 +110,24 @@ def test_an_accepted_result_is_better_and_any_other_is_the_start(name: str, step
     given = problem(name)
     found = given.refine(steps=steps)
 
-    assert all(bool(tensor.isfinite().all()) for tensor in (found.keys, found.bias, found.values))
-    assert found.after <= found.before
+    assert all(bool(tensor.isfinite().all()) for tensor in (found.value.keys, found.value.bias, found.value.values))
+    assert found.stats["after"] <= found.stats["before"]
     if found.accepted:
         assert steps > 0
-        assert found.after < found.before
+        assert found.stats["after"] < found.stats["before"]
     else:
-        assert torch.equal(found.keys, given.keys[KEPT])
-        assert torch.equal(found.bias, given.kept_bias)
-        assert torch.equal(found.values, given.fitted)
+        assert torch.equal(found.value.keys, given.keys[KEPT])
+        assert torch.equal(found.value.bias, given.kept_bias)
+        assert torch.equal(found.value.values, given.fitted)
 
 
 def test_more_steps_lower_the_objective_a_lot() -> None:
     """40 steps bring the objective of a poor start below a third, and never does more of them end higher."""
     given = problem()
-    ends = [given.refine(steps=steps).after for steps in (1, 5, 20, 40)]
+    ends = [given.refine(steps=steps).stats["after"] for steps in (1, 5, 20, 40)]
 
     assert ends == sorted(ends, reverse=True)
-    assert ends[-1] < given.refine(steps=0).before / 3
+    assert ends[-1] < given.refine(steps=0).stats["before"] / 3
 
 
 @pytest.mark.parametrize("rate", [0.05, 5.0])
@@ -135,12 +136,12 @@ def test_nothing_moves_beyond_the_reach(rate: float) -> None:
     given = problem()
     reach = Reach(keys=0.05, bias=0.1, values=0.02)
     found = given.refine(reach=reach, rate=rate, steps=12)
-    key_shift = (found.keys - given.keys[KEPT]).norm(dim=-1)
-    value_shift = (found.values - given.fitted).norm(dim=-1)
+    key_shift = (found.value.keys - given.keys[KEPT]).norm(dim=-1)
+    value_shift = (found.value.values - given.fitted).norm(dim=-1)
 
     assert found.accepted
     assert bool((key_shift <= 0.05 * given.keys[KEPT].norm(dim=-1) * 1.0001).all())
-    assert float((found.bias - given.kept_bias).abs().max()) <= 0.1 * 1.0001
+    assert float((found.value.bias - given.kept_bias).abs().max()) <= 0.1 * 1.0001
     assert float(value_shift.max()) <= 0.02 * float(given.values.norm(dim=-1).max()) * 1.0001
     assert float(key_shift.max()) > 0
 
@@ -151,9 +152,9 @@ def test_a_perfect_start_is_left_alone() -> None:
     whole = given.whole()
     found = refine(whole, whole, given.values, given.values)
 
-    assert not found.accepted
-    assert found.before < 1e-10
-    assert torch.equal(found.keys, given.keys)
+    assert found.outcome is Outcome.REFUSED
+    assert found.stats["before"] < 1e-10
+    assert torch.equal(found.value.keys, given.keys)
 
 
 def test_slots_that_no_query_looks_at_do_not_move() -> None:
@@ -167,10 +168,10 @@ def test_slots_that_no_query_looks_at_do_not_move() -> None:
     found = given.refine(steps=10)
 
     assert found.accepted
-    assert float((found.keys - keys[KEPT])[2].abs().max()) < 1e-5
-    assert float((found.bias - given.kept_bias)[2].abs()) < 1e-5
-    assert float((found.values - given.fitted)[2].abs().max()) < 1e-5
-    assert float((found.keys - keys[KEPT]).abs().max()) > 1e-3
+    assert float((found.value.keys - keys[KEPT])[2].abs().max()) < 1e-5
+    assert float((found.value.bias - given.kept_bias)[2].abs()) < 1e-5
+    assert float((found.value.values - given.fitted)[2].abs().max()) < 1e-5
+    assert float((found.value.keys - keys[KEPT]).abs().max()) > 1e-3
 
 
 def test_a_query_of_weight_two_counts_like_two() -> None:
@@ -184,8 +185,8 @@ def test_a_query_of_weight_two_counts_like_two() -> None:
         for whole in (once, twice)
     ]
 
-    assert results[0].before == pytest.approx(results[1].before, rel=1e-5)
-    torch.testing.assert_close(results[0].keys, results[1].keys, atol=1e-4, rtol=0)
+    assert results[0].stats["before"] == pytest.approx(results[1].stats["before"], rel=1e-5)
+    torch.testing.assert_close(results[0].value.keys, results[1].value.keys, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("rows", [1, 4, 100])
@@ -193,7 +194,7 @@ def test_blocks_of_any_size_refine_the_same(rows: int) -> None:
     """The result does not depend on how many queries are visited at a time, up to rounding."""
     given = problem()
 
-    torch.testing.assert_close(given.refine(rows=rows).keys, given.refine().keys, atol=1e-4, rtol=0)
+    torch.testing.assert_close(given.refine(rows=rows).value.keys, given.refine().value.keys, atol=1e-4, rtol=0)
 
 
 def test_no_global_state_is_touched_and_no_input_written() -> None:
@@ -206,8 +207,8 @@ def test_no_global_state_is_touched_and_no_input_written() -> None:
 
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(one, two) for one, two in zip(copies, (given.keys, given.values, given.fitted), strict=True))
-    assert torch.equal(first.keys, second.keys)
-    assert not first.keys.requires_grad
+    assert torch.equal(first.value.keys, second.value.keys)
+    assert not first.value.keys.requires_grad
 
 
 @pytest.mark.parametrize(("slots", "count", "queries"), [(12, 5, 9), (300, 150, 100), (300, 20, 40)])

@@ -14,6 +14,7 @@ from agentmem.policies.solvers.anchored import factored
 from agentmem.policies.solvers.attention import LocalAttention
 from agentmem.policies.solvers.mass import fit_mass
 from agentmem.policies.solvers.selection import Score, importance, top
+from agentmem.policies.solvers.solution import Outcome
 from agentmem.policies.solvers.values import fit_values
 from oracles import matching as oracle
 
@@ -140,7 +141,7 @@ def test_mass_fit_is_the_anchored_least_squares_solution(name: str, ridge: float
     assert fit.accepted
     assert fit.condition <= 1.1 * (1 + 7 / ridge)
     torch.testing.assert_close(
-        fit.log_weights.exp(), torch.tensor(expected).clamp(math.exp(-WIDE)), atol=1e-6 * 7 / ridge, rtol=0
+        fit.value.exp(), torch.tensor(expected).clamp(math.exp(-WIDE)), atol=1e-6 * 7 / ridge, rtol=0
     )
 
 
@@ -158,8 +159,8 @@ def test_value_fit_is_the_anchored_least_squares_solution(name: str, ridge: floa
     )
 
     assert fit.accepted
-    assert fit.bounded == 0
-    torch.testing.assert_close(fit.values, torch.tensor(expected), atol=2e-6 * 7 / ridge, rtol=0)
+    assert fit.stats["bounded"] == 0
+    torch.testing.assert_close(fit.value, torch.tensor(expected), atol=2e-6 * 7 / ridge, rtol=0)
 
 
 @pytest.mark.parametrize("fraction", [1, 3, 1000])
@@ -170,7 +171,7 @@ def test_blocks_of_any_size_fit_the_same(fraction: int) -> None:
     whole = fit_mass(given.over_kept(rows=18), log_mass, ridge=1e-2, bound=3.0, steps=2)
     parts = fit_mass(given.over_kept(rows=fraction), log_mass, ridge=1e-2, bound=3.0, steps=2)
 
-    torch.testing.assert_close(parts.log_weights, whole.log_weights, atol=1e-4, rtol=0)
+    torch.testing.assert_close(parts.value, whole.value, atol=1e-4, rtol=0)
 
 
 def crowded() -> tuple[LocalAttention, torch.Tensor]:
@@ -196,8 +197,8 @@ def test_projected_gradient_steps_never_diverge() -> None:
     for steps in (0, 1, 2, 5, 20, 100):
         fit = fit_mass(kept, log_mass, ridge=1e-3, bound=0.75, steps=steps)
         assert fit.accepted
-        assert float(fit.log_weights.abs().max()) <= 0.75
-        errors.append(squared_mass_error(kept, log_mass, fit.log_weights))
+        assert float(fit.value.abs().max()) <= 0.75
+        errors.append(squared_mass_error(kept, log_mass, fit.value))
 
     assert all(after <= before * 1.001 for before, after in pairwise(errors))
     assert errors[-1] < 0.1 * squared_mass_error(kept, log_mass, torch.zeros(16))
@@ -228,16 +229,16 @@ def test_slots_that_no_query_looks_at_are_left_alone(ridge: float) -> None:
     mass = fit_mass(given.over_kept(), log_mass, ridge=ridge, bound=3.0, steps=2)
     values = fit_values(
         given.attention(),
-        given.over_kept(mass.log_weights),
+        given.over_kept(mass.value),
         given.values,
         given.values[given.kept],
         ridge=ridge,
         bound=2.0,
     )
-    shift = (values.values - given.values[given.kept]).abs()
+    shift = (values.value - given.values[given.kept]).abs()
 
-    assert mass.log_weights.abs().amax() > 0.1
-    assert mass.log_weights[3:5].abs().amax() < 1e-5
+    assert mass.value.abs().amax() > 0.1
+    assert mass.value[3:5].abs().amax() < 1e-5
     assert shift.amax() > 0.01
     assert shift[3:5].amax() < 1e-5
 
@@ -254,8 +255,8 @@ def test_near_duplicate_keys_do_not_blow_values_up(ridge: float) -> None:
         given.attention(), given.over_kept(), given.values, given.values[given.kept], ridge=ridge, bound=2.0
     )
 
-    assert bool(fit.values.isfinite().all())
-    assert float(fit.values.norm(dim=-1).max()) <= (1 + 2.0) * longest * 1.0001
+    assert bool(fit.value.isfinite().all())
+    assert float(fit.value.norm(dim=-1).max()) <= (1 + 2.0) * longest * 1.0001
     assert fit.condition > 0.5 / max(ridge, 1e-6)
 
 
@@ -266,8 +267,8 @@ def test_values_are_cut_to_the_bound_and_counted() -> None:
     fit = fit_values(given.attention(), given.over_kept(), given.values, own, ridge=1e-3, bound=0.05)
     limit = 0.05 * float(given.values.norm(dim=-1).max())
 
-    assert fit.bounded > 0
-    assert float((fit.values - own).norm(dim=-1).max()) <= limit * 1.0001
+    assert fit.stats["bounded"] > 0
+    assert float((fit.value - own).norm(dim=-1).max()) <= limit * 1.0001
 
 
 def test_a_gram_that_does_not_factor_is_reported() -> None:
@@ -281,8 +282,19 @@ def test_no_evidence_at_all_changes_nothing() -> None:
     given = problem("well posed")
     fit = fit_mass(given.over_kept(), torch.full((18,), 1e4), ridge=1e-2, bound=3.0, steps=2)
 
+    assert fit.outcome is Outcome.REFUSED
+    assert torch.equal(fit.value, torch.zeros(7))
+
+
+@pytest.mark.parametrize("steps", [2, None])
+def test_a_fit_whose_equations_are_singular_returns_the_start(steps: int | None) -> None:
+    """Masses that are no numbers give β as it was, and an outcome that is told apart from a fit that was worse."""
+    given = problem("well posed")
+    fit = fit_mass(given.over_kept(), torch.full((18,), float("nan")), ridge=1e-2, bound=3.0, steps=steps)
+
+    assert fit.outcome is Outcome.SINGULAR
     assert not fit.accepted
-    assert torch.equal(fit.log_weights, torch.zeros(7))
+    assert torch.equal(fit.value, torch.zeros(7))
 
 
 @pytest.mark.parametrize("score", ["rms", "max", "mean"])
@@ -295,14 +307,14 @@ def test_logits_of_any_finite_size_give_finite_results(score: Score, spread: flo
     mass = fit_mass(given.over_kept(), found.log_mass, ridge=1e-2, bound=3.0, steps=2)
     values = fit_values(
         given.attention(),
-        given.over_kept(mass.log_weights),
+        given.over_kept(mass.value),
         given.values,
         given.values[given.kept],
         ridge=1e-2,
         bound=2.0,
     )
 
-    for tensor in (found.scores, mass.log_weights, values.values):
+    for tensor in (found.scores, mass.value, values.value):
         assert bool(tensor.isfinite().all())
 
 
@@ -372,11 +384,11 @@ def fits(attention: LocalAttention) -> tuple[torch.Tensor, ...]:
     kept = attention.over(given.keys[given.kept], given.bias[given.kept])
     mass = fit_mass(kept, found.log_mass, ridge=1e-2, bound=WIDE, steps=0)
     own = given.values[given.kept]
-    kept = kept.over(kept.keys, kept.bias + mass.log_weights)
+    kept = kept.over(kept.keys, kept.bias + mass.value)
     values = fit_values(attention, kept, given.values, own, ridge=1e-2, bound=1e6)
     assert mass.accepted
     assert values.accepted
-    return found.scores, mass.log_weights, values.values
+    return found.scores, mass.value, values.value
 
 
 def test_a_query_of_weight_two_is_fitted_like_two_of_weight_one() -> None:

@@ -342,14 +342,14 @@ def full_memory(fit: Fit, shift: float) -> Memory:
     asked = torch.randn(4, memory.plan.probe_tokens, 16, generator=generator)
 
     runs.forwards = Forwards(lambda _ids, _start, step: step.visit(0, asked))
-    assert runs.compact(memory.rows[0]) is not None
+    assert runs.compact(memory.sequences[0]) is not None
     return memory
 
 
 @EVERY
 def test_prefix_and_recent_slots_are_neither_candidates_nor_mass(fit: Fit) -> None:
     """Trap 6: with other prefix and recent slots the compacted ones are the same to the bit; those stay themselves."""
-    stores = [full_memory(fit, shift).rows[0].stores[0] for shift in (0.0, 5.0)]
+    stores = [full_memory(fit, shift).sequences[0].stores[0] for shift in (0.0, 5.0)]
     for head in range(2):
         one, other = (store.segment(head, 4, 8) for store in stores if store is not None)
         for name in ("keys", "values", "bias", "positions"):
@@ -373,7 +373,7 @@ def test_padding_never_enters_a_score(name: str) -> None:
         with tiny.capped_by(plugins.policy("am-halving", selector=name)) as memory:
             said = tiny.llama().generate(ids[rows, first:], past_key_values=memory, **given)[:, 60 - first :].tolist()
             assert len(memory.compactions) >= 1
-            found = [[store for store in row.stores if store is not None] for row in memory.memory.rows]
+            found = [[store for store in row.stores if store is not None] for row in memory.memory.sequences]
             return said, [[s.positions.tolist()[: s.settled[0]] for s in stores] for stores in found]
 
     together, alone = run(slice(0, 2), 0), (run(slice(0, 1), 0), run(slice(1, 2), 17))

@@ -19,7 +19,7 @@ TEXT = "The quick brown fox jumps over the lazy dog. "
 
 def state(session: Session) -> Any:
     """All that a call could have changed."""
-    row, reply = session.memory.rows[0], session.reply
+    row, reply = session.memory.sequences[0], session.reply
     said = None if reply is None else (list(reply.ids), reply.text, reply.end)
     held = list(row.ids), list(row.pins.spans), row.held
     return list(session.ids), session.dialogue, list(session.entries), said, session.reply_start, session.stats, held

@@ -127,7 +127,7 @@ def test_an_interrupted_compaction_is_finished_by_a_save(tmp_path: Path) -> None
         session.runtime.admit(session, stop)
         session.memory.boundary = stop
         with pytest.raises(Interrupted):
-            session.engine.compact(session.memory.rows[0])
+            session.engine.compact(session.memory.sequences[0])
         made.end(session, stop)
         told.clear()
         session.save(tmp_path)
@@ -166,11 +166,11 @@ def test_stored_queries_fit_the_share_that_a_session_is_loaded_with(tmp_path: Pa
             session = tiny_chat.filled(made, 210, share=shares[256], target=0.25)
             session.compact(target=8)
             session.save(tmp_path / probe)
-            sample = session.memory.rows[0].samples[0][0]
-            seen = session.memory.rows[0].seen
+            sample = session.memory.sequences[0].samples[0][0]
+            seen = session.memory.sequences[0].seen
             for slots in (64, 512):
                 loaded = made.load(tmp_path / probe, share=shares[slots])
-                found = loaded.memory.rows[0].samples[0][0]
+                found = loaded.memory.sequences[0].samples[0][0]
                 assert (found.size < sample.size) == (slots == 64)
                 kept = dict(zip(sample.tokens(seen).tolist(), sample.kept.unbind(1), strict=True))
                 for token, query in zip(found.tokens(seen).tolist(), found.kept.unbind(1), strict=True):
@@ -228,7 +228,7 @@ def test_pins_are_kept_behind_another_prefix(first: int, tmp_path: Path) -> None
         loaded = made.load(tmp_path, keep_first=first)
         loaded.read(tiny_chat.ids(90, 3))
         wanted = [*range(first), *range(max(first, 4), 8)]
-        for store in loaded.memory.rows[0].stores:
+        for store in loaded.memory.sequences[0].stores:
             assert store is not None
             assert store.segment(0, 0, 0).positions[: len(wanted)].tolist() == wanted
 
@@ -346,7 +346,7 @@ def test_what_could_not_be_loaded_again_is_not_written(way: str, tmp_path: Path)
     """An infinite number in the memory is told when it is saved or moved to disk; the session goes on as it was."""
     with tiny_chat.runtime(1.5, "window", pressure=("disk",), spill=tmp_path / "spill") as made:
         session = tiny_chat.filled(made, 30)
-        store = session.memory.rows[0].stores[0]
+        store = session.memory.sequences[0].stores[0]
         assert store is not None
         store.values[7, 0] = float("inf")
         other = made.session()
@@ -366,7 +366,7 @@ def test_others_give_way_for_a_memory_that_cannot(tmp_path: Path) -> None:
     """A memory that cannot go to disk is passed over: the next idle one goes, and who asks has its turn."""
     with tiny_chat.runtime(2.2, "window", pressure=("disk",), spill=tmp_path) as made:
         stuck, other = tiny_chat.filled(made, 30), tiny_chat.filled(made, 30)
-        store = stuck.memory.rows[0].stores[0]
+        store = stuck.memory.sequences[0].stores[0]
         assert store is not None
         store.values[7, 0] = float("nan")
 

@@ -20,13 +20,13 @@ from support import tiny_chat
 def test_no_file_that_a_snapshot_names_is_opened(table: str) -> None:
     """A policy that is made from a snapshot's words opens no table; the refusal names it."""
     with without_files(), pytest.raises(SettingsRefused, match="named by a snapshot"):
-        plugins.policy(f"am-halving[budgets=calibrated;table={table}]")
+        plugins.policy(f"am-halving[budgets=calibrated[table={table}]]")
 
 
 def test_a_table_that_is_no_plain_file_is_refused_unread() -> None:
     """A device has no end: what is no plain file of bounded size is not read."""
     with pytest.raises(SettingsRefused, match="no plain file"):
-        plugins.policy("am-halving[budgets=calibrated;table=/dev/zero]")
+        plugins.policy("am-halving[budgets=calibrated[table=/dev/zero]]")
 
 
 def test_a_pattern_of_a_snapshot_runs_with_the_callers_consent_only(tmp_path: Path) -> None:

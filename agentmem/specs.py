@@ -1,0 +1,201 @@
+"""The one parser of short texts that compose something: policies, budgets, mixtures of queries, and lists of them.
+
+| text | read by |
+| --- | --- |
+| ``name[option=value,option=value]`` | :func:`parsed`; a value may be such a text again |
+| ``one,two[option=value],three`` | :func:`entries` |
+| ``source:share*weight+source`` | :func:`mixture` |
+
+All of them may come from outside, so each is bounded in characters and in number of parts. A text that cannot be read
+is refused with a ValueError that quotes it, names the fault and shows how it is written.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
+
+from agentmem.untrusted.texts import did_you_mean, shown
+
+MAX_CHARACTERS = 4096
+"""Of one text."""
+MAX_PARTS = 256
+"""Options of a spec, entries of a list or terms of a mixture."""
+SPEC = "name[option=value,option=value]"
+"""How a name with options is written."""
+_NUMBER = r"(\d++(?:\.\d*+)?|\.\d++)"  # possessive: a run of digits is read once, whatever follows it
+_TERM = re.compile(rf"\s*+([a-z-]++)(?::{_NUMBER})?(?:\*{_NUMBER})?\s*+")
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """A name and its options, each value as it was written. ``str`` writes it again."""
+
+    name: str
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """``name[option=value,option=value]``, or the name alone."""
+        written = ",".join(f"{option}={value}" for option, value in self.options.items())
+        return f"{self.name}[{written}]" if written else self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One term of a mixture, with its share of the whole and the weight of each of its elements."""
+
+    name: str
+    share: float = 1.0
+    weight: float = 1.0
+
+    def __str__(self) -> str:
+        """``name``, ``name:share``, ``name*weight`` or ``name:share*weight``."""
+        pairs = ((":", self.share), ("*", self.weight))
+        return self.name + "".join(f"{sign}{Decimal(repr(number)):f}" for sign, number in pairs if number != 1)
+
+
+# ---- reading
+
+
+def parsed(text: str, what: str) -> Spec:
+    """The name and the options of a spec; a plain name has none.
+
+    Raises:
+        ValueError: the text is too long or cannot be read, has too many options, or one of them twice.
+
+    """
+    _check_length(text, what)
+    name, bracket, rest = (part.strip() for part in text.partition("["))
+    if not bracket and "]" not in name:
+        return Spec(name)
+    if not name or not rest.endswith("]"):
+        raise ValueError(f"{what} {shown(text)} cannot be read: {_misplaced(name, rest)}; write {SPEC}")
+    options: dict[str, str] = {}
+    for item in _split(rest[:-1], text, what):
+        option, equals, value = (part.strip() for part in item.partition("="))
+        if not option.isidentifier() or not equals or not value:
+            raise ValueError(f"{what} {shown(text)} cannot be read: {shown(item)} is no option=value; write {SPEC}")
+        if option in options:
+            raise ValueError(f"{what} {shown(text)}: option {option!r} is given twice; give it once")
+        options[option] = value
+    return Spec(name, options)
+
+
+def entries(text: str, what: str) -> list[str]:
+    """The entries of a comma-separated list, without empty ones; commas inside brackets belong to their entry.
+
+    Raises:
+        ValueError: the text is too long, has too many entries or a bracket without a partner.
+
+    """
+    _check_length(text, what)
+    return [entry for entry in _split(text, text, what) if entry]
+
+
+def mixture(text: str, what: str) -> list[Term]:
+    """The terms of ``a+b``, ``a:3+b:1*0.5``: ``source[:share][*weight]``, joined.
+
+    Raises:
+        ValueError: the text is too long, has too many terms, or one of them cannot be read.
+
+    """
+    _check_length(text, what)
+    terms = []
+    for piece in _counted(text.split("+"), text, what):
+        match = _TERM.fullmatch(piece)
+        if match is None:
+            raise ValueError(
+                f"{what}: cannot read {shown(piece)}; write source[:share][*weight], as in replay:3+spread"
+            )
+        name, share, weight = match.groups()
+        terms.append(Term(name, float(share or 1), float(weight or 1)))
+    return terms
+
+
+def plain_name(text: str) -> str:
+    """The name of a spec that has been read before, without its options."""
+    return text.partition("[")[0].strip()
+
+
+# ---- what it is for
+
+
+def typed(options: Mapping[str, str], factory: Callable[..., object]) -> dict[str, object]:
+    """Written values as the factory takes them: as texts where its default is one, so that a pattern of digits stays a
+    text; else as an integer, a number or a truth value where they read as one.
+    """  # noqa: D205 - one sentence
+    known = inspect.signature(factory).parameters
+    texts = {name for name, parameter in known.items() if isinstance(parameter.default, str)}
+    return {name: value if name in texts else _value(value) for name, value in options.items()}
+
+
+def check_options(options: Mapping[str, object], factory: Callable[..., object], what: str) -> None:
+    """Refuse options that the factory does not take, before it runs.
+
+    Raises:
+        ValueError: one is unknown; the message suggests the nearest and lists all.
+
+    """
+    known = inspect.signature(factory).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        return
+    for option in options:
+        if option not in known:
+            raise ValueError(
+                f"{what} has no option {shown(option)}; {did_you_mean(option, known)}"
+                f"Its options: {', '.join(known) or 'none'}"
+            )
+
+
+def _value(text: str) -> object:
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+# ---- bounds and brackets
+
+
+def _check_length(text: str, what: str) -> None:
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(
+            f"{what} {text[:40]!r}… has {len(text)} characters; {MAX_CHARACTERS} are allowed. Make it in Python"
+        )
+
+
+def _counted(parts: list[str], text: str, what: str) -> list[str]:
+    if len(parts) > MAX_PARTS:
+        raise ValueError(f"{what} {text[:40]!r}… has {len(parts)} parts; {MAX_PARTS} are allowed. Make it in Python")
+    return parts
+
+
+def _split(text: str, whole: str, what: str) -> list[str]:
+    """``text`` at its commas, those inside brackets left alone; ``whole`` is what a refusal quotes."""
+    pieces, start, depth = [], 0, 0
+    for index, character in enumerate(text):
+        depth += (character == "[") - (character == "]")
+        if depth < 0:
+            break
+        if character == "," and depth == 0:
+            pieces.append(text[start:index].strip())
+            start = index + 1
+    if depth:
+        fault = "a '[' is never closed" if depth > 0 else "a ']' closes nothing"
+        raise ValueError(f"{what} {shown(whole)} cannot be read: {fault}; write {SPEC}")
+    return _counted([*pieces, text[start:].strip()], whole, what)
+
+
+def _misplaced(name: str, rest: str) -> str:
+    if not rest:
+        return "']' without '['" if "]" in name else "nothing follows '['"
+    if "]" not in rest:
+        return "its '[' is never closed"
+    return "']' does not end it" if name else "no name before '['"

@@ -31,7 +31,7 @@ def row_bytes(dim: int) -> int:
 def encode(rows: torch.Tensor) -> torch.Tensor:
     """Rows ``[..., d]`` of any floating dtype as uint8 ``[..., row_bytes(d)]``; allocates :func:`encode_bytes`."""
     dim = rows.shape[-1]
-    groups = rows.float().reshape(*rows.shape[:-1], -1, group(dim))
+    groups = rows.float().reshape(*rows.shape[:-1], dim // group(dim), group(dim))
     scale = _rounded_up(groups.abs().amax(-1) / _MOST)
     codes = (groups / scale.unsqueeze(-1)).nan_to_num_(0.0, 0.0, 0.0).round_()
     encoded = rows.new_zeros(*rows.shape[:-1], row_bytes(dim), dtype=torch.uint8)
@@ -49,7 +49,7 @@ def _rounded_up(scales: torch.Tensor) -> torch.Tensor:
 def decode(encoded: torch.Tensor, dim: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The rows ``[..., d]`` that ``encoded [..., row_bytes(d)]`` stands for; allocates :func:`decode_bytes`."""
     rows = encoded[..., :dim].view(torch.int8).float()
-    rows.view(*rows.shape[:-1], -1, group(dim)).mul_(scales(encoded, dim).float().unsqueeze(-1))
+    rows.view(*rows.shape[:-1], dim // group(dim), group(dim)).mul_(scales(encoded, dim).float().unsqueeze(-1))
     return rows.to(dtype)
 
 

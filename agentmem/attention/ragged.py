@@ -6,12 +6,13 @@ Shapes: queries ``[Hq, q, d]``; a :class:`Run` holds KV heads whose slots lie al
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from agentmem.attention import decode, quantised
+from agentmem.attention.runs import FLOAT, Fresh, Run, wide
 from agentmem.contracts import blocks
 
 try:
@@ -40,66 +41,8 @@ SPAN = 512
 """16-bit slots that are read as float32 for a call of the kernel; the spans are merged by their log-sum-exp."""
 TILE_BYTES = 1 << 19
 """Bytes of one tile of logits in the explicit path."""
-_FLOAT = 4  # bytes of float32
 _RUN_BYTES = 96  # of chunk.c's account of a run
 _TILED_GROUP = 128  # queries of a token that chunk.c takes for one KV head
-
-
-@dataclass(slots=True)
-class Run:
-    """KV heads ``first .. first + h`` of a layer: ``keys [h, n, d]``, ``values [h, n, dv]``, ``bias [h, n]`` float32.
-
-    Quantised keys and values are uint8 ``[h, n, row_bytes]``. ``bias`` is ``None`` while no slot carries a β; ``scores
-    [h, n]`` float32 is where received attention is summed.
-    """
-
-    first: int
-    keys: torch.Tensor
-    values: torch.Tensor
-    bias: torch.Tensor | None = None
-    scores: torch.Tensor | None = None
-    quantised: tuple[int, int] | None = None
-    """The key and value dims where keys and values are rows of :mod:`agentmem.attention.quantised`, uint8."""
-
-    @property
-    def value_dim(self) -> int:
-        """Numbers in a value."""
-        return int(self.values.shape[2]) if self.quantised is None else self.quantised[1]
-
-    @property
-    def copied(self) -> bool:
-        """Whether keys and values must be copied to be float32."""
-        return self.keys.dtype.itemsize < _FLOAT
-
-    def part(self, span: slice) -> Run:
-        """Some of the slots, without their scores."""
-        bias = None if self.bias is None else self.bias[:, span]
-        return Run(self.first, self.keys[:, span], self.values[:, span], bias, None, self.quantised)
-
-    def wide(self) -> Run:
-        """The same with keys and values in float32, or as they are if that holds less."""
-        if self.quantised is None:
-            return Run(self.first, _wide(self.keys), _wide(self.values), self.bias)
-        keys, values = (quantised.decode(*each) for each in zip((self.keys, self.values), self.quantised, strict=True))
-        return Run(self.first, keys, values, self.bias)
-
-    @property
-    def heads(self) -> int:
-        """Number of KV heads in the run."""
-        return int(self.keys.shape[0])
-
-    @property
-    def slots(self) -> int:
-        """Slots per head."""
-        return int(self.keys.shape[1])
-
-
-@dataclass(frozen=True, slots=True)
-class Fresh:
-    """Keys ``[Hkv, q, d]`` and values ``[Hkv, q, dv]`` of the queries' own tokens, not in the store (yet)."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
 
 
 def fused_bytes(layer: LayerShape, tokens: int, slots: int, itemsize: int, rows: int = 1) -> int:
@@ -112,19 +55,19 @@ def fused_bytes(layer: LayerShape, tokens: int, slots: int, itemsize: int, rows:
         layer, layer.group, slots, itemsize
     )
     compiled = decode.step_bytes(layer, rows, itemsize)
-    return max(chunk, step, compiled, _tiled_bytes(layer) if itemsize < _FLOAT else 0)
+    return max(chunk, step, compiled, _tiled_bytes(layer) if itemsize < FLOAT else 0)
 
 
 def _block_bytes(layer: LayerShape, heads: int, tokens: int, keys: int, itemsize: int) -> int:
     """Bytes of attending with one block of tokens: the sum so far, one part of it, and what makes or merges a part."""
-    wide = max(_FLOAT, itemsize)
+    wide = max(FLOAT, itemsize)
     rows = heads * layer.group * tokens
     total, part = rows * (layer.value_dim + 1) * wide, rows * (layer.value_dim * wide + 8)
     merge = rows * (layer.value_dim + 3) * wide
     own = _kernel_bytes(layer, tokens, tokens, itemsize) + _cast_bytes(layer, heads, tokens, itemsize)
     seen = _kernel_bytes(layer, layer.group * tokens, keys, itemsize) + rows * layer.key_dim * wide
     seen += _cast_bytes(layer, heads, min(keys, SPAN), itemsize)
-    asked = rows * layer.key_dim * _FLOAT if itemsize < _FLOAT else 0
+    asked = rows * layer.key_dim * FLOAT if itemsize < FLOAT else 0
     return asked + total + part + max(merge, own, seen)
 
 
@@ -132,7 +75,7 @@ def _cast_bytes(layer: LayerShape, heads: int, keys: int, itemsize: int) -> int:
     """Bytes of keys and values as float32, where they are stored otherwise."""
     if layer.quantised:
         return sum(quantised.decode_bytes(heads * keys, dim) for dim in (layer.key_dim, layer.value_dim))
-    return heads * keys * (layer.key_dim + layer.value_dim) * _FLOAT if itemsize < _FLOAT else 0
+    return heads * keys * (layer.key_dim + layer.value_dim) * FLOAT if itemsize < FLOAT else 0
 
 
 def _tiled_bytes(layer: LayerShape) -> int:
@@ -156,7 +99,7 @@ def _kernel_bytes(layer: LayerShape, rows: int, keys: int, itemsize: int) -> int
     # aten/native/cpu/FlashAttentionKernel.cpp: per thread a [q_split, kv_split] tile and a [q_split, dv] accumulator
     split = 256 if rows >= 768 else 64 if rows >= 192 else 32  # noqa: PLR2004  # the kernel's own thresholds
     tile = min(512, keys)
-    return torch.get_num_threads() * min(split, rows) * (tile + 2 + layer.value_dim) * max(_FLOAT, itemsize)
+    return torch.get_num_threads() * min(split, rows) * (tile + 2 + layer.value_dim) * max(FLOAT, itemsize)
 
 
 def attend(
@@ -272,7 +215,7 @@ def _heads(run: Run) -> Iterator[tuple[int, int, int, int]]:
     """Where each head of a run lies: addresses of keys, values and β (0: there is none), and its slots."""
     size = run.keys.element_size()
     for head in range(run.heads):
-        bias = 0 if run.bias is None else run.bias.data_ptr() + head * run.bias.stride(0) * _FLOAT
+        bias = 0 if run.bias is None else run.bias.data_ptr() + head * run.bias.stride(0) * FLOAT
         keys = run.keys.data_ptr() + head * run.keys.stride(0) * size
         yield keys, run.values.data_ptr() + head * run.values.stride(0) * size, bias, run.slots
 
@@ -355,22 +298,17 @@ def _attend_block(
 
     Both at least float32. What is seen is attended in parts, and every part counts by its mass.
     """
-    grouped = _wide(grouped)
+    grouped = wide(grouped)
     output = grouped.new_zeros(*grouped.shape[:3], _width(runs, fresh))
     lse = grouped.new_full(grouped.shape[:3], -torch.inf)
     if fresh is not None:
-        _merge(output, lse, *_flash_own(grouped, _wide(fresh.keys[:, block]), _wide(fresh.values[:, block]), scale))
+        _merge(output, lse, *_flash_own(grouped, wide(fresh.keys[:, block]), wide(fresh.values[:, block]), scale))
         runs = [*runs, Run(0, fresh.keys[:, : block.start], fresh.values[:, : block.start])]
     for run in runs:
         heads = slice(run.first, run.first + run.heads)
         for part in _spans(run):
             _merge(output[heads], lse[heads], *_flash_rows(grouped[heads], part, scale))
     return output, lse
-
-
-def _wide(numbers: torch.Tensor) -> torch.Tensor:
-    """As float32, or as they are if that holds less."""
-    return numbers.to(torch.promote_types(numbers.dtype, torch.float32))
 
 
 def _spans(run: Run) -> Iterator[Run]:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 
 from agentmem.attention import decode
-from agentmem.attention.ragged import Fresh, attend
+from agentmem.attention.ragged import attend
+from agentmem.attention.runs import Fresh
 from agentmem.memory.sequence import Consumed
 from agentmem.memory.store import LayerStore, SlotSpec
 from agentmem.planning.pricing import grown, window_slots

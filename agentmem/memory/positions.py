@@ -16,9 +16,10 @@ import torch
 from agentmem.memory.forwards import Forwards, Transient
 from agentmem.memory.jobs import Move
 from agentmem.memory.pinning import settle
-from agentmem.memory.rotation import map_scratch, rebased, shift_keys, widest_gap
+from agentmem.memory.rotation import rebased, shift_keys, widest_gap
 from agentmem.memory.torch_state import own_state
 from agentmem.planning.model_shape import MIN_SPARE, spare_positions
+from agentmem.planning.rebasing import layer_scratch, map_scratch
 from agentmem.reporting import log_events
 from agentmem.reporting.report import RebaseReport
 
@@ -113,8 +114,7 @@ def _move_layer(memory: Memory, sequence: TokenSequence, layer: int, old: LayerS
     move, shape = sequence.moving, memory.shape.layers[layer]
     if shape.window is None:
         settle(sequence, old)
-    longest = max(old.lengths)
-    scratch = old.spec.shift_scratch(longest) + 3 * map_scratch(longest)
+    scratch = layer_scratch(shape, max(old.lengths), old.spec.dtype.itemsize)
     with memory.ledger.borrow(scratch, "turning keys"):
         new = old.resized(old.capacities)
         for head in range(len(new.lengths)):

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from agentmem.planning.rebasing import BLOCK
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-BLOCK = 64
-"""Slots that are turned at once: what scratch is proportional to."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,17 +95,6 @@ def _turns(
 def _angles(positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
     """The model's own angles: the product, rounded to float32, as float64."""
     return (positions.float()[:, None] * frequencies.float()).double()
-
-
-def shift_scratch(slots: int, width: int, itemsize: int, *, block: int = BLOCK) -> int:
-    """Bytes that :func:`shift_keys` allocates at most for so many keys of ``itemsize`` bytes a number.
-
-    Per slot: its indices, and per pair of dims either two float64 angles and one in float32, or cosine, sine, both
-    halves and the turned one in the dtype of the turn, with the last rounded.
-    """
-    turn = max(itemsize, 4)
-    pair = max(8 + 8 + 4, 5 * turn + (itemsize if itemsize < turn else 0))
-    return min(slots, block) * (pair * (width // 2) + 32) + 12 * (width // 2)
 
 
 # ---- positions
@@ -203,8 +191,3 @@ def _steps(ascending: torch.Tensor, start: int) -> torch.Tensor:
 def _reach(steps: torch.Tensor, gap: int) -> int:
     """Positions from the first slot to the recent block when no distance is greater than ``gap``."""
     return int(steps.clamp(max=gap).sum(dtype=steps.dtype))
-
-
-def map_scratch(slots: int) -> int:
-    """Bytes that :func:`widest_gap` and :func:`rebased` allocate at most for a head of so many slots."""
-    return 20 * slots + 64

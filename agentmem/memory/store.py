@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from agentmem.attention import decode, quantised
-from agentmem.attention.ragged import Run
+from agentmem.attention.runs import Run
 from agentmem.contracts import HeadSegment, blocks
-from agentmem.memory.rotation import shift_keys, shift_scratch
+from agentmem.memory.rotation import shift_keys
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,15 +67,6 @@ class SlotSpec:
                 rows = quantised.decode(keys[block][moved], self.shape.key_dim)
                 shift_keys(rows, positions[block][moved], deltas[block][moved], rotation)
                 keys[block].index_copy_(0, moved, quantised.encode(rows))
-
-    def shift_scratch(self, slots: int) -> int:
-        """Bytes that :meth:`shift` of so many slots allocates at most."""
-        dim, itemsize = self.shape.key_dim, self.dtype.itemsize
-        if not self.shape.quantised:
-            return shift_scratch(slots, dim, itemsize)
-        block, row = min(slots, quantised.BLOCK), quantised.row_bytes(dim)
-        coded = quantised.decode_bytes(block, dim) + quantised.encode_bytes(block, dim) + block * (row + 24)
-        return shift_scratch(block, dim, 4) + coded
 
     def rounded(self, rows: torch.Tensor) -> torch.Tensor:
         """Keys or values ``[n, d]`` as they will be read once they are stored, in ``dtype``."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from agentmem.attention import quantised, ragged
 from agentmem.contracts import MIN_SUMMARY, SegmentShape
 from agentmem.planning.model_shape import SCORE_BYTES
+from agentmem.planning.rebasing import layer_scratch
 from agentmem.queries import MAX_INSTRUCTION
 from agentmem.reference_queries.stored import NORMS, random_bytes
 from agentmem.settings import parse_bytes
@@ -195,14 +196,17 @@ class Planner:
 
     def _move(self, layer: LayerShape, capacity: int, limit: int, most: int) -> int:
         """Bytes of the largest store of a layer, which a commit builds beside the old one."""
-        encoding = encoding_bytes(layer, capacity)
+        beside = encoding_bytes(layer, capacity)
+        if self.settings.rebase:
+            fullest = self.slots(layer, self._fullest(capacity, limit, most))
+            beside = max(beside, layer_scratch(layer, fullest, self.shape.itemsize))
         if layer.window is not None or self._head_ceiling == 1:
-            return encoding + self._store_bytes(layer, capacity)
+            return beside + self._store_bytes(layer, capacity)
         pinned = self.settings.keep_first + self.settings.keep_recent
         shares = math.ceil(self._layer_ceiling * layer.kv_heads * max(0, limit - pinned))
         kept = min(layer.kv_heads * most, shares)
         headroom = self._fullest(capacity, limit, most) - most
-        return encoding + (layer.kv_heads * headroom + kept) * self._slot_bytes(layer)
+        return beside + (layer.kv_heads * headroom + kept) * self._slot_bytes(layer)
 
     def slots(self, layer: LayerShape, capacity: int) -> int:
         """Slots per head of one layer's store when it is full."""

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from agentmem.attention import ragged
-from agentmem.attention.ragged import Fresh, Run, attend, fused_bytes
+from agentmem.attention.ragged import attend, fused_bytes
+from agentmem.attention.runs import Fresh, Run
 from agentmem.planning.model_shape import LayerShape
 from agentmem.testing import peak_allocated
 from oracles import attention as reference

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from agentmem.attention import decode, ragged
-from agentmem.attention.ragged import Run, attend, fused_bytes
+from agentmem.attention.ragged import attend, fused_bytes
+from agentmem.attention.runs import Run
 from agentmem.planning.model_shape import LayerShape
 from agentmem.testing import peak_allocated
 from oracles import attention as reference

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentmem.attention import decode, quantised, ragged
+from agentmem.attention import decode, quantised, ragged, runs
 from agentmem.testing import peak_allocated
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -79,12 +79,12 @@ def test_no_more_is_allocated_than_is_promised(dim: int, dtype: torch.dtype) -> 
 # ---- attention over them
 
 
-def run_of(keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> tuple[ragged.Run, ragged.Run]:
+def run_of(keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> tuple[runs.Run, runs.Run]:
     """Slots ``[h, n, d]`` as quantised ones, and the numbers that these stand for in float32."""
     coded = [quantised.encode(each) for each in (keys, values)]
     dims = keys.shape[-1], values.shape[-1]
     plain = [quantised.decode(each, dim) for each, dim in zip(coded, dims, strict=True)]
-    return ragged.Run(0, *coded, bias, None, dims), ragged.Run(0, *plain, bias)
+    return runs.Run(0, *coded, bias, None, dims), runs.Run(0, *plain, bias)
 
 
 @pytest.mark.parametrize("explicit", [False, True])
@@ -101,8 +101,8 @@ def test_attention_is_that_of_the_numbers_they_stand_for(
     queries = torch.randn(6, tokens, dims[0], generator=make).to(dtype)
     fresh = None
     if tokens > 1:
-        fresh = ragged.Fresh(*(torch.randn(2, tokens, dim, generator=make).to(dtype) for dim in dims))
-    wide = fresh and ragged.Fresh(fresh.keys.float(), fresh.values.float())
+        fresh = runs.Fresh(*(torch.randn(2, tokens, dim, generator=make).to(dtype) for dim in dims))
+    wide = fresh and runs.Fresh(fresh.keys.float(), fresh.values.float())
 
     found, _ = ragged.attend(queries, [coded], fresh, 0.2, explicit=explicit)
     wanted, _ = ragged.attend(queries.float(), [plain], wide, 0.2, explicit=True)

@@ -10,7 +10,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 import agentmem
 from agentmem import hf
-from agentmem.attention import ragged
+from agentmem.attention import runs
 from agentmem.errors import UnsupportedModel
 from agentmem.hf import self_check
 from agentmem.hf.check_models import causal_class, tiny_config, tiny_model
@@ -144,9 +144,9 @@ def test_a_compaction_that_misplaces_keys_is_found(monkeypatch: pytest.MonkeyPat
 
 def test_attention_that_leaves_out_a_beta_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The slots are right and the logits are not those of the oracle that holds them."""
-    original = ragged.Run.__init__
+    original = runs.Run.__init__
     monkeypatch.setattr(
-        ragged.Run,
+        runs.Run,
         "__init__",
         lambda self, first, keys, values, bias=None, scores=None: original(self, first, keys, values, None, scores),
     )

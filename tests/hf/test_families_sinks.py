@@ -11,7 +11,8 @@ from transformers import AutoConfig
 
 import agentmem
 from agentmem import hf
-from agentmem.attention.ragged import Fresh, Run, attend, explicit_bytes
+from agentmem.attention.ragged import attend, explicit_bytes
+from agentmem.attention.runs import Fresh, Run
 from agentmem.errors import UnsupportedModel
 from agentmem.planning.model_shape import LayerShape
 from agentmem.testing import peak_allocated

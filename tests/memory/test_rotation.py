@@ -10,14 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agentmem.memory.rotation import (
-    BLOCK,
     Rotation,
-    map_scratch,
     rebased,
     shift_keys,
-    shift_scratch,
     widest_gap,
 )
+from agentmem.planning.rebasing import BLOCK, map_scratch, shift_scratch
 from agentmem.testing import peak_allocated
 from oracles.attention import Slots, attention
 from oracles.rope import fits, moved, places

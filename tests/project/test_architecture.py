@@ -45,13 +45,19 @@ TABLE = (
     room("agentmem.settings", rooms="errors untrusted", outside="pydantic"),
     room("agentmem.reporting.report", outside="pydantic"),
     room("agentmem.reporting.log_events", rooms="reporting.report", outside="structlog"),
-    room("agentmem.planning.model_shape", rooms="errors settings"),
+    room("agentmem.attention.quantised", outside="torch"),
+    room("agentmem.planning.model_shape", rooms="errors settings attention.quantised"),
+    room("agentmem.planning.rebasing", rooms="attention.quantised planning.model_shape"),
     room("agentmem.attention._chunk"),
     room("agentmem.attention._decode"),
-    room("agentmem.attention.decode", rooms="attention._decode planning.model_shape", outside="torch"),
+    room(
+        "agentmem.attention.decode", rooms="attention._decode attention.quantised planning.model_shape", outside="torch"
+    ),
+    room("agentmem.attention.runs", rooms="attention.quantised", outside="torch"),
     room(
         "agentmem.attention.ragged",
-        rooms="attention._chunk attention.decode contracts errors planning.model_shape",
+        rooms="attention._chunk attention.decode attention.quantised attention.runs contracts errors "
+        "planning.model_shape",
         outside="torch",
     ),
     room("agentmem.memory.ledger", rooms="errors settings"),
@@ -60,16 +66,18 @@ TABLE = (
     room("agentmem.reference_queries.probe", rooms="queries", outside="torch"),
     room(
         "agentmem.planning.pricing",
-        rooms="queries contracts settings planning.model_shape attention.ragged reference_queries.stored",
+        rooms="queries contracts settings planning.model_shape planning.rebasing attention.quantised attention.ragged "
+        "reference_queries.stored",
     ),
     room("agentmem.planning.capacity", rooms="contracts errors settings planning.pricing planning.model_shape"),
     room("agentmem.memory.torch_state", outside="torch"),
     room("agentmem.memory.owner", rooms="errors"),
     room("agentmem.memory.pins"),
-    room("agentmem.memory.rotation", outside="torch"),
+    room("agentmem.memory.rotation", rooms="planning.rebasing", outside="torch"),
     room(
         "agentmem.memory.store",
-        rooms="contracts errors planning.model_shape memory.ledger memory.pins attention.decode attention.ragged",
+        rooms="contracts errors planning.model_shape memory.ledger memory.pins memory.rotation attention.decode "
+        "attention.quantised attention.runs",
         outside="torch",
     ),
     room("agentmem.memory.jobs", rooms="contracts planning.pricing memory.store"),
@@ -87,7 +95,7 @@ TABLE = (
     ),
     room(
         "agentmem.memory.forwards",
-        rooms="attention.decode attention.ragged memory.jobs memory.memory memory.sequence memory.store "
+        rooms="attention.decode attention.ragged attention.runs memory.jobs memory.memory memory.sequence memory.store "
         "planning.pricing reference_queries.stored reporting.log_events",
         outside="torch",
     ),

@@ -3,7 +3,7 @@
     python -m benchmarks.decode            # writes $BENCH_JSON, default build/bench.json
 
 Rows: ``name, median_ms, stock_median_ms, ratio``. For the row ``unequal_heads_1024`` "stock" is this library with
-equal heads at the same total of slots.
+equal heads at the same total of slots, for ``int8_…`` this library with float32 slots.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from agentmem.contracts import BudgetRequest, Budgets
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from agentmem.settings import SlotDtype
 
 STEPS = 24
 CHUNK = 512
@@ -94,12 +96,11 @@ def stock(model: Any, seen: int) -> DynamicCache:
     return cache
 
 
-def capped(model: Any, stack: ExitStack, held: int, seen: int, policy: Any) -> Any:
+def capped(model: Any, stack: ExitStack, held: int, seen: int, policy: Any, slot_dtype: SlotDtype = "auto") -> Any:
     """A memory that has seen ``seen`` tokens and holds ``held`` slots per head, right after a compaction if any."""
     room = max(STEPS + 8, held)
-    memory = stack.enter_context(
-        agentmem.capped(model, cap="2GiB", policy=policy, max_slots=held + room, target=held, chunk=CHUNK)
-    )
+    settings: dict[str, Any] = {"max_slots": held + room, "target": held, "chunk": CHUNK, "slot_dtype": slot_dtype}
+    memory = stack.enter_context(agentmem.capped(model, cap="2GiB", policy=policy, **settings))
     feed(model, memory, tokens_of(seen))
     if seen > held:
         memory.compact()
@@ -133,6 +134,11 @@ def main() -> int:
         equal = capped(model, stack, 1024, 2048, policy)
         unequal = capped(model, stack, 1024, 2048, replace(policy, name="unequal", budgets=Unequal()))
         rows.append(row("unequal_heads_1024", *interleaved(stepper(model, unequal), stepper(model, equal))))
+    for held in (1024, 4096):
+        with ExitStack() as stack:
+            plain = capped(model, stack, held, held, policy)
+            coded = capped(model, stack, held, held, policy, "int8")
+            rows.append(row(f"int8_{held}", *interleaved(stepper(model, coded), stepper(model, plain))))
     path = Path(os.environ.get("BENCH_JSON", "build/bench.json"))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

@@ -34,13 +34,14 @@ def run(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> object:
 
 
 def test_decode_writes_its_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Four rows of the documented keys, every ratio that of its two medians."""
+    """Six rows of the documented keys, every ratio that of its two medians."""
     monkeypatch.setenv("BENCH_JSON", str(tmp_path / "bench.json"))
 
     assert run(monkeypatch, "decode") == 0
 
     rows: list[dict[str, Any]] = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
     names = ["decode_1024", "decode_4096", "decode_8192_seen_1024_held", "unequal_heads_1024"]
+    names += ["int8_1024", "int8_4096"]
     assert [each["name"] for each in rows] == names
     for each in rows:
         assert set(each) == {"name", "median_ms", "stock_median_ms", "ratio"}

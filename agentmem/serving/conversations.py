@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agentmem.errors import RequestRefused
+from agentmem.serving.dashboard.life import Life
 from agentmem.serving.history import extends
 from agentmem.serving.recipes import Recipe
 
@@ -46,6 +47,8 @@ class Conversation:
     open: bool = False
     """Whether a reply was begun and has no token yet: nothing but that reply can come next."""
     busy: bool = False
+    life: Life = field(default_factory=Life)
+    """What a dashboard shows of its memory."""
 
 
 class Conversations:

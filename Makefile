@@ -40,7 +40,7 @@ $(PY):
 
 $(INSTALLED): pyproject.toml constraints.txt $(wildcard agentmem/attention/*.[ch]) | $(PY)
 	$(if $(TORCH_INDEX),$(PIP) install --constraint constraints.txt --index-url $(TORCH_INDEX) torch)
-	$(PIP) install --constraint constraints.txt --editable '.[cli,dev,docs,eval,server]'
+	$(PIP) install --constraint constraints.txt --editable '.[adapters,cli,dev,docs,eval,server]'
 	@touch $@
 
 model: install

@@ -23,12 +23,12 @@ async def turn_of(server: Server, request: Request) -> AsyncIterator[Turn]:
     """A turn that has ended at the end of the block.
 
     Raises:
-        RequestRefused: 503, the server ends.
+        RequestRefused: 503, the server ends; a form of the reply that it cannot be held to.
 
     """
     if server.closing:
         raise RequestRefused("this server is shutting down; try another one", status=503, code="shutting_down")
-    turn = Turn(server, request)
+    turn = Turn(server, server.constraints.of(request))
     server.turns.add(turn)
     try:
         yield turn

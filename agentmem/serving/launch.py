@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 
 import uvicorn
@@ -16,7 +17,17 @@ from agentmem.serving.keys import ApiKeys
 from agentmem.serving.server import Server
 from agentmem.serving.settings import ServerSettings, is_loopback
 
-__all__ = ["ApiKeys", "Server", "ServerSettings", "alone", "check_keys", "listening", "serve", "to_paste"]
+__all__ = [
+    "ApiKeys",
+    "Server",
+    "ServerSettings",
+    "alone",
+    "check_keys",
+    "listening",
+    "read_template",
+    "serve",
+    "to_paste",
+]
 
 _BACKLOG = 1024
 
@@ -79,6 +90,22 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
         ) from None
     with made:
         yield made
+
+
+def read_template(name: str) -> str:
+    """A chat template: one that comes with the package, by its name, or a file's.
+
+    Raises:
+        SettingsRefused: there is no such file, or it is no text.
+
+    """
+    own = files("agentmem.serving").joinpath("templates", f"{name}.jinja")
+    try:
+        return own.read_text(encoding="utf-8") if own.is_file() else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsRefused(
+            f"chat template: cannot read {name}: {error}; give a Jinja file, or 'chatml-tools'"
+        ) from None
 
 
 def serve(server: Server, host: str, port: int, announce: Callable[[str], None]) -> None:

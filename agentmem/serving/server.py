@@ -15,6 +15,7 @@ import torch
 
 from agentmem import Runtime, Session
 from agentmem.errors import AgentmemError, RequestRefused, RuntimeBusy
+from agentmem.serving.constraints import Constraints
 from agentmem.serving.conversations import Conversation, Conversations
 from agentmem.serving.dashboard.watch import Watch
 from agentmem.serving.items import Items, read_keys
@@ -48,6 +49,7 @@ class Server:
         self.runtime, self.settings, self.keys = runtime, settings, keys or ApiKeys()
         self.conversations = Conversations(settings.max_conversations, settings.quota_bytes, settings.forget_after)
         self.formats: ToolFormat | None = tool_format(str(getattr(runtime.tokenizer, "chat_template", None) or ""))
+        self.constraints = Constraints(runtime.tokenizer, self.formats)
         self.marks = self._marks()
         """Special tokens that a tool format writes, which a decoded text leaves out."""
         self.started = int(time.time())

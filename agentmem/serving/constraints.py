@@ -23,6 +23,10 @@ _PLAIN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator":
 """As models write JSON; a small one would go on with white space for ever, where that is allowed."""
 
 
+_NONE = {"type": "object", "properties": {}}
+"""The schema of a tool without one."""
+
+
 class Constraints:
     """Grammars for one tokenizer, which is read when the first of them is wanted."""
 
@@ -56,7 +60,10 @@ class Constraints:
         if self._format is None:
             raise _refused("this model's chat template teaches no format of calls; use 'auto' or 'none'", param)
         begin, key, end = self._format.written
-        rules = [f'call_{at}: {_name(each.name, key)} {_json(each.parameters)} "}}"' for at, each in enumerate(tools)]
+        rules = [
+            f'call_{at}: {_name(each.name, key)} {_json(_closed(each.parameters or _NONE))} "}}"'
+            for at, each in enumerate(tools)
+        ]
         any_call = " | ".join(f"call_{at}" for at in range(len(tools)))
         start = f"start: {self._written(begin)} ({any_call}) {self._written(end)}"
         return self._checked("\n".join([start, *rules]), param)
@@ -129,9 +136,22 @@ class Following:
         return scores.masked_fill(taken, float("-inf"))
 
 
-def _json(schema: Mapping[str, Any] | None) -> str:
-    given = dict(schema) if schema else {"type": "object", "properties": {}, "additionalProperties": False}
-    return f"%json {json.dumps(given | {'x-guidance': _PLAIN})}"
+def _json(schema: Mapping[str, Any]) -> str:
+    return f"%json {json.dumps({**schema, 'x-guidance': _PLAIN})}"
+
+
+def _closed(schema: Any) -> Any:
+    """A tool's schema whose objects have no properties but those that it names, unless it says that they may."""
+    if not isinstance(schema, dict):
+        return schema
+    made = {**schema}
+    if isinstance(own := schema.get("properties"), dict):
+        made["properties"] = {name: _closed(each) for name, each in own.items()}
+        if "patternProperties" not in schema:
+            made.setdefault("additionalProperties", False)
+    if "items" in schema:
+        made["items"] = _closed(schema["items"])
+    return made
 
 
 def _name(name: str, key: str) -> str:

@@ -12,6 +12,7 @@ import uvicorn
 from filelock import FileLock, Timeout
 
 from agentmem.errors import SettingsRefused
+from agentmem.serving import connections
 from agentmem.serving.app import create_app
 from agentmem.serving.keys import ApiKeys
 from agentmem.serving.server import Server
@@ -117,8 +118,11 @@ def serve(server: Server, host: str, port: int, announce: Callable[[str], None])
     """
     check_keys(host, server.keys)
     server.check()
+    connections.allow_many()
     config = uvicorn.Config(
         create_app(server),
+        http=connections.Impatient,
+        ws="none",
         log_config=None,
         access_log=False,
         server_header=False,

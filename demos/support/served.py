@@ -93,7 +93,7 @@ def called(client: OpenAI, tokens: int) -> tuple[str, str]:
 
 
 async def agent(url: str) -> list[str]:
-    """What an agent of the OpenAI Agents SDK does in two runs of one session that is compacted by the server."""
+    """What an agent of the OpenAI Agents SDK does in two runs of one session, which the server compacts in between."""
     import agents
     from agents import OpenAIResponsesCompactionSession as Compacted
 
@@ -109,24 +109,23 @@ async def agent(url: str) -> list[str]:
         """The time in a city."""
         return f"Noon in {city}."
 
+    done: list[str] = []
     async with AsyncOpenAI(base_url=url, api_key="none") as client:
-        session = Compacted(
-            "demo", agents.SQLiteSession("demo"), client=client, model=MODEL, should_trigger_compaction=_always
+        session = Compacted("demo", agents.SQLiteSession("demo"), client=client, model=MODEL)
+        one = agents.Agent(
+            "demo",
+            instructions="Be brief.",
+            model=agents.OpenAIResponsesModel(MODEL, client),
+            tools=[weather, clock],
+            tool_use_behavior="stop_on_first_tool",
         )
-        model, done = agents.OpenAIResponsesModel(MODEL, client), []
         for tool, question in (("weather", "How is the weather in Paris?"), ("clock", "And what time is it there?")):
             how = agents.ModelSettings(tool_choice=tool, temperature=0, max_tokens=256, extra_body=UNPINNED)
-            one = agents.Agent(
-                "demo", instructions="Be brief.", model=model, tools=[weather, clock], model_settings=how
-            )
             try:
-                made = await agents.Runner.run(one, question, session=session)
+                made = await agents.Runner.run(one.clone(model_settings=how), question, session=session)
             except agents.AgentsException as error:
-                return [*done, f"ended early: {error}"]  # a reply of so small a model may find no end
-            done += [type(item).__name__.removesuffix("Item") for item in made.new_items]
+                return [*done, f"ended early: {error}"]  # a model that writes without an end
+            done.append(f"{tool}: {made.final_output}")
+            await session.run_compaction({"force": True, "compaction_mode": "input"})
         kept = [str(item.get("type", item.get("role"))) for item in await session.get_items()]
-        return [*done, "kept: " + " ".join(kept)]
-
-
-def _always(_: dict[str, Any]) -> bool:
-    return True
+    return [*done, f"kept as {kept[-1]}"]

@@ -191,7 +191,7 @@ def test_03_goes_on_after_evil_code(demo: Demo, folder: str) -> None:
 
 def test_07_serve_goes_on_from_an_item_after_a_restart(demo: Demo, folder: str) -> None:
     """The real clients against two servers in turn: the second takes the first one's conversation out of its item."""
-    said = demo("07", "--model", folder, "--cap", "6MiB", "--times", "1", "--tokens", "40")
+    said = demo("07", "--model", folder, "--cap", "12MiB", "--times", "1", "--tokens", "100")
     rows = re.findall(r"^(turn \d+|compact|after it|[A-Z][a-z]+) +(\d+) +(\d+) +\d", said, re.MULTILINE)
     names = [name for name, _, _ in rows]
     turns = [name for name in names if name.startswith("turn")]

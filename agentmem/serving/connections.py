@@ -39,7 +39,8 @@ class Impatient(H11Protocol):
 
     @property
     def _busy(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
+        cycle: Any = self.cycle  # None before the first request, whatever its annotation says
+        return cycle is not None and not cycle.response_complete
 
     def _watch(self) -> None:
         if self._busy:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +16,6 @@ from agentmem.errors import RequestRefused
 if TYPE_CHECKING:
     from agentmem.serving.tool_calls import ToolFormat
     from agentmem.serving.tools import Function
-    from agentmem.serving.turns import Request
 
 _PLAIN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """As models write JSON; a small one would go on with white space for ever, where that is allowed."""
@@ -35,20 +33,16 @@ class Constraints:
         self._tokenizer, self._format = tokenizer, writes
         self._tokens: Any = None
 
-    def of(self, request: Request) -> Request:
-        """A request whose sampling has the grammar of what its reply must be.
+    def of(self, forced: Sequence[Function], schema: Mapping[str, Any] | None, param: str) -> str | None:
+        """The grammar of a reply that must call one of the tools, or fit a schema; ``None`` where it is free.
 
         Raises:
-            RequestRefused: see :meth:`of_calls` and :meth:`of_schema`.
+            RequestRefused: see :meth:`of_calls` and :meth:`of_schema`, which ``param`` is for.
 
         """
-        if request.forced:
-            grammar = self.of_calls(request.forced)
-        elif request.schema is not None:
-            grammar = self.of_schema(request.schema, "text.format" if request.response else "response_format")
-        else:
-            return request
-        return replace(request, sampling=replace(request.sampling, grammar=grammar))
+        if forced:
+            return self.of_calls(forced)
+        return None if schema is None else self.of_schema(schema, param)
 
     def of_calls(self, tools: Sequence[Function], param: str = "tool_choice") -> str:
         """A grammar of one call of one of the tools.

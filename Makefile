@@ -1,4 +1,4 @@
-# make install | demo | serve-demo | test | test-all | coverage | lint | types | format | bench | soak | docs | clean
+# make install | demo | serve-demo | test | test-all | browser | coverage | lint | types | format | bench | soak | docs | clean
 #
 # PYTHON       the interpreter that .venv is made with (3.11 or newer)
 # WORKERS      processes of make test, each with one thread: auto (one a core, at most four), or 0 for none
@@ -27,7 +27,7 @@ SOURCES := $(shell find agentmem policies -name '*.py' -o -name '*.pyi' -o -name
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install model demo serve-demo test test-all coverage lint types format bench soak docs clean
+.PHONY: help install model demo serve-demo test test-all browser coverage lint types format bench soak docs clean
 
 help:
 	@sed -n '1,7s/^# \{0,1\}//p' Makefile
@@ -40,7 +40,7 @@ $(PY):
 
 $(INSTALLED): pyproject.toml constraints.txt $(wildcard agentmem/attention/*.[ch]) | $(PY)
 	$(if $(TORCH_INDEX),$(PIP) install --constraint constraints.txt --index-url $(TORCH_INDEX) torch)
-	$(PIP) install --constraint constraints.txt --editable '.[cli,dev,docs,eval,server]'
+	$(PIP) install --constraint constraints.txt --editable '.[adapters,cli,dev,docs,eval,server]'
 	@touch $@
 
 model: install
@@ -55,6 +55,10 @@ demo: model
 # The server, and the real OpenAI client against it: streaming, several caps, compaction, a restart.
 serve-demo: model
 	$(PY) demos/07_serve.py
+
+# The dashboard in Debian's Chromium: its console, its charts, and pictures of it in build/browser.
+browser: install
+	PYTHONPATH=tests $(PY) -m browser.dashboard
 
 test: model
 	$(PY) -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal --durations 10

@@ -42,6 +42,13 @@ def serve(
     alias: Annotated[
         list[str] | None, typer.Option(help="Another name of the model; may be repeated.", show_default=False)
     ] = None,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            help="Jinja file in place of the tokenizer's template, or chatml-tools: ChatML with a place for tools.",
+            show_default=False,
+        ),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Of a reply whose request has no limit.")] = 1024,
     max_requests: Annotated[int, typer.Option(min=1, help="At work or waiting; more are answered with 429.")] = 64,
     keep_recent: Annotated[int, typer.Option(min=0, help="Last tokens that are never compacted.")] = 96,
@@ -61,9 +68,11 @@ def serve(
     settings = launch.ServerSettings.of(
         models=(name, *(alias or ())), state=state, reply_tokens=max_tokens, max_requests=max_requests
     )
+    template = None if chat_template is None else launch.read_template(chat_template)
     log_requests()
     with launch.alone(state):
         loaded, tokenizer = load_model(model, dtype)
+        tokenizer.chat_template = template or tokenizer.chat_template
         options: dict[str, Any] = {"share": share, "keep_recent": keep_recent, "rebase": rebase}
         options["slot_dtype"] = slot_dtype
         with Runtime(

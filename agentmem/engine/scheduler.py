@@ -52,6 +52,8 @@ class Figures(NamedTuple):
     """Fed, read and written ones together, while forwards ran."""
     pauses: tuple[float, float, float]
     """Seconds that a compaction kept everybody waiting: median, 95th percentile, most."""
+    fed: int
+    """Tokens of all forwards so far."""
 
 
 class Scheduler:
@@ -62,6 +64,7 @@ class Scheduler:
         self.lock = threading.RLock()
         self.recent: deque[Forward] = deque(maxlen=64)
         """The newest forwards."""
+        self._fed = 0
         self._pauses: deque[float] = deque(maxlen=256)
         """Seconds of the newest compactions."""
         self._changed = threading.Condition()
@@ -142,6 +145,7 @@ class Scheduler:
             sum(each.sequences for each in recent) / max(1, len(recent)),
             sum(each.tokens for each in recent) / seconds if seconds else 0.0,
             tuple(pauses[int(part * (len(pauses) - 1))] if pauses else 0.0 for part in (0.5, 0.95, 1.0)),  # type: ignore[arg-type]  # three
+            self._fed,
         )
 
     # ---- choosing
@@ -170,6 +174,7 @@ class Scheduler:
         with self._changed:
             if fed:
                 self.recent.append(Forward(now - began, len(fed), sum(count for _, count in fed)))
+                self._fed += self.recent[-1].tokens
             self._waiting = [each for each in self._waiting if not each.done]  # at once: an interrupt may come
             for want in self._waiting:
                 want.passed += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,6 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from agentmem.serving import completions, refusals
 from agentmem.serving.access import Access
 from agentmem.serving.chat import route as chat
+from agentmem.serving.dashboard import route as dashboard
 from agentmem.serving.gate import Gate
 from agentmem.serving.responses import compaction
 from agentmem.serving.responses import route as responses
@@ -26,15 +28,18 @@ def create_app(server: Server) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         server.restore()
+        watching = asyncio.create_task(server.watch.run())
         yield
+        watching.cancel()
         await server.close()
 
     app = FastAPI(title="agentmem", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Gate, settings=server.settings, keys=server.keys)
+    app.add_middleware(Gate, settings=server.settings, keys=server.keys, also_open=dashboard.OPEN)
     app.add_middleware(Access, metrics=server.metrics)  # the last that is added is the outermost
     refusals.handle(app)
     _health(app, server)
     _models(app, server)
+    app.include_router(dashboard.router(server))
     app.include_router(chat.router(server))
     app.include_router(completions.router(server))
     stored = StoredResponses(server.settings.max_responses, server.settings.item_seconds, server.settings.responses)

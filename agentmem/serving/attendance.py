@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 from starlette.requests import Request as HttpRequest
 
@@ -23,12 +24,14 @@ async def turn_of(server: Server, request: Request) -> AsyncIterator[Turn]:
     """A turn that has ended at the end of the block.
 
     Raises:
-        RequestRefused: 503, the server ends.
+        RequestRefused: 503, the server ends; a form of the reply that it cannot be held to.
 
     """
     if server.closing:
         raise RequestRefused("this server is shutting down; try another one", status=503, code="shutting_down")
-    turn = Turn(server, request)
+    param = "text.format" if request.response else "response_format"
+    grammar = server.constraints.of(request.forced, request.schema, param)
+    turn = Turn(server, replace(request, sampling=replace(request.sampling, grammar=grammar)))
     server.turns.add(turn)
     try:
         yield turn

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agentmem.errors import RequestRefused
+from agentmem.serving.dashboard.life import Life
 from agentmem.serving.history import extends
 from agentmem.serving.recipes import Recipe
 
@@ -46,6 +47,8 @@ class Conversation:
     open: bool = False
     """Whether a reply was begun and has no token yet: nothing but that reply can come next."""
     busy: bool = False
+    life: Life = field(default_factory=Life)
+    """What a dashboard shows of its memory."""
 
 
 class Conversations:
@@ -79,7 +82,7 @@ class Conversations:
         """The conversation that a request goes on from, and how many of its messages that holds; it is busy now.
 
         One that holds the most of them is taken; where none does, a new one begins, which holds none. ``any_recipe``
-        takes one of another recipe, too.
+        takes one of another recipe, too, and one whose instructions the request leaves out.
 
         Raises:
             RequestRefused: ``name`` is no name, or names a conversation that is in mid-turn.
@@ -89,7 +92,7 @@ class Conversations:
         named = None if name is None else self._named(owner, name)
         for each in self if name is None else filter(None, [named]):
             like = Like(owner, each.recipe if any_recipe else recipe, each.label if name else label)
-            count = _continues(each, like, wanted)
+            count = _continues(each, like, wanted, unled=any_recipe)
             if count and (best is None or count > best[1]):
                 best = each, count
         found, held = best or (self._begin(owner, recipe, name, label), 0)
@@ -155,9 +158,14 @@ class Like:
     label: str | None
 
 
-def _continues(each: Conversation, like: Like, wanted: list[str]) -> int | None:
-    """How many of the wanted messages it holds; ``None`` where it is no conversation to go on from."""
+def _continues(each: Conversation, like: Like, wanted: list[str], *, unled: bool = False) -> int | None:
+    """How many of the wanted messages it holds; ``None`` where it is no conversation to go on from.
+
+    ``unled``: also where it holds them behind instructions that are not among them.
+    """
     if each.busy or Like(each.owner, each.recipe, each.label) != like:
         return None
     count = extends(each.history, wanted, each.anchors)
+    if count is None and unled and each.lead is not None and each.history[:1] == [each.lead]:
+        count = extends(each.history[1:], wanted, {})
     return None if each.open and count != len(wanted) else count

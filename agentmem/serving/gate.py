@@ -18,16 +18,19 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN = frozenset({"/", "/health", "/ready"})
+OPEN = frozenset({"/health", "/ready"})
 """Routes that need no key: they tell nothing of anyone."""
 
 
 class Gate:
     """ASGI middleware. The owner of a request is ``request.state.owner``."""
 
-    def __init__(self, app: Application, settings: ServerSettings, keys: ApiKeys) -> None:
-        """Around ``app``."""
+    def __init__(
+        self, app: Application, settings: ServerSettings, keys: ApiKeys, also_open: frozenset[str] = frozenset()
+    ) -> None:
+        """Around ``app``; ``also_open`` are routes that need no key, beside :data:`OPEN`."""
         self.app, self.settings, self.keys = app, settings, keys
+        self._open = OPEN | also_open
         self.requests = 0
         """At work or waiting now, of those that have a body."""
 
@@ -38,7 +41,7 @@ class Gate:
             return
         headers = Headers(scope=scope)
         try:
-            if scope["path"] not in OPEN:
+            if scope["path"] not in self._open:
                 scope.setdefault("state", {})["owner"] = self.keys.owner(headers.get("authorization"))
             if scope["method"] != "POST":
                 await self.app(scope, receive, send)

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from agentmem import Session
 
 _RECORD, _MEMORY = "record.json", "memory"
+_BEFORE = ".before-"
+"""Names begin so while others take their place."""
 
 
 class Record(BaseModel):
@@ -73,6 +76,8 @@ class Kept:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for path in folder.glob(".making-*"):
             shutil.rmtree(path, ignore_errors=True)
+        for path in folder.glob(f"{_BEFORE}*"):
+            self._settle(path.name.removeprefix(_BEFORE))
 
     def keep(self, name: str, session: Session, record: Record) -> Path:
         """Save a session under a name, in place of what had it; returns where its memory lies.
@@ -85,12 +90,23 @@ class Kept:
         try:
             session.save(made / _MEMORY)
             (made / _RECORD).write_text(record.model_dump_json(), encoding="utf-8")
-            self.drop(name)
+            with suppress(FileNotFoundError):
+                (self.folder / name).rename(self.folder / f"{_BEFORE}{name}")
             made.rename(self.folder / name)
         except BaseException:
             shutil.rmtree(made, ignore_errors=True)
             raise
+        finally:
+            self._settle(name)
         return self.memory(name)
+
+    def _settle(self, name: str) -> None:
+        """Delete what had a name before, or give it its name back where nothing took its place."""
+        before = self.folder / f"{_BEFORE}{name}"
+        if (self.folder / name).exists():
+            shutil.rmtree(before, ignore_errors=True)
+        elif before.exists():
+            before.rename(self.folder / name)
 
     def memory(self, name: str) -> Path:
         """Where the memory of that name lies."""

@@ -5,18 +5,30 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 
 import uvicorn
 from filelock import FileLock, Timeout
 
 from agentmem.errors import SettingsRefused
+from agentmem.serving import connections
 from agentmem.serving.app import create_app
 from agentmem.serving.keys import ApiKeys
 from agentmem.serving.server import Server
 from agentmem.serving.settings import ServerSettings, is_loopback
 
-__all__ = ["ApiKeys", "Server", "ServerSettings", "alone", "check_keys", "listening", "serve", "to_paste"]
+__all__ = [
+    "ApiKeys",
+    "Server",
+    "ServerSettings",
+    "alone",
+    "check_keys",
+    "listening",
+    "read_template",
+    "serve",
+    "to_paste",
+]
 
 _BACKLOG = 1024
 
@@ -81,6 +93,22 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
         yield made
 
 
+def read_template(name: str) -> str:
+    """A chat template: one that comes with the package, by its name, or a file's.
+
+    Raises:
+        SettingsRefused: there is no such file, or it is no text.
+
+    """
+    own = files("agentmem.serving").joinpath("templates", f"{name}.jinja")
+    try:
+        return own.read_text(encoding="utf-8") if own.is_file() else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsRefused(
+            f"chat template: cannot read {name}: {error}; give a Jinja file, or 'chatml-tools'"
+        ) from None
+
+
 def serve(server: Server, host: str, port: int, announce: Callable[[str], None]) -> None:
     """Serve until the process is told to end (SIGINT, SIGTERM); ``announce`` gets the base URL before.
 
@@ -90,8 +118,11 @@ def serve(server: Server, host: str, port: int, announce: Callable[[str], None])
     """
     check_keys(host, server.keys)
     server.check()
+    connections.allow_many()
     config = uvicorn.Config(
         create_app(server),
+        http=connections.Impatient,
+        ws="none",
         log_config=None,
         access_log=False,
         server_header=False,

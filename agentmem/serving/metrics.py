@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from agentmem import CompactionReport, Runtime
     from agentmem.serving.conversations import Conversations
     from agentmem.serving.pieces import Usage
+    from agentmem.sessions import RuntimeStats
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 _RATES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
@@ -47,10 +48,19 @@ class _Moment(Collector):
             ("agentmem_pause_p95_seconds", "Compactions, lately: 95th percentile.", stats.pause_p95_seconds),
         ):
             yield GaugeMetricFamily(name, text, value)
+        yield _bytes(stats)
         sessions = GaugeMetricFamily("agentmem_sessions", "Sessions by state.", labels=["state"])
         for state in ("active", "idle", "on_disk"):
             sessions.add_metric([state], getattr(stats, state))
         yield sessions
+
+
+def _bytes(stats: RuntimeStats) -> GaugeMetricFamily:
+    made = GaugeMetricFamily("agentmem_bytes", "Of the cap, by what they are charged for.", labels=["kind"])
+    for kind in ("running", "running_room", "idle", "idle_room"):
+        made.add_metric([kind], getattr(stats, f"{kind}_bytes"))
+    made.add_metric(["free"], stats.cap_bytes - stats.charged_bytes)
+    return made
 
 
 class Metrics:

@@ -15,7 +15,9 @@ import torch
 
 from agentmem import Runtime, Session
 from agentmem.errors import AgentmemError, RequestRefused, RuntimeBusy
+from agentmem.serving.constraints import Constraints
 from agentmem.serving.conversations import Conversation, Conversations
+from agentmem.serving.dashboard.watch import Watch
 from agentmem.serving.items import Items, read_keys
 from agentmem.serving.kept import Kept, Record, conversation_name
 from agentmem.serving.keys import ApiKeys
@@ -47,6 +49,7 @@ class Server:
         self.runtime, self.settings, self.keys = runtime, settings, keys or ApiKeys()
         self.conversations = Conversations(settings.max_conversations, settings.quota_bytes, settings.forget_after)
         self.formats: ToolFormat | None = tool_format(str(getattr(runtime.tokenizer, "chat_template", None) or ""))
+        self.constraints = Constraints(runtime.tokenizer, self.formats)
         self.marks = self._marks()
         """Special tokens that a tool format writes, which a decoded text leaves out."""
         self.started = int(time.time())
@@ -54,6 +57,7 @@ class Server:
         self.turns: set[Running] = set()
         """Under way."""
         self.metrics = Metrics(runtime, self.conversations, self.turns)
+        self.watch = Watch(settings.models, runtime, self.conversations, self.turns)
         self._passing = None if settings.state else tempfile.TemporaryDirectory(prefix="agentmem-serve-")
         self.state = settings.state or Path(self._passing.name if self._passing else "")
         self.kept = Kept(self.state / "conversations")
@@ -146,6 +150,7 @@ class Server:
         """A turn of it is over: note what it holds."""
         if (session := conversation.session) is not None:
             conversation.bytes = session.stats.charged_bytes or conversation.bytes
+            conversation.life.look(session)
         self.conversations.release(conversation)
 
     def open_session(self, conversation: Conversation) -> None:
@@ -157,7 +162,7 @@ class Server:
 
         """
         recipe, runtime = conversation.recipe, self.runtime
-        given = {"name": conversation.id, **recipe.arguments()}
+        given = {"name": conversation.id, "after_compact": conversation.life.compacted, **recipe.arguments()}
         if conversation.folder is None:
             conversation.session = runtime.session(recipe.made_policy(), seed=secrets.randbits(62), **given)
         else:

@@ -49,6 +49,8 @@ class ToolFormat:
     Raises:
         ValueError: it is no call.
     """
+    written: tuple[str, str, str]
+    """One call: what stands before its JSON, the key of its arguments, and what stands after it."""
     markers: tuple[str, ...]
     """Texts that may be special tokens of the tokenizer, which a decoded text leaves out."""
     bare: bool = False
@@ -119,9 +121,22 @@ def _mistral(text: str) -> tuple[Found, str]:
     return found, ""
 
 
-HERMES = ToolFormat("hermes", ("<tool_call>",), _hermes, ("<tool_call>", "</tool_call>"))
-LLAMA3 = ToolFormat("llama3", ("<|python_tag|>",), _llama3, ("<|python_tag|>",), bare=True)
-MISTRAL = ToolFormat("mistral", ("[TOOL_CALLS]",), _mistral, ("[TOOL_CALLS]", "[ARGS]"), id_letters=9)
+HERMES = ToolFormat(
+    "hermes",
+    ("<tool_call>",),
+    _hermes,
+    ("<tool_call>\n", "arguments", "\n</tool_call>"),
+    ("<tool_call>", "</tool_call>"),
+)
+LLAMA3 = ToolFormat("llama3", ("<|python_tag|>",), _llama3, ("", "parameters", ""), ("<|python_tag|>",), bare=True)
+MISTRAL = ToolFormat(
+    "mistral",
+    ("[TOOL_CALLS]",),
+    _mistral,
+    ("[TOOL_CALLS] [", "arguments", "]"),
+    ("[TOOL_CALLS]", "[ARGS]"),
+    id_letters=9,
+)
 
 
 def tool_format(template: str) -> ToolFormat | None:

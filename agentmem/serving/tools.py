@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import regex
@@ -91,19 +92,50 @@ def accepting(tools: Sequence[Function]) -> Accepts | None:
     return accepts if tools else None
 
 
-def chosen(tools: Sequence[Function], choice: Any) -> Sequence[Function]:
-    """The tools that the model is shown: all, or with ``tool_choice="none"`` no one.
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a request's ``tool_choice`` comes to."""
+
+    shown: tuple[Function, ...]
+    """Tools that the model is shown."""
+    forced: tuple[Function, ...] = ()
+    """Tools of which the reply must call one."""
+
+
+def chosen(tools: Sequence[Function], choice: Any, *, parallel: bool = True) -> Choice:
+    """The tools that the model is shown, and those of which it must call one: ``required``, or one that is named.
 
     Raises:
-        RequestRefused: a choice that only constrained decoding could keep.
+        RequestRefused: it names no tool of the request, or is none of these; or one call at most is wanted of a model
+            that is free to write several.
 
     """
-    if choice in (None, "auto"):
-        return tools
+    shown = tuple(tools)
     if choice == "none":
-        return ()
-    raise RequestRefused(
-        f"tool_choice: {str(choice)[:80]} needs constrained decoding, which is not supported; use 'auto' or 'none'",
-        code="unsupported_parameter",
-        param="tool_choice",
-    )
+        return Choice(())
+    if choice in (None, "auto"):
+        if shown and not parallel:
+            raise RequestRefused(
+                "parallel_tool_calls: false is kept where tool_choice is 'required' or names a tool; leave it out",
+                code="unsupported_parameter",
+                param="parallel_tool_calls",
+            )
+        return Choice(shown)
+    name = _named(choice)
+    forced = shown if choice == "required" else tuple(tool for tool in shown if tool.name == name)
+    if not forced:
+        known = ", ".join(tool.name for tool in shown) or "none"
+        raise RequestRefused(
+            f"tool_choice: {str(choice)[:80]} names no tool of this request, whose tools are: {known}; use one of "
+            "these, 'auto', 'required' or 'none'",
+            param="tool_choice",
+        )
+    return Choice(shown, forced)
+
+
+def _named(choice: Any) -> str | None:
+    """The name in a choice as either route writes it."""
+    if not isinstance(choice, dict) or choice.get("type") != "function":
+        return None
+    found = choice.get("function", choice)
+    return found.get("name") if isinstance(found, dict) else None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from agentmem.serving.items import Item
     from agentmem.serving.server import Server
     from agentmem.serving.tool_calls import Accepts
+    from agentmem.serving.tools import Function
 
 
 _PIECE = 256
@@ -41,6 +42,8 @@ class Sampling:
     seed: int | None = None
     tokens: int = 1024
     stop: tuple[str, ...] = ()
+    grammar: str | None = None
+    """Of the reply; see :class:`agentmem.serving.constraints.Constraints`."""
 
     def options(self) -> dict[str, Any]:
         """As ``generate`` takes them."""
@@ -79,6 +82,10 @@ class Request:
     """Whether a reply is wanted."""
     raw: Sequence[int] | None = None
     """Ids that are read as they are, instead of messages; nothing is held of such a turn when it has ended."""
+    forced: Sequence[Function] = ()
+    """Tools of which the reply must call one."""
+    schema: Mapping[str, Any] | None = None
+    """What the reply must fit, as JSON."""
     response: str | None = None
     """Id of the response that it becomes, by which it can be cancelled."""
 
@@ -280,7 +287,10 @@ class Turn:
     async def _write(self, session: Session, text: ReplyText, conversation: Conversation) -> End:
         """Decode until the reply ends or a stop sequence comes; why it ended."""
         marks = self._server.marks if self.request.accepts else {}
-        options = self.request.sampling.options()
+        sampling = self.request.sampling
+        options = sampling.options()
+        if sampling.grammar is not None:
+            options["logits_processor"] = [self._server.constraints.follow(sampling.grammar)]
         async with aclosing(session.stream(deadline=self._left(), **options)) as events:  # type: ignore[type-var]  # a generator
             async for event in events:
                 if isinstance(event, TokenEvent):

@@ -389,7 +389,7 @@ class Runtime:
             figures = self.scheduler.figures()
             return RuntimeStats(
                 cap_bytes=self.cap,
-                charged_bytes=self.leases.charged,
+                **self.leases.by_kind({id(each.holding) for each in self.sessions if each.busy}),
                 active=sum(busy),
                 idle=sum(memory and not active for memory, active in zip(here, busy, strict=True)),
                 on_disk=len(here) - sum(here),
@@ -397,6 +397,7 @@ class Runtime:
                 feeding=figures.waiting,
                 sequences_per_forward=figures.sequences,
                 tokens_per_second=figures.tokens_per_second,
+                fed_tokens=figures.fed,
                 pause_p50_seconds=figures.pauses[0],
                 pause_p95_seconds=figures.pauses[1],
                 pause_max_seconds=figures.pauses[2],

@@ -83,6 +83,15 @@ class RuntimeStats(BaseModel):
 
     cap_bytes: int
     charged_bytes: int
+    """Of the cap: the sum of the four that follow."""
+    running_bytes: int
+    """What memories hold whose turns run."""
+    running_room_bytes: int
+    """The rest of the leases of these turns: what is still to be read and written, and what compactions work in."""
+    idle_bytes: int
+    """What idle memories hold."""
+    idle_room_bytes: int
+    """The rest of what idle memories are charged, which is taken from them when others need it."""
     active: int
     idle: int
     on_disk: int
@@ -94,6 +103,8 @@ class RuntimeStats(BaseModel):
     """Sessions that a forward fed, on average over the newest."""
     tokens_per_second: float
     """Tokens that were read and written while the newest forwards ran, per second of theirs."""
+    fed_tokens: int
+    """Tokens that were read and written so far."""
     pause_p50_seconds: float
     """What one of the newest compactions took, during which no session is fed: the median."""
     pause_p95_seconds: float

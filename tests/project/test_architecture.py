@@ -183,7 +183,7 @@ TABLE = (
         "agentmem.serving",
         rooms=ABOVE,
         outside="torch structlog pydantic fastapi starlette uvicorn prometheus_client cryptography jsonschema "
-        "referencing regex filelock",
+        "referencing regex filelock llguidance",
     ),
     room("agentmem.cli", rooms=ABOVE, outside="torch transformers typer rich pydantic structlog"),
     room("agentmem.policies.solvers", outside="torch"),

@@ -55,6 +55,8 @@ def test_decode_writes_its_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         ("rebasing --tokens 900 --new 32 --slots 256 --policy window", r"perplexity, fresh window of  256 .+ ratio"),
         ("solvers --heads 1 --repeats 1 --no-oracles", r'"name": "pursuit-fast", .+"log_mass_error": 0\.\d+'),
         ("sessions cancels --cancels 2", "equal to undisturbed: True"),
+        ("serving kills --kills 1", "1 kills: each time it started again, and the saved conversation and item went on"),
+        ("serving connections --connections 40", "40 connections: answered"),
     ],
 )
 def test_a_benchmark_ends_well(

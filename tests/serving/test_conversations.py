@@ -298,3 +298,15 @@ def test_the_longest_held_conversation_is_claimed() -> None:
     assert held.claim("me", Recipe(), ["a", "b", "c"])[1] == 0
     with pytest.raises(RequestRefused, match="mid-turn"):
         held.claim("me", Recipe(), ["a"], name="long")
+
+
+def test_a_compaction_finds_what_it_names_without_instructions() -> None:
+    """Held behind instructions that the request leaves out: only where any recipe will do, and never other words."""
+    held = Conversations(9, 1 << 30, 60)
+    one = Conversation("one", "me", None, Recipe(tools="[1]"), ["lead", "a", "b"])
+    one.lead = "lead"
+    held.hold(one)
+    assert held.claim("me", Recipe(), ["a", "b", "c"], any_recipe=True) == (one, 2)
+    held.release(one)
+    for owner, wanted, any_recipe in (("me", ["a", "x"], True), ("me", ["a", "b"], False), ("you", ["a", "b"], True)):
+        assert held.claim(owner, Recipe(tools="[1]"), wanted, any_recipe=any_recipe)[1] == 0

@@ -52,7 +52,7 @@ def fault(answer: Any) -> dict[str, Any]:
             "unsupported_parameter",
             "response_format",
         ),
-        (json.dumps(serving.chat("x", tool_choice="required")).encode(), "unsupported_parameter", "tool_choice"),
+        (json.dumps(serving.chat("x", tool_choice="required")).encode(), "invalid_request", "tool_choice"),
         (json.dumps(serving.chat("x", stop=[""])).encode(), "invalid_request", "stop"),
         (json.dumps(serving.chat("x", stop=["a"] * 5)).encode(), "invalid_request", "stop"),
         (json.dumps(serving.chat("x", stream_options={})).encode(), "invalid_request", "stream_options"),

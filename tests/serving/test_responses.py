@@ -191,7 +191,7 @@ async def test_a_strict_tool_is_called_as_its_schema_says(monkeypatch: pytest.Mo
         ({"tools": [TOOL | {"parameters": {"type": 3}}]}, "tools"),
         ({"tools": [TOOL | {"parameters": {"type": "array"}}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"parallel_tool_calls": False}, "parallel_tool_calls"),
+        ({"tools": [TOOL], "parallel_tool_calls": False}, "parallel_tool_calls"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"background": True, "store": False}, "background"),
         ({"context_management": [{"type": "truncation"}]}, "context_management[0].type"),

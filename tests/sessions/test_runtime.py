@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,25 @@ def test_idle_memories_give_way_in_stages_the_longest_idle_first() -> None:
         tiny_chat.audit(made)
     with tiny_chat.runtime(2) as made:
         assert tiny_chat.on(tiny_chat.filled(made)) == ids
+
+
+def test_what_is_charged_is_told_by_kind() -> None:
+    """Leases of running turns and of idle memories, each as what is held and the room beside it; and all tokens fed."""
+    with tiny_chat.runtime(2) as made:
+        before = made.stats.fed_tokens
+        idle, other = tiny_chat.filled(made, 40), tiny_chat.filled(made, 40, seed=1)
+        with closing(other.events(max_new_tokens=8, do_sample=False)) as events:
+            next(events)
+            stats = made.stats
+            held = [each.memory.ledger.resident for each in (idle, other)]
+            assert [stats.idle_bytes, stats.running_bytes] == held
+            assert stats.idle_bytes + stats.idle_room_bytes == idle.stats.charged_bytes
+            assert stats.running_bytes + stats.running_room_bytes == other.stats.lease_bytes
+            assert stats.charged_bytes == idle.stats.charged_bytes + other.stats.charged_bytes
+        stats = made.stats
+        assert (stats.running_bytes, stats.running_room_bytes) == (0, 0)
+        read = [each.stats.tokens - each.stats.pending for each in (idle, other)]
+        assert stats.fed_tokens - before == sum(read)
 
 
 def test_nobody_gives_way_for_nothing() -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from agentmem.errors import RequestRefused, SettingsRefused
+from agentmem.serving.forms import Form
 from agentmem.serving.parameters import Parameters, stops
 from agentmem.serving.recipes import Recipe
 from agentmem.serving.settings import ServerSettings
@@ -42,13 +43,11 @@ class ChatRequest(Parameters):
     ignored: ClassVar[frozenset[str]] = Parameters.ignored | {"store"}
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
         "n": (1,),
-        "parallel_tool_calls": (True,),
         "frequency_penalty": (0,),
         "presence_penalty": (0,),
         "logit_bias": ({},),
         "logprobs": (False,),
         "top_logprobs": (),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "audio": (),
         "prediction": (),
@@ -67,6 +66,8 @@ class ChatRequest(Parameters):
     seed: Annotated[int, Field(ge=SEED_MIN, le=SEED_MAX)] | None = None
     tools: tuple[Tool, ...] = ()
     tool_choice: Any = None
+    parallel_tool_calls: Annotated[bool, Field(strict=True)] = True
+    response_format: Form | None = None
     stream_options: StreamOptions | None = None
     prompt_cache_key: Annotated[str, Field(max_length=512)] | None = None
 
@@ -79,7 +80,8 @@ class ChatRequest(Parameters):
         """
         if self.stream_options is not None and not self.stream:
             raise RequestRefused("stream_options: it belongs to stream=true", param="stream_options")
-        tools = chosen([tool.function for tool in self.tools], self.tool_choice)
+        choice = chosen([tool.function for tool in self.tools], self.tool_choice, parallel=self.parallel_tool_calls)
+        tools = choice.shown
         recipe = Recipe.of(self.agentmem, [tool.schema_for_template() for tool in tools] or None)
         length = self.max_completion_tokens or self.max_tokens or settings.reply_tokens
         return Request(
@@ -92,6 +94,8 @@ class ChatRequest(Parameters):
             accepting(tools),
             self.agentmem.compact is not None,
             self.agentmem.focus,
+            forced=choice.forced,
+            schema=None if self.response_format is None else self.response_format.wanted("response_format"),
         )
 
 

@@ -145,17 +145,18 @@ def _echoed(body: ResponseRequest) -> dict[str, Any]:
         | {"strict": bool(tool.strict)}
         for tool in body.tools
     ]
+    form = body.text.format
     return {
         "background": body.background,
         "instructions": body.instructions,
         "max_output_tokens": body.max_output_tokens,
         "metadata": body.metadata or {},
-        "parallel_tool_calls": True,
+        "parallel_tool_calls": body.parallel_tool_calls,
         "previous_response_id": body.previous_response_id,
         "prompt_cache_key": body.prompt_cache_key,
         "store": body.store,
         "temperature": 1.0 if body.temperature is None else body.temperature,
-        "text": {"format": {"type": "text"}},
+        "text": {"format": {"type": "text"} if form is None else form.model_dump(by_alias=True, exclude_none=True)},
         "tool_choice": body.tool_choice or "auto",
         "tools": tools,
         "top_p": 1.0 if body.top_p is None else body.top_p,

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from agentmem.errors import RequestRefused
+from agentmem.serving.forms import Form
 from agentmem.serving.history import digest
 from agentmem.serving.items import Item
 from agentmem.serving.parameters import Parameters
@@ -52,11 +53,11 @@ class ContextManagement(BaseModel):
 
 
 class TextFormat(BaseModel):
-    """The form of a reply's text; only plain text is served."""
+    """The form of a reply's text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: dict[str, Any] | None = None
+    format: Form | None = None
     verbosity: Literal["medium"] | None = None
 
 
@@ -89,7 +90,6 @@ class ResponseRequest(Continued):
 
     ignored: ClassVar[frozenset[str]] = Continued.ignored | {"truncation", "stream_options"}
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "parallel_tool_calls": (True,),
         "access_programs": (),
         "background_options": (),
         "conversation": (),
@@ -108,6 +108,7 @@ class ResponseRequest(Continued):
     text: TextFormat = TextFormat()
     tools: tuple[Tool, ...] = ()
     tool_choice: Any = None
+    parallel_tool_calls: Annotated[bool, Field(strict=True)] = True
     context_management: tuple[ContextManagement, ...] = ()
 
     def check(self) -> None:
@@ -119,12 +120,6 @@ class ResponseRequest(Continued):
         """
         if self.background and (self.stream or not self.store):
             raise RequestRefused("background: it needs store=true and stream=false", param="background")
-        if self.text.format not in (None, {"type": "text"}):
-            raise RequestRefused(
-                "text.format: only plain text is supported; leave it out",
-                code="unsupported_parameter",
-                param="text.format",
-            )
 
     @property
     def threshold(self) -> int | None:
@@ -150,7 +145,8 @@ def asks(body: ResponseRequest, origin: Origin, settings: ServerSettings) -> Req
         RequestRefused: with the field. SettingsRefused: a policy that there is not.
 
     """
-    tools = chosen(body.tools, body.tool_choice)
+    choice = chosen(body.tools, body.tool_choice, parallel=body.parallel_tool_calls)
+    tools = choice.shown
     recipe = Recipe.of(body.agentmem, [tool.schema_for_template() for tool in tools] or None)
     item, trigger = origin.item, origin.context.trigger
     messages, lead = led(origin, body.instructions)
@@ -169,6 +165,8 @@ def asks(body: ResponseRequest, origin: Origin, settings: ServerSettings) -> Req
         compact=trigger,
         threshold=body.threshold,
         write=not trigger,
+        forced=choice.forced,
+        schema=None if body.text.format is None else body.text.format.wanted("text.format"),
     )
 
 

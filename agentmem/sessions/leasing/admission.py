@@ -39,6 +39,16 @@ class Leases:
         """Bytes that are charged to nobody."""
         return self.cap - self.charged
 
+    def by_kind(self, running: set[int]) -> dict[str, int]:
+        """What is charged, as :class:`agentmem.sessions.RuntimeStats` has it; ``running`` are ids of holdings."""
+        found = dict.fromkeys(("running_bytes", "running_room_bytes", "idle_bytes", "idle_room_bytes"), 0)
+        for holding in list(self.holdings):
+            charged, kind = holding.charged, "running" if id(holding) in running else "idle"
+            held = min(charged, holding.resident)  # another thread may change it in between
+            found[f"{kind}_bytes"] += held
+            found[f"{kind}_room_bytes"] += charged - held
+        return {"charged_bytes": sum(found.values()), **found}
+
     def free(
         self, needed: int, may_yield: Callable[[Holding], bool], preempt: Callable[[Holding, Stage], None]
     ) -> bool:

@@ -105,6 +105,12 @@ class Holding:
         return self.lease if self.stage is None else memory.ledger.resident + self._working
 
     @property
+    def resident(self) -> int:
+        """Bytes that the memory holds; 0 on disk."""
+        memory = self.memory
+        return 0 if memory is None else memory.ledger.resident
+
+    @property
     def quiet(self) -> bool:
         """Whether the memory is here and nothing that was begun is to be finished, so that reading it needs no room."""
         if self.memory is None:

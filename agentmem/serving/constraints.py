@@ -1,0 +1,156 @@
+"""Replies that must have a form: a call of a tool, or JSON of a schema. llguidance says which token may come.
+
+A grammar is made of a request's schemas, checked before the turn begins, and followed token by token.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from agentmem.errors import RequestRefused
+
+if TYPE_CHECKING:
+    from agentmem.serving.tool_calls import ToolFormat
+    from agentmem.serving.tools import Function
+
+_PLAIN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""As models write JSON; a small one would go on with white space for ever, where that is allowed."""
+
+
+_NONE = {"type": "object", "properties": {}}
+"""The schema of a tool without one."""
+
+
+class Constraints:
+    """Grammars for one tokenizer, which is read when the first of them is wanted."""
+
+    def __init__(self, tokenizer: Any, writes: ToolFormat | None) -> None:
+        """``writes``: how the model writes calls."""
+        self._tokenizer, self._format = tokenizer, writes
+        self._tokens: Any = None
+
+    def of(self, forced: Sequence[Function], schema: Mapping[str, Any] | None, param: str) -> str | None:
+        """The grammar of a reply that must call one of the tools, or fit a schema; ``None`` where it is free.
+
+        Raises:
+            RequestRefused: see :meth:`of_calls` and :meth:`of_schema`, which ``param`` is for.
+
+        """
+        if forced:
+            return self.of_calls(forced)
+        return None if schema is None else self.of_schema(schema, param)
+
+    def of_calls(self, tools: Sequence[Function], param: str = "tool_choice") -> str:
+        """A grammar of one call of one of the tools.
+
+        Raises:
+            RequestRefused: the model's template teaches no calls, or a schema cannot be followed.
+
+        """
+        if self._format is None:
+            raise _refused("this model's chat template teaches no format of calls; use 'auto' or 'none'", param)
+        begin, key, end = self._format.written
+        rules = [
+            f'call_{at}: {_name(each.name, key)} {_json(_closed(each.parameters or _NONE))} "}}"'
+            for at, each in enumerate(tools)
+        ]
+        any_call = " | ".join(f"call_{at}" for at in range(len(tools)))
+        start = f"start: {self._written(begin)} ({any_call}) {self._written(end)}"
+        return self._checked("\n".join([start, *rules]), param)
+
+    def of_schema(self, schema: Mapping[str, Any], param: str) -> str:
+        """A grammar of JSON that fits a schema.
+
+        Raises:
+            RequestRefused: it is no schema, or cannot be followed.
+
+        """
+        return self._checked(f"start: {_json(schema)}", param)
+
+    def follow(self, grammar: str) -> Following:
+        """What leaves the tokens of a reply that may come next."""
+        from llguidance import LLMatcher
+
+        return Following(LLMatcher(self._known(), LLMatcher.grammar_from_lark(grammar)))
+
+    def _checked(self, grammar: str, param: str) -> str:
+        from llguidance import LLMatcher
+
+        try:
+            fault = LLMatcher.validate_grammar(LLMatcher.grammar_from_lark(grammar), self._known(param))
+        except ValueError as error:
+            fault = str(error)
+        if fault:
+            raise _refused(f"{fault[:300]}; simplify the schema", param)
+        return grammar
+
+    def _written(self, text: str) -> str:
+        """A text of a grammar, in which special tokens stand by their ids."""
+        tokenizer = self._tokenizer
+        special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        found = next((mark for mark in special if mark in text), None)
+        if found is None:
+            return json.dumps(text) if text else ""
+        before, _, after = text.partition(found)
+        return " ".join(filter(None, (self._written(before), f"<[{special[found]}]>", self._written(after))))
+
+    def _known(self, param: str | None = None) -> Any:
+        if self._tokens is None:
+            from llguidance.hf import from_tokenizer
+
+            try:
+                self._tokens = from_tokenizer(self._tokenizer)
+            except (ValueError, TypeError) as error:
+                raise _refused(
+                    f"this model's tokenizer cannot be held to a form ({error}); leave it out", param
+                ) from None
+        return self._tokens
+
+
+class Following:
+    """A logits processor of one reply, which takes every token away that cannot come next."""
+
+    def __init__(self, matcher: Any) -> None:
+        """``matcher`` has read nothing yet."""
+        self._matcher, self._read = matcher, -1
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores ``[1, V]`` with −inf for what is taken away."""
+        length = input_ids.shape[1]
+        if self._read >= 0:
+            self._matcher.consume_tokens(input_ids[0, self._read :].tolist())
+        self._read = length
+        allowed = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
+        taken = torch.ones(scores.shape[1], dtype=torch.bool, device=scores.device)
+        taken[: len(allowed)] = (allowed == 0).to(scores.device)[: scores.shape[1]]
+        return scores.masked_fill(taken, float("-inf"))
+
+
+def _json(schema: Mapping[str, Any]) -> str:
+    return f"%json {json.dumps({**schema, 'x-guidance': _PLAIN})}"
+
+
+def _closed(schema: Any) -> Any:
+    """A tool's schema whose objects have no properties but those that it names, unless it says that they may."""
+    if not isinstance(schema, dict):
+        return schema
+    made = {**schema}
+    if isinstance(own := schema.get("properties"), dict):
+        made["properties"] = {name: _closed(each) for name, each in own.items()}
+        if "patternProperties" not in schema:
+            made.setdefault("additionalProperties", False)
+    if "items" in schema:
+        made["items"] = _closed(schema["items"])
+    return made
+
+
+def _name(name: str, key: str) -> str:
+    return json.dumps(f'{{"name": "{name}", "{key}": ')
+
+
+def _refused(why: str, param: str | None = None) -> RequestRefused:
+    return RequestRefused(f"{param or 'request'}: {why}", code="unsupported_parameter", param=param)

@@ -1,0 +1,1 @@
+"""The page at ``/``: the cap, the queue, and the memories of conversations as they are compacted."""

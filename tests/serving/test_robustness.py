@@ -1,0 +1,96 @@
+"""A server that is killed, that loses its disk in mid-save, and connections that never come to a request."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+
+from agentmem.serving import connections, launch
+from agentmem.serving.app import create_app
+from agentmem.serving.conversations import Conversation
+from agentmem.serving.kept import Kept, Record
+from agentmem.serving.recipes import Recipe
+from support import serving, tiny_chat
+from support.waiting import LIMIT, until
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("moved", ["name", ".making-"])
+@pytest.mark.parametrize("killed", [True, False])
+def test_what_was_kept_outlives_a_save_that_does_not_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: str, killed: bool
+) -> None:
+    """Wherever the newer one stops taking its place: the older is still there, whole, and nothing else is."""
+    rename = Path.rename
+
+    def broken(self: Path, target: Path) -> Path:
+        if self.name.startswith(moved) and stops:
+            raise Killed if killed else OSError
+        return rename(self, target)
+
+    with tiny_chat.runtime(1) as made:
+        session, one = tiny_chat.filled(made, 20), Conversation("x", "me", None, Recipe())
+        kept, stops = Kept(tmp_path), False
+        monkeypatch.setattr(Path, "rename", broken)
+        one.history = ["old"]
+        kept.keep("name", session, Record.of(one))
+        one.history, stops = ["new"], True
+        if killed:
+            monkeypatch.setattr(Kept, "_settle", lambda *_: None)
+        with pytest.raises(Killed if killed else OSError):
+            kept.keep("name", session, Record.of(one))
+        monkeypatch.undo()
+        again = Kept(tmp_path) if killed else kept
+        record = again.record("name")
+        assert record is not None
+        assert record.history == ("old",)
+        assert [path.name for path in tmp_path.iterdir()] == ["name"]
+        made.load(again.memory("name")).close()
+
+
+def test_a_save_that_is_killed_when_it_has_ended_leaves_the_newer(tmp_path: Path) -> None:
+    """What it replaced is deleted at the next start."""
+    (tmp_path / ".before-name").mkdir()
+    (tmp_path / "name").mkdir()
+    assert list(Kept(tmp_path).names()) == ["name"]
+    assert not (tmp_path / ".before-name").exists()
+
+
+async def test_a_connection_that_sends_no_request_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Silence and half a head end it, on a connection that has been answered too; a request that runs does not."""
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.05)
+    of = serving.server(serving.runtime(2, slots=512))
+    config = uvicorn.Config(create_app(of), http=connections.Impatient, log_config=None, timeout_keep_alive=int(LIMIT))
+    with launch.listening("127.0.0.1", 0) as made:
+        server = uvicorn.Server(config)
+        running = asyncio.create_task(server.serve(sockets=[made]))
+        await until(lambda: server.started)
+        port = made.getsockname()[1]
+        for sent in (b"", b"GET /heal", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /heal"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(sent)
+            read: Any = asyncio.wait_for(reader.read(), LIMIT)
+            try:
+                answer = await read
+            except ConnectionResetError:
+                answer = b""
+            assert (b"200 OK" in answer) == (b"\r\n" in sent)
+            writer.close()
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        body = b'{"model":"tiny","messages":[{"role":"user","content":"x"}],"max_tokens":200}'
+        head = (
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        )
+        writer.write(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        assert b"200 OK" in await asyncio.wait_for(reader.read(), LIMIT)
+        writer.close()
+        server.should_exit = True
+        await running
+    of.runtime.close()

@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
+from functools import lru_cache
 
 from agentmem.untrusted.texts import did_you_mean, shown
 
@@ -127,7 +128,7 @@ def typed(options: Mapping[str, str], factory: Callable[..., object]) -> dict[st
     """Written values as the factory takes them: as texts where its default is one, so that a pattern of digits stays a
     text; else as an integer, a number or a truth value where they read as one.
     """  # noqa: D205 - one sentence
-    known = inspect.signature(factory).parameters
+    known = _parameters(factory)
     texts = {name for name, parameter in known.items() if isinstance(parameter.default, str)}
     return {name: value if name in texts else _value(value) for name, value in options.items()}
 
@@ -139,7 +140,7 @@ def check_options(options: Mapping[str, object], factory: Callable[..., object],
         ValueError: one is unknown; the message suggests the nearest and lists all.
 
     """
-    known = inspect.signature(factory).parameters
+    known = _parameters(factory)
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         return
     for option in options:
@@ -148,6 +149,15 @@ def check_options(options: Mapping[str, object], factory: Callable[..., object],
                 f"{what} has no option {shown(option)}; {did_you_mean(option, known)}"
                 f"Its options: {', '.join(known) or 'none'}"
             )
+
+
+@lru_cache(maxsize=256)
+def _parameters(factory: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a factory by name.
+
+    They are kept, since :mod:`inspect` copies the table of all modules to read those of a class without a constructor.
+    """
+    return inspect.signature(factory).parameters
 
 
 def _value(text: str) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -118,3 +119,15 @@ def test_names_are_suggested_everywhere() -> None:
         Queries.of("replai:2+live")
     with pytest.raises(UnknownPolicy, match="did you mean 'window'"):
         plugins.policy("Windo[steps=1]")
+
+
+def test_reading_a_spec_again_leaves_nothing_behind() -> None:
+    """What is learnt of a factory is kept: a second reading allocates a few kilobytes, not a table of all modules."""
+    plugins.policy("window")
+    tracemalloc.start()
+    try:
+        for _ in range(3):
+            plugins.policy("window")
+        assert tracemalloc.get_traced_memory()[1] < 20_000
+    finally:
+        tracemalloc.stop()

@@ -85,13 +85,16 @@ class Plan:
     """Scores of all layers, which budgets compare."""
     forward_bytes: int
     move_bytes: int
+    rebase_bytes: int
+    """Of moving a layer to other positions, beside its new store; 0 without re-basing."""
     activation_bytes: int
 
     @property
     def workspace_bytes(self) -> int:
         """T: the phases do not overlap, but a commit's new store exists beside the fit's result."""
         beside = max(self.move_bytes, self.survey_bytes)  # no store is moved while layers are surveyed
-        return max(self.draw_bytes + self.fit_bytes + self.copy_bytes + self.check_bytes + beside, self.forward_bytes)
+        fitting = self.draw_bytes + self.fit_bytes + self.copy_bytes + self.check_bytes + beside
+        return max(fitting, self.move_bytes + self.rebase_bytes, self.forward_bytes)
 
     def _slots_text(self) -> str:
         if self.capacity == UNBOUNDED:
@@ -109,6 +112,7 @@ class Plan:
             ("T: survey", self.survey_bytes, "scores of all layers, before anything is moved"),
             ("T: held-out check", self.check_bytes, "errors for the report"),
             ("T: moving a layer", self.move_bytes, "a new store beside the old one"),
+            *([("T: re-basing", self.rebase_bytes, "turning a layer's keys")] if self.rebase_bytes else []),
             ("T: attention", self.forward_bytes, "merging and scratch of one forward (not beside the others)"),
             ("R + T", self.resident_bytes + self.workspace_bytes, "at most, at every moment"),
             ("A (outside the cap)", self.activation_bytes, f"estimate: the model's own forward of {self.chunk} tokens"),
@@ -163,6 +167,7 @@ class Planner:
             ),
             survey_bytes=self._survey(self._fullest(capacity, limit, most)),
             move_bytes=max(self._move(layer, capacity, limit, most) for layer in self.shape.layers),
+            rebase_bytes=self._rebase(capacity, limit, most) if settings.rebase else 0,
             activation_bytes=self.shape.activation_bytes(max(settings.chunk, probe)),
         )
 
@@ -196,17 +201,19 @@ class Planner:
 
     def _move(self, layer: LayerShape, capacity: int, limit: int, most: int) -> int:
         """Bytes of the largest store of a layer, which a commit builds beside the old one."""
-        beside = encoding_bytes(layer, capacity)
-        if self.settings.rebase:
-            fullest = self.slots(layer, self._fullest(capacity, limit, most))
-            beside = max(beside, layer_scratch(layer, fullest, self.shape.itemsize))
+        encoding = encoding_bytes(layer, capacity)
         if layer.window is not None or self._head_ceiling == 1:
-            return beside + self._store_bytes(layer, capacity)
+            return encoding + self._store_bytes(layer, capacity)
         pinned = self.settings.keep_first + self.settings.keep_recent
         shares = math.ceil(self._layer_ceiling * layer.kv_heads * max(0, limit - pinned))
         kept = min(layer.kv_heads * most, shares)
         headroom = self._fullest(capacity, limit, most) - most
-        return beside + (layer.kv_heads * headroom + kept) * self._slot_bytes(layer)
+        return encoding + (layer.kv_heads * headroom + kept) * self._slot_bytes(layer)
+
+    def _rebase(self, capacity: int, limit: int, most: int) -> int:
+        """Bytes of turning the keys of a layer and of finding its gaps."""
+        fullest, itemsize = self._fullest(capacity, limit, most), self.shape.itemsize
+        return max(layer_scratch(layer, self.slots(layer, fullest), itemsize) for layer in self.shape.layers)
 
     def slots(self, layer: LayerShape, capacity: int) -> int:
         """Slots per head of one layer's store when it is full."""

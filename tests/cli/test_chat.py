@@ -252,7 +252,7 @@ def test_a_refused_line_is_told_and_the_conversation_goes_on(folder: str, line: 
 
 def test_a_focus_needs_a_probe(folder: str) -> None:
     """A policy without one says so, and still compacts without a focus."""
-    result = chat(folder, "hello " * 70, "/compact colour", "/compact", options=("--policy", "window"))
+    result = chat(folder, "hello " * 150, "/compact colour", "/compact", options=("--policy", "window"))
 
     assert "agentmem: focus: policy 'window' runs no probe" in result.stderr
     assert "compacted" in result.stderr

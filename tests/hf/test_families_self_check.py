@@ -148,7 +148,9 @@ def test_attention_that_leaves_out_a_beta_is_found(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         runs.Run,
         "__init__",
-        lambda self, first, keys, values, bias=None, scores=None: original(self, first, keys, values, None, scores),
+        lambda self, first, keys, values, bias=None, scores=None, coded=None: original(
+            self, first, keys, values, None, scores, coded
+        ),
     )
     report = hf.check(AutoConfig.for_model("qwen3"))
 

@@ -36,7 +36,8 @@ def counted(patch: pytest.MonkeyPatch, call: int) -> Callable[[], int]:
             raise KeyboardInterrupt
         shift_keys(*given)
 
-    patch.setattr("agentmem.memory.positions.shift_keys", interrupted)
+    for module in ("store", "positions"):  # slots and stored queries
+        patch.setattr(f"agentmem.memory.{module}.shift_keys", interrupted)
     return lambda: calls[0]
 
 

@@ -30,7 +30,9 @@ def test_rows_that_are_re_based_fit_the_model_s_positions(kind: str) -> None:
     )
 
     assert on.capacity + on.probe_tokens <= 3000 * 7 // 8 < off.capacity
-    assert make_plan(LLAMA, Settings.of(cap=1 << 30, rebase=True), plugins.policy(kind)).capacity == off.capacity
+    unbounded = make_plan(LLAMA, Settings.of(cap=1 << 30, rebase=True), plugins.policy(kind))
+    # turning keys takes workspace, which a fit and its check leave enough of
+    assert unbounded.capacity == off.capacity if off.check_bytes else 0.9 * off.capacity < unbounded.capacity
 
 
 def test_fewer_positions_than_slots_are_refused() -> None:

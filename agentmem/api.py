@@ -1,4 +1,4 @@
-"""The entry points around ``generate``: a context manager around unmodified code, and a model with its own one."""
+"""Offer the entry points around ``generate``: :func:`capped`, a context manager, and :func:`wrap`, a capped model."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def plan(
     policy_options: Mapping[str, Any] | None = None,
     **settings: Unpack[SettingsOptions],
 ) -> Plan:
-    """What a cap comes to on a model (or on its config alone: no weights are needed then).
+    """Return the plan for a cap on a model: its slots, workspace and compactions. A config without weights is enough.
 
-    ``itemsize`` is the bytes of one number of K and V; by default the model's own dtype.
+    ``itemsize`` is the number of bytes of one element of K and V; by default it is that of the model's own dtype.
 
     Raises:
-        SettingsRefused: and its subclasses; see :func:`capped`.
+        SettingsRefused: a setting cannot work; this includes the subclasses that :func:`capped` lists.
 
     """
     for name, count in (("rows", rows), ("itemsize", itemsize)):
@@ -65,21 +65,23 @@ def capped(
 ) -> Iterator[hf.CappedCache]:
     """Cap the KV memory of a model while the block runs: ``model.generate`` in the block runs under the cap.
 
-    ``generate`` takes the memory by itself where no ``past_key_values`` are passed; a model that several blocks cap at
-    once, and every direct forward, must be passed the memory that is meant. All of them continue one conversation.
+    ``generate`` uses this block's memory if it is called without ``past_key_values``. Pass the memory explicitly, as
+    ``past_key_values=memory``, to every direct forward of the model, and to ``generate`` if several blocks cap the same
+    model at once. All calls that use one memory continue one conversation.
 
     Args:
         model: a transformers causal language model in eval mode.
         tokenizer: needed by the probes ``repeat``, ``focus`` and ``self-study`` and by a ``pattern`` (``am-recall``).
-        cap: bytes, as an integer or a text such as ``"24MiB"``.
+        cap: the cap in bytes, as an integer or a text such as ``"24MiB"``.
         policy: the name of an installed policy, or a :class:`agentmem.contracts.Policy`.
         policy_options: options of the named policy.
-        extra_policies: policies that single calls of ``memory.compact(policy=...)`` may ask for; they are planned for.
+        extra_policies: further policies that ``memory.compact(policy=...)`` may name; the plan reserves workspace for
+            them.
         settings: see :class:`agentmem.settings.Settings`.
 
     Raises:
         SettingsRefused: a setting cannot work (``CapTooSmall``, ``UnknownPolicy``, ``UnsupportedModel``).
-        MemoryUnused: the block ended well but no forward ever used the memory.
+        MemoryUnused: the block ended without an error, but no forward ever used the memory.
 
     """
     inner = hf.text_model(model)
@@ -100,34 +102,34 @@ def capped(
 
 
 class CappedModel:
-    """A model whose ``generate`` runs under a cap. The memory lives over turns until :meth:`reset` or :meth:`close`.
+    """A model whose ``generate`` runs under a cap. The memory stays until :meth:`reset` or :meth:`close`.
 
-    It stands wherever the model would: all else that is asked of it, its class included, is the model's, and
-    ``transformers.pipeline`` takes it (for one conversation: :meth:`reset` before a prompt that begins anew).
+    A ``CappedModel`` can be used in place of the model: every other attribute, the class included, is the model's.
+    ``transformers.pipeline`` accepts it for one conversation; call :meth:`reset` before a prompt that starts another.
     """
 
     def __init__(self, model: Any, memory: Memory) -> None:
-        """Use :func:`wrap`."""
+        """Attach ``memory`` to ``model``. Callers use :func:`wrap` instead of this constructor."""
         self._model = model
         self._open(memory)
 
     def _open(self, memory: Memory) -> None:
         self._template = memory
         self.memory = hf.attach(self._model, memory)
-        self._leash = finalize(self, hf.detach_later, self._model)  # should nobody close it
+        self._leash = finalize(self, hf.detach_later, self._model)  # detaches if nobody closes it
         self._leash.atexit = False
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """``model.generate`` with its own arguments and its own result; ``past_key_values`` is ours.
+        """Call ``model.generate`` with these arguments under the cap; ``past_key_values`` must not be among them.
 
         Returns:
-            The ids ``[rows, columns]``, prompt included, or transformers' own output with them as ``sequences`` where
-            ``return_dict_in_generate`` says so. What the memory did is in :meth:`report`.
+            The ids ``[rows, columns]``, prompt included; with ``return_dict_in_generate``, transformers' own output
+            object, whose ``sequences`` are these ids. :meth:`report` returns what the memory did.
 
         Raises:
-            UnsupportedGeneration: an argument that a capped memory cannot serve.
+            UnsupportedGeneration: an argument asks for something that a capped memory cannot do.
             MemoryCapExceeded: the policy never compacts and the cap is reached.
-            CompactionFailed: with ``on_failure="raise"``.
+            CompactionFailed: a compaction failed and the setting is ``on_failure="raise"``.
 
         """
         if kwargs.get("past_key_values") is not None:
@@ -142,34 +144,34 @@ class CappedModel:
             return hf.returned(self._model, kwargs, self.memory.padded_transcripts())
 
     def report(self) -> RunReport:
-        """What the memory did in its whole life so far."""
+        """Return a report of everything that the memory has done since it was opened or last reset."""
         return self.memory.report()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward; pass ``past_key_values=wrapped.memory`` to have it use the memory."""
+        """Run the model's forward. It uses the memory only if ``past_key_values=wrapped.memory`` is passed."""
         return self._model(*args, **kwargs)
 
-    @property  # type: ignore[misc]  # what isinstance and transformers' pipelines ask
+    @property  # type: ignore[misc]  # isinstance and transformers' pipelines read it
     def __class__(self) -> type[Any]:
-        """The model's class."""
+        """Return the model's class, so that ``isinstance`` checks pass."""
         return type(self._model)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move the model, and stay its stand-in."""
+        """Move the model as ``model.to`` does; return this capped model."""
         self._model.to(*args, **kwargs)
         return self
 
     def eval(self) -> Self:
-        """Put the model into eval mode, and stay its stand-in."""
+        """Put the model into eval mode; return this capped model."""
         self._model.eval()
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Refuse ``copy`` and ``pickle``."""
+        """Refuse to be copied by ``copy`` or pickled."""
         raise CopyRefused.of(self)
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever else is asked of it is the model's: ``config``, ``device``, ``generation_config`` and so on."""
+        """Return the model's attribute of that name: ``config``, ``device``, ``generation_config`` and so on."""
         if name.startswith("__") or name == "_model":
             raise AttributeError(name)
         return getattr(self._model, name)
@@ -188,11 +190,11 @@ class CappedModel:
             self._template.close()
 
     def __enter__(self) -> Self:
-        """Close at the end of a block."""
+        """Begin a ``with`` block, at whose end the memory is closed."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close."""
+        """Close the memory."""
         self.close()
 
 
@@ -206,7 +208,7 @@ def wrap(
     extra_policies: Sequence[str | Policy] = (),
     **settings: Unpack[SettingsOptions],
 ) -> CappedModel:
-    """A model with a capped ``generate``. Arguments and errors as in :func:`capped`."""
+    """Return a model whose ``generate`` is capped. Arguments and errors are those of :func:`capped`."""
     inner = hf.text_model(model)
     chosen = plugins.policy(policy, **(policy_options or {}))
     return CappedModel(inner, open_memory(inner, cap, chosen, tokenizer, settings, extra_policies))
@@ -220,7 +222,7 @@ def open_memory(
     settings: Mapping[str, Any],
     extra_policies: Sequence[str | Policy] = (),
 ) -> Memory:
-    """A memory for a model that is attached to nothing yet. Arguments and errors as in :func:`capped`."""
+    """Open a memory for a model without attaching it. Arguments and errors are those of :func:`capped`."""
     chosen = plugins.policy(policy)
     beside = plugins.beside(extra_policies)
     wished = Settings.of(cap=cap, **settings)
@@ -242,7 +244,7 @@ def open_memory(
 
 
 def _shape(model: Any, policy: Policy, itemsize: int) -> ModelShape:
-    """The shape of a model, or of its config alone, as far as the policy can serve it."""
+    """Return the shape of a model or of a bare config; raise UnsupportedModel if the policy cannot serve it."""
     config = getattr(model, "config", model)
     device = hf.input_device(model).type if hasattr(model, "get_input_embeddings") else "cpu"
     shape = hf.describe(config, itemsize=itemsize, fused=device in ("cpu", "meta"))
@@ -258,7 +260,7 @@ def _shape(model: Any, policy: Policy, itemsize: int) -> ModelShape:
 
 
 def _words(policy: Policy, tokenizer: Any) -> Words:
-    """The ids of the probe's own texts; tokenized once, at the edge."""
+    """Tokenize the texts that the policy's probes use, once, and return their ids by source."""
     worded = [part for part in policy.queries.probing if part.texts]
     needs: str | None = worded[0].source if worded else "pattern" if policy.queries.pattern else None
     needs = "a summary" if policy.rewrite is not None else needs
@@ -287,7 +289,10 @@ def _language(tokenizer: Any, ends: tuple[int, ...]) -> Language:
 
 
 def _reader(tokenizer: Any) -> Callable[[Sequence[int]], list[str]]:
-    """The text of each id as it stands behind another one: some decoders drop the space before the first."""
+    """Return a function that gives the text of each id, with its leading space.
+
+    Each id is decoded behind an anchor token, because some decoders drop the space before the first id of a text.
+    """
 
     def read(ids: Sequence[int]) -> list[str]:
         anchor = tokenizer(".", add_special_tokens=False)["input_ids"][-1]

@@ -1,14 +1,14 @@
-"""The nouns and the seams that a policy author needs. It imports torch and queries.
+"""Define the classes and interfaces that the author of a policy needs. Imports only torch and agentmem.queries.
 
-A policy is a composition, so that an ablation changes one thing at a time:
+A policy is a composition, so that an ablation can change one part at a time:
 
     Policy = queries × budgets × compactor (× rewrite)
 
-- ``Queries`` says where the reference queries come from, a mixture of parts; the runtime obtains them.
-- ``Budgets`` allocates integer slots to every (layer, KV head).
-- ``Rewrite``, where there is one, has the model summarise the segment first.
-- ``Compactor`` replaces the segment of one layer by that many slots. It only returns values; the memory
-  alone validates and commits them.
+- ``Queries`` names the sources of the reference queries, a mixture of parts; the runtime obtains the queries.
+- ``Budgets`` allocates an integer number of slots to every (layer, KV head).
+- ``Rewrite`` is optional: the model summarises the segment before it is compacted.
+- ``Compactor`` replaces the segment of one layer by the allocated number of slots. It only returns values; the memory
+  validates and commits them.
 """
 
 from __future__ import annotations
@@ -51,10 +51,11 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class SegmentShape:
-    """The sizes that one call of :meth:`Compactor.compact` has to expect, for planning its workspace.
+    """The largest sizes that one call of :meth:`Compactor.compact` may get, for planning its workspace.
 
-    ``slots`` and ``budget`` are per KV head: the most a head's segment holds before and keeps after.
-    ``queries`` counts reference tokens; each gives ``group`` query vectors per KV head.
+    ``slots`` is the most slots that one KV head's segment holds before the call, ``budget`` the most after it.
+    ``queries`` is the number of reference tokens; each gives ``group`` query vectors per KV head. ``itemsize`` is the
+    number of bytes of one element of the keys and values.
     """
 
     heads: int
@@ -69,10 +70,10 @@ class SegmentShape:
 
 @dataclass(frozen=True, slots=True)
 class HeadSegment:
-    """The compactable slots of one KV head: views into the memory, to be read and never written.
+    """The compactable slots of one KV head, as views into the memory that must not be written.
 
-    ``keys [T, d]`` and ``values [T, dv]`` in the model's dtype (keys carry their RoPE phase), ``bias [T]`` float32
-    (β, added to the attention logit), ``positions [T]`` int32 ascending, ``scores [T]`` float32 or ``None`` when the
+    ``keys [T, d]`` and ``values [T, dv]`` have the model's dtype; keys are post-RoPE. ``bias [T]`` float32 is β,
+    which is added to the attention logits. ``positions [T]`` int32 ascend. ``scores [T]`` float32 is ``None`` if the
     policy keeps no score column (see :attr:`Compactor.scores`).
     """
 
@@ -84,16 +85,16 @@ class HeadSegment:
 
     @property
     def slots(self) -> int:
-        """T, the number of slots in the segment."""
+        """Return T, the number of this head's slots in the segment."""
         return int(self.keys.shape[0])
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One layer's segment: between prefix and recent, one :class:`HeadSegment` per KV head.
+    """The segment of one layer, the slots between prefix and recent window: one :class:`HeadSegment` per KV head.
 
-    ``references`` are the reference queries in parts (none where the policy has no queries); ``scale`` multiplies the
-    logits; ``generator`` is the only randomness a compactor may use.
+    ``references`` holds the reference queries, one entry per part, and is empty if the policy asks for none. ``scale``
+    multiplies the attention logits. ``generator`` is the only source of randomness that a compactor may use.
     """
 
     layer: int
@@ -102,15 +103,15 @@ class Segment:
     scale: float
     generator: torch.Generator
     workspace_bytes: int
-    """What :meth:`Compactor.workspace` promised; block sizes may be chosen from it."""
+    """The bytes that :meth:`Compactor.workspace` returned; a compactor may choose its block sizes by them."""
 
     @property
     def group(self) -> int:
-        """Query heads per KV head."""
+        """Return the number of query heads per KV head; 1 if there are no reference queries."""
         return 1 if not self.references else int(self.references[0].queries.shape[0]) // len(self.heads)
 
     def queries(self, head: int) -> tuple[torch.Tensor, ...]:
-        """The reference queries of one KV head, ``[group, n, d]`` for each part: views, in the model's dtype."""
+        """Return the reference queries of one KV head: a view ``[group, n, d]`` per part, in the model's dtype."""
         if not self.references:
             raise ValueError("this segment has no reference queries: the policy's Queries has no parts")
         rows = slice(head * self.group, (head + 1) * self.group)
@@ -118,13 +119,16 @@ class Segment:
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """The weight of each part's queries."""
+        """Return the weight of the queries of each part."""
         return tuple(part.weight for part in self.references)
 
 
 @dataclass(frozen=True, slots=True)
 class Numerics:
-    """What a fit went through, for the report. ``condition`` is the worst condition number estimate."""
+    """Numerical notes on a layer's fits, for the report.
+
+    ``condition`` is the largest estimated condition number; ``fallbacks`` names the fallbacks that were taken.
+    """
 
     condition: float = 1.0
     fallbacks: tuple[str, ...] = ()
@@ -134,11 +138,12 @@ class Numerics:
 class HeadCompaction:
     """The replacement slots of one KV head.
 
-    ``kept [t]`` int64, strictly ascending: which segment slots stay (position, key and score come from there).
-    ``bias [t]`` float32: the *total* new β, old bias included; ``None`` leaves the kept slots' bias.
-    ``values [t, dv]`` in the segment's dtype or float32; ``None`` leaves the kept slots' values.
-    ``keys [t, d]`` likewise; ``None`` leaves the kept keys (then they keep their RoPE phase exactly).
-    ``scores [t]`` float32, only with a score column; ``None`` leaves the kept slots' scores.
+    ``kept [t]`` int64, strictly ascending: indices of the segment's slots that stay. They keep their positions, and
+    every other column that is ``None`` here stays as it was in the kept slots.
+    ``bias [t]`` float32: the total new β, which includes the old one.
+    ``values [t, dv]``: new values, in the segment's dtype or float32.
+    ``keys [t, d]``: new keys, in the segment's dtype or float32.
+    ``scores [t]`` float32: new scores, only if the policy keeps a score column.
     """
 
     kept: torch.Tensor
@@ -150,7 +155,7 @@ class HeadCompaction:
 
 @dataclass(frozen=True, slots=True)
 class Compaction:
-    """What a compactor returns for one layer: one :class:`HeadCompaction` per KV head, in order."""
+    """The result of a compactor for one layer: one :class:`HeadCompaction` per KV head, in the order of the heads."""
 
     heads: tuple[HeadCompaction, ...]
     numerics: Numerics = field(default_factory=Numerics)
@@ -158,10 +163,10 @@ class Compaction:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """The errors of one head on held-out queries against the slots it keeps, ``slots`` ascending.
+    """The error curve of one head: errors on held-out queries for several numbers of kept slots.
 
-    ``output[i]`` is the relative L2 error of the local output and ``log_mass[i]`` the mean absolute error of the log of
-    the segment's attention mass, with ``slots[i]`` slots left.
+    ``slots`` ascend. If ``slots[i]`` slots are kept, ``output[i]`` is the relative L2 error of the attention output
+    over the segment alone, and ``log_mass[i]`` the mean absolute error of the log of the segment's mass.
     """
 
     slots: tuple[int, ...]
@@ -171,9 +176,10 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What a survey of one layer found. ``scores`` has one ``[T]`` float32 tensor per KV head, ``curves`` one each.
+    """The result of surveying one layer before budgets are allocated.
 
-    Each is empty unless the budgets need it.
+    ``scores`` holds one ``[T]`` float32 tensor per KV head, and is empty unless the budgets need a survey. ``curves``
+    holds one :class:`Curve` per KV head, and is empty unless the budgets need curves.
     """
 
     layer: int
@@ -183,9 +189,10 @@ class Survey:
 
 @dataclass(frozen=True, slots=True)
 class ModelIdentity:
-    """Which model budgets are allocated for. ``kv_heads`` has one count per layer that is compacted.
+    """Identify the model that budgets are allocated for.
 
-    ``fingerprint`` tells models of one architecture apart by their weights; ``None`` where no weights are at hand.
+    ``kv_heads`` holds the number of KV heads of each layer that is compacted. ``fingerprint`` distinguishes models of
+    one architecture by their weights; it is ``None`` if no weights are available.
     """
 
     name: str
@@ -195,12 +202,14 @@ class ModelIdentity:
 
 @dataclass(frozen=True, slots=True)
 class BudgetRequest:
-    """What a :class:`Budgets` has to allocate, in slots of the segment (prefix and recent are not in it).
+    """A request to a :class:`Budgets`, in slots of the segment (prefix and recent window do not count).
 
-    ``held[layer][head]`` are the segment's slots now; ``total`` is the sum to hand out; ``floor`` the least per head
-    that holds so many. ``ceiling`` is the most for any head and ``layer_ceiling`` for the heads of one layer together:
-    the plan has counted workspace for no more. ``limit`` is the sum that still lets the memory go on; only adaptive
-    budgets may allocate more than ``total``, and never more than ``limit``.
+    - ``held[layer][head]``: the slots that the segment holds now.
+    - ``total``: the sum of slots to allocate.
+    - ``floor``: the fewest slots of a head, or all of its slots if it holds fewer.
+    - ``ceiling``, ``layer_ceiling``: the most slots of one head, and of the heads of one layer together. The plan has
+      reserved workspace for no more.
+    - ``limit``: the largest sum with which the memory can still go on. Adaptive budgets may exceed ``total`` up to it.
     """
 
     held: tuple[tuple[int, ...], ...]
@@ -213,80 +222,86 @@ class BudgetRequest:
 
 
 class Budgets(ABC):
-    """Allocates integer slots to every (layer, KV head).
+    """Allocate an integer number of slots to every (layer, KV head).
 
-    Invariants: the result has the shape of ``request.held``; no head gets more than it holds or than ``ceiling``, no
-    layer more than ``layer_ceiling``; the sum is ``total``, or the most that held slots and ceilings allow if that is
-    less (for adaptive budgets: anything up to ``limit``); the same request gives the same result.
+    Invariants:
+
+    - The result has the shape of ``request.held``.
+    - No head gets more slots than it holds or than ``ceiling``; no layer gets more than ``layer_ceiling``.
+    - The sum is ``total``, or the most that held slots and ceilings allow if that is less. Adaptive budgets may return
+      any sum up to ``limit``.
+    - Equal requests give equal results.
     """
 
     needs_survey: bool = False
-    """Whether scores of all layers are needed first: a pass of the probe before the fitting pass."""
+    """Whether allocation needs scores of all layers, which take a pass of the probe before the fitting pass."""
     needs_curves: bool = False
-    """Whether the survey must carry error curves; the runtime measures them, with several fits of every layer."""
+    """Whether allocation needs an error curve of every head; the runtime fits every layer several times for them."""
     adaptive: bool = False
-    """Whether the sum follows an error target instead of ``total``."""
+    """Whether the sum of the allocated slots follows an error target instead of ``total``."""
     head_ceiling: float = 1.0
-    """The most that one head can get, in equal shares. Workspace is planned for it."""
+    """The most slots of one head, as a multiple of an equal share; the plan reserves workspace for that many."""
     layer_ceiling: float = 1.0
-    """The most that the heads of one layer can get together, in equal shares."""
+    """The most slots of the heads of one layer together, as a multiple of a layer's equal share."""
 
     def check(self, model: ModelIdentity) -> None:  # noqa: B027  # most budgets fit every model
-        """Raise ValueError where these budgets are not for that model; called once, before any work."""
+        """Raise ValueError if these budgets do not fit ``model``; called once, before any work."""
 
     @abstractmethod
     def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
-        """Integer slots per layer and KV head of the segment (prefix and recent are not in it)."""
+        """Return the segment's slots for each layer and KV head (prefix and recent window do not count)."""
 
 
 ScoreColumn = Literal["none", "received", "carried"]
 
 
 class Compactor(ABC):
-    """Replaces the segment of one layer by fewer slots.
+    """Replace the segment of one layer by fewer slots.
 
-    Invariants, checked before every commit: head ``h`` gets exactly ``slots[h]`` slots; ``kept`` is strictly ascending
-    and in range; all returned tensors are finite. Invariants, checked by :func:`agentmem.testing.check_policy`: the
-    segment is not written; the same segment gives the same result; permuting the KV heads permutes the result; what is
-    allocated during the call stays within :meth:`workspace`.
+    The memory checks before every commit that head ``h`` gets exactly ``slots[h]`` slots, that ``kept`` is strictly
+    ascending and in range, and that all returned tensors are finite. :func:`agentmem.testing.check_policy` checks that
+    the segment is not written, that equal segments give equal results, that permuting the KV heads permutes the result,
+    and that the bytes allocated during the call stay within :meth:`workspace`.
     """
 
     scores: ScoreColumn = "none"
-    """A score per slot (4 bytes), for this compactor: ``received`` is the attention that the slot has received so far,
-    summed over queries by the runtime; ``carried`` is what the last compaction gave it, 0 for newer slots."""
+    """The kind of score that the memory keeps for each slot, in 4 bytes. ``received``: the attention that the slot has
+    received so far, which the runtime sums over queries. ``carried``: the score that the last compaction returned for
+    the slot, 0 for newer slots. ``none``: no scores are kept."""
     needs_queries: bool = False
     """Whether :meth:`compact` needs reference queries."""
     fits: bool = True
-    """Whether it fits anything to them. Only then are some held out from it, to measure errors on."""
+    """Whether :meth:`compact` fits anything to the reference queries. If so, the runtime withholds some of the queries
+    from the compactor and measures errors on them."""
 
     @abstractmethod
     def workspace(self, shape: SegmentShape) -> int:
-        """Bytes that one call of :meth:`compact` or :meth:`survey` allocates at most, result and scratch included."""
+        """Return the most bytes that one :meth:`compact` or :meth:`survey` allocates, its result included."""
 
     def survey(self, segment: Segment) -> Survey:
-        """Scores for the budgets; only called when ``budgets.needs_survey``."""
+        """Score the slots of the segment for the budgets; called only if ``budgets.needs_survey``."""
         raise ValueError(f"layer {segment.layer}: {type(self).__name__} offers no survey, so budgets cannot use scores")
 
     @abstractmethod
     def compact(self, segment: Segment, slots: Sequence[int]) -> Compaction:
-        """``slots[h]`` replacement slots for every KV head ``h`` of the segment."""
+        """Return ``slots[h]`` replacement slots for every KV head ``h`` of the segment."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A named composition of queries, budgets and compactor. ``compactor=None`` never compacts."""
+    """A named composition of queries, budgets and compactor. A policy with ``compactor=None`` never compacts."""
 
     name: str
     summary: str
     source: str
-    """Paper and section, or "-"."""
+    """Paper and section that the method comes from, or "-"."""
     compactor: Compactor | None
     budgets: Budgets | None = None
     queries: Queries = field(default_factory=Queries)
     rewrite: Rewrite | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a composition that cannot run."""
+        """Raise ValueError if the parts do not work together."""
         if self.rewrite is not None and self.compactor is None:
             raise ValueError(
                 f"policy {self.name!r}: a summary that fails is made up for by a compactor, and this policy has none; "
@@ -314,17 +329,17 @@ class Policy:
 
     @property
     def scores(self) -> ScoreColumn:
-        """The score column that must be kept."""
+        """Return the kind of score that the memory must keep for each slot."""
         return "none" if self.compactor is None else self.compactor.scores
 
 
 @dataclass(frozen=True)
 class Rewrite:
-    """The segment in fewer words: before a compaction the model writes a summary, whose slots replace the segment's.
+    """Replace the segment by a summary that the model writes before a compaction.
 
-    ``instruction`` asks for it, in the language of the text; ``lead`` stands before it in the memory. ``tokens`` is the
-    most that it may have, ``None`` lets the plan choose. ``keep`` is the fraction of its slots that the compactor then
-    leaves; 1 leaves them all.
+    ``instruction`` is the text that asks the model for the summary. ``lead`` is the text that stands before the summary
+    in the memory. ``tokens`` is the most tokens of the summary; ``None`` lets the plan choose. ``keep`` is the fraction
+    of the summary's slots that the compactor then keeps; 1 keeps them all.
     """
 
     instruction: str = (
@@ -336,7 +351,7 @@ class Rewrite:
     keep: float = 0.5
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work."""
+        """Raise ValueError if a field has a value that cannot work."""
         if not self.instruction.strip():
             raise ValueError("instruction: it is empty; write what the summary must keep")
         if self.tokens is not None and self.tokens < MIN_SUMMARY:
@@ -346,14 +361,14 @@ class Rewrite:
 
 
 MIN_SUMMARY = 8
-"""Fewest tokens of a summary that is accepted."""
+"""The fewest tokens of a summary that may replace a segment."""
 
 PolicyFactory = Callable[..., Policy]
-"""What an entry point of the group ``agentmem.policies`` names: called with keyword options, returns a Policy."""
+"""A function named by an entry point of the group ``agentmem.policies``: keyword options in, a Policy out."""
 
 
 def blocks(length: int, size: int) -> Iterator[slice]:
-    """Consecutive slices of at most ``size`` that cover ``range(length)``."""
+    """Yield consecutive slices of at most ``size`` elements that cover ``range(length)``."""
     for start in range(0, length, size):
         yield slice(start, min(start + size, length))
 
@@ -363,7 +378,7 @@ _FILES: ContextVar[bool] = ContextVar("files", default=True)
 
 @contextmanager
 def without_files() -> Iterator[None]:
-    """In the block a policy is made from words that nobody vouches for: its factory must open no file they name."""
+    """Forbid policy factories to open files in the block: the policy's options come from an untrusted snapshot."""
     token = _FILES.set(False)
     try:
         yield
@@ -372,10 +387,10 @@ def without_files() -> Iterator[None]:
 
 
 def check_file(path: object) -> None:
-    """Refuse to open a file that an option names, where that is not allowed.
+    """Raise if a policy option names a file to open inside a block of :func:`without_files`.
 
     Raises:
-        ValueError: the policy is made from what a snapshot says.
+        ValueError: the option comes from a snapshot.
 
     """
     if not _FILES.get():

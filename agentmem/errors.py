@@ -1,22 +1,22 @@
-"""Every error that agentmem raises. Each message carries the value, the limit and the remedy.
+"""Define every error that agentmem raises. Each message names the value, the limit and the remedy.
 
 AgentmemError
 ├── SettingsRefused (ValueError)        a setting cannot work; nothing was done
 │   ├── CapTooSmall                     the cap cannot hold prefix + recent + minimum budget + workspace
-│   ├── UnknownPolicy                   no such policy (with a did-you-mean)
+│   ├── UnknownPolicy                   no such policy; the message suggests similar names
 │   └── UnsupportedModel                the model's attention, cache or wrapping is not handled
 ├── UnsupportedGeneration (ValueError)  a generation mode or argument that the memory cannot serve
 │   └── PromptMismatch                  a second prompt that does not extend what the memory has seen
-├── MemoryCapExceeded (MemoryError)     going on would need more bytes than the cap
-├── CompactionFailed                    a compaction could not finish; the memory is valid and retryable
+├── MemoryCapExceeded (MemoryError)     the next step would need more bytes than the cap
+├── CompactionFailed                    a compaction could not finish; the memory is valid and may be tried again
 ├── PolicyContractBroken                a policy returned something that its contract forbids
 ├── MemoryUnused                        a capped block ended and no forward ever used the memory
-├── CapBypassed                         a forward inside a capped block grew a cache of its own
+├── CapBypassed                         a forward inside a capped block would have used a cache outside the cap
 ├── MemoryClosed                        the memory was used after its block ended
 ├── ModelUnavailable                    a model could not be fetched, verified or read
-├── SnapshotRefused (ValueError)        a saved session that cannot be trusted or does not fit; nothing was loaded
-├── RequestRefused                      a request to the server that cannot be served; its HTTP status is with it
-├── RuntimeBusy                         no room for another session now; nothing was changed
+├── SnapshotRefused (ValueError)        a saved session is damaged, unsafe or another model's; nothing was loaded
+├── RequestRefused                      a request that the server cannot serve; the error has the HTTP status
+├── RuntimeBusy                         the runtime has no room for another session now; nothing was changed
 ├── CopyRefused (TypeError)             a memory, session or runtime cannot be copied or pickled
 └── TurnEnded                           a turn was ended early (deadline, hook); the session is valid
 """
@@ -27,10 +27,10 @@ from agentmem.untrusted.texts import bounded
 
 
 class AgentmemError(Exception):
-    """Base of every error that agentmem raises on purpose. Its message is bounded, whatever it quotes."""
+    """Base class of every error that agentmem raises on purpose. The length of its message is bounded."""
 
     def __init__(self, message: str = "") -> None:
-        """Keep the beginning and the end of a message that is too long."""
+        """Store the message; cut the middle out of one that is too long."""
         super().__init__(bounded(message))
 
 
@@ -39,7 +39,7 @@ class SettingsRefused(AgentmemError, ValueError):
 
 
 class CapTooSmall(SettingsRefused):
-    """The cap cannot hold prefix, recent, the minimum budget and the workspace."""
+    """The cap cannot hold the prefix, the recent window, the minimum budget and the workspace."""
 
 
 class UnknownPolicy(SettingsRefused):
@@ -51,19 +51,19 @@ class UnsupportedModel(SettingsRefused):
 
 
 class UnsupportedGeneration(AgentmemError, ValueError):
-    """A generation mode or argument that a capped memory cannot serve."""
+    """A call uses a generation mode or argument that a capped memory does not support."""
 
 
 class PromptMismatch(UnsupportedGeneration):
-    """A prompt that does not extend what the memory has already seen."""
+    """A prompt does not begin with the tokens that the memory has already seen."""
 
 
 class MemoryCapExceeded(AgentmemError, MemoryError):
-    """Going on would need more bytes than the cap allows."""
+    """The next step would need more bytes than the cap allows."""
 
 
 class CompactionFailed(AgentmemError):
-    """A compaction could not finish; the memory is valid, readable and retryable."""
+    """A compaction could not finish; the memory is valid and readable, and the compaction may be tried again."""
 
 
 class PolicyContractBroken(AgentmemError):
@@ -75,7 +75,7 @@ class MemoryUnused(AgentmemError):
 
 
 class CapBypassed(AgentmemError):
-    """A forward inside a capped block would have grown a cache of its own."""
+    """A forward inside a capped block would have stored keys and values in a cache outside the cap."""
 
 
 class MemoryClosed(AgentmemError):
@@ -87,11 +87,11 @@ class ModelUnavailable(AgentmemError):
 
 
 class SnapshotRefused(AgentmemError, ValueError):
-    """A saved session is another model's, damaged or hostile; nothing of it was used."""
+    """A saved session is damaged, hostile or of another model; nothing of it was used."""
 
 
 class RequestRefused(AgentmemError):
-    """A request to the server that cannot be served; nothing was changed."""
+    """The server cannot serve a request; nothing was changed."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class RequestRefused(AgentmemError):
         param: str | None = None,
         retry_after: int | None = None,
     ) -> None:
-        """``status`` is HTTP's; ``code`` and ``param`` are those of OpenAI's error object; ``retry_after`` seconds."""
+        """Store the HTTP ``status``, OpenAI's ``code`` and ``param``, and ``retry_after`` in seconds."""
         super().__init__(message)
         self.status, self.code, self.param, self.retry_after = status, code, param, retry_after
 
@@ -112,11 +112,11 @@ class RuntimeBusy(AgentmemError):
 
 
 class CopyRefused(AgentmemError, TypeError):
-    """What holds slots under a cap, or a share of one, cannot be copied or pickled; nothing was changed."""
+    """An object whose bytes count under a cap cannot be copied or pickled; nothing was changed."""
 
     @classmethod
     def of(cls, held: object) -> CopyRefused:
-        """The refusal for that object."""
+        """Return the error for the object ``held``, which somebody tried to copy."""
         return cls(
             f"a {type(held).__name__} cannot be copied or pickled: its bytes are counted under one cap. Go on in two "
             "ways with session.fork() of an agentmem.Runtime, or keep it in a file with session.save(...)"

@@ -1,4 +1,4 @@
-"""Between text and ids, for what a memory itself reads and writes; made at the edge, where the tokenizer is."""
+"""Convert between text and ids for a memory, whose code does not know the tokenizer itself."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Language:
-    """What a memory needs of a tokenizer, and the ids that end a text which the model writes."""
+    """The functions of a tokenizer that a memory uses, and the ids that end a text which the model writes."""
 
     read: Callable[[Sequence[int]], list[str]]
-    """The text of each id."""
+    """Returns the text of each id."""
     write: Callable[[str], Sequence[int]]
-    """The ids of a text in mid-memory, without special tokens."""
+    """Returns the ids of a text that continues what the memory holds, without special tokens."""
     ask: Callable[[str], Sequence[int]]
-    """The ids that ask the model to do something, up to where its answer begins."""
+    """Returns the ids of an instruction to the model up to where the answer begins (by the chat template, if any)."""
     ends: tuple[int, ...] = ()
+    """The ids that end a text."""

@@ -1,8 +1,8 @@
-"""Policies by name: the entry-point group ``agentmem.policies``, the same way for built-ins and third parties.
+"""Find policies by name in the entry-point group ``agentmem.policies``, which built-ins and third parties share.
 
-An entry point names a factory: called with keyword options, all of them optional, it returns a
-:class:`agentmem.contracts.Policy`. This is the only dynamic import of the project. A *spec* is a policy with options
-as one text, ``am-halving[score=max,steps=4]``, which :mod:`agentmem.specs` reads.
+An entry point names a factory: a function that takes keyword options, all of them optional, and returns a
+:class:`agentmem.contracts.Policy`. This is the only dynamic import of the project. A *spec* is a text that names a
+policy with options, such as ``am-halving[score=max,steps=4]``; :mod:`agentmem.specs` parses it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _NONE: Mapping[str, str] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class CatalogueRow:
-    """One registered name. ``error`` says why it cannot be used; then summary and source are empty."""
+    """A registered policy name. If the policy cannot be used, ``error`` is the reason, and the texts are empty."""
 
     name: str
     summary: str
@@ -42,14 +42,14 @@ class CatalogueRow:
 
 
 def policy(name_or_policy: str | Policy, **options: object) -> Policy:
-    """The policy of that name or spec made with ``options``; a :class:`Policy` is returned as it is.
+    """Make the policy of a name or spec with ``options``; return a :class:`Policy` unchanged.
 
-    A policy made from a spec with options has the spec as its name, so that reports say what ran.
+    A policy made from a spec with options has the whole spec as its name, so that reports show the options.
 
     Raises:
-        UnknownPolicy: nothing of that name is installed; the message suggests the nearest names and lists all.
-        SettingsRefused: a spec cannot be read, an option is unknown, given twice or its value cannot work, the name is
-            offered twice, or what it names cannot be imported or does not return a policy.
+        UnknownPolicy: no policy of that name is installed; the message suggests similar names and lists all.
+        SettingsRefused: the spec cannot be parsed; an option is unknown, given twice or has a wrong value; two
+            distributions offer the name; or the factory cannot be imported or does not return a policy.
 
     """
     if isinstance(name_or_policy, Policy):
@@ -76,10 +76,10 @@ def policy(name_or_policy: str | Policy, **options: object) -> Policy:
 
 
 def beside(extra_policies: Sequence[str | Policy]) -> list[Policy]:
-    """The policies that a memory is planned for beside its own.
+    """Make the extra policies of a memory, which single compactions may use instead of its own policy.
 
     Raises:
-        SettingsRefused: no list of them, or as in :func:`policy`.
+        SettingsRefused: ``extra_policies`` is no list, or :func:`policy` refuses one of its entries.
 
     """
     if isinstance(extra_policies, str | Policy) or not isinstance(extra_policies, Iterable):
@@ -93,10 +93,10 @@ def beside(extra_policies: Sequence[str | Policy]) -> list[Policy]:
 
 
 def listed(text: str) -> list[str]:
-    """The names and specs of a comma-separated list, each once.
+    """Split a comma-separated list of names and specs; drop repetitions.
 
     Raises:
-        SettingsRefused: the list is empty, or cannot be read.
+        SettingsRefused: the list is empty or cannot be parsed.
 
     """
     try:
@@ -109,12 +109,12 @@ def listed(text: str) -> list[str]:
 
 
 def names() -> tuple[str, ...]:
-    """Every registered name, sorted; whether each works is for :func:`catalogue` to say."""
+    """Return every registered name, sorted, without loading the policies; :func:`catalogue` loads them."""
     return tuple(sorted(_registered()))
 
 
 def catalogue() -> list[CatalogueRow]:
-    """One row per registered name, sorted. A name that cannot be used has an ``error`` and hides no other."""
+    """Return one row per registered name, sorted. The row of a policy that cannot be used has an ``error``."""
     rows = []
     for name, points in sorted(_registered().items()):
         distribution = ", ".join(map(_distribution, points))
@@ -128,7 +128,7 @@ def catalogue() -> list[CatalogueRow]:
 
 
 def _registered() -> Mapping[str, list[EntryPoint]]:
-    """All entry points of the group by name; read anew only when something was installed or removed."""
+    """Return the entry points of the group by name; read them again only if a folder of ``sys.path`` changed."""
     return _read_registered(tuple((folder, _changed(folder)) for folder in sys.path))
 
 
@@ -141,7 +141,7 @@ def _read_registered(_state: tuple[tuple[str, int], ...]) -> Mapping[str, list[E
 
 
 def _changed(folder: str) -> int:
-    """When a folder of the import path last changed, in nanoseconds; 0 where there is none."""
+    """Return the time of a folder's last change in nanoseconds, or 0 if the folder does not exist."""
     try:
         return Path(folder).stat().st_mtime_ns
     except OSError:
@@ -149,7 +149,7 @@ def _changed(folder: str) -> int:
 
 
 def _only(name: str) -> EntryPoint:
-    """The one entry point of that name."""
+    """Return the only entry point of that name; raise if there are none or several."""
     registered = _registered()
     points = registered.get(name, [])
     if not points:
@@ -164,7 +164,7 @@ def _only(name: str) -> EntryPoint:
 
 
 def _make(point: EntryPoint, given: Mapping[str, object] = _NONE, written: Mapping[str, str] = _NONE) -> Policy:
-    """The policy of that entry point, with options as values and as a spec has them."""
+    """Make the policy of an entry point from options as values (``given``) and as a spec's texts (``written``)."""
     factory = _load(point)
     options = {**written, **given}
     try:
@@ -206,7 +206,7 @@ def _load(point: EntryPoint) -> PolicyFactory:
 
 
 def _origin(point: EntryPoint) -> str:
-    """What an error calls it; a distribution's name and version are read from its files."""
+    """Describe an entry point for an error message, with the name and version of its distribution."""
     return f"policy {point.name!r}, factory {point.value!r} of {_distribution(point)}"
 
 

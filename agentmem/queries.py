@@ -1,4 +1,4 @@
-"""Reference queries: which sources a policy asks for, and what the runtime hands to it."""
+"""Describe reference queries: the sources that a policy asks for, and the queries that the runtime passes to it."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from agentmem import specs
 from agentmem.untrusted.texts import did_you_mean
 
 Source = Literal["replay", "repeat", "spread", "transcript", "focus", "self-study", "live", "context", "random"]
-"""Where one part of the reference queries comes from:
+"""The source of one part of the reference queries:
 
 - ``replay``: the newest tokens of the transcript, run again at the following positions in a transient forward.
-- ``repeat``: the same behind an instruction (``text``).
-- ``spread``: spans from all over the older transcript, other ones at every compaction.
-- ``transcript``: the whole transcript. Its cost grows without bound: an oracle, outside the cap and labelled so.
-- ``focus``: a text that the caller gives (``text``): what must stay recallable.
-- ``self-study``: what the model itself writes about its memory (questions and answers, facts, a summary, structured
-  data: one after the other at successive compactions, or after ``text``), in scratch slots that are kept free for it.
-- ``live``: the queries of the newest tokens, kept from the model's own forwards, bounded in bytes.
-- ``context``: a sample of the queries of everything read so far, kept likewise.
+- ``repeat``: the same tokens as ``replay``, run again after an instruction (``text``).
+- ``spread``: spans from all over the older transcript; every compaction takes other spans.
+- ``transcript``: the whole transcript. Its cost grows without bound and is not counted under the cap; reports label it.
+- ``focus``: a text that the caller gives (``text``), which must stay recallable.
+- ``self-study``: a text that the model itself writes about its memory, in scratch slots that are kept free for it.
+  Successive compactions ask in turn for questions and answers, facts, a summary and structured data, or always with
+  ``text`` if it is given.
+- ``live``: the queries of the newest tokens, stored during the model's own forwards, bounded in bytes.
+- ``context``: a sample of the queries of all tokens so far, stored during the model's own forwards, bounded in bytes.
 - ``random``: random directions with the norms of live queries.
 """
 PROBING = frozenset({"replay", "repeat", "spread", "transcript", "focus", "self-study"})
 """Sources that need a transient forward through the model."""
 STORED = frozenset({"live", "context", "random"})
-"""Sources that store queries of the model's own forwards."""
+"""Sources whose queries are stored during the model's own forwards."""
 WORDED: dict[str, tuple[str, ...]] = {
     "repeat": ("Repeat the previous context word for word.",),
     "focus": (),
@@ -39,11 +40,11 @@ WORDED: dict[str, tuple[str, ...]] = {
         '\n\nThe text above as structured data:\n{"',
     ),
 }
-"""Sources that use texts, with their defaults: one after the other at successive compactions."""
+"""Sources that use texts, with their default texts; successive compactions use these in turn."""
 MAX_PATTERN = 4096
-"""Characters of a regular expression."""
+"""The most characters of a regular expression."""
 MAX_INSTRUCTION = 32
-"""Tokens of an instruction of ``self-study`` at most."""
+"""The most tokens of an instruction of ``self-study``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +53,14 @@ class Part:
 
     source: Source
     share: float = 1.0
-    """Of the reference tokens, relative to the other parts' shares."""
+    """This part's share of the reference tokens, relative to the shares of the other parts."""
     weight: float = 1.0
-    """Of each of its queries in scores and fits."""
+    """The weight of each query of this part in scores and fits."""
     text: str = ""
-    """The instruction of ``repeat`` or ``self-study``, the text of ``focus``; needs a tokenizer."""
+    """The instruction of ``repeat`` or ``self-study``, or the text of ``focus``; needs a tokenizer."""
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work."""
+        """Raise ValueError if a field has a value that cannot work."""
         if self.source not in get_args(Source):
             known = get_args(Source)
             hint = did_you_mean(self.source, known)
@@ -72,28 +73,29 @@ class Part:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The texts to tokenize: its own, or the source's defaults; none for sources without."""
+        """Return the texts to tokenize: ``text``, or else the default texts of the source, if any."""
         return (self.text,) if self.text else WORDED.get(self.source, ())
 
 
 @dataclass(frozen=True, slots=True)
 class Queries:
-    """Where reference queries come from: a weighted mixture of parts; none for policies that need no queries."""
+    """The sources of a policy's reference queries, a weighted mixture of parts; empty if it needs no queries."""
 
     parts: tuple[Part, ...] = ()
     tokens: int | None = None
-    """Reference tokens of all parts together; ``None`` lets the plan choose."""
+    """The number of reference tokens of all parts together; ``None`` lets the plan choose."""
     pattern: str = ""
-    """A regular expression over the transcript: ``spread`` comes by what it matches first, and all queries of matching
-    tokens (numbers, identifiers) weigh ``pattern_weight`` times as much. Needs a tokenizer."""
+    """A regular expression that is searched for in the transcript, for example for numbers or identifiers. ``spread``
+    chooses spans with matches first, and queries of matching tokens weigh ``pattern_weight`` times as much. Needs a
+    tokenizer."""
     pattern_weight: float = 4.0
 
     @classmethod
     def of(cls, text: str, tokens: int | None = None, *, focus: str = "") -> Queries:
-        """Parse ``"replay"``, ``"replay+spread"``, ``"replay:3+spread:1*0.5"``: ``source[:share][*weight]``, joined.
+        """Parse a mixture: terms ``source[:share][*weight]`` joined by ``+``, such as ``"replay:3+spread:1*0.5"``.
 
         Raises:
-            ValueError: the text cannot be read, a source is unknown, or a share or weight is not positive.
+            ValueError: the text cannot be parsed, a source is unknown, or a share or weight is not positive.
 
         """
         terms = specs.mixture(text, "probe")
@@ -102,7 +104,7 @@ class Queries:
         return cls(tuple(parts), tokens)
 
     def __post_init__(self) -> None:
-        """Refuse a mixture that cannot run."""
+        """Raise ValueError if the mixture cannot work."""
         if self.tokens is not None and (self.tokens % 1 or self.tokens < 1):
             raise ValueError(
                 f"probe_tokens: {self.tokens!r} is too few or no whole number; give at least 1, or None for the plan's"
@@ -120,7 +122,7 @@ class Queries:
             raise ValueError(f"probe: {'+'.join(names)} names a source twice; give each once, with a share")
 
     def __str__(self) -> str:
-        """The sources, joined."""
+        """Return the names of the sources joined by ``+``, or ``none``."""
         return "+".join(part.source for part in self.parts) or "none"
 
     def _named(self, sources: frozenset[str]) -> tuple[Part, ...]:
@@ -128,21 +130,21 @@ class Queries:
 
     @property
     def probing(self) -> tuple[Part, ...]:
-        """The parts that need a transient forward through the model."""
+        """Return the parts that need a transient forward through the model."""
         return self._named(PROBING)
 
     @property
     def stored(self) -> tuple[Part, ...]:
-        """The parts that keep queries of the model's own forwards."""
+        """Return the parts whose queries are stored during the model's own forwards."""
         return self._named(STORED)
 
     @property
     def outside_cap(self) -> bool:
-        """Whether some part's cost is not bounded by the cap."""
+        """Return whether the mixture has a part whose bytes are not counted under the cap."""
         return any(part.source == "transcript" for part in self.parts)
 
     def focused(self, share: float = 0.25) -> Queries:
-        """The same mixture with a ``focus`` part, whose text the caller brings, for that share of the tokens."""
+        """Return the mixture with a ``focus`` part added, which gets ``share`` of the tokens; callers give its text."""
         if any(part.source == "focus" for part in self.parts):
             return self
         rest = sum(part.share for part in self.parts)
@@ -150,16 +152,16 @@ class Queries:
         return replace(self, parts=(part, *self.parts))
 
     def share(self, part: Part) -> float:
-        """The fraction of the reference tokens that is this part's."""
+        """Return the fraction of the reference tokens that ``part`` gets."""
         return part.share / sum(each.share for each in self.parts)
 
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """One stretch of reference queries, as attention gets them: ``queries [heads * group, n, d]``.
+    """The reference queries of ``n`` tokens, as attention gets them: ``queries [heads * group, n, d]``.
 
-    Query heads in the model's order, post-RoPE, in the model's dtype. ``span`` says which tokens of the transcript
-    they are the queries of, where they are of any.
+    The query heads are in the model's order. Queries are post-RoPE, in the model's dtype. ``span`` is the range
+    ``(start, stop)`` of the transcript's tokens that the queries belong to, ``None`` if they belong to none.
     """
 
     queries: torch.Tensor
@@ -169,5 +171,5 @@ class Reference:
 
     @property
     def tokens(self) -> int:
-        """n, the number of reference tokens."""
+        """Return n, the number of reference tokens."""
         return int(self.queries.shape[1])

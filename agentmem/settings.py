@@ -1,4 +1,4 @@
-"""Frozen settings, as a user writes them. Ratios and byte texts become integers here, once."""
+"""Define the frozen settings of a memory, and read and write byte counts such as ``"24MiB"``."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from agentmem.untrusted.texts import faults, shown
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _MAX_TEXT = 64
-"""Characters of a byte count."""
+"""The most characters of a byte count."""
 _BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 
 
 def parse_bytes(value: int | str, field: str = "bytes") -> int:
-    """Bytes from an integer or a text such as ``"24MiB"``, ``"1.5 GB"``; ``field`` is what a refusal names.
+    """Read a byte count from an integer or a text such as ``"24MiB"``; error messages begin with ``field``.
 
     Raises:
         SettingsRefused: the text is no byte count, or the count is not positive.
@@ -44,7 +44,7 @@ def parse_bytes(value: int | str, field: str = "bytes") -> int:
 
 
 def format_bytes(count: int) -> str:
-    """A byte count for people: ``'24.0 MiB'``."""
+    """Format a byte count for people: ``'24.0 MiB'``."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if abs(count) >= size:
             return f"{count / size:.1f} {unit}"
@@ -54,7 +54,7 @@ def format_bytes(count: int) -> str:
 Mode = Literal["auto", "manual", "off"]
 OnFailure = Literal["evict", "raise", "stop"]
 SEED_MIN, SEED_MAX = -(1 << 63), (1 << 64) - 1
-"""What a generator of torch takes."""
+"""The range of seeds that a generator of torch accepts."""
 Seed = Annotated[int, Field(ge=SEED_MIN, le=SEED_MAX)]
 
 
@@ -63,7 +63,7 @@ def _parse_cap(value: object) -> int:
 
 
 def check_part(value: int | float | str, field: str) -> None:  # noqa: PYI041  # the two mean different things here
-    """Refuse a text that is no byte count where a fraction could stand, too.
+    """Check a setting that is a number or a text: a text must be a byte count.
 
     Raises:
         SettingsRefused: the text is no byte count.
@@ -88,7 +88,7 @@ SlotDtype = Literal["auto", "int8"]
 
 
 class SettingsOptions(TypedDict, total=False):
-    """The settings beside ``cap`` as keyword arguments; :class:`Settings` says what each is."""
+    """The settings other than ``cap``, as keyword arguments; :class:`Settings` describes each."""
 
     keep_first: int
     keep_recent: int
@@ -104,47 +104,48 @@ class SettingsOptions(TypedDict, total=False):
 
 
 class Settings(BaseModel):
-    """How one memory behaves. All counts are integers; see the field descriptions.
+    """The settings of one memory. Build them with :meth:`of`, which raises errors of agentmem.
 
     Raises:
-        SettingsRefused: through :meth:`of`, with the field, the value and the limit.
+        SettingsRefused: only from :meth:`of`; the message names the field, the value and the limit.
 
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     cap: Annotated[int, BeforeValidator(_parse_cap)]
-    """Hard limit in bytes over everything that the memory and its compactions allocate (R + T)."""
+    """Hard limit on all bytes of the memory and its compactions: resident bytes (R) plus temporary bytes (T)."""
     keep_first: int = Field(default=16, ge=0)
-    """The prefix: first tokens of a row that are never compacted."""
+    """Length of the prefix: so many first tokens of a row are never compacted."""
     keep_recent: int = Field(default=96, ge=0)
-    """The recent window: last tokens of a row that are never compacted."""
+    """Length of the recent window: so many last tokens of a row are never compacted."""
     target: Target = 0.5
-    """What a compaction leaves: a fraction of the capacity (0 < f < 1), slots per head (int), or bytes ("12MiB")."""
+    """How much a compaction keeps: a fraction of the capacity (0 < f < 1), slots per head (int) or bytes ("12MiB")."""
     min_reclaim: int = Field(default=16, ge=1)
-    """Slots per head that a compaction must free at least; a plan that frees fewer is refused (no thrashing)."""
+    """The fewest slots per head that a compaction must free; settings that would free fewer are refused."""
     mode: Mode = "auto"
-    """``auto`` compacts when the cap would be crossed; ``manual`` only on ``memory.compact()``; ``off`` never."""
+    """When to compact: ``auto`` before the cap is exceeded, ``manual`` only on ``memory.compact()``, ``off`` never."""
     on_failure: OnFailure = "evict"
-    """After a compaction failed twice: ``evict`` to the budgets, ``raise`` CompactionFailed, or ``stop`` generating."""
+    """If a compaction failed twice: ``evict`` slots down to the budgets, ``raise`` CompactionFailed, or ``stop``
+    generating."""
     rebase: bool = False
-    """Move slots to lower positions when the next one nears the end of the model's positions."""
+    """Whether to move slots to lower positions when the next token comes near the model's last position."""
     chunk: int = Field(default=1024, ge=1)
-    """Most tokens in one forward: prompts are fed in pieces of it, probes are no longer than it."""
+    """The most tokens of one forward: longer prompts are fed in pieces, and no probe is longer."""
     max_slots: int | None = Field(default=None, ge=1)
-    """Use at most this many slots per head although the cap has room for more (comparisons at equal slots)."""
+    """The most slots per head, even if the cap has room for more; for comparisons at equal slots."""
     slot_dtype: SlotDtype = "auto"
-    """What slots hold of keys and values: ``auto`` the model's own numbers, ``int8`` codes of 8 bits and scales.
+    """How slots store keys and values: ``auto`` in the model's dtype, ``int8`` as 8-bit codes with scales.
 
-    Quantised slots take about half the bytes of bfloat16 ones and a quarter of float32's. Tokens may then differ from
-    those of stock ``generate`` below the cap too.
+    Slots in ``int8`` take about half the bytes of bfloat16 slots and a quarter of those of float32. With ``int8``,
+    tokens may differ from those of stock ``generate`` even before the first compaction.
     """
     seed: Seed = 0
-    """Seed of the memory's own random generator; the global random state is never touched."""
+    """Seed of the memory's own random generator; the global random state is never used."""
 
     @classmethod
     def of(cls, **values: object) -> Settings:
-        """Build settings; every violation becomes one :class:`SettingsRefused` with field, value and limit."""
+        """Build settings; raise :class:`SettingsRefused` with the field, value and limit of every violation."""
         try:
             return cls(**values)  # type: ignore[arg-type]  # pydantic validates
         except ValidationError as error:

@@ -1,13 +1,13 @@
-"""The one parser of short texts that compose something: policies, budgets, mixtures of queries, and lists of them.
+"""Parse the short texts in which users compose policies, budgets and mixtures of queries, and lists of such texts.
 
-| text | read by |
+| text | parsed by |
 | --- | --- |
-| ``name[option=value,option=value]`` | :func:`parsed`; a value may be such a text again |
+| ``name[option=value,option=value]`` | :func:`parsed`; a value may be such a text itself |
 | ``one,two[option=value],three`` | :func:`entries` |
 | ``source:share*weight+source`` | :func:`mixture` |
 
-All of them may come from outside, so each is bounded in characters and in number of parts. A text that cannot be read
-is refused with a ValueError that quotes it, names the fault and shows how it is written.
+These texts may come from outside, so the number of their characters and parts is limited. A text that cannot be parsed
+raises a ValueError that quotes the text, names the fault and shows the right form.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from functools import lru_cache
 from agentmem.untrusted.texts import did_you_mean, shown
 
 MAX_CHARACTERS = 4096
-"""Of one text."""
+"""The most characters of one text."""
 MAX_PARTS = 256
-"""Options of a spec, entries of a list or terms of a mixture."""
+"""The most options of a spec, entries of a list or terms of a mixture."""
 SPEC = "name[option=value,option=value]"
-"""How a name with options is written."""
-_NUMBER = r"(\d++(?:\.\d*+)?|\.\d++)"  # possessive: a run of digits is read once, whatever follows it
+"""The form of a name with options, which error messages show."""
+_NUMBER = r"(\d++(?:\.\d*+)?|\.\d++)"  # possessive: no backtracking into a run of digits
 _TERM = re.compile(rf"\s*+([a-z-]++)(?::{_NUMBER})?(?:\*{_NUMBER})?\s*+")
 
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """A name and its options, each value as it was written. ``str`` writes it again."""
+    """A name and its options, with values as texts. ``str`` of a spec gives a text that parses to an equal spec."""
 
     name: str
     options: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """``name[option=value,option=value]``, or the name alone."""
+        """Write ``name[option=value,option=value]``, or the name alone if there are no options."""
         written = ",".join(f"{option}={value}" for option, value in self.options.items())
         return f"{self.name}[{written}]" if written else self.name
 
@@ -53,7 +53,7 @@ class Term:
     weight: float = 1.0
 
     def __str__(self) -> str:
-        """``name``, ``name:share``, ``name*weight`` or ``name:share*weight``."""
+        """Write ``name``, ``name:share``, ``name*weight`` or ``name:share*weight``; a 1 is left out."""
         pairs = ((":", self.share), ("*", self.weight))
         return self.name + "".join(f"{sign}{Decimal(repr(number)):f}" for sign, number in pairs if number != 1)
 
@@ -62,10 +62,10 @@ class Term:
 
 
 def parsed(text: str, what: str) -> Spec:
-    """The name and the options of a spec; a plain name has none.
+    """Parse a spec into its name and options; a plain name has no options. Error messages begin with ``what``.
 
     Raises:
-        ValueError: the text is too long or cannot be read, has too many options, or one of them twice.
+        ValueError: the text is too long, cannot be parsed, has too many options or gives an option twice.
 
     """
     _check_length(text, what)
@@ -86,10 +86,10 @@ def parsed(text: str, what: str) -> Spec:
 
 
 def entries(text: str, what: str) -> list[str]:
-    """The entries of a comma-separated list, without empty ones; commas inside brackets belong to their entry.
+    """Split a comma-separated list and drop empty entries; commas inside brackets do not separate entries.
 
     Raises:
-        ValueError: the text is too long, has too many entries or a bracket without a partner.
+        ValueError: the text is too long, has too many entries, or has an unmatched bracket.
 
     """
     _check_length(text, what)
@@ -97,10 +97,10 @@ def entries(text: str, what: str) -> list[str]:
 
 
 def mixture(text: str, what: str) -> list[Term]:
-    """The terms of ``a+b``, ``a:3+b:1*0.5``: ``source[:share][*weight]``, joined.
+    """Parse a mixture such as ``a:3+b:1*0.5``: terms ``source[:share][*weight]`` joined by ``+``.
 
     Raises:
-        ValueError: the text is too long, has too many terms, or one of them cannot be read.
+        ValueError: the text is too long, has too many terms, or has a term that cannot be parsed.
 
     """
     _check_length(text, what)
@@ -117,16 +117,16 @@ def mixture(text: str, what: str) -> list[Term]:
 
 
 def plain_name(text: str) -> str:
-    """The name of a spec that has been read before, without its options."""
+    """Return the name of a valid spec without its options; the spec is not checked."""
     return text.partition("[")[0].strip()
 
 
-# ---- what it is for
+# ---- options for a factory
 
 
 def typed(options: Mapping[str, str], factory: Callable[..., object]) -> dict[str, object]:
-    """Written values as the factory takes them: as texts where its default is one, so that a pattern of digits stays a
-    text; else as an integer, a number or a truth value where they read as one.
+    """Convert the texts of a spec's options to values: an option whose default is a text stays a text (a pattern may
+    consist of digits), and any other becomes an integer, a float or a truth value if its text can be read as such.
     """  # noqa: D205 - one sentence
     known = _parameters(factory)
     texts = {name for name, parameter in known.items() if isinstance(parameter.default, str)}
@@ -134,10 +134,10 @@ def typed(options: Mapping[str, str], factory: Callable[..., object]) -> dict[st
 
 
 def check_options(options: Mapping[str, object], factory: Callable[..., object], what: str) -> None:
-    """Refuse options that the factory does not take, before it runs.
+    """Check, before a factory is called, that it has all the given options.
 
     Raises:
-        ValueError: one is unknown; the message suggests the nearest and lists all.
+        ValueError: an option is unknown; the message suggests a similar one and lists all.
 
     """
     known = _parameters(factory)
@@ -188,7 +188,7 @@ def _counted(parts: list[str], text: str, what: str) -> list[str]:
 
 
 def _split(text: str, whole: str, what: str) -> list[str]:
-    """``text`` at its commas, those inside brackets left alone; ``whole`` is what a refusal quotes."""
+    """Split ``text`` at its commas outside brackets; error messages quote ``whole``."""
     pieces, start, depth = [], 0, 0
     for index, character in enumerate(text):
         depth += (character == "[") - (character == "]")

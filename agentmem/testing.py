@@ -1,4 +1,4 @@
-"""Shipped helpers for tests: invariants of policies, exact peaks of allocated bytes, tiny models of every family."""
+"""Provide helpers for tests: check the invariants of policies, measure allocated bytes exactly, make tiny models."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from agentmem.plugins import policy as named_policy
 
 
 def peak_allocated(call: Callable[[], object]) -> int:
-    """The most bytes that PyTorch's CPU allocator held during ``call`` beyond those it held before.
+    """Return by how many bytes PyTorch's CPU allocator grew during ``call`` at its peak.
 
-    The running sum of the profiler's allocations: exact, the call's result included. Other libraries' own buffers
-    (BLAS packing) are not seen, and freeing a block from before the call does not count, as the profiler reports it
-    only where an earlier profile saw the block. Other threads must not allocate meanwhile.
+    The peak is the highest running sum of the allocations that PyTorch's profiler records: exact, and including the
+    result of ``call``. Buffers that other libraries allocate themselves (BLAS packing) are not seen. Freeing a block
+    that was allocated before the call does not lower the sum. Other threads must not allocate during the call.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # each profile would write lines to stderr; read at the first one
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else profiles write to stderr; read once, by the first profile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()
     del result
@@ -58,7 +58,7 @@ def peak_allocated(call: Callable[[], object]) -> int:
 
 
 def _allocations(events: Sequence[_ProfilerEvent]) -> Iterator[tuple[int, int, int]]:
-    """Time, address and bytes (of a freeing: less than 0) of every allocation in these events."""
+    """Yield time, address and bytes of every allocation in the events; a freed block has negative bytes."""
     for event in events:
         if isinstance(event.extra_fields, _ExtraFields_Allocation):
             yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size
@@ -71,11 +71,12 @@ Family = Literal["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3"]
 
 
 def tiny_model(family: Family, *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: object) -> Any:
-    """A seeded random model of that family: 2 layers, 4 query and 2 KV heads of 16, 128 tokens, 4,096 positions.
+    """Make a tiny random model of a family, seeded by ``seed``, in eval mode.
 
-    ``config`` overrides fields of its configuration, such as ``num_hidden_layers``, ``sliding_window`` or
-    ``layer_types``. The initialiser's range is wide, so that attention is not uniform; there is no end token. The
-    global random state is left alone.
+    The model has 2 layers, 4 query heads and 2 KV heads of dimension 16, a vocabulary of 128 tokens, 4,096 positions
+    and no end token. Its weights are spread widely, so that attention is not uniform. ``config`` overrides fields of
+    its configuration, such as ``num_hidden_layers``, ``sliding_window`` or ``layer_types``. The global random state is
+    left unchanged.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -108,7 +109,7 @@ def tiny_model(family: Family, *, seed: int = 0, dtype: torch.dtype = torch.floa
 
 @dataclass(frozen=True)
 class Case:
-    """One segment to compact: ``held[h]`` slots before and ``slots[h]`` after, per KV head."""
+    """A segment for :func:`check_policy`: KV head ``h`` has ``held[h]`` slots, which are compacted to ``slots[h]``."""
 
     name: str
     held: tuple[int, ...] = (40, 40, 40)
@@ -119,18 +120,19 @@ class Case:
     value_dim: int = 16
     dtype: torch.dtype = torch.float32
     spread: float = 1.0
-    """Multiplies the keys: at 1,000 the logits are huge and each query sees one slot."""
+    """Factor on the keys: with 1,000 the logits are huge and each query attends to one slot only."""
     bias: float = 0.0
-    """Standard deviation of the old β."""
+    """Standard deviation of the random β that the slots have before the compaction."""
     duplicates: bool = False
-    """Every key of the second half repeats one of the first."""
+    """Whether every key of the second half repeats a key of the first half."""
     equal_queries: bool = False
+    """Whether all queries of a query head are equal."""
     weights: tuple[float, ...] = (1.0,)
-    """Of each part of the queries; the parts are equally long, the last takes the rest."""
+    """The weight of each part of the queries; the queries are split evenly into as many parts as there are weights."""
 
     @property
     def shape(self) -> SegmentShape:
-        """What a plan would say of it."""
+        """Return the sizes that a plan would pass to ``Compactor.workspace`` for this case."""
         return SegmentShape(
             heads=len(self.held),
             group=self.group,
@@ -165,7 +167,7 @@ CASES = (
 
 @dataclass(frozen=True, slots=True)
 class InvariantResult:
-    """One invariant on one case; ``broken`` says how, ``None`` that it held."""
+    """The result of checking one invariant on one case; ``broken`` describes a violation, ``None`` if there is none."""
 
     invariant: str
     case: str
@@ -174,23 +176,23 @@ class InvariantResult:
 
 @dataclass(frozen=True)
 class PolicyCheck:
-    """Every invariant on every case. ``str()`` of it has one line an invariant and one a breach."""
+    """The results for every invariant on every case. ``str()`` gives a line per invariant and a line per violation."""
 
     policy: str
     results: tuple[InvariantResult, ...]
 
     @property
     def broken(self) -> tuple[InvariantResult, ...]:
-        """The invariants that did not hold, with their cases."""
+        """Return the results whose invariant did not hold."""
         return tuple(result for result in self.results if result.broken is not None)
 
     def raise_if_broken(self) -> None:
-        """Raise :class:`PolicyContractBroken` with the whole text if any invariant did not hold."""
+        """Raise :class:`PolicyContractBroken` with ``str(self)`` if any invariant did not hold."""
         if self.broken:
             raise PolicyContractBroken(str(self))
 
     def __str__(self) -> str:
-        """The verdict, for people."""
+        """Write the results as text: a line per invariant and a line per violation."""
         by_invariant = defaultdict(list)
         for result in self.results:
             by_invariant[result.invariant].append(result)
@@ -205,8 +207,8 @@ class PolicyCheck:
 def check_policy(policy: str | Policy, *, shapes: Sequence[Case] = CASES, seed: int = 0) -> PolicyCheck:
     """Check the invariants of :class:`agentmem.contracts.Compactor` and :class:`agentmem.contracts.Budgets`.
 
-    ``shapes`` are what they are checked on. Segments are random, seeded by ``seed``; the workspace is measured with
-    :func:`peak_allocated`.
+    Compactors are checked on the cases in ``shapes``. Segments are random, seeded by ``seed``; allocated bytes are
+    measured with :func:`peak_allocated`.
     """
     made = named_policy(policy)
     results: list[InvariantResult] = []
@@ -219,7 +221,7 @@ def check_policy(policy: str | Policy, *, shapes: Sequence[Case] = CASES, seed: 
 
 
 def make_segment(case: Case, policy: Policy, *, seed: int = 0) -> Segment:
-    """A random segment of that case with what the policy asks for: reference queries, score accumulators."""
+    """Make a random segment for a case, with reference queries and scores if the policy uses them."""
     compactor = policy.compactor
     if compactor is None:
         raise SettingsRefused(f"policy {policy.name!r} never compacts, so it has no segment; give one that compacts")
@@ -234,7 +236,7 @@ def _make_references(case: Case, heads: int, generator: torch.Generator) -> tupl
     queries = torch.randn(case.queries, heads * case.group, case.key_dim, generator=generator)
     if case.equal_queries:
         queries = queries[:1].repeat(case.queries, 1, 1)
-    # Attention hands queries over as a view like this one.
+    # The runtime passes queries as a transposed view like this one.
     queries = queries.to(case.dtype).transpose(0, 1)
     marks = [case.queries * part // len(case.weights) for part in range(len(case.weights) + 1)]
     spans = zip(pairwise(marks), case.weights, strict=True)
@@ -362,7 +364,7 @@ def _budget_invariants(budgets: Budgets) -> Iterator[InvariantResult]:
     for name, held in _TABLES.items():
         try:
             budgets.check(ModelIdentity("the kit's", None, tuple(map(len, held))))
-        except ValueError:  # a table of another model's heads: refusing is what it should do
+        except ValueError:  # budgets made for another model's heads must refuse this table
             yield InvariantResult("budgets for other heads are refused at once", name, None)
             continue
         full = sum(map(sum, held))
@@ -393,7 +395,7 @@ def _broken_budgets(budgets: Budgets, request: BudgetRequest, allocated: tuple[t
 
 
 def _surveys(held: tuple[tuple[int, ...], ...]) -> tuple[Survey, ...]:
-    """Scores that fall with the slot and curves that fall with the budget, the same every time."""
+    """Make deterministic surveys: scores fall from slot to slot, and errors fall with the number of kept slots."""
     return tuple(
         Survey(
             layer,

@@ -1,7 +1,7 @@
 """AM with calibrated head budgets: Attention Matching where every head gets its share from the model's table.
 
-Source: arXiv:2602.16284, nonuniform head budgets. The default model's table ships; `agentmem calibrate` makes
-others, and ``budgets="global"`` needs none.
+Source: arXiv:2602.16284, nonuniform head budgets. The table of the default model is part of the package;
+`agentmem calibrate` makes tables of other models. ``budgets="global"`` needs no table.
 """
 
 from __future__ import annotations
@@ -13,4 +13,4 @@ am_calibrated = preset(
     "Attention Matching, slots per head by the model's calibrated table",
     budgets="calibrated",
 )
-"""The options of :func:`am_halving`, with calibrated budgets."""
+"""Factory of the policy; takes the options of :func:`am_halving`, but ``budgets`` is calibrated by default."""

@@ -1,8 +1,8 @@
 """AM halving: each time the memory fills, Attention Matching halves it with equal slots per head.
 
-Source: arXiv:2602.16284, the online experiment on AIME (uniform budgets, highest attention). How much a compaction
-leaves is the memory's ``target``; half is its default. Every part of the composition is an option, so that an ablation
-changes one thing: the presets beside this file are this one with other defaults.
+Source: arXiv:2602.16284, the online experiment on AIME (uniform budgets, highest attention). The memory's ``target``
+sets how much a compaction leaves; its default is half. Every part of the policy is an option, so that an ablation can
+change one part alone. The other ``am_*`` files are presets: this policy with other default options.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ def am_halving(
     beta_bound: float = AttentionMatching.beta_bound,
     steps: int = AttentionMatching.steps,
 ) -> Policy:
-    """Attention Matching, composed of queries (``probe``), ``budgets``, a ``selector`` and fits.
+    """Compose Attention Matching of reference queries (``probe``), ``budgets``, a ``selector`` and fits.
 
-    ``probe`` is a mixture as :meth:`Queries.of` reads it, ``probe_tokens`` how many tokens (``None``: the plan
-    chooses), ``focus`` the text of a ``focus`` part, ``pattern`` a regular expression for what must not be lost.
-    ``budgets`` is read by :func:`agentmem.policies.budgets.registry.by_name`, options as in
-    ``"calibrated[floor=0.5]"``; the rest are the options of :class:`AttentionMatching`.
+    ``probe`` is a mixture of query sources that :meth:`Queries.of` parses. ``probe_tokens`` is the number of reference
+    tokens (``None``: the plan chooses). ``focus`` is the text of the mixture's ``focus`` part. ``pattern`` is a regular
+    expression; tokens that match it weigh ``pattern_weight`` times as much. ``budgets`` is a name or spec that
+    :func:`agentmem.policies.budgets.registry.by_name` parses, such as ``"calibrated[floor=0.5]"``. All other options
+    are those of :class:`AttentionMatching`.
 
     Raises:
         ValueError: an option's value cannot work.
@@ -71,7 +72,7 @@ def am_halving(
 
 
 def preset(name: str, summary: str, **defaults: Any) -> PolicyFactory:
-    """A factory with the options of :func:`am_halving`, some of them with other defaults, under a name of its own."""
+    """Return a policy factory called ``name``: :func:`am_halving` with ``defaults`` in place of its own defaults."""
     composed = partial(am_halving, **defaults)
 
     def factory(**options: Any) -> Policy:

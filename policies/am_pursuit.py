@@ -1,7 +1,7 @@
-"""AM by pursuit: orthogonal matching pursuit chooses the slots and fits β, every head by the model's calibrated table.
+"""AM by pursuit: orthogonal matching pursuit chooses slots and fits β; the model's table sets the head budgets.
 
-Source: arXiv:2602.16284, section 3.3 (OMP, fast) and nonuniform head budgets. The nearest to full memory of all presets
-here on text that goes on; what was said long ago is ``am-recall``'s affair.
+Source: arXiv:2602.16284, section 3.3 (OMP, fast) and nonuniform head budgets. Of all presets here this one is closest
+to full memory when the model continues a text. For recalling old facts, ``am-recall`` is the better preset.
 """
 
 from __future__ import annotations
@@ -14,4 +14,4 @@ am_pursuit = preset(
     selector="omp-fast",
     budgets="calibrated",
 )
-"""The options of :func:`am_halving`, with other defaults."""
+"""Factory of the policy; takes the options of :func:`am_halving`, with the defaults above."""

@@ -1,9 +1,10 @@
-"""AM for recall: what was said long ago stays recallable, at a bounded cost per compaction.
+"""AM for recall: old text stays recallable, at a bounded cost per compaction.
 
-A probe of recent text gives old slots no evidence, and in a few compactions they are gone. Here a part of the probe
-comes from spans all over the transcript, other ones at every compaction; what a slot was worth once travels with it;
-and spans that match ``pattern`` (numbers, identifiers, names) come first and weigh more, because their tokens attract
-no more attention than any others until somebody asks for them.
+With a probe of recent text alone, no reference query attends to old slots, and a few compactions remove them. This
+preset differs in three ways. A part of the probe comes from spans all over the transcript, and every compaction takes
+different spans. A slot's importance is carried from one compaction to the next. Spans that match ``pattern`` (numbers,
+identifiers, names) come first and weigh more, because their tokens attract no more attention than other tokens until a
+question asks for them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 from agentmem.policies.am_halving import preset
 
 CRITICAL = r"\d+|[A-Z][\w'-]+|(?<![^\W\d])\w*[_\d]\w*"
-"""Numbers, capitalised words, identifiers. An identifier is looked for once in a word, so the search is linear."""
+"""Matches numbers, capitalised words and identifiers. The pattern does not try to match an identifier at every letter
+of a word, so that the search takes linear time."""
 
 am_recall = preset(
     "am-recall",
@@ -22,4 +24,4 @@ am_recall = preset(
     pattern_weight=16.0,
     budgets="calibrated",
 )
-"""The options of :func:`am_halving`, with other defaults."""
+"""Factory of the policy; takes the options of :func:`am_halving`, with the defaults above."""

@@ -6,5 +6,5 @@ from agentmem.contracts import Policy
 
 
 def full() -> Policy:
-    """Keep everything; going over the cap is an error."""
+    """Keep every slot; the memory raises an error when it would exceed its cap."""
     return Policy(name="full", summary="never compacts; the cap is an error", source="-", compactor=None)

@@ -1,11 +1,12 @@
 """G-KV: R-KV's choice with attention remembered from one compaction to the next.
 
-Source: "G-KV: Decoding-Time KV Cache Eviction with Global Attention", arXiv:2512.00504, equation 3: the global score
-is the larger of α times the last one and the window's attention now, which is scaled to a maximum of 1 in every head;
-its code for the rest (mean over the window of the largest weight of the group, no pooling, redundancy scaled likewise).
+Source: "G-KV: Decoding-Time KV Cache Eviction with Global Attention", arXiv:2512.00504. By equation 3, a slot's global
+score is the larger of α times its previous global score and the attention that the window gives it now; that attention
+is scaled to a maximum of 1 in every head. The other details follow the paper's code: the largest weight of the query
+group is averaged over the window, nothing is pooled, and the redundancy too is scaled to a maximum of 1.
 
-The paper compresses every 128 tokens, so α works once in 128 tokens; here once each time the memory fills. What the
-score column carries is the global score, without the redundancy.
+The paper compresses every 128 tokens, so it applies α once per 128 tokens; here α is applied once each time the memory
+fills. The score column carries the global score, without the redundancy.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ class GlobalScore(Observation):
     scores = "carried"
 
     decay: float = 0.8
-    """α: what a compaction leaves of the score before it."""
+    """α, the factor by which one compaction multiplies a slot's previous global score."""
     mix: float = 0.5
-    """λ."""
+    """λ, the weight of the global score; the redundancy has the weight 1 - λ."""
     threshold: float = 0.5
-    """Keys with a larger cosine are similar."""
+    """Two keys whose cosine is larger than this are similar."""
     spared: int = 1
-    """Of the slots similar to any one, so many of the newest are not blamed for it."""
+    """For each key, so many of the newest keys similar to it do not count as redundant to it."""
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
@@ -44,21 +45,21 @@ class GlobalScore(Observation):
         check_redundancy(self.mix, self.threshold, self.spared)
 
     def scratch(self, shape: SegmentShape) -> int:
-        """Observing with two blocks of weights (the group's and one head's), then redundancy."""
+        """Count the bytes of attention with two blocks of weights (the group's and one head's), then of redundancy."""
         repeated = redundancy_bytes(shape.slots, shape.key_dim, self.block_bytes)
         return self.attention_bytes(shape, copies=2, then=repeated) + 2 * shape.slots * FLOAT
 
     def workspace(self, shape: SegmentShape) -> int:
-        """As any eviction, and the scores to be carried: of one head's slots and of all that is kept."""
+        """Add to an eviction's workspace the bytes of the carried scores: of one head's slots and of all kept slots."""
         return super().workspace(shape) + (shape.slots + shape.heads * shape.budget) * FLOAT
 
     def score(self, segment: Segment, index: int) -> torch.Tensor:
-        """The global score mixed with what is not redundant: 0 … 1."""
+        """Return the global score mixed with 1 - redundancy, in 0 … 1."""
         attention = self.attention(segment, index)
         return self._mixed(attention, self._carried(segment, index, attention))
 
     def keep(self, segment: Segment, index: int, count: int) -> HeadCompaction:
-        """The ``count`` best slots of KV head ``index`` with their global scores."""
+        """Keep the ``count`` best slots of KV head ``index``, with their global scores."""
         head = segment.heads[index]
         if not head.slots:
             return super().keep(segment, index, count)
@@ -71,7 +72,7 @@ class GlobalScore(Observation):
         return HeadCompaction(kept, scores=carried[kept])
 
     def _carried(self, segment: Segment, index: int, attention: LocalAttention) -> torch.Tensor:
-        """The global score ``[T]``, in 0 … 1; slots that no compaction has seen carry 0."""
+        """Return the new global score ``[T]``, in 0 … 1; the previous score of a slot new to compaction is 0."""
         before = segment.heads[index].scores
         if before is None:
             raise ValueError("this segment has no score column; G-KV needs a memory that carries scores")
@@ -98,7 +99,7 @@ def g_kv(
     spared: int = GlobalScore.spared,
     budgets: str = "uniform",
 ) -> Policy:
-    """Keep what the newest ``window`` tokens attend to or what earlier ones did, less what repeats; ``decay`` is α.
+    """Keep slots that the newest ``window`` tokens or earlier windows attend to, less redundant ones; ``decay`` is α.
 
     Raises:
         ValueError: an option's value cannot work.

@@ -1,15 +1,18 @@
-"""Head roles: heads that differ from the others of their layer keep all they can, the others what is attended to.
+"""Head roles: heads unlike the others of their layer keep all slots they can, other heads keep their attended slots.
 
 Source: "Task-KV: Task-aware KV Cache Optimization via Semantic Differentiation of Attention Heads", arXiv:2501.15113,
-section IV. Followed: a head's semantic vector is the attention-weighted sum of the values of its ``vector_slots`` most
-attended slots (equations 12 to 15, a window of 32); heads far from the layer's mean vector are heterogeneous, and the
-head next to it joins them; heterogeneous heads keep everything, the others sinks, recent tokens and the *middle
-activations*, the slots with the most attention, mean-pooled over 7.
+section IV.
 
-Different: budgets are allocated over all layers, not to each alone, so heterogeneous heads get all they hold as far as
-budgets go (``global``: up to four equal shares), first the most attended of their slots. A KV head is one head, with
-the mean weights of its query heads. The share of heterogeneous heads is the same in every layer, where equation 16
-lets it fall with depth. Sinks and recent tokens are the memory's. Roles are found anew each time the memory fills.
+As in the paper, a head's semantic vector is the attention-weighted sum of the values of its ``vector_slots`` most
+attended slots (equations 12 to 15, with a window of 32). The heads farthest from the layer's mean vector are
+heterogeneous, and so is the head nearest to the mean vector. Heterogeneous heads keep everything. The other heads keep
+sinks, recent tokens and the *middle activations*: the slots with the most attention, mean-pooled over 7 slots.
+
+Unlike the paper, budgets are allocated over all layers together. A heterogeneous head therefore keeps all its slots
+only as far as the budgets allow (``global`` allows up to four equal shares), its most attended slots first. A KV head
+counts as one head, with the mean weights of its query heads. The share of heterogeneous heads is equal in every layer;
+equation 16 lets it fall with depth. The memory itself keeps sinks and recent tokens (``keep_first``,
+``keep_recent``). Roles are computed anew each time the memory fills.
 """
 
 from __future__ import annotations
@@ -34,14 +37,14 @@ from agentmem.policies.solvers.selection import importance, top
 
 @dataclass(frozen=True)
 class HeadRoles(Observation):
-    """Keeps the most attended slots; surveys those of heterogeneous heads above all others."""
+    """Keeps the most attended slots; its survey scores slots of heterogeneous heads above those of all other heads."""
 
     share: float = 0.25
-    """Of a layer's heads, how many are heterogeneous; at least one of three or more."""
+    """Fraction of a layer's heads that are heterogeneous; a layer of three or more heads has at least one of them."""
     vector_slots: int = 256
-    """Slots that make up a head's semantic vector."""
+    """Number of slots that a head's semantic vector is computed from."""
     kernel: int = 7
-    """Neighbouring slots over which attention is averaged, the slot itself included."""
+    """Number of neighbouring slots over which attention is averaged, the slot itself included."""
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
@@ -51,18 +54,18 @@ class HeadRoles(Observation):
             raise ValueError(f"vector_slots: {self.vector_slots!r} make no semantic vector; give at least 1")
 
     def scratch(self, shape: SegmentShape) -> int:
-        """Observing, the pooled scores, and what a survey takes besides: a ranking, values, all heads' vectors."""
+        """Count the bytes of attention, of pooled scores, and of a survey's ranking, values and semantic vectors."""
         value = shape.itemsize + (FLOAT if shape.itemsize < FLOAT else 0)
         values = min(self.vector_slots, shape.slots) * (shape.value_dim * value + 3 * FLOAT)
         pooled_and_vectors = (shape.slots + 4 * shape.heads * shape.value_dim) * FLOAT
         return self.attention_bytes(shape, then=max(shape.slots * RANKING, values)) + pooled_and_vectors
 
     def score(self, segment: Segment, index: int) -> torch.Tensor:
-        """The window's mean attention weights, mean-pooled: 0 … 1."""
+        """Return the window's mean attention weight of each slot, mean-pooled over neighbours, in 0 … 1."""
         return self._pooled(self._votes(segment, index))
 
     def survey(self, segment: Segment) -> Survey:
-        """The scores, and 1 more for every slot of a heterogeneous head."""
+        """Return the scores of all slots; those of heterogeneous heads are raised by 1."""
         scores, vectors = [], []
         for index, head in enumerate(segment.heads):
             if not head.slots:
@@ -85,10 +88,10 @@ class HeadRoles(Observation):
 
 
 def heterogeneous(vectors: torch.Tensor, share: float) -> list[int]:
-    """Which heads of a layer are heterogeneous, by their semantic vectors ``[heads, dv]``.
+    """Return the indices of a layer's heterogeneous heads, given the semantic vectors ``[heads, dv]`` of all heads.
 
-    The farthest from the mean vector and, if there is to be more than one, the nearest. None of one or two heads: two
-    are equally far from their mean.
+    These are the heads farthest from the mean vector and, if there is to be more than one, the nearest head. A layer of
+    one or two heads has none, because two vectors are equally far from their mean.
     """
     heads = len(vectors)
     if heads <= 2:  # noqa: PLR2004  # a pair has no odd one out
@@ -106,10 +109,10 @@ def head_roles(
     kernel: int = HeadRoles.kernel,
     budgets: str = "global",
 ) -> Policy:
-    """Keep all of heterogeneous heads, and of the others what the newest ``window`` tokens attend to.
+    """Keep all slots of heterogeneous heads; other heads keep slots that the newest ``window`` tokens attend to.
 
     Raises:
-        ValueError: an option's value cannot work; ``budgets`` do not look at scores, so that roles would not count.
+        ValueError: an option's value cannot work, or ``budgets`` ignore scores, so that roles would have no effect.
 
     """
     check_window(window)

@@ -1,7 +1,8 @@
 """Heavy hitters: the slots that have received the most attention so far.
 
-Source: H2O, "Heavy-Hitter Oracle for Efficient Generative Inference", arXiv:2306.14048. The recent half of its cache
-is the memory's ``keep_recent``; here slots leave in one go when the memory fills, not one a step.
+Source: H2O, "Heavy-Hitter Oracle for Efficient Generative Inference", arXiv:2306.14048. H2O reserves half of its cache
+for recent tokens; here the memory's ``keep_recent`` does that. H2O drops one slot per step; here many slots are dropped
+at once when the memory fills.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from agentmem.policies.compactors.eviction import FLOAT, Eviction
 
 
 class HeavyHitters(Eviction):
-    """Keeps the slots with the largest score accumulators as they are; of equal ones, the newer."""
+    """Keeps unchanged the slots with the largest accumulated attention; of equally scored slots it keeps the newer."""
 
     scores = "received"
 
     def scratch(self, shape: SegmentShape) -> int:
-        """A copy of the accumulators."""
+        """Count the bytes of a copy of the accumulated scores."""
         return shape.slots * FLOAT
 
     def score(self, segment: Segment, index: int) -> torch.Tensor:
-        """The attention received so far: a copy, since a view would keep the memory's old store alive."""
+        """Return a copy of the attention received so far; a view would keep the memory's old storage alive."""
         received = segment.heads[index].scores
         if received is None:
             raise ValueError("this segment has no score accumulators; heavy hitters need a memory that keeps them")
@@ -31,7 +32,7 @@ class HeavyHitters(Eviction):
 
 
 def heavy_hitters(*, budgets: str = "uniform") -> Policy:
-    """Keep the slots with the most attention so far, fit nothing.
+    """Keep the slots that received the most attention so far, without any fit.
 
     Raises:
         ValueError: an option's value cannot work.

@@ -3,8 +3,8 @@
 Source: "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression", arXiv:2406.11430, section 3:
 keys of low norm tend to be attended to. No query is needed.
 
-The paper leaves the first two layers alone (section 4); here every layer gives what the budgets say. Norms differ from
-head to head, so scores are relative to the mean norm of the head: the order within a head is the paper's.
+The paper does not compress the first two layers (section 4); here the budgets apply to every layer. Norms differ from
+head to head, so scores are relative to the head's mean norm. The order of slots within a head is that of the paper.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class ShortestKeys(Eviction):
     """Keeps the slots with the shortest keys."""
 
     def scratch(self, shape: SegmentShape) -> int:
-        """The keys in float32 and their norms."""
+        """Count the bytes of the keys in float32 and of their norms."""
         casts = shape.slots * shape.key_dim * FLOAT if shape.itemsize < FLOAT else 0
         return casts + 2 * shape.slots * FLOAT
 
     def score(self, segment: Segment, index: int) -> torch.Tensor:
-        """The mean length of the head's keys over the key's own."""
+        """Return, for each slot, the mean length of the head's keys divided by the length of the slot's key."""
         norms: torch.Tensor = segment.heads[index].keys.float().norm(dim=-1)
         return norms.mean() / norms.clamp_(min=_EPSILON)
 

@@ -4,8 +4,8 @@ Source: "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM In
 Environments", arXiv:2504.15364, the efficient form: the anchor is the mean of the normalised keys, and keys with the
 largest cosine similarity to it are evicted. No query is needed.
 
-The paper evicts after every block of a prompt and every generated token; here slots leave in one go when the memory
-fills. The anchor is that of the segment alone, where the paper's covers the whole cache.
+The paper evicts after every block of a prompt and every generated token; here many slots are evicted at once when the
+memory fills. The anchor here is the mean over the segment alone; the paper's anchor covers the whole cache.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ class Distinctive(Eviction):
     """Keeps the slots whose keys point furthest away from the mean direction."""
 
     def scratch(self, shape: SegmentShape) -> int:
-        """The keys in float32 and a few numbers a slot."""
+        """Count the bytes of the keys in float32 and of a few numbers per slot."""
         casts = shape.slots * shape.key_dim * FLOAT if shape.itemsize < FLOAT else 0
         return casts + (3 * shape.slots + 2 * shape.key_dim) * FLOAT
 
     def score(self, segment: Segment, index: int) -> torch.Tensor:
-        """One minus the cosine of each key and the anchor: 0 … 2."""
+        """Return one minus the cosine between each key and the anchor, in 0 … 2."""
         keys = segment.heads[index].keys.float()
         inverse: torch.Tensor = keys.norm(dim=-1).clamp_(min=_EPSILON).reciprocal_()
-        anchor = inverse @ keys  # the mean of the normalised keys, but for its length
+        anchor = inverse @ keys  # the sum of the normalised keys, which has the direction of their mean
         anchor /= anchor.norm().clamp_(min=_EPSILON)
         return (keys @ anchor).mul_(inverse).neg_().add_(1).clamp_(min=0)
 

@@ -1,12 +1,12 @@
-"""Merge: slots with nearly the same key become one, which answers for all; the least attended ones leave.
+"""Merge: slots with nearly equal keys are merged into one that stands for all; the least attended slots are dropped.
 
 Source: D2O, arXiv:2406.13035 (a cosine threshold decides between merging into the most similar key and eviction);
 WeightedKV, arXiv:2503.01330 (the key stays as it is, values are averaged by attention); "Token Merging",
 arXiv:2210.09461, section 3 (the logit of a merged token grows by the log of its size).
 
-There tokens leave one a step, by attention summed up so far, and the threshold is an average that moves; here slots
-leave in one go when the memory fills, by the attention of the newest tokens, and the threshold is fixed. β makes a slot
-weigh what its group weighed: in tokens where ``weigh`` is "tokens", else in attention.
+D2O drops one token per step, by the attention summed up so far, and its threshold is a moving average. Here many slots
+are dropped at once when the memory fills, by the attention of the newest tokens, and the threshold is fixed. β gives a
+merged slot the weight of its whole group: the group's tokens if ``weigh`` is "tokens", else the group's attention.
 """
 
 from __future__ import annotations
@@ -35,11 +35,13 @@ class Merging(Observation):
     """Merges similar slots into the most attended of them, then drops the least attended groups."""
 
     threshold: float = 0.9
-    """The least cosine between two keys that merge."""
+    """The smallest cosine between two keys at which their slots may merge."""
     weigh: Weigh = "attention"
-    """What a slot weighs in its group: its mean attention weight, or what its β says, 1 for a token."""
+    """Weight of a slot in its group: its mean attention weight ("attention"), or e^β, which is 1 for a plain token
+    ("tokens")."""
     rest: Rest = "evict"
-    """What becomes of slots that are too many and like no other: they leave, or join the nearest."""
+    """Treatment of excess slots that resemble no other slot: "evict" drops them, "nearest" merges each into the nearest
+    kept slot."""
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
@@ -51,22 +53,22 @@ class Merging(Observation):
                 raise ValueError(f"{name}: {getattr(self, name)!r} is unknown; choose one of {known}")
 
     def scratch(self, shape: SegmentShape) -> int:
-        """Observing, then merging the values in float32."""
+        """Count the bytes of the reference queries' attention, then of merging with values in float32."""
         rows = self._rows(shape.slots, shape.key_dim)
         casts = shape.slots * shape.value_dim * FLOAT if shape.itemsize < FLOAT else 0
         merging = casts + merging_bytes(shape.slots, rows, shape.key_dim, shape.value_dim)
         return self.attention_bytes(shape, then=merging)
 
     def workspace(self, shape: SegmentShape) -> int:
-        """As any eviction, and the merged β and values of all heads."""
+        """Add to an eviction's workspace the bytes of the merged β and values of all heads."""
         return super().workspace(shape) + shape.heads * shape.budget * (1 + shape.value_dim) * FLOAT
 
     def score(self, segment: Segment, index: int) -> torch.Tensor:
-        """The mean attention weight."""
+        """Return each slot's mean attention weight."""
         return importance(self.attention(segment, index), "mean").scores
 
     def keep(self, segment: Segment, index: int, count: int) -> HeadCompaction:
-        """``count`` slots of KV head ``index``, merged and most attended."""
+        """Merge similar slots of KV head ``index``, and keep the ``count`` most attended of the result."""
         head = segment.heads[index]
         if count == 0 or count >= head.slots:
             return super().keep(segment, index, count)
@@ -98,7 +100,7 @@ def merge(
     rest: Rest = Merging.rest,
     budgets: str = "uniform",
 ) -> Policy:
-    """Merge slots whose keys have a cosine of at least ``threshold``; the least attended of the rest leave.
+    """Merge slots whose keys have a cosine of at least ``threshold``; drop the least attended of the other slots.
 
     Raises:
         ValueError: an option's value cannot work.

@@ -1,11 +1,11 @@
 """R-KV: attended slots, less those whose keys repeat others.
 
 Source: "R-KV: Redundancy-aware KV Cache Compression for Reasoning Models", arXiv:2505.24133, sections 3.2 (importance),
-3.3 (redundancy) and 3.4 (λ times the one less 1 - λ times the other); its code for what the text leaves open: a pool
-of 7 slots, a similarity threshold of 0.5, one similar slot spared.
+3.3 (redundancy) and 3.4 (λ times importance minus 1 - λ times redundancy). The paper's code gives three values that the
+text leaves open: a pool of 7 slots, a similarity threshold of 0.5, and one spared similar slot.
 
-The paper compresses every 128 tokens; here slots leave in one go when the memory fills. Scores are shifted by a
-constant of the head, so that none is negative; the order is the paper's.
+The paper compresses every 128 tokens; here many slots are dropped at once when the memory fills. The scores of a head
+are shifted by a constant, so that none is negative; the order of slots is that of the paper.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class NonRedundant(Observation):
     """Keeps the slots with the largest λ importance + (1 - λ) (largest redundancy - redundancy)."""
 
     mix: float = 0.1
-    """λ."""
+    """λ, the weight of the importance; the redundancy has the weight 1 - λ."""
     kernel: int = 7
-    """Neighbouring slots over which a query's weights are max-pooled, the slot itself included."""
+    """Number of neighbouring slots over which a query's weights are max-pooled, the slot itself included."""
     threshold: float = 0.5
-    """Keys with a larger cosine are similar."""
+    """Two keys whose cosine is larger than this are similar."""
     spared: int = 1
-    """Of the slots similar to any one, so many of the newest are not blamed for it."""
+    """For each key, so many of the newest keys similar to it do not count as redundant to it."""
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
@@ -47,12 +47,15 @@ class NonRedundant(Observation):
         check_redundancy(self.mix, self.threshold, self.spared)
 
     def scratch(self, shape: SegmentShape) -> int:
-        """Observing with two blocks of weights (the group's, and one head's or the pooled), then redundancy."""
+        """Count the bytes of the reference queries' attention with two blocks of weights, then of redundancy.
+
+        The first block holds the weights of the group, the second those of one head or the pooled weights.
+        """
         repeated = redundancy_bytes(shape.slots, shape.key_dim, self.block_bytes)
         return self.attention_bytes(shape, copies=2, then=repeated) + 2 * shape.slots * FLOAT
 
     def score(self, segment: Segment, index: int) -> torch.Tensor:
-        """Equation 7 plus (1 - λ) times the largest redundancy."""
+        """Return the score of the paper's equation 7 plus (1 - λ) times the head's largest redundancy."""
         attention = self.attention(segment, index)
         scores, seen = attention.bias.new_zeros(len(attention.keys)), 0.0
         for weight, logits in largest_of_group(attention, segment.weights, attention.logits):
@@ -66,7 +69,7 @@ class NonRedundant(Observation):
 
 
 def _softmax_(logits: torch.Tensor) -> torch.Tensor:
-    """Over the last dimension, in place."""
+    """Compute the softmax over the last dimension, in place."""
     logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_()
     return logits.div_(logits.sum(dim=-1, keepdim=True))
 
@@ -75,7 +78,7 @@ def check_redundancy(mix: float, threshold: float, spared: int) -> None:
     """Refuse settings that cannot work.
 
     Raises:
-        ValueError: ``mix`` is no share, ``threshold`` no positive cosine, or ``spared`` negative.
+        ValueError: ``mix`` is not in 0 … 1, ``threshold`` is not a positive cosine, or ``spared`` is negative.
 
     """
     check_share("mix", mix)
@@ -94,7 +97,7 @@ def r_kv(
     spared: int = NonRedundant.spared,
     budgets: str = "uniform",
 ) -> Policy:
-    """Keep what the newest ``window`` tokens attend to, less what repeats other slots; ``mix`` is λ.
+    """Keep slots that the newest ``window`` tokens attend to, less those that repeat other slots; ``mix`` is λ.
 
     Raises:
         ValueError: an option's value cannot work.

@@ -1,8 +1,8 @@
-"""Random subset: every head keeps slots by lot, for itself. What no policy may fall below.
+"""Random subset: every head keeps its own random slots; a baseline that every other policy should beat.
 
-Source: "Random Attention: Rethinking KV Cache Eviction for Efficient Reasoning", arXiv:2609.03430: the prompt stays,
-and of the rest each head keeps slots uniformly at random. Here what always stays is the memory's ``keep_first``, and
-slots leave in one go when the memory fills.
+Source: "Random Attention: Rethinking KV Cache Eviction for Efficient Reasoning", arXiv:2609.03430. In the paper the
+prompt stays, and each head keeps a uniformly random part of the other slots. Here the memory's ``keep_first`` sets what
+always stays, and many slots are dropped at once when the memory fills.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ from agentmem.policies.solvers.lots import lots
 
 
 class ByLot(Eviction):
-    """Keeps a uniformly random subset.
+    """Keeps a uniformly random subset of each head's slots.
 
-    A head's lots follow from the generator's seed, the layer and the head's newest key, never from the order of the
-    heads: heads draw independently, permuting them permutes the result, and a survey sees the lots that count.
+    A head's random numbers depend on the generator's seed, the layer and the head's newest key, never on the order of
+    the heads. Heads therefore draw independently, permuting the heads permutes the result, and a survey returns the
+    numbers that the compaction uses.
     """
 
     def scratch(self, shape: SegmentShape) -> int:
-        """The lots, and the newest key in float64."""
+        """Count the bytes of the random numbers and of the newest key in float64."""
         return shape.slots * FLOAT + shape.key_dim * 2 * FLOAT
 
     def score(self, segment: Segment, index: int) -> torch.Tensor:
-        """Uniform in 0 … 1."""
+        """Return a random number for each slot, uniform in 0 … 1."""
         return lots(segment.heads[index].keys, hash((segment.generator.initial_seed(), segment.layer)))
 
 
 def random_subset(*, budgets: str = "uniform") -> Policy:
-    """Keep slots by lot.
+    """Keep a random subset of each head's slots.
 
     Raises:
         ValueError: an option's value cannot work.

@@ -1,10 +1,11 @@
-"""SnapKV: the slots, and their neighbours, that the newest tokens attend to.
+"""SnapKV: the slots that the newest tokens attend to, and the neighbours of these slots.
 
 Source: "SnapKV: LLM Knows What You Are Looking for Before Generation", arXiv:2404.14469, section 4.1 (votes of an
 observation window), 4.3 and 5.2 (max pooling over neighbours), 5.3 (a window of 32, a kernel of 7).
 
-The paper compresses a prompt once; here the same is done each time the memory fills, with the newest tokens of that
-moment as the window. It keeps slots for every query head; here those of a KV head share one set by their mean vote.
+The paper compresses a prompt once; here the memory is compressed each time it fills, with the newest tokens of that
+moment as the window. The paper keeps a set of slots for every query head; here the query heads of a KV head share one
+set, chosen by their mean vote.
 """
 
 from __future__ import annotations
@@ -24,26 +25,27 @@ class PooledVotes(Observation):
     """Keeps the slots with the most attention from the window, on average, pooled over their neighbours."""
 
     kernel: int = 7
-    """Neighbouring slots that are pooled, the slot itself included."""
+    """Number of neighbouring slots that are pooled, the slot itself included."""
     pool: Pool = "max"
+    """Kind of pooling over these neighbours."""
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
         check_pooling(self.kernel, self.pool)
 
     def scratch(self, shape: SegmentShape) -> int:
-        """Observing, and the pooled scores."""
+        """Count the bytes of the reference queries' attention and of the pooled scores."""
         return self.attention_bytes(shape) + shape.slots * FLOAT
 
     def score(self, segment: Segment, index: int) -> torch.Tensor:
-        """The pooled mean of the window's attention weights."""
+        """Return each slot's mean attention weight from the window, pooled over its neighbours."""
         return pooled(importance(self.attention(segment, index), "mean").scores, self.kernel, self.pool)
 
 
 def snapkv(
     *, window: int = 32, kernel: int = PooledVotes.kernel, pool: Pool = PooledVotes.pool, budgets: str = "uniform"
 ) -> Policy:
-    """Keep what the newest ``window`` tokens attend to, max- or mean-``pool``-ed over ``kernel`` neighbours.
+    """Keep slots that the newest ``window`` tokens attend to, by weights ``pool``-ed over ``kernel`` neighbours.
 
     Raises:
         ValueError: an option's value cannot work.

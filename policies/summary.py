@@ -1,6 +1,7 @@
-"""Summary: the model summarises the segment in words, and the summary's slots take its place as they are.
+"""Summary: the model summarises the segment in words, and the summary's slots replace the segment's, unchanged.
 
-Source: text compaction as agent frameworks do it, here inside the memory. Matching makes up for summaries that fail.
+Source: text compaction as agent frameworks do it, here inside the memory. If a summary is unusable, Attention Matching
+compacts the segment instead.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ def summary(
     summary_tokens: int | None = None,
     **options: Any,
 ) -> Policy:
-    """A summary of at most ``summary_tokens`` (``None``: the plan chooses), all of whose slots stay.
+    """Replace the segment by a summary of at most ``summary_tokens`` (``None``: the plan chooses); keep all its slots.
 
-    Options as in :func:`agentmem.policies.summary_am.summary_am`.
+    The options are those of :func:`agentmem.policies.summary_am.summary_am`.
 
     Raises:
         ValueError: an option's value cannot work.

@@ -1,8 +1,9 @@
 """Summary + AM: the model summarises the segment in words, and Attention Matching compacts the summary's slots.
 
-Source: arXiv:2602.16284 (summarise, prefill the summary, compact that: offline there). Online, the summary is written
-in slots that stay free for it and takes the segment's place in mid-memory; where it is empty or runs away, matching
-compacts the segment itself and the report says so.
+Source: arXiv:2602.16284, which summarises, prefills the summary and compacts it, all of it offline. Here this happens
+during generation: the model writes the summary into slots reserved for it, and the summary then replaces the segment
+within the memory. If the summary is empty, repetitive or otherwise unusable, Attention Matching compacts the segment
+itself, and the report records that.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ def summary_am(
     keep: float = 0.5,
     **options: Any,
 ) -> Policy:
-    """A summary of at most ``summary_tokens`` (``None``: the plan chooses), of whose slots matching leaves ``keep``.
+    """Replace the segment by a summary of which Attention Matching keeps the fraction ``keep`` of the slots.
 
-    ``instruction`` asks for it and ``lead`` stands before it; ``options`` are those of
-    :func:`agentmem.policies.am_halving.am_halving`, for matching.
+    The summary has at most ``summary_tokens`` tokens (``None``: the plan chooses). ``instruction`` is the text that
+    asks the model for the summary; ``lead`` is the text that precedes the summary. ``options`` are those of
+    :func:`agentmem.policies.am_halving.am_halving`, for Attention Matching.
 
     Raises:
         ValueError: an option's value cannot work.

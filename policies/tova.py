@@ -2,9 +2,10 @@
 
 Source: "Transformers are Multi-State RNNs", arXiv:2401.06104, section 4 (Token Omission Via Attention).
 
-The paper drops one token a step by that step's own query; here slots leave in one go when the memory fills, all by the
-query of the newest token, so what only the tokens before it attended to is lost. The paper averages over the query
-heads of a layer, which then keep the same tokens (appendix A); here every KV head decides by the mean of its own group.
+The paper drops one token per step, by the query of that step. Here many slots are dropped at once when the memory
+fills, all by the query of the newest token; slots that only earlier tokens attended to are therefore lost. The paper
+averages over all query heads of a layer, so that all keep the same tokens (appendix A); here every KV head chooses by
+the mean over its own query heads.
 """
 
 from __future__ import annotations
@@ -21,19 +22,22 @@ from agentmem.policies.solvers.selection import importance
 
 @dataclass(frozen=True)
 class LastQuery(Observation):
-    """Keeps the slots with the largest mean attention weight; with ``tokens=1`` of live queries, of the last token."""
+    """Keeps the slots with the largest mean attention weight over the reference queries.
+
+    :func:`tova` takes one live query token as reference, so the weights are those of the newest token.
+    """
 
     def scratch(self, shape: SegmentShape) -> int:
-        """Observing."""
+        """Count the bytes of the reference queries' attention."""
         return self.attention_bytes(shape)
 
     def score(self, segment: Segment, index: int) -> torch.Tensor:
-        """The mean attention weight."""
+        """Return each slot's mean attention weight."""
         return importance(self.attention(segment, index), "mean").scores
 
 
 def tova(*, budgets: str = "uniform") -> Policy:
-    """Keep what the newest token attends to.
+    """Keep the slots that the newest token attends to.
 
     Raises:
         ValueError: an option's value cannot work.

@@ -1,7 +1,8 @@
 """Window: the memory's prefix (the attention sinks) and the most recent slots.
 
-Source: StreamingLLM, "Efficient Streaming Language Models with Attention Sinks", arXiv:2309.17453. The sinks are the
-memory's ``keep_first``. Kept keys keep their RoPE phase, where the paper re-numbers positions within the cache.
+Source: StreamingLLM, "Efficient Streaming Language Models with Attention Sinks", arXiv:2309.17453. The memory's
+``keep_first`` sets the number of sinks. Kept keys keep their RoPE phase; the paper instead re-numbers positions within
+the cache.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from agentmem.policies.budgets.registry import by_name
 
 
 class MostRecent(Compactor):
-    """Keeps the last slots of every head's segment as they are."""
+    """Keeps the last slots of every head's segment, unchanged."""
 
     def workspace(self, shape: SegmentShape) -> int:
-        """The kept indices."""
+        """Count the bytes of the kept indices."""
         return shape.heads * shape.budget * 8
 
     def compact(self, segment: Segment, slots: Sequence[int]) -> Compaction:
-        """The last ``slots[h]`` slots of every head."""
+        """Keep the last ``slots[h]`` slots of every head ``h``."""
         pairs = zip(segment.heads, slots, strict=True)
         return Compaction(tuple(HeadCompaction(_last(head, count)) for head, count in pairs))
 
@@ -32,10 +33,10 @@ def _last(head: HeadSegment, count: int) -> torch.Tensor:
 
 
 def window(*, budgets: str = "uniform") -> Policy:
-    """Keep the prefix and the most recent slots, forget the rest.
+    """Keep the prefix and the most recent slots; drop all other slots.
 
     Raises:
-        ValueError: an option's value cannot work; ``budgets`` look at scores, and there are none.
+        ValueError: an option's value cannot work, or ``budgets`` need scores, which this policy does not compute.
 
     """
     return Policy(

@@ -1,1 +1,1 @@
-"""Attention over ragged runs of slots with β: one definition, one path per backend."""
+"""Compute attention over slots with β; KV heads of a layer may hold different numbers of slots."""

@@ -1,4 +1,4 @@
-"""What ``chunk.c`` offers to ``ragged.py``."""
+"""Declare the functions of ``chunk.c``, which ``ragged.py`` uses."""
 
 def attend(
     queries: int,
@@ -17,20 +17,37 @@ def attend(
     window: int,
     runs: list[tuple[int, int, int, int, int, int, int, int, int, int, int, bool]],
 ) -> None:
-    """A chunk's queries over ragged runs; addresses of bfloat16 storage, strides of a head and a token in numbers.
+    """Attend with the queries of several tokens over runs of KV heads with different numbers of slots.
 
-    ``queries [heads * group, tokens, key_dim]``, ``output [heads * group, tokens, value_dim]``, rows of which lie
-    together; ``scratch`` starts at a multiple of 64. ``window`` is 0 for none. A run is ``(first head, heads, slots,
-    keys, values, float32 bias or 0,`` strides of a head in these three, of a slot in keys and values, and whether these
-    are the queries' own keys, seen causally ``)``.
+    Tensors are addresses of bfloat16 storage with contiguous rows; strides, over heads and tokens, are in elements.
+
+    Args:
+        queries: address of ``[heads * group, tokens, key_dim]``.
+        output: address of ``[heads * group, tokens, value_dim]``.
+        scratch: address that is a multiple of 64.
+        scratch_bytes: bytes at ``scratch``.
+        threads: number of threads.
+        scale: factor on the attention logits.
+        query_strides: strides of ``queries`` over heads and tokens.
+        output_strides: strides of ``output`` over heads and tokens.
+        tokens: number of tokens.
+        heads: number of KV heads.
+        group: query heads per KV head.
+        key_dim: elements of a key.
+        value_dim: elements of a value.
+        window: the most tokens that a query sees, 0 for all.
+        runs: for each run, in this order: first head, heads, slots; addresses of keys, values and float32 bias (0 if
+            none); their three strides over heads; the strides of keys and values over slots; whether these are the
+            queries' own keys, which are seen causally.
 
     Raises:
-        ValueError: the scratch is less than ``threads * scratch_bytes(key_dim, value_dim)``, or a group more than 128.
+        ValueError: ``scratch_bytes`` is less than ``threads * scratch_bytes(key_dim, value_dim)``, or ``group`` is more
+            than 128.
 
     """
 
 def scratch_bytes(key_dim: int, value_dim: int, /) -> int:
-    """Bytes that a thread works in."""
+    """Return the bytes of scratch that each thread needs."""
 
 def available() -> bool:
-    """Whether this CPU and this build have AMX's bfloat16 tiles, and the system lets the process use them."""
+    """Check that this CPU and this build support AMX's bfloat16 tiles, and that the system permits their use."""

@@ -1,4 +1,4 @@
-"""What ``decode.c`` offers to ``decode.py``."""
+"""Declare the functions of ``decode.c``, which ``decode.py`` uses."""
 
 from typing import Any
 
@@ -24,25 +24,43 @@ def attend(
     scratch_bytes: int,
     sequences: list[tuple[int, Any, list[int], bool]],
 ) -> None:
-    """One token of each sequence over its slots; addresses of storage of one dtype, strides in numbers.
+    """Attend with one token of each sequence over the slots of its sequence.
 
-    ``kind`` of queries, fresh rows and output: 0 float32, 1 bfloat16, 2 float16; of ``slots`` the same, or 3 for rows
-    of ``quantised.py``. ``queries [rows, heads * group, key_dim]``, fresh ``keys [rows, heads, key_dim]`` and ``values
-    [rows, heads, value_dim]``, each with its strides of a row and of a head;
-    ``output [rows, heads * group, value_dim]`` lies together. A sequence is ``(its row, (heads, …), slots that each
-    head has filled, whether slots carry a β)``, where ``heads`` has four uint64 a head: the addresses of its keys,
-    values and float32 β (0: none), and the slots that it has room for. The fresh rows become the slots behind those
-    that are filled, and are attended to; where the address of ``keys`` is 0 there are none. ``window``: only so many of
-    the last slots are attended to, 0 for all.
+    Tensors are addresses of storage; strides, over rows and heads, are in elements.
+
+    Args:
+        kind: dtype of queries, fresh rows and output: 0 float32, 1 bfloat16, 2 float16.
+        slots: dtype of the slots: as ``kind``, or 3 for rows of ``quantised.py``.
+        threads: number of threads.
+        scale: factor on the attention logits.
+        window: the number of last slots that are attended to, 0 for all.
+        rows: number of rows of queries and output.
+        heads: number of KV heads.
+        group: query heads per KV head.
+        key_dim: elements of a key.
+        value_dim: elements of a value.
+        queries: address of ``[rows, heads * group, key_dim]``.
+        query_strides: strides of ``queries``.
+        keys: address of the fresh keys ``[rows, heads, key_dim]``, or 0 if there are no fresh rows. Fresh rows are
+            written to the slots after the filled ones, and are attended to.
+        key_strides: strides of ``keys``.
+        values: address of the fresh values ``[rows, heads, value_dim]``.
+        value_strides: strides of ``values``.
+        output: address of ``[rows, heads * group, value_dim]``, contiguous.
+        scratch: address of scratch memory.
+        scratch_bytes: bytes at ``scratch``.
+        sequences: for each sequence its row, its layout, the filled slots of each head, and whether slots have a β. The
+            first item of the layout has four uint64 per head: the addresses of its keys, values and float32 β (0 if
+            none), and its capacity in slots.
 
     Raises:
-        ValueError: a head without slots, or without room for one more; a row that is not there; too little scratch; a
-            shape that this code is not made for. Nothing was written.
+        ValueError: a head has no slots, or no room for one more; a row does not exist; the scratch is too small; or the
+            code does not support the shape. Nothing was written.
 
     """
 
 def scratch_bytes(sequences: int, heads: int, group: int, key_dim: int, value_dim: int, threads: int, /) -> int:
-    """Bytes of scratch for so many sequences, whatever their slots."""
+    """Return the bytes of scratch for this number of sequences; they do not depend on the number of slots."""
 
 def use(level: int, /) -> bool:
-    """Work with the instructions of any CPU (0), AVX2 (1) or AVX-512 (2); ``False`` if this CPU lacks them."""
+    """Choose the instructions to use: any CPU's (0), AVX2 (1) or AVX-512 (2); ``False`` if this CPU lacks them."""

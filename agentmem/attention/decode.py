@@ -1,6 +1,6 @@
-"""Decode steps in compiled code: one token of each of several sequences over its own slots, in one call.
+"""Run decode steps in compiled code: one token of each of several sequences attends to its slots, in one call.
 
-Shapes: queries ``[n, Hq, d]``, a row a sequence; the slots of a sequence are described by a :class:`Layout`.
+Queries are ``[n, Hq, d]``, one row per sequence. A :class:`Layout` describes where a sequence's slots are in memory.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ if TYPE_CHECKING:
 
 _VECTOR = 16  # floats that decode.c works on at a time
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # dtypes that decode.c reads, by its own numbers
-_QUANTISED = 3  # rows of quantised.py, likewise
+_QUANTISED = 3  # the number that decode.c has for rows of quantised.py
 
 
 class Form(NamedTuple):
-    """What the slots of one layer have in common."""
+    """The dtype, number of KV heads and dims that all slots of one layer share."""
 
     dtype: torch.dtype
     heads: int
     key_dim: int
     value_dim: int
     quantised: bool = False
-    """Whether slots are rows of :mod:`agentmem.attention.quantised`; queries and outputs are of ``dtype``."""
+    """Whether slots are rows of :mod:`agentmem.attention.quantised`; queries and outputs have ``dtype`` even then."""
 
     @property
     def served(self) -> bool:
-        """Whether the compiled code is there, and made for such slots: dims of whole vectors, or whole groups."""
+        """Return whether the compiled code is installed and supports this dtype and these dims."""
         whole = quantised.GROUPS[0] if self.quantised else _VECTOR
         return COMPILED and self.dtype in _KINDS and not self.key_dim % whole and not self.value_dim % whole
 
 
 def form_of(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, quantised: bool = False) -> Form | None:
-    """The form of the slots that fresh ``keys [n, Hkv, d]`` and ``values [n, Hkv, dv]`` become.
+    """Return the form of the slots in which new ``keys [n, Hkv, d]`` and ``values [n, Hkv, dv]`` will be stored.
 
-    ``None`` where :func:`attend_each` does not take them.
+    Returns ``None`` if :func:`attend_each` does not support these tensors.
     """
     rows, heads, dim = keys.shape
     if not (queries.is_cpu and keys.is_cpu and values.is_cpu and keys.dtype == queries.dtype == values.dtype):
@@ -61,26 +61,26 @@ def form_of(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, 
 
 
 class Layout(NamedTuple):
-    """Where the slots of each KV head of a sequence lie, and what keeps them there."""
+    """The memory addresses of the slots of each KV head of a sequence, with the tensors that own this memory."""
 
     heads: bytes
-    """Four uint64 a head: addresses of keys, values and β (0: there is none), and the slots there is room for."""
+    """Four uint64 per head: the addresses of keys, values and β (0 if there is no β), and the capacity in slots."""
     form: Form
     storages: tuple[torch.Tensor | None, ...]
-    """Not freed while anybody has this."""
+    """The tensors that own the memory; it is not freed while the layout exists."""
 
 
 Sequence = tuple[int, Layout, list[int], bool]
-"""Its row in the queries, its layout, the slots that each head has filled, and whether they carry a β."""
+"""The row of a sequence in the queries, its layout, the filled slots of each head, and whether slots have a β."""
 
 
 def layout(heads: Iterable[tuple[int, int, int, int]], form: Form, *storages: torch.Tensor | None) -> Layout:
-    """The layout of heads given as addresses of keys, values and β, and their room: of plain CPU tensors only."""
+    """Make a layout; each head is given by the addresses of its keys, values and β on the CPU, and its capacity."""
     return Layout(array("Q", [number for head in heads for number in head]).tobytes(), form, storages)
 
 
 def step_bytes(layer: LayerShape, sequences: int, itemsize: int) -> int:
-    """Bytes that :func:`attend_each` allocates besides its output: its scratch, and copies of rows that lie apart."""
+    """Return the bytes that :func:`attend_each` allocates besides its output: scratch and contiguous copies."""
     if not COMPILED:
         return 0
     rows = layer.query_heads * layer.key_dim + layer.kv_heads * (layer.key_dim + layer.value_dim)
@@ -98,15 +98,22 @@ def attend_each(
     fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
     window: int | None = None,
 ) -> None:
-    """Attend with one token of each sequence, ``queries [n, Hq, d]``, into ``output [n, Hq, dv]``, which lies together.
+    """Attend with one token of each sequence, ``queries [n, Hq, d]``, and write contiguous ``output [n, Hq, dv]``.
 
-    The sequences have one form, which is served, and rows that no sequence names are left alone. ``fresh`` keys
-    ``[n, Hkv, d]`` and values ``[n, Hkv, dv]`` are first written behind the slots that are filled and count as filled
-    in this call; without them the slots are taken as they are. ``window``: only so many of the last slots are seen.
-    All tensors are plain ones on the CPU, in the form's dtype.
+    All tensors are on the CPU, in the form's dtype; all sequences have the same form, whose ``served`` is true. Rows
+    that no sequence names are not written.
+
+    Args:
+        queries: one row per sequence.
+        sequences: the sequences to attend to; see :data:`Sequence`.
+        scale: factor on the attention logits.
+        output: the tensor to write to.
+        fresh: new keys ``[n, Hkv, d]`` and values ``[n, Hkv, dv]``, which are first written after the filled slots and
+            are attended to; with ``None`` the slots are used as they are.
+        window: the number of last slots that are seen; ``None`` for all.
 
     Raises:
-        ValueError: a head without slots, or without room for one more; nothing was written.
+        ValueError: a head has no slots, or no room for one more; nothing was written.
 
     """
     form = sequences[0][1].form
@@ -138,10 +145,10 @@ def attend_each(
 
 
 def _together(rows: torch.Tensor) -> torch.Tensor:
-    """With the numbers of a row one behind the other."""
+    """Return rows whose last dimension is contiguous, copied if necessary."""
     return rows if rows.stride(2) == 1 else rows.contiguous()
 
 
 def _place(rows: torch.Tensor | None) -> tuple[int, tuple[int, ...]]:
-    """The address of rows ``[n, h, d]``, and the numbers from one row, and from one head, to the next."""
+    """Return the address of rows ``[n, h, d]`` and their strides over rows and heads, in elements."""
     return (0, (0, 0)) if rows is None else (rows.data_ptr(), rows.stride()[:2])

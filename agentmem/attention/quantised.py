@@ -1,9 +1,10 @@
-"""Rows of 8-bit numbers: a key or a value of ``d`` numbers as ``d`` codes and a scale for each group of them.
+"""Quantise keys and values to rows of 8-bit codes, with one scale for each group of codes.
 
-A row is ``d`` int8 codes, a byte of padding where ``d`` is odd, and the groups' scales in bfloat16. A number is its
-code times its group's scale. Scales are rounded up, so that no code leaves -127 … 127, and codes are rounded to the
-nearest: a number is off by half a scale at most, which is 0.4 % of the largest in its group. Numbers that are not
-finite make their group NaN. ``decode.c`` reads and writes the same rows.
+The row of a key or value with ``d`` numbers consists of ``d`` int8 codes, a byte of padding if ``d`` is odd, and the
+scales of the groups in bfloat16. A number is its code times the scale of its group. Scales are rounded up, so that all
+codes are within -127 … 127, and codes are rounded to the nearest integer. The error of a number is at most half a
+scale, which is 0.4 % of the largest number in its group. If a number is not finite, its whole group decodes to NaN.
+``decode.c`` reads and writes the same rows.
 """
 
 from __future__ import annotations
@@ -11,25 +12,25 @@ from __future__ import annotations
 import torch
 
 GROUPS = (32, 16)
-"""Numbers that share a scale: the first that divides a row, or else the whole row."""
+"""Sizes of a group: the first that divides the length of a row is used, or else the whole row is one group."""
 BLOCK = 64
-"""Tokens that are encoded at a time."""
+"""The number of tokens that are encoded at a time."""
 _MOST = 127
 _FLOAT, _SCALE = 4, 2  # bytes
 
 
 def group(dim: int) -> int:
-    """Numbers of a row of ``dim`` that share a scale."""
+    """Return the size of a group, the numbers that share a scale, in a row of ``dim`` numbers."""
     return next((size for size in GROUPS if dim % size == 0), dim)
 
 
 def row_bytes(dim: int) -> int:
-    """Bytes of a row."""
+    """Return the bytes of the row of ``dim`` numbers."""
     return dim + dim % 2 + _SCALE * (dim // group(dim))
 
 
 def encode(rows: torch.Tensor) -> torch.Tensor:
-    """Rows ``[..., d]`` of any floating dtype as uint8 ``[..., row_bytes(d)]``; allocates :func:`encode_bytes`."""
+    """Encode rows ``[..., d]`` of any floating dtype to uint8 ``[..., row_bytes(d)]``; see :func:`encode_bytes`."""
     dim = rows.shape[-1]
     groups = rows.float().reshape(*rows.shape[:-1], dim // group(dim), group(dim))
     scale = _rounded_up(groups.abs().amax(-1) / _MOST)
@@ -41,30 +42,30 @@ def encode(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _rounded_up(scales: torch.Tensor) -> torch.Tensor:
-    """Float32 numbers that are not negative, up to the next that bfloat16 has; in place."""
+    """Round float32 numbers of at least 0 up to the next number of bfloat16, in place."""
     scales.view(torch.int32).add_(0xFFFF).bitwise_and_(~0xFFFF)
     return scales
 
 
 def decode(encoded: torch.Tensor, dim: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The rows ``[..., d]`` that ``encoded [..., row_bytes(d)]`` stands for; allocates :func:`decode_bytes`."""
+    """Decode ``encoded [..., row_bytes(d)]`` to rows ``[..., d]`` of ``dtype``; see :func:`decode_bytes`."""
     rows = encoded[..., :dim].view(torch.int8).float()
     rows.view(*rows.shape[:-1], dim // group(dim), group(dim)).mul_(scales(encoded, dim).float().unsqueeze(-1))
     return rows.to(dtype)
 
 
 def scales(encoded: torch.Tensor, dim: int) -> torch.Tensor:
-    """The scales ``[…, groups]`` of encoded rows, bfloat16: a view."""
+    """Return a view of the scales ``[..., groups]`` of encoded rows, in bfloat16."""
     return encoded[..., dim + dim % 2 :].view(torch.bfloat16)
 
 
 def encode_bytes(rows: int, dim: int) -> int:
-    """Bytes that :func:`encode` of so many rows allocates at most, its result included."""
+    """Return the most bytes that :func:`encode` allocates for ``rows`` rows, its result included."""
     groups = dim // group(dim)
     return rows * (2 * _FLOAT * dim + max(_FLOAT * dim, 2 * row_bytes(dim)) + 2 * _FLOAT * groups)
 
 
 def decode_bytes(rows: int, dim: int, itemsize: int = _FLOAT) -> int:
-    """Bytes that :func:`decode` of so many rows allocates at most, its result of ``itemsize`` a number included."""
+    """Return the most bytes that :func:`decode` allocates for ``rows`` rows; ``itemsize`` is that of its dtype."""
     narrowed = dim * itemsize if itemsize != _FLOAT else 0
     return rows * (dim * _FLOAT + _FLOAT * (dim // group(dim)) + narrowed)

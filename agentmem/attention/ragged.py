@@ -1,7 +1,8 @@
-"""Attention of one row's queries over ragged slots with β. One path per backend; the oracle is in the tests.
+"""Compute attention of one row's queries over slots with β; KV heads may hold different numbers of slots.
 
-Shapes: queries ``[Hq, q, d]``; a :class:`Run` holds KV heads whose slots lie alike; *fresh* keys and values
-``[Hkv, q, d]`` belong to the same tokens as the queries and are seen causally. Scores are accumulated in float32.
+Queries are ``[Hq, q, d]``. A :class:`Run` holds consecutive KV heads with equal numbers of slots. *Fresh* keys and
+values ``[Hkv, q, d]`` belong to the same tokens as the queries and are attended to causally. Scores are summed in
+float32. There are several code paths, chosen by device, dtype and arguments; the tests compare them with a reference.
 """
 
 from __future__ import annotations
@@ -27,28 +28,29 @@ if TYPE_CHECKING:
 
     from agentmem.planning.model_shape import LayerShape
 
-# torch's CPU flash kernel: the one fused path that takes a broadcast float32 β and also returns the log-sum-exp, so
-# that old slots and fresh keys are attended apart and merged without any dense mask. It works on float32 here, whatever
-# the storage: for 16 bits it makes, by CPU and shape, copies of keys and values for each query head, or has MKL pack
-# into 4 MB a thread, and no plan can count these.
+# torch's CPU flash kernel is the only fused path that takes a broadcast float32 β and also returns the log-sum-exp. So
+# attention over slots and over fresh keys can be computed separately and merged without a dense mask. The kernel gets
+# float32 here, whatever dtype is stored: with 16 bits it would, depending on CPU and shape, copy keys and values for
+# each query head or let MKL pack them into 4 MB per thread, and a plan could not count these bytes.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001  # no public name returns the lse
 
 TOKENS = 128
-"""Tokens of a chunk that the fused path attends with at a time, fewer where many query heads share a KV head."""
+"""The most tokens that the fused path handles in one block; fewer if many query heads share a KV head."""
 ROWS = 512
-"""Queries of one KV head in a call of the kernel: so many tokens of all heads of its group."""
+"""The most queries of one KV head, over tokens and query heads of its group, in one call of the kernel."""
 SPAN = 512
-"""16-bit slots that are read as float32 for a call of the kernel; the spans are merged by their log-sum-exp."""
+"""The most slots that are converted to float32 for one call of the kernel; results are merged by log-sum-exp."""
 TILE_BYTES = 1 << 19
-"""Bytes of one tile of logits in the explicit path."""
-_RUN_BYTES = 96  # of chunk.c's account of a run
-_TILED_GROUP = 128  # queries of a token that chunk.c takes for one KV head
+"""The most bytes of one tile of logits in the explicit path, unless one query needs more."""
+_RUN_BYTES = 96  # bytes that chunk.c keeps for each run
+_TILED_GROUP = 128  # the most query heads per KV head that chunk.c supports
 
 
 def fused_bytes(layer: LayerShape, tokens: int, slots: int, itemsize: int, rows: int = 1) -> int:
-    """Bytes that the fused path of :func:`attend` allocates at most besides its output.
+    """Return the most bytes that the fused path of :func:`attend` allocates besides its output.
 
-    The rows of a batch are attended one after the other, but for a decode step's, which one compiled call may serve.
+    The rows of a batch are computed one after the other, except in a decode step, where one compiled call may compute
+    all ``rows``.
     """
     chunk = _block_bytes(layer, layer.kv_heads, _tokens(layer.group, tokens), max(slots, tokens), itemsize)
     step = layer.query_heads * (layer.key_dim + layer.value_dim + 2) * itemsize + _kernel_bytes(
@@ -59,7 +61,7 @@ def fused_bytes(layer: LayerShape, tokens: int, slots: int, itemsize: int, rows:
 
 
 def _block_bytes(layer: LayerShape, heads: int, tokens: int, keys: int, itemsize: int) -> int:
-    """Bytes of attending with one block of tokens: the sum so far, one part of it, and what makes or merges a part."""
+    """Return the bytes for one block of tokens: the merged result, one part, and scratch to compute or merge it."""
     wide = max(FLOAT, itemsize)
     rows = heads * layer.group * tokens
     total, part = rows * (layer.value_dim + 1) * wide, rows * (layer.value_dim * wide + 8)
@@ -72,14 +74,14 @@ def _block_bytes(layer: LayerShape, heads: int, tokens: int, keys: int, itemsize
 
 
 def _cast_bytes(layer: LayerShape, heads: int, keys: int, itemsize: int) -> int:
-    """Bytes of keys and values as float32, where they are stored otherwise."""
+    """Return the bytes of float32 copies of keys and values, 0 if they are stored as float32 or wider."""
     if layer.quantised:
         return sum(quantised.decode_bytes(heads * keys, dim) for dim in (layer.key_dim, layer.value_dim))
     return heads * keys * (layer.key_dim + layer.value_dim) * FLOAT if itemsize < FLOAT else 0
 
 
 def _tiled_bytes(layer: LayerShape) -> int:
-    # chunk.c: what each thread packs and sums in, whatever the slots and tokens; a run for each head and the fresh keys
+    # chunk.c: scratch per thread, independent of slots and tokens, and one run for each head and for the fresh keys
     if not TILED:
         return 0
     threads = torch.get_num_threads()
@@ -87,7 +89,7 @@ def _tiled_bytes(layer: LayerShape) -> int:
 
 
 def explicit_bytes(layer: LayerShape, tokens: int, slots: int, itemsize: int) -> int:
-    """Bytes that the explicit path of :func:`attend` allocates at most besides its output."""
+    """Return the most bytes that the explicit path of :func:`attend` allocates besides its output."""
     span = slots + tokens
     rows = layer.query_heads * min(tokens, max(1, TILE_BYTES // (layer.query_heads * span * 4)))
     casts = _cast_bytes(layer, layer.kv_heads, span, itemsize)
@@ -112,13 +114,22 @@ def attend(
     explicit: bool = False,
     sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention output ``[Hq, q, dv]`` and, from the explicit path, what the fresh keys received ``[Hkv, q]``.
+    """Compute the attention of one row's ``queries [Hq, q, d]`` over the slots in ``runs`` and over fresh keys.
 
-    Without ``fresh`` every query sees every slot (a decode step whose own slot was appended already). With it the
-    queries see all slots and, causally, the fresh keys. ``window``: a query sees at most that many tokens, itself
-    included; slots are then the consecutive tokens before it (without ``fresh`` the caller has cut them). Runs with
-    ``scores`` need the explicit path, which also serves devices other than CPU, and ``sinks [Hq]``: one more logit in
-    the denominators of each query head.
+    Args:
+        queries: post-RoPE queries of ``q`` tokens.
+        runs: the slots. Runs with ``scores`` need ``explicit``.
+        fresh: keys and values of the queries' own tokens, attended to causally. With ``None`` every query sees every
+            slot, as in a decode step whose own slot was appended before.
+        scale: factor on the attention logits.
+        window: the most tokens that a query sees, its own included; the slots are then the consecutive tokens before
+            the fresh ones. Without ``fresh`` the caller must have cut the slots to the window.
+        explicit: compute the weights explicitly. Devices other than the CPU and ``sinks`` always use this path.
+        sinks: ``[Hq]``, an additional logit of each query head that only increases the denominator of its softmax.
+
+    Returns:
+        The output ``[Hq, q, dv]``, and the attention that the fresh keys received, ``[Hkv, q]`` float32: from the
+        explicit path with ``fresh``, otherwise ``None``.
     """
     if not explicit and sinks is None:
         if fresh is None and queries.shape[1] == 1:
@@ -149,12 +160,12 @@ def _fused(queries: torch.Tensor, runs: Sequence[Run], fresh: Fresh | None, scal
 
 
 def _width(runs: Sequence[Run], fresh: Fresh | None) -> int:
-    """Numbers in a value."""
+    """Return the number of elements of a value."""
     return runs[0].value_dim if fresh is None else int(fresh.values.shape[-1])
 
 
 def _step(queries: torch.Tensor, runs: Sequence[Run], scale: float) -> torch.Tensor:
-    """One token's queries ``[Hq, 1, d]``, a call a run: a group is rows of one KV head, whose slots are read once."""
+    """Attend with one token's queries ``[Hq, 1, d]``, one kernel call per run, which reads its slots once."""
     group = queries.shape[0] // sum(run.heads for run in runs)
     rows = (queries[run.first * group : (run.first + run.heads) * group].view(run.heads, group, 1, -1) for run in runs)
     outputs = [_flash_rows(each, run, scale)[0] for each, run in zip(rows, runs, strict=True)]
@@ -163,12 +174,12 @@ def _step(queries: torch.Tensor, runs: Sequence[Run], scale: float) -> torch.Ten
 
 
 def _tokens(group: int, tokens: int) -> int:
-    """Tokens to attend with at a time."""
+    """Return the number of tokens in one block."""
     return min(TOKENS, ROWS // group or 1, tokens)
 
 
 def _compiled(queries: torch.Tensor, runs: Sequence[Run]) -> bool:
-    """Whether compiled code serves this decode step: slots of a form that it knows, one behind the other."""
+    """Check whether the compiled code can run this decode step: it supports the form, and rows are contiguous."""
     form = _form(queries, runs)
     dim, width, dtype = form.key_dim, form.value_dim, form.dtype
     if form.quantised:
@@ -187,7 +198,7 @@ def _form(queries: torch.Tensor, runs: Sequence[Run]) -> decode.Form:
 
 
 def _plain(run: Run, dim: int, width: int, dtype: torch.dtype) -> bool:
-    """Whether a run lies in memory as ``decode.c`` reads it; it reads addresses, so nothing else may pass."""
+    """Check that a run has the memory layout that ``decode.c``, which reads raw addresses, relies on."""
     keys, values, bias = run.keys, run.values, run.bias
     return (
         keys.dtype == values.dtype == dtype
@@ -201,7 +212,7 @@ def _plain(run: Run, dim: int, width: int, dtype: torch.dtype) -> bool:
 
 
 def _decode_step(queries: torch.Tensor, runs: Sequence[Run], scale: float) -> torch.Tensor:
-    """One token's queries ``[Hq, 1, d]`` over all runs at once, which follow one another by their heads."""
+    """Attend with one token's queries ``[Hq, 1, d]`` over all runs, in head order, in one compiled call."""
     form = _form(queries, runs)
     output = queries.new_empty(1, queries.shape[0], form.value_dim)
     storages = [each for run in runs for each in (run.keys, run.values, run.bias)]
@@ -212,7 +223,7 @@ def _decode_step(queries: torch.Tensor, runs: Sequence[Run], scale: float) -> to
 
 
 def _heads(run: Run) -> Iterator[tuple[int, int, int, int]]:
-    """Where each head of a run lies: addresses of keys, values and β (0: there is none), and its slots."""
+    """Yield for each head of a run the addresses of keys, values and β (0 if there is no β), and its slots."""
     size = run.keys.element_size()
     for head in range(run.heads):
         bias = 0 if run.bias is None else run.bias.data_ptr() + head * run.bias.stride(0) * FLOAT
@@ -221,7 +232,7 @@ def _heads(run: Run) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _addresses(run: Run) -> tuple[int, int, int, int, int, int, int, int, int]:
-    """A run as the compiled code reads it; address 0 stands for no β."""
+    """Describe a run to the compiled code: first head, sizes, addresses (0 if there is no β) and strides of heads."""
     keys, values, bias = run.keys, run.values, run.bias
     heads, slots, _ = keys.shape
     place, stride = (0, 0) if bias is None else (bias.data_ptr(), bias.stride(0))
@@ -239,7 +250,7 @@ def _addresses(run: Run) -> tuple[int, int, int, int, int, int, int, int, int]:
 
 
 def _tiles(queries: torch.Tensor, runs: Sequence[Run], fresh: Fresh | None) -> bool:
-    """Whether ``chunk.c`` serves these tokens: bfloat16 whose rows lie together, on a CPU with AMX."""
+    """Check whether ``chunk.c`` can compute this: bfloat16 with contiguous rows, on a CPU with AMX."""
     if not TILED or queries.dtype != torch.bfloat16 or queries.device.type != "cpu":
         return False
     sources: list[Run | Fresh] = [*runs] if fresh is None else [*runs, fresh]
@@ -248,7 +259,7 @@ def _tiles(queries: torch.Tensor, runs: Sequence[Run], fresh: Fresh | None) -> b
 
 
 def _rows(source: Run | Fresh) -> bool:
-    """Whether keys and values are read as ``chunk.c`` reads them; it reads addresses, so nothing else may pass."""
+    """Check that keys and values have the memory layout that ``chunk.c``, which reads raw addresses, relies on."""
     keys, values, bias = source.keys, source.values, getattr(source, "bias", None)
     return (
         keys.dtype == values.dtype == torch.bfloat16
@@ -261,7 +272,7 @@ def _rows(source: Run | Fresh) -> bool:
 def _chunk_step(
     queries: torch.Tensor, runs: Sequence[Run], fresh: Fresh | None, scale: float, window: int | None
 ) -> torch.Tensor:
-    """Several tokens' queries ``[Hq, q, d]`` over all runs and, causally, the fresh keys."""
+    """Attend in compiled code with queries ``[Hq, q, d]`` of several tokens over all runs and, causally, fresh keys."""
     query_heads, tokens, dim = queries.shape
     heads = sum(run.heads for run in runs) if fresh is None else fresh.keys.shape[0]
     width, threads = (runs[0] if fresh is None else fresh).values.shape[-1], torch.get_num_threads()
@@ -294,9 +305,12 @@ def _chunk_step(
 def _attend_block(
     grouped: torch.Tensor, runs: Sequence[Run], fresh: Fresh | None, scale: float, block: slice
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A block of a chunk's tokens ``[h, group, b, d]``: output ``[h, group, b, dv]``, log-sum-exp ``[h, group, b]``.
+    """Attend with the queries ``[h, group, b, d]`` of a block of tokens over all runs and fresh keys.
 
-    Both at least float32. What is seen is attended in parts, and every part counts by its mass.
+    Attention is computed in parts, which are merged by their attention mass.
+
+    Returns:
+        The output ``[h, group, b, dv]`` and the log-sum-exp ``[h, group, b]`` of the logits, both at least float32.
     """
     grouped = wide(grouped)
     output = grouped.new_zeros(*grouped.shape[:3], _width(runs, fresh))
@@ -312,20 +326,20 @@ def _attend_block(
 
 
 def _spans(run: Run) -> Iterator[Run]:
-    """The slots of a run: all, or as many at a time as may be copied."""
+    """Yield the slots of a run: all at once, or at most :data:`SPAN` at a time if they must be converted."""
     for span in blocks(run.slots, SPAN if run.copied else max(1, run.slots)):
         yield run.part(span)
 
 
 def _merge(output: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
-    """Add a part to what was attended so far, each weighted by its mass. No part outlives its turn."""
+    """Merge a part into the result so far, in place, each weighted by its attention mass."""
     share = (part_lse - lse).sigmoid_().unsqueeze(-1)
     output.lerp_(part, share)
     torch.logaddexp(lse, part_lse, out=lse)
 
 
 def _flash_rows(grouped: torch.Tensor, run: Run, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """``grouped [h, group, b, d]`` over all slots of a run; the group's queries are rows of one head, read together."""
+    """Attend with ``grouped [h, group, b, d]`` over a run's slots; a group's queries are rows of one kernel head."""
     heads, group, tokens, _ = grouped.shape
     run = run.wide()
     output, lse = _flash(
@@ -342,7 +356,7 @@ def _flash_rows(grouped: torch.Tensor, run: Run, scale: float) -> tuple[torch.Te
 def _flash_own(
     grouped: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``grouped [h, group, b, d]`` over the keys ``[h, b, d]`` of the same tokens, which see no later ones."""
+    """Attend with ``grouped [h, group, b, d]`` causally over the keys ``[h, b, d]`` of the same tokens."""
     shared = (each.unsqueeze(1).expand(-1, grouped.shape[1], -1, -1) for each in (keys, values))
     output, lse = _flash(grouped, *shared, 0.0, True, scale=scale)  # noqa: FBT003  # takes no keyword
     return output, lse
@@ -391,7 +405,7 @@ def _weights(
     start: int,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Weights ``[h, group * b, n + stop]`` float32 of the queries ``start .. start + b`` of a chunk."""
+    """Return the attention weights ``[h, group * b, n + stop]`` float32 of the queries ``start .. start + b``."""
     size, count = queries.shape[1], run.slots
     stop = 0 if fresh is None else start + size
     grouped = queries.reshape(run.heads, -1, queries.shape[-1]).float()
@@ -418,10 +432,13 @@ def _weights(
 def local(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of ``queries [group, n, d]`` over one head's slots alone: output ``[group, n, dv]`` and log-mass.
+    """Attend with ``queries [group, n, d]`` over one head's slots alone: ``keys [T, d]``, ``values [T, dv]``.
 
-    ``keys [T, d]``, ``values [T, dv]``, ``bias [T]`` float32; the log-mass ``[group, n]`` float32 is
-    ``log Σ exp(scale · q·k + β)``, what the mass equations of Attention Matching compare (arXiv:2602.16284, §3).
+    ``bias [T]`` float32 is β.
+
+    Returns:
+        The output ``[group, n, dv]``, and the log-mass ``[group, n]`` float32: ``log Σ exp(scale · q·k + β)``, which
+        the mass equations of Attention Matching compare (arXiv:2602.16284, §3).
     """
     if queries.device.type == "cpu" and keys.shape[-1] == values.shape[-1]:
         return _local(queries, Run(0, keys[None], values[None], bias[None]), scale)
@@ -440,7 +457,7 @@ def _local(queries: torch.Tensor, run: Run, scale: float) -> tuple[torch.Tensor,
 
 
 def local_bytes(layer: LayerShape, queries: int, before: int, after: int, itemsize: int, *, fused: bool) -> int:
-    """Bytes of comparing :func:`local` before and after a compaction, the replacement slots included."""
+    """Return the bytes of comparing :func:`local` before and after a compaction, replacement slots included."""
     outputs = 4 * layer.group * queries * (layer.value_dim * (itemsize + 4) + 8)
     slots = after * (layer.key_dim + layer.value_dim) * (itemsize + 4) + after * 12
     if fused:

@@ -1,4 +1,4 @@
-"""What attention sees: slots of KV heads that lie alike, and the keys and values of the queries' own tokens."""
+"""Define the two sources of keys and values in attention: runs of stored slots, and the queries' own tokens."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ FLOAT = 4
 
 @dataclass(slots=True)
 class Run:
-    """KV heads ``first .. first + h`` of a layer: ``keys [h, n, d]``, ``values [h, n, dv]``, ``bias [h, n]`` float32.
+    """The slots of the ``h`` consecutive KV heads from ``first`` on, which all hold the same number ``n`` of slots.
 
-    Quantised keys and values are uint8 ``[h, n, row_bytes]``. ``bias`` is ``None`` while no slot carries a β; ``scores
-    [h, n]`` float32 is where received attention is summed.
+    ``keys [h, n, d]`` and ``values [h, n, dv]``, or uint8 ``[h, n, row_bytes]`` if they are quantised. ``bias [h, n]``
+    float32 holds β and is ``None`` while no slot has one. ``scores [h, n]`` float32, if given, is increased by the
+    attention that each slot receives.
     """
 
     first: int
@@ -26,25 +27,25 @@ class Run:
     bias: torch.Tensor | None = None
     scores: torch.Tensor | None = None
     quantised: tuple[int, int] | None = None
-    """The key and value dims where keys and values are rows of :mod:`agentmem.attention.quantised`, uint8."""
+    """The dims of keys and values if they are rows of :mod:`agentmem.attention.quantised`, else ``None``."""
 
     @property
     def value_dim(self) -> int:
-        """Numbers in a value."""
+        """Return the number of elements of a value, also if values are quantised."""
         return int(self.values.shape[2]) if self.quantised is None else self.quantised[1]
 
     @property
     def copied(self) -> bool:
-        """Whether keys and values must be copied to be float32."""
+        """Return whether keys and values are narrower than float32, so that the kernel needs a converted copy."""
         return self.keys.dtype.itemsize < FLOAT
 
     def part(self, span: slice) -> Run:
-        """Some of the slots, without their scores."""
+        """Return a view of some of the slots, without scores."""
         bias = None if self.bias is None else self.bias[:, span]
         return Run(self.first, self.keys[:, span], self.values[:, span], bias, None, self.quantised)
 
     def wide(self) -> Run:
-        """The same with keys and values in float32, or as they are if that holds less."""
+        """Return the run without scores, its keys and values decoded or converted to at least float32."""
         if self.quantised is None:
             return Run(self.first, wide(self.keys), wide(self.values), self.bias)
         keys, values = (quantised.decode(*each) for each in zip((self.keys, self.values), self.quantised, strict=True))
@@ -52,23 +53,23 @@ class Run:
 
     @property
     def heads(self) -> int:
-        """Number of KV heads in the run."""
+        """Return the number of KV heads in the run."""
         return int(self.keys.shape[0])
 
     @property
     def slots(self) -> int:
-        """Slots per head."""
+        """Return the number of slots per head."""
         return int(self.keys.shape[1])
 
 
 @dataclass(frozen=True, slots=True)
 class Fresh:
-    """Keys ``[Hkv, q, d]`` and values ``[Hkv, q, dv]`` of the queries' own tokens, not in the store (yet)."""
+    """Keys ``[Hkv, q, d]`` and values ``[Hkv, q, dv]`` of the queries' own tokens, not yet stored in slots."""
 
     keys: torch.Tensor
     values: torch.Tensor
 
 
 def wide(numbers: torch.Tensor) -> torch.Tensor:
-    """As float32, or as they are if that holds less."""
+    """Convert to float32; leave wider dtypes as they are."""
     return numbers.to(torch.promote_types(numbers.dtype, torch.float32))

@@ -1,19 +1,19 @@
-"""Measuring which heads of a model need how many slots: tables for the calibrated and sensitivity budgets.
+"""Measure how many slots each head of a model needs, and write a table for calibrated or sensitivity budgets.
 
 | file | what |
 | --- | --- |
-| ``terms.py`` | what is asked for |
-| ``windows.py`` | a stretch of text as the model reads it, and heads of it compacted |
-| ``attention.py`` | shares from attention scores: seconds a window, no gradient |
-| ``fisher.py`` | error curves of all heads from gradients: one pass |
-| ``loss.py`` | error curves by measurement: one head at a time |
-| ``shares.py`` | from scores or curves to shares |
+| ``terms.py`` | the settings of a calibration |
+| ``windows.py`` | a window of text as the model reads it, and the compaction of its heads |
+| ``attention.py`` | shares from attention scores: seconds per window, no gradient |
+| ``fisher.py`` | error curves of all heads from gradients, in one pass |
+| ``loss.py`` | error curves by measurement, one head at a time |
+| ``shares.py`` | the conversion of scores or curves to shares |
 | ``methods.py`` | the three methods as units of work |
-| ``partial.py`` | what was measured so far, on disk |
-| ``table.py`` | the file that is made |
-| ``run.py`` | all of it, resumable, on one process or several |
+| ``partial.py`` | results on disk, to resume from |
+| ``table.py`` | the file that a calibration writes |
+| ``run.py`` | a whole calibration, resumable, on one process or several |
 
-It imports no policy: the compactor that is measured comes in by its name.
+The package imports no policy: the compactor to measure is found by the policy's name.
 """
 
 from agentmem.calibration.run import Team, calibrate

@@ -1,6 +1,9 @@
-"""Shares by attention: which heads' slots are among the most attended of all heads and layers. One pass, no gradient.
+"""Compute shares by attention: a head's share is the part that its slots are of the most attended slots of all heads.
 
-Source: arXiv:2602.16284, scores of "highest attention" (rms); allocated over all heads as in Ada-KV, arXiv:2407.11550.
+The method reads each window once and needs no gradient.
+
+Sources: arXiv:2602.16284 for the scores of "highest attention" (rms); Ada-KV, arXiv:2407.11550, for the allocation over
+all heads.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ _ROWS = 256
 
 
 def window_shares(window: Window, layers: Sequence[int]) -> list[float]:
-    """Shares of all heads of the layers, in order, in equal shares."""
+    """Return the share of every head of the layers, in order, as a multiple of an equal share."""
     scores = []
     for layer in layers:
         segment = window.segment(layer)
@@ -32,9 +35,9 @@ def window_shares(window: Window, layers: Sequence[int]) -> list[float]:
 
 
 def rms_weights(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
-    """Root mean square over ``queries [group, n, d]`` of the attention weight on each of ``keys [T, d]``: ``[T]``.
+    """Return the root mean square over ``queries [group, n, d]`` of the attention weight on each key, ``[T]`` float32.
 
-    Weights are relative to these keys alone, float32.
+    The softmax is taken over the given ``keys [T, d]`` alone.
     """
     flat, squares = queries.flatten(0, 1), keys.new_zeros(len(keys), dtype=torch.float32)
     for part in blocks(len(flat), _ROWS):

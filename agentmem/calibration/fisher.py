@@ -1,11 +1,12 @@
-"""Error curves by Fisher information: what a head's compaction costs, from gradients; all heads in one pass.
+"""Estimate error curves by Fisher information: gradients give the error of compacting each head, all in one pass.
 
-A small change d of the attention output at a position changes the distributions that follow by KL ≈ ½ E (g · d)², with
-g the gradient of -log p(y) for the output and y drawn from the model itself: the Fisher information of the output.
-Changes at different positions are taken to be unrelated.
+A small change d of the attention output at a position changes the next-token distributions by KL ≈ ½ E (g · d)².
+Here g is the gradient of -log p(y) with respect to the attention output, and the next token y is drawn from the model
+itself; the expectation is the Fisher information of the output. Changes at different positions are assumed to be
+uncorrelated.
 
-Source: the curves replace the measured sensitivity curves of arXiv:2602.16284, nonuniform head budgets; the estimate
-of a pruning's cost by Fisher information is that of arXiv:1801.05787.
+Sources: the curves replace the measured sensitivity curves of arXiv:2602.16284, nonuniform head budgets. The estimate
+of a pruning's error by Fisher information is that of arXiv:1801.05787.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ if TYPE_CHECKING:
     from agentmem.contracts import Compactor
 
 Curves = list[list[float]]
-"""Errors by head and fraction, in nats per token."""
+"""Errors in nats per token, by head and then by kept fraction."""
 
 
 def window_curves(window: Window, layers: Sequence[int], compactor: Compactor) -> Curves:
-    """Each head's curve over ``terms.fractions``, all other heads untouched; heads of the layers in order."""
+    """Return each head's errors at ``terms.fractions`` with all other heads uncompacted; heads are in layer order."""
     gradients = _gradients(window, layers)
     curves: Curves = []
     for layer, drawn in zip(layers, gradients, strict=True):
@@ -42,7 +43,7 @@ def window_curves(window: Window, layers: Sequence[int], compactor: Compactor) -
 
 
 def _gradients(window: Window, layers: Sequence[int]) -> list[torch.Tensor]:
-    """For each layer ``[samples, Hq, n, dv]``: gradients of -log p(y), y drawn anew for every sample."""
+    """Return the gradients of -log p(y) per layer, ``[samples, Hq, n, dv]``; each sample draws new tokens y."""
     logits = window.ahead.logits
     assert logits is not None  # noqa: S101  # the window asks for them
     outputs = [window.ahead.layers[layer].output for layer in layers]
@@ -59,7 +60,7 @@ def _gradients(window: Window, layers: Sequence[int]) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def _losses(asked: AttentionCall, past: AttentionCall, gradients: torch.Tensor, heads: int) -> torch.Tensor:
-    """½ E (g · d)² per token of every KV head ``[heads]``, its group's query heads taken together."""
+    """Return ½ E (g · d)² per token for every KV head, ``[heads]``; g · d is summed over the head's query heads."""
     output = attended(asked.queries, asked.keys, asked.values, past, asked.scale, sinks=asked.sinks)
     change = (output - asked.output).float()
     along = (gradients.float() * change).sum(dim=-1)

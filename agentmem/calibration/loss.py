@@ -1,4 +1,6 @@
-"""Error curves by measurement: one head compacted, all others untouched, and the KL of what follows. Exact and slow.
+"""Measure error curves: compact one head, leave all others as they are, and take the KL of the tokens that follow.
+
+The method is exact, and slow.
 
 Source: arXiv:2602.16284, sensitivity curves of nonuniform head budgets.
 """
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def head_curve(window: Window, layer: int, head: int, compactor: Compactor) -> list[float]:
-    """KL(untouched ‖ one head compacted) in nats per token, at every one of ``terms.fractions``."""
+    """Return KL(uncompacted ‖ one head compacted) in nats per token, at every one of ``terms.fractions``."""
     whole = window.untouched.logits
     assert whole is not None  # noqa: S101  # the window asks for them
     segment, errors = window.segment(layer, scores=compactor.scores != "none"), []

@@ -1,4 +1,4 @@
-"""The methods as units of work: what there is to measure, how, and what it comes to."""
+"""Divide each calibration method into units of work, measure a unit, and combine the results of all units."""
 
 from __future__ import annotations
 
@@ -24,48 +24,48 @@ if TYPE_CHECKING:
 
 
 class Work(ABC):
-    """One calibration's units, each named, measured alone and kept as JSON."""
+    """Base of the methods, each a list of named units that are measured one by one, with results kept as JSON."""
 
     def __init__(self, reader: Reader, ids: torch.Tensor, terms: Terms, heads: Mapping[int, int]) -> None:
-        """``heads`` has the KV heads of every compacted layer."""
+        """Cut ``ids`` into windows; ``heads`` maps every compacted layer to the number of its KV heads."""
         self.reader, self.terms, self.heads = reader, terms, heads
         self.windows = cut(ids, terms)
         self._open: tuple[int, Window] | None = None
 
     def window(self, index: int) -> Window:
-        """A window; the one before is let go."""
+        """Return a window; the window that was open before is freed."""
         if self._open is None or self._open[0] != index:
-            self._open = None  # before the next one is read
+            self._open = None  # freed before the next window is read
             self._open = (index, Window(self.reader, self.windows[index], self.terms))
         return self._open[1]
 
     def units(self) -> list[str]:
-        """What there is to measure, in order."""
+        """Return the names of all units, in order."""
         return [str(window) for window in range(len(self.windows))]
 
     @abstractmethod
     def measure(self, unit: str) -> Any:
-        """One unit's result."""
+        """Measure one unit and return its result."""
 
     @abstractmethod
     def found(self, done: Mapping[str, Any]) -> Found:
-        """What all units' results come to."""
+        """Combine the results of all units into the outcome of the calibration."""
 
 
 class Attention(Work):
-    """Shares, window by window."""
+    """Compute shares by attention; a unit is a window."""
 
     def measure(self, unit: str) -> list[float]:
-        """Shares of all heads."""
+        """Return the shares of all heads in one window."""
         return window_shares(self.window(int(unit)), list(self.heads))
 
     def found(self, done: Mapping[str, Any]) -> Found:
-        """Their mean."""
+        """Return the mean shares over the windows."""
         return Found(_mean([done[unit] for unit in self.units()]).tolist())
 
 
 class Curved(Work):
-    """Error curves, and the shares that lower their sum most."""
+    """Base of the methods that find error curves; the shares are those that lower the sum of errors most."""
 
     def __init__(
         self, reader: Reader, ids: torch.Tensor, terms: Terms, heads: Mapping[int, int], compactor: Compactor
@@ -74,39 +74,39 @@ class Curved(Work):
         self.compactor = compactor
 
     def _found(self, errors: torch.Tensor) -> Found:
-        errors = errors.flip(-1).cummax(dim=-1).values.flip(-1)  # more slots never cost more
+        errors = errors.flip(-1).cummax(dim=-1).values.flip(-1)  # more slots never have a greater error
         curves: list[list[float]] = errors.tolist()
         gains = [slot_gains(self.terms.fractions, curve, self.terms.segment) for curve in curves]
         return Found(top_shares(gains, self.terms.ratios), curves)
 
 
 class Fisher(Curved):
-    """All heads' curves at once, window by window."""
+    """Estimate the curves of all heads at once by Fisher information; a unit is a window."""
 
     def measure(self, unit: str) -> list[list[float]]:
-        """Curves of all heads."""
+        """Return the curves of all heads in one window."""
         return window_curves(self.window(int(unit)), list(self.heads), self.compactor)
 
     def found(self, done: Mapping[str, Any]) -> Found:
-        """Their mean over the windows."""
+        """Return the mean curves over the windows, and the shares that follow from them."""
         return self._found(_mean([done[unit] for unit in self.units()]))
 
 
 class Loss(Curved):
-    """One head's curve at a time."""
+    """Measure the curve of one head at a time; a unit is one head in one window."""
 
     def units(self) -> list[str]:
-        """Every head of every layer in every window."""
+        """Return a name ``window.layer.head`` for every head of every layer in every window."""
         heads = [(layer, head) for layer, count in self.heads.items() for head in range(count)]
         return [f"{window}.{layer}.{head}" for window in range(len(self.windows)) for layer, head in heads]
 
     def measure(self, unit: str) -> list[float]:
-        """One head's curve."""
+        """Return the curve of one head in one window."""
         window, layer, head = map(int, unit.split("."))
         return head_curve(self.window(window), layer, head, self.compactor)
 
     def found(self, done: Mapping[str, Any]) -> Found:
-        """Their mean over the windows."""
+        """Return the mean curves over the windows, and the shares that follow from them."""
         curves = torch.tensor([done[unit] for unit in self.units()], dtype=torch.float64)
         return self._found(curves.reshape(len(self.windows), -1, curves.shape[-1]).mean(dim=0))
 
@@ -114,10 +114,11 @@ class Loss(Curved):
 def make_work(
     reader: Reader, ids: torch.Tensor, terms: Terms, heads: Mapping[int, int], compactor: Compactor | None
 ) -> Work:
-    """The work of ``terms.method``.
+    """Make the work of the method that ``terms.method`` names.
 
     Raises:
-        SettingsRefused: the method measures a compactor, and the policy has none, or one that needs a past.
+        SettingsRefused: the method measures a compactor, but the policy has none, or its compactor needs
+            attention scores that build up while tokens are read.
 
     """
     if terms.method == "attention":

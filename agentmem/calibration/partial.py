@@ -1,4 +1,4 @@
-"""What a calibration has measured so far, on disk, so that a stopped one goes on where it was."""
+"""Keep the results of a calibration on disk, so that a calibration that was stopped can be resumed."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ REMEDY = "choose another place with --out"
 
 @dataclass
 class Partial:
-    """Results by unit of work. Every process writes a file of its own and reads those of all.
+    """Keep results by unit of work; every process writes a file of its own and reads the files of all processes.
 
-    ``key`` names everything that a result depends on; files with another key are not looked at.
+    ``key`` identifies everything that a result depends on; files with another key are ignored.
     """
 
     out: Path
@@ -32,21 +32,21 @@ class Partial:
 
     @property
     def path(self) -> Path:
-        """This process's file, beside the table that is being made."""
+        """Return the path of this process's file, beside the table that the calibration will write."""
         return self.out.with_name(f"{self.out.name}.partial-{self.rank}")
 
     def files(self) -> list[Path]:
-        """Those of all processes."""
+        """Return the files of all processes."""
         return sorted(self.out.parent.glob(f"{self.out.name}.partial-*"))
 
     def load(self) -> dict[str, Any]:
-        """All that was measured under this key, by any process."""
+        """Return the results of all processes that were measured under this key, by unit."""
         found: dict[str, Any] = {}
         for path in self.files():
             try:
                 content = parsed(read_plain(path, _MAX_BYTES), _MAX_BYTES)
             except (OSError, ValueError):
-                continue  # another process's scratch, or not ours
+                continue  # a temporary file of another process, or no file of a calibration
             done = content.get("done")
             if content.get("key") == self.key and isinstance(done, dict):
                 found |= done
@@ -55,11 +55,11 @@ class Partial:
         return found
 
     def put(self, unit: str, value: object) -> None:
-        """Keep one result."""
+        """Store the result of one unit and write this process's file."""
         self.own[unit] = value
         write_whole(self.path, json.dumps({"key": self.key, "done": self.own}), what="calibration", remedy=REMEDY)
 
     def remove(self) -> None:
-        """Forget everything."""
+        """Delete the files of all processes."""
         for path in self.files():
             path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A calibration from beginning to end: measure what was not measured before, on one process or several."""
+"""Run a calibration on one process or several; units that were measured before are not measured again."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _PATIENCE = timedelta(days=7)
 
 Progress = Callable[[int, int], None]
-"""Told how many units are done, of how many."""
+"""Callback that receives the number of units done and the number of all units."""
 
 
 def calibrate(
@@ -47,12 +47,12 @@ def calibrate(
 ) -> dict[str, Any]:
     """Measure the windows of ``ids [n]`` and write the table of the model's heads to ``out``; return its content.
 
-    What was measured stays beside ``out`` until the table is whole, so that a stopped calibration goes on where it
-    was; ``fresh`` measures everything again. The processes of ``torchrun`` or ``accelerate launch`` share the units,
-    and the first one writes the table. The model is left as it was.
+    Results stay beside ``out`` until the table is written, so that a calibration that was stopped can be resumed;
+    ``fresh`` measures everything again. The processes of ``torchrun`` or ``accelerate launch`` share the units, and
+    the first process writes the table. The model is left as it was. ``name`` is the model's name in the table.
 
     Raises:
-        SettingsRefused: the model, the text or the policy cannot serve.
+        SettingsRefused: the model, the text or the policy cannot be used for this calibration.
         AgentmemError: a file cannot be written.
 
     """
@@ -88,27 +88,27 @@ def calibrate(
 
 @dataclass(frozen=True, slots=True)
 class Team:
-    """The processes that share the work."""
+    """Identify this process among the processes that share the work."""
 
     rank: int = 0
     size: int = 1
     wait: Callable[[], None] = lambda: None
-    """Until all are here."""
+    """Wait until every process has called this function."""
 
     @classmethod
     def joined(cls) -> Team:
-        """The processes that were launched together; one alone needs no accelerate."""
+        """Join the processes that were launched together; a single process does not need accelerate."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
         from accelerate import PartialState
 
-        # On a CPU it joins processes only on request, and one may wait for the others as long as their work takes.
+        # Without cpu=True, processes are not joined on a CPU. The timeout lets a process wait while the others work.
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
         return cls(state.process_index, state.num_processes, state.wait_for_everyone)
 
 
 def _key(identity: ModelIdentity, ids: torch.Tensor, terms: Terms) -> str:
-    """Names everything that a unit's result depends on."""
+    """Return a digest of everything that a unit's result depends on."""
     facts = {
         "version": VERSION,
         "model": identity.fingerprint,

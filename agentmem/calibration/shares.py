@@ -1,4 +1,4 @@
-"""From what a slot is worth to ratio-agnostic shares of the heads."""
+"""Compute the shares of heads from the worth of their slots; the same shares serve every kept ratio."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ _TINY = 1e-12
 
 
 def top_shares(worth: Sequence[torch.Tensor], ratios: Sequence[float]) -> list[float]:
-    """Each head's slots among the most worthy of all, in equal shares, averaged over the kept ratios.
+    """Return the share of each head as a multiple of an equal share, averaged over the kept ratios.
 
-    ``worth[h] [T]`` has a number for every slot of head h. Of equal numbers the earlier head's goes first.
+    ``worth[h]``, of shape ``[T]``, is the worth of every slot of head h. At each ratio the slots of the greatest worth
+    over all heads are kept; a head's share is the number of its slots among them, divided by the mean number per head.
+    Among slots of equal worth, those of the earlier head are kept first.
     """
     owner = torch.cat([torch.full((len(slots),), head) for head, slots in enumerate(worth)])
     ranked = owner[torch.cat([slots.cpu() for slots in worth]).argsort(descending=True, stable=True)]
@@ -30,11 +32,12 @@ def top_shares(worth: Sequence[torch.Tensor], ratios: Sequence[float]) -> list[f
 
 
 def slot_gains(fractions: Sequence[float], errors: Sequence[float], slots: int) -> torch.Tensor:
-    """By how much each slot lowers a head's error, ``[slots]`` float64, never rising from one slot to the next.
+    """Return by how much each further slot lowers a head's error, ``[slots]`` float64, in descending order.
 
-    Between two measured points errors fall geometrically; at 0 they go on as between the first two; at 1 nothing is
-    lost. The curve is convexified: that makes the allocation of slots by gain the one with the least sum of errors,
-    where the greedy exchange of arXiv:2602.16284 ends.
+    ``errors`` are measured at the kept ``fractions``. Between two fractions the error is interpolated geometrically;
+    below the first fraction, the curve through the first two is extended; from the last fraction on, the error falls
+    linearly to 0 at fraction 1. The lower convex hull of this curve is used, because allocating slots by gain then
+    gives the least sum of errors, to which the greedy exchange of arXiv:2602.16284 converges.
     """
     points = [(count, _error(fractions, errors, count / slots)) for count in range(slots + 1)]
     hull: list[tuple[int, float]] = []
@@ -47,7 +50,7 @@ def slot_gains(fractions: Sequence[float], errors: Sequence[float], slots: int) 
 
 
 def _error(fractions: Sequence[float], errors: Sequence[float], fraction: float) -> float:
-    """The curve between its points."""
+    """Interpolate the error at ``fraction`` between the measured points."""
     known = [math.log(max(error, _TINY)) for error in errors]
     if fraction >= fractions[-1]:
         return math.exp(known[-1]) * (1 - fraction) / (1 - fractions[-1])

@@ -1,4 +1,4 @@
-"""The file that a calibration makes: shares, curves, and all that is needed to make it again."""
+"""Write the file of a calibration: shares, error curves, and the settings and command to repeat it."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from agentmem.contracts import ModelIdentity
 
 VERSION = 1
-"""Of the format; a reader refuses others."""
+"""Version of the file format; readers refuse other versions."""
 _DIGITS = 4
 _SIGNIFICANT = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Which text was read, and the command that makes the table again."""
+    """Identify the text that was read, and the command that makes the table again."""
 
     text: str
     sha256: str
-    """Of the text's UTF-8 bytes, before the offset."""
+    """SHA-256 of the whole text in UTF-8, including the part before ``offset``."""
     offset: int
     tokens: int
     command: str
@@ -37,16 +37,19 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The outcome of a calibration: ``shares [heads]`` in equal shares, ``errors [heads][fractions]`` in nats."""
+    """Hold the outcome of a calibration.
+
+    ``shares [heads]`` are multiples of an equal share; ``errors [heads][fractions]`` are in nats per token.
+    """
 
     shares: Sequence[float]
     errors: Sequence[Sequence[float]] = ()
 
 
 def as_table(model: ModelIdentity, terms: Terms, origin: Origin, found: Found) -> dict[str, Any]:
-    """The file's content. Shares are rounded to 4 digits, errors to 3 significant ones."""
+    """Return the content of the file; shares are rounded to 4 decimal places, errors to 3 significant digits."""
     settings = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(terms).items()}
-    settings.pop("method")  # it stands above
+    settings.pop("method")  # it has a key of its own
     table: dict[str, Any] = {
         "format": "agentmem head shares",
         "version": VERSION,
@@ -65,10 +68,10 @@ def as_table(model: ModelIdentity, terms: Terms, origin: Origin, found: Found) -
 
 
 def write_table(path: Path, table: dict[str, Any]) -> None:
-    """Write the file, one line a layer.
+    """Write the table to ``path``, with one line per layer.
 
     Raises:
-        AgentmemError: it cannot be written.
+        AgentmemError: the file cannot be written.
 
     """
     lines = [f"{json.dumps(name)}: {_lines(value)}" for name, value in table.items()]
@@ -76,7 +79,7 @@ def write_table(path: Path, table: dict[str, Any]) -> None:
 
 
 def _lines(value: Any) -> str:
-    """Nested lists one line each; all else on one line."""
+    """Return ``value`` as JSON: each inner list of a nested list on a line of its own, all other values on one line."""
     if isinstance(value, dict) and "errors" in value:
         return "{" + ", ".join(f"{json.dumps(name)}: {_lines(part)}" for name, part in value.items()) + "}"
     if isinstance(value, list) and value and isinstance(value[0], list):

@@ -1,4 +1,4 @@
-"""What a calibration is asked to do."""
+"""Define the settings of a calibration."""
 
 from __future__ import annotations
 
@@ -15,30 +15,35 @@ METHODS: tuple[Method, ...] = get_args(Method)
 
 @dataclass(frozen=True)
 class Terms:
-    """How a text is cut into windows, and what is measured in each.
+    """Settings of how a text is cut into windows, and what is measured in each window.
 
     A window is a context and the tokens that follow it. ``keep_first`` and ``keep_recent`` tokens of the context stay
-    as they are; what lies between is the segment.
+    as they are; the tokens between them are the segment.
     """
 
     method: Method = "attention"
     context: int = 512
     ahead: int = 128
-    """Tokens behind the context, on which ``fisher`` and ``loss`` measure. ``attention`` needs none."""
+    """Tokens after the context, on which ``fisher`` and ``loss`` measure errors; ``attention`` needs none."""
     keep_first: int = 16
     keep_recent: int = 96
     ratios: tuple[float, ...] = (0.125, 0.25, 0.5)
-    """Kept fractions of all slots at which slots are allocated; the shares are averaged over them."""
+    """Fractions of all slots to keep; slots are allocated to heads at each fraction, and the shares are averaged."""
     fractions: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75)
-    """Kept fractions of one head's slots at which its error is measured."""
+    """Fractions of one head's slots to keep, at each of which the head's error is measured."""
     samples: int = 4
-    """``fisher`` only: next tokens drawn from the model at every position."""
+    """Next tokens that ``fisher`` draws from the model at every position; other methods ignore it."""
     policy: str = "am-halving"
-    """Whose compactor ``fisher`` and ``loss`` measure."""
+    """Policy whose compactor ``fisher`` and ``loss`` measure."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work."""
+        """Check the settings.
+
+        Raises:
+            SettingsRefused: a setting is unknown or out of range.
+
+        """
         if self.method not in METHODS:
             raise SettingsRefused(f"method: {self.method!r} is unknown; choose one of {', '.join(METHODS)}")
         least = self.keep_first + self.keep_recent + 1
@@ -61,10 +66,10 @@ class Terms:
 
     @property
     def segment(self) -> int:
-        """Slots of a head that can be compacted."""
+        """Return the number of slots of a head that can be compacted."""
         return self.context - self.keep_first - self.keep_recent
 
     @property
     def window(self) -> int:
-        """Tokens of one window."""
+        """Return the number of tokens of one window."""
         return self.context if self.method == "attention" else self.context + self.ahead

@@ -1,4 +1,4 @@
-"""A window of a text as the model reads it: context, replay, and what comes next; and heads of it compacted."""
+"""Read a window of a text with the model (context, replay, tokens that come next) and compact heads of the context."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 def cut(ids: torch.Tensor, terms: Terms) -> list[torch.Tensor]:
-    """The text in windows one after the other; what does not fill one is left out.
+    """Cut the text into successive windows; tokens at the end that do not fill a window are left out.
 
     Raises:
-        SettingsRefused: there is not even one.
+        SettingsRefused: the text is shorter than one window.
 
     """
     found = [ids[part] for part in blocks(len(ids), terms.window) if part.stop - part.start == terms.window]
@@ -37,7 +37,7 @@ def cut(ids: torch.Tensor, terms: Terms) -> list[torch.Tensor]:
 
 @dataclass
 class Window:
-    """One window, read when first needed."""
+    """Hold one window; each reading of it is done when first needed and then kept."""
 
     reader: Reader
     ids: torch.Tensor
@@ -45,37 +45,40 @@ class Window:
 
     @cached_property
     def context(self) -> Reading:
-        """The context alone."""
+        """Return the reading of the context."""
         return self.reader.read(self.ids[: self.terms.context])
 
     @cached_property
     def replay(self) -> Reading:
-        """The context read again behind itself: its queries are the reference queries."""
+        """Return the reading of the context a second time, after itself; its queries are the reference queries."""
         ids = self.ids[: self.terms.context]
         return self.reader.read(ids, start=len(ids), past=self.context.layers)
 
     @cached_property
     def ahead(self) -> Reading:
-        """What comes next, with logits that can be differentiated for every layer's attention output."""
+        """Return the reading of the tokens that come next, with gradients for every layer's attention output."""
         return self.read_ahead(self.context.layers, gradient=True)
 
     @cached_property
     def untouched(self) -> Reading:
-        """What comes next, without a graph of it."""
+        """Return the reading of the tokens that come next, without gradients."""
         return self.read_ahead(self.context.layers)
 
     def read_ahead(self, past: Sequence[AttentionCall], *, gradient: bool = False) -> Reading:
-        """Read what comes next against a past, with logits."""
+        """Read the tokens that come next, with ``past`` as the keys and values of the context; logits are included."""
         context = self.terms.context
         return self.reader.read(self.ids[context:], start=context, past=past, logits=True, gradient=gradient)
 
     @property
     def span(self) -> slice:
-        """Where the segment lies in the context."""
+        """Return the segment's place in the context."""
         return slice(self.terms.keep_first, self.terms.context - self.terms.keep_recent)
 
     def segment(self, layer: int, *, scores: bool = False) -> Segment:
-        """A layer's segment as a compactor gets it, with the replay's queries; a score column is all 0, as at first."""
+        """Return a layer's segment as a compactor receives it, with the replay's queries as reference queries.
+
+        With ``scores`` there is a column of scores, all 0 as in a new memory.
+        """
         context, span = self.context.layers[layer], self.span
         positions = torch.arange(span.start, span.stop, dtype=torch.int32, device=context.keys.device)
         zeros = torch.zeros(len(positions), device=context.keys.device)
@@ -93,14 +96,14 @@ class Window:
         )
 
     def kept(self, fraction: float) -> int:
-        """Slots of a head that are this fraction of its segment, at least one."""
+        """Return the number of slots that is ``fraction`` of a head's segment, at least 1."""
         return max(1, round(fraction * self.terms.segment))
 
     def compact(self, segment: Segment, compactor: Compactor, slots: Sequence[int]) -> AttentionCall:
-        """A layer's context with its heads compacted to ``slots``.
+        """Return the layer's keys and values of the context with every head compacted to its number in ``slots``.
 
         Raises:
-            PolicyContractBroken: what the compactor returns must not be used.
+            PolicyContractBroken: the compactor returned an invalid result.
 
         """
         compaction = compactor.compact(segment, slots)
@@ -108,7 +111,7 @@ class Window:
         return self.compacted(segment.layer, compaction)
 
     def compacted(self, layer: int, compaction: Compaction) -> AttentionCall:
-        """A layer's context with this compaction in place: slots that are gone are hidden by a β of -inf."""
+        """Return the layer's context with the compaction applied; dropped slots stay in place with a β of -inf."""
         context, span = self.context.layers[layer], self.span
         keys, values = context.keys.clone(), context.values.clone()
         bias = torch.zeros(keys.shape[:2], device=keys.device)

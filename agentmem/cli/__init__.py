@@ -1,17 +1,17 @@
-"""The command line; where its packages are missing it says what to install."""
+"""The entry point of the command line; if its packages are missing, it prints how to install them."""
 
 from __future__ import annotations
 
 import sys
 
 EXTRA = frozenset({"typer", "rich", "matplotlib", "gguf"})
-"""Top-level modules that only the extra ``cli`` installs."""
+"""Top-level modules that are installed only with the extra ``cli``."""
 
 
 def main() -> int:
-    """Run the command line; return its exit code (0 done, 1 refused input or a missing extra, 2 usage)."""
+    """Run the command line; return its exit code (0 done, 1 refused input or missing extra, 2 wrong usage)."""
     try:
-        from agentmem.cli import app  # the import is what may fail
+        from agentmem.cli import app  # this import fails if the extra is missing
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in EXTRA:
             raise

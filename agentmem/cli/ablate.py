@@ -1,4 +1,4 @@
-"""``agentmem ablate``: a grid of policies, caps and settings from one file, into one table and one report."""
+"""``agentmem ablate``: measure a grid of policies, caps and settings from one file; write one table and one report."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _deliver(asked: Ablation, rows: Sequence[Row], config: Path, out: Path) -> N
 
 @contextmanager
 def _progress() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on a terminal; a line per cell elsewhere."""
+    """Yield a function that shows progress: as a bar on a terminal, else as one line per cell."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=ERR, disable=not ERR.is_terminal, transient=True) as bars:
         task = bars.add_task("ablation", total=None)

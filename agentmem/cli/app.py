@@ -1,7 +1,7 @@
-"""The command line: one typer application, one file per command, errors turned into lines and exit codes.
+"""The command line: one typer application with one file per command; errors become one-line messages and exit codes.
 
-Exit codes: 0 done, 1 refused input, 2 usage, 130 interrupted. Results go to stdout; logs, progress and warnings to
-stderr.
+Exit codes: 0 done, 1 refused input, 2 wrong usage, 130 interrupted. Results go to stdout; logs, progress and warnings
+go to stderr.
 """
 
 from __future__ import annotations
@@ -22,16 +22,22 @@ from agentmem.cli.serve import serve
 from agentmem.errors import AgentmemError
 
 INTERRUPTED = 130
-"""128 + SIGINT, as shells report it."""
+"""Exit code after Ctrl-C: 128 + the number of SIGINT, as shells report it."""
 _SHOWN = 80
-"""Characters of an argument that an error quotes."""
+"""Largest number of characters of an argument that an error message quotes."""
 
 
 class Refusing(TyperGroup):
-    """Turns refusals into a line on stderr and exit code 1, and Ctrl-C into exit code 130; never a traceback."""
+    """Turns an AgentmemError into one line on stderr and exit code 1, and Ctrl-C into exit code 130.
+
+    Neither prints a traceback.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Refuse bytes that are no text before any option is read; Python passes them on as lone surrogates."""
+        """Refuse arguments that are not UTF-8 before any option is read.
+
+        Python represents such bytes as lone surrogates.
+        """
         for word in args:
             try:
                 word.encode()
@@ -44,7 +50,7 @@ class Refusing(TyperGroup):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command."""
+        """Run the command; turn errors into exit codes."""
         try:
             return super().invoke(ctx)
         except AgentmemError as error:
@@ -90,7 +96,7 @@ def options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
-    """Options before the command."""
+    """Apply the options that stand before the command."""
     configure(verbose)
 
 

@@ -1,4 +1,4 @@
-"""Options that several commands share: one spelling, one help text."""
+"""Options that several commands share, so that their names and help texts are equal everywhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 from agentmem.settings import SlotDtype
 
 LEAST_TEMPERATURE = 1e-30
-"""Logits of any model stay finite in float32 when they are divided by it."""
+"""Smallest temperature above 0: the logits of any model stay finite in float32 when they are divided by this number."""
 
 
 def _check_temperature(value: float) -> float:
@@ -38,7 +38,7 @@ SlotNumbers = Annotated[
     typer.Option(help="What slots hold: auto is the model's own numbers, int8 takes a half or a quarter of the bytes."),
 ]
 Rebase = Annotated[
-    # Without a --no-rebase, for which the help would need a column of its own.
+    # There is no --no-rebase, because the help text would need a further column for it.
     bool, typer.Option("--rebase", help="Go on past the model's positions by moving slots to lower ones.")
 ]
 Probe = Annotated[
@@ -54,7 +54,11 @@ ProbeTokens = Annotated[
 
 
 def parse_target(text: str) -> int | float | str:
-    """A target as the settings want it: ``"256"`` slots, ``"0.5"`` a fraction, all else a byte text."""
+    """Convert a target to the type that the settings expect.
+
+    ``"256"`` becomes an int (slots) and ``"0.5"`` a float (a fraction); any other text, such as ``"12MiB"``, stays a
+    text of bytes.
+    """
     for kind in (int, float):
         try:
             return kind(text)
@@ -64,5 +68,5 @@ def parse_target(text: str) -> int | float | str:
 
 
 def policy_options(probe: str | None, probe_tokens: int | None) -> dict[str, object]:
-    """The policy's options that were given; a policy refuses by name what it does not know."""
+    """Return the policy options that the user gave; the policy later refuses options that it does not have."""
     return {name: value for name, value in (("probe", probe), ("probe_tokens", probe_tokens)) if value is not None}

@@ -1,4 +1,4 @@
-"""``agentmem calibrate``: a table of head shares for a model, made once."""
+"""``agentmem calibrate``: measure a table of head shares, once for each model."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int | None) -> t
 
 
 def _command(model: str | None, text: Path | None, tokens: int | None, offset: int, out: Path, terms: Terms) -> str:
-    """The command with what differs from its defaults; files by their names alone."""
+    """Return the command line with all options that differ from their defaults; paths are reduced to file names."""
     words = ["agentmem", "calibrate", "--method", terms.method]
     given = {"model": model, "text": text and text.name, "tokens": tokens, "offset": offset or None}
     usual = Terms()
@@ -116,7 +116,7 @@ def _deliver(found: dict[str, Any], out: Path) -> None:
 
 @contextmanager
 def _progress(method: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal; nothing elsewhere."""
+    """Yield a function that shows progress as a bar on a terminal, and shows nothing elsewhere."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=ERR, disable=not ERR.is_terminal, transient=True) as bars:
         task: TaskID = bars.add_task(method, total=None)

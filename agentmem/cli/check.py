@@ -1,4 +1,4 @@
-"""``agentmem check``: whether a model's family can be capped, before any weights are loaded."""
+"""``agentmem check``: test if models of a family can be capped, without loading any weights."""
 
 from __future__ import annotations
 

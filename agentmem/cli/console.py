@@ -1,4 +1,4 @@
-"""Where the command line writes: results to stdout, everything else to stderr."""
+"""Output of the command line: results go to stdout, everything else goes to stderr."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from agentmem.errors import SettingsRefused
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-# Both look their stream up at each use, so a test or a live display may exchange it.
+# Both consoles look up sys.stdout or sys.stderr at each use, so that a test or a live display may replace the stream.
 OUT = Console(highlight=False, soft_wrap=True)
 ERR = Console(stderr=True, highlight=False)
 _UNLIMITED = 400
 STDOUT = "-"
-"""What a path option may name instead of a file."""
+"""The value of a path option that stands for stdout instead of a file."""
 
 
 def refuse(error: Exception) -> None:
-    """One error as ``agentmem: …`` on stderr, unwrapped, so that it can be searched for."""
+    """Print an error as ``agentmem: …`` to stderr, without line wrapping, so that its text can be searched for."""
     ERR.print(printable(f"agentmem: {error}"), style="red" if ERR.is_terminal else None, markup=False, soft_wrap=True)
 
 
 def note(text: str) -> None:
-    """A remark on stderr."""
+    """Print a remark to stderr."""
     ERR.print(printable(text), style="dim" if ERR.is_terminal else None, markup=False, soft_wrap=True)
 
 
 def table(title: str | None, columns: Sequence[str], lines: Iterable[Sequence[str]], *, left: Sequence[int]) -> Table:
-    """A table; the columns numbered in ``left`` hold text, the others numbers."""
-    # As Text, so that brackets in it (a policy with options) are not read as markup.
+    """Make a table; the columns whose indices are in ``left`` are left-aligned, all others right-aligned."""
+    # The title is a Text object, so that rich does not parse its brackets (a policy with options) as markup.
     made = Table(
         title=None if title is None else Text(title),
         title_justify="left",
@@ -53,7 +53,7 @@ def table(title: str | None, columns: Sequence[str], lines: Iterable[Sequence[st
 
 
 def show(made: Table, *, on: Console = OUT) -> None:
-    """Print a table; a pipe or a file gets every column at its full width."""
+    """Print a table; in a pipe or a file, every column has its full width."""
     (on if on.is_terminal else Console(file=on.file, width=_UNLIMITED, highlight=False)).print(made)
 
 
@@ -78,7 +78,7 @@ def write_json(value: object, target: str, option: str) -> None:
 
 
 def require_writable(path: Path, option: str) -> None:
-    """Find out before the work, not after it, that a result could not be kept.
+    """Check before a long computation that its result can be written to ``path``.
 
     Raises:
         SettingsRefused: the file cannot be written.
@@ -88,17 +88,17 @@ def require_writable(path: Path, option: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         there = path.exists()
         path.open("a", encoding="utf-8").close()
-        if not there:  # a refusal that follows must not leave an empty result
+        if not there:  # a later error must not leave an empty file
             path.unlink()
     except OSError as error:
         raise SettingsRefused(f"{option}: cannot write {path}: {error.strerror or error}") from error
 
 
 def require_folder(path: Path, option: str) -> None:
-    """The same for a folder, which is made if it is missing.
+    """Check that files can be written into the folder ``path``; create the folder if it is missing.
 
     Raises:
-        SettingsRefused: nothing can be written into it.
+        SettingsRefused: the folder cannot be created or written into.
 
     """
     try:

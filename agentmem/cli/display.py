@@ -1,4 +1,4 @@
-"""What a person sees while tokens come: the text on stdout, one progress line on stderr."""
+"""Display during generation: the text streams to stdout, and one progress line is shown on stderr."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _REFRESH = 6
 
 
 class Display:
-    """Streams text and keeps a progress line; silent about progress where stderr is no terminal.
+    """Streams text to stdout and shows a progress line if stderr is a terminal.
 
-    ``streaming=False`` keeps the text off stdout (it belongs to JSON then).
+    With ``streaming=False`` no text is written to stdout, which then belongs to JSON.
     """
 
     def __init__(self, *, streaming: bool, cap_bytes: int | None, max_new_tokens: int) -> None:
-        """Nothing is shown before the block begins."""
+        """Prepare the display; nothing is shown before its ``with`` block begins."""
         self.streaming, self.cap_bytes, self.max_new_tokens = streaming, cap_bytes, max_new_tokens
         self.tokens = self.read = self.used = self.compactions = 0
         self._first: float | None = None
-        # On one terminal both streams meet: then the open line of the text is drawn above the progress line.
+        # If both streams go to a terminal, the unfinished line of text is drawn above the progress line.
         self._shared = streaming and ERR.is_terminal and OUT.is_terminal
         self._open = ""
         self._written = False
@@ -47,7 +47,7 @@ class Display:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Take the progress line away and end the text with a line's end."""
+        """Remove the progress line and end the text with a newline."""
         self._live.stop()
         if self._shared:
             OUT.file.write(self._open)
@@ -56,7 +56,7 @@ class Display:
             OUT.file.flush()
 
     def text(self, piece: str) -> None:
-        """Show a piece of generated text, without what would steer the terminal."""
+        """Show a piece of generated text; control characters are replaced by visible ones."""
         if not self.streaming or not piece:
             return
         self._written, piece = True, printable(piece)
@@ -77,7 +77,7 @@ class Display:
         self.tokens += 1
 
     def event(self, event: CompactionReport | RebaseReport | UsageLike) -> None:
-        """Follow the memory; subscribe this to it."""
+        """Update the progress line from an event of the memory; this method is meant as a subscriber of the memory."""
         if isinstance(event, CompactionReport):
             self.compactions += 1
         elif not isinstance(event, RebaseReport):

@@ -1,4 +1,4 @@
-"""Getting a model for a command: quietly, with a spinner on a terminal."""
+"""Loading of a model for a command, with a spinner on a terminal and no other output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from agentmem.cli.console import ERR
 
 
 class Dtype(StrEnum):
-    """Number formats of weights and memory."""
+    """Number formats of a model's weights and KV memory."""
 
     AUTO = "auto"
     FLOAT32 = "float32"
@@ -21,10 +21,10 @@ class Dtype(StrEnum):
 
 
 def load_model(name: str | None, dtype: Dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and its tokenizer; ``None`` is the default model.
+    """Load a model and its tokenizer; the name ``None`` stands for the default model.
 
     Raises:
-        ModelUnavailable: there is no such model, or it cannot be read.
+        ModelUnavailable: the model does not exist or cannot be read.
 
     """
     with ERR.status(f"loading {name or 'the default model'}"):

@@ -1,4 +1,4 @@
-"""Logging is configured here and nowhere else in the project: to stderr, through structlog."""
+"""Configuration of logging to stderr through structlog; no other module of the project configures logging."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
 
 
 class _ConsoleHandler(logging.Handler):
-    """Prints through the console, so that a live progress line stays below the logs."""
+    """Prints log records through the console, so that a live progress line stays below them."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
@@ -24,12 +24,12 @@ class _ConsoleHandler(logging.Handler):
 
 
 def _printable_values(_logger: object, _name: str, values: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    """What a record says, which may quote a model, before the renderer adds its own colours."""
+    """Replace control characters in a record's values, which may quote a model, before the renderer adds colours."""
     return {name: printable(value) if isinstance(value, str) else value for name, value in values.items()}
 
 
 def configure(verbosity: int) -> None:
-    """Show warnings; from 1 on also what happened to the memory, from 2 on everything."""
+    """Configure logs by verbosity: 0 shows warnings, 1 also compactions and other memory events, 2 everything."""
     level = _LEVELS[min(verbosity, len(_LEVELS) - 1)]
     shared: list[structlog.typing.Processor] = [
         structlog.stdlib.add_log_level,
@@ -58,7 +58,7 @@ def configure(verbosity: int) -> None:
 
 
 def log_requests() -> None:
-    """Write a line of JSON to stderr for every request that a server answers, and its failures."""
+    """Log to stderr one JSON line per request that the server answers, and one per warning or failure of the server."""
     handler = logging.StreamHandler()  # to stderr
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
@@ -81,7 +81,7 @@ def log_requests() -> None:
 
 
 def _quiet_transformers(verbosity: int) -> None:
-    """Its bars and advice are about how transformers is called, which is not the user's business here."""
+    """Turn off the progress bars and advice of transformers, which address its callers, not users of agentmem."""
     loud = verbosity >= len(_LEVELS) - 1
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity(logging.WARNING if loud else logging.ERROR)

@@ -1,4 +1,4 @@
-"""``agentmem model``: the default model."""
+"""``agentmem model``: fetch the default model, or print its folder."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def fetch(*, licence: Annotated[bool, typer.Option(help="Print the licence text 
 @app.command()
 def path() -> None:
     """Print the folder of the default model; exit code 1 if it was not fetched."""
-    models.default_licence()  # refuses a model that is not there, with the remedy
+    models.default_licence()  # raises an error with the remedy if the model was not fetched
     OUT.print(str(models.default_folder()), markup=False)
 
 
 @contextmanager
 def _stages() -> Iterator[Callable[[str, float], None]]:
-    """A progress bar with one task per stage; off a terminal, one line per stage."""
+    """Yield a function that shows progress: on a terminal as one bar per stage, else as one line per stage."""
     columns = (TextColumn("{task.description:9}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     seen: dict[str, object] = {}
     with Progress(*columns, console=ERR, disable=not ERR.is_terminal) as bars:

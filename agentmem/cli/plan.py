@@ -1,4 +1,4 @@
-"""``agentmem plan``: what a cap comes to, before anything is loaded."""
+"""``agentmem plan``: show how many slots a cap holds, before any weights are loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``agentmem policies``: what is installed."""
+"""``agentmem policies``: list the installed policies."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Text for a terminal: what would steer it is shown, not sent.
+"""Text for a terminal: characters that would control the terminal are replaced by visible ones.
 
-A model can write any character, and what it writes is quoted in logs and errors. One at a time, so that a sequence
-that comes in two pieces does not pass either.
+A model can write any character, and logs and errors quote the model's text. Each control character is replaced
+separately, so that an escape sequence that arrives in two pieces cannot control the terminal either.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ import re
 _CONTROL = re.compile(
     "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]"
 )
-"""Control characters but newline and tab, marks that turn the direction of writing, and halves of characters."""
+"""Matches control characters except newline and tab, marks that change the writing direction, and lone surrogates."""
 _PICTURES, _DELETE = 0x2400, 0x7F
 
 
 def printable(text: str) -> str:
-    """The text with a visible character in place of each that is none; newlines and tabs stay."""
+    """Return the text with a visible character in place of each control character; newlines and tabs stay."""
     return _CONTROL.sub(_shown, text)
 
 
 def escaped(json_text: str) -> str:
-    """The same value as JSON without any such character outside of an escape."""
+    """Return equivalent JSON in which every control character is written as a Unicode escape."""
     return _CONTROL.sub(lambda found: f"\\u{ord(found.group()):04x}", json_text)
 
 

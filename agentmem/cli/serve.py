@@ -1,4 +1,4 @@
-"""``agentmem serve``: a model under a cap for every client of OpenAI's interface."""
+"""``agentmem serve``: serve a model under a cap to any client of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def serve(
 ) -> None:
     """Serve chat completions, responses and compaction items whose memory is latent; Ctrl-C ends it."""
     launch = _launch()
-    plugins.policy(policy)  # what needs no model is refused before one is loaded
+    plugins.policy(policy)  # options that can be checked without a model are checked before the model is loaded
     Settings.of(cap=cap, keep_recent=keep_recent, rebase=rebase, slot_dtype=slot_dtype)
     keys = launch.ApiKeys() if api_key_file is None else launch.ApiKeys.of_file(api_key_file)
     launch.check_keys(host, keys)
@@ -80,7 +80,7 @@ def serve(
             tokenizer,
             cap=cap,
             policy=policy,
-            pressure=("trim", "disk"),  # what was said to an idle conversation stays as it was
+            pressure=("trim", "disk"),  # idle conversations go to disk rather than being compacted further
             spill=None if state is None else state / "idle",
             max_waiting=max_requests,
             **options,
@@ -97,10 +97,10 @@ def _announce(launch: ModuleType, server: Any, url: str) -> None:
 
 
 def _launch() -> ModuleType:
-    """The module that runs a server, for which the extra ``server`` has the packages.
+    """Import the module that runs a server; its packages come with the extra ``server``.
 
     Raises:
-        SettingsRefused: it is not installed.
+        SettingsRefused: the extra ``server`` is not installed.
 
     """
     try:

@@ -1,1 +1,1 @@
-"""One compaction of one sequence: request, budgets, reference queries, fit, checks, commit."""
+"""The steps of one compaction of one sequence: request, budgets, reference queries, fit, checks and commit."""

@@ -1,4 +1,4 @@
-"""The budgets of one compaction: survey where they compare heads, ask the policy, check its answer."""
+"""The budgets of one compaction: survey the layers if the policy needs it, ask the policy, check its answer."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from agentmem.planning.pricing import Plan
 
 FLOOR = 1
-"""The least slots of a head's segment."""
+"""The fewest segment slots that a budget should leave to a head."""
 
 
 class BudgetAllocator:
-    """Allocates integer slots to every layer and head of one job, for the whole compaction at once."""
+    """Allocate a number of slots to every layer and head of one job, before any layer is compacted."""
 
     def __init__(
         self,
@@ -35,18 +35,22 @@ class BudgetAllocator:
         ledger: Ledger,
         segment: Callable[[int, tuple[Reference, ...]], Segment],
     ) -> None:
-        """``held`` are the slots of every compactable layer's segments, ``segment`` makes one of them."""
+        """Prepare the allocation.
+
+        ``held`` maps each compactable layer to the slots in its heads' segments. ``segment`` returns the segment of a
+        layer with the given reference queries.
+        """
         self.job, self.held, self.ledger, self.segment = job, held, ledger, segment
 
     def allocate(
         self, references: References, stage: Callable[[], AbstractContextManager[None]] = nullcontext
     ) -> tuple[tuple[int, ...], ...]:
-        """Segment slots per layer and head, indexed like the model's layers (sliding ones are empty).
+        """Return the segment slots of each head, one tuple per layer of the model (empty for a sliding layer).
 
-        ``stage`` is entered around the survey, for the clock.
+        ``stage`` returns a context manager that is entered around the survey, to measure its time.
 
         Raises:
-            PolicyContractBroken: the policy's budgets break their invariants.
+            PolicyContractBroken: the policy's budgets violate the invariants of their contract.
 
         """
         with self.ledger.borrow(self.job.plan.survey_bytes, "scores of all layers"):
@@ -60,7 +64,7 @@ class BudgetAllocator:
         return self._by_layer(allocated)
 
     def equal(self) -> Slots:
-        """Equal shares, for when the policy's own budgets cannot be had."""
+        """Return equal budgets for all heads, used if the policy's own budgets failed."""
         return self._by_layer(equal_shares(self._request(())))
 
     def _request(self, surveys: tuple[Survey, ...]) -> BudgetRequest:
@@ -82,7 +86,7 @@ class BudgetAllocator:
         return tuple(surveys[index] for index in sorted(surveys))
 
     def _survey(self, layer: int, references: Sequence[Reference]) -> Survey:
-        """Scores by all queries; curves by the errors on those that their fits have not seen."""
+        """Survey one layer: scores from all queries, and error curves on the held-out queries, as the budgets need."""
         survey = Survey(layer)
         if self._budgets.needs_survey:
             survey = self._compactor.survey(self.segment(layer, tuple(references)))
@@ -108,7 +112,11 @@ class BudgetAllocator:
 
 
 def make_request(plan: Plan, held: Slots, each: int, most: int, surveys: tuple[Survey, ...]) -> BudgetRequest:
-    """What to allocate to layers whose heads' segments hold ``held`` slots: ``each`` on average, up to ``most``."""
+    """Return the request for budgets for layers whose heads' segments hold ``held`` slots.
+
+    ``each`` is the average number of slots per head to allocate, and ``most`` the largest average that adaptive budgets
+    may allocate.
+    """
     heads = sum(map(len, held))
     widest = max(map(len, held), default=0)
     return BudgetRequest(
@@ -123,7 +131,7 @@ def make_request(plan: Plan, held: Slots, each: int, most: int, surveys: tuple[S
 
 
 def equal_shares(request: BudgetRequest) -> Slots:
-    """Equal slots for every head, for when a policy's own budgets cannot be had; what one lacks goes to the others."""
+    """Return equal budgets for all heads; the part of a share that a head cannot use goes to the other heads."""
     heads = [
         (min(held, request.ceiling), at, head) for at, row in enumerate(request.held) for head, held in enumerate(row)
     ]
@@ -136,10 +144,10 @@ def equal_shares(request: BudgetRequest) -> Slots:
 
 
 def check_budgets(policy: str, budgets: Budgets, request: BudgetRequest, allocated: Slots) -> None:
-    """Refuse what breaks the invariants of :class:`agentmem.contracts.Budgets`.
+    """Check the invariants of :class:`agentmem.contracts.Budgets`.
 
     Raises:
-        PolicyContractBroken: names the policy, the invariant and the value.
+        PolicyContractBroken: an invariant is violated; the message names the policy, the invariant and the value.
 
     """
     if [len(layer) for layer in allocated] != [len(layer) for layer in request.held]:
@@ -173,5 +181,5 @@ def _check_sum(policy: str, budgets: Budgets, request: BudgetRequest, given: int
 
 
 def most_slots(request: BudgetRequest) -> int:
-    """The largest sum that held slots and ceilings allow."""
+    """Return the largest sum of budgets that the held slots and the ceilings allow."""
     return sum(min(request.layer_ceiling, sum(min(held, request.ceiling) for held in heads)) for heads in request.held)

@@ -1,4 +1,4 @@
-"""The invariants of :class:`agentmem.contracts.Compactor` that are checked before every commit."""
+"""Check the invariants of :class:`agentmem.contracts.Compactor` before every commit."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from agentmem.errors import PolicyContractBroken
 
 
 def validate(compaction: Compaction, segment: Segment, slots: Sequence[int], *, policy: str) -> None:
-    """Refuse a compaction that must not be committed. Allocates at most one byte per kept slot of one head.
+    """Check a compaction before it is committed. This allocates at most one byte per kept slot of one head.
 
     Raises:
-        PolicyContractBroken: names the policy, the layer, the head, the invariant and the value that breaks it.
+        PolicyContractBroken: an invariant is violated; the message names the policy, the layer, the head, the invariant
+            and the value.
 
     """
     where = f"policy {policy!r}, layer {segment.layer}"
@@ -51,7 +52,7 @@ def _validate_tensors(result: HeadCompaction, source: HeadSegment, where: str) -
         _hold(tensor.dtype in dtypes, where, f"{name} is {_words(dtypes)}", tensor.dtype)
         _hold(tensor.device == source.keys.device, where, f"{name} is on {source.keys.device}", tensor.device)
         if count:
-            # aminmax hands NaN on and allocates nothing, where isfinite() would copy the tensor.
+            # aminmax propagates NaN and allocates nothing, whereas isfinite() would copy the tensor.
             low, high = (float(end) for end in tensor.aminmax())
             finite = math.isfinite(low) and math.isfinite(high)
             _hold(finite, where, f"{name} is finite", f"from {low} to {high}")

@@ -1,4 +1,4 @@
-"""Errors on reference queries that were held out from the fit: by layer, and by span of the transcript."""
+"""Errors on held-out reference queries, which the fit has not seen: by layer, and by span of the transcript."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from agentmem.contracts import Compaction, Compactor, HeadCompaction, HeadSegment, Segment
 
 Errors = tuple[float | None, float | None]
-"""Of the output and of the log-mass, on held-out queries."""
+"""The error of the output and the error of the log-mass on held-out queries."""
 WORST_SPANS = 3
 CURVE_FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
-"""Sizes at which error curves are measured, of the most that a head can get."""
+"""Budgets at which error curves are measured, as fractions of the largest budget of a head."""
 
 
 def split_references(references: Sequence[Reference]) -> tuple[tuple[Reference, ...], tuple[Reference, ...]]:
-    """Held-out and fitting queries, all of them views: the oldest eighth of every part is held out."""
+    """Split references into held-out and fitting queries, as views; the oldest eighth of each part is held out."""
     held = tuple(_cut(each, 0, each.tokens // HELD_OUT) for each in references if each.tokens >= HELD_OUT)
     return held, tuple(_cut(each, each.tokens // HELD_OUT, each.tokens) for each in references)
 
@@ -39,17 +39,17 @@ def _cut(reference: Reference, start: int, stop: int) -> Reference:
 
 
 Rounded = Callable[[torch.Tensor], torch.Tensor]
-"""How fitted keys or values ``[n, d]`` will be read once they are stored."""
+"""A function from fitted keys or values ``[n, d]`` to the numbers that the store will return for them."""
 
 
 def _as_fitted(rows: torch.Tensor) -> torch.Tensor:
-    """As they are."""
+    """Return the rows unchanged, for slots that are not quantised."""
     return rows
 
 
 @dataclass
 class _Tally:
-    """Sums over heads: squared output error and squared output, absolute log-mass errors and their number."""
+    """Sums over heads: squared output errors, squared outputs, absolute log-mass errors, and the number of heads."""
 
     missed: float = 0.0
     total: float = 0.0
@@ -64,22 +64,22 @@ class _Tally:
 
     @property
     def errors(self) -> tuple[float, float]:
-        """Relative L2 error of the local output, mean absolute log-mass error."""
+        """The relative L2 error of the local output, and the mean absolute error of the log-mass."""
         return (self.missed / self.total) ** 0.5 if self.total else 0.0, self.mass / max(1, self.count)
 
 
 @dataclass
 class HeldOut:
-    """Collects errors over the layers of one compaction."""
+    """Collects held-out errors over the layers of one compaction."""
 
     spans: dict[tuple[int, int], _Tally] = field(default_factory=dict)
 
     def measure(
         self, segment: Segment, compaction: Compaction, held: Sequence[Reference], rounded: Rounded = _as_fitted
     ) -> Errors:
-        """The errors of one layer's compaction; ``(None, None)`` without held-out queries.
+        """Return the errors of one layer's compaction; ``(None, None)`` if there are no held-out queries.
 
-        ``rounded`` says how fitted keys or values ``[n, d]`` will be read once they are stored.
+        ``rounded`` maps fitted keys or values ``[n, d]`` to the numbers that the store will return for them.
         """
         layer = _Tally()
         for part in held:
@@ -90,7 +90,7 @@ class HeldOut:
         return layer.errors if layer.count else (None, None)
 
     def worst_spans(self) -> tuple[SpanError, ...]:
-        """The spans with the largest output errors, worst first; none when there is only one to choose from."""
+        """Return the spans with the largest output errors, worst first; empty if errors cover fewer than 2 spans."""
         if len(self.spans) < 2:  # noqa: PLR2004  # one span has nothing to be compared with
             return ()
         ranked = sorted(self.spans.items(), key=lambda item: -item[1].errors[0])
@@ -115,7 +115,10 @@ def _head_errors(
     scale: float,
     rounded: Rounded = _as_fitted,
 ) -> _Tally:
-    """One head's errors: its queries are the ``place[0]``-th of ``place[1]`` groups of ``queries [Hq, n, d]``."""
+    """Return the errors of one KV head, the ``place[0]``-th of ``place[1]`` heads.
+
+    The head's own queries are the ``place[0]``-th of ``place[1]`` equal groups of ``queries [Hq, n, d]``.
+    """
     group = queries.shape[0] // place[1]
     asked = queries[place[0] * group : (place[0] + 1) * group]
     output, log_mass = local(asked, head.keys, head.values, head.bias, scale)
@@ -132,7 +135,7 @@ def _head_errors(
 
 
 def error_curves(compactor: Compactor, segment: Segment, held: Sequence[Reference], most: int) -> tuple[Curve, ...]:
-    """One curve per head: the layer is compacted to several sizes up to ``most`` slots, and nothing is committed."""
+    """Return one error curve per head: compact the layer to several sizes up to ``most`` slots, committing none."""
     sizes = [max(1, int(most * fraction)) for fraction in CURVE_FRACTIONS]
     rows: list[list[tuple[int, float, float]]] = [[] for _ in segment.heads]
     for size in dict.fromkeys(sizes):
@@ -144,7 +147,10 @@ def error_curves(compactor: Compactor, segment: Segment, held: Sequence[Referenc
 def _points(
     compactor: Compactor, segment: Segment, held: Sequence[Reference], size: int
 ) -> list[tuple[int, float, float]]:
-    """Slots and errors of every head. A function of its own, so that no compaction lives beside the next one."""
+    """Compact a layer to ``size`` slots per head, and return the slots and the errors of each head.
+
+    This is a separate function so that one compaction is freed before the next one is computed.
+    """
     slots = [min(size, head.slots) for head in segment.heads]
     compaction = compactor.compact(segment, slots)
     points = []
@@ -152,13 +158,13 @@ def _points(
         tally = _Tally()
         for part in held:
             tally.add(_head_errors(part.queries, (index, len(segment.heads)), head, fit, segment.scale))
-        errors = tally.errors if tally.count else (math.inf, math.inf)  # what was not measured is not good
+        errors = tally.errors if tally.count else (math.inf, math.inf)  # unmeasured counts as worst
         points.append((slots[index], *errors))
     return points
 
 
 def _curve(points: Sequence[tuple[int, float, float]], held: int) -> Curve:
-    """Ascending, each size once; all slots kept is no error."""
+    """Return the curve of ascending, distinct sizes; keeping all ``held`` slots has error 0."""
     by_size = {size: (output, mass) for size, output, mass in points} | {held: (0.0, 0.0)}
     sizes = sorted(by_size)
     return Curve(tuple(sizes), tuple(by_size[size][0] for size in sizes), tuple(by_size[size][1] for size in sizes))

@@ -1,4 +1,4 @@
-"""The reference queries of one compaction: a probe's text, its transient forward, and what was stored."""
+"""The reference queries of one compaction: those of a probe, which runs in a transient forward, and stored ones."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ if TYPE_CHECKING:
 
 
 class References:
-    """Obtains reference queries layer by layer, as the policy's mixture asks for them."""
+    """Obtain reference queries layer by layer, in the mixture that the policy asks for."""
 
     def __init__(self, memory: Memory, forwards: Forwards, sequence: TokenSequence, job: Job) -> None:
-        """Nothing is run yet; the probe is empty until :meth:`prepare`."""
+        """Keep the arguments; run nothing yet. The probe is empty until :meth:`prepare` is called."""
         self.memory, self.forwards, self.sequence, self.job = memory, forwards, sequence, job
         queries = job.policy.queries
         self.queries: Queries = queries.focused() if job.focus and queries.probing else queries
         self.probe = Probe((), ())
 
     def prepare(self) -> None:
-        """Choose the probe's tokens; ``self-study`` has the model write them."""
+        """Choose the probe's tokens; for the source ``self-study`` the model writes them."""
         memory, sequence = self.memory, self.sequence
         queries, turn = self.queries, sequence.compactions
         if not queries.probing:
             return
         own = memory.words.get(self.job.policy.name, {})
         words = {source: texts[turn % len(texts)] for source, texts in own.items()}
-        if "self-study" in words and sequence.job is None:  # half compacted, there is no room to write
+        if "self-study" in words and sequence.job is None:  # a half compacted sequence has no room to write
             words["self-study"] = write(
                 memory, self.forwards, sequence, words["self-study"][:MAX_INSTRUCTION], self.job.plan.scratch
             )
@@ -61,9 +61,10 @@ class References:
         )
 
     def each(self, layers: Sequence[int], visit: Visit, before: Callable[[], None] = lambda: None) -> None:
-        """Call ``visit(layer, references)`` for the layers in order; a probe's forward runs meanwhile.
+        """Call ``visit(layer, references)`` for the layers in order, during the probe's forward if there is a probe.
 
-        ``before`` comes before anything is drawn for a layer: what it raises leaves the sequence's generator to go on.
+        ``before`` is called before random queries are drawn for a layer. If it raises, the sequence's generator has not
+        advanced for this layer.
         """
         if not self.probe.ids:
             for layer in layers:
@@ -80,11 +81,11 @@ class References:
         self.run(on_layer)
 
     def run(self, visit: Callable[[int, torch.Tensor], None]) -> None:
-        """Run the probe's tokens at the following positions; ``visit(layer, queries)`` before a layer attends."""
+        """Run the probe's tokens at the next positions; call ``visit(layer, queries)`` before each layer attends."""
         self.forwards.run(self.probe.ids, self.sequence.next_position, Transient(self.memory, self.sequence, visit))
 
     def _visit(self, layer: int, probed: tuple[Reference, ...], visit: Visit) -> None:
-        """Add the stored queries; what is drawn at random lives as long as the visit."""
+        """Call ``visit`` with the probed and the stored queries; random queries are freed after the call."""
         plan, sequence = self.job.plan, self.sequence
         with self.memory.ledger.borrow(plan.draw_bytes, "random queries"):
             samples = (sample.reference(sequence.generator, plan.drawn_tokens) for sample in sequence.samples[layer])

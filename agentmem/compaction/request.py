@@ -1,4 +1,4 @@
-"""What one compaction is to do: which slots of a sequence, by which policy, down to how many. Integers only."""
+"""The request for a compaction, and the job made from it: which slots, which policy, how many to leave. No tensors."""
 
 from __future__ import annotations
 
@@ -17,11 +17,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """How a compaction differs from the usual one, which takes all between prefix and recent down to the target.
+    """The options of one compaction; the defaults ask for the usual compaction.
 
-    ``slots``: what to leave of the segment, per head on average. ``start``: the first token of the segment, which
-    leaves out what of it is the prefix's or has been compacted. ``focus``: ids of a text that must stay recallable.
-    ``policy``: which of the memory's policies. ``text``: what the segment holds now, if that is not the transcript.
+    The usual compaction reduces everything between the prefix and the recent window to the plan's target.
+
+    Attributes:
+        slots: the average number of segment slots per head to leave; ``None`` means the plan's target.
+        start: the first token of the segment; tokens of the prefix and compacted tokens are skipped. ``None`` means
+            everything after the prefix.
+        focus: the ids of a text that must stay recallable.
+        policy: the policy of the memory to compact with; ``None`` means the memory's own policy.
+        text: the ids that the segment holds now, if these are not the transcript.
+
     """
 
     slots: int | None = None
@@ -35,7 +42,7 @@ USUAL = Request()
 
 
 def make_job(sequence: TokenSequence, request: Request, policy: Policy, plan: Plan, layers: Sequence[int]) -> Job:
-    """The job of a sequence whose compactable layers are ``layers``; pins must have been promoted."""
+    """Return the job for a request, with ``layers`` as the layers to compact; pins must have been promoted before."""
     front = sequence.front(plan.prefix)
     recent = min(plan.recent, sequence.seen - min(plan.prefix, sequence.seen))
     usual = request.start is None
@@ -49,6 +56,6 @@ def make_job(sequence: TokenSequence, request: Request, policy: Policy, plan: Pl
     each = max(0, plan.target - front - recent) if request.slots is None else request.slots
     most = max(0, plan.limit - front - recent) if request.slots is None else request.slots
     if not usual and policy.budgets is not None and policy.budgets.adaptive:
-        most = max(0, tail - recent)  # errors say how much of a span stays, up to all of it
+        most = max(0, tail - recent)  # adaptive budgets may keep all of a span
     first = min(plan.prefix, sequence.seen) if usual else start
     return Job(policy, plan, tuple(begins), recent, each, most, first, request.focus, request.text, usual)

@@ -1,8 +1,8 @@
-"""One compaction of one sequence: budgets, then layer by layer fit → check → commit, then headroom.
+"""One compaction of one sequence: budgets, then fit, check and commit for each layer, then headroom.
 
-State *k* of a compaction is "layers before k compacted"; a commit swaps one store for another, so every state decodes
-correctly and an interrupted compaction goes on where it was. Failed layers are tried once more, then evicted to their
-budgets (or the failure is raised), and the report says so.
+A commit replaces the store of one layer. The sequence decodes correctly after any number of commits, and an interrupted
+compaction resumes with the layers that are not compacted yet. If layers fail, they are tried once more; after a second
+failure they are evicted to their budgets, or the failure is raised. The report states what happened.
 """
 
 from __future__ import annotations
@@ -45,10 +45,13 @@ ATTEMPTS = 2
 
 
 class SequenceCompaction:
-    """Compacts one sequence of a memory to its target and gives the freed slots out as headroom."""
+    """Compact one sequence of a memory to its target, and turn the freed bytes into free slots (headroom)."""
 
     def __init__(self, memory: Memory, forwards: Forwards, sequence: TokenSequence, request: Request = USUAL) -> None:
-        """Pins are promoted, and nothing else is changed yet; a compaction that has begun keeps its own request."""
+        """Promote pins and prepare the job; if the sequence has an unfinished compaction, resume its job instead.
+
+        Nothing is compacted yet.
+        """
         self.memory, self.sequence, self.plan = memory, sequence, memory.plan_of(request.policy or memory.policy)
         self.forwards, self.request = forwards, request
         promote(memory, sequence)
@@ -66,18 +69,18 @@ class SequenceCompaction:
 
     @property
     def worthwhile(self) -> bool:
-        """Whether a begun compaction is to be finished, or the segments hold more than is to be left on average."""
+        """True if a compaction is unfinished, or the segments hold more slots than the job is to leave."""
         held = [slots for index, store in self.sequence.full() for slots in self.job.held(index, store)]
         compacts = self.job.policy.compactor is not None
         return self.sequence.job is not None or (compacts and sum(held) > self.job.each * len(held))
 
     def run(self) -> CompactionReport:
-        """Do it.
+        """Run the compaction and return its report.
 
         Raises:
-            CompactionFailed: a layer, or what comes before the first, failed twice and ``on_failure`` is not ``evict``;
-                the memory is valid, and the compaction goes on at the next attempt.
-            PolicyContractBroken: the policy returned something that its contract forbids.
+            CompactionFailed: a layer, or a step before the first layer, failed twice and ``on_failure`` is not
+                ``evict``; the memory is valid, and the next attempt resumes the compaction.
+            PolicyContractBroken: the policy returned a value that its contract forbids.
 
         """
         memory, sequence, policy = self.memory, self.sequence, self.job.policy
@@ -116,7 +119,7 @@ class SequenceCompaction:
         )
 
     def _rewrite(self) -> None:
-        """Have the segment summarised, where the policy asks for it; what goes wrong leaves it to matching."""
+        """If the policy asks for it, replace the segment by a summary; if that fails, compact without a summary."""
         rewrite, language = self.job.policy.rewrite, self.memory.language
         if rewrite is None or language is None or not self.job.whole or self.sequence.job is not None:
             return
@@ -126,7 +129,7 @@ class SequenceCompaction:
             self.job = self._job(replace(request, policy=self.job.policy, focus=self.job.focus))
         except SummaryRefused as refused:
             self._note_fault(None, refused, "matching instead")
-        except Exception as error:  # noqa: BLE001  # whatever a forward raises must not cost the memory
+        except Exception as error:  # noqa: BLE001  # an error in a forward must not damage the memory
             traceback.clear_frames(error.__traceback__)
             self._note_fault(None, error, "matching instead")
             self.job = self.sequence.state.job or self._job(self.request)
@@ -139,7 +142,10 @@ class SequenceCompaction:
         return found
 
     def _prepared(self) -> bool:
-        """Find the probe's text and the budgets; ``False`` after two faults, with equal budgets to evict to."""
+        """Choose the probe's text and allocate the budgets; return whether this succeeded within two attempts.
+
+        If it did not, the layers get equal budgets, to which they are evicted.
+        """
         for attempt in range(ATTEMPTS):
             try:
                 with self._stage("probe text"):
@@ -148,7 +154,7 @@ class SequenceCompaction:
                     self._begin(self._allocator().allocate(self.references, lambda: self._stage("survey")))
             except PolicyContractBroken:
                 raise
-            except Exception as error:  # noqa: BLE001  # whatever a policy or a probe raises must not cost the memory
+            except Exception as error:  # noqa: BLE001  # an error in a policy or a probe must not damage the memory
                 traceback.clear_frames(error.__traceback__)
                 fault = error
                 self._note_fault(None, error, self._remedy(attempt))
@@ -161,7 +167,10 @@ class SequenceCompaction:
         return False
 
     def _begin(self, budgets: Slots) -> None:
-        """From now on the compaction goes on until it is done; what it will compact is no longer intact."""
+        """Store the job with its budgets in the sequence; only tokens of the recent window count as intact from now on.
+
+        This begins the compaction: after an interrupt it is resumed until it is finished.
+        """
         self.job = replace(self.job, budgets=budgets)
         self.sequence.change(job=self.job, intact=self.sequence.seen - self.job.recent)
 
@@ -182,7 +191,7 @@ class SequenceCompaction:
     # ---- layers
 
     def _todo(self) -> list[int]:
-        """Compactable layers of which some head still holds more than its budget."""
+        """Return the layers in which some head's segment still holds more slots than its budget."""
         job = self.job
         return [
             index
@@ -201,8 +210,8 @@ class SequenceCompaction:
                 self.references.each(todo, self._compact_layer, self.memory.boundary)
             except PolicyContractBroken:
                 raise
-            except Exception as error:  # noqa: BLE001  # whatever a policy or a probe raises must not cost the memory
-                traceback.clear_frames(error.__traceback__)  # they hold views into stores that are about to go
+            except Exception as error:  # noqa: BLE001  # an error in a policy or a probe must not damage the memory
+                traceback.clear_frames(error.__traceback__)  # its frames hold views of stores that will be freed
                 fault = error
                 self._note_fault((self._todo() or todo[-1:])[0], error, self._remedy(attempt))
         todo = self._todo()
@@ -222,7 +231,10 @@ class SequenceCompaction:
             self._commit(layer, store, compaction, errors)
 
     def _fit_bytes(self, layer: int, store: LayerStore, references: Sequence[Reference]) -> int:
-        """The workspace of this very segment: heads that hold more than an equal share may need more than planned."""
+        """Return the temporary bytes for fitting this segment, at least the planned ones.
+
+        Heads that hold more slots than an equal share may need more bytes than planned.
+        """
         shape = self.memory.shape.layers[layer]
         segment = SegmentShape(
             heads=shape.kv_heads,
@@ -238,7 +250,10 @@ class SequenceCompaction:
         return max(self.plan.fit_bytes, self._compactor.workspace(segment)) + max(self.plan.copy_bytes, copied)
 
     def _fit(self, layer: int, store: LayerStore, references: tuple[Reference, ...]) -> tuple[Compaction, Errors]:
-        """A function of its own, so that no view into the old store outlives it."""
+        """Fit one layer with the policy's compactor, validate the result and measure its held-out errors.
+
+        This is a separate method so that no view of the old store outlives the call.
+        """
         held_out, fitted = split_references(references)
         segment = self._segment(layer, store, fitted if self._compactor.fits else references)
         slots = [min(kept, head.slots) for kept, head in zip(self.job.budgets[layer], segment.heads, strict=True)]
@@ -295,7 +310,10 @@ class SequenceCompaction:
     # ---- headroom
 
     def _headroom(self) -> int:
-        """Free slots for every head alike once all layers keep their budgets: as many as the share of R pays for."""
+        """Return the number of free slots that every head gets once all layers are compacted to their budgets.
+
+        It is the largest number at which the slots take no more resident bytes (R) than the plan's capacity.
+        """
         price = kept = 0
         for index, store in self.sequence.full():
             begins, budgets = self.job.begins[index], self.job.budgets[index]
@@ -305,10 +323,10 @@ class SequenceCompaction:
         return (self.plan.capacity * price - kept) // price
 
     def _give_headroom(self) -> None:
-        """Give the headroom to the layers that could not get it when they were committed."""
+        """Give headroom to the layers that got none at their commit, and mark the compaction as finished."""
         headroom = self._headroom()
         for index, store in self.sequence.full():
-            settle(self.sequence, store)  # a layer that keeps all was not touched, and the tail is about to go
+            settle(self.sequence, store)  # layers without a commit lack positions, and the tail is reset below
             capacities = [length + headroom for length in store.lengths]
             if tuple(capacities) != store.capacities:
                 self.sequence.replace(index, store.resized(capacities))
@@ -319,7 +337,7 @@ class SequenceCompaction:
             compactions=self.sequence.compactions + 1,
             headroom_at=self.sequence.seen,
             tail=array("i"),
-            full_at=self.sequence.seen + room,  # by the memory's own policy's plan, whoever compacted
+            full_at=self.sequence.seen + room,  # by the plan of the memory's own policy, whichever policy compacted
         )
 
     # ---- faults and time
@@ -331,7 +349,7 @@ class SequenceCompaction:
         )
 
     def _remedy(self, attempt: int) -> str:
-        if self.sequence.job is not None and not self._todo():  # a probe can fail behind its last layer
+        if self.sequence.job is not None and not self._todo():  # a probe can fail after its last layer
             return "every layer was done"
         if attempt + 1 < ATTEMPTS:
             return "tried again"

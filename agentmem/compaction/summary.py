@@ -1,6 +1,6 @@
-"""Summaries: the model writes one in scratch slots, and its own slots replace the segment in mid-memory.
+"""Summaries: the model writes a summary in scratch slots, and the slots of the summary replace the segment.
 
-Source: summarisation before compaction is arXiv:2602.16284 (offline there); this is its online form.
+Source: arXiv:2602.16284 summarises before compaction, offline; this module does it during generation.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
     from agentmem.memory.store import LayerStore
 
 NO_REPEAT = 8
-"""No run of so many tokens is written twice in a summary: greedy decoding would go round in circles."""
+"""No run of so many tokens is written twice in a summary; otherwise greedy decoding could repeat itself without end."""
 VARIETY = 0.4
-"""The least part of a summary's tokens that must differ from one another."""
+"""The least ratio of distinct tokens to all tokens in a summary."""
 _ENDS = (".", "!", "?", "\n", "\u3002", "\uff01", "\uff1f")  # full-width ones too
 
 
-class SummaryRefused(Exception):  # no user meets it: matching takes the summary's place
-    """Why a summary cannot be used."""
+class SummaryRefused(Exception):  # internal: the compaction then goes on without a summary
+    """Raised if a summary cannot be used; the message states why."""
 
 
 class Rewriting:
-    """Replaces the segment of one job by a summary of it."""
+    """Replace the segment of one job by a summary of the segment."""
 
     def __init__(
         self,
@@ -52,15 +52,18 @@ class Rewriting:
         rewrite: Rewrite,
         language: Language,
     ) -> None:
-        """Nothing is written yet."""
+        """Keep the arguments; write nothing yet."""
         self.forwards = forwards
         self.memory, self.sequence, self.job, self.rewrite, self.language = memory, sequence, job, rewrite, language
 
     def run(self) -> Request:
-        """Write, place, adopt; the sequence has a summary then. Returns what is left to compact.
+        """Let the model write a summary, find positions for it, and put its slots in place of the segment.
+
+        Returns:
+            The request for the compaction that must follow, which compacts the slots of the summary.
 
         Raises:
-            SummaryRefused: it is empty, runs away or has no place; nothing was changed.
+            SummaryRefused: the summary is empty, too long or repetitive, or no positions are free; nothing was changed.
 
         """
         before, written = self.sequence.held, self._written(self._instruction())
@@ -91,7 +94,7 @@ class Rewriting:
         return instruction
 
     def _written(self, instruction: tuple[int, ...]) -> tuple[int, ...]:
-        """What the model wrote, cut to whole sentences where it did not end by itself."""
+        """Return the summary that the model wrote, cut to whole sentences if the model did not end it."""
         plan = self.job.plan
         most = len(instruction) + min(
             plan.scratch - MAX_REQUEST, plan.chunk - len(self.language.write(self.rewrite.lead))
@@ -119,7 +122,7 @@ class Rewriting:
         return "".join(self.language.read(ids))
 
     def _stores(self) -> list[tuple[int, LayerStore]]:
-        """The layers that are compacted, with the positions of all their slots."""
+        """Return the layers to compact and their stores, after writing the positions of all slots into the stores."""
         stores = self.sequence.full()
         for _, store in stores:
             settle(self.sequence, store)
@@ -131,9 +134,10 @@ class Rewriting:
             raise SummaryRefused(f"its {count} tokens are no fewer than the {sum(held) / len(held):g} slots per head")
 
     def _place(self, count: int) -> int:
-        """The first of ``count`` free positions before the recent window, behind what is never compacted.
+        """Return the first of ``count`` consecutive free positions before the recent window.
 
-        Re-basing moves every head's pinned slots apart from the others', so those of all heads are looked at.
+        The positions of the uncompacted slots at the front (prefix and promoted tokens) are not free. Re-basing can
+        move promoted slots differently in each head, so the positions of all heads are checked.
         """
         found: set[int] = set()
         stop = self.sequence.next_position
@@ -152,7 +156,11 @@ class Rewriting:
         return stop - count
 
     def _adopt(self, ids: tuple[int, ...], position: int) -> None:
-        """Replace the segments; what an interrupt or a fault leaves half done is a compaction to equal budgets."""
+        """Replace the segments by the slots of the summary, layer by layer.
+
+        If an interrupt or an error stops this halfway, the sequence is left with an unfinished compaction to equal
+        budgets.
+        """
         memory, sequence, before = self.memory, self.sequence, self._stores()
         positions = torch.arange(position, position + len(ids), dtype=torch.int32)
         step = Adopt(memory, sequence, self.job.begins, self.job.recent, positions)

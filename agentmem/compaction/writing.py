@@ -1,4 +1,4 @@
-"""What the model writes for its own memory, in scratch slots: questions, facts, summaries."""
+"""Let the model write texts for its own memory in scratch slots: questions, facts and summaries."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def write(
     *,
     no_repeat: int = 0,
 ) -> tuple[int, ...]:
-    """What the model writes after an instruction, greedily: at most ``most`` tokens with it.
+    """Return an instruction and the text that the model writes greedily after it, together at most ``most`` tokens.
 
-    It is written in scratch slots at the following positions and taken back, so nothing of it stays. It ends
-    early at a token that ends a text; no run of ``no_repeat`` tokens is written twice.
+    The tokens take scratch slots at the sequence's next positions; these slots are dropped afterwards. The text ends
+    early at a token that ends a text. If ``no_repeat`` is not 0, no run of ``no_repeat`` tokens is written twice.
     """
     ends = () if memory.language is None else memory.language.ends
     step, written, fed = Scratch(memory, sequence), list(instruction), 0
@@ -45,7 +45,10 @@ def write(
 
 
 def repeats(written: Sequence[int], length: int) -> list[int]:
-    """The ids that would make the last ``length`` tokens of a text a run that it has already; none for length 0."""
+    """Return the ids which, written next, would repeat a run of ``length`` tokens that the text already contains.
+
+    The list is empty if ``length`` is 0.
+    """
     if length < 1 or len(written) < length:
         return []
     lead = tuple(written[len(written) - length + 1 :])

@@ -1,4 +1,4 @@
-"""Runs memories: makes room under the cap, compacts, re-bases, commits; feeds several sequences in one forward."""
+"""The engine makes room in a memory, compacts, re-bases and commits. The scheduler feeds several memories at once."""
 
 from agentmem.engine.engine import Engine, in_turn
 from agentmem.engine.feeding import Want, feed

@@ -1,7 +1,8 @@
-"""The engine: watches the cap of one memory. It makes room before a forward, compacts and re-bases, and commits.
+"""The engine of one memory: it makes room before a forward, compacts, re-bases and commits.
 
-It knows no model: a forward reaches the memory as :class:`Append` (tokens that stay) or :class:`Transient` (tokens that
-leave nothing behind), whose ``attend`` is called once a layer, and the engine runs forwards through :class:`Forwards`.
+The engine has no code for particular models. It runs forwards through the protocol :class:`Forwards`. During a forward,
+each layer of the model calls ``attend`` of an :class:`Append` (the tokens are kept) or of a :class:`Transient` (the
+tokens are not kept).
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ if TYPE_CHECKING:
 
 
 class Engine:
-    """Runs one memory with the forwards of one model."""
+    """Run one memory with the forwards of one model."""
 
     def __init__(self, memory: Memory, forwards: Forwards) -> None:
-        """Nothing is run yet."""
+        """Keep the memory and the model's forwards; run nothing yet."""
         self.memory, self.forwards = memory, forwards
         self._pending: Append | None = None
 
@@ -39,16 +40,18 @@ class Engine:
 
     @property
     def most_tokens(self) -> int:
-        """Most tokens of one forward: ``chunk``, or what the sliding layers have room for."""
+        """The most tokens that one forward may have: ``chunk``, or fewer if a sliding layer has less room."""
         chunk = self.memory.plan.chunk
         windows = [layer.window for layer in self.memory.shape.layers if layer.window]
         return min([chunk, *(window_slots(window, chunk) - window + 1 for window in windows)])
 
     def piece(self, arriving: Sequence[Sequence[bool]], limit: int) -> int:
-        """Columns of a batch that can be fed now: as many as no sequence has to be compacted for, ``limit`` at most.
+        """Return how many columns of a batch fit before any sequence needs a compaction, at most ``limit``.
 
-        Full sequences are compacted first, so the result is never 0. Cutting exactly where a sequence fills up makes
-        the moments of compaction a function of the tokens alone, however a prompt was cut.
+        ``arriving`` has one row per sequence, which is true in each column that holds a token (not padding). Sequences
+        that are full already are compacted first, so the result is at least 1. Because a batch is cut exactly at the
+        column in which a sequence fills up, the moments of compaction depend only on the tokens, not on how the caller
+        has cut the prompt.
         """
         sequences = self.memory.sequences
         for sequence, valid in zip(sequences, arriving, strict=True):
@@ -60,7 +63,7 @@ class Engine:
         )
 
     def begin(self, arriving: Sequence[Arriving]) -> Append:
-        """Start a forward whose tokens stay; makes room for all of them first.
+        """Make room for all arriving tokens, then start a forward that keeps them.
 
         Raises:
             MemoryClosed: the memory was closed.
@@ -77,27 +80,30 @@ class Engine:
         return self._pending
 
     def commit(self) -> None:
-        """The forward that has attended in every layer ended well: the sequences have consumed its tokens."""
+        """Record that the forward that was begun has succeeded: its tokens now count as consumed."""
         if self._pending is not None:
             self._pending.commit()
             self._pending = None
             self.memory.publish_usage()
 
     def abandon(self) -> None:
-        """Take back what was begun and never committed, wherever an interrupt or a fault ended it.
+        """Drop a forward that was begun and never committed, whether an interrupt or an error ended it.
 
-        Everything that is to begin anew calls it first: no forward, no compaction and no loan is under way then.
+        Every operation that starts something new calls this method first. After it no forward is in progress and no
+        bytes are borrowed.
         """
         self._pending = None
         self.memory.take_back()
 
     def peek(self, ids: Sequence[int], index: int) -> torch.Tensor:
-        """Logits ``[n, V]`` of ``ids`` as they would follow sequence ``index``; nothing of them stays behind.
+        """Return the logits ``[n, V]`` after each of ``ids``, as if they followed sequence ``index``.
+
+        The slots of ``ids`` are not kept.
 
         Raises:
             MemoryClosed: the memory was closed.
-            SettingsRefused: no ids, or a sequence that has read nothing.
-            MemoryCapExceeded: more ids than ``chunk``, for which the plan has counted scratch.
+            SettingsRefused: ``ids`` is empty, or the sequence has read nothing.
+            MemoryCapExceeded: there are more ids than ``chunk``; the plan counts temporary bytes for ``chunk`` tokens.
 
         """
         memory, most, sequences = self.memory, self.memory.plan.chunk, self.memory.sequences
@@ -120,14 +126,16 @@ class Engine:
 
     @property
     def automatic(self) -> bool:
-        """Whether a full sequence is compacted by itself."""
+        """True if the engine compacts a full sequence without being asked."""
         return self.memory.policy.compactor is not None and self.memory.settings.mode == "auto"
 
     def make_room(self, sequence: TokenSequence, tokens: int) -> None:
-        """Compact, then re-base, a sequence that cannot take ``tokens`` more: slots move into gaps of compactions.
+        """Make room for ``tokens`` more: compact the sequence if it is full, then re-base it if positions run out.
+
+        Compaction comes first, because re-basing moves slots into the gaps that compactions leave.
 
         Raises:
-            MemoryCapExceeded: the policy never compacts, or compaction is not automatic, or too many tokens at once.
+            MemoryCapExceeded: the policy never compacts, compaction is not automatic, or ``tokens`` is too large.
             CompactionFailed: see :class:`agentmem.compaction.run.SequenceCompaction`.
 
         """
@@ -135,7 +143,7 @@ class Engine:
         self._keep_in_reach(sequence, tokens)
 
     def finish(self, sequence: TokenSequence) -> None:
-        """End what was begun and interrupted on a sequence: a forward, a compaction, a re-basing.
+        """Drop an interrupted forward of a sequence, and finish its interrupted compaction and re-basing.
 
         Raises:
             CompactionFailed: see :class:`agentmem.compaction.run.SequenceCompaction`.
@@ -161,10 +169,12 @@ class Engine:
             )
 
     def _keep_in_reach(self, sequence: TokenSequence, tokens: int) -> None:
-        """Re-base a sequence if ``tokens`` behind it, a forward's or a probe's, would leave the model's positions.
+        """Re-base a sequence if ``tokens`` more (of a forward or a probe) would exceed the model's positions.
+
+        A re-basing that was interrupted is finished, too.
 
         Raises:
-            MemoryCapExceeded: the slots alone need more positions than the model has.
+            MemoryCapExceeded: even after the re-basing, ``tokens`` more exceed the model's positions.
 
         """
         memory, positions = self.memory, self.memory.positions
@@ -182,9 +192,9 @@ class Engine:
     # ---- compaction
 
     def compact(self, sequence: TokenSequence, request: Request = USUAL) -> CompactionReport | None:
-        """Compact one sequence now; ``None`` when there is nothing to reclaim.
+        """Compact one sequence now and return the report, or ``None`` if there is nothing to reclaim.
 
-        What has begun is finished first, and its report returned where nothing is left to reclaim then.
+        An interrupted compaction is finished first; if nothing is left to reclaim after it, its report is returned.
 
         Raises:
             SettingsRefused: ``mode="off"``.
@@ -199,7 +209,7 @@ class Engine:
         return report
 
     def prepare(self, sequence: TokenSequence, request: Request = USUAL) -> SequenceCompaction | None:
-        """The compaction of a sequence, which :meth:`run` runs; ``None`` when there is nothing to reclaim.
+        """Return a compaction of a sequence for :meth:`run`, or ``None`` if there is nothing to reclaim.
 
         Raises:
             SettingsRefused: ``mode="off"``.
@@ -217,7 +227,7 @@ class Engine:
         return compaction if compaction.worthwhile else None
 
     def run(self, compaction: SequenceCompaction) -> CompactionReport:
-        """Run what :meth:`prepare` returned, and record its report.
+        """Run a compaction that :meth:`prepare` returned; record and return its report.
 
         Raises:
             CompactionFailed: see :class:`agentmem.compaction.run.SequenceCompaction`.
@@ -231,12 +241,16 @@ class Engine:
 
 
 def in_turn(sequence: TokenSequence, request: Request) -> tuple[Request, ...]:
-    """What is to be run for a request: a compaction that has begun comes first, with its own request."""
+    """Return the requests to run for ``request``.
+
+    If the sequence has an unfinished compaction, :data:`USUAL` comes first: the engine then finishes that compaction
+    with its original request.
+    """
     return (USUAL, request) if sequence.job is not None and request is not USUAL else (request,)
 
 
 def _full(memory: Memory, sequence: TokenSequence, tokens: int) -> str:
-    """Why a sequence cannot take more tokens, and what would help."""
+    """Return the error message: why a sequence cannot take more tokens, and what would help."""
     mode, plan = memory.settings.mode, memory.plan
     why = f"mode={mode!r} does not compact by itself"
     if memory.policy.compactor is None:
@@ -250,7 +264,7 @@ def _full(memory: Memory, sequence: TokenSequence, tokens: int) -> str:
 
 
 def _columns(valid: Sequence[bool], room: int, limit: int) -> int:
-    """The longest start of ``valid`` with at most ``room`` true entries, ``limit`` at most."""
+    """Return the length, at most ``limit``, of the longest start of ``valid`` with at most ``room`` true entries."""
     count = 0
     for column, present in enumerate(valid[:limit]):
         count += present

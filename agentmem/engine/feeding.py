@@ -1,4 +1,4 @@
-"""One forward for several turns: each one's next tokens, fed together, with a result of its own."""
+"""Run one forward over the next tokens of several turns, with a separate result for each turn."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ if TYPE_CHECKING:
 
 
 def ambient() -> tuple[object, ...]:
-    """What of torch's state belongs to a thread and changes a forward; only turns that agree in it are fed together."""
+    """Return the part of torch's thread state that affects a forward.
+
+    Only turns with equal values are fed together.
+    """
     return (torch_state(), torch.get_num_threads(), torch.is_inference_mode_enabled())
 
 
 class Outcome(NamedTuple):
-    """What became of a :class:`Want`: ``logits [V]`` after the ``fed`` th token, or the error of its own part."""
+    """The result of a :class:`Want`: the number of fed tokens and the ``logits [V]`` after the last, or an error."""
 
     fed: int = 0
     logits: torch.Tensor | None = None
@@ -32,44 +35,44 @@ class Outcome(NamedTuple):
 
 
 def _nobody() -> None:
-    """Nobody is to be woken."""
+    """Do nothing: the default of :attr:`Want.wake`."""
 
 
 @dataclass(eq=False, slots=True)
 class Want:
-    """Tokens that a turn wants to be fed next, at its sequence's next positions; the memory has one sequence.
+    """A turn's request to feed tokens at the next positions of its memory's only sequence.
 
-    What was fed is consumed when the turn itself calls :meth:`agentmem.engine.engine.Engine.commit`; until then it can
-    be fed again.
+    Fed tokens count as consumed only after the turn has called :meth:`agentmem.engine.engine.Engine.commit`; until then
+    they can be fed again.
     """
 
     engine: Engine
     ids: Sequence[int]
     turn: object = None
-    """Stands for the turn."""
+    """Any object that identifies the turn."""
     priority: int = 0
-    """Higher ones are fed first."""
+    """Wants with higher priority are fed first."""
     most: int = 1 << 30
-    """Tokens of a forward that feeds others, too."""
+    """The most tokens that a forward which feeds this want together with others may have in total."""
     alone: bool = False
-    """Whether the model cannot be fed several sequences at once."""
+    """True if this want must be fed in a forward of its own."""
     ambient: tuple[object, ...] = field(default_factory=ambient)
     wake: Callable[[], None] = _nobody
-    """Called from any thread when the outcome is there, or when it may be the turn's part to feed."""
+    """Called, from any thread, when the outcome is set or when the turn should check whether to run a forward."""
     passed: int = 0
-    """Forwards that fed others meanwhile."""
+    """The number of forwards that fed other wants while this one waited."""
     outcome: Outcome | None = None
 
     @property
     def done(self) -> bool:
-        """Whether there is an outcome."""
+        """True if the outcome is set."""
         return self.outcome is not None
 
     def result(self) -> tuple[int, torch.Tensor]:
-        """How many tokens were fed, from the first on, and the logits ``[V]`` after the last of them.
+        """Return how many of the first tokens were fed, and the logits ``[V]`` after the last of these.
 
         Raises:
-            AgentmemError: what the forward of these tokens raised, and other errors likewise.
+            AgentmemError: the forward of these tokens raised it. Errors of other types are raised again, too.
 
         """
         outcome = self.outcome or Outcome()
@@ -80,24 +83,24 @@ class Want:
 
 
 class _Part(NamedTuple):
-    """A want whose forward has begun."""
+    """A want and its :class:`Append`, which has begun."""
 
     want: Want
     append: Append
 
     @property
     def tokens(self) -> int:
-        """How many it feeds."""
+        """The number of tokens that this part feeds."""
         return len(self.append.arriving[0].ids)
 
 
 def feed(shares: Sequence[tuple[Want, int]]) -> None:
-    """Run one forward over the first tokens, so many, of each want, and note the outcomes.
+    """Run one forward over the first tokens of each want, and set the outcomes; ``shares`` gives the token counts.
 
-    A part that cannot begin, or fails by itself, has an error for its outcome and disturbs no other. Whatever else
-    ends this (an interrupt) leaves wants without an outcome, which can be fed again.
+    If a want cannot begin or fails, its outcome is the error, and the other wants are not affected. If an interrupt
+    ends the call, wants are left without an outcome and can be fed again.
     """
-    holds: list[object] = []  # that this thread owns the memories; emptied, as a traceback may be kept
+    holds: list[object] = []  # the ownership of the memories; emptied at the end, because a traceback may keep the list
     try:
         parts = [part for part in (_begun(want, count, holds) for want, count in shares) if part is not None]
         if parts:
@@ -107,14 +110,14 @@ def feed(shares: Sequence[tuple[Want, int]]) -> None:
 
 
 def _begun(want: Want, count: int, holds: list[object]) -> _Part | None:
-    """Make room for a want's tokens; its failure is its outcome."""
+    """Make room for a want's tokens and begin; on failure, set the error as the want's outcome and return ``None``."""
     engine, sequence = want.engine, want.engine.memory.sequences[0]
     try:
         holds.append(engine.memory.owner.take())
-        start = sequence.next_position + sequence.shift  # as whoever feeds counts
+        start = sequence.next_position + sequence.shift  # the caller's count of positions
         ids = want.ids[:count]
         append = engine.begin([Arriving(ids, range(start, start + len(ids)), slice(None))])
-    except Exception as error:  # noqa: BLE001  # it ends this turn alone
+    except Exception as error:  # noqa: BLE001  # it becomes the outcome of this want only
         want.outcome = Outcome(error=error)
         return None
     append.columns = len(ids)
@@ -124,13 +127,13 @@ def _begun(want: Want, count: int, holds: list[object]) -> _Part | None:
 def _run(parts: Sequence[_Part]) -> None:
     try:
         logits = _forward(parts)
-    except Exception as error:  # noqa: BLE001  # likewise
+    except Exception as error:  # noqa: BLE001  # it becomes the outcome of the part that failed
         for part in parts:
             part.want.engine.abandon()
         if len(parts) == 1:
             parts[0].want.outcome = Outcome(error=error)
             return
-        for part in parts:  # whose fault it was shows when each is run alone
+        for part in parts:  # run each part alone to find which one failed
             feed([(part.want, part.tokens)])
         return
     for part, row in zip(parts, logits, strict=True):
@@ -138,7 +141,7 @@ def _run(parts: Sequence[_Part]) -> None:
 
 
 def _forward(parts: Sequence[_Part]) -> torch.Tensor:
-    """Logits ``[n, V]`` after the last token of each part."""
+    """Run the parts in one forward and return the logits ``[n, V]`` after the last token of each."""
     ids: list[int] = []
     positions: list[int] = []
     ends: list[int] = []

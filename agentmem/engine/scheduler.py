@@ -1,13 +1,17 @@
-"""Who is fed next: turns of one model ask for forwards, and one of them feeds all that are waiting.
+"""The scheduler decides which turns of one model are fed next, several of them in one forward.
 
-There is no thread of its own. A turn that waits looks by itself whether it is time; the first that finds it is takes
-the model's lock, feeds everybody (:func:`agentmem.engine.feeding.feed`), and the others find their outcomes.
+The scheduler has no thread of its own. Every waiting turn checks whether it is time for a forward. The first turn that
+finds that it is time takes the model's lock and runs a forward for all chosen turns
+(:func:`agentmem.engine.feeding.feed`); the other turns then find their outcomes.
 
-Order: turns that were passed over :data:`PATIENCE` times, then higher priorities, then single tokens (replies) before
-texts that are read, then in the order of their requests. A forward takes single tokens first and fills up with pieces
-of texts, as many tokens as every one of its turns allows (``most``); a turn that is alone is fed whole. A forward waits
-for turns that the last one fed and for those that have begun, so that turns of the same speed stay together; but when
-none has come for :data:`LINGER` seconds, or :data:`SHARE` of the last forward's, it feeds those that are there.
+Order: first turns that were passed over :data:`PATIENCE` times, then turns of higher priority, then single tokens
+(replies) before longer texts, then the order of requests. A forward takes tokens in this order, up to the smallest
+limit (``most``) of the waiting turns. If only one turn waits, or if the first turn must be fed alone, a forward takes
+all tokens of that turn.
+
+A forward first waits for the turns that the last forward fed and for turns that have just begun, so that turns of equal
+speed stay together. It stops waiting when no turn has come for :data:`LINGER` seconds or for the fraction :data:`SHARE`
+of the last forward's time, whichever is longer.
 """
 
 from __future__ import annotations
@@ -26,15 +30,15 @@ if TYPE_CHECKING:
     from agentmem.engine.feeding import Want
 
 LINGER = 0.004
-"""Seconds that a forward waits at least for turns of the last one after anybody came."""
+"""The least number of seconds, counted from the last arrival, for which a forward waits for expected turns."""
 SHARE = 0.1
-"""What part of the last forward's time it waits for them otherwise."""
+"""The fraction of the last forward's time for which a forward waits, if this is longer than :data:`LINGER`."""
 PATIENCE = 4
-"""Forwards that may pass a turn over before it comes first."""
+"""How many forwards may pass a turn over before the turn comes first."""
 
 
 class Forward(NamedTuple):
-    """What a forward fed, and how long it took."""
+    """The figures of one forward: its time, and how many sequences and tokens it fed."""
 
     seconds: float
     sequences: int
@@ -42,25 +46,28 @@ class Forward(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """The newest forwards and compactions in numbers; zeros where there were none."""
+    """Statistics of the newest forwards and compactions; zeros if there were none."""
 
     waiting: int
-    """Turns that wait to be fed."""
+    """The number of turns that wait to be fed."""
     sequences: float
-    """That a forward fed, on average."""
+    """The average number of sequences per forward."""
     tokens_per_second: float
-    """Fed, read and written ones together, while forwards ran."""
+    """Tokens fed per second of forward time; prompts and replies are counted together."""
     pauses: tuple[float, float, float]
-    """Seconds that a compaction kept everybody waiting: median, 95th percentile, most."""
+    """Seconds for which a compaction made all turns wait: median, 95th percentile, maximum."""
     fed: int
-    """Tokens of all forwards so far."""
+    """The number of tokens fed in all forwards so far."""
 
 
 class Scheduler:
-    """The turns of one model that wait to be fed. ``lock`` is held while the model computes or memories move."""
+    """The turns of one model that wait to be fed.
+
+    A thread holds ``lock`` while it runs the model or changes memories.
+    """
 
     def __init__(self) -> None:
-        """Nobody waits."""
+        """Begin with no waiting turns."""
         self.lock = threading.RLock()
         self.recent: deque[Forward] = deque(maxlen=64)
         """The newest forwards."""
@@ -70,28 +77,28 @@ class Scheduler:
         self._changed = threading.Condition()
         self._waiting: list[Want] = []
         self._expected: set[object] = set()
-        """Turns that have begun, or that the last forward fed, and that have not come (back) yet."""
+        """Turns that have begun, or were fed by the last forward, and have not submitted their next tokens yet."""
         self._came = 0.0
 
     def expect(self, turn: object) -> None:
-        """A turn has begun, and will soon have something to be fed: the next forward waits for it for a moment."""
+        """Note that a turn has begun and will soon submit tokens: the next forward waits for it for a moment."""
         with self._changed:
             self._expected.add(turn)
             self._came = time.monotonic()
 
     def submit(self, want: Want) -> None:
-        """Have a want wait; whoever does so waits for its outcome, or withdraws it."""
+        """Add a want to the waiting ones; the caller must then wait for its outcome, or withdraw it."""
         with self._changed:
             self._waiting.append(want)
             self._arrived(want.turn)
 
     def withdraw(self, want: Want) -> None:
-        """Take a want back; when this returns it is being fed no more, and never will be."""
+        """Wait until no forward is running, then remove a want, so that its tokens are not fed any more."""
         with self.lock, self._changed, suppress(ValueError):
             self._waiting.remove(want)
 
     def left(self, turn: object) -> None:
-        """A turn has ended, or will not come back soon: nobody waits for it."""
+        """Note that a turn has ended or will not submit tokens soon, so that forwards do not wait for it."""
         with self._changed:
             if turn in self._expected:
                 self._arrived(turn)
@@ -99,7 +106,7 @@ class Scheduler:
         _wake(waiting)
 
     def serve(self, want: Want) -> None:
-        """Wait for the outcome of a want, and feed everybody whenever it is time."""
+        """Submit a want and wait for its outcome; run forwards for all waiting turns whenever it is time."""
         self.submit(want)
         while not want.done:
             pause = self.pause()
@@ -111,7 +118,7 @@ class Scheduler:
                 self.step(want)
 
     def pause(self) -> float:
-        """Seconds to wait before the next forward, for turns that the last one fed; 0 when it is time."""
+        """Return how many seconds the next forward should wait for expected turns; 0 if it is time to run it."""
         with self._changed:
             if not self._expected:
                 return 0.0
@@ -119,7 +126,7 @@ class Scheduler:
             return max(0.0, self._came + linger - time.monotonic())
 
     def step(self, want: Want) -> None:
-        """Run a forward on this thread, unless the want has its outcome by then, or it is not yet time."""
+        """Take the lock and run a forward on this thread, unless the want has its outcome or it is not yet time."""
         with self.lock:
             if want.done or self.pause() > 0:
                 return
@@ -131,12 +138,12 @@ class Scheduler:
                 self._ended(shares, began)
 
     def paused(self, seconds: float) -> None:
-        """A compaction kept everybody waiting for so long."""
+        """Note that a compaction made all turns wait for ``seconds``."""
         with self._changed:
             self._pauses.append(seconds)
 
     def figures(self) -> Figures:
-        """The newest forwards and compactions in numbers."""
+        """Return statistics of the newest forwards and compactions."""
         with self._changed:
             recent, pauses, waiting = list(self.recent), sorted(self._pauses), len(self._waiting)
         seconds = sum(each.seconds for each in recent)
@@ -151,9 +158,12 @@ class Scheduler:
     # ---- choosing
 
     def _chosen(self, own: Want) -> list[tuple[Want, int]]:
-        """Whose tokens the next forward feeds, and how many of each; all agree with ``own`` in torch's state."""
+        """Return the wants that the next forward feeds, and how many tokens of each.
+
+        All of them have the same ambient state (see :func:`agentmem.engine.feeding.ambient`) as ``own``.
+        """
         with self._changed:
-            self._expected = set()  # who has not come by now is not waited for again
+            self._expected = set()  # turns that have not come by now are not waited for again
             alike = [each for each in self._waiting if each.ambient == own.ambient and not each.done]
         order = sorted(alike, key=_place)  # stable: in the order of their requests
         if order[0].alone or len(order) == 1:
@@ -168,7 +178,7 @@ class Scheduler:
         return chosen
 
     def _ended(self, shares: Iterable[tuple[Want, int]], began: float) -> None:
-        """Note who was fed; those are expected back."""
+        """Record a finished forward; the turns that it fed are expected to submit more tokens."""
         fed = [(want, count) for want, count in shares if want.done]
         now = time.monotonic()
         with self._changed:
@@ -192,7 +202,7 @@ class Scheduler:
     # ---- forked processes
 
     def forget(self) -> None:
-        """In a forked child: whoever waited is the parent's."""
+        """Drop all waiting turns; called in a forked child process, where they belong to the parent."""
         self._changed = threading.Condition()
         self._waiting, self._expected = [], set()
 

@@ -1,4 +1,4 @@
-"""Measuring what compaction costs: the instruments that every policy is judged by."""
+"""Measure how much quality compaction loses; every policy is measured by the same instruments."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Facts that a memory should keep: made up from a seed, planted in real text, asked for at its end.
+"""Make up facts that a memory should keep, plant them in real text, and ask for them at its end.
 
-A document is a window of the text with one fact at each depth, behind the nearest end of a sentence. Everything follows
-from the text, the tokenizer and the :class:`Quiz`; nothing else is random.
+A document is a window of the text with one fact at each depth, placed after the next end of a sentence. The documents
+depend only on the text, the tokenizer and the :class:`Quiz`, so the same three always give the same documents.
 """
 
 from __future__ import annotations
@@ -24,21 +24,25 @@ if TYPE_CHECKING:
 Format = Literal["codes", "names", "lists"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 DEPTHS = (0.05, 0.25, 0.45, 0.7)
-"""In 1,710 tokens at 512 slots, halved: 5, 4, 3 and 1 compactions meet them, and window holds none of them."""
+"""Default depths of facts.
+
+In a document of 1,710 tokens with 512 slots that are halved each time, facts at these depths pass through 5, 4, 3 and 1
+compactions, and the policy ``window`` has dropped all of them at the end.
+"""
 _SENTENCE = 48
-"""Tokens that a fact may be moved on, to stand behind the end of a sentence."""
+"""The most tokens that a fact is moved towards the end of the text, so that it follows the end of a sentence."""
 _ENDS = (".", "!", "?")
 
 
 class Quiz(Frozen):
-    """What is planted and asked."""
+    """Settings of the documents, and of the facts that are planted in them and asked for."""
 
     tokens: int = Field(default=1710, ge=1)
-    """Of every document, facts included."""
+    """Tokens of every document, facts included."""
     facts: int = Field(default=40, ge=1)
-    """At least so many, over all documents: one per depth and document."""
+    """The least number of facts over all documents; each document has one per depth."""
     depths: tuple[float, ...] = DEPTHS
-    """Where a fact begins, as a fraction of the document; ascending, at least 0 and below 1."""
+    """Places where facts begin, as fractions of the document: ascending, at least 0 and below 1."""
     formats: tuple[Format, ...] = FORMATS
     seed: int = 0
 
@@ -58,13 +62,17 @@ class Quiz(Frozen):
 
     @property
     def documents(self) -> int:
-        """How many documents that many facts take."""
+        """Return the number of documents needed for ``facts`` facts."""
         return -(-self.facts // len(self.depths))
 
 
 @dataclass(frozen=True)
 class Fact:
-    """``statement`` is planted; ``question``, which ends in a sentence begun, is asked; ``answer`` completes it."""
+    """Hold the texts of one fact: a statement, a question and its answer.
+
+    ``statement`` is planted in the document. ``question`` ends with the beginning of a sentence that ``answer``
+    completes.
+    """
 
     statement: str
     question: str
@@ -73,7 +81,10 @@ class Fact:
 
 @dataclass(frozen=True)
 class Planted:
-    """A fact in its document: tokens ``start .. stop``; ``asked`` holds the question's ids, then ``answer`` ids."""
+    """Describe a fact in its document, where it takes the tokens ``start .. stop``.
+
+    ``asked`` holds the ids of the question followed by those of its answer; ``answer`` counts the ids of the answer.
+    """
 
     format: Format
     depth: float
@@ -85,7 +96,7 @@ class Planted:
 
 @dataclass(frozen=True, eq=False)
 class Document:
-    """``ids [tokens]`` int64, and what is planted in them, in order."""
+    """Hold a document: ``ids [tokens]`` int64, and the facts planted in them, in order."""
 
     index: int
     ids: torch.Tensor
@@ -147,9 +158,10 @@ _MAKERS: dict[Format, tuple[Callable[[Random, str], Fact], tuple[str, ...]]] = {
 
 
 def facts(quiz: Quiz, document: int) -> list[tuple[Format, Fact]]:
-    """The facts of one document, one per depth; no two of a format share a subject unless there are too many.
+    """Make the facts of one document, one per depth.
 
-    Formats take turns over depths and documents, so that every format comes to every depth.
+    Formats take turns over depths and documents, so that each format is used at every depth if there are enough
+    documents. Two facts of the same format have different subjects unless there are more facts than subjects.
     """
     random = Random(f"{quiz.seed}/{document}")  # noqa: S311  # a quiz, no secret
     subjects = {name: random.sample(_MAKERS[name][1], len(_MAKERS[name][1])) for name in FORMATS}
@@ -167,7 +179,10 @@ def facts(quiz: Quiz, document: int) -> list[tuple[Format, Fact]]:
 def documents(
     tokenizer: PreTrainedTokenizerBase, text: str, quiz: Quiz, *, offset: int = 0, keep_first: int = 0
 ) -> tuple[Document, ...]:
-    """Windows of ``text`` from character ``offset`` on, one behind the other (over each other if the text is short).
+    """Make documents from successive windows of ``text``, beginning at character ``offset``.
+
+    The windows overlap if the text is too short for all documents. ``keep_first`` is the size of the prefix that is
+    never compacted, in tokens.
 
     Raises:
         SettingsRefused: the text is shorter than one document, or a fact would lie in the prefix or past the end.
@@ -212,7 +227,10 @@ def _document(tokenizer: PreTrainedTokenizerBase, index: int, source: Sequence[i
 
 
 def _question(tokenizer: PreTrainedTokenizerBase, fact: Fact) -> tuple[tuple[int, ...], int]:
-    """Ids of question and answer together, and how many at the end are the answer's: where the two texts part."""
+    """Return the ids of question and answer together, and the number of ids at the end that belong to the answer.
+
+    The answer begins at the first id that differs from the ids of the question alone.
+    """
     alone, whole = _encode(tokenizer, fact.question), _encode(tokenizer, fact.question + fact.answer)
     shared = next((at for at, (one, other) in enumerate(zip(alone, whole, strict=False)) if one != other), len(alone))
     return tuple(whole), len(whole) - shared
@@ -223,7 +241,7 @@ def _ends_sentence(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> bo
 
 
 def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token that a tokenizer puts before every text, if it puts one."""
+    """Return a list of the token that the tokenizer puts before every text; the list is empty if it puts none."""
     first = tokenizer("", verbose=False)["input_ids"][:1]
     return list(first) if first and first[0] == tokenizer.bos_token_id else []
 

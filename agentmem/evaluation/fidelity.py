@@ -1,8 +1,8 @@
-"""Fidelity: a text is streamed through capped memory by teacher forcing and compared with full memory.
+"""Measure fidelity: stream a text through capped memory by teacher forcing and compare with full memory.
 
-Every policy reads the same tokens in the same pieces under the same :class:`Terms`: at equal slots per KV head, or at
-equal bytes, workspace included. A piece never reaches over the moment at which the memory is full, so compactions
-happen exactly there. What was measured is kept on disk, so a killed comparison goes on where it stopped.
+Every policy reads the same tokens under the same :class:`Terms`, either at equal slots per KV head or at equal bytes,
+workspace included. The text is read in pieces that end when the memory is full, so that compactions happen exactly
+then. Measurements are kept on disk, so that a comparison that was killed can be resumed.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from agentmem.contracts import Policy
 
 GROUP = 8
-"""Compactions in one group of the drift."""
+"""Compactions in one group of :class:`Drift`."""
 LEAST_DRIFT = 2 * GROUP
-"""Compactions from which on drift is reported."""
+"""The least number of compactions for which drift is reported."""
 
 
 class Measurement(Spent):
-    """One policy's run over one passage, position by position; see :class:`Divergence` for the measures."""
+    """Hold the measures of one policy at every position of one passage; see :class:`Divergence` for the measures."""
 
     policy: str
     equal: Equal
@@ -46,7 +46,7 @@ class Measurement(Spent):
 
 
 class Drift(Frozen):
-    """Mean KL of the ``positions`` that were read after ``first`` to ``last`` compactions."""
+    """Hold the mean KL over the ``positions`` positions that were read after ``first`` to ``last`` compactions."""
 
     first: int
     last: int
@@ -55,40 +55,43 @@ class Drift(Frozen):
 
 
 class FidelityRow(Frozen):
-    """One line of the table. KL in nats, over the ``positions`` that lie past the first crossing of the cap."""
+    """Hold one line of the fidelity table, for one policy on one passage.
+
+    KL is in nats. The scores are over the ``positions`` positions from the first compaction of any policy on.
+    """
 
     policy: str
-    """The name or spec as it was asked for."""
+    """Name or spec of the policy as the caller gave it."""
     equal: Equal
     offset: int
-    """Character of the text at which the passage begins."""
+    """Character of the text at which the passage begins, counted from 0."""
     kl_mean: float
     kl_p95: float
     top1: float
-    """Share of positions at which the most likely token is the same as with full memory."""
+    """Share of positions at which capped and full memory have the same most likely token."""
     delta_nll: float
-    """Negative log-likelihood of the text minus that with full memory, nats per token."""
+    """Negative log-likelihood of the text minus its negative log-likelihood with full memory, in nats per token."""
     num_compactions: int
     held: int
     bytes: int
     seconds: float
     compact_seconds: float
-    """Of ``seconds``, those spent compacting."""
+    """The part of ``seconds`` that was spent compacting."""
     positions: int
     capacity: int
     kl_by_compaction: Annotated[tuple[float, ...], FailFast()]
-    """Mean KL of the positions read after 0, 1, 2, … compactions; the first shows an untouched memory's KL."""
+    """Mean KL of the positions read after 0, 1, 2, … compactions; entry 0 is the KL before the first one."""
     drift: Annotated[tuple[Drift, ...], FailFast()]
-    """The same in groups of eight compactions from the first on; empty below sixteen."""
+    """Mean KL in groups of eight compactions, beginning with the first; empty if there were fewer than sixteen."""
 
     @property
     def seconds_each(self) -> float:
-        """Seconds per compaction; 0 without any."""
+        """Return the seconds per compaction; 0 if there was none."""
         return self.compact_seconds / max(1, self.num_compactions)
 
 
 class Medians(Frozen):
-    """One policy's medians over ``windows`` passages; the fields are those of :class:`FidelityRow`."""
+    """Hold one policy's medians over ``windows`` passages, in the fields of :class:`FidelityRow`."""
 
     policy: str
     equal: Equal
@@ -111,7 +114,7 @@ def measure(
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Measurement:
-    """Stream ``ids [tokens + 1]`` through capped memory and compare with ``full [tokens, V]``.
+    """Stream ``ids [tokens + 1]`` through capped memory and compare its logits with those of ``full [tokens, V]``.
 
     Raises:
         AgentmemError: the terms do not fit the model, or the policy cannot serve them.
@@ -145,13 +148,14 @@ def stream(
     fresh: bool = False,
     progress: Callable[[str, int], None] = lambda _name, _tokens: None,
 ) -> Iterator[Measurement]:
-    """One :class:`Measurement` per policy, in order; each is saved in ``cache_dir`` before it is yielded.
+    """Yield one :class:`Measurement` per policy, in order; each is saved in ``cache_dir`` before it is yielded.
 
-    What was saved with the same model, passage, settings and code is not measured again unless ``fresh``.
-    ``progress`` is called with the policy's name ("full" memory's under "full memory") and the tokens done.
+    A measurement that was saved with the same model, passage, settings and code is loaded instead, unless ``fresh`` is
+    true. ``progress`` is called with the policy's name and the number of tokens done; while full memory is computed,
+    the name is "full memory".
 
     Raises:
-        AgentmemError: see :func:`measure`; what was saved before stays.
+        AgentmemError: see :func:`measure`; measurements that were saved before stay on disk.
 
     """
     made = [terms.policy(spec) for spec in policies]  # an unknown name is refused before any work
@@ -170,10 +174,11 @@ def stream(
 
 
 def rows(measurements: Sequence[Measurement], *, offset: int = 0) -> tuple[FidelityRow, ...]:
-    """The table of one passage. All policies are judged on the same positions: from where the first had to compact.
+    """Return the table of one passage, one row per measurement.
 
-    Positions before any compaction are left out because nothing differs there; where no policy had to compact, all
-    positions count.
+    All policies with the same kind of limit are scored on the same positions: those from the first compaction of any
+    of them on. Earlier positions are left out because the memory is still complete there. If no policy had to compact,
+    all positions count.
     """
     crossed = [each for each in measurements if each.capacity < len(each.kl)]
     first = {
@@ -219,7 +224,7 @@ def _drift(kl: np.ndarray, counts: np.ndarray) -> tuple[Drift, ...]:
 
 
 def medians(found: Sequence[FidelityRow]) -> tuple[Medians, ...]:
-    """One line per (equal, policy), in order of appearance: medians over the passages that were measured."""
+    """Return medians over the measured passages, one line per (equal, policy) in order of appearance."""
     groups: dict[tuple[Equal, str], list[FidelityRow]] = {}
     for row in found:
         groups.setdefault((row.equal, row.policy), []).append(row)
@@ -239,7 +244,7 @@ def _medians(group: Sequence[FidelityRow]) -> Medians:
 
 
 def _median_drift(drifts: Sequence[Sequence[Drift]]) -> tuple[Drift, ...]:
-    """Group by group, as far as every passage has it."""
+    """Return the median over passages of each drift group that every passage has."""
     return tuple(
         same[0].model_copy(update={"kl_mean": median(each.kl_mean for each in same)})
         for same in zip(*drifts, strict=False)

@@ -1,7 +1,8 @@
-"""What the model says with full memory: computed once with the stock cache, kept on disk as float32, mapped back.
+"""Compute the logits of full memory once with the stock cache, keep them on disk, and map the file into memory.
 
-Float32 and not less: a half-precision log-probability of a rare token is off by up to 1 %, which a KL of 1e-9 (an
-untouched memory) would show. A vocabulary of 49,152 and 3,072 positions take 604 MB.
+The logits are stored as float32. A half-precision log-probability of a rare token is off by up to 1 %, an error that
+would hide KLs as small as 1e-9, which a memory without compactions has. For a vocabulary of 49,152 tokens, 3,072
+positions take 604 MB.
 """
 
 from __future__ import annotations
@@ -28,13 +29,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PIECE = 256
-"""Tokens in one forward; fixed, so that the stored logits depend on no setting."""
+"""Tokens in one forward; fixed, so that the stored logits depend on no setting of the user."""
 _SAMPLE = 4096
-"""Numbers of each weight that enter the digest, evenly spread."""
+"""About how many numbers of each weight enter the digest, evenly spread over the weight."""
 
 
 def model_digest(model: PreTrainedModel) -> str:
-    """A digest of configuration and weights (of each weight: name, shape, dtype, an even sample of its numbers)."""
+    """Return a digest of the model's configuration and weights.
+
+    Each weight contributes its name, shape, dtype and an evenly spread sample of its numbers.
+    """
     digest = hashlib.sha256(model.config.to_json_string(use_diff=False).encode())
     for name, weight in model.state_dict().items():
         flat = weight.detach().reshape(-1)
@@ -45,9 +49,9 @@ def model_digest(model: PreTrainedModel) -> str:
 
 
 def passage_key(model: PreTrainedModel, ids: torch.Tensor, digest: str | None = None) -> str:
-    """Names one (model, passage, software) triple; 24 hexadecimal digits.
+    """Return a key of 24 hexadecimal digits for the model, the passage and the versions of torch and transformers.
 
-    ``digest`` is the model's :func:`model_digest`, for callers that ask about several passages.
+    Pass ``digest``, the model's :func:`model_digest`, to compute it only once for several passages.
     """
     facts = {
         "model": digest or model_digest(model),
@@ -69,12 +73,13 @@ def full_logits(
     fresh: bool = False,
     progress: Callable[[int], None] = lambda _: None,
 ) -> torch.Tensor:
-    """Logits ``[tokens, V]`` float32 after each of ``ids [tokens + 1]`` but the last; ``folder`` holds their file.
+    """Return full memory's logits ``[tokens, V]`` float32 after each of ``ids [tokens + 1]`` except the last.
 
-    With ``first``, only those from that position on, ``[tokens - first, V]``.
+    They are computed unless ``folder`` holds a file of them already. With ``first``, only the logits from that
+    position on are computed and returned, ``[tokens - first, V]``.
 
     Raises:
-        AgentmemError: the folder cannot be written or the disk is too small; the message says how much is needed.
+        AgentmemError: the folder cannot be written, or the disk is too small; the message gives the bytes needed.
 
     """
     tokens, vocabulary = len(ids) - 1 - first, _vocabulary(model, ids)
@@ -82,11 +87,11 @@ def full_logits(
     size = tokens * vocabulary * 4
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):  # of several processes one computes them, the others wait
+        with FileLock(path.with_suffix(".lock")):  # of several processes, one computes the file and the others wait
             if fresh or not path.exists() or path.stat().st_size != size:
                 _require_space(folder, size)
                 _compute(model, ids[:-1], first, path, progress)
-        # Copy-on-write: writable as torch wants it, but the file never changes.
+        # Copy-on-write: torch wants writable memory, but the file must not change.
         return torch.from_numpy(np.memmap(path, dtype=np.float32, mode="c", shape=(tokens, vocabulary)))
     except OSError as error:
         raise AgentmemError(
@@ -98,7 +103,7 @@ def full_logits(
 def _compute(
     model: PreTrainedModel, ids: torch.Tensor, first: int, path: Path, progress: Callable[[int], None]
 ) -> None:
-    """Write to a partial file and rename: a file of that name is whole."""
+    """Compute the logits into a partial file and rename it to ``path``, so that ``path`` is always complete."""
     partial = path.with_suffix(".partial")
     cache = DynamicCache(config=model.config)
     with partial.open("wb") as file, torch.no_grad():
@@ -113,7 +118,7 @@ def _compute(
 
 
 def _vocabulary(model: PreTrainedModel, ids: torch.Tensor) -> int:
-    """The width of the logits, which may differ from the configured vocabulary after a resize."""
+    """Return the width of the logits, which may differ from the configured vocabulary after a resize."""
     with torch.no_grad():
         return int(model(input_ids=ids[:1].unsqueeze(0).to(model.device), use_cache=False).logits.shape[-1])
 

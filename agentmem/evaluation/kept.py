@@ -1,4 +1,4 @@
-"""Measurements on disk: one JSON file each, found again only by the same settings and the same code."""
+"""Keep measurements on disk as JSON files, which are found again only with the same settings and code."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _MAX_BYTES = 64 << 20
 Kept = TypeVar("Kept", bound=BaseModel)
 _DRAWING = frozenset({"pictures.py", "plots.py"})
 _BESIDE = ("calibration", "cli", "evaluation/ablation", "evaluation/tasks", "policies", "sessions")
-"""Packages that a measurement does not run through; a policy's own sources are added for that policy."""
+"""Packages whose code a measurement does not run; :func:`settings_key` adds the sources of the measured policy."""
 
 
 def settings_key(policy: Policy | str, *terms: BaseModel) -> str:
-    """Names a policy with its options, its terms and the code they run through; 24 hexadecimal digits.
+    """Return a key of 24 hexadecimal digits for a policy with its options, its terms, and the code that they run.
 
-    A text stands for a way of reading that needs no policy.
+    ``policy`` may also be the name of a baseline that needs no policy.
     """
     parts, sources = [policy if isinstance(policy, str) else policy.name], set(_core())
     if not isinstance(policy, str):
@@ -42,7 +42,7 @@ def settings_key(policy: Policy | str, *terms: BaseModel) -> str:
 
 
 def code_digest(folder: str) -> str:
-    """A digest of the sources below one folder of the package, such as ``evaluation/tasks``."""
+    """Return a digest of the Python sources below one folder of the package, such as ``evaluation/tasks``."""
     digest = hashlib.sha256()
     for source in sorted((Path(__file__).parents[1] / folder).rglob("*.py")):
         digest.update(_file_digest(source))
@@ -50,7 +50,7 @@ def code_digest(folder: str) -> str:
 
 
 def load(kind: type[Kept], path: Path) -> Kept | None:
-    """What was saved at ``path``; ``None`` if nothing whole of that kind is there."""
+    """Load the value saved at ``path``; return ``None`` if the file is missing or is no valid ``kind``."""
     try:
         found = parsed(read_plain(path, _MAX_BYTES), _MAX_BYTES, strict=False)
         return kind.model_validate(found)
@@ -59,7 +59,7 @@ def load(kind: type[Kept], path: Path) -> Kept | None:
 
 
 def save(value: BaseModel, path: Path) -> None:
-    """Write ``value`` so that ``path`` is whole or absent, whatever happens meanwhile.
+    """Write ``value`` to ``path`` so that an interruption never leaves an incomplete file there.
 
     Raises:
         AgentmemError: the file cannot be written.
@@ -70,22 +70,22 @@ def save(value: BaseModel, path: Path) -> None:
 
 
 def _state(part: object) -> str:
-    """The class of a compactor or of budgets with its options."""
+    """Return the class and the options of a compactor or of budgets as text."""
     options = {**getattr(part, "__dict__", {})}
-    if is_dataclass(part):  # one with slots has no __dict__ of its fields
+    if is_dataclass(part):  # a dataclass with __slots__ has no __dict__ of its fields
         options |= {each.name: getattr(part, each.name) for each in fields(part)}
     return f"{type(part).__module__}.{type(part).__qualname__} {sorted(options.items())}"
 
 
 def _core() -> set[Path]:
-    """The sources of the runtime and of this instrument, without those that only draw."""
+    """Return the sources of the runtime and of the instruments, except :data:`_BESIDE` and modules that only draw."""
     package = Path(__file__).parents[1]
     beside = {package / name for name in _BESIDE}
     return {path for path in package.rglob("*.py") if path.name not in _DRAWING and beside.isdisjoint(path.parents)}
 
 
 def _policy_sources(policy: Policy) -> set[Path]:
-    """The sources of the package that defines the policy's parts, or of their module if it is in none."""
+    """Return the sources of the packages that define the policy's parts, or of modules that are in no package."""
     found: set[Path] = set()
     for part in (policy.compactor, policy.budgets):
         module = sys.modules.get(type(part).__module__)
@@ -97,7 +97,7 @@ def _policy_sources(policy: Policy) -> set[Path]:
 
 
 def _depth(package: str) -> int:
-    """Folders between a package and the outermost one around it; ``agentmem`` itself does not count as one."""
+    """Return how many folders a package lies below its outermost package; ``agentmem`` itself is not counted."""
     return package.removeprefix("agentmem.").count(".")
 
 

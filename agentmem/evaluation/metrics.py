@@ -1,4 +1,4 @@
-"""How far one stream of next-token distributions is from another, position by position, in float64."""
+"""Compare two streams of next-token distributions position by position, in float64."""
 
 from __future__ import annotations
 
@@ -10,29 +10,31 @@ from agentmem.contracts import blocks
 from agentmem.errors import AgentmemError
 
 _BLOCK = 64
-"""Positions at a time: two float64 blocks of [64, vocabulary] are all that is alive."""
+"""Positions compared at a time, so that the float64 numbers in use stay a few blocks of [64, vocabulary]."""
 
 
 @dataclass
 class Divergence:
-    """Per-position measures of ``capped`` against ``full``, appended piece by piece.
-
-    ``kl`` is KL(full ‖ capped) in nats; ``nll`` is the capped model's negative log-likelihood of the true next token
-    and ``delta_nll`` that minus the full model's, in nats; ``agrees`` says whether both have the same most likely
-    token; ``compactions`` counts those that had happened when the position was read.
-    """
+    """Collect the measures of capped against full memory at every position; pieces are appended in order."""
 
     kl: list[float] = field(default_factory=list)
+    """KL(full ‖ capped) in nats."""
     nll: list[float] = field(default_factory=list)
+    """Negative log-likelihood of the true next token with capped memory, in nats."""
     delta_nll: list[float] = field(default_factory=list)
+    """``nll`` minus the negative log-likelihood with full memory, in nats."""
     agrees: list[bool] = field(default_factory=list)
+    """True if capped and full memory have the same most likely next token."""
     compactions: list[int] = field(default_factory=list)
+    """Compactions that had happened when the position was read."""
 
     def add(self, full: torch.Tensor, capped: torch.Tensor, targets: torch.Tensor, compactions: int) -> None:
-        """Compare logits ``full [c, V]`` and ``capped [c, V]`` of consecutive positions; ``targets [c]`` come next.
+        """Compare the logits ``full [c, V]`` and ``capped [c, V]`` of consecutive positions.
+
+        ``targets [c]`` are the true next tokens; ``compactions`` is the number of compactions so far.
 
         Raises:
-            AgentmemError: a logit is not finite; names the position.
+            AgentmemError: a logit is not finite; the message names the position.
 
         """
         for part in blocks(len(targets), _BLOCK):

@@ -1,8 +1,9 @@
-"""One-shot: a document is read, compacted once to a fraction of its slots, and its continuation is teacher-forced.
+"""Measure a single compaction: read a document, compact it once, and teacher-force its continuation.
 
-This is the main setting of arXiv:2602.16284. No compaction follows the one. What is said to the continuation is
-compared with full memory; beside the policies stand what needs none: the continuation without its document, and with
-the document's last tokens alone (as many as the policies keep slots), read anew.
+This is the main setting of arXiv:2602.16284. The compaction keeps a fraction of the document's slots, and no other
+compaction follows. The logits over the continuation are compared with those of full memory. Two baselines are measured
+beside the policies: ``no-context`` reads the continuation without the document, and ``truncation`` reads it after only
+the last tokens of the document, as many tokens as the policies keep slots.
 """
 
 from __future__ import annotations
@@ -32,16 +33,16 @@ if TYPE_CHECKING:
 
 NO_CONTEXT, TRUNCATION = "no-context", "truncation"
 KEEP_FIRST, KEEP_RECENT = 4, 8
-"""Defaults of this setting: they fit into 1/100 of a document of 1,300 tokens."""
+"""Defaults of keep_first and keep_recent here; both fit into 1/100 of the slots of a document of 1,300 tokens."""
 
 
 class Shot(Frozen):
-    """How a document is compacted and continued."""
+    """Settings of the compaction and of the continuation."""
 
     continuation: int = Field(default=256, ge=1)
-    """Tokens that are teacher-forced; the document is all that comes before."""
+    """Tokens that are teacher-forced; all tokens before them are the document."""
     ratios: tuple[int, ...] = (10, 20, 50, 100)
-    """A document of n tokens keeps ``n // ratio`` slots per KV head, prefix and recent included."""
+    """A document of n tokens keeps ``n // ratio`` slots per KV head, prefix and recent window included."""
 
     @field_validator("ratios")
     @classmethod
@@ -52,38 +53,38 @@ class Shot(Frozen):
 
 
 class OneShotRow(Frozen):
-    """One line of the table. KL in nats, over the ``positions`` of the continuation."""
+    """Hold one line of the table; KL is in nats, over the ``positions`` positions of the continuation."""
 
     policy: str
-    """The name or spec as it was asked for, or ``no-context`` or ``truncation``."""
+    """Name or spec of the policy as the caller gave it, or ``no-context`` or ``truncation``."""
     ratio: int | None
-    """Tokens of the document per slot that is kept; ``None`` for ``no-context``."""
+    """Tokens of the document divided by slots kept; ``None`` for ``no-context``."""
     offset: int
-    """Character of the text at which the document begins."""
+    """Character of the text at which the document begins, counted from 0."""
     document: int
     """Tokens of the document."""
     slots: int
-    """Slots per KV head after the compaction; for ``truncation`` the tokens that are left of the document."""
+    """Slots per KV head after the compaction; for ``truncation``, the tokens of the document that are read."""
     positions: int
     kl_mean: float
     kl_p95: float
     top1: float
-    """Share of positions at which the most likely token is the same as with full memory."""
+    """Share of positions at which capped and full memory have the same most likely token."""
     nll: float
-    """Negative log-likelihood of the continuation, nats per token."""
+    """Negative log-likelihood of the continuation, in nats per token."""
     delta_nll: float
-    """``nll`` minus that with full memory."""
+    """``nll`` minus the negative log-likelihood with full memory, in nats per token."""
     held: int
-    """Slots that were held right after the compaction, mean over layers and KV heads."""
+    """Slots held right after the compaction, mean over layers and KV heads."""
     bytes: int
-    """The most that R + T came to, the document's slots before the compaction included."""
+    """Peak of resident and temporary bytes, including the document's slots before the compaction."""
     seconds: float
     compact_seconds: float
-    """Of ``seconds``, those spent compacting."""
+    """The part of ``seconds`` that was spent compacting."""
 
 
 class Medians(Frozen):
-    """One policy's medians at one ratio over ``windows`` passages; the fields are those of :class:`OneShotRow`."""
+    """Hold one policy's medians at one ratio over ``windows`` passages, in the fields of :class:`OneShotRow`."""
 
     policy: str
     ratio: int | None
@@ -98,14 +99,14 @@ class Medians(Frozen):
 
 
 class _Place(Frozen):
-    """What the terms do not say of a case."""
+    """Settings of a case that its terms do not contain; they become part of its key on disk."""
 
     document: int
     slots: int
 
 
 class _Run(NamedTuple):
-    """What reading one case gave."""
+    """Hold the result of reading one case."""
 
     divergence: Divergence
     held: int = 0
@@ -115,7 +116,7 @@ class _Run(NamedTuple):
 
 
 class _Case(NamedTuple):
-    """One line to measure: a policy with terms that hold its target, or a baseline by its name."""
+    """Describe one line to measure: a policy, with terms whose target is the slots to keep, or a baseline by name."""
 
     policy: Policy | str
     ratio: int | None
@@ -128,10 +129,10 @@ class _Case(NamedTuple):
 
 
 def cases(policies: Sequence[str], terms: Terms, shot: Shot, tokens: int) -> list[_Case]:
-    """What is measured on a passage of ``tokens`` tokens, in order; refused before any work.
+    """Return the cases to measure on a passage of ``tokens`` tokens, in order; settings are checked before any work.
 
     Raises:
-        SettingsRefused: no document is left, a ratio leaves fewer slots than prefix + recent + 1, or a policy is
+        SettingsRefused: no document is left, a ratio leaves fewer slots than prefix + recent window + 1, or a policy is
             unknown.
 
     """
@@ -151,7 +152,7 @@ def cases(policies: Sequence[str], terms: Terms, shot: Shot, tokens: int) -> lis
                 f"{terms.keep_first} + keep_recent={terms.keep_recent} + 1 need {least}; lower the ratio, "
                 "--keep-first or --keep-recent, or give more --tokens"
             )
-        # The memory is full when the document ends; the continuation must fit behind what is left of it.
+        # The memory is full when the document ends; the continuation must fit behind the slots that are kept.
         capacity = max(document, slots + shot.continuation)
         update = {"slots": capacity, "cap_bytes": None, "target": slots}
         found.append(_Case(TRUNCATION, ratio, slots, terms))
@@ -172,12 +173,12 @@ def stream(
     fresh: bool = False,
     progress: Callable[[str, int], None] = lambda _name, _tokens: None,
 ) -> Iterator[OneShotRow]:
-    """Rows for ``ids [tokens + 1]``, ratio by ratio; each is saved in ``cache_dir`` before it is yielded.
+    """Yield the rows for ``ids [tokens + 1]``, ratio by ratio; each is saved in ``cache_dir`` before it is yielded.
 
-    What was saved with the same model, passage, settings and code is not measured again unless ``fresh``.
+    A row that was saved with the same model, passage, settings and code is loaded instead, unless ``fresh`` is true.
 
     Raises:
-        AgentmemError: see :func:`cases`; or a policy cannot serve the terms; what was saved before stays.
+        AgentmemError: see :func:`cases`; or a policy cannot serve the terms. Rows that were saved before stay on disk.
 
     """
     asked = cases(policies, terms, shot, len(ids) - 1)
@@ -234,7 +235,7 @@ def _measure(
 
 
 def _anew(model: PreTrainedModel, ids: torch.Tensor, full: torch.Tensor) -> _Run:
-    """Read ``ids`` from position 0 on, without a memory."""
+    """Read ``ids`` from position 0 without any cache, and compare the last positions with ``full``."""
     divergence, began = Divergence(), time.perf_counter()
     with torch.no_grad():
         piece = ids[:-1].unsqueeze(0).to(model.device)
@@ -253,7 +254,7 @@ def _compacted(
     tokenizer: PreTrainedTokenizerBase | None,
     progress: Callable[[int], None],
 ) -> _Run:
-    """Read the document, compact, and go on."""
+    """Read the document, compact it once, read the continuation, and compare it with ``full``."""
     divergence, document = Divergence(), len(ids) - 1 - len(full)
     roomy = _beside_scratch(terms, model, policy)
     with roomy.memory(model, policy, tokenizer, mode="manual", min_reclaim=1) as memory:
@@ -271,7 +272,7 @@ def _compacted(
 
 
 def _beside_scratch(terms: Terms, model: PreTrainedModel, policy: Policy) -> Terms:
-    """The same terms with as many more slots as the policy keeps free for itself."""
+    """Return the terms with more slots, so that the document fits beside the slots that the policy keeps free."""
     slots, more = terms.slots or 0, terms
     while (plan := more.plan(model, policy, min_reclaim=1)).capacity - plan.scratch < slots:
         more = terms.model_copy(update={"slots": slots + plan.scratch})
@@ -279,7 +280,7 @@ def _beside_scratch(terms: Terms, model: PreTrainedModel, policy: Policy) -> Ter
 
 
 def medians(found: Sequence[OneShotRow]) -> tuple[Medians, ...]:
-    """One line per (ratio, policy), in order of appearance: medians over the passages that were measured."""
+    """Return medians over the measured passages, one line per (ratio, policy) in order of appearance."""
     groups: dict[tuple[int | None, str], list[OneShotRow]] = {}
     for row in found:
         groups.setdefault((row.ratio, row.policy), []).append(row)

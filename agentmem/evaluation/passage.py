@@ -1,4 +1,4 @@
-"""The text that an evaluation streams: a slice of a file, or the pages that ship with the package."""
+"""Read the text that an evaluation streams: a file, or the pages that ship with the package."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def default_text() -> str:
-    """The shipped pages, in the order of their names."""
+    """Return the pages that ship with the package as one text, in the order of their file names."""
     folder = resources.files("agentmem.evaluation").joinpath("texts")
     pages = sorted((page for page in folder.iterdir() if page.name.endswith(".txt")), key=lambda page: page.name)
     return "\n\n".join(page.read_text(encoding="utf-8").strip() for page in pages) + "\n"
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 text file.
+    """Read a UTF-8 text file.
 
     Raises:
         SettingsRefused: the file cannot be read, or is not UTF-8.
@@ -40,10 +40,12 @@ def read_text(path: Path) -> str:
 
 
 def passage(tokenizer: PreTrainedTokenizerBase, text: str, *, offset: int, tokens: int) -> torch.Tensor:
-    """Token ids ``[tokens + 1]`` int64 of ``text`` from character ``offset``; the last is only predicted.
+    """Tokenize ``text`` from character ``offset`` on and return the first ids, ``[tokens + 1]`` int64.
+
+    The model reads the first ``tokens`` ids; the last id is only predicted.
 
     Raises:
-        SettingsRefused: the text has too few tokens behind the offset.
+        SettingsRefused: the text has too few tokens after the offset, or ``tokens`` or ``offset`` is out of range.
 
     """
     if tokens < 1 or offset < 0:

@@ -1,7 +1,7 @@
-"""Pictures of evaluations: KL against compactions, recall by depth, and one against the other.
+"""Draw the figures of evaluations: KL against compactions, KL against ratio, recall by depth, and recall against KL.
 
-Matplotlib's object interface only, in the manner of :mod:`agentmem.reporting.plots`. Importing this module needs
-matplotlib; no other module of the package does.
+Only Matplotlib's object interface is used, as in :mod:`agentmem.reporting.plots`. Importing this module needs
+matplotlib; importing the other modules of ``agentmem.evaluation``, outside ``ablation``, does not.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ if TYPE_CHECKING:
 
 _DPI = 150
 _MAX_FIDELITY = 64 << 20
-"""Bytes of a file of fidelity rows."""
+"""The most bytes that a file of fidelity rows may have."""
 _INK, _GREY = "#333333", "#888888"
 _MARKERS = "os^Dv<>Ph*"
 _LEGEND_WIDTH = 110
-"""Characters in one line of a legend."""
+"""The most characters in one line of a legend."""
 
 
 def read_fidelity(path: Path) -> tuple[FidelityRow, ...]:
-    """The rows that ``agentmem eval fidelity --json`` wrote.
+    """Read the rows that ``agentmem eval fidelity --json`` wrote.
 
     Raises:
-        SettingsRefused: the file cannot be read, or holds other things.
+        SettingsRefused: the file cannot be read, or does not hold such rows.
 
     """
     rows = None
@@ -59,7 +59,7 @@ def read_fidelity(path: Path) -> tuple[FidelityRow, ...]:
 
 
 def save(figures: Mapping[str, Figure], folder: Path) -> tuple[Path, ...]:
-    """Every figure as ``name.png`` in ``folder``, which is made if missing.
+    """Write every figure as ``name.png`` into ``folder``, which is created if it does not exist; return the paths.
 
     Raises:
         SettingsRefused: the folder cannot be written.
@@ -76,7 +76,7 @@ def save(figures: Mapping[str, Figure], folder: Path) -> tuple[Path, ...]:
 
 
 def drift_figure(rows: Sequence[FidelityRow]) -> Figure:
-    """KL against the number of compactions before it, one line per policy, mean over passages."""
+    """Plot KL against the number of compactions so far: one line per policy, the mean over passages."""
     figure, (axes,) = _axes(1)
     for index, (label, found) in enumerate(_by_label(rows).items()):
         counts = range(1, min(row.num_compactions for row in found) + 1)
@@ -92,7 +92,7 @@ def drift_figure(rows: Sequence[FidelityRow]) -> Figure:
 
 
 def one_shot_figure(rows: Sequence[OneShotRow]) -> Figure:
-    """KL against the ratio of a single compaction, one line per policy, mean over passages."""
+    """Plot KL against the ratio of a single compaction: one line per policy, the mean over passages."""
     figure, (axes,) = _axes(1)
     by_policy: dict[str, dict[int, list[float]]] = {}
     for row in rows:
@@ -118,7 +118,7 @@ def one_shot_figure(rows: Sequence[OneShotRow]) -> Figure:
 
 
 def recall_figure(rows: Sequence[RecallRow]) -> Figure:
-    """Recall by depth: the share of exact answers, and the log-probability of the right answer; a line per policy."""
+    """Plot the share of exact answers and the log-probability of the right answer by depth, one line per policy."""
     figure, panels = _axes(2)
     for index, row in enumerate(rows):
         end = row.policy in (FULL, WINDOW)
@@ -138,10 +138,12 @@ def recall_figure(rows: Sequence[RecallRow]) -> Figure:
 
 
 def trade_figure(recalled: Sequence[RecallRow], fidelity: Sequence[FidelityRow]) -> Figure:
-    """Recovered log-probability against KL, one labelled point per policy that is in both; KL mean over passages.
+    """Plot recovered log-probability against KL, one labelled point per policy that both evaluations measured.
+
+    KL is the mean over passages.
 
     Raises:
-        SettingsRefused: no policy is in both, or nothing could be recovered.
+        SettingsRefused: no policy with a recovered score is in both.
 
     """
     recovered = {(row.equal, row.policy): row.recovered for row in recalled if row.recovered is not None}
@@ -161,11 +163,11 @@ def trade_figure(recalled: Sequence[RecallRow], fidelity: Sequence[FidelityRow])
     for index, (key, point) in enumerate(points.items()):
         axes.plot(*point, marker=_marker(index), markersize=8, linestyle="none")
         label = key[1] if len({equal for equal, _ in shared}) == 1 else f"{key[1]}, equal {key[0]}"
-        inward = point[0] > furthest / 2  # a label on the right reads towards the left
+        inward = point[0] > furthest / 2  # labels in the right half extend to the left
         axes.annotate(
             label,
             point,
-            xytext=(-7, -14) if inward else (7, 5),  # below there, so that two neighbours keep apart
+            xytext=(-7, -14) if inward else (7, 5),  # on the right below the point, against overlaps
             textcoords="offset points",
             horizontalalignment="right" if inward else "left",
             color=_INK,
@@ -209,5 +211,5 @@ def _legend(figure: Figure, axes: Axes) -> None:
     if not handles:
         return
     columns = max(1, min(len(handles), _LEGEND_WIDTH // (6 + max(map(len, labels)))))
-    # Below the axes: there it can never cover data.
+    # The legend lies below the axes, where it never covers data.
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)

@@ -1,12 +1,13 @@
-"""Recall: facts are planted in real text, the text is streamed through capped memory, and each fact is asked for.
+"""Measure recall: plant facts in real text, stream the text through capped memory, and ask for each fact.
 
-Every policy reads the same documents in the same pieces under the same :class:`Terms` (see
-:mod:`agentmem.evaluation.fidelity`). At the end of a document each question is asked with its right answer in one
-transient forward that leaves nothing behind, so questions do not see each other. An answer is exact when every token
-of it is the most likely one behind the right tokens before it, which is what greedy decoding would write.
+Every policy reads the same documents under the same :class:`Terms` (see :mod:`agentmem.evaluation.fidelity`). At the
+end of a document, each question is run together with its right answer in a transient forward, which leaves the memory
+unchanged, so questions do not see each other. An answer is exact if each of its tokens is the most likely one after
+the right tokens before it; greedy decoding would then write this answer.
 
-What a policy recovers is judged between two memories that are always measured: ``window`` remembers nothing that it
-dropped, ``full`` all: recovered = (policy − window) / (full − window), in mean log-probability of the answers.
+Two more memories are always measured: ``window`` keeps nothing of the tokens that it dropped, and ``full`` keeps all
+tokens. A policy is placed between them by recovered = (policy − window) / (full − window), where each term is a mean
+log-probability of the right answers.
 """
 
 from __future__ import annotations
@@ -32,29 +33,29 @@ if TYPE_CHECKING:
 
 FULL, WINDOW = "full", "window"
 LEAST_GAP = 0.1
-"""Nats between window and full memory below which there is nothing to recover."""
+"""Nats by which full memory must be better than window; below, the recovered share is not computed."""
 _FULL_CHUNK = 256
-"""Full memory's own terms depend on the document alone, so that it is measured once for all comparisons."""
+"""Chunk of full memory. It is fixed, so that full memory is measured once for comparisons under all terms."""
 
 
 class Answer(Frozen):
-    """One fact, asked for at the end."""
+    """Hold the answer to the question about one fact."""
 
     format: Format
     depth: float
-    """Where the fact was meant to begin, as a fraction of the document."""
+    """Planned beginning of the fact, as a fraction of the document."""
     start: int
-    """The token at which it begins."""
+    """Token at which the fact begins."""
     compactions: int
-    """Compactions since then that found all of it behind the recent window."""
+    """Compactions at which the whole fact was already older than the recent window."""
     log_prob: float
-    """Of the right answer, summed over its ``tokens``, in nats."""
+    """Log-probability of the right answer, summed over its ``tokens`` tokens, in nats."""
     tokens: int
     exact: bool
 
 
 class Recalled(Spent):
-    """One policy's answers about one document."""
+    """Hold one policy's answers about one document."""
 
     policy: str
     document: int
@@ -63,46 +64,49 @@ class Recalled(Spent):
 
 
 class Score(Frozen):
-    """Some facts together."""
+    """Hold the scores of a group of facts."""
 
     facts: int
     exact: float
-    """Share of the facts whose greedy answer is right."""
+    """Share of the facts whose greedy answer equals the right one."""
     log_prob: float
     """Mean over the facts of the right answer's log-probability, in nats."""
     log_prob_per_token: float
-    """The same per token of the answers."""
+    """Log-probability of the right answers divided by the number of their tokens, in nats."""
     recovered: float | None
-    """(policy − window) / (full − window) of ``log_prob`` over the same facts: 0 is as window, 1 as full memory;
-    ``None`` where full memory is not 0.1 nats better than window."""
+    """(policy − window) / (full − window) of ``log_prob`` over the same facts: 0 equals window, 1 full memory.
+
+    ``None`` if full memory is not more than 0.1 nats better than window.
+    """
 
 
 class RecallRow(Score):
-    """One line of the table; the scores in the keys of a group are over its facts alone."""
+    """Hold one line of the recall table: the scores of one policy over all facts, and over groups of facts."""
 
     policy: str
-    """The name or spec as it was asked for; ``full`` and ``window`` are always there."""
+    """Name or spec of the policy as the caller gave it; the table always contains ``full`` and ``window``."""
     equal: Equal
     documents: int
     by_depth: dict[str, Score]
-    """By the depth that was asked for, such as ``"0.3"``."""
+    """Scores by the planned depth of the facts, such as ``"0.3"``."""
     by_format: dict[str, Score]
+    """Scores by the format of the facts."""
     by_compactions: dict[str, Score]
-    """By the number of compactions since the fact that found it behind the recent window."""
+    """Scores by the number of compactions at which the fact was already older than the recent window."""
     num_compactions: int
-    """In one document, at most."""
+    """The most compactions in one document."""
     capacity: int
     held: int
     bytes: int
-    """At most, over the documents."""
+    """The greatest peak of the documents, resident and temporary bytes together."""
     seconds: float
     compact_seconds: float
-    """Sums over the documents; questions are left out."""
+    """Time spent compacting; like ``seconds``, summed over the documents and without the questions."""
     total_compactions: int
 
     @property
     def seconds_each(self) -> float:
-        """Seconds per compaction; 0 without any."""
+        """Return the seconds per compaction; 0 if there was none."""
         return self.compact_seconds / max(1, self.total_compactions)
 
 
@@ -121,7 +125,8 @@ def measure(
     """Stream a document through capped memory and ask for its facts.
 
     Raises:
-        AgentmemError: the terms do not fit the model, the policy cannot serve them, or a question is longer than chunk.
+        AgentmemError: the terms do not fit the model, the policy cannot serve them, or a question is longer
+            than ``chunk``.
 
     """
     with terms.memory(model, policy, tokenizer) as memory:
@@ -164,14 +169,14 @@ def stream(
     fresh: bool = False,
     progress: Callable[[str, int], None] = lambda _name, _tokens: None,
 ) -> Iterator[Recalled]:
-    """One :class:`Recalled` per policy and document: full memory first, then window, then the others.
+    """Yield one :class:`Recalled` per policy and document: full memory first, then window, then the other policies.
 
-    Each is saved in ``cache_dir`` before it is yielded. What was saved with the same model, document, settings and code
-    is not measured again unless ``fresh``. ``progress`` is called with the policy's name and the number of tokens
-    done so far.
+    Each result is saved in ``cache_dir`` before it is yielded. A result that was saved with the same model, document,
+    settings and code is loaded instead, unless ``fresh`` is true. ``progress`` is called with the policy's name and
+    the number of tokens done so far.
 
     Raises:
-        AgentmemError: see :func:`measure`; what was saved before stays.
+        AgentmemError: see :func:`measure`; results that were saved before stay on disk.
 
     """
     plans = [(terms.policy(FULL), full_terms(documents))]
@@ -198,13 +203,13 @@ def _tell(progress: Callable[[str, int], None], name: str, before: int, tokens: 
 
 
 def full_terms(documents: Sequence[Document]) -> Terms:
-    """Terms of full memory: it holds a whole document and pins nothing."""
+    """Return terms under which a memory holds the longest document whole and is never compacted."""
     longest = max(len(document.ids) for document in documents)
     return Terms(slots=longest + _FULL_CHUNK, keep_first=0, keep_recent=0, chunk=_FULL_CHUNK)
 
 
 def _everything(document: Document) -> torch.Tensor:
-    """Document, facts' places and questions as one stretch of numbers, for its key."""
+    """Return the document's ids and the places and questions of its facts as one tensor, from which a key is made."""
     planted = [(fact.start, fact.stop, fact.answer, *fact.asked) for fact in document.facts]
     return torch.cat([document.ids, *(torch.tensor([len(numbers), *numbers]) for numbers in planted)])
 
@@ -213,7 +218,11 @@ def _everything(document: Document) -> torch.Tensor:
 
 
 def rows(found: Sequence[Recalled], equal: Equal, documents: int) -> tuple[RecallRow, ...]:
-    """The table of one comparison. Policies that have not answered about every document yet are left out."""
+    """Return the table of one comparison.
+
+    A policy that has not been measured on all ``documents`` documents yet is left out. The table is empty until full
+    memory and window have been.
+    """
     by_policy: dict[str, dict[int, Recalled]] = {}
     for each in found:
         by_policy.setdefault(each.policy, {})[each.document] = each
@@ -229,7 +238,7 @@ def _answers(runs: Sequence[Recalled]) -> list[Answer]:
 
 
 Ends = tuple[list[Answer], list[Answer]]
-"""Window's and full memory's answers to the same questions."""
+"""The answers of window and of full memory to the same questions."""
 
 
 def _row(name: str, runs: Sequence[Recalled], equal: Equal, ends: Ends) -> RecallRow:

@@ -1,4 +1,4 @@
-"""What all policies of one comparison share, and how a memory is opened and read under it."""
+"""Define the terms that all policies of one comparison share, and read tokens into a memory under them."""
 
 from __future__ import annotations
 
@@ -28,17 +28,22 @@ if TYPE_CHECKING:
 
 Equal = Literal["slots", "bytes"]
 _ROOMY = 1 << 50
-"""A cap that any policy's workspace fits into, for comparisons at equal slots; nothing of it is allocated ahead."""
+"""Cap in bytes for comparisons at equal slots, large enough for any policy; it is not allocated in advance."""
 
 
 class Frozen(BaseModel):
-    """Values that are written down: settings of an evaluation, and what it found."""
+    """Base of the immutable models of evaluations: their settings and results."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     @classmethod
     def of(cls, **values: object) -> Self:
-        """Build it; every violation becomes one :class:`SettingsRefused` with field and value."""
+        """Build an instance from ``values``.
+
+        Raises:
+            SettingsRefused: a value is not valid; the message names the fields and their values.
+
+        """
         try:
             return cls(**values)
         except ValidationError as error:
@@ -46,7 +51,10 @@ class Frozen(BaseModel):
 
 
 class Terms(Frozen):
-    """What all policies of one comparison share: ``slots`` per KV head, or ``cap_bytes`` with the workspace in it."""
+    """Settings that all policies of one comparison share.
+
+    The limit is either ``slots`` per KV head, or ``cap_bytes`` for the whole memory, workspace included.
+    """
 
     slots: int | None = Field(default=None, ge=1)
     cap_bytes: int | None = Field(default=None, ge=1)
@@ -56,9 +64,15 @@ class Terms(Frozen):
     chunk: int = Field(default=1024, ge=1)
     slot_dtype: SlotDtype = "auto"
     probe: str | None = None
-    """A mixture such as ``replay+spread:0.5`` for every policy that asks for queries; ``None`` leaves each its own."""
+    """Mixture of reference queries, such as ``replay+spread:0.5``, for every policy that uses reference queries.
+
+    With ``None``, each policy uses its own mixture.
+    """
     probe_tokens: int | None = Field(default=None, ge=1)
-    """As many reference tokens for every policy that asks for queries; ``None`` lets the plan choose."""
+    """Number of reference tokens of every policy that uses reference queries.
+
+    With ``None``, each policy uses its own number, or the plan's choice if it has none.
+    """
     seed: Seed = 0
 
     @field_validator("probe")
@@ -70,11 +84,11 @@ class Terms(Frozen):
 
     @property
     def equal(self) -> Equal:
-        """What is held equal over the policies."""
+        """Return the kind of limit that is equal for all policies."""
         return "bytes" if self.slots is None else "slots"
 
     def policy(self, spec: str) -> Policy:
-        """The policy of that name or spec, asking for these terms' reference queries if it asks for any.
+        """Make the policy of that name or spec; its reference queries, if it uses any, are set by these terms.
 
         Raises:
             SettingsRefused: see :func:`agentmem.plugins.policy`.
@@ -90,13 +104,13 @@ class Terms(Frozen):
     def memory(
         self, model: PreTrainedModel, policy: Policy, tokenizer: PreTrainedTokenizerBase | None, **settings: Any
     ) -> AbstractContextManager[CappedCache]:
-        """A memory under these terms; ``settings`` are further ones of :func:`agentmem.capped`."""
+        """Open a memory under these terms; ``settings`` are further arguments of :func:`agentmem.capped`."""
         return capped(
             model, cap=self.cap_bytes or _ROOMY, policy=policy, tokenizer=tokenizer, **self._settings(), **settings
         )
 
     def plan(self, model: PreTrainedModel, policy: Policy, **settings: Any) -> Plan:
-        """What :meth:`memory` will plan."""
+        """Return the plan that :meth:`memory` would make; nothing is allocated."""
         return plan(model, cap=self.cap_bytes or _ROOMY, policy=policy, **self._settings(), **settings)
 
     def _settings(self) -> dict[str, Any]:
@@ -105,51 +119,51 @@ class Terms(Frozen):
 
 
 class Moment(Frozen):
-    """A memory after one forward; its bytes are R alone."""
+    """State of a memory after one forward; bytes are resident bytes (R) only."""
 
     tokens: int
     """Tokens read so far."""
     used: int
-    """Bytes of the slots that are held."""
+    """Bytes of the slots that hold tokens."""
     resident: int
-    """Bytes allocated for slots."""
+    """Bytes that are allocated for slots."""
 
 
 class Compacted(Frozen):
-    """One compaction while a text was read."""
+    """Describe one compaction that happened while a text was read."""
 
     tokens: int
-    """Tokens read before it."""
+    """Tokens read before the compaction."""
     seconds: float
     peak: int
-    """The most bytes, R + T, that it had allocated."""
+    """Peak of resident and temporary bytes during the compaction."""
     output_error: float | None
-    """Relative L2 error on held-out reference queries, mean over layers; ``None`` without any."""
+    """Relative L2 error on held-out reference queries, mean over layers; ``None`` without such queries."""
 
 
 class Spent(Frozen):
-    """What reading through one memory took."""
+    """Hold the slots, bytes and seconds that reading a text into one memory took."""
 
     capacity: int
-    """Tokens that an empty memory takes: the first position that needs a compaction."""
+    """Tokens that fit into an empty memory, and so the first position that needs a compaction."""
     held: int
-    """The most slots that were held after a forward, mean over layers and KV heads."""
+    """The most slots held after a forward, as the mean over layers and KV heads."""
     bytes: int
-    """The most that R + T came to."""
+    """Peak of resident and temporary bytes."""
     seconds: float
-    """Forwards and compactions; what is done with their output is left out."""
+    """Seconds of forwards and compactions; the evaluation of their output is not counted."""
     compact_seconds: float
-    """Of these, compactions."""
+    """The part of ``seconds`` that was spent compacting."""
     moments: tuple[Moment, ...] = ()
-    """After every forward."""
+    """State of the memory after every forward."""
     compacted: tuple[Compacted, ...] = ()
     heads: tuple[tuple[int, ...], ...] = ()
-    """Slots of every KV head of every compacted layer right after the last compaction; empty without one."""
+    """Slots by compacted layer and KV head right after the last compaction; empty if there was none."""
 
 
 @dataclass
 class Reader:
-    """Reads tokens into a memory and keeps the account."""
+    """Read tokens into a memory and record the slots, bytes and seconds that this takes."""
 
     model: PreTrainedModel
     memory: CappedCache
@@ -159,13 +173,14 @@ class Reader:
     _heads: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
 
     def read(self, ids: torch.Tensor, *, every: bool = True) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Read ``ids [n]`` in pieces that never reach over the moment at which the memory is full.
+        """Read ``ids [n]`` in pieces that end when the memory is full.
 
-        Yields where a piece lies in ``ids`` and its logits, ``[piece, V]``; the last line alone unless ``every``.
+        Yields each piece's place in ``ids`` and its logits, ``[piece, V]``; unless ``every`` is true, only the logits
+        of the piece's last token, ``[1, V]``.
         """
         position = 0
         while position < len(ids):
-            # A full memory has room 0: one token makes it compact, as in decoding, and then there is room again.
+            # A full memory has room 0. One more token makes it compact, as in decoding, and then it has room again.
             room = min(self.memory.room(), self.capacity, self.memory.engine.most_tokens)
             compactions = len(self.memory.compactions)
             stop = min(position + max(1, room), len(ids))
@@ -184,19 +199,19 @@ class Reader:
 
     @property
     def capacity(self) -> int:
-        """Tokens that an empty memory takes; what a policy keeps free for itself is no room."""
+        """Return the tokens that fit into an empty memory, without the slots that the policy keeps free for itself."""
         return self.memory.plan.capacity - self.memory.plan.scratch
 
     @property
     def held(self) -> int:
-        """Slots held now, mean over layers and KV heads."""
+        """Return the slots held now, as the mean over layers and KV heads."""
         return self._mean(self.memory.usage().held_slots)
 
     def _mean(self, slots: int) -> int:
         return round(slots / sum(layer.kv_heads for layer in self.memory.memory.shape.layers))
 
     def compact(self) -> None:
-        """Compact now, on the account."""
+        """Compact the memory now and record the time."""
         began = time.perf_counter()
         self.memory.compact()
         self.seconds += time.perf_counter() - began
@@ -211,7 +226,7 @@ class Reader:
             self._heads = tuple(tuple(store.lengths) for store in stores if store is not None)
 
     def spent(self) -> Spent:
-        """What it took so far."""
+        """Return the slots, bytes and seconds that reading took so far."""
         report = self.memory.report()
         return Spent(
             capacity=self.capacity,

@@ -1,8 +1,10 @@
-"""The only folder that names transformers' cache, attention, mask and hook internals.
+"""Connect memories to Hugging Face models.
 
-A model is *attached* while at least one capped block uses it: its attention implementation is renamed on its config,
-its forward is watched by hooks, and ``generate`` checks its arguments first. All of it is per instance, counted, and
-undone with the last block. Forwards that are not ours reach the original functions.
+No other folder uses the internals of transformers' caches, attention, masks and hooks.
+
+A model is *attached* while at least one capped block uses it: its config names agentmem's attention implementation,
+hooks watch its forwards, and ``generate`` checks its arguments first. These changes concern the one model instance, and
+the end of its last block undoes them. Forwards that use no memory reach the original functions.
 """
 
 from agentmem.hf.attach import attach, detach, detach_later, scope

@@ -1,4 +1,4 @@
-"""Attaching a memory to a model: hooks, the renamed attention, the guard of ``generate``; and undoing it all."""
+"""Attach memories to a model, by hooks, a renamed attention implementation and a checking ``generate``; detach them."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class _Attachment:
-    """What is changed on one model while it is capped, and how to undo it."""
+    """The changes to one model while at least one memory is attached to it, and the functions that undo them."""
 
     model: PreTrainedModel
     users: int = 0
     undo: list[Callable[[], None]] = field(default_factory=list)
 
     def install(self) -> None:
-        """Rename the attention implementation, set the hooks, guard ``generate``."""
+        """Rename the attention implementation, register the hooks, and replace ``generate`` by a checking one."""
         decoder = self.model.get_decoder()
         self.undo.append(rename(decoder.config))
         split = functools.partial(self._split, inspect.signature(self.model.forward))
@@ -80,32 +80,32 @@ class _Attachment:
                 with own_frame():
                     return original(*args, **kwargs)
             finally:
-                del hold  # the thread owns the memory until now; a traceback that is kept must not keep it
+                del hold  # until here the thread owns the memory; a stored traceback must not prolong that
 
         def undo() -> None:
             del model.generate
             if own is not None:
                 model.generate = own
 
-        generate.agentmem_own = own  # type: ignore[attr-defined]  # what a copy of the model is to have
+        generate.agentmem_own = own  # type: ignore[attr-defined]  # a copy of the model gets this one
         model.generate = generate  # on the instance only
         self.undo.append(undo)
 
     def _split(
         self, signature: inspect.Signature, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Feed all but the last piece of a long prompt before the forward itself, which then sees that piece only."""
+        """Feed all pieces of a long prompt but the last before the forward, which then gets the last piece only."""
         inputs = named(signature, args, kwargs)
         cache = inputs.get("past_key_values")
         if not isinstance(cache, CappedCache):
             return None
         check_forward(inputs)
         rows, count = size(inputs)
-        if count > 1 or not cache.memory.sequences:  # not at every token: it visits every module
+        if count > 1 or not cache.memory.sequences:  # not at every token, because it visits every module
             check_adapters(self.model)
         keep = inputs.get("logits_to_keep", 0)
         if count == 1 or not isinstance(keep, int) or keep < 1 or inputs.get("output_hidden_states"):
-            return None  # every position's output is wanted: the forward must fit as it is
+            return None  # the caller wants every position's output, so the forward cannot be cut
         cache.open_for(self.model)
         valid = mask_columns(inputs, cache.columns, count) or [[True] * count] * rows
         cache.refuse_pads_at_the_end(valid)
@@ -119,9 +119,9 @@ class _Attachment:
     def _enter(
         self, signature: inspect.Signature, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Before a decoder's forward, masks included: make room and say whose forward it is."""
+        """Make room before a decoder's forward, and record in a frame which memory the forward uses."""
         frame = Frame(FRAME.get())
-        FRAME.set(frame)  # first of all: _leave runs even when what follows raises
+        FRAME.set(frame)  # first, because _leave runs even if the following lines raise
         inputs = named(signature, args, kwargs)
         cache, wanted = inputs.get("past_key_values"), inputs.get("use_cache")
         if isinstance(cache, CappedCache):
@@ -141,10 +141,10 @@ class _Attachment:
         return None
 
     def _in_scope(self) -> CappedCache | None:
-        """The memory that ``generate`` takes where none is passed; ``None`` outside every block of the model.
+        """Return the memory for a ``generate`` without ``past_key_values``; ``None`` outside every block of the model.
 
         Raises:
-            CapBypassed: more than one block caps the model here.
+            CapBypassed: several blocks cap the model in this context.
 
         """
         found = self._open_here()
@@ -156,7 +156,10 @@ class _Attachment:
         return found[0] if found else None
 
     def _open_here(self) -> list[CappedCache]:
-        """The model's memories whose blocks this context is in; a task may have outlived the block it was begun in."""
+        """Return the open memories of this model whose blocks enclose this context.
+
+        Closed memories are left out, because an asyncio task may run longer than the block in which it began.
+        """
         caches = (cache for cache in SCOPE.get() if isinstance(cache, CappedCache))
         return [cache for cache in caches if cache.model is self.model and not cache.memory.closed]
 
@@ -169,7 +172,7 @@ class _Attachment:
 
 
 def _leave_out_of_copies(module: Any, hooks: set[int]) -> Callable[[], None]:
-    """Have ``copy.deepcopy`` and ``pickle`` see a module as it is without us; returns what undoes this."""
+    """Hide our hooks and ``generate`` from ``copy.deepcopy`` and ``pickle``; return a function that undoes this."""
 
     def reduce(protocol: Any) -> tuple[Any, ...]:
         own: Any = type(module)
@@ -191,7 +194,7 @@ def _leave_out_of_copies(module: Any, hooks: set[int]) -> Callable[[], None]:
 
 
 def _cut(inputs: dict[str, Any], start: int, stop: int, columns: int) -> dict[str, Any]:
-    """The arguments of one piece of a forward: columns ``start .. stop`` of it; ``columns`` came before."""
+    """Return the arguments for columns ``start .. stop`` of a forward; ``columns`` were seen before the forward."""
     piece: dict[str, Any] = {"past_key_values": inputs["past_key_values"], "use_cache": True}
     for name in ("input_ids", "inputs_embeds"):
         if inputs.get(name) is not None:
@@ -206,14 +209,14 @@ def _cut(inputs: dict[str, Any], start: int, stop: int, columns: int) -> dict[st
 
 
 def _leave(module: torch.nn.Module, args: tuple[Any, ...], output: object) -> None:  # noqa: ARG001  # torch's signature
-    """After a decoder's forward: commit, or roll back when it raised (``output`` is ``None`` then)."""
+    """Commit a forward after it ended, or roll it back if it raised (then ``output`` is ``None``)."""
     frame = FRAME.get()
     if frame is None:
         return
     FRAME.set(frame.outer)
     frame.hold = None
     engine = frame.engine
-    if engine is None or frame.step is None:  # None: it was refused before it began
+    if engine is None or frame.step is None:  # None: the forward was refused before it began
         return
     layers = len(engine.memory.shape.layers)
     if output is not None and frame.attended == layers:
@@ -226,7 +229,7 @@ def _leave(module: torch.nn.Module, args: tuple[Any, ...], output: object) -> No
 
 @contextmanager
 def scope(cache: CappedCache) -> Iterator[None]:
-    """In this context ``generate`` takes this memory, and growing another cache on its model by default is a bypass."""
+    """Make ``cache`` its model's default in the block; forwards that would create another cache raise CapBypassed."""
     token = SCOPE.set((*SCOPE.get(), cache))
     try:
         with own_frame():
@@ -238,11 +241,11 @@ def scope(cache: CappedCache) -> Iterator[None]:
 _ATTACHMENTS: WeakKeyDictionary[PreTrainedModel, _Attachment] = WeakKeyDictionary()
 _LOCK = threading.Lock()
 _DROPPED: deque[PreTrainedModel] = deque()
-"""One entry for each attachment whose owner was garbage and that is to be undone."""
+"""Models to detach, one entry for each owner that was garbage-collected before it was closed."""
 
 
 def attach(model: PreTrainedModel, memory: Memory) -> CappedCache:
-    """Connect a memory to a model; every attach needs one :func:`detach`."""
+    """Connect a memory to a model; every call needs one later call of :func:`detach`."""
     with _LOCK:
         attachment = _ATTACHMENTS.setdefault(model, _Attachment(model))
         if attachment.users == 0:
@@ -253,16 +256,16 @@ def attach(model: PreTrainedModel, memory: Memory) -> CappedCache:
 
 
 def detach(model: PreTrainedModel) -> None:
-    """Undo one :func:`attach`; the last one restores the model."""
+    """Undo one :func:`attach`; undoing the last one restores the model."""
     with _LOCK:
         _undo(model)
     _detach_dropped()
 
 
 def detach_later(model: PreTrainedModel) -> None:
-    """:func:`detach` for an owner that is garbage: never waits, since the collector may run while the lock is held.
+    """Undo one :func:`attach` for an owner that is garbage-collected, without waiting for the lock.
 
-    Who holds the lock then does it, as soon as it is free.
+    The collector may run in a thread that holds the lock. The model is then detached as soon as the lock is free.
     """
     _DROPPED.append(model)
     _detach_dropped()

@@ -1,4 +1,4 @@
-"""What is passed as ``past_key_values``."""
+"""Define the cache objects that models get as ``past_key_values``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class _Layer(CacheLayerMixin):
-    """Answers a model's questions about one layer; the slots are in the memory."""
+    """Present one layer of a memory to transformers. It holds no keys or values itself."""
 
     is_croppable = False
 
@@ -35,12 +35,12 @@ class _Layer(CacheLayerMixin):
         self.owner, self.is_sliding, self.is_initialized = owner, window is not None, True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing to do: the memory allocates."""
+        """Do nothing, because the memory allocates its slots itself."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hand the fresh keys and values on to the attention call, which appends them."""
+        """Return the new keys and values unchanged; the attention call that gets them appends them to the memory."""
         frame = FRAME.get()
         if frame is None or frame.step is None:
             if isinstance(self.owner, CappedCache):
@@ -49,15 +49,15 @@ class _Layer(CacheLayerMixin):
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys seen by a forward of ``query_length`` columns, and their offset."""
+        """Return the number of columns that a forward of ``query_length`` columns sees, and their offset 0."""
         return self.owner.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Columns so far, pads included."""
+        """Return the number of columns so far, pads included."""
         return self.owner.get_seq_length()
 
     def get_max_length(self) -> int:
-        """No maximum: compaction makes room."""
+        """Return -1, no maximum length, because compaction makes room."""
         return -1
 
 
@@ -68,69 +68,69 @@ FOREIGN = (
 
 
 class TransientCache(Cache):
-    """What a forward that a memory runs by itself passes to the model."""
+    """The ``past_key_values`` of a forward that a memory itself runs, such as a probe."""
 
     def __init__(self, step: Adopt | Transient | Scratch | Packed, windows: Sequence[int | None]) -> None:
         super().__init__(layers=[_Layer(self, window) for window in windows])
         self.step = step
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002  # transformers' signature
-        """Such a forward starts from nothing, as far as columns go; its positions are given."""
+        """Return 0, because such a forward counts no earlier columns; its positions are passed explicitly."""
         return 0
 
 
 class CappedCache(Cache):
-    """A memory under a hard cap, as ``past_key_values``: a thin view over an ordered list of rows.
+    """A memory under a hard cap, in the form of a transformers cache to be passed as ``past_key_values``.
 
     ``get_seq_length()`` counts columns (pads and compacted tokens included), so that ``generate`` never feeds a token
-    twice. Beams, cropping and past recording are refused.
+    twice. Beam search, cropping and recording of past states are refused.
     """
 
     def __init__(self, engine: Engine, model: PreTrainedModel) -> None:
-        """View the memory of an engine that was opened for ``model``; :func:`attach` connects the two."""
+        """Wrap the memory of ``engine``, opened for ``model``; :func:`attach` makes these objects."""
         super().__init__(layers=[_Layer(self, layer.window) for layer in engine.memory.shape.layers])
         self.engine, self.model = engine, model
 
     @property
     def memory(self) -> Memory:
-        """The memory itself."""
+        """Return the memory itself."""
         return self.engine.memory
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Refuse ``copy`` and ``pickle``."""
+        """Refuse to be copied by ``copy`` or pickled."""
         raise CopyRefused.of(self)
 
     # what happened
 
     @property
     def columns(self) -> int:
-        """Columns so far, pads included."""
+        """Return the number of columns so far, pads included."""
         return self.memory.progress.consumed.columns
 
     @property
     def plan(self) -> Plan:
-        """What the cap came to."""
+        """Return the plan that was made for the cap."""
         return self.memory.plan
 
     @property
     def compactions(self) -> tuple[CompactionReport, ...]:
-        """One report per compaction so far."""
+        """Return one report per compaction so far."""
         return tuple(self.memory.compactions)
 
     def report(self) -> RunReport:
-        """Everything so far."""
+        """Return a report of everything that the memory has done so far."""
         return self.memory.report()
 
     def usage(self) -> Usage:
-        """The memory now, summed over rows."""
+        """Return the current bytes and slots of the memory, summed over rows."""
         return self.memory.usage()
 
     def subscribe(self, callback: Callable[[Event], None]) -> None:
-        """Call ``callback`` with a Usage after every forward and with every compaction's report."""
+        """Call ``callback`` with a Usage after every forward, and with a report after every compaction."""
         self.memory.subscribe(callback)
 
     def room(self, row: int = 0) -> int:
-        """Tokens that a row can take before it has to be compacted."""
+        """Return the number of tokens that a row can still append before it has to be compacted."""
         return (
             self.memory.sequences[row].room
             if self.memory.sequences
@@ -140,14 +140,16 @@ class CappedCache(Cache):
     def compact(
         self, *, slots: int | None = None, focus: Sequence[int] = (), policy: str | None = None
     ) -> tuple[CompactionReport, ...]:
-        """Compact every row now, down to the target; rows below it are left alone.
+        """Compact every row down to the target now; rows below the target are left alone.
 
-        ``slots`` per head are left between prefix and recent instead; ``focus`` are the ids of a text that must stay
-        recallable; ``policy`` is the name of one that the memory was opened with.
+        Args:
+            slots: slots per head to keep between prefix and recent window, instead of the target.
+            focus: ids of a text that must stay recallable.
+            policy: name of one of the policies that the memory was opened with; the default is its main policy.
 
         Raises:
-            SettingsRefused: ``mode="off"``, or a policy that the memory was not planned for.
-            CompactionFailed: see :class:`agentmem.compaction.run.SequenceCompaction`.
+            SettingsRefused: the mode is ``"off"``, or the memory was not opened with that policy.
+            CompactionFailed: a compaction failed; see :class:`agentmem.compaction.run.SequenceCompaction`.
 
         """
         request = USUAL
@@ -157,32 +159,33 @@ class CappedCache(Cache):
         return tuple(report for report in reports if report is not None)
 
     def peek(self, ids: Sequence[int], row: int = 0) -> torch.Tensor:
-        """Logits ``[n, V]`` of ``ids`` as they would go on from where a row is; nothing of them stays behind.
+        """Return the logits ``[n, V]`` of ``ids`` as a continuation of a row, without changing the memory.
 
-        The model's own logits, in its dtype: line *i* predicts what follows ``ids[i]``. No slot, score, stored query,
-        id or random state changes. As for every forward, attention's scratch is counted in T and the rest is A.
+        The logits are the model's own, in its dtype; line *i* predicts the id after ``ids[i]``. No slot, score, stored
+        query, id or random state changes. As in every forward, the scratch of attention counts as temporary bytes (T),
+        and the rest is the model's own activations (A).
 
         Raises:
             MemoryClosed: the memory's block has ended.
-            SettingsRefused: no ids, or a row that has read nothing.
-            MemoryCapExceeded: more ids than ``chunk``, for which the plan has counted scratch.
+            SettingsRefused: ``ids`` is empty, or the row has read nothing yet.
+            MemoryCapExceeded: ``ids`` is longer than ``chunk``; the plan has reserved scratch for no more.
 
         """
         return self.engine.peek(ids, row)
 
     def transcript(self, row: int = 0) -> list[int]:
-        """The ids that a row has consumed, in order, pads left out."""
+        """Return the ids that a row has consumed, in order, without pads."""
         return list(self.memory.sequences[row].ids) if self.memory.sequences else []
 
     def padded_transcripts(self) -> torch.Tensor:
-        """What all rows have consumed, ``[rows, columns]``, left-padded with 0: for a run that was stopped."""
+        """Return the consumed ids of all rows, ``[rows, columns]``, left-padded with 0: the result of a stopped run."""
         longest = max((each.seen for each in self.memory.sequences), default=0)
         return torch.tensor([[0] * (longest - each.seen) + list(each.ids) for each in self.memory.sequences])
 
-    # what transformers asks
+    # methods that transformers calls
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002  # transformers' signature
-        """Columns so far, pads included.
+        """Return the number of columns so far, pads included.
 
         Raises:
             MemoryClosed: the memory's block has ended.
@@ -192,7 +195,7 @@ class CappedCache(Cache):
         return self.columns
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused: assisted decoding would take tokens back.
+        """Refuse to remove tokens, as assisted decoding would.
 
         Raises:
             UnsupportedGeneration: always.
@@ -203,42 +206,43 @@ class CappedCache(Cache):
         )
 
     def activate_past_recording(self) -> None:
-        """Refused: see :meth:`crop`."""
+        """Refuse to record past states, which assisted decoding needs in order to remove tokens."""
         self.crop(0)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Refused: beam search."""
+        """Refuse to reorder rows, as beam search would."""
         raise UnsupportedGeneration(f"beam search reorders rows (beam_idx {list(beam_idx.shape)}); use num_beams=1")
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Refused: contrastive search."""
+        """Refuse to repeat rows, as contrastive search would."""
         raise UnsupportedGeneration(
             f"repeating every row {repeats} times in mid-run is not handled; batch the prompt instead"
         )
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Refused: contrastive search."""
+        """Refuse to select rows, as contrastive search would."""
         raise UnsupportedGeneration(
             f"selecting rows in mid-run ({list(indices.shape)}) is not handled; open a new memory"
         )
 
     def reset(self) -> None:
-        """Refused: a memory serves one conversation."""
+        """Refuse to be reset, because a memory serves one conversation."""
         raise UnsupportedGeneration("reset() is not handled; open a new memory with agentmem.capped(...)")
 
     @property
     def batchsize(self) -> int:
-        """Rows, or -1 before the first forward."""
+        """Return the number of rows, or -1 before the first forward."""
         return len(self.memory.sequences) or -1
 
-    # a forward
+    # during a forward
 
     def open_for(self, model: PreTrainedModel) -> None:
-        """Refuse a model that this memory was not opened for.
+        """Check that this memory is open and was opened for ``model``, which must be in eval mode.
 
         Raises:
             MemoryClosed: the memory's block has ended.
-            UnsupportedGeneration: it is another model's.
+            UnsupportedGeneration: the memory was opened for another model.
+            UnsupportedModel: the model is in training mode.
 
         """
         self.memory.open_or_raise()
@@ -247,10 +251,10 @@ class CappedCache(Cache):
         refuse_training(model)
 
     def refuse_pads_at_the_end(self, valid: Sequence[Sequence[bool]]) -> None:
-        """Refuse rows that end with pads where the last column's output is wanted: it would follow a pad.
+        """Refuse rows that end with pads, because their next token would be predicted from a pad.
 
         Raises:
-            UnsupportedGeneration: names the first such row.
+            UnsupportedGeneration: a row ends with a pad; the message names the first such row.
 
         """
         for index, row in enumerate(valid):
@@ -262,11 +266,12 @@ class CappedCache(Cache):
                 )
 
     def begin(self, inputs: dict[str, Any]) -> Append:
-        """Read one forward's arguments and start it.
+        """Begin a forward with these arguments in the memory.
 
         Raises:
-            MemoryCapExceeded: more tokens at once than the plan has counted scratch for.
-            UnsupportedGeneration: see :func:`mask_columns`; or embeddings where a probe needs ids.
+            MemoryCapExceeded: the forward has more tokens than the plan has reserved scratch for.
+            UnsupportedGeneration: :func:`mask_columns` refuses the mask, or the forward has embeddings alone although
+                the policy's probe needs ids.
 
         """
         count, most = size(inputs)[1], self.engine.most_tokens
@@ -295,7 +300,7 @@ class CappedCache(Cache):
         return [_present(ids[row], positions[row], valid) for row, valid in enumerate(mask)]
 
     def moved(self, inputs: dict[str, Any]) -> dict[str, Any] | None:
-        """The same arguments at the positions where re-based rows are; ``None`` where no row was."""
+        """Return the arguments with positions shifted for re-based rows, or ``None`` if no row was re-based."""
         if not any(each.shift for each in self.memory.sequences):
             return None
         rows, count = size(inputs)
@@ -320,17 +325,17 @@ class CappedCache(Cache):
 
 
 def size(inputs: dict[str, Any]) -> tuple[int, int]:
-    """Rows and columns of a forward."""
+    """Return the numbers of rows and columns of a forward."""
     given = inputs.get("input_ids")
     shape = (given if given is not None else inputs["inputs_embeds"]).shape
     return int(shape[0]), int(shape[1])
 
 
 def mask_columns(inputs: dict[str, Any], columns: int, count: int) -> list[list[bool]] | None:
-    """Which of a forward's ``count`` columns are no pads, per row; ``None`` when all are.
+    """Return for each row which of a forward's ``count`` columns hold tokens; ``None`` if there is no mask.
 
     Raises:
-        UnsupportedGeneration: a mask that was prepared already, or that does not cover everything since the start.
+        UnsupportedGeneration: the mask is not 2-D, or does not cover the ``columns`` seen before and the new ones.
 
     """
     mask = inputs.get("attention_mask")
@@ -347,7 +352,7 @@ def mask_columns(inputs: dict[str, Any], columns: int, count: int) -> list[list[
 
 
 def _present(ids: list[int], positions: list[int], valid: list[bool]) -> Arriving:
-    """The tokens of one row that are no pads."""
+    """Return the tokens of one row without pads."""
     if all(valid):
         return Arriving(ids, positions, slice(None))
     columns = [column for column, present in enumerate(valid) if present]

@@ -1,7 +1,7 @@
-"""Reading a text with a model while watching every attention call: what calibration is made of.
+"""Run a model over a text and record the inputs and output of every attention call, for calibration and checks.
 
-No cache of transformers is used: keys and values of a context stay with the caller, who may change them, and later
-tokens are read against them. Nothing remains on the model afterwards.
+No cache of transformers is used. The caller keeps the keys and values of a context, may change them, and passes them
+back when later tokens are read. The model is unchanged afterwards.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
-    """What one layer's attention was called with: ``queries [Hq, n, d]``, ``keys [H, n, d]``, ``values [H, n, dv]``.
+    """One recorded attention call of one layer: ``queries [Hq, n, d]``, ``keys [H, n, d]``, ``values [H, n, dv]``.
 
-    Queries and keys are post-RoPE, in the model's dtype. ``output [Hq, n, dv]`` is what it answered. ``bias [H, n]``
-    float32, if any, is added to the logits of these keys when later tokens are read against them: -inf hides one.
-    ``sinks [Hq]``, if any, are one more logit of each query head, which has no value.
+    Queries and keys are post-RoPE, in the model's dtype. ``output [Hq, n, dv]`` is the result of the call. If ``bias
+    [H, n]`` float32 is given, it is added to the logits of these keys when later tokens are read against them; -inf
+    hides a key. ``sinks [Hq]``, if the model has them, are an extra logit of each query head without a value.
     """
 
     queries: torch.Tensor
@@ -42,14 +42,14 @@ class AttentionCall:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One forward: what every layer was called with, and the logits ``[n, V]`` if they were wanted."""
+    """The record of one forward: the attention call of every layer, and the logits ``[n, V]`` if requested."""
 
     layers: tuple[AttentionCall, ...]
     logits: torch.Tensor | None = None
 
 
 class Reader:
-    """Reads tokens with a model; see :func:`reading`."""
+    """Run a model over tokens and record its attention calls; made by :func:`reading`."""
 
     def __init__(self, model: PreTrainedModel, windows: Sequence[int | None]) -> None:
         self.model, self.windows = model, tuple(windows)
@@ -63,9 +63,10 @@ class Reader:
         logits: bool = False,
         gradient: bool = False,
     ) -> Reading:
-        """Read ``ids [n]`` at positions ``start ..`` against the keys and values of ``past`` and their own.
+        """Run the model over ``ids [n]`` at positions ``start, start + 1, …``, which also attend to keys in ``past``.
 
-        With ``gradient`` the logits can be differentiated for every layer's ``output``; the past is constant.
+        With ``gradient``, gradients of the logits with respect to every layer's ``output`` can be computed; ``past`` is
+        constant.
         """
         step = _Watch(past, self.windows, gradient=gradient)
         inputs: dict[str, Any] = {
@@ -84,7 +85,7 @@ class Reader:
 
 
 class _Watch:
-    """Answers every layer's attention call as the model would, and keeps what it was called with."""
+    """Compute every layer's attention as the model would, and record the call."""
 
     def __init__(self, past: Sequence[AttentionCall], windows: Sequence[int | None], *, gradient: bool) -> None:
         self.past, self.windows, self.gradient = past, windows, gradient
@@ -99,7 +100,7 @@ class _Watch:
         scale: float,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``queries [1, Hq, n, d]`` → ``[1, n, Hq, dv]``."""
+        """Attend with ``queries [1, Hq, n, d]`` and record the call; return ``[1, n, Hq, dv]``."""
         own = (queries[0], keys[0], values[0])
         past = self.past[layer] if self.past else None
         output = attended(*own, past, scale, self.windows[layer], sinks)
@@ -118,7 +119,7 @@ def attended(
     window: int | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention of ``queries [Hq, n, d]`` over a past and their own keys: ``[Hq, n, dv]`` in their dtype."""
+    """Compute causal attention of ``queries [Hq, n, d]`` over ``past`` and ``keys``; return ``[Hq, n, dv]``."""
     count, dtype, before = queries.shape[1], queries.dtype, 0
     bias = None
     if past is not None:
@@ -131,7 +132,7 @@ def attended(
         added = torch.zeros(keys.shape[0], 1, before + count, dtype=torch.float32, device=queries.device)
         added[:, 0, :before] = bias
         seen = added.masked_fill(~seen, float("-inf")).repeat_interleave(group, dim=0)
-    if sinks is not None:  # a key of zeros, whose logit is the mask's
+    if sinks is not None:  # a key of zeros: its logit is the sink, which the mask adds
         keys, values = (torch.nn.functional.pad(each, (0, 0, 0, 1)) for each in (keys, values))
         masked = (
             seen if seen.is_floating_point() else torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, -torch.inf)
@@ -144,7 +145,7 @@ def attended(
 
 
 def _visible(count: int, before: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """``[n, before + n]``: which keys each of the newest tokens sees."""
+    """Return a boolean mask ``[n, before + n]``: the keys that each of the ``n`` newest tokens sees."""
     key, query = (
         torch.arange(before + count, device=device),
         torch.arange(before, before + count, device=device)[:, None],
@@ -155,9 +156,9 @@ def _visible(count: int, before: int, window: int | None, device: torch.device) 
 
 @contextmanager
 def reading(model: PreTrainedModel, windows: Sequence[int | None]) -> Iterator[Reader]:
-    """A reader of a causal model whose layers have these sliding windows (``None`` for full attention).
+    """Yield a :class:`Reader` of a causal model, given the sliding window of each layer (``None`` for full attention).
 
-    The model computes no gradient of its weights meanwhile, and is as it was afterwards.
+    In the block the model computes no gradients of its weights; afterwards it is as before.
     """
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     undo = rename(model.get_decoder().config)

@@ -1,4 +1,4 @@
-"""A tiny random model of the same class and the same kinds of layers as a given one: what a self-check runs."""
+"""Build tiny random models for self-checks, with the class and the kinds of layers of a given model."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 HIDDEN, HEAD, HEADS, INNER, VOCABULARY, RANK, EXPERTS, WINDOW = 64, 16, 4, 48, 128, 16, 4, 24
 _UNREAD = ("quantization_config", "_name_or_path", "transformers_version", "architectures", "dtype")
-"""Fields that say nothing of what a model does."""
+"""Fields of a config that do not affect what a model computes."""
 MOST_LAYERS = 8
-"""Layers of a tiny model at most."""
+"""The most layers of a tiny model."""
 
 _SIZES: Mapping[str, int] = {
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "embedding_size", "word_embed_proj_dim"), HIDDEN),
@@ -38,18 +38,18 @@ _SIZES: Mapping[str, int] = {
     **dict.fromkeys(("moe_num_shared_experts", "num_shared_experts", "moe_layer_start_index"), 1),
     **dict.fromkeys(("sliding_window", "attention_chunk_size"), WINDOW),
 }
-"""Sizes that are lowered to these where a config has them and they are larger."""
+"""The most that these sizes of a config may be in a tiny model."""
 _TOWER: Mapping[str, int] = {
     **_SIZES,
     **dict.fromkeys(("num_hidden_layers", "depth", "num_layers", "encoder_layers"), 1),
     **dict.fromkeys(("num_attention_heads", "num_heads"), HEADS),
     **dict.fromkeys(("out_hidden_size", "embed_dim"), HIDDEN),
 }
-"""The same in parts that are built and never run."""
+"""The most that these sizes may be in parts that are built but never run, such as vision towers."""
 
 
 def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A config of the same class with few small layers: one of each kind at least, in the order of the original's."""
+    """Return a config of the same class with few small layers, at least one of each kind, in the original order."""
     made: Any = copy.deepcopy(config)
     text = made.get_text_config(decoder=True)
     if text is not made:
@@ -64,13 +64,13 @@ def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
     if isinstance(fields.get("rope_parameters"), dict):
         fields["rope_parameters"] = _rope(fields["rope_parameters"])
     if isinstance(fields.get("initializer_range"), float):
-        fields["initializer_range"] = 0.15  # wide, so that attention is not uniform
+        fields["initializer_range"] = 0.15  # large, so that attention is not uniform
     fields |= {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
     return type(config)(**fields)
 
 
 def _around(config: Any, text: Any) -> PreTrainedConfig:
-    """A config around a text model: that is tiny, and so are the parts that read what is not text."""
+    """Return a tiny config of a multimodal model: its text model and the parts for other inputs are all tiny."""
     fields = config.to_dict()
     for name in type(config).sub_configs:
         part = getattr(config, name, None)
@@ -83,14 +83,14 @@ def _around(config: Any, text: Any) -> PreTrainedConfig:
 
 
 def _tower(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a part that is built and never run."""
+    """Return small fields for a part that is built but never run."""
     return fields | {
         name: min(size, fields[name]) for name, size in _TOWER.items() if isinstance(fields.get(name), int)
     }
 
 
 def _heads(config: Any, fields: Mapping[str, Any]) -> dict[str, int]:
-    """As many query heads as fill the tiny width; they share KV heads if the original's do."""
+    """Return the numbers of query and KV heads; query heads share KV heads if they do so in the original."""
     names = config.attribute_map
     asked, held = names.get("num_attention_heads", "num_attention_heads"), "num_key_value_heads"
     heads, stored = config.num_attention_heads, fields.get(held)
@@ -100,7 +100,7 @@ def _heads(config: Any, fields: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _layers(config: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The shortest beginning of the layers that has every kind of them, and at least two."""
+    """Return fields that keep only the first layers: as few as contain every kind, but at least 2 and at most 8."""
     name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     total = config.num_hidden_layers
     lists = {key: each for key, each in fields.items() if isinstance(each, (list, tuple)) and len(each) == total > 1}
@@ -111,7 +111,7 @@ def _layers(config: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """RoPE parameters whose lists fit the small heads."""
+    """Return RoPE parameters whose lists fit the small heads."""
     return {name: _fitting(name, value) for name, value in parameters.items()}
 
 
@@ -124,17 +124,17 @@ def _fitting(name: str, value: Any) -> Any:
 
 
 def tiny_model(kind: Any, config: PreTrainedConfig, *, seed: int = 0) -> Any:
-    """A seeded float32 model of the class ``kind`` on the CPU; the global random state is left alone."""
+    """Build a seeded float32 model of the class ``kind`` on the CPU without changing the global random state."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
         return kind._from_config(tiny_config(config), dtype=torch.float32, attn_implementation="eager").eval()  # noqa: SLF001
 
 
 def causal_class(config: PreTrainedConfig) -> Any:
-    """The class of transformers' causal language models for a config.
+    """Return the class of transformers' causal language model for a config.
 
     Raises:
-        UnsupportedModel: there is none.
+        UnsupportedModel: transformers has no such class.
 
     """
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):

@@ -1,4 +1,4 @@
-"""One token after another for a loop of our own: transformers prepares processors and criteria, we run the forwards."""
+"""Decode token by token in agentmem's own loop, with logits processors and stopping criteria from transformers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _OURS = ("input_ids", "inputs", "past_key_values", "attention_mask", "position_i
 
 @dataclass(slots=True)
 class Decoding:
-    """What one reply is decoded by. ``ids [1, n]`` is everything so far; it has room for more."""
+    """The state of decoding one reply. ``ids [1, n]`` starts with the ``length`` ids so far; the rest is unused."""
 
     processors: LogitsProcessorList
     criteria: StoppingCriteriaList
@@ -35,7 +35,7 @@ class Decoding:
 
     @property
     def so_far(self) -> torch.Tensor:
-        """Everything so far ``[1, length]``, a view."""
+        """Return a view of the ids so far, ``[1, length]``."""
         return self.ids[:, : self.length]
 
     def add(self, token: int) -> None:
@@ -46,22 +46,22 @@ class Decoding:
         self.length += 1
 
     def stops(self, scores: torch.Tensor) -> bool:
-        """Whether a criterion says that the reply ends with the last token; ``scores [1, V]``."""
+        """Check whether a stopping criterion ends the reply at the last token; ``scores [1, V]``."""
         done: torch.Tensor = self.criteria(self.so_far, scores)
         return bool(done.any())
 
     @property
     def ends(self) -> frozenset[int]:
-        """The ids that end a reply."""
+        """Return the ids that end a reply."""
         found = self.config.eos_token_id
         return frozenset(found if isinstance(found, list) else () if found is None else (int(found),))
 
 
 def prepare(view: CappedCache, ids: Sequence[int], tokenizer: Any, options: dict[str, Any]) -> Decoding:
-    """Have transformers read the options of ``generate`` for a conversation of ``ids``; nothing is run.
+    """Let transformers turn options of ``generate`` into a :class:`Decoding` that begins with ``ids``; run no forward.
 
     Raises:
-        UnsupportedGeneration: an option that is the session's own, or that a capped memory cannot serve.
+        UnsupportedGeneration: an option is one that the session sets itself, or that a capped memory cannot serve.
 
     """
     _check(options)
@@ -93,7 +93,7 @@ def prepare(view: CappedCache, ids: Sequence[int], tokenizer: Any, options: dict
     (decoding,) = held
     for each in decoding.criteria:
         if view.memory.positions is not None and isinstance(each, MaxLengthCriteria):
-            each.max_position_embeddings = None  # it would warn of positions that re-basing never reaches
+            each.max_position_embeddings = None  # it would warn of positions that are never reached with re-basing
     decoding.criteria = StoppingCriteriaList([*decoding.criteria, *stops])
     return decoding
 
@@ -112,7 +112,7 @@ def _check(options: dict[str, Any]) -> None:
 
 
 def _stop_strings(options: dict[str, Any]) -> Any:
-    """Take the stop strings out of the options: transformers hands a tokenizer to none but its own loops."""
+    """Remove the stop strings from the options and return them; transformers handles them in its own loop only."""
     found, config = options.pop("stop_strings", None), options.get("generation_config")
     if config is not None and config.stop_strings:
         options["generation_config"] = own = copy.deepcopy(config)
@@ -121,7 +121,7 @@ def _stop_strings(options: dict[str, Any]) -> Any:
 
 
 def choose(decoding: Decoding, logits: torch.Tensor, generator: torch.Generator | None) -> tuple[int, torch.Tensor]:
-    """The next id and the scores ``[1, V]`` it was chosen by; ``logits [V]`` are the model's own."""
+    """Choose the next id from the model's ``logits [V]``; return the id and the processed scores ``[1, V]``."""
     scores: torch.Tensor = decoding.processors(decoding.so_far, logits[None].float())  # type: ignore[arg-type]  # asks for a LongTensor by name
     if not decoding.config.do_sample:
         return int(scores.argmax(-1)), scores

@@ -1,4 +1,4 @@
-"""A name for a model's weights: the same in every precision that it is loaded in."""
+"""Compute a fingerprint of a model's weights that does not depend on the dtype in which they are loaded."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _SIZES = (
     "vocab_size",
 )
 _SAMPLE = 64
-"""Numbers of each weight, evenly spread."""
+"""Elements sampled from each weight at even distances, about this many."""
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """64 hexadecimal digits from the sizes of a causal model and an even sample of its decoder's weights.
+    """Hash the sizes of a causal model and an even sample of its decoder's weights to 64 hexadecimal digits.
 
-    Weights are rounded to bfloat16 first: a float32 checkpoint has the same fingerprint when loaded in bfloat16. The
-    dtype, the device and the folder do not matter; weights that are on no device (``meta``) are left out.
+    Weights are rounded to bfloat16 first, so a float32 checkpoint has the same fingerprint when loaded in bfloat16. The
+    dtype, the device and the folder do not matter; the values of weights on the ``meta`` device are left out.
     """
     digest = hashlib.sha256(sizes(model.config.get_text_config(decoder=True)))
     for said in sampled(model.get_decoder().named_parameters()):
@@ -39,12 +39,12 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def sizes(config: PreTrainedConfig) -> bytes:
-    """The sizes of a model."""
+    """Write the sizes of a model, such as its number of layers, as bytes to be hashed."""
     return repr([(name, getattr(config, name, None)) for name in _SIZES]).encode()
 
 
 def sampled(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[bytes]:
-    """The name, the shape and an even sample in bfloat16 of each weight that is on a device."""
+    """Yield for each weight its name and shape, and, unless it is on ``meta``, an even sample in bfloat16."""
     for name, weight in weights:
         yield f"{name} {tuple(weight.shape)}".encode()
         if not weight.is_meta and weight.numel():

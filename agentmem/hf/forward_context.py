@@ -1,4 +1,4 @@
-"""Which forward is running: how an attention call finds its memory, and reaches the original function otherwise."""
+"""Track the running forward, so that an attention call finds its memory or else calls the original function."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Step(Protocol):
-    """What a layer's attention call is handed to."""
+    """An object that computes the attention of each layer in a forward."""
 
     def attend(
         self,
@@ -36,26 +36,29 @@ class Step(Protocol):
         scale: float,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``queries [B, Hq, q, d]`` → ``[B, q, Hq, dv]``; ``sinks [Hq]`` are one more logit of each query head."""
+        """Attend with ``queries [B, Hq, q, d]``; return ``[B, q, Hq, dv]``.
+
+        ``sinks [Hq]`` are extra logits of the query heads, without keys and values.
+        """
 
 
 @dataclass(slots=True)
 class Frame:
-    """A forward in progress on an attached model; ``step`` is ``None`` when it is not ours."""
+    """A running forward of an attached model; ``step`` is ``None`` if the forward uses no memory."""
 
     outer: Frame | None
     step: Step | None = None
     engine: Engine | None = None
-    """That of the memory whose tokens the forward appends."""
+    """The engine of the memory to which the forward appends its tokens."""
     hold: Hold | None = None
-    """That its thread owns the memory meanwhile."""
+    """Keeps the memory owned by the forward's thread while the forward runs."""
     attended: int = 0
-    """Layers whose attention call came here so far."""
+    """The number of attention calls that used this frame so far, one per layer."""
 
 
 FRAME: ContextVar[Frame | None] = ContextVar("agentmem_frame", default=None)
 SCOPE: ContextVar[tuple[Cache, ...]] = ContextVar("agentmem_scope", default=())
-"""The memories of the capped blocks that this context is in: only here is growing another cache a bypass."""
+"""The memories of the capped blocks around this context; forwards that would create another cache are refused."""
 
 
 def _attention(original: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
@@ -70,7 +73,7 @@ def _attention(original: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor 
         frame = FRAME.get()
         if frame is None or frame.step is None:
             function = AttentionInterface._global_mapping.get(original)  # noqa: SLF001  # the public mapping has no getter by name
-            if function is None:  # eager lives in the modelling file
+            if function is None:  # eager attention is defined in the modelling file
                 function = sys.modules[type(module).__module__].eager_attention_forward
             return function(module, query, key, value, attention_mask, **kwargs)  # type: ignore[no-any-return]  # the registry's functions are Any
         _refuse_changes(module, attention_mask, kwargs)
@@ -88,7 +91,7 @@ def _attention(original: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor 
 
 
 def _sinks(frame: Frame, layer: int, given: torch.Tensor | None) -> torch.Tensor | None:
-    """Attention sinks ``[Hq]``, refused where the plan has not counted what they cost."""
+    """Return the attention sinks ``[Hq]``; raise if the plan has not reserved scratch for sinks."""
     if given is not None and frame.engine is not None and not frame.engine.memory.shape.layers[layer].sinks:
         raise UnsupportedModel(
             f"layer {layer} passes attention sinks (s_aux), of which its self-check knew nothing; open the memory with "
@@ -101,13 +104,13 @@ _CHANGES = {
     "softcap": "a soft cap on the logits of attention",
     "position_bias": "a bias on the logits of attention",
 }
-"""What a model may pass to its attention that changes it, and what that is."""
+"""Arguments with which a model changes its attention, and descriptions for error messages."""
 
 
 def _refuse_changes(module: torch.nn.Module, mask: object, passed: Mapping[str, Any]) -> None:
-    """Refuse attention that is not causal, over all keys as they are."""
+    """Raise UnsupportedModel unless the call is plain causal attention over all keys."""
     change = next((f"{name}: {what}" for name, what in _CHANGES.items() if passed.get(name) is not None), None)
-    if mask is not None:  # ours is None: what a memory holds is seen by all, causally and in windows
+    if mask is not None:  # our mask function returns None; the memory itself applies causality and windows
         change = "a mask of its own"
     if getattr(module, "is_causal", True) is False:
         change = "is_causal=False, so tokens attend to later ones"
@@ -124,50 +127,56 @@ def _mask(original: str) -> Callable[..., torch.Tensor | None]:
         if frame is None or frame.step is None:
             function: Any = AttentionMaskInterface._global_mapping[original]  # noqa: SLF001
             return function(*args, **kwargs)  # type: ignore[no-any-return]  # the same
-        return None  # our attention knows causality, windows and pads by itself
+        return None  # our attention handles causality, windows and pads itself
 
     return create
 
 
 def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, never traced by ``torch.compile``."""
+    """Wrap a function so that ``torch.compile`` never traces it."""
     disable: Callable[..., Callable[..., Any]] = torch.compiler.disable  # torch leaves it untyped
     return disable(function)
 
 
 def _register(original: str) -> str:
-    """The name under which ``original`` is wrapped; with the mask too, or sdpa would be handed no mask silently."""
+    """Register our attention and mask functions in front of ``original``; return their name.
+
+    Without a mask function under the same name, forwards that are not ours would silently get no mask.
+    """
     name = f"agentmem_{original}"
     if name not in AttentionInterface._global_mapping:  # noqa: SLF001
-        # never traced: a compiled forward would hand the addresses of tensors that do not exist to compiled code
+        # never traced: a traced forward would pass addresses of fake tensors to our C code
         AttentionInterface.register(name, untraced(_attention(original)))
         AttentionMaskInterface.register(name, untraced(_mask(original)))
     return _Renamed(name, original)
 
 
 class _Renamed(str):
-    """Our name of an attention implementation; a copy of the config, or a pickle, has the original's."""
+    """Our name of an attention implementation, which copies and pickles as the original name."""
 
     __slots__ = ("original",)
     original: str
 
     def __new__(cls, name: str, original: str) -> Self:
-        """``original`` is the name that was there."""
+        """Make the string ``name``; ``original`` is the name that it replaces."""
         made = super().__new__(cls, name)
         made.original = original
         return made
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
-        """The original name, for ``copy.deepcopy`` and ``pickle``."""
+        """Copy and pickle as the original name."""
         return str, (self.original,)
 
 
 _RENAMED: dict[int, list[str]] = {}
-"""By identity of a config: the original name, once for every model on it that is attached."""
+"""The original attention name by ``id(config)``, repeated once for every attached model that uses the config."""
 
 
 def rename(config: PreTrainedConfig) -> Callable[[], None]:
-    """Put our attention under a config that models may share; the last undoing restores it, in whatever order."""
+    """Rename the attention of a config to ours; return a function that undoes this.
+
+    Several models may share the config. The last call of such a function restores the name, in any order of calls.
+    """
     originals = _RENAMED.setdefault(id(config), [])
     originals.append(originals[0] if originals else config._attn_implementation)  # noqa: SLF001  # the only name it has
     config._attn_implementation = _register(originals[0])  # noqa: SLF001
@@ -182,10 +191,10 @@ def rename(config: PreTrainedConfig) -> Callable[[], None]:
 
 
 def require_all(attended: int, layers: int) -> None:
-    """Refuse what a forward did that some layers ended without asking the memory.
+    """Check that every layer of a forward called the memory.
 
     Raises:
-        UnsupportedModel: so many did not.
+        UnsupportedModel: some layers did not; the message has their number.
 
     """
     if attended != layers:
@@ -197,12 +206,12 @@ def require_all(attended: int, layers: int) -> None:
 
 @contextmanager
 def own_frame() -> Iterator[None]:
-    """Leave no frame behind: an interrupt, which torch's hooks do not see, would."""
+    """Restore the current frame at the end of the block, since torch's hooks do not run after an interrupt."""
     frame = FRAME.get()
     try:
         yield
     finally:
         left = FRAME.get()
         while left is not None and left is not frame:
-            left.hold, left = None, left.outer  # a traceback that is kept would go on owning the memory
+            left.hold, left = None, left.outer  # else a stored traceback would go on owning the memory
         FRAME.set(frame)

@@ -1,4 +1,4 @@
-"""The forwards of a model that memories run: of several sequences at once, probes, replays, summaries, questions."""
+"""Run the model forwards that memories need: packed sequences, probes, replays, summaries and questions."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ if TYPE_CHECKING:
 
 
 class ModelForwards:
-    """:class:`agentmem.memory.forwards.Forwards` of a model that is attached."""
+    """Implement :class:`agentmem.memory.forwards.Forwards` for an attached model."""
 
     def __init__(self, model: PreTrainedModel, shape: ModelShape) -> None:
-        """Nothing is run yet."""
+        """Store the model and the windows of its layers; run nothing."""
         self._model, self._windows = model, [layer.window for layer in shape.layers]
 
     def run(self, ids: Sequence[int], start: int, step: Adopt | Transient) -> None:
-        """Run the decoder over ids at positions ``start, start + 1, …``; ``step`` attends."""
+        """Run the decoder over ``ids`` at positions ``start, start + 1, …``; ``step`` computes the attention."""
         self._forward(self._model.get_decoder(), ids, _from(start, ids), step)
 
     def next_logits(self, ids: Sequence[int], start: int, step: Scratch) -> torch.Tensor:
-        """Run the whole model likewise: the logits ``[V]`` of the next id, in the model's dtype."""
+        """Run the whole model as :meth:`run` does; return the logits ``[V]`` of the next id, in the model's dtype."""
         logits: torch.Tensor = self._forward(self._model, ids, _from(start, ids), step, logits_to_keep=1).logits[0, -1]
         return logits
 
     def logits(self, ids: Sequence[int], start: int, step: Transient) -> torch.Tensor:
-        """Run the whole model likewise: the logits ``[n, V]`` after every id, in the model's dtype."""
+        """Run the whole model as :meth:`run` does; return the logits ``[n, V]`` after every id, in its dtype."""
         logits: torch.Tensor = self._forward(self._model, ids, _from(start, ids), step).logits[0]
         return logits
 
     def packed(self, ids: Sequence[int], positions: Sequence[int], ends: Sequence[int], step: Packed) -> torch.Tensor:
-        """Run the whole model over ids of several sequences: the logits ``[n, V]`` after those at ``ends``.
+        """Run the whole model over ids of several sequences in one row; return logits ``[n, V]`` at indices ``ends``.
 
-        Layers but those of attention must work on each token by itself.
+        All layers except attention must compute each token independently of its neighbours.
 
         Raises:
-            UnsupportedModel: not every layer called the memories.
+            UnsupportedModel: some layer did not call the memories.
 
         """
-        if len(ids) > len(ends):  # not at every token: it visits every module
+        if len(ids) > len(ends):  # not at every token, because it visits every module
             check_adapters(self._model)
         device = input_device(self._model)
         keep = torch.tensor(list(ends), device=device)

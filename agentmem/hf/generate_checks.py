@@ -1,4 +1,4 @@
-"""Which calls of ``generate`` and which forwards a capped memory can serve; the others are refused before any work."""
+"""Refuse, before any work, calls of ``generate`` and forwards that a capped memory cannot serve."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "output_attentions": (bool, "attention weights are never materialised; leave it out"),
     "custom_generate": (lambda value: isinstance(value, str), "a repository's loop manages caches; pass a callable"),
 }
-"""Arguments of ``generate`` that are refused: when (``None`` never is), and what to do instead."""
+"""Arguments of ``generate`` with a test that refuses values other than ``None``, and the end of the error message."""
 
 FORWARD = frozenset(
     (
@@ -50,14 +50,14 @@ FORWARD = frozenset(
         "num_items_in_batch",
     )
 )
-"""Arguments of a forward that its pieces and probes are given too, or that concern its output alone."""
+"""Arguments of a forward that are allowed: the pieces of a prompt get them too, or they concern the output alone."""
 
 DEFAULT_NEW_TOKENS = 20
-"""What ``generate`` adds to the prompt when nobody sets a length."""
+"""The number of tokens that ``generate`` generates if no length is set."""
 
 
 def chosen(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``generate`` will use: its arguments, before a given config's values, before the model's own config's."""
+    """Merge the options of ``generate``: arguments override ``generation_config``, which overrides the model's own."""
     config = given.get("generation_config")
     options: dict[str, Any] = {}
     for source in (vars(model.generation_config), {} if config is None else vars(config), given):
@@ -66,7 +66,7 @@ def chosen(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def returned(model: Any, given: Mapping[str, Any], sequences: torch.Tensor) -> Any:
-    """The ids ``[rows, columns]`` of a run that was ended early, in the form that ``generate`` returns them in."""
+    """Wrap the ids ``[rows, columns]`` of a run that ended early in the form that ``generate`` would return."""
     ids = sequences.to(model.device)
     rich = chosen(model, given).get("return_dict_in_generate", False)
     if not rich:
@@ -75,19 +75,19 @@ def returned(model: Any, given: Mapping[str, Any], sequences: torch.Tensor) -> A
 
 
 def check_generate(cache: CappedCache, model: Any, given: Mapping[str, Any]) -> None:
-    """Refuse what cannot be served; ``given`` are the arguments of ``generate`` by name.
+    """Refuse a call of ``generate`` that a capped memory cannot serve; ``given`` maps names to arguments.
 
     Raises:
-        UnsupportedGeneration: a generation mode or argument of :data:`REFUSED`, a Phi-3 run past its rope switch, or
-            see :func:`check_adapters`.
-        PromptMismatch: the prompt does not extend what the memory has seen.
+        UnsupportedGeneration: :data:`REFUSED` or :func:`check_adapters` refuses an argument, or a Phi-3 run may become
+            so long that the model switches its RoPE factors.
+        PromptMismatch: the prompt does not extend the tokens that the memory has seen.
 
     """
     check_adapters(model)
     options = chosen(model, given)
     for name, (refused, remedy) in REFUSED.items():
         if name in options and refused(options[name]):
-            value = repr(options[name]).partition("\n")[0].rstrip("(")  # of a whole model its name
+            value = repr(options[name]).partition("\n")[0].rstrip("(")  # only the name, if the value is a model
             raise UnsupportedGeneration(f"{name}={value}: {remedy}")
     ids = options.get("input_ids", options.get("inputs"))
     prompt = options.get("inputs_embeds", ids)
@@ -101,10 +101,12 @@ def check_generate(cache: CappedCache, model: Any, given: Mapping[str, Any]) -> 
 
 
 def check_forward(inputs: Mapping[str, Any]) -> None:
-    """Refuse what would not reach the pieces of a long prompt and the probes; ``inputs`` are arguments by name.
+    """Refuse arguments of a forward that the pieces of a long prompt and the probes would not get.
+
+    ``inputs`` maps names to arguments; ``None`` and ``False`` are never refused.
 
     Raises:
-        UnsupportedGeneration: names the first argument outside :data:`FORWARD` that asks for something.
+        UnsupportedGeneration: an argument is not in :data:`FORWARD`; the message names the first.
 
     """
     for name, value in inputs.items():
@@ -116,10 +118,10 @@ def check_forward(inputs: Mapping[str, Any]) -> None:
 
 
 def check_adapters(model: torch.nn.Module) -> None:
-    """Refuse another adapter for each row of a batch, which PEFT's hooks hand to layers behind the model's arguments.
+    """Refuse PEFT's ``adapter_names``, a different adapter for each row, which hooks pass directly to the layers.
 
     Raises:
-        UnsupportedGeneration: names the argument of PEFT's ``generate`` or forward.
+        UnsupportedGeneration: ``adapter_names`` was passed to PEFT's ``generate`` or forward.
 
     """
     for module in model.modules():
@@ -132,11 +134,11 @@ def check_adapters(model: torch.nn.Module) -> None:
 
 
 def _only_new(cache: CappedCache, options: Mapping[str, Any], prompt: torch.Tensor) -> bool:
-    """Whether the prompt holds new tokens alone, under a mask over everything.
+    """Check whether the prompt holds new tokens alone: then the mask covers all earlier columns as well.
 
     Raises:
-        UnsupportedGeneration: the mask is no mask of columns.
-        PromptMismatch: the mask has neither the prompt's columns nor all.
+        UnsupportedGeneration: the mask is not 2-D.
+        PromptMismatch: the mask covers neither the prompt alone nor the earlier columns and the prompt.
 
     """
     mask, count = options.get("attention_mask"), int(prompt.shape[1])
@@ -156,7 +158,7 @@ def _only_new(cache: CappedCache, options: Mapping[str, Any], prompt: torch.Tens
 def _check_extends(
     cache: CappedCache, prompt: torch.Tensor, ids: torch.Tensor | None, options: Mapping[str, Any]
 ) -> None:
-    """A later prompt holds the whole conversation and more. Embeddings are taken at their word."""
+    """Check that a later prompt begins with the whole conversation so far; embeddings are not compared."""
     rows, count, copies = cache.memory.sequences, int(prompt.shape[1]), options.get("num_return_sequences", 1)
     if not rows:
         return
@@ -183,7 +185,7 @@ def _check_extends(
 
 
 def _check_rope_switch(cache: CappedCache, model: Any, prompt: int, earlier: int, options: Mapping[str, Any]) -> None:
-    """Phi-3 drops the cache and starts its own when it crosses ``original_max_position_embeddings`` ids."""
+    """Refuse Phi-3 runs longer than ``original_max_position_embeddings``, where Phi-3 would drop the cache."""
     text = model.config.get_text_config(decoder=True)
     limit = getattr(text, "original_max_position_embeddings", None)
     if text.model_type != "phi3" or limit is None:

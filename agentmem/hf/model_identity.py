@@ -1,7 +1,8 @@
-"""What makes a model's keys what they are, part by part: a snapshot's keys fit no model that differs in one of them.
+"""Describe everything of a model that its keys depend on, so that a snapshot is loaded into no other model.
 
-Most is read off the modules and not off the config, which may have been changed after they were made of it. A part is a
-short text that a reader understands, with a digest behind it where the text is cut or cannot say all.
+The description has named parts; two models must agree in all of them. Most parts are read from the modules, because the
+config may have been changed after the model was built. A part is a short readable text; a digest is appended if the
+text is cut or incomplete.
 """
 
 from __future__ import annotations
@@ -22,18 +23,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MAX_PART: Final = 200
-"""Characters of one part."""
+"""The most characters of one part."""
 _BLOCK = 1 << 20
 _CHANGING = ("dynamic", "longrope")
-"""Kinds of RoPE whose frequencies follow the longest text so far: those that they begin with are kept beside."""
+"""Kinds of RoPE whose frequencies change with the length of the text; modules also keep the original ones."""
 
 
 def model_identity(model: PreTrainedModel) -> dict[str, str]:
-    """The parts, by name; those that differ most often come first.
+    """Return the parts of a model's identity by name; the parts that differ most often come first.
 
-    ``dtype`` of the slots; ``rope``: its parameters and frequencies; ``norms``: each eps; ``windows``: of each layer;
-    ``arithmetic``: the scale of the logits, and the activation; ``adapters``: those that are active (PEFT), with their
-    weights; ``model``: sizes, and a sample of the weights without adapters (:func:`weights` covers all of them).
+    - ``dtype``: the dtype of the slots.
+    - ``rope``: the parameters and frequencies of RoPE.
+    - ``norms``: the eps of each norm.
+    - ``windows``: the sliding window of each layer.
+    - ``arithmetic``: the scale of the attention logits, and the activation function.
+    - ``adapters``: the active adapters (PEFT) and a digest of their weights.
+    - ``model``: a digest of the sizes and a sample of the weights without adapters; :func:`weights` covers all weights.
     """
     decoder: Any = model.get_decoder()
     config: Any = model.config.get_text_config(decoder=True)
@@ -49,10 +54,10 @@ def model_identity(model: PreTrainedModel) -> dict[str, str]:
 
 
 def weights(model: PreTrainedModel) -> str:
-    """64 hexadecimal digits over all weights of the decoder, adapters aside; those on no device are left out.
+    """Hash all weights of the decoder except adapters to 64 hexadecimal digits; weights on ``meta`` count as empty.
 
-    Each weight counts by the exact sum of its bits in bfloat16. Reads every weight once, in blocks of 2 MiB: about
-    2 ms a million weights on one core.
+    Each tensor enters by the exact sum of its elements' bfloat16 bit patterns, taken as integers. Every element is read
+    once, in blocks of 2**20; a million elements take about 2 ms on one core.
     """
     digest = hashlib.sha256()
     for name, weight in _plain(model.get_decoder()):
@@ -67,7 +72,7 @@ def _bits(block: torch.Tensor) -> int:
 
 
 def _part(text: str, beside: bytes = b"") -> str:
-    """``text`` if it fits and says all; else what fits of it and a digest of it and of what stands ``beside``."""
+    """Return ``text``, or if it is too long or has bytes ``beside``, its beginning with a digest of both."""
     if not beside and 0 < len(text) <= MAX_PART:
         return text
     digest = hashlib.sha256(text.encode() + beside).hexdigest()[:16]
@@ -77,7 +82,7 @@ def _part(text: str, beside: bytes = b"") -> str:
 
 
 def _counted(values: Iterable[str]) -> str:
-    """Values in order, with how often each is repeated."""
+    """Join values with commas in order; runs of equal values are written as ``count x value``."""
     runs = ((value, len(list(same))) for value, same in groupby(values))
     return ", ".join(value if count == 1 else f"{count} x {value}" for value, count in runs) or "none"
 
@@ -101,7 +106,7 @@ def _rope(decoder: Any, config: Any) -> str:
 
 
 def _norms(decoder: Any) -> Iterator[str]:
-    """The eps of each norm, in the order of the modules."""
+    """Yield the eps of each norm, in the order of the modules."""
     for module in decoder.modules():
         value = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         if isinstance(value, float):
@@ -124,18 +129,18 @@ def _scaled(module: Any) -> bool:
     return isinstance(getattr(module, "scaling", None), int | float)
 
 
-# ---- adapters: PEFT's modules, known by what they have
+# ---- adapters: PEFT's modules, recognised by their attributes
 
 
 def _tuned(decoder: Any) -> Iterator[tuple[str, Any]]:
-    """The modules that hold adapters."""
+    """Yield the names and modules of the layers that hold adapters."""
     for name, module in decoder.named_modules():
         if isinstance(getattr(type(module), "adapter_layer_names", None), tuple) and hasattr(module, "active_adapters"):
             yield name, module
 
 
 def _plain(decoder: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights that the model has without adapters, by the names that they have then."""
+    """Yield the weights of the model without adapters, by the names that they would have without adapters."""
     added = tuple(f"{name}.{layer}." for name, module in _tuned(decoder) for layer in module.adapter_layer_names)
     for name, weight in decoder.named_parameters():
         if not name.startswith(added) if added else True:
@@ -143,7 +148,7 @@ def _plain(decoder: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _adapters(decoder: Any) -> str:
-    """The active adapters by name, with a digest of their weights and factors; merged ones are weights of the model."""
+    """Name the active adapters, with a digest of their weights and scalings; merged adapters are left out."""
     names, digest = set(), hashlib.sha256()
     for path, module in _tuned(decoder):
         if module.disable_adapters or getattr(module, "merged", False):
@@ -156,7 +161,7 @@ def _adapters(decoder: Any) -> str:
 
 
 def _of_adapter(module: Any, active: str) -> Iterator[bytes]:
-    """What one module has of an adapter; nothing if it has none."""
+    """Yield bytes that describe an adapter's weights and scaling in one module, if it has any there."""
     marks = tuple(f"{layer}.{active}" for layer in module.adapter_layer_names)
     for name, weight in module.named_parameters():
         if any(name == mark or name.startswith(f"{mark}.") for mark in marks):

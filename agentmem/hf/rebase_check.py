@@ -1,8 +1,8 @@
-"""Whether re-basing may turn a model's stored keys as :class:`agentmem.memory.rotation.Rotation` does.
+"""Check that re-basing may rotate a model's stored keys as :class:`agentmem.memory.rotation.Rotation` does.
 
-One token attends to itself alone, so what its layers see does not depend on its position: its keys and queries at two
-positions differ by the turn between them and by nothing else. Models that pair other dims, or have layers without
-RoPE, or scale queries by position, fail this.
+A single token attends to itself alone, so the inputs of its layers do not depend on its position. Its keys and queries
+at two positions must therefore differ only by the rotation between these positions. Models that rotate other pairs of
+dimensions, have layers without RoPE, or scale queries by position fail the check.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from agentmem.planning.model_shape import ModelShape
 
 LIMIT = 1e-4
-"""Greatest difference of float32 keys, relative to the largest number in them."""
+"""The greatest allowed difference of float32 keys, relative to their largest absolute value."""
 _FROM, _TO = 3, 40
 
 
 def check_rebase(model: Any) -> None:
-    """Check with a tiny random model of the same class, which is built on the CPU.
+    """Check a model, or a config alone, with a tiny random model of the same class that is built on the CPU.
 
     Raises:
-        UnsupportedModel: names the layer whose keys or queries do not turn so.
+        UnsupportedModel: keys or queries are not rotated as expected; the message names the layer.
 
     """
     config = getattr(model, "config", model)
@@ -45,14 +45,14 @@ def check_rebase(model: Any) -> None:
 
 
 def _asked(model: Any, shape: ModelShape, position: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys ``[H, d]`` and queries ``[Hq, d]`` of one token at a position, by layer."""
+    """Run one token at ``position``; return its keys ``[H, d]`` and queries ``[Hq, d]`` in each layer."""
     with reading(model, [layer.window for layer in shape.layers]) as reader:
         layers = reader.read(torch.tensor([5]), start=position).layers
     return [(each.keys[:, 0].clone(), each.queries[:, 0].clone()) for each in layers]
 
 
 def _require(family: str, layer: int, name: str, found: torch.Tensor, wanted: torch.Tensor, rotation: Rotation) -> None:
-    """Refuse what is not ``wanted`` at ``_TO`` after a turn from ``_FROM``."""
+    """Raise unless ``found`` at ``_FROM``, rotated in place to ``_TO``, equals ``wanted``."""
     still = _apart(found, wanted) <= LIMIT
     heads = found.shape[0]
     at = torch.full((heads,), _FROM, dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""What re-basing needs to know of a model's rotary embeddings: their frequencies, and whether they hold still."""
+"""Read what re-basing needs of a model's rotary embeddings: the frequencies, and whether they are constant."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ FIXED = ("default", "linear", "llama3", "yarn")
 """Values of ``rope_type`` whose frequencies depend on the configuration alone."""
 
 FOLLOWING = ("dynamic", "longrope")
-"""Those whose frequencies follow the largest position that a forward has."""
+"""Values of ``rope_type`` whose frequencies depend on the largest position in a forward."""
 
 
 def refuse_rebase(config: PreTrainedConfig) -> None:
-    """Refuse a model whose stored keys cannot be taken to other positions exactly.
+    """Refuse a model whose stored keys cannot be moved to other positions exactly.
 
     Raises:
-        UnsupportedModel: names the RoPE, or its absence, and the layers that have it.
+        UnsupportedModel: some layers have another ``rope_type``, or no RoPE; the message names layers and type.
 
     """
     text = config.get_text_config(decoder=True)
@@ -40,7 +40,7 @@ def refuse_rebase(config: PreTrainedConfig) -> None:
 
 
 def follows_positions(config: PreTrainedConfig) -> bool:
-    """Whether some layer's frequencies follow the largest position of a forward, whosever it is."""
+    """Check whether the RoPE frequencies of some layer depend on the largest position of all rows in a forward."""
     parts = _parts(config.get_text_config(decoder=True)).values()
     return any((parameters or {}).get("rope_type") in FOLLOWING for parameters in parts)
 
@@ -54,7 +54,7 @@ def _why(kind: str | None) -> str:
 
 
 def _parts(text: PreTrainedConfig) -> Mapping[str, Mapping[str, Any] | None]:
-    """RoPE parameters by the name of the layers that have them: of all alike, or of each layer type in use."""
+    """Return the RoPE parameters by a name of their layers: one entry for all, or one per layer type in use."""
     parameters = getattr(text, "rope_parameters", None) or {}
     types = sorted(set(getattr(text, "layer_types", None) or ()))
     if "rope_type" in parameters or not types:
@@ -63,17 +63,18 @@ def _parts(text: PreTrainedConfig) -> Mapping[str, Mapping[str, Any] | None]:
 
 
 def positions(model: PreTrainedModel, limit: int) -> Positions:
-    """How a model with ``limit`` positions counts them, for re-basing. Raises as :func:`rotations`."""
+    """Return the positions of a model, ``limit`` of them, for re-basing. Raises the errors of :func:`rotations`."""
     return Positions(limit, rotations(model))
 
 
 def rotations(model: PreTrainedModel) -> tuple[Rotation, ...]:
-    """How the keys of each layer turn, with the frequencies that the model's own rotary module holds now.
+    """Return the rotation of each layer's keys, with the frequencies that the model's rotary module holds now.
 
-    A model that was cast to another dtype as a whole multiplies by rounded frequencies, and so does the rotation.
+    A model that was cast to another dtype as a whole uses rounded frequencies; the rotations use the same.
 
     Raises:
-        UnsupportedModel: see :func:`refuse_rebase`; or the decoder's ``rotary_emb`` is not as its family has it.
+        UnsupportedModel: :func:`refuse_rebase` refuses the model, or the decoder's ``rotary_emb`` lacks the expected
+            tensors.
 
     """
     refuse_rebase(model.config)

@@ -1,8 +1,9 @@
-"""Whether a model's family can be capped: a tiny random model of its class is run beside stock transformers.
+"""Check whether a model's family can be capped, by comparing a tiny random model of its class with stock transformers.
 
-Below the cap its logits must be stock's, and after a compaction every slot must hold the key of its position and be
-attended to as an oracle that holds the same slots attends. Families in :data:`agentmem.hf.support.COVERED` are tested
-by the package's own tests; others are checked once in a process, before anything is done with them.
+Below the cap the logits must equal those of stock transformers. After a compaction every slot must hold the key of its
+position, and the logits must equal those of an oracle that attends to the same slots. Families in
+:data:`agentmem.hf.support.COVERED` are tested by the package's own tests; other families are checked once per process,
+before their first use.
 """
 
 from __future__ import annotations
@@ -38,9 +39,11 @@ if TYPE_CHECKING:
     from agentmem.planning.model_shape import ModelShape
 
 SECONDS = 30.0
-"""A self-check that is not done by then is refused; most take less than one."""
+"""The most seconds of a self-check, after which the family is refused; most checks take less than one second."""
 LIMIT = 1e-4
-"""Greatest difference of float32 logits, relative to the largest (1 at least): rounding is 100 times smaller."""
+"""The greatest allowed difference of float32 logits, relative to the largest absolute logit or 1, whichever is more.
+
+Rounding alone gives about a hundredth of this."""
 _TOKENS, _SLOTS = 56, 32
 _SINKS = "attention calls, with sinks"
 _ROOMY: dict[str, Any] = {"cap": 1 << 28, "chunk": 16, "keep_first": 4, "keep_recent": 8, "min_reclaim": 4}
@@ -48,20 +51,20 @@ _ROOMY: dict[str, Any] = {"cap": 1 << 28, "chunk": 16, "keep_first": 4, "keep_re
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was checked: ``difference`` from what must come out, ``None`` where nothing is measured."""
+    """One finished check: ``difference`` from the expected result, ``None`` if the check measures no difference."""
 
     name: str
     difference: float | None = None
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is one of rounding."""
+        """Return whether the difference is small enough to be due to rounding."""
         return self.difference is None or self.difference <= LIMIT
 
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """What a self-check of a family found. ``reason`` says why it is refused, ``None`` where it is not."""
+    """The result of a self-check of a model family. ``reason`` is why the family is refused, ``None`` if it passed."""
 
     family: str
     checks: tuple[Check, ...]
@@ -70,19 +73,19 @@ class CheckReport:
 
     @property
     def passed(self) -> bool:
-        """Whether models like this one can be capped."""
+        """Return whether models of this family can be capped."""
         return self.reason is None
 
     @property
     def sinks(self) -> bool:
-        """Whether attention has sinks."""
+        """Return whether models of this family have attention sinks."""
         return any(each.name == _SINKS for each in self.checks)
 
 
 def check(model: Any) -> CheckReport:
     """Check the family of a model, or of its config alone, with a tiny random model of the same class.
 
-    The given model is not run, and the global random state is left alone.
+    The given model is not run, and the global random state is not changed.
     """
     began, config, found = time.monotonic(), getattr(model, "config", model), list[Check]()
     reason = None
@@ -93,7 +96,7 @@ def check(model: Any) -> CheckReport:
             _require_passed(each, time.monotonic() - began)
     except AgentmemError as error:
         reason = str(error)
-    except Exception as error:  # noqa: BLE001  # whatever the model's own code raises is what it cannot do
+    except Exception as error:  # noqa: BLE001  # an error in the model's own code is the reason to refuse it
         after = f"having passed {found[-1].name!r}" if found else "before anything could be checked"
         reason = f"a tiny model of its class raised {type(error).__name__}: {str(error)[:200]}, {after}"
     return CheckReport(config.model_type, tuple(found), reason, time.monotonic() - began)
@@ -110,17 +113,20 @@ def _require_passed(check: Check, seconds: float) -> None:
 
 
 _REPORTS: dict[str, CheckReport] = {}
-"""By what was checked, class and config."""
+"""Reports by kind of check, class of the model and config."""
 _LOCK = threading.Lock()
 
 
 def require_checked(model: Any) -> bool:
-    """Refuse a model, or a config, of a family that no test covers and whose self-check fails.
+    """Refuse a model or config if its self-check fails; families that the package's tests cover are not checked.
 
-    Returns whether its attention has sinks, which a config does not say. Results are kept for the process.
+    Results are kept for the process.
+
+    Returns:
+        Whether the model has attention sinks, which a config does not tell.
 
     Raises:
-        UnsupportedModel: names what differs.
+        UnsupportedModel: the self-check failed; the message has the reason.
 
     """
     config = getattr(model, "config", model)
@@ -136,10 +142,10 @@ def require_checked(model: Any) -> bool:
 
 
 def require_turning(model: Any) -> None:
-    """Refuse to re-base a model whose stored keys cannot be turned exactly. Results are kept for the process.
+    """Refuse to re-base a model whose stored keys cannot be rotated exactly. Results are kept for the process.
 
     Raises:
-        UnsupportedModel: names the layer, or the RoPE.
+        UnsupportedModel: the keys cannot be rotated exactly; the message names the layer or the RoPE.
 
     """
     report = _kept(model, model.config, "re-base", _turning)
@@ -148,10 +154,10 @@ def require_turning(model: Any) -> None:
 
 
 def packs(model: Any) -> bool:
-    """Whether a model can be fed several sequences in one line of tokens, each at its own positions.
+    """Check whether one forward can take several sequences packed into one row, each at its own positions.
 
-    Not where positions of one sequence change what another is computed with, or where layers mix neighbouring tokens:
-    families that no test covers are checked once in a process.
+    This is impossible if the positions of one sequence affect the computation of another, or if layers mix neighbouring
+    tokens. Families that the package's tests do not cover are checked once per process.
     """
     config = model.config
     if follows_positions(config) or "position_ids" not in inspect.signature(model.forward).parameters:
@@ -162,7 +168,10 @@ def packs(model: Any) -> bool:
 
 
 def check_packing(model: Any) -> CheckReport:
-    """Compare two sequences that share forwards with stock ones of each alone; the given model is not run."""
+    """Compare the logits of two sequences packed into shared forwards with those of stock forwards of each alone.
+
+    A tiny model of the same class is run; the given model is not.
+    """
     family = model.config.model_type
     try:
         with torch.inference_mode(mode=False), torch.no_grad(), _plain():
@@ -170,7 +179,7 @@ def check_packing(model: Any) -> CheckReport:
             shape = _as_called(tiny, describe(tiny.config, itemsize=4))
             check = Check("packed", _packed_apart(tiny, shape))
             _require_passed(check, 0.0)
-    except Exception as error:  # noqa: BLE001  # whatever the model's own code raises, it is fed alone then
+    except Exception as error:  # noqa: BLE001  # after any error, sequences are fed one at a time
         return CheckReport(family, (), str(error))
     return CheckReport(family, (check,))
 
@@ -228,16 +237,16 @@ def _checks(model: Any, config: Any) -> Iterator[Check]:
 
 @contextmanager
 def _plain() -> Iterator[None]:
-    """No autocast, whatever the caller has set."""
+    """Disable autocast and use the CPU as default device in the block, whatever the caller has set."""
     with torch.autocast("cpu", enabled=False), torch.device("cpu"):
         yield
 
 
-# ---- what attention is passed
+# ---- the arguments of attention calls
 
 
 class _Witness:
-    """Answers attention calls with zeros and notes what they were passed."""
+    """Answer attention calls with zeros and record the shapes of their arguments."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, tuple[int, ...]]] = []
@@ -252,7 +261,7 @@ class _Witness:
         scale: float,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``queries [B, Hq, q, d]`` → zeros ``[B, q, Hq, dv]``."""
+        """Record a call with ``queries [B, Hq, q, d]``; return zeros ``[B, q, Hq, dv]``."""
         del scale
         self.sinks |= sinks is not None
         self.calls.append((layer, (keys.shape[1], queries.shape[1], keys.shape[-1], values.shape[-1])))
@@ -260,10 +269,11 @@ class _Witness:
 
 
 def _as_called(model: Any, shape: ModelShape) -> ModelShape:
-    """The shape with what only attention calls tell: whether there are sinks.
+    """Run the model to check its attention calls; return its shape, with sinks if the calls pass any.
 
     Raises:
-        UnsupportedModel: layers do not each call attention once through transformers' AttentionInterface.
+        UnsupportedModel: some layer does not call attention exactly once through transformers' AttentionInterface, or
+            with other heads or dims than its config says.
 
     """
     ids = torch.full((1, 5), 3)
@@ -277,7 +287,7 @@ def _as_called(model: Any, shape: ModelShape) -> ModelShape:
         raise
     except Exception:
         if witness.calls:
-            raise  # else the model's own attention has met a mask that is not there
+            raise  # else the model's own attention failed because it got no mask
     finally:
         undo()
     layers = [layer for layer, _ in witness.calls]
@@ -340,7 +350,10 @@ def _below_the_cap(model: Any, shape: ModelShape, ids: torch.Tensor) -> Iterator
 def _logits(
     model: Any, ids: torch.Tensor, cuts: Sequence[int], cache: Any = None, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Logits of every position, fed in pieces, or without a cache in one: ``[rows, columns, V]``."""
+    """Return the logits ``[rows, columns, V]`` of ids that are fed in pieces of ``cuts`` columns.
+
+    Without ``cache`` the ids must be one piece.
+    """
     given = torch.ones_like(ids) if mask is None else mask
     places = (given.cumsum(-1) - 1).clamp_(min=0)
     takes = "position_ids" in inspect.signature(model.forward).parameters
@@ -356,7 +369,7 @@ def _logits(
 
 
 def _apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The greatest difference, relative to the largest number, which counts as 1 at least."""
+    """Return the greatest difference, relative to the largest absolute value of ``wanted`` or 1, whichever is more."""
     return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1))
 
 
@@ -383,14 +396,14 @@ def _after_a_compaction(model: Any, shape: ModelShape, ids: torch.Tensor) -> Ite
 
 @dataclass(frozen=True, slots=True)
 class _Slots:
-    """The slots of one layer ``[H, n, …]``; positions are not kept in sliding windows."""
+    """The slots of one layer, tensors ``[H, n, …]``; layers with a sliding window have no positions."""
 
     asked: AttentionCall
     positions: torch.Tensor | None
 
 
 def _slots(memory: CappedCache, shape: ModelShape) -> list[_Slots]:
-    """A copy of all slots."""
+    """Return a copy of the slots of every layer."""
     (sequence,) = memory.memory.sequences
     memory.engine.finish(sequence)
     _, tensors = take(memory.memory)
@@ -407,7 +420,7 @@ def _slots(memory: CappedCache, shape: ModelShape) -> list[_Slots]:
 
 
 def _misplaced(slots: Sequence[_Slots], stock: Sequence[AttentionCall], shape: ModelShape) -> float:
-    """How far the keys of the slots are from those that the model's attention is passed for their positions."""
+    """Return the greatest difference of the slots' keys from the keys of stock attention calls at their positions."""
     worst = 0.0
     for each, whole, layer in zip(slots, stock, shape.layers, strict=True):
         keys = whole.keys

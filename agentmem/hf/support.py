@@ -1,4 +1,4 @@
-"""Which models are handled, and their shape."""
+"""Refuse models that cannot be capped, and read the shape of the others from their configs."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ COVERED = frozenset(
 )
 """Values of ``config.model_type`` that the tests' table of families covers; others are checked at first use."""
 SINKS = frozenset(("gpt_oss", "granite_swa"))
-"""Those of them whose attention has sinks."""
+"""Values of ``config.model_type`` in :data:`COVERED` whose attention has sinks."""
 
 _CHANGES = {
     "attn_logit_softcapping": "soft-caps the logits of attention",
@@ -90,7 +90,7 @@ _CHANGES = {
     "alibi": "adds a bias of the distance to the logits of attention (ALiBi)",
     "add_cross_attention": "attends to the states of another model as well",
 }
-"""Fields of a config that change attention where they are set, and how."""
+"""Fields of a config that, if set, change attention in a way that is not handled, with descriptions."""
 
 _STATES = {
     "LinearAttentionLayer": "a recurrent or convolution state, which has no slots to compact",
@@ -99,14 +99,15 @@ _STATES = {
     "DynamicIndexedLayer": "the keys of an indexer beside attention's, which chooses what is attended to",
     "DummyLayer": "no slots: it has no attention, or shares the keys and values of another layer",
 }
-"""Cache layers of transformers that are not handled, and what they hold."""
+"""Cache layers of transformers that are not handled, with descriptions of what they hold."""
 
 
 def text_model(model: object) -> PreTrainedModel:
-    """The causal language model inside whatever was passed (PEFT adapters are looked through).
+    """Return the causal language model itself: of a PEFT model the base model, of any other the model as it is.
 
     Raises:
-        UnsupportedModel: not a transformers causal model, compiled, or in training mode.
+        UnsupportedModel: the model is no transformers causal language model, is compiled or in training mode, or has a
+            prompt-learning adapter.
 
     """
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -122,11 +123,11 @@ def text_model(model: object) -> PreTrainedModel:
         raise UnsupportedModel(
             f"{name} is in training mode, whose dropout no replay can repeat; call model.eval() first"
         )
-    return inner  # type: ignore[no-any-return]  # duck-typed above
+    return inner  # type: ignore[no-any-return]  # its methods were checked above
 
 
 def _refuse_compiled(model: Any) -> None:
-    """Refuse a compiled model, or a compiled part of one that holds an attention call."""
+    """Refuse a compiled model, or a model with a compiled module that contains an attention layer."""
     if hasattr(model, "_orig_mod"):
         raise UnsupportedModel(
             f"{type(model).__name__} is compiled, which freezes the attention call; pass the uncompiled model"
@@ -143,7 +144,7 @@ def refuse_training(model: Any) -> None:
     """Refuse a forward in training mode.
 
     Raises:
-        UnsupportedModel: ``model.train()`` was called after the memory was opened.
+        UnsupportedModel: the model is in training mode: ``model.train()`` was called after the memory was opened.
 
     """
     if model.training:
@@ -159,7 +160,7 @@ def _is_compiled(module: Any) -> bool:
 
 
 def input_device(model: Any) -> torch.device:
-    """Where a model takes its ids: its embeddings' device, or where accelerate runs them if it offloads weights."""
+    """Return the device for a model's ids: where accelerate runs the embeddings, or else the embeddings' device."""
     embeddings = model.get_input_embeddings()
     hook = getattr(embeddings, "_hf_hook", None)
     devices = [getattr(each, "execution_device", None) for each in (hook, *getattr(hook, "hooks", ()))]
@@ -171,10 +172,10 @@ def input_device(model: Any) -> torch.device:
 
 
 def check_tokenizer(tokenizer: object) -> None:
-    """Refuse what cannot read and write a model's text.
+    """Check that an object is a tokenizer.
 
     Raises:
-        SettingsRefused: no tokenizer, such as the name of one.
+        SettingsRefused: the object is no tokenizer; it may be the name of one.
 
     """
     if not callable(tokenizer) or not hasattr(tokenizer, "get_vocab") or not hasattr(tokenizer, "decode"):
@@ -184,10 +185,10 @@ def check_tokenizer(tokenizer: object) -> None:
 
 
 def check_tool(tool: object) -> None:
-    """Refuse what chat templates cannot read as a tool.
+    """Check that chat templates can use an object as a tool.
 
     Raises:
-        SettingsRefused: no JSON schema, and no function that transformers can make one of.
+        SettingsRefused: the tool is neither a JSON schema nor a function from which transformers can make a schema.
 
     """
     if isinstance(tool, dict):
@@ -204,10 +205,10 @@ def check_tool(tool: object) -> None:
 
 
 def describe(config: PreTrainedConfig, *, itemsize: int, fused: bool = True) -> ModelShape:
-    """The shape of a model, from its config alone; ``fused`` says whether it runs where attention has a fused path.
+    """Read the shape of a model from its config; ``fused`` tells whether its device has a fused attention path.
 
     Raises:
-        UnsupportedModel: names what is not handled.
+        UnsupportedModel: the model has a part that is not handled; the message names it.
 
     """
     if not hasattr(config, "get_text_config"):
@@ -231,7 +232,7 @@ def describe(config: PreTrainedConfig, *, itemsize: int, fused: bool = True) -> 
 
 
 def _refuse_changes(config: PreTrainedConfig, text: Any) -> None:
-    """Refuse attention that is not causal self-attention over keys as they are."""
+    """Refuse a config whose attention is not plain causal self-attention."""
     family = config.model_type
     if config.is_encoder_decoder:
         raise UnsupportedModel(
@@ -252,7 +253,7 @@ def _refuse_changes(config: PreTrainedConfig, text: Any) -> None:
 
 
 def _kinds(text: Any) -> tuple[Sequence[Any], Sequence[int | None]]:
-    """The config of every layer, and its window."""
+    """Return the config and the sliding window of every layer."""
     configs = list(getattr(text, "per_layer_config", None) or [text] * text.num_hidden_layers)
     try:
         layers = DynamicCache(config=text).layers
@@ -266,10 +267,10 @@ def _kinds(text: Any) -> tuple[Sequence[Any], Sequence[int | None]]:
 
 
 def _layer(config: Any, window: int | None) -> LayerShape:
-    """The heads and dims of one layer."""
+    """Return the heads and dims of one layer."""
     heads, held = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     if getattr(config, "kv_lora_rank", None) and getattr(config, "qk_rope_head_dim", None):
-        # MLA: what transformers caches are the keys and values of every head, not the latent that they come from
+        # MLA: transformers caches the keys and values of every head, not their common latent
         return LayerShape(heads, heads, config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim, window)
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return LayerShape(held or heads, heads, dim, getattr(config, "v_head_dim", None) or dim, window)
@@ -293,7 +294,7 @@ def _window(layer: object, kind: str, index: int) -> int | None:
 
 
 def refuse_probe(config: PreTrainedConfig, policy: str) -> None:
-    """Refuse RoPE whose frequencies follow the largest position: a probe would not meet the kept keys' phases."""
+    """Refuse a policy's probe if the model has RoPE of type ``dynamic``, under which a probe would not be exact."""
     text = config.get_text_config(decoder=True)
     kinds = getattr(text, "rope_parameters", None) or {}
     nested = [kinds] if "rope_type" in kinds else [kind for kind in kinds.values() if isinstance(kind, dict)]
@@ -305,7 +306,7 @@ def refuse_probe(config: PreTrainedConfig, policy: str) -> None:
 
 
 def refuse_scratch(shape: ModelShape, policy: str) -> None:
-    """Refuse sliding layers where the model is to write for itself: what slid out of a window cannot be taken back."""
+    """Refuse a policy that lets a model with sliding windows write texts: slots that left a window are lost."""
     if len(shape.compactable) < len(shape.layers):
         raise UnsupportedModel(
             f"{shape.name} has sliding-window layers, so what the model writes for "
@@ -315,6 +316,6 @@ def refuse_scratch(shape: ModelShape, policy: str) -> None:
 
 
 def end_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    """The ids that end a text, as the model's generation settings have them."""
+    """Return the ids that end a text, from the model's generation config."""
     found = getattr(model.generation_config, "eos_token_id", None)
     return tuple(found) if isinstance(found, list) else () if found is None else (int(found),)

@@ -1,7 +1,8 @@
-"""Models around a text model, as multimodal ones are: what the text model is not passed, for text alone.
+"""Pass inputs of multimodal models, which wrap a text model, on to the text model; only text is supported.
 
-Such a model embeds the ids and builds the masks itself, so its text model sees neither the ids, which a probe runs
-again, nor the mask of columns. Both are passed on beside the call, and no mask is built.
+A multimodal model embeds the ids and builds the masks itself. So its text model gets neither the ids, which a probe
+runs again, nor the 2-D mask of columns. Hooks take both from the outer call and add them to the inner one; no 4-D mask
+is built.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _TYPES = ("token_type_ids", "mm_token_type_ids")
-"""Inputs that say of every token what it stands for: zeros are text."""
+"""Inputs that have a type for every token; type 0 is text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """The inputs of the forward around a text model's: stands where a frame has its step, so that no mask is built."""
+    """The inputs of the outer model's forward, stored as its frame's ``step`` so that no mask is built."""
 
     inputs: Mapping[str, Any]
 
     def attend(self, layer: int, queries: torch.Tensor, *_: Any) -> torch.Tensor:
-        """Refuse attention outside the text model.
+        """Refuse attention outside the text model, such as that of a vision tower.
 
         Raises:
             UnsupportedGeneration: always.
@@ -44,7 +45,7 @@ class Told:
 
 
 class Around:
-    """The hooks of a model around a text model: ``hooks`` are to run before and after prompts are cut."""
+    """The two forward hooks of an outer model: one runs before long prompts are cut into pieces, one after."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.signature = inspect.signature(model.forward)
@@ -53,7 +54,7 @@ class Around:
     def enter(
         self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Begin a forward, without inputs that say no more than that there is text; leaving the frame ends it."""
+        """Open a frame for the outer forward, and drop inputs that only state that all tokens are text."""
         outer = FRAME.get()
         FRAME.set(Frame(outer))
         inputs = named(self.signature, args, kwargs)
@@ -64,9 +65,10 @@ class Around:
     def tell(
         self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Keep the inputs for the text model's forward, positions included: some models would guess them by the last.
+        """Store the inputs in the frame for the text model's forward; add positions if they are missing.
 
-        What they keep of it may be another batch's, where a prompt was cut.
+        Without positions, some models derive them from values that an earlier forward stored, perhaps of another batch
+        if a prompt was cut.
         """
         frame, inputs = FRAME.get(), named(self.signature, args, kwargs)
         if frame is None or not _ours(inputs):
@@ -82,7 +84,7 @@ class Around:
 
 
 def _plain_text(name: str, value: Any) -> bool:
-    """Whether an input says nothing but that there is text: no images, or no token that stands for one."""
+    """Check whether an input only states that all tokens are text: an empty dict, or types that are all 0."""
     return value == {} if isinstance(value, dict) else name in _TYPES and value is not None and not bool(value.any())
 
 
@@ -91,9 +93,9 @@ def _ours(inputs: Mapping[str, Any]) -> bool:
 
 
 def with_wrapper_inputs(frame: Frame | None, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs of a text model's forward, with what the forward around it was passed where there is one."""
+    """Return the inputs of a text model's forward, with ids and mask of the outer forward if there is one."""
     places = inputs.get("position_ids")
-    if places is not None and places.ndim > 2:  # noqa: PLR2004  # of text, all rows of a multimodal RoPE are alike
+    if places is not None and places.ndim > 2:  # noqa: PLR2004  # for text, all axes of a multimodal RoPE have equal positions
         inputs = {**inputs, "position_ids": places[0]}
     if frame is None or not isinstance(frame.step, Told) or inputs.get("input_ids") is not None:
         return inputs
@@ -102,7 +104,7 @@ def with_wrapper_inputs(frame: Frame | None, inputs: dict[str, Any]) -> dict[str
 
 
 def named(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name."""
+    """Return the arguments of a call by name."""
     if not args:
         return kwargs
     given = dict(signature.bind_partial(*args, **kwargs).arguments)

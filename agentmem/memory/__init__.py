@@ -1,1 +1,1 @@
-"""Keys and values under the cap: sequences, their stores, the ledger of bytes. It knows neither policies nor models."""
+"""Keys and values under the cap: sequences, their stores, and the ledger of bytes. No model code."""

@@ -1,6 +1,7 @@
-"""How a forward reaches a memory: :class:`Append` for tokens that stay, :class:`Transient` for those that do not.
+"""The ways in which a forward uses a memory: :class:`Append` keeps its tokens, :class:`Transient` does not.
 
-Both are called once a layer, with the model's own queries, keys and values (RoPE applied).
+:class:`Packed`, :class:`Scratch` and :class:`Adopt` serve special forwards. Each layer of the model calls ``attend``
+once per forward, with the model's own queries, keys and values (RoPE applied).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 class Arriving(NamedTuple):
     """The tokens of one forward that belong to one sequence: their ids, positions, and columns in the batch.
 
-    Positions are as whoever feeds the tokens counts: re-basing leaves them alone.
+    Positions are those that the caller counts; re-basing does not change them.
     """
 
     ids: Sequence[int]
@@ -40,31 +41,31 @@ class Arriving(NamedTuple):
 
 
 class Forwards(Protocol):
-    """The forwards of a model with a cache of ours: ``step`` is what its layers attend with."""
+    """Runs the forwards of one model; in each layer, the model calls ``step.attend`` instead of its own attention."""
 
     def run(self, ids: Sequence[int], start: int, step: Adopt | Transient) -> None:
-        """Run the decoder over ids at positions ``start, start + 1, …``."""
+        """Run the decoder, without logits, over ``ids`` at the positions ``start, start + 1, …``."""
 
     def next_logits(self, ids: Sequence[int], start: int, step: Scratch) -> torch.Tensor:
-        """Run the whole model likewise: the logits ``[V]`` of the next id."""
+        """Run the whole model as :meth:`run` does; return the logits ``[V]`` of the next id."""
 
     def logits(self, ids: Sequence[int], start: int, step: Transient) -> torch.Tensor:
-        """Run the whole model likewise: the logits ``[n, V]`` after every id."""
+        """Run the whole model as :meth:`run` does; return the logits ``[n, V]`` after every id."""
 
     def packed(self, ids: Sequence[int], positions: Sequence[int], ends: Sequence[int], step: Packed) -> torch.Tensor:
-        """Run the whole model over ids of several sequences: the logits ``[n, V]`` after those at ``ends``."""
+        """Run the whole model over ids of several sequences; return the logits ``[n, V]`` after the ids at ``ends``."""
 
 
 class Append:
-    """A forward whose tokens stay, once :meth:`commit` ends it."""
+    """A forward whose tokens are kept if :meth:`commit` is called after it."""
 
     def __init__(self, memory: Memory, arriving: Sequence[Arriving]) -> None:
-        """Room for the tokens must have been made."""
+        """Prepare the forward; the caller must have made room for its tokens."""
         self.memory, self.arriving = memory, arriving
         self.parts = [(memory, sequence) for sequence in memory.sequences]
         self.whole = all(isinstance(each.columns, slice) and each.columns == slice(None) for each in arriving)
         self.columns = 0
-        """Columns of the forward, pads included; set by whoever counts them."""
+        """The number of batch columns of the forward, padding included; set by the caller before :meth:`commit`."""
 
     def attend(
         self,
@@ -93,7 +94,7 @@ class Append:
         return output
 
     def commit(self) -> None:
-        """The forward ended well: the sequences have consumed the tokens."""
+        """Record that the sequences have consumed the tokens; call this after the forward has succeeded."""
         memory, before = self.memory, [sequence.next_position for sequence in self.memory.sequences]
         for sequence, each in zip(memory.sequences, self.arriving, strict=True):
             sequence.write(each.ids, [position - sequence.shift for position in each.positions])
@@ -102,7 +103,7 @@ class Append:
             _warn_of_positions(sequence, position, memory.shape.positions)
 
     def _consumed(self, past: Consumed) -> Consumed:
-        """What the sequences have consumed with the tokens."""
+        """Return what the sequences have consumed after this forward, given what they had consumed before."""
         counts = [len(each.ids) for each in self.arriving]
         prompt, new = (sum(counts), 0) if max(counts) > 1 else (0, sum(counts))
         ends = zip(self.arriving, past.positions, strict=True)
@@ -121,18 +122,20 @@ def _warn_of_positions(sequence: TokenSequence, before: int, limit: int | None) 
 
 
 class Packed:
-    """Tokens that stay, of several memories of one sequence each; each memory's own :class:`Append` commits its part.
+    """One forward over tokens of several memories, each of which has one sequence; the tokens are kept.
 
-    A token attends to the slots of its own memory and, causally, to the tokens of its own memory beside it.
+    The :class:`Append` of each memory commits that memory's tokens. A token attends to the slots of its own memory and,
+    causally, to the tokens of its own memory in this forward.
     """
 
     def __init__(self, appends: Sequence[Append]) -> None:
-        """Room for the tokens must have been made.
+        """Prepare the forward; the caller must have made room for the tokens.
 
-        The line of tokens is in the order of ``appends``; those of a single token that come first are served together.
+        The tokens are concatenated in the order of ``appends``. All parts of a single token before the first longer
+        part are attended together in one call.
         """
         self.attended = 0
-        """Layers that have attended."""
+        """The number of layers that have attended so far."""
         counts = [len(arriving.ids) for append in appends for arriving in append.arriving]
         parts = [(append.memory, append.memory.sequences[0]) for append in appends]
         singles = next((at for at, count in enumerate(counts) if count > 1), len(counts))
@@ -163,13 +166,14 @@ class Packed:
 
 
 class Scratch:
-    """Forwards of one sequence whose slots stay until :meth:`rollback`: what the model writes for itself.
+    """Forwards of one sequence whose slots are kept only until :meth:`rollback`.
 
-    The slots are those that the plan keeps free; nothing is scored, sampled or recorded.
+    Compactions use them to let the model write questions, facts and summaries.
+    The slots are those that the plan keeps free as scratch. Scores, query samples and consumed tokens do not change.
     """
 
     def __init__(self, memory: Memory, sequence: TokenSequence) -> None:
-        """Nothing is appended yet."""
+        """Prepare forwards of ``sequence``; append nothing yet."""
         self.memory, self.sequence = memory, sequence
 
     def attend(
@@ -181,7 +185,7 @@ class Scratch:
         scale: float,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Append and attend: ``queries [1, Hq, q, d]`` → ``[1, q, Hq, dv]``."""
+        """Append scratch slots and attend: ``queries [1, Hq, q, d]`` → ``[1, q, Hq, dv]``."""
         if queries.shape[2] == 1:
             parts, (asked, key, value) = [(self.memory, self.sequence)], _tokens(queries, keys, values)
             return append_each(parts, layer, asked, key, value, scale, sinks, scratch=True).unsqueeze(1)
@@ -191,20 +195,26 @@ class Scratch:
         return output.transpose(0, 1).contiguous().unsqueeze(0)
 
     def rollback(self) -> None:
-        """Take back all that was appended."""
+        """Drop all slots that were appended."""
         self.sequence.take_back()
 
 
 class Adopt:
-    """A forward whose slots replace a segment, layer by layer: a summary's, which sees only what is never compacted.
+    """A forward over a summary, whose slots replace the segment, layer by layer.
 
-    A layer's store is swapped when the layer has attended, so every state between two layers decodes.
+    The summary's tokens attend to the uncompacted slots at the front (prefix and promoted tokens) and, causally, to
+    themselves. A layer's store is replaced after the layer has attended, so the sequence decodes correctly after any
+    number of layers.
     """
 
     def __init__(
         self, memory: Memory, sequence: TokenSequence, begins: Slots, recent: int, positions: torch.Tensor
     ) -> None:
-        """``begins`` are the segments' first slots by layer and head; ``positions [n]`` int32 are the new slots'."""
+        """Prepare the forward.
+
+        ``begins`` are the first slots of the segments, by layer and head. ``positions [n]`` (int32) are the positions
+        of the new slots.
+        """
         self.memory, self.sequence, self.begins, self.recent, self.positions = (
             memory,
             sequence,
@@ -222,7 +232,7 @@ class Adopt:
         scale: float,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend, then replace: ``queries [1, Hq, n, d]`` → ``[1, n, Hq, dv]``."""
+        """Attend, then replace the layer's segment: ``queries [1, Hq, n, d]`` → ``[1, n, Hq, dv]``."""
         memory, store = self.memory, self.sequence.stores[layer]
         assert store is not None  # noqa: S101  # a sequence that is rewritten holds something in every layer
         memory.boundary()
@@ -236,9 +246,10 @@ class Adopt:
 
 
 class Transient:
-    """A forward that leaves nothing behind: one sequence's slots and, causally, the tokens' own keys and values.
+    """A forward whose tokens are not kept; they attend to one sequence's slots and, causally, to each other.
 
-    ``visit(layer, queries [Hq, q, d])`` is called before a layer attends, so what it commits is what is attended.
+    ``visit(layer, queries [Hq, q, d])`` is called before a layer attends; if it replaces the layer's store, the layer
+    attends to the new store.
     """
 
     def __init__(
@@ -247,7 +258,7 @@ class Transient:
         sequence: TokenSequence,
         visit: Callable[[int, torch.Tensor], None] = lambda _layer, _queries: None,
     ) -> None:
-        """Nothing is allocated here."""
+        """Prepare the forward; allocate nothing."""
         self.memory, self.sequence, self.visit = memory, sequence, visit
 
     def attend(
@@ -282,15 +293,15 @@ def append_each(
     *,
     scratch: bool = False,
 ) -> torch.Tensor:
-    """Append one token's slots of one layer to each of n sequences and attend, a sequence to its own slots only.
+    """Append one token's slots in one layer to each of n sequences, then attend; a sequence sees only its own slots.
 
-    ``queries [n, Hq, d]``, ``keys [n, Hkv, d]``, ``values [n, Hkv, dv]`` → ``[n, Hq, dv]``. The sequences may
-    be of several memories of one model; none is given twice. One compiled call serves all that it can. ``scratch``
-    slots are neither scored nor sampled: they will be taken back.
+    ``queries [n, Hq, d]``, ``keys [n, Hkv, d]``, ``values [n, Hkv, dv]`` → ``[n, Hq, dv]``. The sequences must be
+    different; they may belong to several memories of one model. One compiled call serves all sequences that it
+    supports. ``scratch`` slots are neither scored nor sampled, because they will be dropped.
 
     Raises:
-        MemoryCapExceeded: a store that must grow does not fit. Like any fault, it leaves some with and others without
-            the token, until :meth:`agentmem.memory.memory.Memory.take_back`.
+        MemoryCapExceeded: a store must grow and does not fit. After this or any other error, some sequences hold the
+            token and others do not, until :meth:`agentmem.memory.memory.Memory.take_back` is called.
 
     """
     output = queries.new_empty(queries.shape[0], queries.shape[1], values.shape[2])
@@ -316,14 +327,17 @@ def append_each(
 
 
 def _tokens(*tensors: torch.Tensor) -> Iterator[torch.Tensor]:
-    """What ``[B, h, 1, d]`` has of the one token of each sequence, ``[B, h, d]``: views."""
+    """Return views ``[B, h, d]`` of tensors ``[B, h, 1, d]``, which have one token per sequence."""
     return (tensor[:, :, 0] for tensor in tensors)
 
 
 def _served(
     memory: Memory, sequence: TokenSequence, layer: int, like: torch.Tensor, form: decode.Form | None, *, scratch: bool
 ) -> tuple[LayerStore, decode.Layout] | None:
-    """The store of a layer with room for one more slot, where compiled code serves it and nothing is to be scored."""
+    """Return the layer's store, with room for one more slot, and its layout for the compiled decode step.
+
+    Return ``None`` if compiled code cannot serve the store or if slots must be scored.
+    """
     if form is None or _scored(memory, layer, scratch=scratch):
         return None
     store = sequence.stores[layer]
@@ -345,9 +359,9 @@ def append_one(
     *,
     scratch: bool = False,
 ) -> torch.Tensor:
-    """Append one sequence's slots of one layer and attend: ``queries [Hq, q, d]`` → ``[Hq, q, dv]``.
+    """Append slots of one sequence in one layer and attend: ``queries [Hq, q, d]`` → ``[Hq, q, dv]``.
 
-    ``scratch`` slots are neither scored nor sampled: they will be taken back.
+    ``scratch`` slots are neither scored nor sampled, because they will be dropped.
     """
     shape, count = memory.shape.layers[layer], keys.shape[1]
     memory.scales[layer] = scale
@@ -372,17 +386,20 @@ def append_one(
 
 
 def _scored(memory: Memory, layer: int, *, scratch: bool) -> bool:
-    """Whether the attention that slots receive is summed up: not in sliding layers, nor from scratch slots."""
+    """Check whether this forward adds the attention that slots receive to their scores.
+
+    Forwards of scratch slots do not, and sliding layers have no scores.
+    """
     return memory.policy.scores == "received" and memory.shape.layers[layer].window is None and not scratch
 
 
 def _as_stored(store: LayerStore, *tensors: torch.Tensor) -> Iterator[torch.Tensor]:
-    """In the dtype of a store's slots, which the first keys set: autocast may have come or gone since."""
+    """Yield the tensors in the dtype of the store, which the first keys have set; autocast may have changed since."""
     return (tensor.to(store.spec.dtype) for tensor in tensors)
 
 
 def _roomy(memory: Memory, sequence: TokenSequence, layer: int, like: torch.Tensor, count: int) -> LayerStore:
-    """The store of a layer, with allocated room for ``count`` more slots."""
+    """Return the store of a layer; build, slide or grow it first if it lacks room for ``count`` more slots."""
     store, window = sequence.stores[layer], memory.shape.layers[layer].window
     limit = memory.plan.capacity if window is None else window_slots(window, memory.plan.chunk)
     if store is not None and window is not None and store.lengths[0] + count > limit:
@@ -403,7 +420,7 @@ def _roomy(memory: Memory, sequence: TokenSequence, layer: int, like: torch.Tens
 
 @torch.no_grad()
 def _sample(memory: Memory, sequence: TokenSequence, layer: int, queries: torch.Tensor) -> None:
-    """Offer ``queries [Hq, q, d]`` to the sequence's samples, which layers of full attention have."""
+    """Offer ``queries [Hq, q, d]`` to the sequence's query samples; sliding layers have no samples."""
     if memory.shape.layers[layer].window is not None:
         return
     if not sequence.samples[layer]:

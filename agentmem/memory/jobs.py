@@ -1,4 +1,4 @@
-"""What is under way in a sequence: a compaction, or a re-basing, that has begun and not ended. Plain values."""
+"""Plain values that describe an unfinished compaction or re-basing of a sequence."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ if TYPE_CHECKING:
     from agentmem.planning.pricing import Plan
 
 Slots = tuple[tuple[int, ...], ...]
-"""A number of slots for each layer and KV head; layers that are not compacted have none."""
+"""A number of slots for each layer and KV head; the tuple of a layer that is not compacted is empty."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One compaction of one sequence, worked out; it stays the same when an interrupted one goes on.
+    """The parameters of one compaction of one sequence; a compaction that was interrupted resumes with the same job.
 
-    ``begins[layer][head]`` is the first slot of a segment, whose end is ``recent`` slots before the head's; sliding
-    layers have none. ``each`` and ``most`` are the slots per head to leave: on average, and at most if adaptive.
+    ``begins[layer][head]`` is the first slot of a head's segment, which ends ``recent`` slots before the end of the
+    head; the tuple of a sliding layer is empty. ``each`` is the average number of segment slots per head to leave.
+    ``most`` is the largest average that adaptive budgets may leave.
     """
 
     policy: Policy
@@ -29,26 +30,29 @@ class Job:
     each: int
     most: int
     first: int
-    """The first token whose text may be run again for its queries."""
+    """The first token whose text a probe may run again to obtain reference queries."""
     focus: tuple[int, ...] = ()
     text: tuple[int, ...] = ()
     whole: bool = True
-    """Whether the segment is all between prefix and recent."""
+    """True if the segment is everything between the prefix and the recent window."""
     budgets: Slots = ()
-    """Segment slots per layer and head, once they are known; from then on the compaction has begun."""
+    """The slots to leave of each segment, by layer and head; empty until the compaction begins by allocating them."""
 
     def held(self, layer: int, store: LayerStore) -> tuple[int, ...]:
-        """Slots of each head's segment now."""
+        """Return the current number of slots in each head's segment."""
         pairs = zip(store.lengths, self.begins[layer], strict=True)
         return tuple(max(0, length - begin - self.recent) for length, begin in pairs)
 
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A re-basing that has begun: the recent block goes from ``start`` to ``end``; no head's ``gap`` is smaller."""
+    """An unfinished re-basing, which moves the recent block from position ``start`` to position ``end``.
+
+    ``gap`` is the smallest gap over all heads; see :func:`agentmem.memory.rotation.widest_gap`.
+    """
 
     start: int
     end: int
     gap: int
     turned: set[int] = field(default_factory=set)
-    """Layers whose stored queries have been turned."""
+    """Layers whose stored queries have been rotated already."""

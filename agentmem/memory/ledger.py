@@ -1,4 +1,4 @@
-"""The running account of a memory: R + T ≤ cap, checked before every allocation, never after."""
+"""The ledger of a memory, which checks before every allocation that resident plus temporary bytes fit under the cap."""
 
 from __future__ import annotations
 
@@ -13,52 +13,56 @@ if TYPE_CHECKING:
 
 
 class Ledger:
-    """Bytes held (R) and borrowed (T) under one cap. Integers only; the tensors live elsewhere.
+    """Counts of resident bytes (R) and temporary bytes (T) under one cap. The ledger holds no tensors.
 
-    R is the sum over holders, each entered and struck out by one store: an interrupt finds an entry made or not made.
-    What an interrupt leaves (a loan without an end, an entry of a holder that nobody uses) :meth:`recover` takes back.
+    R is the sum of the bytes of all holders. One dict operation adds or removes a holder's entry, so after an
+    interrupt an entry is present or absent, never partial. An interrupt can leave borrowed bytes that were not given
+    back, or the entry of a holder that is no longer used; :meth:`recover` removes both.
     """
 
     def __init__(self, cap: int) -> None:
-        """Open an account of ``cap`` bytes."""
+        """Open an empty ledger with a cap of ``cap`` bytes."""
         self.cap = cap
         self.transient = 0
         self.peak = 0
         self._mark = 0
         self._outside = False
         self._held: dict[int, int] = {}
-        """Bytes by the identity of who holds them."""
+        """Resident bytes of each holder, by ``id(holder)``."""
 
     @property
     def resident(self) -> int:
-        """R: bytes that are held."""
+        """Resident bytes (R): the sum over all holders."""
         return sum(self._held.values())
 
     def hold(self, holder: object, count: int, what: str) -> None:
-        """Add ``count`` bytes to R, held by ``holder``. Call it before the allocation.
+        """Add ``count`` resident bytes, held by ``holder``. Call this before the allocation.
 
         Raises:
-            MemoryCapExceeded: R + T would cross the cap; nothing was added.
+            MemoryCapExceeded: resident plus temporary bytes would exceed the cap; nothing was added.
 
         """
         self._note(self._checked(count, what))
         self._held[id(holder)] = count
 
     def release(self, holder: object) -> None:
-        """Take what ``holder`` holds off R, after the tensors were dropped; doing so twice does nothing."""
+        """Remove the bytes of ``holder`` after its tensors were dropped; a second call does nothing."""
         self._held.pop(id(holder), None)
 
     def recover(self, holders: Iterable[object]) -> None:
-        """Nothing is borrowed, and nobody but ``holders`` holds anything: true before each forward or compaction."""
+        """Set temporary bytes to 0 and remove all entries but those of ``holders``, in case an interrupt left others.
+
+        Call this before a forward or compaction begins, when no bytes are borrowed.
+        """
         self.transient, self._outside = 0, False
         if len(self._held) != len(kept := set(map(id, holders))):
             self._held = {holder: count for holder, count in self._held.items() if holder in kept}
 
     def touch(self, count: int, what: str) -> None:
-        """Count ``count`` bytes in T for an instant: for scratch that is gone before anything else is allocated.
+        """Count ``count`` temporary bytes that are freed before anything else is allocated.
 
         Raises:
-            MemoryCapExceeded: R + T would cross the cap.
+            MemoryCapExceeded: resident plus temporary bytes would exceed the cap.
 
         """
         if self._outside:
@@ -67,10 +71,10 @@ class Ledger:
 
     @contextmanager
     def borrow(self, count: int, what: str) -> Iterator[None]:
-        """Count ``count`` bytes in T while the block runs.
+        """Count ``count`` temporary bytes while the ``with`` block runs.
 
         Raises:
-            MemoryCapExceeded: R + T would cross the cap.
+            MemoryCapExceeded: resident plus temporary bytes would exceed the cap.
 
         """
         count = 0 if self._outside else count
@@ -84,7 +88,7 @@ class Ledger:
 
     @contextmanager
     def outside(self) -> Iterator[None]:
-        """What is borrowed or touched in the block is outside the cap (an oracle's work); what is held is not."""
+        """Do not count temporary bytes inside the ``with`` block (for an oracle); resident bytes still count."""
         self._outside = True
         try:
             yield
@@ -93,7 +97,10 @@ class Ledger:
 
     @contextmanager
     def watch(self) -> Iterator[list[int]]:
-        """Collect the peak of R + T inside the block; the list holds it when the block ends."""
+        """Measure the peak of resident plus temporary bytes in the ``with`` block.
+
+        The peak is appended to the yielded list when the block ends.
+        """
         outer, self._mark = self._mark, self.resident + self.transient
         result: list[int] = []
         try:
@@ -107,7 +114,7 @@ class Ledger:
         self._mark = max(self._mark, now)
 
     def _checked(self, count: int, what: str) -> int:
-        """R + T with ``count`` bytes more, which fit under the cap."""
+        """Return resident plus temporary bytes with ``count`` bytes added; raise if they exceed the cap."""
         after = self.resident + self.transient + count
         if after > self.cap:
             raise MemoryCapExceeded(

@@ -1,6 +1,6 @@
-"""The memory: sequences of slots under one cap, their plans and ledger, and what happened to them.
+"""The memory: sequences of slots under one cap, with their plans, their ledger and their reports.
 
-It neither compacts nor knows a model: :class:`agentmem.engine.Engine` runs it.
+A memory does not compact by itself and holds no model: :class:`agentmem.engine.Engine` compacts and runs the model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Usage(NamedTuple):
-    """A moment of a memory, summed over its sequences."""
+    """Tokens, slots and bytes of a memory at one moment, summed over its sequences."""
 
     tokens_seen: int
     held_slots: int
@@ -43,16 +43,16 @@ class Usage(NamedTuple):
 
 
 WHOLE_REPORTS = 128
-"""The newest reports that are kept whole; older ones say nothing of single layers, or a memory's report would grow."""
+"""How many of the newest compaction reports keep their figures for each layer; older reports lose them."""
 
 Event = CompactionReport | RebaseReport | Usage
 
 
 class Memory:
-    """Slots of all sequences under one cap.
+    """The slots of all sequences under one cap.
 
     Raises:
-        CapTooSmall: at construction or when sequences are bound, with the cap that would do.
+        CapTooSmall: at construction or when sequences are bound; the message names a cap that is large enough.
 
     """
 
@@ -68,11 +68,18 @@ class Memory:
         device: torch.device | None = None,
         positions: Positions | None = None,
     ) -> None:
-        """Plan for one sequence; :meth:`bind` plans again for more.
+        """Plan for one sequence; :meth:`bind` plans again if there are more.
 
-        ``extra_policies`` are policies that single compactions may ask for instead. ``words`` are the ids of each
-        policy's own texts, by its name; patterns and summaries need a ``language``. ``device`` is where the model
-        computes, the CPU without it. ``positions`` is how the model counts positions, where sequences are re-based.
+        Args:
+            shape: the sizes of the model.
+            settings: cap, prefix, recent window and the other settings of a user.
+            policy: the policy that compacts unless a single compaction asks for another one.
+            extra_policies: the other policies that a single compaction may ask for.
+            words: the token ids of each policy's own texts, by the policy's name.
+            language: reads and writes tokens; needed for patterns and summaries.
+            device: the device on which the model computes; the CPU if it is ``None``.
+            positions: how many positions the model has and how keys rotate with them; ``None`` means no re-basing.
+
         """
         self.shape, self.settings, self.policy, self.extra_policies = shape, settings, policy, tuple(extra_policies)
         self.words = dict(words or {})
@@ -83,19 +90,19 @@ class Memory:
         self.sequences: list[TokenSequence] = []
         self.compactions: list[CompactionReport] = []
         self.scales = [1.0] * len(shape.layers)
-        """Logit scale of each layer, as the model last used it."""
+        """The logit scale that the model last used in each layer."""
         self.rebases: list[RebaseReport] = []
         self.boundary: Callable[[], None] = unwatched
-        """Called before each layer of a compaction; what it raises interrupts there."""
+        """Called before each layer of a compaction; an exception that it raises interrupts the compaction there."""
         self.stopped: str | None = None
         self._closed = False
         self._subscribers: list[Callable[[Event], None]] = []
         self.progress = Progress()
-        """What the sequences have consumed."""
+        """The tokens and positions that the sequences have consumed."""
         self.owner = Owner()
 
     def empty(self) -> Memory:
-        """Another memory of the same kind, that has read nothing."""
+        """Return another memory with the same settings, which has read no tokens."""
         return Memory(
             self.shape,
             self.settings,
@@ -113,7 +120,7 @@ class Memory:
         """Fix the number of sequences at the first forward and share the cap among them.
 
         Raises:
-            CapTooSmall: the cap cannot serve that many sequences.
+            CapTooSmall: the cap is too small for this number of sequences.
             UnsupportedGeneration: the memory already holds another number of sequences.
 
         """
@@ -134,14 +141,14 @@ class Memory:
         self.sequences = [TokenSequence(index, layers, room, seed, self.progress) for index in range(rows)]
 
     def plan_of(self, policy: Policy) -> Plan:
-        """The plan by which one of the memory's policies compacts."""
+        """Return the plan of one of the memory's policies."""
         return self.plan if policy is self.policy else self._plans[self.extra_policies.index(policy)]
 
     def named(self, name: str) -> Policy:
-        """The policy of that name among those that the memory was opened with.
+        """Return the policy called ``name`` from those that the memory was opened with.
 
         Raises:
-            SettingsRefused: there is none.
+            SettingsRefused: the memory has no policy of this name.
 
         """
         found = {policy.name: policy for policy in (*self.extra_policies, self.policy)}
@@ -153,7 +160,7 @@ class Memory:
         return found[name]
 
     def marks(self, sequence: TokenSequence, pattern: str) -> list[tuple[int, int]]:
-        """The spans of a sequence's transcript that a policy's pattern names."""
+        """Return the token spans of a sequence's transcript that match a policy's pattern."""
         if not pattern or self.language is None:
             return []
         if pattern not in sequence.marks:
@@ -162,11 +169,11 @@ class Memory:
 
     @property
     def scored(self) -> bool:
-        """Whether slots have scores."""
+        """True if the memory's policy needs a score for each slot."""
         return self.policy.scores != "none"
 
     def take_back(self) -> None:
-        """Take back the slots of tokens that were never committed, and what was lent for their forward."""
+        """Drop the slots of tokens that were never committed, and the bytes borrowed for their forward."""
         self.ledger.recover(self._holders())
         for sequence in self.sequences:
             sequence.take_back()
@@ -179,7 +186,7 @@ class Memory:
     # ---- what happened
 
     def usage(self) -> Usage:
-        """The memory now."""
+        """Return the memory's current tokens, slots and bytes."""
         stores = [store for sequence in self.sequences for store in sequence.stores if store is not None]
         return Usage(
             tokens_seen=sum(sequence.seen for sequence in self.sequences),
@@ -190,7 +197,7 @@ class Memory:
         )
 
     def report(self) -> RunReport:
-        """Everything so far."""
+        """Return a report of everything that the memory has done so far."""
         return RunReport(
             model=self.shape.name,
             policy=self.policy.name,
@@ -214,18 +221,18 @@ class Memory:
         self._subscribers.append(callback)
 
     def record(self, report: CompactionReport) -> None:
-        """Keep a compaction's report; only the newest ones are kept whole."""
+        """Keep a compaction's report; only the newest reports keep their figures for each layer."""
         self.compactions.append(report)
         if len(self.compactions) > WHOLE_REPORTS:
             self.compactions[-1 - WHOLE_REPORTS] = self.compactions[-1 - WHOLE_REPORTS].brief()
 
     def publish_usage(self) -> None:
-        """Pass the memory's usage after a forward to the subscribers, if there are any."""
+        """Send the memory's current usage to the subscribers; called after each forward."""
         if self._subscribers:
             self.publish(self.usage())
 
     def publish(self, event: Event) -> None:
-        """Call the subscribers."""
+        """Call every subscriber with ``event``."""
         for callback in self._subscribers:
             callback(event)
 
@@ -233,16 +240,16 @@ class Memory:
 
     @property
     def closed(self) -> bool:
-        """Whether the memory was closed."""
+        """True if the memory was closed."""
         return self._closed
 
     @property
     def used(self) -> bool:
-        """Whether a forward ever reached the memory."""
+        """True if a forward ever reached the memory."""
         return bool(self.sequences)
 
     def open_or_raise(self) -> None:
-        """Refuse work on a closed memory.
+        """Raise if the memory is closed.
 
         Raises:
             MemoryClosed: the block that owned the memory has ended.
@@ -264,4 +271,4 @@ class Memory:
 
 
 def unwatched() -> None:
-    """No boundary is watched."""
+    """Do nothing: the default of :attr:`Memory.boundary`."""

@@ -1,4 +1,4 @@
-"""Whose forwards a memory takes: one thread's at a time."""
+"""Ownership of a memory: only one thread at a time may run it."""
 
 from __future__ import annotations
 
@@ -9,26 +9,29 @@ from agentmem.errors import UnsupportedGeneration
 
 
 class Hold:
-    """That a thread owns a memory, for as long as anybody keeps this."""
+    """A thread's ownership of a memory; it ends when no reference to this object is left."""
 
     def __init__(self) -> None:
-        """The current thread."""
+        """Make the current thread the owner."""
         self.thread = threading.current_thread()
 
 
 class Owner:
-    """The thread that runs a memory now. Nothing has to be given back: an interrupt cannot leave it owned."""
+    """Records which thread runs a memory now.
+
+    Ownership ends when the :class:`Hold` is garbage-collected, so an interrupt cannot leave a memory owned.
+    """
 
     def __init__(self) -> None:
-        """Nobody's."""
+        """Begin without an owner."""
         self._guard = threading.RLock()
         self._hold: ref[Hold] | None = None
 
     def take(self) -> Hold:
-        """Own the memory while the result is kept; a thread that owns it already may take it again.
+        """Make the current thread the owner for as long as it keeps the result; an owner may call this again.
 
         Raises:
-            UnsupportedGeneration: another thread owns it.
+            UnsupportedGeneration: another thread owns the memory.
 
         """
         with self._guard:

@@ -1,9 +1,10 @@
-"""Pinning: the slots of pinned tokens move to the front of every store, behind the prefix, where nothing compacts.
+"""Pinning: move the slots of pinned tokens to the front of every store, after the prefix, where they stay uncompacted.
 
-Every store says which tokens are promoted in it, and is replaced as a whole by one in which others are: those that are
-pinned now and have left the recent window. What was unpinned goes back among the other slots, in the order of their
-positions. Attention does not mind the order of slots, so any mixture of stores decodes alike, and a promotion that was
-interrupted is finished by the next one.
+Moving them there is called promotion. Each store records which tokens are promoted in it. To promote, a store is
+replaced by a new store in which the promoted tokens are those that are pinned now and have left the recent window; the
+slots of unpinned tokens go back among the other slots, sorted by position. Attention does not depend on the order of
+slots, so a sequence also decodes correctly if only some of its stores have been replaced. The next promotion finishes
+one that was interrupted.
 """
 
 from __future__ import annotations
@@ -27,18 +28,19 @@ if TYPE_CHECKING:
     from agentmem.memory.store import LayerStore
 
 REQUEST_SHARE = 4
-"""The newest request may take one part in this many of the slots that a compaction leaves of the segment."""
+"""The newest request may take ``1 / REQUEST_SHARE`` of the segment slots that a compaction leaves."""
 
 # ---- what is pinned
 
 
 def pin(memory: Memory, sequence: TokenSequence, start: int, stop: int, *, coming: int = 0) -> None:
-    """Never compact the tokens ``start .. stop`` of a sequence until they are unpinned; those of the prefix never are.
+    """Pin the tokens ``start .. stop`` of a sequence: they are not compacted until they are unpinned.
 
-    ``coming`` tokens that the sequence has not read yet may be pinned, too.
+    The prefix is never compacted, pinned or not. The range may include up to ``coming`` tokens that the sequence has
+    not read yet.
 
     Raises:
-        SettingsRefused: some of them have been compacted already, or are not known yet.
+        SettingsRefused: some of the tokens have been compacted, or are neither read nor among the ``coming`` tokens.
         CapTooSmall: with these pins a compaction could no longer reach its target.
 
     """
@@ -52,10 +54,12 @@ def pin(memory: Memory, sequence: TokenSequence, start: int, stop: int, *, comin
 
 
 def unpin(sequence: TokenSequence, start: int, stop: int, *, coming: int = 0) -> None:
-    """Let the tokens ``start .. stop`` of a sequence be compacted again; those that are not pinned stay as they are.
+    """Unpin the tokens ``start .. stop`` of a sequence; tokens in this range that are not pinned are ignored.
+
+    The range may include up to ``coming`` tokens that the sequence has not read yet.
 
     Raises:
-        SettingsRefused: some of them are not known yet.
+        SettingsRefused: some of the tokens are neither read nor among the ``coming`` tokens.
 
     """
     _check_known(sequence, "unpin", start, stop, coming)
@@ -70,13 +74,13 @@ def _check_known(sequence: TokenSequence, call: str, start: int, stop: int, comi
 
 
 def whole(memory: Memory, sequence: TokenSequence, spans: Spans) -> bool:
-    """Whether every head still has a slot for each of these tokens, as it was appended."""
+    """Check that every head still has the original slot of every token in ``spans``."""
     behind = [part for low, high in spans for part in within(((memory.plan.prefix, sequence.intact),), low, high)]
     return not any(without(tuple(behind), store.promoted) for _, store in sequence.full())
 
 
 def pin_coming(memory: Memory, sequence: TokenSequence, spans: Sequence[tuple[int, int]]) -> None:
-    """Pin tokens that no compaction has reached, read yet or not.
+    """Pin tokens, read or not yet read, that have not been compacted.
 
     Raises:
         CapTooSmall: with these pins a compaction could no longer reach its target; nothing was changed.
@@ -95,27 +99,32 @@ def pin_coming(memory: Memory, sequence: TokenSequence, spans: Sequence[tuple[in
 
 
 def pin_request(memory: Memory, sequence: TokenSequence, spans: Spans) -> bool:
-    """Pin the newest request instead of the one before it, where it fits and is still whole; whether it is pinned.
+    """Replace the pin of the previous request by a pin of the newest one; return whether the new request is pinned.
 
-    It fits where its tokens, those aside that are pinned anyway, take no more than :func:`most_requested`.
+    A request is pinned only if none of it has been compacted and it has at most :func:`most_requested` tokens that are
+    not pinned otherwise.
     """
     put(memory, sequence, replace(sequence.pins, request=spans if whole(memory, sequence, spans) else ()))
     return sequence.pins.request == spans
 
 
 def put(memory: Memory, sequence: TokenSequence, pins: Pins) -> None:
-    """Have these pins instead, but for a request that does not fit beside the others."""
+    """Replace the pins of a sequence by ``pins``, but drop their request if it is too large."""
     fits = request_size(memory, pins) <= most_requested(memory, pins)
     sequence.pins = pins if fits else replace(pins, request=())
 
 
 def request_size(memory: Memory, pins: Pins) -> int:
-    """Tokens of a request that are neither the prefix's nor pinned anyway."""
+    """Return how many tokens of the request are neither in the prefix nor pinned otherwise."""
     return _behind(without(pins.request, pins.spans), memory.plan.prefix)
 
 
 def most_requested(memory: Memory, pins: Pins) -> int:
-    """Tokens that the request may have: a part of what a compaction leaves between prefix, other pins and recent."""
+    """Return the most tokens that a pinned request may have.
+
+    This is ``1 / REQUEST_SHARE`` of the slots per head that a compaction leaves, not counting the prefix, other pins
+    and the recent window.
+    """
     plan = memory.plan
     return max(0, plan.target - plan.prefix - _behind(pins.spans, plan.prefix) - plan.recent) // REQUEST_SHARE
 
@@ -128,12 +137,12 @@ def _behind(spans: Spans, prefix: int) -> int:
 
 
 def promote(memory: Memory, sequence: TokenSequence) -> None:
-    """Promote the pins that have left the recent window, and no other tokens; one that was interrupted goes on.
+    """Promote exactly the pinned tokens that have left the recent window; finish a promotion that was interrupted.
 
-    Each store that is replaced needs a new one beside it, which the plan has counted.
+    While a store is replaced, the old store and the new store both exist; the plan has counted their bytes.
     """
     if sequence.job is not None:
-        return  # a compaction that has begun has promoted
+        return  # a compaction promotes before it begins
     prefix = min(memory.plan.prefix, sequence.seen)
     wanted = within(sequence.pins.all, prefix, sequence.seen - memory.plan.recent)
     for index, store in sequence.full():
@@ -144,7 +153,7 @@ def promote(memory: Memory, sequence: TokenSequence) -> None:
 
 
 def _order(store: LayerStore, head: int, prefix: int, wanted: Spans) -> Spans:
-    """The slots of a head, in spans, in the order in which the ``wanted`` tokens are promoted and no others."""
+    """Return the spans of a head's slots in the order that promotes exactly the ``wanted`` tokens."""
 
     def slots(tokens: Spans) -> Spans:
         return tuple(_slots(store, head, prefix, start, stop) for start, stop in tokens)
@@ -161,7 +170,10 @@ def _order(store: LayerStore, head: int, prefix: int, wanted: Spans) -> Spans:
 
 
 def _slots(store: LayerStore, head: int, prefix: int, start: int, stop: int) -> tuple[int, int]:
-    """The slots of tokens of which all or none are promoted; those of none have a slot each."""
+    """Return the span of a head's slots that hold the tokens ``start .. stop``.
+
+    Either all or none of these tokens are promoted. If none are, each of them still has its own slot.
+    """
     if within(store.promoted, start, stop):
         first = prefix + size(within(store.promoted, 0, start))
     else:
@@ -171,7 +183,10 @@ def _slots(store: LayerStore, head: int, prefix: int, start: int, stop: int) -> 
 
 
 def _returning(store: LayerStore, head: int, front: int, leaving: Spans) -> Iterator[tuple[int, tuple[int, int]]]:
-    """Before which slot from ``front`` on the slots ``leaving`` the front are to stand, so that positions ascend."""
+    """Yield where the slots ``leaving`` the front must be inserted so that positions stay ascending.
+
+    Each item is a slot index, at least ``front``, and the span of slots to insert before that slot.
+    """
     if leaving:
         positions = store.part(head, 0, 0).positions.tolist()
         for start, stop in leaving:
@@ -182,6 +197,6 @@ def _returning(store: LayerStore, head: int, front: int, leaving: Spans) -> Iter
 
 
 def settle(sequence: TokenSequence, store: LayerStore) -> None:
-    """Write the positions of what was appended since the last compaction into a store."""
-    tail = sequence.tail[:]  # a copy: an array whose buffer some traceback keeps could not grow any more
+    """Write the positions of the slots appended since the last compaction into a store."""
+    tail = sequence.tail[:]  # a copy: an array cannot grow while a traceback keeps a view of its buffer
     store.settle(torch.frombuffer(tail, dtype=torch.int32) if tail else torch.empty(0))

@@ -1,8 +1,8 @@
-"""Pins: tokens of one sequence that are never compacted, beside its prefix, until they are unpinned.
+"""Pins: tokens of one sequence, besides its prefix, that are not compacted until they are unpinned.
 
-At the next compaction after they left the recent window their slots are *promoted*: moved to the front of every
-store, behind the prefix, so that the segment stays one run. What is unpinned stands there until the next compaction,
-which first moves it back among the others; see :mod:`agentmem.memory.pinning`.
+The first compaction after pinned tokens have left the recent window *promotes* them: it moves their slots to the front
+of every store, directly after the prefix, so that the segment stays contiguous. The slots of unpinned tokens stay at
+the front until the next compaction, which first moves them back; see :mod:`agentmem.memory.pinning`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 Spans = tuple[tuple[int, int], ...]
-"""Spans ``start .. stop``, ascending and apart: no two touch, none is empty."""
+"""Spans ``(start, stop)`` in ascending order; no span is empty, and no two spans touch or overlap."""
 
 
 def joined(*groups: Iterable[tuple[int, int]]) -> Spans:
-    """All that is in some span of some group; spans that touch become one."""
+    """Return the union of all spans of all groups; spans that touch are merged."""
     merged: list[tuple[int, int]] = []
     for low, high in sorted(span for group in groups for span in group):
         if merged and low <= merged[-1][1]:
@@ -29,13 +29,13 @@ def joined(*groups: Iterable[tuple[int, int]]) -> Spans:
 
 
 def within(spans: Spans, start: int, stop: int) -> Spans:
-    """The parts of the spans inside ``start .. stop``."""
+    """Return the parts of the spans that lie inside ``start .. stop``."""
     cut = ((max(low, start), min(high, stop)) for low, high in spans)
     return tuple((low, high) for low, high in cut if low < high)
 
 
 def without(spans: Spans, others: Spans) -> Spans:
-    """What is in ``spans`` and not in ``others``."""
+    """Return the parts of ``spans`` that are not in ``others``."""
     left: list[tuple[int, int]] = []
     for low, high in spans:
         start = low
@@ -47,28 +47,28 @@ def without(spans: Spans, others: Spans) -> Spans:
 
 
 def size(spans: Spans) -> int:
-    """Tokens in the spans."""
+    """Return the number of tokens in the spans."""
     return sum(high - low for low, high in spans)
 
 
 @dataclass(frozen=True, slots=True)
 class Pins:
-    """What is pinned of a sequence; it is replaced as a whole."""
+    """The pinned tokens of a sequence. The object is immutable and is replaced as a whole."""
 
     spans: Spans = ()
-    """Tokens that a caller or a setting has pinned, until they are unpinned."""
+    """Tokens that a caller or a setting has pinned; they stay pinned until they are unpinned."""
     request: Spans = ()
-    """The newest request, pinned until it is answered, and only as long as it leaves room for the rest."""
+    """The tokens of the newest user request, pinned until it is answered, and only if they leave enough room."""
 
     @property
     def all(self) -> Spans:
-        """Everything that is pinned now."""
+        """All tokens that are pinned now."""
         return joined(self.spans, self.request)
 
     def holds(self, start: int, stop: int) -> bool:
-        """Whether all of ``start .. stop`` is pinned until it is unpinned, and there is something in it."""
+        """Check that ``start .. stop`` is not empty and that all of its tokens are in :attr:`spans`."""
         return start < stop and not without(((start, stop),), self.spans)
 
     def count(self, start: int, stop: int) -> int:
-        """Pinned tokens inside ``start .. stop``."""
+        """Return the number of pinned tokens inside ``start .. stop``."""
         return size(within(self.all, start, stop))

@@ -1,9 +1,9 @@
-"""Re-basing: when the next position nears the end of a model's positions, a sequence's slots move to lower ones.
+"""Re-basing: move a sequence's slots to lower positions when its next position nears the end of the model's positions.
 
-The prefix stays. The recent window moves as one block; in each head's segment, slots at most ``gap`` apart move
-together and wider gaps are closed to it, so that order is kept and no more distance is lost than must be. Kept keys are
-turned exactly from where they are. A layer is replaced as a whole, and a re-basing that was interrupted goes on before
-the next forward.
+The prefix keeps its positions, and the recent window moves as one block. In each head's segment, distances of at most
+``gap`` positions between neighbouring slots stay as they are, and larger distances shrink to ``gap``. The order of the
+slots is kept, and distances shrink only as far as necessary. The stored keys are rotated to their new positions. Each
+layer's store is replaced as a whole, and an interrupted re-basing is finished before the next forward.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ if TYPE_CHECKING:
     from agentmem.memory.store import LayerStore
 
 ASKED = MIN_SPARE
-"""Newest tokens that are run again before and after, to measure what re-basing changed."""
+"""How many of the newest tokens are run again before and after a re-basing, to measure the change of their logits."""
 
 
 def measured_tokens(memory: Memory) -> int:
-    """Tokens that a re-basing runs again to measure itself: no more than scratch is planned for."""
+    """Return how many tokens a re-basing runs again to measure its effect: at most ``chunk``, as in any forward."""
     return min(ASKED, memory.plan.chunk)
 
 
 def rebase(memory: Memory, forwards: Forwards, sequence: TokenSequence, tokens: int = 0) -> None:
-    """Move a sequence's slots to lower positions now, and report it; nothing is done where they are lowest already.
+    """Move a sequence's slots to lower positions, so that ``tokens`` more fit after them, and report the re-basing.
 
-    ``tokens`` are to fit behind them. A forward that was interrupted is taken back first.
+    Do nothing if the recent window cannot move to lower positions. Slots of an uncommitted forward are dropped first.
     """
     with own_state():
         _rebase(memory, forwards, sequence, tokens)
@@ -78,9 +78,10 @@ def _rebase(memory: Memory, forwards: Forwards, sequence: TokenSequence, tokens:
 
 
 def _move(memory: Memory, sequence: TokenSequence, tokens: int) -> Move:
-    """Where the recent block begins and is to begin.
+    """Return where the recent block begins now and where to move it, and the gap for all heads.
 
-    It is to end in the first half of the model's positions, and so that ``tokens`` and some more have a place.
+    If the slots allow it, the block will end in the first half of the model's positions, with enough positions after it
+    for ``tokens`` and the spare positions.
     """
     assert memory.positions is not None  # noqa: S101  # the caller has checked
     first, recent = _ends(memory, sequence)  # positions 0 .. first - 1 are the prefix's
@@ -103,13 +104,13 @@ def _heads(memory: Memory, sequence: TokenSequence) -> Iterator[torch.Tensor]:
 
 
 def _ends(memory: Memory, sequence: TokenSequence) -> tuple[int, int]:
-    """Slots of the prefix, and of the recent block: tokens in a row at the end that every head has."""
+    """Return the number of slots in the prefix and in the recent block, which every head holds completely."""
     prefix = min(memory.plan.prefix, sequence.seen)
     return prefix, min(memory.plan.recent, sequence.seen - prefix)
 
 
 def _move_layer(memory: Memory, sequence: TokenSequence, layer: int, old: LayerStore) -> None:
-    """Build the layer anew with other positions and turned keys, then swap."""
+    """Build a new store of the layer with lower positions and rotated keys, then swap it in."""
     assert memory.positions is not None and sequence.moving is not None  # noqa: S101, PT018  # the caller has set them
     move, shape = sequence.moving, memory.shape.layers[layer]
     if shape.window is None:
@@ -127,7 +128,7 @@ def _move_head(memory: Memory, sequence: TokenSequence, store: LayerStore, head:
     assert memory.positions is not None  # noqa: S101  # the caller has checked
     rotation, delta = memory.positions.rotations[layer], move.end - move.start
     length = store.lengths[head]
-    if memory.shape.layers[layer].window is not None:  # the newest tokens, whose positions are not kept here
+    if memory.shape.layers[layer].window is not None:  # a sliding window holds the newest tokens and no positions
         keys = store.part(head, 0, 0).keys
         positions = torch.arange(sequence.next_position - length, sequence.next_position, dtype=torch.int32)
         store.spec.shift(keys, positions, torch.tensor(delta, dtype=torch.int32).expand(length), rotation)
@@ -135,7 +136,7 @@ def _move_head(memory: Memory, sequence: TokenSequence, store: LayerStore, head:
     prefix, recent = _ends(memory, sequence)
     middle, newest = store.part(head, prefix, recent), store.part(head, length - recent, 0)
     if middle.slots:
-        gap = widest_gap([middle.positions], move.start, move.end - prefix)  # its own: it need not suffer for others
+        gap = widest_gap([middle.positions], move.start, move.end - prefix)  # for this head alone
         deltas = rebased(middle.positions, move.start, move.end, gap)
         store.spec.shift(middle.keys, middle.positions, deltas, rotation)
         middle.positions.add_(deltas)
@@ -146,7 +147,7 @@ def _move_head(memory: Memory, sequence: TokenSequence, store: LayerStore, head:
 
 
 def _move_samples(sequence: TokenSequence, rotations: tuple[Rotation, ...], move: Move) -> None:
-    """Turn stored queries along, so that they ask from as far as they did."""
+    """Rotate stored queries to the moved positions, so that their distance to the recent slots stays the same."""
     for layer, samples in enumerate(sequence.samples):
         for sample in () if layer in move.turned else samples:
             positions = sample.tokens(sequence.seen).sub_(sequence.shift)
@@ -157,7 +158,10 @@ def _move_samples(sequence: TokenSequence, rotations: tuple[Rotation, ...], move
 
 
 def _next_log_probabilities(memory: Memory, forwards: Forwards, sequence: TokenSequence) -> torch.Tensor | None:
-    """Log-probabilities ``[n, V]`` of what follows the newest tokens when they are read again; the model's own work."""
+    """Run the newest tokens again and return the log-probabilities ``[n, V]`` of the token after each of them.
+
+    Return ``None`` if embeddings were fed instead of ids. The tensors count as the model's own activations.
+    """
     ids = tuple(sequence.ids[-measured_tokens(memory) :])
     if min(ids, default=-1) < 0:
         return None  # embeddings were fed, which have no ids
@@ -167,5 +171,5 @@ def _next_log_probabilities(memory: Memory, forwards: Forwards, sequence: TokenS
 
 def _divergence(before: torch.Tensor, after: torch.Tensor | None) -> float:
     assert after is not None  # noqa: S101  # the same ids gave logits before
-    differences = after.neg_().add_(before)  # in place: beside the slots two sets of logits are enough
+    differences = after.neg_().add_(before)  # in place, so that no third set of logits is allocated
     return float(before.exp_().flatten().dot(differences.flatten())) / before.shape[0]

@@ -1,8 +1,8 @@
-"""Re-basing: which slots go to which lower positions, and the rotation that takes their stored keys along.
+"""Re-basing: compute the lower positions of slots, and rotate their stored keys to these positions.
 
-RoPE turns pairs of a key's dims by position times frequency, so a stored key reaches another position by a further
-turn. The attention factor of YaRN stretches what is stored and commutes with turning. Only torch is needed here: what
-a model's frequencies are, and which slots there are, is for others to say.
+RoPE rotates pairs of a key's dims by position times frequency, so a further rotation moves a stored key to another
+position. The attention factor of YaRN scales stored keys and commutes with rotation. This module needs only torch:
+callers pass the frequencies of the model and the positions of the slots.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rotation:
-    """How the keys of one layer turn: dims ``i`` and ``i + width / 2`` together, those from ``width`` on never.
+    """The rotation of one layer's keys: dims ``i`` and ``i + width / 2`` form a pair; dims from ``width`` on are fixed.
 
-    ``frequencies [width / 2]`` are float64 radians a position on the CPU, with the values that the model multiplies by.
-    Source: arXiv:2104.09864, section 3.4, with the pairs of the Llama family.
+    ``frequencies [width / 2]`` are radians per position, float64 on the CPU, with the values that the model multiplies
+    by. Source: arXiv:2104.09864, section 3.4, with the pairs of the Llama family.
     """
 
     frequencies: torch.Tensor
 
     @property
     def width(self) -> int:
-        """The dims that turn; fewer than a key has where rotary is partial."""
+        """The number of dims that rotate; fewer than the dims of a key if the model's rotary embedding is partial."""
         return 2 * self.frequencies.shape[0]
 
 
 @dataclass(frozen=True, slots=True)
 class Positions:
-    """How a model counts: so many positions, and how each layer's keys turn with them."""
+    """The number of a model's positions (``limit``), and how each layer's keys rotate with the position."""
 
     limit: int
     rotations: tuple[Rotation, ...]
@@ -49,19 +49,21 @@ class Positions:
 def shift_keys(
     keys: torch.Tensor, positions: torch.Tensor, deltas: torch.Tensor, rotation: Rotation, *, block: int = BLOCK
 ) -> None:
-    """Turn keys in place so that they are those of ``positions + deltas``; allocates :func:`shift_scratch` at most.
+    """Rotate keys in place from ``positions`` to ``positions + deltas``.
+
+    Allocates at most :func:`agentmem.planning.rebasing.shift_scratch` bytes.
 
     Args:
         keys: [n, d] in any floating dtype, post-RoPE. A row whose delta is 0 keeps its bits.
-        positions: [n] int32, where the keys were stored; they are not written.
-        deltas: [n] int32, likewise; an expanded scalar will do.
-        rotation: of the layer; ``rotation.width <= d``.
-        block: slots that are turned at once.
+        positions: [n] int32, the positions of the stored keys; not changed.
+        deltas: [n] int32, how far each key moves; not changed; may be an expanded scalar.
+        rotation: the rotation of the layer; ``rotation.width <= d``.
+        block: the number of keys that are rotated at once.
 
     A model rounds the product of position and frequency to float32, which at position 100,000 is off by up to 0.004
-    radians. Both ends of the turn are therefore rounded as the model rounds them, and their difference is taken in
-    float64: a key arrives where the model itself would have put it, and moving it again adds no error of phase. The
-    turn is computed in float32 (float64 for float64 keys) and rounded to the keys' dtype once.
+    radians. The old and the new angle are therefore rounded as the model rounds them, and their difference is taken in
+    float64. The key then has the angle that the model itself would give it, and moving it again adds no error of phase.
+    The rotation is computed in float32 (float64 for float64 keys) and rounded to the keys' dtype once.
     """
     for begin in range(0, keys.shape[0], block):
         span = slice(begin, begin + block)
@@ -73,7 +75,7 @@ def _shift_block(keys: torch.Tensor, positions: torch.Tensor, deltas: torch.Tens
     if not rows.shape[0]:
         return
     dtype = torch.promote_types(keys.dtype, torch.float32)
-    # On the CPU wherever the keys are: not every device has float64, and all get the same angles.
+    # Computed on the CPU whatever the device of the keys: not every device has float64, and all get equal angles.
     turns = _turns(positions[rows].cpu(), deltas[rows].cpu(), rotation.frequencies, dtype)
     cos, sin = (turn.to(keys.device) for turn in turns)
     del turns
@@ -86,14 +88,14 @@ def _shift_block(keys: torch.Tensor, positions: torch.Tensor, deltas: torch.Tens
 def _turns(
     positions: torch.Tensor, deltas: torch.Tensor, frequencies: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine ``[m, width / 2]`` of the angles from each position to the one ``deltas`` further."""
+    """Return cosine and sine ``[m, width / 2]`` of the angle between each position and ``position + delta``."""
     angles = _angles(positions + deltas, frequencies)
     angles -= _angles(positions, frequencies)
     return angles.cos().to(dtype), angles.sin_().to(dtype)
 
 
 def _angles(positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
-    """The model's own angles: the product, rounded to float32, as float64."""
+    """Return the angles as the model computes them, rounded to float32, but in the dtype float64."""
     return (positions.float()[:, None] * frequencies.float()).double()
 
 
@@ -101,20 +103,20 @@ def _angles(positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
 
 
 def widest_gap(heads: Iterable[torch.Tensor], start: int, span: int) -> int:
-    """The greatest distance between neighbours with which every head's slots take ``span`` positions at most.
+    """Return the largest gap (distance between neighbours) at which every head's slots fit into ``span`` positions.
 
     Args:
-        heads: each the positions of one head's slots between prefix and recent, [n] int32, all different and below
-            ``start``, in any order: pinned slots may stand before older ones. They are read one after the other,
-            each with :func:`map_scratch` bytes of scratch.
-        start: where the recent block begins, which is the same for all heads; the next position where there is none.
-        span: positions from the end of the prefix to where the recent block is to begin.
+        heads: for each head, the positions of its slots between the prefix and the recent block: [n] int32, all
+            different and below ``start``, in any order (pinned slots may come before older slots). The heads are read
+            one after the other; each takes :func:`agentmem.planning.rebasing.map_scratch` temporary bytes.
+        start: the position at which the recent block of every head begins; the next position if there is no block.
+        span: the number of positions from the end of the prefix to the new beginning of the recent block.
 
     Returns:
-        The gap for :func:`rebased`: ``span`` where nothing is too wide, and never less than 1.
+        The gap to pass to :func:`rebased`, at least 1; ``span`` if no distance has to shrink.
 
     Raises:
-        ValueError: a head has more slots than ``span``, or its positions are not as they should be.
+        ValueError: a head has more slots than ``span``, or its positions are not as described.
 
     """
     gap = max(1, span)
@@ -131,7 +133,10 @@ def widest_gap(heads: Iterable[torch.Tensor], start: int, span: int) -> int:
 
 
 def _narrowed(gap: int, positions: torch.Tensor, start: int, span: int) -> int:
-    """The greatest gap up to ``gap`` with which one head fits; a function of its own, to free one before the next."""
+    """Return the largest gap, at most ``gap``, at which one head fits.
+
+    This is a separate function so that the tensors of one head are freed before the next head is read.
+    """
     steps = _steps(positions.sort().values, start)
     if _reach(steps, gap) <= span:
         return gap
@@ -139,24 +144,25 @@ def _narrowed(gap: int, positions: torch.Tensor, start: int, span: int) -> int:
 
 
 def rebased(positions: torch.Tensor, start: int, end: int, gap: int) -> torch.Tensor:
-    """How far each slot of one head goes when the recent block goes from ``start`` to ``end``.
+    """Return how far each slot of one head moves when the recent block moves from ``start`` to ``end``.
 
-    Slots are lined up below the recent block in their order: neighbours no further than ``gap`` apart move together,
-    others are put at that distance. No slot goes up: those that the line would bring closer to the recent block than
-    they are stay, which leaves a head with few slots most of its distances.
+    The slots keep their order below the recent block. Distances of at most ``gap`` between neighbours stay as they are,
+    and larger distances shrink to ``gap``. A slot that would move to a higher position by this rule stays where it is,
+    so a head with few slots keeps most of its distances.
 
     Args:
-        positions: as one of the ``heads`` of :func:`widest_gap`.
-        start: where the recent block begins; it goes to ``end`` as a whole, and so does a sliding window.
-        end: where it is to begin, ``start`` at most.
-        gap: of :func:`widest_gap`, for the span that ends at ``end``.
+        positions: the positions of the head's slots, as in ``heads`` of :func:`widest_gap`.
+        start: the position at which the recent block begins; the block moves to ``end`` as a whole.
+        end: the position at which the recent block will begin; at most ``start``.
+        gap: the gap that :func:`widest_gap` returned for a span that ends at ``end``.
 
     Returns:
-        [n] int32, what is to be added to the positions, never more than 0; all zeros where ``start == end``, so slots
-        that were re-based stay where they are. Allocates :func:`map_scratch` bytes at most, the result included.
+        [n] int32, the numbers to add to the positions; none is positive. All are zero if ``start == end``, so slots
+        that have been re-based already stay where they are. Allocates at most
+        :func:`agentmem.planning.rebasing.map_scratch` bytes, the result included.
 
     Raises:
-        ValueError: ``end`` is beyond ``start``, or positions are not as they should be.
+        ValueError: ``end`` is greater than ``start``, or the positions are not as described.
 
     """
     if end > start:
@@ -175,7 +181,7 @@ def rebased(positions: torch.Tensor, start: int, end: int, gap: int) -> torch.Te
 
 
 def _steps(ascending: torch.Tensor, start: int) -> torch.Tensor:
-    """The distance from each slot to the next, [n] int32; from the last one to the recent block."""
+    """Return the distance from each slot to the next, [n] int32; the last is from the last slot to the recent block."""
     steps = torch.empty_like(ascending)
     torch.sub(ascending[1:], ascending[:-1], out=steps[:-1])
     steps[-1] = start - int(ascending[-1])
@@ -189,5 +195,5 @@ def _steps(ascending: torch.Tensor, start: int) -> torch.Tensor:
 
 
 def _reach(steps: torch.Tensor, gap: int) -> int:
-    """Positions from the first slot to the recent block when no distance is greater than ``gap``."""
+    """Return the distance from the first slot to the recent block if distances above ``gap`` shrink to ``gap``."""
     return int(steps.clamp(max=gap).sum(dtype=steps.dtype))

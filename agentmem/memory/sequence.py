@@ -1,9 +1,9 @@
-"""One sequence of a batch: its stores, and what it has consumed.
+"""One sequence of a memory: its stores, and the tokens that it has consumed.
 
-Nothing here is changed in two places. What a forward changes, for all sequences at once, is one :class:`Consumed`;
-what a compaction or a re-basing changes is one :class:`SequenceState`; a layer's slots are one store.
-Each is replaced by one assignment, so an interrupt finds the old or the new one. Ids and positions are written behind
-the end that those values state, and count once the values include them.
+Every change is one assignment, so an interrupt finds either the old or the new value. A forward replaces one
+:class:`Consumed`, for all sequences at once. A compaction or a re-basing replaces one :class:`SequenceState`. The slots
+of a layer change when its store is replaced. Ids and positions of new tokens are first written after the end that
+:class:`Consumed` states, and count only when a new :class:`Consumed` includes them.
 """
 
 from __future__ import annotations
@@ -28,84 +28,88 @@ if TYPE_CHECKING:
 
 
 class Consumed(NamedTuple):
-    """What all sequences of a memory have consumed: a forward is committed by replacing it."""
+    """The tokens and positions that all sequences of a memory have consumed.
+
+    A forward is committed by replacing this value as a whole.
+    """
 
     tokens: tuple[int, ...] = ()
-    """Of each sequence."""
+    """The number of tokens that each sequence has consumed."""
     positions: tuple[int, ...] = ()
-    """The next position of each sequence, as whoever feeds it counts: re-basing leaves it alone."""
+    """The next position of each sequence as its caller counts positions; re-basing does not change this count."""
     columns: int = 0
-    """Columns, pads included."""
+    """The number of batch columns fed so far, padding included."""
     prompt_tokens: int = 0
-    """Tokens of forwards of more than one token; of those of one: ``new_tokens``."""
+    """The number of tokens fed in forwards in which some sequence had more than one token."""
     new_tokens: int = 0
+    """The number of tokens fed in all other forwards, which had at most one token per sequence."""
 
 
 @dataclass(slots=True)
 class Progress:
-    """Where a memory keeps its :class:`Consumed`, for its sequences to read."""
+    """A mutable holder of a memory's :class:`Consumed`, shared with its sequences."""
 
     consumed: Consumed = field(default_factory=Consumed)
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceState:
-    """What compactions and re-basings change of a sequence."""
+    """The part of a sequence that compactions and re-basings change."""
 
     full_at: int
-    """Tokens that the sequence will have consumed when it must be compacted."""
+    """The number of consumed tokens at which the sequence must be compacted."""
     tail: array[int] = field(default_factory=lambda: array("i"))
-    """Positions of the tokens appended since ``headroom_at``."""
+    """The positions of the tokens consumed since ``headroom_at``."""
     headroom_at: int | None = None
-    """Tokens seen when headroom was last allocated; ``None`` while stores still grow towards the capacity."""
+    """The number of tokens seen when headroom was last allocated; ``None`` before the first compaction."""
     intact: int = 0
-    """Tokens from this one on have a slot in every head, as they were appended."""
+    """The first token from which on every token still has its original slot in every head."""
     compactions: int = 0
     job: Job | None = None
-    """A compaction that has begun and not ended."""
+    """The unfinished compaction, if there is one."""
     summary: SummaryReport | None = None
-    """The newest summary that the slots hold and no report has named yet."""
+    """The newest summary, until a compaction report includes it."""
     shift: int = 0
-    """What re-basing took off the positions so far."""
+    """How far re-basing has lowered the next position so far, in total."""
     moves: int = 0
-    """Re-basings that have ended."""
+    """The number of finished re-basings."""
     moving: Move | None = None
-    """A re-basing that has begun and not ended."""
+    """The unfinished re-basing, if there is one."""
 
 
 class TokenSequence:
-    """One sequence: its stores, and what it has consumed."""
+    """One sequence: its stores, its state, and the tokens that it has consumed."""
 
     def __init__(self, index: int, layers: int, room: int, seed: int, progress: Progress) -> None:
-        """An empty sequence with room for so many tokens; its randomness does not depend on the other sequences."""
+        """Make an empty sequence with room for ``room`` tokens and its own random generator."""
         self.index = index
         self.state = SequenceState(full_at=room)
         self._progress = progress
         self._stores: tuple[LayerStore | None, ...] = (None,) * layers
         self._ids: array[int] = array("q")
         self.samples: list[tuple[QuerySample, ...]] = [()] * layers
-        """Per layer, one sample for each stored part of the policy's queries."""
+        """For each layer, one sample for each stored part of the policy's queries."""
         self.marks: dict[str, Marks] = {}
-        """What was read for each pattern."""
+        """For each pattern, the matches found in the transcript so far."""
         self.pins = Pins()
-        """What is not to be compacted; which of it, and of what was unpinned, is promoted, the stores say."""
+        """The tokens that must not be compacted; each store records which tokens are promoted in it."""
         self.generator = torch.Generator().manual_seed(seed)
 
     # ---- changes
 
     def change(self, **changes: Any) -> None:
-        """Replace parts of the state, all at once."""
+        """Replace several fields of the state in one assignment."""
         self.state = replace(self.state, **changes)
 
     def replace(self, layer: int, store: LayerStore | None) -> None:
-        """Put a store in the place of a layer's, which is freed: the only way to change what a sequence holds."""
+        """Replace the store of a layer and free the old store; this is the only way to change a sequence's stores."""
         old = self._stores[layer]
         self._stores = (*self._stores[:layer], store, *self._stores[layer + 1 :])
         if old is not None:
             old.free()
 
     def write(self, ids: Sequence[int], positions: Sequence[int]) -> None:
-        """Write tokens behind the last one; they count once the memory's :class:`Consumed` says so."""
+        """Write tokens after the last consumed token; they count once the memory's :class:`Consumed` includes them."""
         del self._ids[self.seen :]
         self._ids.extend(ids)
         del self.state.tail[self._tail_length() :]
@@ -118,7 +122,7 @@ class TokenSequence:
                 store.drop_tail(store.seen - self.seen)
 
     def measured(self, capacity: int, scratch: int) -> int:
-        """``full_at``, worked out from the stores; ``scratch`` slots stay free."""
+        """Compute ``full_at`` from the stores, such that ``scratch`` slots of every head stay free."""
         full = [store for _, store in self.full()]
         if self.headroom_at is not None:
             return self.seen + min((store.room for store in full), default=0) - scratch
@@ -128,67 +132,70 @@ class TokenSequence:
 
     @property
     def stores(self) -> tuple[LayerStore | None, ...]:
-        """The slots of each layer."""
+        """The store of each layer; ``None`` for a layer that holds no slots."""
         return self._stores
 
     def full(self) -> list[tuple[int, LayerStore]]:
-        """Layers of full attention, which are compacted, and their stores; those that hold something."""
+        """Return the index and the store of each layer with full attention (not sliding) that holds slots."""
         stores = enumerate(self._stores)
         return [(index, store) for index, store in stores if store is not None and store.spec.shape.window is None]
 
     def mean_slots(self) -> int:
-        """Slots of a head of those layers, on average."""
+        """Return the average number of slots per head in the layers with full attention."""
         lengths = [length for _, store in self.full() for length in store.lengths]
         return sum(lengths) // max(1, len(lengths))
 
     @property
     def promoted(self) -> Spans:
-        """Tokens at the front of every store, behind the prefix; while :attr:`arranged` does not hold, of one store."""
+        """The promoted tokens of the first full-attention store; those of every store if :attr:`arranged` is true."""
         return next((store.promoted for _, store in self.full()), ())
 
     @property
     def arranged(self) -> bool:
-        """Whether all stores have promoted the same tokens, so that no promotion is to be finished."""
+        """True if all full-attention stores have promoted the same tokens, so no promotion is unfinished."""
         return len({store.promoted for _, store in self.full()}) < 2  # noqa: PLR2004  # one kind, or no store
 
     def front(self, prefix: int) -> int:
-        """Slots at the front of every head that are not compacted: the prefix, and promoted tokens."""
+        """Return the slots at the front of every head that are not compacted: the prefix and the promoted tokens."""
         return min(prefix, self.seen) + size(self.promoted)
 
     def behind(self, token: int) -> int:
-        """Slots in every head that intact tokens from ``token`` on have, promoted ones aside."""
+        """Return how many slots of a head the tokens from ``token`` on have, not counting promoted tokens.
+
+        All these tokens must be intact (never compacted).
+        """
         return self.seen - token - size(within(self.promoted, token, self.seen))
 
     def compactable(self, start: int, prefix: int) -> int:
-        """The first token from ``start`` on that a span may begin with: behind the prefix, and never compacted."""
+        """Return the first token from ``start`` on that is after the prefix and has never been compacted."""
         return max(start, self.intact, min(prefix, self.seen))
 
     @property
     def quiet(self) -> bool:
-        """Whether no compaction and no re-basing is under way."""
+        """True if the sequence has no unfinished compaction and no unfinished re-basing."""
         return self.state.job is None and self.state.moving is None
 
     @property
     def held(self) -> int:
-        """Slots physically occupied, over all layers and heads."""
+        """The number of filled slots in all layers and heads."""
         return sum(sum(store.lengths) for store in self._stores if store is not None)
 
     # ---- what it has consumed
 
     @property
     def seen(self) -> int:
-        """Tokens that the sequence has consumed."""
+        """The number of tokens that the sequence has consumed."""
         return self._progress.consumed.tokens[self.index]
 
     @property
     def ids(self) -> array[int]:
-        """Their ids."""
+        """The ids of the tokens that the sequence has consumed."""
         ids, seen = self._ids, self.seen
         return ids if len(ids) == seen else ids[:seen]
 
     @property
     def tail(self) -> array[int]:
-        """Positions of the tokens appended since the last compaction."""
+        """The positions of the tokens consumed since the last compaction."""
         tail, length = self.state.tail, self._tail_length()
         return tail if len(tail) == length else tail[:length]
 
@@ -197,47 +204,47 @@ class TokenSequence:
 
     @property
     def next_position(self) -> int:
-        """The position of the next token."""
+        """The position of the next token, lowered by re-basing."""
         return self._progress.consumed.positions[self.index] - self.shift
 
     @property
     def room(self) -> int:
-        """Tokens that can be appended before the sequence must be compacted."""
+        """The number of tokens that can be appended before the sequence must be compacted."""
         return self.state.full_at - self.seen
 
     # ---- parts of the state, by their names
 
     @property
     def headroom_at(self) -> int | None:
-        """See :class:`SequenceState`."""
+        """The value of :attr:`SequenceState.headroom_at`."""
         return self.state.headroom_at
 
     @property
     def intact(self) -> int:
-        """See :class:`SequenceState`."""
+        """The value of :attr:`SequenceState.intact`."""
         return self.state.intact
 
     @property
     def compactions(self) -> int:
-        """See :class:`SequenceState`."""
+        """The value of :attr:`SequenceState.compactions`."""
         return self.state.compactions
 
     @property
     def job(self) -> Job | None:
-        """See :class:`SequenceState`."""
+        """The value of :attr:`SequenceState.job`."""
         return self.state.job
 
     @property
     def shift(self) -> int:
-        """See :class:`SequenceState`."""
+        """The value of :attr:`SequenceState.shift`."""
         return self.state.shift
 
     @property
     def moves(self) -> int:
-        """See :class:`SequenceState`."""
+        """The value of :attr:`SequenceState.moves`."""
         return self.state.moves
 
     @property
     def moving(self) -> Move | None:
-        """See :class:`SequenceState`."""
+        """The value of :attr:`SequenceState.moving`."""
         return self.state.moving

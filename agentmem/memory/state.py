@@ -1,7 +1,7 @@
-"""A sequence as plain values: a JSON state and tensors, from which an equal sequence can be made in another memory.
+"""Save a sequence as plain values (a JSON state and tensors), and restore an equal sequence into another memory.
 
-Forks and snapshots use it. Room is not part of it: it is allocated anew under the plan of the memory that takes the
-sequence, so under another plan it may differ. What follows from the rest is not part of it either.
+Forks and snapshots use this module. Free slots are not saved: the memory that restores the sequence allocates them
+by its own plan, which may differ. Values that can be computed from saved values are not saved either.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ class _Image(BaseModel):
 
 
 class SavedSample(_Image):
-    """How full one stored sample of queries is: ``filled`` of ``size`` tokens, every ``stride``-th one."""
+    """The fill state of a sample of stored queries.
+
+    The sample holds the queries of ``filled`` tokens, at most ``size``, and takes every ``stride``-th token.
+    """
 
     size: Annotated[Count, Field(ge=1)]
     filled: Count
@@ -45,23 +48,23 @@ class SavedSample(_Image):
 
 
 class SavedLayer(_Image):
-    """One layer's store without its tensors."""
+    """The saved state of one layer's store, without its tensors."""
 
     lengths: Annotated[tuple[Count, ...], FailFast()]
     biased: bool
     dtype: Literal["float32", "bfloat16", "float16", "float64"]
-    """What keys and values are computed in, stored so or quantised."""
+    """The dtype in which attention computes with keys and values, which may be stored quantised."""
     samples: Annotated[tuple[SavedSample, ...], FailFast()] = ()
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The same as torch has it."""
+        """The torch dtype that :attr:`dtype` names."""
         found: torch.dtype = getattr(torch, self.dtype)
         return found
 
 
 class SavedSequence(_Image):
-    """One sequence without its tensors."""
+    """The saved state of one sequence, without its tensors."""
 
     tokens: Count
     next_position: Count
@@ -73,35 +76,41 @@ class SavedSequence(_Image):
     pins: SavedSpans
     request: SavedSpans
     front: SavedSpans
-    """Tokens whose slots stand first in every head, in their order: the prefix, and what is promoted."""
+    """The tokens whose slots are first in every head, in order: the prefix and the promoted tokens."""
     prompt_tokens: Count
     new_tokens: Count
     scales: Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], FailFast()]
-    """Logit scale of each layer: a compaction may come before the next forward tells it again."""
+    """The logit scale of each layer, which a compaction before the next forward would need."""
     layers: Annotated[tuple[SavedLayer | None, ...], FailFast()]
     compaction_reports: Annotated[tuple[CompactionReport, ...], FailFast()]
     rebase_reports: Annotated[tuple[RebaseReport, ...], FailFast()]
 
     def plain(self) -> dict[str, Any]:
-        """As JSON has it. Infinite numbers of a report, such as the condition of a singular fit, become texts."""
+        """Return the state as JSON values.
+
+        Infinite numbers of a report, such as the condition of a singular fit, become strings.
+        """
         said: dict[str, Any] = _spelled(self.model_dump(mode="json"))
         return said
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """What keys and values are computed in; ``None`` where none are held."""
+        """The dtype in which attention computes with keys and values; ``None`` if no layer holds slots."""
         return next((each.torch_dtype for each in self.layers if each is not None), None)
 
     def promoted(self, prefix: int) -> Spans:
-        """Promoted tokens behind a prefix of this length, whatever it was before."""
+        """Return the promoted tokens that lie after a prefix of ``prefix`` tokens.
+
+        The prefix may differ from the one with which the sequence was saved.
+        """
         return without(self.front, ((0, prefix),))
 
     def front_slots(self, prefix: int) -> int:
-        """Slots at the front of every head that are not compacted; see :meth:`.sequence.TokenSequence.front`."""
+        """Return the uncompacted slots at the front of every head; see :meth:`.sequence.TokenSequence.front`."""
         return min(prefix, self.tokens) + size(self.promoted(prefix))
 
     def recent(self, prefix: int, recent: int) -> int:
-        """Slots at the end of every head that are never compacted."""
+        """Return the slots in the recent window of every head, for given lengths of the prefix and of the window."""
         return min(recent, self.tokens - min(prefix, self.tokens))
 
 
@@ -117,7 +126,10 @@ def _spelled(value: Any) -> Any:
 
 
 def take(memory: Memory) -> tuple[SavedSequence, dict[str, torch.Tensor]]:
-    """The only sequence of a memory, where nothing is under way: its values, and views of its tensors by name."""
+    """Return the state of a memory's only sequence, and views of its tensors by name.
+
+    The sequence must have no unfinished compaction or re-basing.
+    """
     (sequence,) = memory.sequences
     assert sequence.quiet  # noqa: S101  # Engine.finish comes first
     if not sequence.arranged:
@@ -125,7 +137,7 @@ def take(memory: Memory) -> tuple[SavedSequence, dict[str, torch.Tensor]]:
     tensors = {"ids": torch.tensor(sequence.ids, dtype=torch.int64), "generator": sequence.generator.get_state()}
     for index, store in enumerate(sequence.stores):
         if store is not None:
-            if store.spec.shape.window is None:  # positions in fixed windows are not kept
+            if store.spec.shape.window is None:  # sliding layers keep no positions
                 settle(sequence, store)
             tensors |= _views(index, store)
             tensors |= {f"layer.{index}.sample.{at}": each.kept for at, each in enumerate(sequence.samples[index])}
@@ -161,7 +173,7 @@ def _layer(sequence: TokenSequence, index: int) -> SavedLayer | None:
 
 
 def columns(window: int | None, *, scored: bool) -> tuple[str, ...]:
-    """What is kept of a head's slots, by name; in fixed windows there are neither positions nor scores."""
+    """Return the names of the saved tensors of a head's slots; sliding layers have neither positions nor scores."""
     return COLUMNS[:3] if window is not None else COLUMNS if scored else COLUMNS[:4]
 
 
@@ -180,12 +192,13 @@ def _column(segment: HeadSegment, name: str) -> torch.Tensor:
 
 
 def give(memory: Memory, saved: SavedSequence, tensors: dict[str, torch.Tensor]) -> None:
-    """Fill a memory that has read nothing; ``tensors`` is emptied on the way, so that little is held twice.
+    """Restore a saved sequence into a memory that has read nothing.
 
-    What comes from elsewhere must have been checked before.
+    Tensors are removed from ``tensors`` as they are copied, so that few bytes are held twice. State that comes from
+    outside the process must have been checked before.
 
     Raises:
-        MemoryCapExceeded: it does not fit under the cap.
+        MemoryCapExceeded: the sequence does not fit under the cap.
 
     """
     memory.bind(1)
@@ -244,7 +257,7 @@ def _samples(
     parts = zip(layer.samples, memory.policy.queries.stored, memory.plan.stored, strict=False)
     for at, (saved, part, planned) in enumerate(parts):
         kept = tensors.pop(f"layer.{index}.sample.{at}").to(memory.device)
-        # No larger than it was: what a larger one would hold besides was never kept.
+        # Not larger than the saved sample: the queries that a larger sample would also hold were never kept.
         sample = QuerySample(part, memory.shape.layers[index], min(saved.size, planned), kept, memory.ledger)
         _fill(sample, saved, kept, sequence.seen)
         made.append(sample)
@@ -252,7 +265,10 @@ def _samples(
 
 
 def _fill(sample: QuerySample, saved: SavedSample, kept: torch.Tensor, seen: int) -> None:
-    """Put what was kept into a sample that may be smaller: the newest tokens, or fewer at a wider stride."""
+    """Copy saved queries into a sample that may be smaller than the saved sample.
+
+    A smaller sample takes the newest tokens; if its source is ``context``, it takes every second token until they fit.
+    """
     sample.filled, sample.stride = saved.filled, saved.stride
     if saved.size == sample.size:
         sample.queries[:, : saved.filled] = kept
@@ -271,16 +287,19 @@ def _fill(sample: QuerySample, saved: SavedSample, kept: torch.Tensor, seen: int
 
 
 def trim(memory: Memory, sequence: TokenSequence) -> None:
-    """Give back all room: every store is as large as what it holds. :func:`expand` brings it back."""
+    """Free all unused slots: shrink every store to the slots that it holds. :func:`expand` allocates them again."""
     for index, store in enumerate(sequence.stores):
         if store is not None:
             _resize(sequence, index, store, store.lengths)
     if sequence.headroom_at is not None:
-        sequence.change(full_at=sequence.seen + _headroom(memory, sequence) - memory.plan.scratch)  # as it will be
+        sequence.change(full_at=sequence.seen + _headroom(memory, sequence) - memory.plan.scratch)  # as after expand
 
 
 def expand(memory: Memory, sequence: TokenSequence) -> None:
-    """Give out the room that the plan pays for, as after a compaction; a sequence never compacted grows by itself."""
+    """Allocate the free slots that the plan allows, as after a compaction.
+
+    Stores of a sequence that was never compacted are left alone, because they grow when tokens are appended.
+    """
     if sequence.headroom_at is not None:
         headroom = _headroom(memory, sequence)
         for index, store in sequence.full():
@@ -289,7 +308,7 @@ def expand(memory: Memory, sequence: TokenSequence) -> None:
 
 
 def _headroom(memory: Memory, sequence: TokenSequence) -> int:
-    """Free slots that the plan pays for, for every head alike."""
+    """Return the number of free slots per head that the plan allows; it is equal for all heads."""
     full = sequence.full()
     price = sum(len(store.lengths) * store.spec.slot_bytes for _, store in full)
     kept = sum(store.used_bytes for _, store in full)
@@ -302,7 +321,10 @@ def _resize(sequence: TokenSequence, index: int, store: LayerStore, capacities: 
 
 
 def copy(memory: Memory) -> Memory:
-    """Another memory with an equal sequence, where nothing is under way; the bytes are its own."""
+    """Return a new memory with a copy of the memory's only sequence; the two share no tensors.
+
+    The sequence must have no unfinished compaction or re-basing.
+    """
     other = memory.empty()
     saved, views = take(memory)
     give(other, saved, views)

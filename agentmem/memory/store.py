@@ -1,8 +1,9 @@
-"""Storage of slots: the only place that keeps K and V.
+"""Storage of slots: the only place that keeps keys and values.
 
-A :class:`LayerStore` holds one layer of one sequence. Its tensors are flat over slots; each KV head owns one contiguous
-run in them, with room to grow at its end, so attention reads without a gather and unequal heads cost unequal bytes.
-A store is replaced as a whole (build the new one, then swap), so any fault leaves the old one in force.
+A :class:`LayerStore` holds one layer of one sequence. The first dimension of its tensors runs over the slots of all
+heads; each KV head owns one contiguous range of them, with free slots at its end. Attention therefore needs no gather,
+and each head takes only the bytes of its own slots. A store is replaced as a whole (the new store is built first, then
+swapped in), so an error leaves the old store in use.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SlotSpec:
-    """What one slot of a layer is made of; ``dtype`` is what keys and values are computed in, quantised or not."""
+    """The layout of one slot of a layer; ``dtype`` is the dtype in which attention computes with keys and values."""
 
     shape: LayerShape
     dtype: torch.dtype
@@ -39,24 +40,25 @@ class SlotSpec:
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of one slot."""
+        """The bytes of one slot."""
         return sum(self.shape.row_bytes(self.dtype.itemsize)) + 4 + 4 + (4 if self.scores else 0)
 
     @property
     def row_dtype(self) -> torch.dtype:
-        """Of what is stored of keys and values."""
+        """The dtype in which keys and values are stored: ``uint8`` if they are quantised, else ``dtype``."""
         return torch.uint8 if self.shape.quantised else self.dtype
 
     @property
     def row_sizes(self) -> tuple[int, int]:
-        """Elements of ``row_dtype`` in a key and in a value."""
+        """The number of elements of ``row_dtype`` in a stored key and in a stored value."""
         key, value = self.shape.row_bytes(self.dtype.itemsize)
         return key // self.row_dtype.itemsize, value // self.row_dtype.itemsize
 
     def shift(self, keys: torch.Tensor, positions: torch.Tensor, deltas: torch.Tensor, rotation: Rotation) -> None:
-        """Turn stored keys ``[n, …]`` in place; see :func:`agentmem.memory.rotation.shift_keys`.
+        """Rotate stored keys ``[n, …]`` in place; see :func:`agentmem.memory.rotation.shift_keys`.
 
-        Quantised keys that move are encoded again, which adds half a scale to their error; others keep their bits.
+        Quantised keys that move are encoded again, which adds up to half a quantisation step of error. Keys whose delta
+        is 0 are not changed.
         """
         if not self.shape.quantised:
             shift_keys(keys, positions, deltas, rotation)
@@ -69,7 +71,7 @@ class SlotSpec:
                 keys[block].index_copy_(0, moved, quantised.encode(rows))
 
     def rounded(self, rows: torch.Tensor) -> torch.Tensor:
-        """Keys or values ``[n, d]`` as they will be read once they are stored, in ``dtype``."""
+        """Return keys or values ``[n, d]``, in ``dtype``, rounded to what the store would return for them."""
         if not self.shape.quantised:
             return rows
         found = rows.new_empty(rows.shape, dtype=self.dtype)
@@ -78,7 +80,7 @@ class SlotSpec:
         return found
 
     def write(self, rows: torch.Tensor, sink: torch.Tensor) -> None:
-        """Write keys or values ``[…, n, d]`` into their place ``[…, n, row_sizes]``."""
+        """Write keys or values ``[…, n, d]`` into ``sink […, n, row_size]``, encoded if slots are quantised."""
         if not self.shape.quantised:
             sink.copy_(rows)
             return
@@ -87,7 +89,10 @@ class SlotSpec:
 
 
 class Extent(NamedTuple):
-    """How far a store is filled: one value, so that no interrupt finds one part without the other."""
+    """How far a store is filled: slots per head, and tokens ever appended.
+
+    The two are replaced together in one assignment, so an interrupt cannot change one without the other.
+    """
 
     lengths: list[int]
     seen: int
@@ -96,13 +101,13 @@ class Extent(NamedTuple):
 class LayerStore:
     """The slots of one layer of one sequence: ``keys [S, d]``, ``values [S, dv]``, ``bias [S]``, ``positions [S]``.
 
-    Quantised keys and values are bytes, ``[S, row_bytes(d)]``.
+    Quantised keys and values are bytes, ``[S, row_bytes(d)]``. ``bias`` (β) is float32, ``positions`` int32, ``scores``
+    float32.
 
-    ``S`` is the sum of the heads' capacities; head ``h`` owns ``starts[h] .. starts[h] + capacities[h]`` and fills its
-    first ``lengths[h]`` slots: prefix, promoted tokens, then the rest, each part in the order of its positions. β is
-    float32, positions int32, scores float32.
-    Positions of slots that were appended since the store was built are kept by the sequence (they are the same for all
-    heads); ``settled[h]`` slots have theirs here.
+    ``S`` is the sum of the heads' capacities. Head ``h`` owns the slots ``starts[h] .. starts[h] + capacities[h]`` and
+    has filled the first ``lengths[h]`` of them: prefix, promoted tokens, then all other slots, each part in ascending
+    positions. The first ``settled[h]`` slots of a head have their positions in this store. The sequence keeps the
+    positions of the slots that were appended after the store was built, because these are the same for all heads.
     """
 
     __slots__ = (
@@ -111,7 +116,7 @@ class LayerStore:
     )  # fmt: skip
 
     def __init__(self, spec: SlotSpec, capacities: Sequence[int], ledger: Ledger) -> None:
-        """Allocate the store; the ledger is charged first.
+        """Count the store's bytes in the ledger, then allocate its tensors.
 
         Raises:
             MemoryCapExceeded: the bytes do not fit under the cap.
@@ -126,21 +131,21 @@ class LayerStore:
         self.uniform = len(set(self.capacities)) == 1
         self.biased = False
         self.moves = 0
-        """How often its slots were moved to lower positions."""
+        """How many times re-basing has moved the slots of this layer."""
         self.promoted: Spans = ()
-        """Tokens whose slots were moved to the front, behind the prefix, in their order."""
+        """The promoted tokens, whose slots are at the front, directly after the prefix, in the order of the tokens."""
         total = sum(self.capacities)
         self.held_bytes = total * spec.slot_bytes
         ledger.hold(self, self.held_bytes, "a layer's slots")
         try:
             self._allocate(total)
-        except BaseException:  # the machine itself may be out of memory
+        except BaseException:  # the machine may be out of memory
             self._release()
             raise
 
     def _allocate(self, total: int) -> None:
         spec, device = self.spec, self.spec.device
-        # A tensor that is born under inference_mode could not be written outside it.
+        # A tensor that is created under inference_mode cannot be written outside it.
         with torch.inference_mode(mode=False):
             self.keys, self.values = (
                 torch.empty(total, size, dtype=spec.row_dtype, device=device) for size in spec.row_sizes
@@ -151,33 +156,33 @@ class LayerStore:
 
     @property
     def lengths(self) -> list[int]:
-        """Slots that each head has filled."""
+        """The number of filled slots of each head."""
         return self.extent.lengths
 
     @property
     def seen(self) -> int:
-        """Tokens ever appended, whatever became of their slots."""
+        """The number of tokens ever appended, including those whose slots have been compacted."""
         return self.extent.seen
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes of the storages, filled or not."""
+        """The bytes of the allocated tensors, free slots included."""
         tensors = (self.keys, self.values, self.bias, self.positions, self.scores)
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of the slots that are filled."""
+        """The bytes of the filled slots."""
         return sum(self.lengths) * self.spec.slot_bytes
 
     @property
     def room(self) -> int:
-        """Tokens that can be appended before some head is full."""
+        """The number of tokens that can be appended before the first head is full."""
         return self._full_at - self.extent.seen
 
     @property
     def layout(self) -> decode.Layout | None:
-        """Where the slots lie, for a compiled decode step; ``None`` where that does not serve them."""
+        """The addresses of the slots for the compiled decode step; ``None`` if that step cannot serve this store."""
         if self._layout is None and self.spec.device.type == "cpu":
             self._layout = self._laid_out()
         return self._layout
@@ -194,13 +199,16 @@ class LayerStore:
         return decode.layout(heads, form, self.keys, self.values, self.bias)
 
     def bias_range(self) -> tuple[float, float]:
-        """The least and the greatest β of the slots that are filled; zeros when there are none."""
+        """Return the least and the greatest β of the filled slots; zeros if there are none."""
         heads = zip(self.starts, self.lengths, strict=True)
         ends = [self.bias[start : start + length].aminmax() for start, length in heads if length]
         return min((float(end.min) for end in ends), default=0.0), max((float(end.max) for end in ends), default=0.0)
 
     def free(self) -> None:
-        """Give the bytes back; the store must not be used any more. Freeing twice does nothing."""
+        """Drop the tensors and their bytes in the ledger; the store must not be used afterwards.
+
+        A second call does nothing.
+        """
         self._layout = None
         self._release()
         self.keys = self.values = self.bias = self.positions = torch.empty(0)
@@ -211,11 +219,11 @@ class LayerStore:
         self.ledger.release(self)
 
     def __del__(self) -> None:
-        """An interrupt between a swap and the freeing of the old store must not leave its bytes in the account."""
+        """Remove the store's bytes from the ledger, in case an interrupt prevented :meth:`free`."""
         self.ledger.release(self)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor | None = None) -> None:
-        """Append ``keys [H, q, d]`` and ``values [H, q, dv]`` to every head; the caller has made room."""
+        """Append ``keys [H, q, d]`` and ``values [H, q, dv]``; the caller must have made room in every head."""
         count = keys.shape[1]
         if self.uniform:
             heads, start = len(self.capacities), self.lengths[0]
@@ -234,15 +242,15 @@ class LayerStore:
         self.appended(count)
 
     def appended(self, count: int) -> None:
-        """Count the slots that were written behind the last one of every head: the last step of appending.
+        """Count ``count`` slots, written directly after the last slot of every head, as filled.
 
-        A fault before it leaves nothing to be taken back.
+        This is the last step of appending, so an error before it leaves the store unchanged.
         """
         lengths, seen = self.extent
         self.extent = Extent([length + count for length in lengths], seen + count)
 
     def drop_tail(self, count: int) -> None:
-        """Forget the last ``count`` appended slots of every head (their β and scores become zero again)."""
+        """Remove the last ``count`` appended slots of every head, and set their scores back to zero."""
         for start, length in zip(self.starts, self.lengths, strict=True):
             if self.scores is not None:
                 self.scores[start + length - count : start + length] = 0
@@ -251,10 +259,10 @@ class LayerStore:
         self.extent = Extent(lengths, self.seen - count)
 
     def runs(self, last: int | None = None, *, scored: bool = True) -> list[Run]:
-        """Views for attention: one run where all heads lie alike, else one a head.
+        """Return views for attention: one run if all heads have equal lengths and capacities, else one run per head.
 
-        ``last`` cuts to the newest slots (fixed windows, whose heads always lie alike); ``scored=False`` leaves the
-        score accumulators out, so that a transient forward cannot add to them.
+        ``last`` limits the views to the newest slots (only for sliding windows, whose heads are always equal).
+        ``scored=False`` leaves out the scores, so that a transient forward cannot add to them.
         """
         if self.uniform:
             heads, stop = len(self.capacities), self.lengths[0]
@@ -272,7 +280,7 @@ class LayerStore:
         return [self._run(head, scored=scored) for head in range(len(self.capacities))]
 
     def front(self, count: int) -> list[Run]:
-        """Views of every head's first ``count`` slots, for a forward that sees nothing else."""
+        """Return views of every head's first ``count`` slots, for a forward that attends to these slots only."""
         cut = slice(count)
         runs = (self._run(head, scored=False) for head in range(len(self.capacities)))
         return [run.part(cut) for run in runs]
@@ -294,7 +302,7 @@ class LayerStore:
         )
 
     def settle(self, tail: torch.Tensor) -> None:
-        """Write the positions of the slots appended since the store was built: the end of ``tail`` int32."""
+        """Write the positions of the newest slots, which this store lacks, from the end of ``tail`` (int32)."""
         for head, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
             count = length - self.settled[head]
             if count:
@@ -302,9 +310,9 @@ class LayerStore:
                 self.settled[head] = length
 
     def segment(self, head: int, begin: int, recent: int) -> HeadSegment:
-        """The slots of one head from ``begin`` on without the ``recent`` last ones; positions must be settled.
+        """Return a head's slots from ``begin`` on, without the last ``recent`` slots; :meth:`settle` must come first.
 
-        Views, but for the keys and values of quantised slots, which are copies in the spec's dtype.
+        The tensors are views, except that quantised keys and values are decoded copies in the spec's dtype.
         """
         found = self.part(head, begin, recent)
         if not self.spec.shape.quantised:
@@ -314,7 +322,7 @@ class LayerStore:
         return replace(found, keys=keys, values=quantised.decode(found.values, shape.value_dim, dtype))
 
     def part(self, head: int, begin: int, recent: int) -> HeadSegment:
-        """The same as they are stored: views."""
+        """Return views of a head's slots as :meth:`segment` does, but leave quantised keys and values encoded."""
         start, length = self.starts[head], self.lengths[head]
         begin = min(begin, length)
         span = slice(start + begin, start + max(length - recent, begin))
@@ -322,10 +330,11 @@ class LayerStore:
         return HeadSegment(self.keys[span], self.values[span], self.bias[span], self.positions[span], scores)
 
     def compacted(self, compaction: Compaction, begins: Sequence[int], recent: int, headroom: int = 0) -> LayerStore:
-        """A new store: each head's first ``begins`` slots, the compaction's, recent, and room for more.
+        """Return a new store with each head's segment replaced by the slots of ``compaction``.
 
-        This one is left as it is. A commit never grows a layer: where ``headroom`` slots per head would, there is
-        none for now.
+        Each head keeps its first ``begins[h]`` slots and its last ``recent`` slots, and gets ``headroom`` free slots at
+        its end. A commit never makes a layer larger: if the headroom would, no head gets headroom for now. This store
+        is not changed.
         """
         heads = zip(begins, compaction.heads, strict=True)
         lengths = [begin + head.kept.shape[0] + recent for begin, head in heads]
@@ -364,9 +373,10 @@ class LayerStore:
     def rewritten(
         self, begins: Sequence[int], recent: int, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
     ) -> LayerStore:
-        """A new store whose segments are other slots, the same for every head; the capacities stay where they can.
+        """Return a new store in which ``n`` new slots replace every head's segment.
 
-        ``keys [H, n, d]``, ``values [H, n, dv]``, ``positions [n]`` int32; β and scores are zero.
+        The new slots are ``keys [H, n, d]``, ``values [H, n, dv]`` and ``positions [n]`` (int32, shared by all heads);
+        their β and scores are zero. A head's capacity grows only if its slots would not fit.
         """
         count = positions.shape[0]
         lengths = [begin + count + recent for begin in begins]
@@ -386,7 +396,7 @@ class LayerStore:
         return store._filled(lengths, lengths, self)
 
     def resized(self, capacities: Sequence[int]) -> LayerStore:
-        """A new store with the same slots and other capacities (none below what is held)."""
+        """Return a new store with the slots of this store and new capacities, which must hold all filled slots."""
         store = LayerStore(self.spec, capacities, self.ledger)
         try:
             for head, length in enumerate(self.lengths):
@@ -398,7 +408,7 @@ class LayerStore:
         return store._filled(self.lengths, self.settled, self)
 
     def slid(self, keep: int) -> LayerStore:
-        """A new store with only the last ``keep`` slots of every head (the fixed-window rule)."""
+        """Return a new store with only the last ``keep`` slots of every head, for a sliding window."""
         store = LayerStore(self.spec, self.capacities, self.ledger)
         lengths = [min(keep, length) for length in self.lengths]
         try:
@@ -411,9 +421,9 @@ class LayerStore:
         return store._filled(lengths, [0] * len(lengths), self)
 
     def reordered(self, orders: Sequence[Sequence[tuple[int, int]]], promoted: Spans) -> LayerStore:
-        """A new store with the same slots in another order, after which ``promoted`` tokens stand behind the prefix.
+        """Return a new store with this store's slots in a new order, in which ``promoted`` tokens follow the prefix.
 
-        ``orders`` has for each head the spans of its slots, one behind the other; positions must be settled.
+        ``orders`` lists for each head the spans of its slots in the new order; :meth:`settle` must come first.
         """
         store = LayerStore(self.spec, self.capacities, self.ledger)
         try:
@@ -426,7 +436,7 @@ class LayerStore:
         return store.fill(self.lengths, self.settled, seen=self.seen, promoted=promoted, moves=self.moves)
 
     def _write_spans(self, store: LayerStore, head: int, spans: Sequence[tuple[int, int]], at: int = 0) -> None:
-        """Write spans of a head's slots one after the other into the same head of another store, from ``at`` on."""
+        """Copy spans of a head's slots, one after the other, into this head of another store, from slot ``at`` on."""
         for name in ("keys", "values", "bias", "positions", "scores"):
             source, sink = getattr(self, name), getattr(store, name)
             if sink is None:
@@ -443,7 +453,7 @@ class LayerStore:
     def fill(
         self, lengths: Sequence[int], settled: Sequence[int], *, seen: int, promoted: Spans, moves: int
     ) -> LayerStore:
-        """Say what was written into a new store; returns it."""
+        """Record what was written into this new store, and return the store."""
         self.extent, self.settled = Extent(list(lengths), seen), list(settled)
         self._full_at = seen + min(capacity - length for capacity, length in zip(self.capacities, lengths, strict=True))
         self.promoted, self.moves = promoted, moves

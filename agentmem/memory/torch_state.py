@@ -1,4 +1,4 @@
-"""Torch's ambient state: what a caller has set for its thread must reach the model, and not our own arithmetic."""
+"""Torch's thread state (autocast, default device): the caller's state must apply to the model but not to our code."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _TYPES = ("cpu", "cuda", "mps", "xpu")
-"""Device types whose autocast may be on."""
+"""Device types for which autocast can be enabled."""
 
 
 class _State(NamedTuple):
-    """Autocast by device type, where it is on, and the device of tensors that name none."""
+    """The autocast dtype of each device type that has autocast enabled, and the default device of new tensors."""
 
     autocast: tuple[tuple[str, torch.dtype], ...]
     device: torch.device
 
 
 _CALLER: ContextVar[_State | None] = ContextVar("agentmem_ambient", default=None)
-"""The state that :func:`own_state` put aside; ``None`` while nothing is."""
+"""The caller's state, saved inside :func:`own_state`; otherwise ``None``."""
 
 
 def own_state() -> AbstractContextManager[None]:
-    """Our arithmetic and the policies': no autocast, and tensors that name no device are on the CPU.
+    """Disable autocast and make the CPU the default device in a ``with`` block, for our own code and the policies'.
 
-    Costs next to nothing where the caller has set neither. The default dtype belongs to the whole process, so it is
-    left alone: our code names the dtype of what it makes.
+    This takes almost no time if the caller has set neither. The default dtype belongs to the whole process and is not
+    changed: our code gives every new tensor an explicit dtype.
     """
     state = torch_state()
     return nullcontext() if not state.autocast and state.device.type == "cpu" else _put_aside(state)
@@ -38,7 +38,7 @@ def own_state() -> AbstractContextManager[None]:
 
 @contextmanager
 def callers_state() -> Iterator[None]:
-    """Inside :func:`own_state`: the model runs as its caller has it."""
+    """Restore the caller's state in a ``with`` block inside :func:`own_state`, to run the model with that state."""
     state = _CALLER.get()
     if state is None:
         yield
@@ -55,7 +55,7 @@ def callers_state() -> Iterator[None]:
 
 
 def computing_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """The dtype in which stock attention computes with ``tensor``: that of autocast, which spares float64."""
+    """Return the dtype in which stock attention uses ``tensor``: that of autocast if enabled, except for float64."""
     kind = tensor.device.type
     if tensor.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
@@ -63,7 +63,7 @@ def computing_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 
 def torch_state() -> _State:
-    """What the thread has set now."""
+    """Return the autocast state and the default device of the current thread."""
     on = tuple((kind, torch.get_autocast_dtype(kind)) for kind in _TYPES if torch.is_autocast_enabled(kind))
     return _State(on, torch.get_default_device())
 

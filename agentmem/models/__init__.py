@@ -1,4 +1,4 @@
-"""The default model, fetched once and used offline afterwards, and any other Hugging Face model."""
+"""Fetch the default model once, to use it offline afterwards, and load it or any other Hugging Face model."""
 
 from agentmem.models.download import Progress
 from agentmem.models.loading import (

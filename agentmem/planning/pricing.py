@@ -1,7 +1,8 @@
-"""What a capacity costs: the plan of one memory at so many slots. Integers only, no tensors.
+"""Compute the bytes that a capacity in slots needs, as a plan of one memory. Integers only, no tensors.
 
-R is what the storages of all rows hold when they are full; T the most that agentmem allocates besides at any moment;
-``R + T ≤ cap``. A, stated but outside the cap, is what the model's own modules allocate in one forward.
+Resident bytes (R) are those of the storages of all rows when these are full. Temporary bytes (T) are the most that
+agentmem allocates in addition at any moment. A plan fits if ``R + T ≤ cap``. The model's own activations (A) are the
+bytes that its modules allocate in one forward; a plan states them, but they are outside the cap.
 """
 
 from __future__ import annotations
@@ -26,35 +27,35 @@ if TYPE_CHECKING:
     from agentmem.settings import Settings
 
 MIN_BUDGET = 1
-"""Fewest segment slots per head that a plan accepts."""
+"""The smallest budget, in slots of a head's segment, that a plan accepts."""
 MAX_PROBE = 1024
 STUDY_SHARE = 8
-"""What the model writes for itself may take one part in this many of the capacity."""
+"""Self-study texts that the model writes may take ``1 / STUDY_SHARE`` of the capacity in slots."""
 SUMMARY_SHARE = 6
-"""A summary may take one part in this many of the capacity, unless the policy names a count."""
+"""A summary may take ``1 / SUMMARY_SHARE`` of the capacity in slots, unless the policy sets a number of tokens."""
 MAX_REQUEST = 96
-"""Tokens that ask for a summary, at most."""
+"""The most tokens of the instruction that asks for a summary."""
 PROBE_REACH = 4
-"""Probe tokens for each slot of the capacity, up to the maximum: short probes make repeated compaction decay."""
+"""Reference tokens per slot of the capacity, up to ``MAX_PROBE``; with fewer, repeated compaction loses quality."""
 HELD_OUT = 8
-"""One reference token in this many is held out from the fit."""
+"""One of every ``HELD_OUT`` reference tokens is held out from the fit."""
 UNBOUNDED = 1 << 40
-"""Capacity of a model whose layers all slide: fixed windows never fill up."""
+"""The capacity of a model whose layers all have sliding windows, which never fill up."""
 STORED_SHARE = 10
-"""Stored queries may take one part in this many of the cap, unless the policy names a count."""
+"""Stored queries may take ``1 / STORED_SHARE`` of the cap in bytes, unless the policy sets a number of tokens."""
 MAX_STORED = 512
 HYSTERESIS = 4
-"""An adaptive compaction frees at least one part in this many of the capacity, so that the next one is not near."""
+"""An adaptive compaction frees at least ``1 / HYSTERESIS`` of the capacity, so that the next one is not soon."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a cap comes to.
+    """The plan of a memory under one cap: its sizes in slots and tokens, and the bytes of each use.
 
-    ``capacity``, ``target`` and ``limit`` are slots per KV head and row on average, prefix and recent included:
-    what is held when the row is full, what a compaction leaves, and the most that an adaptive one may leave.
-    ``most_budget`` is the most that any head's segment may keep, ``layer_ceiling`` the most that a layer's heads may
-    keep together, in equal shares.
+    ``capacity``, ``target`` and ``limit`` are average slots per KV head and row, prefix and recent window included:
+    ``capacity`` is what a full row holds, ``target`` is what a compaction leaves, and ``limit`` is the most that an
+    adaptive compaction may leave. ``most_budget`` is the most slots that any head's segment may keep. ``layer_ceiling``
+    is the most that all heads of one layer may keep together, as a multiple of their equal share.
     """
 
     policy: str
@@ -70,28 +71,31 @@ class Plan:
     chunk: int
     probe_tokens: int
     stored: tuple[int, ...]
-    """Tokens whose queries are kept, for each stored part of the policy's queries."""
+    """For each stored part of the policy's queries, the number of tokens whose queries are kept."""
     drawn_tokens: int
     scratch: int
-    """Slots per head that stay free for what the model writes for itself."""
+    """Slots per head that stay free for texts that the model writes during a compaction."""
     resident_bytes: int
     stored_bytes: int
     draw_bytes: int
     fit_bytes: int
     copy_bytes: int
-    """A segment's quantised keys and values as numbers, which a fit reads."""
+    """Bytes of the decoded copies of a segment's quantised keys and values, which a fit reads."""
     check_bytes: int
     survey_bytes: int
-    """Scores of all layers, which budgets compare."""
+    """Bytes of the scores of all layers, which budgets compare."""
     forward_bytes: int
     move_bytes: int
     rebase_bytes: int
-    """Of moving a layer to other positions, beside its new store; 0 without re-basing."""
+    """Bytes of turning a layer's keys while its new store exists; 0 without re-basing."""
     activation_bytes: int
 
     @property
     def workspace_bytes(self) -> int:
-        """T: the phases do not overlap, but a commit's new store exists beside the fit's result."""
+        """Temporary bytes (T): the most that a compaction, a re-basing or a forward needs; they never overlap.
+
+        In a compaction the new store of a commit exists together with the result of the fit.
+        """
         beside = max(self.move_bytes, self.survey_bytes)  # no store is moved while layers are surveyed
         fitting = self.draw_bytes + self.fit_bytes + self.copy_bytes + self.check_bytes + beside
         return max(fitting, self.move_bytes + self.rebase_bytes, self.forward_bytes)
@@ -102,7 +106,7 @@ class Plan:
         return f"{self.capacity} per head, {self.target} after a compaction, {self.rows} row(s)"
 
     def table(self) -> list[tuple[str, int | None, str]]:
-        """Rows (name, bytes, meaning) for people."""
+        """Return the plan as a table for display: rows of name, bytes and meaning."""
         return [
             ("cap", self.cap_bytes, "hard limit over R + T"),
             ("R: slots", self.resident_bytes - self.stored_bytes, self._slots_text()),
@@ -120,7 +124,10 @@ class Plan:
 
 
 class Planner:
-    """Prices a capacity. ``frugal`` stores as few queries as can be instead of a share of the cap."""
+    """Compute plans at given capacities.
+
+    With ``frugal`` the plans store as few queries as possible, instead of as many as a share of the cap allows.
+    """
 
     def __init__(
         self, shape: ModelShape, settings: Settings, policy: Policy, rows: int, *, frugal: bool = False
@@ -128,7 +135,7 @@ class Planner:
         self.shape, self.settings, self.policy, self.rows, self.frugal = shape, settings, policy, rows, frugal
 
     def at(self, capacity: int) -> Plan:
-        """The plan at one capacity, whether it fits or not."""
+        """Return the plan at one capacity, whether or not it fits under the cap."""
         settings, policy = self.settings, self.policy
         target = self._target(capacity)
         limit = self._limit(capacity, target)
@@ -172,7 +179,7 @@ class Planner:
         )
 
     def compacted(self, capacity: int) -> tuple[int, int]:
-        """Slots per head that a compaction of a full row leaves, and those that it frees."""
+        """Return the slots per head that a compaction of a full row leaves, and the slots per head that it frees."""
         target = self._target(capacity)
         return target, capacity - self._scratch(self._references(capacity)[0], capacity) - target
 
@@ -185,14 +192,14 @@ class Planner:
         return 1.0 if self.policy.budgets is None else self.policy.budgets.layer_ceiling
 
     def _limit(self, capacity: int, target: int) -> int:
-        """Slots per head that a compaction may leave on average."""
+        """Return the most slots per head that a compaction may leave on average."""
         if self.policy.budgets is None or not self.policy.budgets.adaptive:
             return target
         free = max(self.settings.min_reclaim, capacity // HYSTERESIS)
         return max(target, capacity - self._scratch(self._references(capacity)[0], capacity) - free)
 
     def _fullest(self, capacity: int, limit: int, most: int) -> int:
-        """Slots that the fullest head of a full row can hold: its budget, and headroom like every other head."""
+        """Return the slots of the fullest head of a full row: its budget, plus the headroom that every head gets."""
         if self.policy.budgets is None or self._head_ceiling == 1:
             return capacity
         pinned = self.settings.keep_first + self.settings.keep_recent
@@ -200,7 +207,7 @@ class Planner:
         return pinned + most + max(0, capacity - least) + 1
 
     def _move(self, layer: LayerShape, capacity: int, limit: int, most: int) -> int:
-        """Bytes of the largest store of a layer, which a commit builds beside the old one."""
+        """Return the bytes of building a layer's largest new store while the old store still exists."""
         encoding = encoding_bytes(layer, capacity)
         if layer.window is not None or self._head_ceiling == 1:
             return encoding + self._store_bytes(layer, capacity)
@@ -211,12 +218,12 @@ class Planner:
         return encoding + (layer.kv_heads * headroom + kept) * self._slot_bytes(layer)
 
     def _rebase(self, capacity: int, limit: int, most: int) -> int:
-        """Bytes of turning the keys of a layer and of finding its gaps."""
+        """Return the bytes of turning the keys of a layer and of finding its gaps."""
         fullest, itemsize = self._fullest(capacity, limit, most), self.shape.itemsize
         return max(layer_scratch(layer, self.slots(layer, fullest), itemsize) for layer in self.shape.layers)
 
     def slots(self, layer: LayerShape, capacity: int) -> int:
-        """Slots per head of one layer's store when it is full."""
+        """Return the slots per head of one layer's full store."""
         return capacity if layer.window is None else window_slots(layer.window, self.settings.chunk)
 
     def _target(self, capacity: int) -> int:
@@ -233,7 +240,7 @@ class Planner:
         return parse_bytes(target, "target") // max(1, per_slot)
 
     def _references(self, capacity: int) -> tuple[int, tuple[int, ...], int]:
-        """Tokens of the probe, stored tokens of each stored part, and tokens that are drawn at random."""
+        """Return the tokens of the probe, the stored tokens of each stored part, and the tokens drawn at random."""
         queries = self.policy.queries
         total = queries.tokens or min(PROBE_REACH * capacity, MAX_PROBE)
         share = sum(map(queries.share, queries.probing))
@@ -243,11 +250,11 @@ class Planner:
         return probe, stored, drawn
 
     def _scratch(self, probe: int, capacity: int) -> int:
-        """Slots for one instruction and what the model writes after it."""
+        """Return the slots for an instruction and for the text that the model writes after it."""
         return max(self._study(probe, capacity), self._summary(capacity))
 
     def _summary(self, capacity: int) -> int:
-        """Slots for a summary and the instruction that asks for it."""
+        """Return the slots for a summary and for the instruction that asks for the summary."""
         rewrite = self.policy.rewrite
         if rewrite is None:
             return 0
@@ -315,7 +322,7 @@ class Planner:
         return compared + rounding_bytes(layer, kept, itemsize)
 
     def _survey(self, slots: int) -> int:
-        """A float32 score a slot of every layer, and a mask of one head while they are compared."""
+        """Return the bytes of one float32 score per slot of every layer, and of one head's mask to compare them."""
         if self.policy.budgets is None or not self.policy.budgets.needs_survey:
             return 0
         heads = sum(layer.kv_heads for layer in self.shape.layers if layer.window is None)
@@ -330,13 +337,13 @@ class Planner:
         scored = self.policy.scores == "received"
         explicit = scored or layer.sinks or layer.window is not None or not self._fused(layer)
         most = max(fused, ragged.explicit_bytes(layer, chunk, slots, self.shape.itemsize)) if explicit else fused
-        # a row of a batch is attended beside the output of all
+        # each row of a batch is attended while the output of the whole batch is allocated
         own = layer.query_heads * chunk * layer.value_dim * self.shape.itemsize if self.rows > 1 else 0
         return max(most + own, encoding_bytes(layer, layer.kv_heads * chunk))
 
 
 def copy_bytes(layer: LayerShape, slots: int, itemsize: int) -> int:
-    """Bytes of quantised slots of all heads as numbers, and of making those of one head."""
+    """Return the bytes of the decoded slots of all heads of a quantised layer, and of decoding those of one head."""
     if not layer.quantised:
         return 0
     copies = layer.kv_heads * slots * (layer.key_dim + layer.value_dim) * itemsize
@@ -344,7 +351,7 @@ def copy_bytes(layer: LayerShape, slots: int, itemsize: int) -> int:
 
 
 def rounding_bytes(layer: LayerShape, slots: int, itemsize: int) -> int:
-    """Bytes of one head's fitted keys and values as they will be read from quantised slots."""
+    """Return the bytes of rounding one head's fitted keys and values to what quantised slots can hold."""
     if not layer.quantised:
         return 0
     dims, block = (layer.key_dim, layer.value_dim), min(slots, quantised.BLOCK)
@@ -353,7 +360,7 @@ def rounding_bytes(layer: LayerShape, slots: int, itemsize: int) -> int:
 
 
 def encoding_bytes(layer: LayerShape, rows: int) -> int:
-    """Bytes of encoding so many keys or values, a block of tokens of all heads at a time."""
+    """Return the bytes of encoding ``rows`` keys or values, one block of tokens of all heads at a time."""
     if not layer.quantised:
         return 0
     block = min(rows, layer.kv_heads * quantised.BLOCK)
@@ -361,14 +368,15 @@ def encoding_bytes(layer: LayerShape, rows: int) -> int:
 
 
 def window_slots(window: int, chunk: int) -> int:
-    """Slots per head of a sliding layer: what a query can see, and slack so that it slides once in a while."""
+    """Return the slots per head of a sliding layer: those that a query can see, plus slack so that it slides rarely."""
     return window - 1 + max(1, min(chunk, window))
 
 
 def grown(needed: int, limit: int) -> int:
-    """The capacity to allocate for ``needed`` slots on the way to ``limit``: the limit halved as often as possible.
+    """Return the capacity to allocate for ``needed`` slots: ``limit`` halved as often as possible.
 
-    Halving from the top keeps the store that is replaced at half of the new one at most, which T has room for.
+    The limit is halved so that the old store is at most half as large as the new store that replaces it; the planned
+    temporary bytes (T) have room for that.
     """
     capacity = limit
     while capacity > 1 and -(-capacity // 2) >= needed:

@@ -1,4 +1,4 @@
-"""What :mod:`agentmem.memory.rotation` allocates besides the stores: integers only, no tensors."""
+"""The temporary bytes that :mod:`agentmem.memory.rotation` allocates. Integers only, no tensors."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from agentmem.planning.model_shape import LayerShape
 
 BLOCK = quantised.BLOCK
-"""Slots whose keys are turned at once: what scratch is proportional to."""
+"""How many slots have their keys rotated at once; the temporary bytes are proportional to this number."""
 
 
 def layer_scratch(layer: LayerShape, slots: int, itemsize: int) -> int:
-    """Bytes that moving a layer whose fullest head has so many slots takes beside its new store."""
+    """Return the temporary bytes of re-basing a layer whose fullest head has ``slots`` slots, without the new store."""
     return _turned(layer, slots, itemsize) + 3 * map_scratch(slots)
 
 
@@ -22,15 +22,16 @@ def _turned(layer: LayerShape, slots: int, itemsize: int) -> int:
     dim, block = layer.key_dim, min(slots, BLOCK)
     if not layer.quantised:
         return shift_scratch(slots, dim, itemsize)
-    rows = block * (quantised.row_bytes(dim) + 24)  # copies of what moves, its indices, positions and deltas
+    rows = block * (quantised.row_bytes(dim) + 24)  # copies of the moving keys, their indices, positions and deltas
     return shift_scratch(block, dim, 4) + quantised.decode_bytes(block, dim) + quantised.encode_bytes(block, dim) + rows
 
 
 def shift_scratch(slots: int, width: int, itemsize: int, *, block: int = BLOCK) -> int:
-    """Bytes that ``shift_keys`` allocates at most for so many keys of ``itemsize`` bytes a number.
+    """Return the most bytes that ``shift_keys`` allocates for ``slots`` keys with ``itemsize`` bytes per number.
 
-    Per slot: its indices, and per pair of dims either two float64 angles and one in float32, or cosine, sine, both
-    halves and the turned one in the dtype of the turn, with the last rounded.
+    Each slot needs its indices. Each pair of dims needs the larger of two sums: two float64 angles and one float32
+    angle; or the cosine, the sine, both halves of the key and a rotated half in the dtype of the computation, plus that
+    half rounded to the dtype of the keys.
     """
     turn = max(itemsize, 4)
     pair = max(8 + 8 + 4, 5 * turn + (itemsize if itemsize < turn else 0))
@@ -38,5 +39,5 @@ def shift_scratch(slots: int, width: int, itemsize: int, *, block: int = BLOCK) 
 
 
 def map_scratch(slots: int) -> int:
-    """Bytes that ``widest_gap`` and ``rebased`` allocate at most for a head of so many slots."""
+    """Return the most bytes that ``widest_gap`` or ``rebased`` allocates for a head of ``slots`` slots."""
     return 20 * slots + 64

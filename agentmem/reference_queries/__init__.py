@@ -1,1 +1,1 @@
-"""Where reference queries come from: a probe of the text, stored samples, and the tokens that a pattern names."""
+"""Obtain reference queries from a probe, from stored samples, and for the tokens that a pattern matches."""

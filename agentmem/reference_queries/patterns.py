@@ -1,4 +1,4 @@
-"""Marks: which tokens of a transcript a regular expression names."""
+"""Find the tokens of a transcript that a regular expression matches; their spans are called marks."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 SECONDS: Final = 2.0
-"""How long one search may take: some patterns need exponential time on some texts."""
+"""The most seconds that one search may take, because some patterns need exponential time on some texts."""
 
 
 class Marks:
-    """Spans of one row's transcript that match a pattern; what was read is kept, so that a call costs what is new."""
+    """Find the spans of one row's transcript that match a pattern; each call decodes only the tokens that are new."""
 
     def __init__(self, pattern: str, read: Callable[[Sequence[int]], list[str]]) -> None:
-        """``read`` gives the text of each id."""
+        """Compile ``pattern``; ``read`` decodes a list of token ids to one text per id."""
         self.pattern, self.read = regex.compile(pattern), read
         self._text = ""
         self._ends: list[int] = []
 
     def spans(self, transcript: Sequence[int]) -> list[tuple[int, int]]:
-        """Token spans ``start .. stop`` of all matches, with the token before, whose query asks for the first.
+        """Return the token spans ``start .. stop`` of all matches, in ascending order and without overlap.
 
-        Ascending and apart; matches that touch become one span.
+        Each span includes the token before the match, because the query of that token predicts the match's first
+        token. Spans that overlap or touch are merged into one.
 
         Raises:
             SettingsRefused: the search took longer than :data:`SECONDS`.
@@ -53,7 +54,7 @@ class Marks:
         return found
 
     def _matches(self) -> list[tuple[int, int]]:
-        """Matches that are not empty; other threads run meanwhile.
+        """Return the character spans of all non-empty matches; other threads run during the search.
 
         Raises:
             SettingsRefused: the search took longer than :data:`SECONDS`.

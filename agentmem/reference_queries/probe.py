@@ -1,4 +1,4 @@
-"""The text of a probe: which tokens a transient forward runs to obtain reference queries, and whose they are."""
+"""Choose the tokens that a probe, a transient forward, runs to obtain reference queries, and label their sources."""
 
 from __future__ import annotations
 
@@ -19,17 +19,20 @@ if TYPE_CHECKING:
 SPAN = 64
 """Tokens of one span of a ``spread`` part: long enough to be read as text, short enough to reach many places."""
 LEAD = 8
-"""Tokens before a marked span that are run again with it: what asks for it."""
+"""Tokens before a marked span that are run again with the span, because they lead up to it."""
 _GOLDEN = (math.sqrt(5) - 1) / 2
-"""Successive multiples of it, modulo 1, fill an interval evenly however many are taken."""
+"""Successive multiples of this number, modulo 1, fill the interval 0 .. 1 evenly however many are taken."""
 
 Words = dict["Source", tuple[tuple[int, ...], ...]]
-"""The ids of each source's texts (an instruction, a focus), tokenized once at the edge; used one after the other."""
+"""The token ids of each source's texts, such as an instruction or a focus; successive compactions use them in turn."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Tokens ``start .. stop`` of a probe: whose queries they give, and which part of the transcript they repeat."""
+    """Describe the tokens ``start .. stop`` of a probe, which give the queries of one source.
+
+    ``span`` is the part of the transcript that these tokens repeat; ``None`` if they repeat none.
+    """
 
     start: int
     stop: int
@@ -40,13 +43,13 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """The ids of one transient forward, and its pieces in order."""
+    """Hold the token ids of one transient forward, and its pieces in order."""
 
     ids: tuple[int, ...]
     pieces: tuple[Piece, ...]
 
     def references(self, queries: torch.Tensor) -> tuple[Reference, ...]:
-        """The pieces' views of one layer's ``queries [Hq, q, d]``."""
+        """Return one reference per piece, each a view of one layer's ``queries [Hq, q, d]``."""
         return tuple(
             Reference(queries[:, piece.start : piece.stop], piece.weight, piece.source, piece.span)
             for piece in self.pieces
@@ -55,7 +58,7 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class _Stretch:
-    """Ids that become one piece."""
+    """Hold token ids that will become one piece of a probe."""
 
     source: Source
     weight: float
@@ -65,7 +68,7 @@ class _Stretch:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """What pieces are cut from: a transcript, and the spans of it that a pattern names, with their weight."""
+    """Hold the transcript that pieces are cut from, the marked spans in it, and the weight of marked tokens."""
 
     transcript: Sequence[int]
     prefix: int
@@ -75,7 +78,7 @@ class _Source:
     start: int
 
     def stretch(self, part: Part, start: int, stop: int) -> list[_Stretch]:
-        """Tokens ``start .. stop``, cut where marked spans begin and end."""
+        """Return the tokens ``start .. stop``, cut into stretches where marked spans begin and end."""
         cuts = {start, stop} | {cut for mark in self.marks for cut in mark if start < cut < stop}
         return [self._stretch(part, low, high) for low, high in pairwise(sorted(cuts))]
 
@@ -96,12 +99,22 @@ def make_probe(
     start: int = 0,
     marks: Sequence[tuple[int, int]] = (),
 ) -> Probe:
-    """The probe of at most ``tokens`` tokens that a mixture asks for; only ``transcript`` may be longer.
+    """Make the probe of at most ``tokens`` tokens that ``queries`` asks for; only ``transcript`` may be longer.
 
-    ``spread`` spans leave out the first ``prefix`` tokens, which are never compacted, and what ``replay`` or ``repeat``
-    run again, and nothing before ``start`` is run at all; ``turn`` counts compactions and moves the spans. Spans of the
-    transcript in ``marks`` (those that a pattern names) come first among them, and their queries weigh more. Texts come
-    first and the newest tokens last, so that the newest tokens' queries see what they will be followed by.
+    The probe begins with the texts and ends with the newest tokens of the transcript, so that the newest tokens attend
+    to all other pieces.
+
+    Args:
+        transcript: the token ids that transcript pieces are cut from.
+        queries: the mixture of parts.
+        tokens: the budget, which the parts divide by their shares.
+        words: the token ids of the text of each source that has one.
+        prefix: ``spread`` leaves out this many first tokens, which are never compacted. It also leaves out the newest
+            tokens, which ``replay`` or ``repeat`` run again.
+        turn: the number of compactions so far; it moves the spans of ``spread``.
+        start: no token of the transcript before this one is run.
+        marks: spans of the transcript that a pattern matches; ``spread`` prefers them, and their queries weigh more.
+
     """
     source = _Source(transcript, prefix, turn, marks, queries.pattern_weight, start)
     sizes = _sizes(queries, tokens, words, len(transcript))
@@ -124,7 +137,7 @@ _NEWEST = ("repeat", "replay")
 
 
 def _sizes(queries: Queries, tokens: int, words: Mapping[Source, Sequence[int]], seen: int) -> list[tuple[Part, int]]:
-    """Tokens of every probing part; what a text leaves of its share goes to the others."""
+    """Return the tokens of every probing part; tokens that a text does not use go to the parts without a text."""
     sizes = _shared(tokens, queries.probing)
     others = [part for part in queries.probing if part.source not in _TEXTS]
     for text in _TEXTS:
@@ -138,7 +151,7 @@ def _sizes(queries: Queries, tokens: int, words: Mapping[Source, Sequence[int]],
 
 
 def _shared(tokens: int, parts: Sequence[Part]) -> dict[Source, int]:
-    """All tokens by the parts' shares; running sums are what is rounded, so that no token is lost."""
+    """Divide ``tokens`` by the parts' shares; running sums are rounded, so that the sizes add up to ``tokens``."""
     ends = (0.0, *accumulate(part.share for part in parts))
     marks = [round(tokens * end / ends[-1]) for end in ends] if parts else []
     return {part.source: stop - start for part, (start, stop) in zip(parts, pairwise(marks), strict=True)}
@@ -151,17 +164,20 @@ def _recent(part: Part, size: int, source: _Source, instructions: tuple[int, ...
 
 
 def _spread(part: Part, size: int, source: _Source, newest: int) -> list[_Stretch]:
-    """Marked spans first, half of the tokens at most; then evenly spread ones."""
+    """Return stretches of marked spans, for at most half of the tokens, and of evenly spread spans for the rest."""
     stop = len(source.transcript) - newest
     marked = _marked(source, stop, size // 2)
     spans = spread_spans(source.prefix, stop, size - sum(high - low for low, high in marked), source.turn)
-    # A mark inside a span that is run again anyway is not run twice.
+    # A marked span that lies inside an evenly spread span is not run twice.
     marked = [mark for mark in marked if not any(low <= mark[0] and mark[1] <= high for low, high in spans)]
     return [stretch for span in sorted(spans + marked) for stretch in source.stretch(part, *span)]
 
 
 def _marked(source: _Source, stop: int, tokens: int) -> list[tuple[int, int]]:
-    """Marked spans before ``stop`` with what leads up to them: as many as fit, others at every turn."""
+    """Choose marked spans before ``stop``, each with its lead, of at most ``tokens`` tokens in total.
+
+    The first span that is tried changes with the turn.
+    """
     found: list[tuple[int, int]] = []
     for low, high in source.marks:
         start = max(source.prefix if not found else found[-1][1], low - LEAD)
@@ -179,10 +195,11 @@ def _marked(source: _Source, stop: int, tokens: int) -> list[tuple[int, int]]:
 
 
 def spread_spans(first: int, stop: int, tokens: int, turn: int) -> list[tuple[int, int]]:
-    """Spans of at most ``tokens`` tokens in all, one in each of equally long strata of ``first .. stop``.
+    """Return evenly spread spans of ``first .. stop`` with at most ``tokens`` tokens in total.
 
-    All of it where it is no longer than that. The place within the strata moves with ``turn`` by the golden ratio, so
-    that successive compactions come by everywhere.
+    The range is divided into strata of equal length, and one span is taken from each; a range of at most ``tokens``
+    tokens is returned whole. The place within the strata moves with ``turn`` by the golden ratio, so that successive
+    compactions reach every part of the range.
     """
     length = max(0, stop - first)
     if length <= tokens:
@@ -190,7 +207,7 @@ def spread_spans(first: int, stop: int, tokens: int, turn: int) -> list[tuple[in
     span = min(SPAN, tokens)
     count = tokens // span
     slack = length / count - span
-    shift = turn * _GOLDEN % 1 * (slack + 1)  # rounded down, so that the last place has its turns too
+    shift = turn * _GOLDEN % 1 * (slack + 1)  # int() rounds down; + 1 lets the last place be reached
     starts = [first + int(index * length / count + shift) for index in range(count)]
     return [(start, start + span) for start in starts]
 

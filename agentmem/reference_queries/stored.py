@@ -1,4 +1,4 @@
-"""Stored queries: samples of what the model itself asked, bounded in bytes and counted in R."""
+"""Store samples of the model's own queries; their bytes are bounded and count as resident bytes (R)."""
 
 from __future__ import annotations
 
@@ -14,18 +14,28 @@ if TYPE_CHECKING:
     from agentmem.queries import Part
 
 NORMS = 16
-"""Live tokens that a ``random`` part keeps, for the norms of its directions."""
+"""Newest tokens whose queries a ``random`` part keeps, to give its random directions the same norms."""
 
 
 class QuerySample:
-    """A sample of one layer's own queries, ``[Hq, n, d]``: bytes fixed at birth.
+    """Keep a sample of one layer's own queries, ``[Hq, n, d]``, in a buffer of fixed size.
 
-    ``live`` (and ``random``, which needs the norms) keeps the newest n tokens in a ring. ``context`` keeps every
-    stride-th token of everything seen; when it is full, every other one is dropped and the stride doubles.
+    The sources ``live`` and ``random`` keep the queries of the newest n tokens in a ring; ``random`` uses only their
+    norms. The source ``context`` keeps the query of every ``stride``-th token seen so far; when the buffer is full,
+    every other query is dropped and the stride doubles.
     """
 
     def __init__(self, part: Part, layer: LayerShape, size: int, like: torch.Tensor, ledger: Ledger) -> None:
-        """Allocate in the dtype and on the device of ``like``; the ledger is charged first."""
+        """Reserve the bytes in the ledger, then allocate the buffer.
+
+        Args:
+            part: the part of the mixture that the sample serves.
+            layer: the shape of the layer.
+            size: tokens that the buffer holds.
+            like: a tensor with the dtype and device of the buffer.
+            ledger: the ledger in which the bytes are reserved.
+
+        """
         self.part, self.size, self.stride, self.filled = part, size, 1, 0
         ledger.hold(self, layer.query_heads * size * layer.key_dim * like.element_size(), "stored queries")
         with torch.inference_mode(mode=False):
@@ -33,26 +43,26 @@ class QuerySample:
 
     @property
     def kept(self) -> torch.Tensor:
-        """The queries that are kept, ``[Hq, filled, d]``: a view."""
+        """Return a view of the queries kept so far, ``[Hq, filled, d]``."""
         return self.queries[:, : self.filled]
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the sample."""
+        """Return the bytes of the sample's buffer."""
         return int(self.queries.untyped_storage().nbytes())
 
     def tokens(self, seen: int) -> torch.Tensor:
-        """Which tokens' queries are kept, ``[filled]`` int32, when ``seen`` tokens were offered so far."""
+        """Return the tokens whose queries are kept, ``[filled]`` int32, after ``seen`` tokens were offered."""
         if self.part.source == "context":
             return torch.arange(self.filled, dtype=torch.int32) * self.stride
         places = torch.arange(self.filled, dtype=torch.int32)
         return seen - 1 - (seen - 1 - places) % self.size
 
     def offer(self, queries: torch.Tensor, first: int) -> None:
-        """Look at ``queries [Hq, q, d]`` of the tokens ``first, first + 1, …``; nothing is allocated.
+        """Copy what belongs into the sample from ``queries [Hq, q, d]`` of tokens ``first, first + 1, …``.
 
-        A token's place depends on the token alone: what a forward left that was taken back is written over when its
-        tokens are offered again.
+        Nothing is allocated. A token's place in the buffer depends on the token's number alone. If a forward was
+        undone and its tokens are offered again, the new queries therefore overwrite the old ones.
         """
         offered = self._offer_strided if self.part.source == "context" else self._offer_newest
         offered(queries, first)
@@ -82,7 +92,7 @@ class QuerySample:
             token += wanted.shape[1] * self.stride
 
     def _from(self, token: int) -> int:
-        """The first token from this one on that the stride wants."""
+        """Return the first multiple of the stride that is at least ``token``."""
         return -(-token // self.stride) * self.stride
 
     def _halve(self) -> None:
@@ -92,7 +102,11 @@ class QuerySample:
         self.filled, self.stride = kept, 2 * self.stride
 
     def reference(self, generator: torch.Generator, tokens: int) -> Reference | None:
-        """What is kept so far (a view), or ``tokens`` random queries of its norms (new); ``None`` while it is empty."""
+        """Return the sample as reference queries; ``None`` while it is empty.
+
+        The reference is a view of the kept queries. For the source ``random`` it is a new tensor of ``tokens`` random
+        queries with the norms of the kept ones.
+        """
         if not self.filled:
             return None
         kept = self.queries[:, : self.filled]
@@ -102,7 +116,7 @@ class QuerySample:
 
 
 def _random_like(kept: torch.Tensor, tokens: int, generator: torch.Generator) -> torch.Tensor:
-    """Random directions ``[Hq, tokens, d]`` with each query head's root mean square norm."""
+    """Draw random directions ``[Hq, tokens, d]``, scaled to each query head's root mean square norm in ``kept``."""
     heads, _, width = kept.shape
     drawn = torch.randn(heads, tokens, width, generator=generator, dtype=torch.float32).to(kept.device)
     norms = kept.float().square().sum(-1).mean(-1).sqrt_()
@@ -111,6 +125,6 @@ def _random_like(kept: torch.Tensor, tokens: int, generator: torch.Generator) ->
 
 
 def random_bytes(layer: LayerShape, tokens: int, itemsize: int) -> int:
-    """Bytes that drawing ``tokens`` random queries allocates at most."""
+    """Return the most bytes that drawing ``tokens`` random queries allocates."""
     numbers = layer.query_heads * tokens * layer.key_dim
     return numbers * (4 + itemsize) + layer.query_heads * (tokens * 8 + NORMS * layer.key_dim * 8 + 64)

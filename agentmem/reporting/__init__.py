@@ -1,1 +1,1 @@
-"""What happened, for people and programs: reports, traces, pictures, log events."""
+"""Reports, traces, plots and log events: the records of what a run did, for people and programs."""

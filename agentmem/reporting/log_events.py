@@ -1,4 +1,4 @@
-"""Every log event: its name and its fields. The library logs and never configures logging."""
+"""Define every log event with its name and fields; the library emits them and never configures logging."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _LOG = structlog.wrap_logger(
 
 
 def memory_planned(*, cap_bytes: int, capacity: int, rows: int, policy: str) -> None:
-    """``memory_planned``: a cap was turned into slots."""
+    """Log ``memory_planned``: the plan for a cap is made, and its ``capacity`` in slots is known."""
     _LOG.info("memory_planned", cap_bytes=cap_bytes, capacity=capacity, rows=rows, policy=policy)
 
 
 def compaction_started(*, row: int, policy: str, tokens_seen: int, slots: int) -> None:
-    """``compaction_started``: a row is about to be compacted."""
+    """Log ``compaction_started``: a row is about to be compacted."""
     _LOG.debug("compaction_started", row=row, policy=policy, tokens_seen=tokens_seen, slots=slots)
 
 
 def compaction_finished(report: CompactionReport) -> None:
-    """``compaction_finished``: a row was compacted."""
+    """Log ``compaction_finished``: a row was compacted."""
     _LOG.info(
         "compaction_finished",
         row=report.row,
@@ -48,7 +48,7 @@ def compaction_finished(report: CompactionReport) -> None:
 
 
 def rebased(report: RebaseReport) -> None:
-    """``rebased``: a row's slots moved to lower positions."""
+    """Log ``rebased``: a row's slots moved to lower positions."""
     _LOG.info(
         "rebased",
         row=report.row,
@@ -61,16 +61,19 @@ def rebased(report: RebaseReport) -> None:
 
 
 def positions_passed(*, row: int, tokens_seen: int, positions: int) -> None:
-    """``positions_passed``: a row that is not re-based stands beyond the positions that the model was made for."""
+    """Log ``positions_passed``: a row without re-basing has reached positions beyond those the model was made for."""
     remedy = "rebase=True moves slots to lower positions before"
     _LOG.warning("positions_passed", row=row, tokens_seen=tokens_seen, positions=positions, remedy=remedy)
 
 
 def request_not_pinned(*, session: str, tokens: int, most: int) -> None:
-    """``request_not_pinned``: a reply is written whose request may be compacted: it was already, or is too long."""
+    """Log ``request_not_pinned``: a reply begins, but its request could not be pinned and may be compacted meanwhile.
+
+    The request has been compacted already, or its ``tokens`` exceed the ``most`` that may be pinned.
+    """
     _LOG.info("request_not_pinned", session=session, tokens=tokens, most=most)
 
 
 def compaction_fault(*, row: int, layer: int | None, policy: str, error: str, remedy: str) -> None:
-    """``compaction_fault``: a layer could not be compacted as asked; ``remedy`` says what was done instead."""
+    """Log ``compaction_fault``: a layer could not be compacted as asked; ``remedy`` is what was done instead."""
     _LOG.warning("compaction_fault", row=row, layer=layer, policy=policy, error=error, remedy=remedy)

@@ -1,6 +1,6 @@
-"""Pictures of a run: bytes against tokens with the cap line, and held-out errors per compaction.
+"""Draw two plots of a run: bytes against tokens with the cap as a line, and held-out errors per compaction.
 
-Matplotlib's object interface only: nothing global is touched, so it is safe beside a caller's own figures.
+Only Matplotlib's object interface is used. It changes no global state, so a caller's own figures are not affected.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ _UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
 
 
 def draw(trace: Trace, folder: Path) -> tuple[Path, ...]:
-    """Both pictures of ``trace`` as PNG files in ``folder`` (made if missing); the errors only if there are any.
+    """Write the plots of ``trace`` as PNG files and return their paths.
+
+    ``folder`` is created if it does not exist. The error plot is left out if no compaction has a held-out error.
 
     Raises:
-        SettingsRefused: the folder cannot be written, or the trace holds no usage.
+        SettingsRefused: the folder cannot be written, or the trace has no point to draw.
 
     """
     if not trace.points:
@@ -48,7 +50,7 @@ def draw(trace: Trace, folder: Path) -> tuple[Path, ...]:
 
 
 def bytes_figure(trace: Trace) -> Figure:
-    """Bytes (used, allocated, at each compaction's peak) against tokens seen, with the cap as a dashed line."""
+    """Plot used bytes, allocated bytes and each compaction's peak against tokens seen; the cap is a dashed line."""
     figure, axes = _axes()
     highest = max([trace.cap_bytes or 0, *(point.peak_bytes for point in trace.points)])
     size, unit = next((size, unit) for size, unit in _UNITS if highest >= size or size == 1)
@@ -71,7 +73,7 @@ def bytes_figure(trace: Trace) -> Figure:
 
 
 def error_figure(trace: Trace) -> Figure:
-    """Output error and log-mass error on held-out reference queries, one point per compaction."""
+    """Plot output error and log-mass error on held-out reference queries, one point per compaction."""
     figure, axes = _axes()
     series = (
         ("output error (relative L2)", _BLUE, "o", [report.output_error for report in trace.compactions]),
@@ -128,5 +130,5 @@ def _title(axes: Axes, trace: Trace, text: str) -> None:
 
 def _legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    # Below the axes: there it can never cover data.
+    # The legend lies below the axes, where it never covers data.
     figure.legend(handles, labels, loc="outside lower center", ncols=len(handles), frameon=False)

@@ -1,4 +1,4 @@
-"""What happened, as pydantic models with stable JSON keys. Values only: no tensors, no I/O."""
+"""Define the reports on compactions, re-basings and runs: pydantic models of plain values with stable JSON keys."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class _Report(BaseModel):
 
 
 class LayerReport(_Report):
-    """One layer of one compaction. Errors are measured on reference queries held out from the fit."""
+    """Describe how one compaction changed one layer; its errors are measured on queries held out from the fit."""
 
     layer: int
     slots_before: int
@@ -22,7 +22,7 @@ class LayerReport(_Report):
     output_error: float | None
     """Relative L2 error of the segment's local attention output; ``None`` without reference queries."""
     log_mass_error: float | None
-    """Mean absolute error of the log of the segment's attention mass."""
+    """Mean absolute error of the log of the segment's attention mass; ``None`` without reference queries."""
     bias_min: float
     bias_max: float
     condition: float
@@ -31,7 +31,7 @@ class LayerReport(_Report):
 
 
 class SpanError(_Report):
-    """Tokens ``start .. stop`` of the transcript, and the errors of their held-out queries over all layers."""
+    """Give the errors of the held-out queries of the transcript's tokens ``start .. stop``, over all layers."""
 
     start: int
     stop: int
@@ -40,23 +40,23 @@ class SpanError(_Report):
 
 
 class SummaryReport(_Report):
-    """A summary that replaced a segment before it was compacted."""
+    """Describe a summary that the model wrote, and that replaced a segment before the segment was compacted."""
 
     text: str
     tokens: int
-    """Of the summary with its lead: one slot per head each, before the compactor had its turn."""
+    """Tokens of the summary and its lead. Each takes one slot per head until the compactor runs."""
     start: int
     stop: int
-    """The tokens of the transcript that it stands for, ``start .. stop``."""
+    """The summary stands for the tokens ``start .. stop`` of the transcript."""
     position: int
-    """Of its first slot."""
+    """Position of the summary's first slot."""
     slots_before: int
     slots_after: int
-    """Slots of the whole row, before and after the segment was replaced."""
+    """Slots of the whole row before and after the summary replaced the segment."""
 
 
 class CompactionReport(_Report):
-    """One compaction of one row."""
+    """Describe one compaction of one row."""
 
     index: int
     row: int
@@ -65,69 +65,75 @@ class CompactionReport(_Report):
     """Tokens that the row had consumed when it was compacted."""
     slots_before: int
     slots_after: int
-    """Sums over layers and KV heads."""
+    """Slots of the row before and after the compaction, summed over layers and KV heads."""
     bytes_before: int
     bytes_after: int
     bytes_peak: int
-    """Allocated bytes of the whole memory (R + T) before, after and at the peak of this compaction."""
+    """Allocated bytes of the whole memory, resident and temporary, before, after and at the peak of the compaction."""
     queries: str = "none"
     """The sources of the reference queries."""
     outside_cap: bool = False
-    """Whether the reference queries came from an oracle whose cost the cap does not bound."""
+    """True if the reference queries came from an oracle whose memory the cap does not bound."""
     probe_tokens: int
-    """Tokens of the transient forward."""
+    """Tokens of the transient forward that computed reference queries."""
     seconds: float
     seconds_by_stage: dict[str, float]
-    """``probe`` (the transient forward: what the other stages leave), ``probe text`` (finding what it reads), ``fit``,
-    ``check`` (held-out errors), ``commit``, ``headroom``; ``survey`` (budgets that compare heads) and ``summary``
-    (writing one) where there are any."""
+    """Seconds by the name of the stage.
+
+    ``probe`` is the transient forward, measured as the time that the other stages leave over; ``probe text`` chooses
+    the tokens that it reads; ``check`` measures held-out errors; the others are ``fit``, ``commit`` and ``headroom``.
+    ``survey`` (only for budgets that compare heads) and ``summary`` (only if one was asked for) may be missing.
+    """
     layers: Annotated[tuple[LayerReport, ...], FailFast()]
     faults: Annotated[tuple[str, ...], FailFast()] = ()
-    """What went wrong and was repaired, one line each."""
+    """Faults that were repaired during the compaction, one line each."""
     summary: SummaryReport | None = None
-    """What the model wrote in place of the segment, where the policy asked for it and it was accepted."""
+    """The summary that replaced the segment; ``None`` if the policy asked for none or the summary was rejected."""
     worst_spans: tuple[SpanError, ...] = ()
-    """Where the compacted memory answers worst, among the spans whose queries were held out."""
+    """The spans with the greatest errors, among the spans whose queries were held out."""
 
     def brief(self) -> CompactionReport:
-        """The same without what it says of single layers and spans."""
+        """Return a copy of this report without its ``layers`` and ``worst_spans``."""
         return self.model_copy(update={"layers": (), "worst_spans": ()})
 
     @property
     def output_error(self) -> float | None:
-        """Mean over layers of the held-out output error; ``None`` where nothing is said of layers."""
+        """Return the mean held-out output error over layers; ``None`` if no layer has one."""
         return _mean([layer.output_error for layer in self.layers])
 
     @property
     def log_mass_error(self) -> float | None:
-        """Mean over layers of the held-out log-mass error."""
+        """Return the mean held-out log-mass error over layers; ``None`` if no layer has one."""
         return _mean([layer.log_mass_error for layer in self.layers])
 
 
 class RebaseReport(_Report):
-    """One re-basing of one row: its slots moved to lower positions."""
+    """Describe one re-basing of one row, which moved the row's slots to lower positions."""
 
     row: int
     tokens_seen: int
     position_before: int
-    """The next position before and after."""
+    """Position of the next token before the re-basing."""
     position_after: int
+    """Position of the next token after the re-basing."""
     gap: int
-    """The most positions between neighbouring slots that were left, in the head where it had to be least."""
+    """Greatest distance in positions that neighbouring slots kept; the least such value over all heads."""
     kl: float | None
-    """KL(before ‖ after), nats a token, of what follows the newest tokens when they are read again; ``None`` where
-    there are no ids, or an interrupted re-basing went on."""
+    """KL(before ‖ after) in nats per token of the next-token distributions when the newest tokens are read again.
+
+    ``None`` if the token ids are not known, or if this re-basing finished one that was interrupted.
+    """
     seconds: float
 
 
 class RunReport(_Report):
-    """The life of one memory so far."""
+    """Summarise everything that one memory has done so far."""
 
     model: str
     policy: str
     cap_bytes: int
     peak_bytes: int
-    """The most that R + T ever came to, by the ledger."""
+    """The greatest sum of resident and temporary bytes so far, by the ledger."""
     resident_bytes: int
     held_slots: int
     capacity: int
@@ -135,14 +141,14 @@ class RunReport(_Report):
     rows: int
     num_compactions: int
     num_prompt_tokens: int
-    """Tokens consumed in forwards of more than one token, all rows together."""
+    """Tokens consumed in forwards of more than one token, summed over rows."""
     num_new_tokens: int
-    """Tokens consumed one at a time, all rows together; a turn's last sampled token is consumed by the next turn."""
+    """Tokens consumed one at a time, summed over rows; the next turn consumes a turn's last sampled token."""
     seconds_compacting: float
     stopped: str | None = None
-    """Why generation was stopped early, if it was."""
+    """Reason why generation was stopped early; ``None`` if it was not."""
     compactions: Annotated[tuple[CompactionReport, ...], FailFast()] = ()
-    """All of them; only the newest 128 say something of single layers and spans."""
+    """Reports of all compactions; only the newest 128 contain ``layers`` and ``worst_spans``."""
     rebases: Annotated[tuple[RebaseReport, ...], FailFast()] = ()
 
 

@@ -1,7 +1,10 @@
-"""A run as JSON lines: one line per event, each complete when written, so a killed run leaves a valid file.
+"""Record a run as JSON lines, one line per event.
 
-Line kinds: ``start`` (cap and policy, once), ``usage`` (after every forward), ``compaction`` (a whole
-:class:`~agentmem.reporting.report.CompactionReport`). Every line has ``kind`` and ``t``, seconds since the start.
+Each event is written when it happens, so the file of a killed run can be read; at most its last line is cut off.
+
+Every line has a ``kind`` and ``t``, the seconds since the start. There are three kinds: ``start`` has the cap and the
+policy and is written once; ``usage`` is written after every forward; ``compaction`` has the fields of a
+:class:`~agentmem.reporting.report.CompactionReport`.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class UsageLike(Protocol):
-    """What the memory tells after every forward; slots and bytes are sums over rows."""
+    """Values that a memory reports after every forward; slots and bytes are sums over rows."""
 
     @property
     def tokens_seen(self) -> int: ...  # noqa: D102  # the fields of a Usage, described there
@@ -43,7 +46,7 @@ _USAGE_FIELDS = ("tokens_seen", "held_slots", "resident_bytes", "used_bytes", "p
 
 @dataclass(frozen=True, slots=True)
 class UsagePoint:
-    """The memory after one forward. ``t`` in seconds since the start; bytes are bytes."""
+    """State of a memory after one forward; ``t`` is in seconds since the start."""
 
     t: float
     tokens_seen: int
@@ -55,18 +58,21 @@ class UsagePoint:
 
 @dataclass
 class Trace:
-    """The events of one run, in order. Subscribe it to a memory to record, or get one from :func:`read_trace`."""
+    """Hold the events of one run in order.
+
+    Subscribe a trace to a memory to record its events, or get a recorded trace from :func:`read_trace`.
+    """
 
     cap_bytes: int | None = None
     policy: str | None = None
     points: list[UsagePoint] = field(default_factory=list)
     compactions: list[CompactionReport] = field(default_factory=list)
     compacted_at: list[int] = field(default_factory=list)
-    """Tokens seen by all rows together at each compaction (a report counts its own row's)."""
+    """Tokens that all rows together had seen at each compaction; a report counts the tokens of its own row only."""
     _started: float = field(default_factory=time.perf_counter, repr=False)
 
     def __call__(self, event: CompactionReport | RebaseReport | UsageLike) -> None:
-        """Record one event."""
+        """Record one event; re-basings are ignored."""
         if isinstance(event, CompactionReport):
             self.compacted(event)
         elif not isinstance(event, RebaseReport):
@@ -74,13 +80,13 @@ class Trace:
             self.points.append(UsagePoint(elapsed, *(int(getattr(event, name)) for name in _USAGE_FIELDS)))
 
     def compacted(self, report: CompactionReport) -> None:
-        """Record one compaction, at the tokens of the last forward."""
+        """Record one compaction, at the number of tokens seen after the last forward."""
         self.compactions.append(report)
         self.compacted_at.append(self.points[-1].tokens_seen if self.points else report.tokens_seen)
 
 
 class TraceWriter:
-    """Writes events to ``path`` as they come; the file is truncated first.
+    """Write each event to ``path`` when it happens; a file that exists is overwritten.
 
     Raises:
         SettingsRefused: the file cannot be written.
@@ -94,7 +100,7 @@ class TraceWriter:
         with ExitStack() as undo:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                # Line-buffered: what is on disk ends at a line's end unless the machine itself dies.
+                # Line-buffered: unless the machine itself stops, the file always ends with a whole line.
                 self._file: TextIO = undo.enter_context(path.open("w", encoding="utf-8", buffering=1))
             except OSError as error:
                 raise SettingsRefused(f"trace: cannot write {path}: {error.strerror or error}") from error
@@ -102,7 +108,7 @@ class TraceWriter:
             self._close = undo.pop_all().close
 
     def __call__(self, event: CompactionReport | RebaseReport | UsageLike) -> None:
-        """Write one event."""
+        """Write one event; re-basings are not written."""
         if isinstance(event, CompactionReport):
             self._line("compaction", event.model_dump(mode="json"))
         elif not isinstance(event, RebaseReport):
@@ -113,7 +119,7 @@ class TraceWriter:
         self._close()
 
     def __enter__(self) -> Self:
-        """The writer itself."""
+        """Return the writer itself."""
         return self
 
     def __exit__(
@@ -131,10 +137,10 @@ class TraceWriter:
 
 
 def read_trace(path: Path) -> Trace:
-    """The events in a trace file. A last line that was cut off by a kill is left out.
+    """Read the events of a trace file; a last line that was cut off is left out.
 
     Raises:
-        SettingsRefused: the file cannot be read, or a line other than the last is no trace event.
+        SettingsRefused: the file cannot be read, or a complete line is no trace event.
 
     """
     try:

@@ -1,1 +1,1 @@
-"""A server that speaks OpenAI's HTTP interface; conversations and compaction items are latent memory under one cap."""
+"""A server with OpenAI's HTTP interface that keeps conversations and compaction items as memories under one cap."""

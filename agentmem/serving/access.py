@@ -1,4 +1,4 @@
-"""ASGI middleware that logs and counts every request, refused ones too, without a word of what it says."""
+"""ASGI middleware that logs and counts every request, also refused ones, without the contents of any body."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from agentmem.serving.gate import Application, Receive, Scope, Send
 from agentmem.serving.metrics import Metrics
 
 _OWNER = 8
-"""Digits of an owner's digest that a log shows."""
+"""Digits of the owner's key digest that the log shows."""
 _PATH = 200
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 NO_STATUS = 499
-"""Logged where the client left before any status was sent."""
+"""Status that is logged if the client left before the server sent one."""
 
 
 class Access:
-    """Around everything else."""
+    """The outermost middleware: counts and logs each HTTP request when it ends."""
 
     def __init__(self, app: Application, metrics: Metrics) -> None:
-        """Around ``app``."""
+        """Wrap ``app``; requests are counted in ``metrics``."""
         self.app, self.metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on, and write down what came of it."""
+        """Pass a request on, then count and log its status, duration and bytes."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -38,7 +38,7 @@ class Access:
             seen.status = 500
             raise
         finally:
-            route = str(getattr(scope.get("route"), "path", "none"))  # never a client's own words: they are a label
+            route = str(getattr(scope.get("route"), "path", "none"))  # not the client's path: labels need few values
             method = scope["method"] if scope["method"] in _METHODS else "other"
             self.metrics.requests.labels(method, route, str(seen.status)).inc()
             logs.request(
@@ -53,7 +53,7 @@ class Access:
 
 
 class _Seen:
-    """What passes through a request's two channels."""
+    """Wraps ``receive`` and ``send`` of a request to note its status and the bytes of both bodies."""
 
     def __init__(self, receive: Receive, send: Send) -> None:
         self._receive, self._send = receive, send

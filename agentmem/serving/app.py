@@ -1,4 +1,4 @@
-"""The application: every route around one server."""
+"""The ASGI application with all routes of one server."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from agentmem.serving.server import Server
 
 
 def create_app(server: Server) -> FastAPI:
-    """An ASGI application. Its lifespan ends with ``server.close()``; the runtime is the caller's to close."""
+    """Make the ASGI application. Its shutdown calls ``server.close()``; the caller closes the runtime."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -35,7 +35,7 @@ def create_app(server: Server) -> FastAPI:
 
     app = FastAPI(title="agentmem", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Gate, settings=server.settings, keys=server.keys, also_open=dashboard.OPEN)
-    app.add_middleware(Access, metrics=server.metrics)  # the last that is added is the outermost
+    app.add_middleware(Access, metrics=server.metrics)  # the middleware added last is the outermost
     refusals.handle(app)
     _health(app, server)
     _models(app, server)

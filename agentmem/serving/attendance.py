@@ -1,4 +1,4 @@
-"""Attending to a turn for one HTTP request: its first piece before the status, its end when the client leaves."""
+"""Functions that run a turn for one HTTP request and end the turn when the client disconnects."""
 
 from __future__ import annotations
 
@@ -15,16 +15,20 @@ from agentmem.serving.server import Server
 from agentmem.serving.turns import Request, Turn
 
 GRACE = 10.0
-"""Seconds in which a turn that fails does so with an HTTP status; later its error is an event of the stream."""
+"""Seconds during which the HTTP status waits for the first piece.
+
+An error within this time becomes an HTTP status; a later error becomes an event of the stream.
+"""
 CLIENT_LEFT = 499
 
 
 @asynccontextmanager
 async def turn_of(server: Server, request: Request) -> AsyncIterator[Turn]:
-    """A turn that has ended at the end of the block.
+    """Run a turn, and end it when the block ends.
 
     Raises:
-        RequestRefused: 503, the server ends; a form of the reply that it cannot be held to.
+        RequestRefused: status 503, the server is shutting down; status 400, the reply cannot be held to the requested
+            form.
 
     """
     if server.closing:
@@ -41,10 +45,10 @@ async def turn_of(server: Server, request: Request) -> AsyncIterator[Turn]:
 
 
 async def ended(server: Server, request: Request, http: HttpRequest) -> tuple[list[Piece], Ended]:
-    """All pieces of a turn and its end; the turn ends early when the client leaves.
+    """Run a turn to its end and return all its pieces and the last one; end it early if the client disconnects.
 
     Raises:
-        AgentmemError: the turn failed.
+        AgentmemError: the turn failed, or the client disconnected.
 
     """
     async with turn_of(server, request) as turn:
@@ -64,7 +68,7 @@ async def ended(server: Server, request: Request, http: HttpRequest) -> tuple[li
 async def _all(turn: Turn) -> tuple[list[Piece], Ended]:
     pieces = [piece async for piece in turn.pieces()]
     last = pieces[-1]
-    assert isinstance(last, Ended)  # noqa: S101  # pieces end with it, or raise
+    assert isinstance(last, Ended)  # noqa: S101  # the last piece is Ended, or an error was raised
     return pieces, last
 
 
@@ -74,12 +78,12 @@ async def _left(http: HttpRequest) -> None:
 
 
 async def begun(server: Server, request: Request) -> tuple[AsyncGenerator[Piece], Begun | None]:
-    """The pieces of a turn that is under way, and its beginning if that came in :data:`GRACE` seconds.
+    """Start a turn; return an iterator over its pieces, and :class:`Begun` if it came within :data:`GRACE` seconds.
 
-    Whoever has the pieces closes them, which ends the turn.
+    The caller closes the iterator, which ends the turn. A ``Begun`` that is returned is not yielded again.
 
     Raises:
-        AgentmemError: it failed in this time.
+        AgentmemError: the turn failed within these seconds.
 
     """
     pieces = _pieces(server, request)
@@ -104,7 +108,7 @@ async def _pieces(server: Server, request: Request) -> AsyncGenerator[Piece]:
 
 
 async def _resumed(first: asyncio.Future[Piece], rest: AsyncGenerator[Piece]) -> AsyncGenerator[Piece]:
-    """Pieces whose first one is still awaited."""
+    """Yield the first piece when it comes, then the rest."""
     try:
         yield await first
         async for piece in rest:

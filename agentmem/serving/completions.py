@@ -1,4 +1,4 @@
-"""``POST /v1/completions``: a text that goes on, without a chat template and without a conversation."""
+"""``POST /v1/completions``: continue a text without a chat template and without keeping a conversation."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from agentmem.serving.server import Server
 from agentmem.settings import SEED_MAX, SEED_MIN
 
 _TOKENS = 16
-"""Length of a completion whose request has no limit, as OpenAI has it."""
+"""Maximum number of tokens of a completion whose request sets no limit; OpenAI's default."""
 
 
 class CompletionRequest(Parameters):
-    """What ``/v1/completions`` takes: one prompt, as a text or as ids."""
+    """The body of a ``/v1/completions`` request: one prompt, as text or as token ids."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
         "n": (1,),
@@ -49,10 +49,11 @@ class CompletionRequest(Parameters):
     stream_options: StreamOptions | None = None
 
     def asks(self, owner: str, tokenizer: Any) -> turns.Request:
-        """What is asked of the model.
+        """Convert the body to a request to the model.
 
         Raises:
-            RequestRefused: no prompt, or several; or with the field. SettingsRefused: a policy that there is not.
+            RequestRefused: there is no prompt or more than one, or a field cannot be served.
+            UnknownPolicy, SettingsRefused: there is no such policy.
 
         """
         prompt = self.prompt
@@ -78,10 +79,10 @@ def _ids(prompt: str | list[Any], tokenizer: Any) -> list[int]:
 
 
 class CompletionAnswer:
-    """One completion under one id."""
+    """Builds the JSON objects of one completion, whole or in chunks with a common id."""
 
     def __init__(self, model: str, *, usage: bool = False) -> None:
-        """``usage``: whether a stream has a chunk with it at its end."""
+        """Begin an answer under a new id; with ``usage`` a stream ends with a chunk of token counts."""
         self._head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
@@ -91,23 +92,23 @@ class CompletionAnswer:
         self._usage = usage
 
     def whole(self, end: Ended) -> dict[str, Any]:
-        """The completion."""
+        """Return the whole completion."""
         return {**self.piece(end.text, end), "usage": end.usage.chat(), "agentmem": end.facts}
 
     def piece(self, text: str, end: Ended | None = None) -> dict[str, Any]:
-        """A piece of the text; the last one has the reason of the end."""
+        """Return an object with a piece of the text, and with the finish reason if ``end`` is given."""
         reason = None if end is None else "stop" if end.reason == "stop" else "length"
         choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
         return {**self._head, "choices": [choice]}
 
     def last(self, end: Ended) -> list[dict[str, Any]]:
-        """The reason, and the usage if it is wanted."""
+        """Return the last chunks: the finish reason, then the token counts if asked for."""
         chunks = [self.piece("", end) | {"agentmem": end.facts}]
         return [*chunks, {**self._head, "choices": [], "usage": end.usage.chat()}] if self._usage else chunks
 
 
 def router(server: Server) -> APIRouter:
-    """The route of one server."""
+    """Return a router with the completions route of ``server``."""
     made = APIRouter()
 
     @made.post("/v1/completions")
@@ -126,7 +127,7 @@ def router(server: Server) -> APIRouter:
 
 
 async def _chunks(answer: CompletionAnswer, pieces: AsyncGenerator[Piece]) -> AsyncGenerator[bytes]:
-    """A stream of chunks; an error that comes in its middle is its last event."""
+    """Yield the events of the stream; an error is sent as an event before ``[DONE]``."""
     async with aclosing(pieces):
         try:
             async for piece in pieces:

@@ -1,4 +1,4 @@
-"""Connections that never come to a request: each has so many seconds for the head of one, then it is closed."""
+"""HTTP connections that are closed if the head of a request (first line and headers) takes too long to arrive."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from typing import Any
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_SECONDS = 15.0
-"""In which the first line and the headers of a request must have arrived."""
+"""Seconds within which the first line and the headers of a request must arrive."""
 
 
 class Impatient(H11Protocol):
-    """uvicorn's protocol by h11, which bounds the bytes of a head; this bounds its time."""
+    """uvicorn's h11 protocol with a time limit for the heads of requests; uvicorn itself limits only their bytes."""
 
     _waiting: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
-        """The time for the first head begins."""
+        """Start the timer for the head of the first request."""
         super().connection_made(transport)
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        """It ends when a request has begun; a later head of the same connection has as long again."""
+        """Stop the timer when the head of a request is complete."""
         super().data_received(data)
         self._watch()
 
     def on_response_complete(self) -> None:
-        """The time for the next head begins."""
+        """Restart the timer for the head of the next request."""
         super().on_response_complete()
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing is waited for."""
+        """Stop the timer."""
         super().connection_lost(exc)
         self._forget()
 
@@ -60,6 +60,6 @@ class Impatient(H11Protocol):
 
 
 def allow_many() -> None:
-    """Let this process have as many connections and files open as its user may."""
+    """Raise the limit of open files and connections of this process to the most that its user may set."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -1,6 +1,7 @@
-"""Replies that must have a form: a call of a tool, or JSON of a schema. llguidance says which token may come.
+"""Constrained replies, which must be a tool call or JSON that fits a schema, by means of the package llguidance.
 
-A grammar is made of a request's schemas, checked before the turn begins, and followed token by token.
+A grammar is made from the schemas of a request and checked before the turn begins. During the reply it decides which
+tokens are allowed next.
 """
 
 from __future__ import annotations
@@ -18,26 +19,28 @@ if TYPE_CHECKING:
     from agentmem.serving.tools import Function
 
 _PLAIN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""As models write JSON; a small one would go on with white space for ever, where that is allowed."""
+"""White space of JSON as models write it. If more were allowed, a small model could write white space without end."""
 
 
 _NONE = {"type": "object", "properties": {}}
-"""The schema of a tool without one."""
+"""Schema for a tool that comes without a schema."""
 
 
 class Constraints:
-    """Grammars for one tokenizer, which is read when the first of them is wanted."""
+    """Makes grammars for one tokenizer. llguidance analyses the tokenizer when the first grammar is made."""
 
     def __init__(self, tokenizer: Any, writes: ToolFormat | None) -> None:
-        """``writes``: how the model writes calls."""
+        """Take a tokenizer, and in ``writes`` the format in which the model writes tool calls."""
         self._tokenizer, self._format = tokenizer, writes
         self._tokens: Any = None
 
     def of(self, forced: Sequence[Function], schema: Mapping[str, Any] | None, param: str) -> str | None:
-        """The grammar of a reply that must call one of the tools, or fit a schema; ``None`` where it is free.
+        """Return the grammar for a reply that must call one of ``forced`` or fit ``schema``; ``None`` without either.
+
+        ``param`` names the field of the request in errors about the schema.
 
         Raises:
-            RequestRefused: see :meth:`of_calls` and :meth:`of_schema`, which ``param`` is for.
+            RequestRefused: see :meth:`of_calls` and :meth:`of_schema`.
 
         """
         if forced:
@@ -45,10 +48,10 @@ class Constraints:
         return None if schema is None else self.of_schema(schema, param)
 
     def of_calls(self, tools: Sequence[Function], param: str = "tool_choice") -> str:
-        """A grammar of one call of one of the tools.
+        """Return a grammar for exactly one call of one of the tools.
 
         Raises:
-            RequestRefused: the model's template teaches no calls, or a schema cannot be followed.
+            RequestRefused: the chat template has no known format of calls, or llguidance does not support a schema.
 
         """
         if self._format is None:
@@ -63,16 +66,16 @@ class Constraints:
         return self._checked("\n".join([start, *rules]), param)
 
     def of_schema(self, schema: Mapping[str, Any], param: str) -> str:
-        """A grammar of JSON that fits a schema.
+        """Return a grammar for JSON that fits a schema.
 
         Raises:
-            RequestRefused: it is no schema, or cannot be followed.
+            RequestRefused: the schema is invalid, or llguidance does not support it.
 
         """
         return self._checked(f"start: {_json(schema)}", param)
 
     def follow(self, grammar: str) -> Following:
-        """What leaves the tokens of a reply that may come next."""
+        """Return a logits processor that holds one reply to the grammar."""
         from llguidance import LLMatcher
 
         return Following(LLMatcher(self._known(), LLMatcher.grammar_from_lark(grammar)))
@@ -89,7 +92,7 @@ class Constraints:
         return grammar
 
     def _written(self, text: str) -> str:
-        """A text of a grammar, in which special tokens stand by their ids."""
+        """Return the grammar expression for a literal text, with special tokens written as token ids."""
         tokenizer = self._tokenizer
         special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         found = next((mark for mark in special if mark in text), None)
@@ -112,14 +115,14 @@ class Constraints:
 
 
 class Following:
-    """A logits processor of one reply, which takes every token away that cannot come next."""
+    """Logits processor for one reply that excludes every token that the grammar does not allow next."""
 
     def __init__(self, matcher: Any) -> None:
-        """``matcher`` has read nothing yet."""
+        """Take an llguidance matcher that has not consumed any token yet."""
         self._matcher, self._read = matcher, -1
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores ``[1, V]`` with −inf for what is taken away."""
+        """Return the scores `[1, vocabulary]` with −inf for every excluded token."""
         length = input_ids.shape[1]
         if self._read >= 0:
             self._matcher.consume_tokens(input_ids[0, self._read :].tolist())
@@ -135,7 +138,10 @@ def _json(schema: Mapping[str, Any]) -> str:
 
 
 def _closed(schema: Any) -> Any:
-    """A tool's schema whose objects have no properties but those that it names, unless it says that they may."""
+    """Copy a schema so that its objects allow only the properties that they name.
+
+    Objects that set ``additionalProperties`` or ``patternProperties`` themselves keep these settings.
+    """
     if not isinstance(schema, dict):
         return schema
     made = {**schema}

@@ -1,4 +1,4 @@
-"""The conversations that a server holds: which one a request goes on from, and which are forgotten."""
+"""The conversations that a server holds: the choice of one for a request, and of those to forget."""
 
 from __future__ import annotations
 
@@ -23,50 +23,53 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 @dataclass(slots=True, eq=False)
 class Conversation:
-    """One held conversation. ``session`` is ``None`` while it lies in a ``folder``, or has not begun."""
+    """One held conversation.
+
+    ``session`` is ``None`` before the first turn, and while the memory is only on disk in ``folder``.
+    """
 
     id: str
     owner: str
     label: str | None
-    """The ``prompt_cache_key`` that pins it."""
+    """The ``prompt_cache_key`` that a request must have to continue this conversation."""
     recipe: Recipe
     history: list[str] = field(default_factory=list)
-    """Digests of all messages that the session was given or wrote."""
+    """Digests of all messages that the session read or wrote."""
     anchors: dict[str, int] = field(default_factory=dict)
-    """Markers of compaction items, and how much of the history each stands for."""
+    """Number of history entries that each compaction item stands for, by the marker of the item."""
     session: Session | None = None
     folder: Path | None = None
     used: float = field(default_factory=time.time)
-    """When it was used last, in seconds since 1970."""
+    """Time of the last use, in seconds since 1970."""
     bytes: int = 0
-    """What it held when it was used last."""
+    """Bytes that the conversation held when it was last used."""
     lead: str | None = None
-    """Digest of the instructions that it began with."""
+    """Digest of the instructions that the conversation began with."""
     since_item: int = 0
     """Tokens that the newest compaction item stands for."""
     open: bool = False
-    """Whether a reply was begun and has no token yet: nothing but that reply can come next."""
+    """Whether a reply was begun and has no token yet; then only a request without new messages can continue."""
     busy: bool = False
     life: Life = field(default_factory=Life)
-    """What a dashboard shows of its memory."""
+    """The history of the memory's size, for the dashboard."""
 
 
 class Conversations:
-    """By owner and id. Everything here runs on the event loop's thread; nothing waits."""
+    """All held conversations, by owner and id. Call all methods on the event loop's thread; none of them blocks."""
 
     def __init__(self, most: int, quota_bytes: int, forget_after: float) -> None:
-        """The limits are those of :class:`agentmem.serving.settings.ServerSettings`."""
+        """Begin without conversations; for the limits see :class:`agentmem.serving.settings.ServerSettings`."""
         self.most, self.quota_bytes, self.forget_after = most, quota_bytes, forget_after
         self._held: dict[tuple[str, str], Conversation] = {}
         self.replaced: list[Conversation] = []
-        """Those whose name another one has now: whoever reads this closes their sessions and empties it."""
+        """Conversations whose names new ones took; the reader of this list closes and removes them."""
 
     def __iter__(self) -> Iterator[Conversation]:
-        """All of them."""
+        """Iterate over a copy of the list of all held conversations."""
         return iter(list(self._held.values()))
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Return the number of held conversations."""
         return len(self._held)
 
     def claim(
@@ -79,13 +82,14 @@ class Conversations:
         label: str | None = None,
         any_recipe: bool = False,
     ) -> tuple[Conversation, int]:
-        """The conversation that a request goes on from, and how many of its messages that holds; it is busy now.
+        """Choose the conversation for a request, mark it busy, and count the messages that it holds already.
 
-        One that holds the most of them is taken; where none does, a new one begins, which holds none. ``any_recipe``
-        takes one of another recipe, too, and one whose instructions the request leaves out.
+        The conversation that holds the most of the ``wanted`` messages is chosen. If none holds any, a new one begins
+        and the number is 0. With ``any_recipe`` the conversation may have another recipe, and may begin with
+        instructions that the request leaves out.
 
         Raises:
-            RequestRefused: ``name`` is no name, or names a conversation that is in mid-turn.
+            RequestRefused: ``name`` is not a valid name, or the conversation of that name is in mid-turn.
 
         """
         best: tuple[Conversation, int] | None = None
@@ -124,20 +128,20 @@ class Conversations:
         return made
 
     def release(self, conversation: Conversation) -> None:
-        """Its turn is over."""
+        """Mark a conversation as no longer busy, and note the time of its last use."""
         conversation.busy, conversation.used = False, time.time()
 
     def forget(self, conversation: Conversation) -> None:
-        """Leave it out from now on; whoever calls this closes its session."""
+        """Remove a conversation from the held ones; the caller closes its session."""
         if self._held.get((conversation.owner, conversation.id)) is conversation:
             del self._held[conversation.owner, conversation.id]
 
     def hold(self, conversation: Conversation) -> None:
-        """Take in one that was kept in a file."""
+        """Add a conversation that was saved in a file."""
         self._held[conversation.owner, conversation.id] = conversation
 
     def surplus(self) -> list[Conversation]:
-        """Those that are idle too long, or beyond the number or the bytes that are held; the longest idle first."""
+        """Return the conversations that exceed the limits of time, number or bytes, the longest idle first."""
         idle = sorted((each for each in self if not each.busy), key=lambda each: each.used)
         count, size, now = len(self), sum(each.bytes for each in self), time.time()
         found = []
@@ -151,7 +155,7 @@ class Conversations:
 
 @dataclass(frozen=True, slots=True)
 class Like:
-    """What a conversation must be for a request to go on from it."""
+    """Properties that a conversation and a request must share for the request to continue the conversation."""
 
     owner: str
     recipe: Recipe
@@ -159,9 +163,9 @@ class Like:
 
 
 def _continues(each: Conversation, like: Like, wanted: list[str], *, unled: bool = False) -> int | None:
-    """How many of the wanted messages it holds; ``None`` where it is no conversation to go on from.
+    """Return how many of the wanted messages a conversation holds, or ``None`` if the request cannot continue it.
 
-    ``unled``: also where it holds them behind instructions that are not among them.
+    With ``unled`` the conversation may begin with instructions that are not among the wanted messages.
     """
     if each.busy or Like(each.owner, each.recipe, each.label) != like:
         return None

@@ -1,4 +1,4 @@
-"""Server-sent events whose turn ends when the client leaves, and that wait for no slow reader for long."""
+"""A response of server-sent events that ends its turn when the client disconnects or reads too slowly."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 PING = 15.0
-"""Seconds without an event after which a comment is sent, so that proxies keep the connection."""
+"""Seconds without an event after which a comment line is sent, so that proxies keep the connection open."""
 
 
 def event(data: Mapping[str, Any] | str, name: str | None = None) -> bytes:
-    """One event: JSON, or a word such as ``[DONE]``."""
+    """Return the bytes of one event whose data is JSON, or a word such as ``[DONE]``."""
     text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     return (f"event: {name}\n" if name else "").encode() + f"data: {text}\n\n".encode()
 
 
 class EventStream(Response):
-    """A response of server-sent events. ``events`` is closed whatever happens, and that is waited for."""
+    """A response of server-sent events. The iterator ``events`` is always closed before the response ends."""
 
     media_type = "text/event-stream"
 
     def __init__(self, events: AsyncIterator[bytes], send_seconds: float, headers: Mapping[str, str]) -> None:
-        """``send_seconds``: in which a client must take each event."""
+        """Prepare the response; ``send_seconds`` is the time within which the client must receive each event."""
         self.status_code, self.background, self.body = 200, None, b""
         self._events, self._seconds = events, send_seconds
         self.init_headers({"Cache-Control": "no-store", "X-Accel-Buffering": "no", **headers})
         self.raw_headers = [pair for pair in self.raw_headers if pair[0] != b"content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  # ASGI
-        """Send until the events end, the client leaves, or takes too long to read."""
+        """Send until the events end, the client disconnects, or the client reads too slowly."""
         leaving = asyncio.create_task(_left(receive))
         try:
             async with aclosing(self._events) as events:  # type: ignore[type-var]  # a generator
-                with suppress(OSError, TimeoutError):  # whoever left needs no answer
+                with suppress(OSError, TimeoutError):  # a client that left needs no answer
                     await self._send(send, {"type": "http.response.start", "headers": self.raw_headers, "status": 200})
                     if await self._all(events, send, leaving):
                         await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
@@ -46,7 +46,7 @@ class EventStream(Response):
             leaving.cancel()
 
     async def _all(self, events: AsyncIterator[bytes], send: Send, leaving: asyncio.Task[None]) -> bool:
-        """Whether all events were sent."""
+        """Send all events; return ``False`` if the client disconnected before the last one."""
         coming = asyncio.ensure_future(anext(events, None))
         try:
             while True:
@@ -70,6 +70,6 @@ class EventStream(Response):
 
 
 async def _left(receive: Receive) -> None:
-    """Wait until the client has left."""
+    """Wait until the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,4 +1,4 @@
-"""The form that a client wants of a reply: text, any JSON object, or JSON of its own schema."""
+"""The form that a request asks of a reply: text, any JSON object, or JSON that fits a given schema."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NAME = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
 
 
 class Form(BaseModel):
-    """``response_format`` of a chat completion, or ``text.format`` of a response, whose schema stands in it itself."""
+    """The field ``response_format`` of a chat completion, or ``text.format`` of a response."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -27,16 +27,16 @@ class Form(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _flat(cls, given: Any) -> Any:
-        """Of both routes: a chat completion has all but the type one level deeper."""
+        """Move the fields that a chat completion has under ``json_schema`` up one level, where a response has them."""
         if isinstance(given, dict) and isinstance(given.get("json_schema"), dict):
             return {"type": given.get("type"), **given["json_schema"]}
         return given
 
     def wanted(self, param: str) -> dict[str, Any] | None:
-        """The schema that a reply must fit; ``None`` for text.
+        """Return the schema that a reply must fit, or ``None`` for text; ``param`` names the field in errors.
 
         Raises:
-            RequestRefused: it is no schema.
+            RequestRefused: the schema is not a valid JSON schema.
 
         """
         if self.type == "text":

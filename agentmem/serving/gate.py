@@ -1,4 +1,4 @@
-"""What a request passes before any route sees it: its key, its place among those at work, the size of its body."""
+"""Checks of a request before any route: its API key, the number of requests at work, and the size of its body."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN = frozenset({"/health", "/ready"})
-"""Routes that need no key: they tell nothing of anyone."""
+"""Routes that need no key, since they reveal no user's data."""
 
 
 class Gate:
-    """ASGI middleware. The owner of a request is ``request.state.owner``."""
+    """ASGI middleware that admits or refuses requests, and sets ``request.state.owner`` to the owner of the key."""
 
     def __init__(
         self, app: Application, settings: ServerSettings, keys: ApiKeys, also_open: frozenset[str] = frozenset()
     ) -> None:
-        """Around ``app``; ``also_open`` are routes that need no key, beside :data:`OPEN`."""
+        """Wrap ``app``; the routes ``also_open`` need no key, like those of :data:`OPEN`."""
         self.app, self.settings, self.keys = app, settings, keys
         self._open = OPEN | also_open
         self.requests = 0
-        """At work or waiting now, of those that have a body."""
+        """Number of POST requests that are running or waiting."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse, or pass on."""
+        """Check a request, and pass it on or answer it with an error."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -67,10 +67,10 @@ class Gate:
             self.requests -= 1
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
-        """The whole body; ``None`` where the client left.
+        """Receive the whole body; ``None`` if the client disconnected first.
 
         Raises:
-            RequestRefused: 413, 408.
+            RequestRefused: status 413, the body is too large; 408, it took too long to arrive.
 
         """
         most = self.settings.max_body_bytes
@@ -106,7 +106,7 @@ class Gate:
 
 
 def _again(body: bytes, receive: Receive) -> Receive:
-    """A receiver that gives a body that was read already, then what comes after it."""
+    """Return a ``receive`` callable that gives the body already read, and then the messages that follow."""
     given = False
 
     async def next_message() -> MutableMapping[str, Any]:

@@ -1,4 +1,4 @@
-"""What a conversation has said so far, as digests: enough to see whether a request goes on from it, and no text."""
+"""The messages of a conversation as digests, which suffice to decide whether a request continues it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DIGITS = 32
 
 
 def digest(message: Message) -> str:
-    """What a message says, however a client writes it: null and empty content, or a call's arguments in any order."""
+    """Return the digest of a message; the order of a call's arguments does not change it."""
     calls = [
         [call.get("id"), function.get("name"), function.get("arguments")]
         for call in message.tool_calls or ()
@@ -27,15 +27,15 @@ def digest(message: Message) -> str:
 
 
 def marker(item: str) -> str:
-    """What stands for everything that a compaction item holds."""
+    """Return the marker of the compaction item with id ``item``, used in place of the digests of its messages."""
     return f"item:{item}"
 
 
 def extends(held: Sequence[str], wanted: Sequence[str], anchors: dict[str, int]) -> int | None:
-    """How many of the ``wanted`` messages a conversation holds; ``None`` if it holds others.
+    """Return how many of the ``wanted`` messages a conversation holds, or ``None`` if it holds any other message.
 
-    ``anchors`` are places in ``held`` that a compaction item stands for: a request that begins with its marker wants
-    what follows that place.
+    ``anchors`` maps the marker of a compaction item to the number of ``held`` messages that the item stands for. If
+    ``wanted`` begins with such a marker, the rest of ``wanted`` is compared with the ``held`` messages after these.
     """
     if wanted and wanted[0] in anchors:
         rest, start = list(held[anchors[wanted[0]] :]), 1

@@ -1,7 +1,7 @@
-"""Compaction items: an encrypted, authenticated token that names a memory, and the memory.
+"""Compaction items: each is a saved memory, and an encrypted, authenticated token with the id of that memory.
 
-The token says nothing to whoever has no key. It is bound to the API key it was given to, to the model's weights and to
-the tokenizer with its chat template. Its format is Fernet's, as the package ``cryptography`` has it.
+The token reveals nothing without the server's key. It can be used only with the API key, the model weights, the
+tokenizer and the chat template for which it was made. It has the Fernet format of the package ``cryptography``.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from agentmem.serving.conversations import Conversation
 
 _LONGEST = 4096
-"""Characters of a token."""
+"""Maximum length of an accepted token in characters."""
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A memory that an item names."""
+    """A compaction item: the id of a saved memory, its folder, and its record."""
 
     id: str
     folder: Path
@@ -40,18 +40,23 @@ class Item:
 
 
 class Items:
-    """Makes items of sessions, and finds the memories of items."""
+    """Makes compaction items of sessions, and finds the memories of items by their tokens."""
 
     def __init__(self, kept: Kept, keys: list[bytes], identity: Mapping[str, str], seconds: float) -> None:
-        """The first key encrypts, all decrypt; ``identity`` is the runtime's; ``seconds``: how long an item is good."""
+        """Set the place, the keys and the validity of items.
+
+        The first of ``keys`` encrypts new tokens; all of them decrypt. ``identity`` is that of the runtime. An item is
+        valid for ``seconds``.
+        """
         self.kept, self._cipher, self._seconds = kept, MultiFernet([Fernet(key) for key in keys]), seconds
         self._identity = hashlib.sha256(json.dumps(dict(identity), sort_keys=True).encode()).hexdigest()
 
     def make(self, conversation: Conversation, session: Session) -> tuple[str, str]:
-        """Keep what a session holds now; the item's id and its token. Waits for a forward that runs.
+        """Save the present memory of a session as an item; return its id and token. Waits for a forward that runs.
 
         Raises:
-            AgentmemError: it cannot be written. RuntimeBusy: there is no room for it now.
+            AgentmemError: the memory cannot be written.
+            RuntimeBusy: the runtime is busy; try again later.
 
         """
         name = secrets.token_hex(16)
@@ -60,11 +65,11 @@ class Items:
         return name, self._cipher.encrypt(json.dumps(said).encode()).decode()
 
     def find(self, token: str, owner: str) -> Item:
-        """The memory of an item.
+        """Find the item of a token, with its memory.
 
         Raises:
-            RequestRefused: 400 a forged, damaged, expired or other model's item; 403 another key's; 404 it was
-                forgotten.
+            RequestRefused: status 400, the token is forged, damaged, expired or of another model; 403, it was made for
+                another API key; 404, its memory was deleted.
 
         """
         said = self._read(token)
@@ -107,10 +112,10 @@ def _refused(why: str, status: int, code: str) -> RequestRefused:
 
 
 def read_keys(path: Path) -> list[bytes]:
-    """Keys of a file, one a line, the newest first; the file is made with one if it is missing.
+    """Read the keys of a file, one per line, the newest first; create the file with one new key if it is missing.
 
     Raises:
-        SettingsRefused: it cannot be read or made, or holds no keys.
+        SettingsRefused: the file cannot be read or created, or holds no valid keys.
 
     """
     try:

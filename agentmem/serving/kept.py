@@ -1,4 +1,4 @@
-"""Memories on disk: conversations that outlive the server, and what compaction items name."""
+"""Memories on disk: those of conversations that the next server restores, and those of compaction items."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 _RECORD, _MEMORY = "record.json", "memory"
 _BEFORE = ".before-"
-"""Names begin so while others take their place."""
+"""Prefix of the old folder of a memory while the new folder takes its place."""
 
 
 class Record(BaseModel):
-    """What a kept memory has beside it: whose it is and what it has said, as digests."""
+    """The facts saved beside a memory: its owner, its recipe, digests of its messages, and its counts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -49,18 +49,18 @@ class Record(BaseModel):
 
     @classmethod
     def of(cls, conversation: Conversation) -> Record:
-        """Everything but the memory."""
+        """Make the record of a conversation: everything except its memory."""
         names = ("id", "owner", "label", "anchors", "used", "bytes", "lead", "since_item", "open")
         own = {name: getattr(conversation, name) for name in names}
         return cls(**own, **asdict(conversation.recipe), history=tuple(conversation.history))
 
     @property
     def recipe(self) -> Recipe:
-        """How its session is made."""
+        """The recipe for the session of this record."""
         return Recipe(self.policy, self.settings, self.tools, self.options)
 
     def conversation(self, folder: Path) -> Conversation:
-        """The conversation, whose memory lies in ``folder``."""
+        """Make the conversation of this record, with its memory in ``folder``."""
         made = Conversation(self.id, self.owner, self.label, self.recipe, list(self.history), dict(self.anchors))
         made.folder, made.used, made.bytes = folder, self.used, self.bytes
         made.lead, made.since_item, made.open = self.lead, self.since_item, self.open
@@ -68,10 +68,10 @@ class Record(BaseModel):
 
 
 class Kept:
-    """Memories by name under one folder. A memory is there whole or not at all."""
+    """Memories saved by name under one folder. Each is complete, or not there at all."""
 
     def __init__(self, folder: Path) -> None:
-        """The folder is made, private to the user; what an earlier server never finished is deleted."""
+        """Create the folder, readable only by the user, and delete or undo what an earlier server left unfinished."""
         self.folder = folder
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for path in folder.glob(".making-*"):
@@ -80,10 +80,11 @@ class Kept:
             self._settle(path.name.removeprefix(_BEFORE))
 
     def keep(self, name: str, session: Session, record: Record) -> Path:
-        """Save a session under a name, in place of what had it; returns where its memory lies.
+        """Save a session under a name, replace the memory that had this name, and return the path of the memory.
 
         Raises:
-            AgentmemError: it cannot be written; what had the name is still there. RuntimeBusy: not now.
+            AgentmemError: the session cannot be written; the memory that had the name is still there.
+            RuntimeBusy: the runtime is busy; try again later.
 
         """
         made = Path(tempfile.mkdtemp(prefix=".making-", dir=self.folder))
@@ -101,7 +102,7 @@ class Kept:
         return self.memory(name)
 
     def _settle(self, name: str) -> None:
-        """Delete what had a name before, or give it its name back where nothing took its place."""
+        """Delete the old folder of a memory if a new one took its place; otherwise give it its name back."""
         before = self.folder / f"{_BEFORE}{name}"
         if (self.folder / name).exists():
             shutil.rmtree(before, ignore_errors=True)
@@ -109,11 +110,11 @@ class Kept:
             before.rename(self.folder / name)
 
     def memory(self, name: str) -> Path:
-        """Where the memory of that name lies."""
+        """Return the path of the memory of that name."""
         return self.folder / name / _MEMORY
 
     def record(self, name: str) -> Record | None:
-        """What is known of the memory of that name; ``None`` if there is none, or nobody can read it."""
+        """Read the record of the memory of that name; ``None`` if there is none or it cannot be read."""
         try:
             return Record.model_validate_json((self.folder / name / _RECORD).read_bytes())
         except FileNotFoundError:
@@ -127,11 +128,14 @@ class Kept:
         shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def names(self) -> Iterator[str]:
-        """All names."""
+        """Iterate over the names of all memories."""
         return (path.name for path in sorted(self.folder.iterdir()) if not path.name.startswith("."))
 
     def sweep(self, seconds: float, quota_bytes: int) -> None:
-        """Delete what is older, and the oldest of what is too much, but for the newest."""
+        """Delete memories older than ``seconds``, and the oldest ones beyond ``quota_bytes``.
+
+        The quota does not apply to the newest memory.
+        """
         found = sorted(((_written(self.folder / name), name) for name in self.names()), reverse=True)
         size, now = 0, time.time()
         for at, (written, name) in enumerate(found):
@@ -141,7 +145,7 @@ class Kept:
 
 
 def conversation_name(conversation: Conversation) -> str:
-    """The folder of a conversation: ids are a client's words, so they are no file names."""
+    """Return the folder name of a conversation: a digest, since ids come from clients and are unsafe as file names."""
     return hashlib.sha256(f"{conversation.owner}\n{conversation.id}".encode()).hexdigest()[:32]
 
 

@@ -1,4 +1,4 @@
-"""API keys: who a request is from. Keys are compared in constant time, and only their digests are kept."""
+"""API keys, which identify the owner of a request; only digests are kept, and are compared in constant time."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Self
 from agentmem.errors import RequestRefused, SettingsRefused
 
 LOCAL = "local"
-"""Whose everything is on a server without keys, which only this machine reaches."""
+"""The owner of all requests on a server without keys, which only this machine can reach."""
 _LEAST = 8
-"""Characters of a key."""
+"""Minimum number of characters of a key."""
 
 
 class ApiKeys:
-    """The keys that a server accepts. ``owner`` names a key without showing it."""
+    """The keys that a server accepts. Owners are identified by the digests of their keys."""
 
     def __init__(self, keys: tuple[str, ...] = ()) -> None:
-        """No keys: everyone who reaches the server is :data:`LOCAL`.
+        """Take the accepted keys; without any, every request has the owner :data:`LOCAL`.
 
         Raises:
-            SettingsRefused: a key is too short to be one, or holds blanks.
+            SettingsRefused: a key is too short, contains white space, or is not ASCII.
 
         """
         for number, key in enumerate(keys, 1):
@@ -34,10 +34,10 @@ class ApiKeys:
 
     @classmethod
     def of_file(cls, path: Path) -> Self:
-        """The keys of a file, one a line; empty lines and lines that begin with # are left out.
+        """Read keys from a file, one per line; empty lines and lines that begin with ``#`` are ignored.
 
         Raises:
-            SettingsRefused: it cannot be read, or holds no key.
+            SettingsRefused: the file cannot be read, or holds no valid key.
 
         """
         try:
@@ -53,14 +53,14 @@ class ApiKeys:
 
     @property
     def required(self) -> bool:
-        """Whether requests must bring a key."""
+        """Whether every request must carry a key."""
         return bool(self._digests)
 
     def owner(self, authorization: str | None) -> str:
-        """Whose request this is, by its ``Authorization`` header.
+        """Return the owner of a request from its ``Authorization`` header.
 
         Raises:
-            RequestRefused: 401, no key or a wrong one.
+            RequestRefused: status 401, the key is missing or not accepted.
 
         """
         if not self._digests:
@@ -68,7 +68,7 @@ class ApiKeys:
         scheme, _, key = (authorization or "").partition(" ")
         given = _digest(key.strip()) if scheme.lower() == "bearer" else ""
         found = ""
-        for digest in self._digests:  # all of them, whichever fits: the time says nothing
+        for digest in self._digests:  # compares all of them, so that the time reveals nothing
             found = digest if hmac.compare_digest(given, digest) else found
         if not found:
             said = "no API key was given" if not authorization else "the API key is not one of this server's"

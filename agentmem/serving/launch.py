@@ -1,4 +1,4 @@
-"""Running a server: its socket, its lock on the state folder, and what a person pastes into a client."""
+"""Running a server: its socket, its lock on the state folder, and the lines that users paste into a client."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _BACKLOG = 1024
 
 
 def check_keys(host: str, keys: ApiKeys) -> None:
-    """Refuse a server that others can reach and that asks for no key.
+    """Refuse to serve without API keys on an address that other machines can reach.
 
     Raises:
-        SettingsRefused: as that.
+        SettingsRefused: ``host`` is not a loopback address, and there are no keys.
 
     """
     if not keys.required and not is_loopback(host):
@@ -49,10 +49,10 @@ def check_keys(host: str, keys: ApiKeys) -> None:
 
 @contextmanager
 def alone(state: Path | None) -> Iterator[None]:
-    """Hold a state folder for one server.
+    """Lock a state folder for one server while the block runs; ``None`` locks nothing.
 
     Raises:
-        SettingsRefused: another one has it, or it cannot be written.
+        SettingsRefused: another server has locked the folder, or it cannot be written.
 
     """
     if state is None:
@@ -76,10 +76,10 @@ def alone(state: Path | None) -> Iterator[None]:
 
 @contextmanager
 def listening(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that listens; port 0 is any that is free.
+    """Open a listening socket for the block; port 0 means any free port.
 
     Raises:
-        SettingsRefused: it cannot.
+        SettingsRefused: the socket cannot listen there.
 
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -94,10 +94,10 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
 
 
 def read_template(name: str) -> str:
-    """A chat template: one that comes with the package, by its name, or a file's.
+    """Read a chat template: by its name if the package has one of that name, otherwise from a file.
 
     Raises:
-        SettingsRefused: there is no such file, or it is no text.
+        SettingsRefused: the file cannot be read, or is not UTF-8 text.
 
     """
     own = files("agentmem.serving").joinpath("templates", f"{name}.jinja")
@@ -110,10 +110,11 @@ def read_template(name: str) -> str:
 
 
 def serve(server: Server, host: str, port: int, announce: Callable[[str], None]) -> None:
-    """Serve until the process is told to end (SIGINT, SIGTERM); ``announce`` gets the base URL before.
+    """Serve until the process gets SIGINT or SIGTERM; ``announce`` is called with the base URL first.
 
     Raises:
-        SettingsRefused: see :func:`check_keys`, :func:`listening`. CapTooSmall: no conversation fits.
+        SettingsRefused: see :func:`check_keys`, :func:`listening`.
+        CapTooSmall: the cap is too small for a conversation.
 
     """
     check_keys(host, server.keys)
@@ -134,14 +135,14 @@ def serve(server: Server, host: str, port: int, announce: Callable[[str], None])
 
 
 def base_url(made: socket.socket) -> str:
-    """Where clients find it."""
+    """Return the URL under which clients reach a listening socket, ending in ``/v1``."""
     host, port = made.getsockname()[:2]
-    shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  # this machine's own way to it
+    shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  # the loopback address reaches it too
     return f"http://{f'[{shown}]' if ':' in shown else shown}:{port}/v1"
 
 
 def to_paste(url: str, model: str, *, keys: bool) -> str:
-    """Lines for an OpenAI client."""
+    """Return the shell and Python lines that make an OpenAI client use this server."""
     key = "YOUR-KEY" if keys else "none"
     return (
         f"    export OPENAI_BASE_URL={url} OPENAI_API_KEY={key}\n\n"

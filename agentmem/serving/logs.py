@@ -1,4 +1,4 @@
-"""What a server logs, without a word of what is said. Nothing is configured here; the command line does that."""
+"""The log messages of a server, without any text of conversations; the command line configures the logging."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import structlog
 
 ACCESS = "agentmem.access"
-"""The logger of requests, one line each; everything else is ``agentmem.serving``."""
+"""Name of the logger that gets one line for each request; all else goes to the logger ``agentmem.serving``."""
 
 
 def _wrapped(name: str) -> structlog.stdlib.BoundLogger:
@@ -24,7 +24,10 @@ LOG, _ACCESS = _wrapped("agentmem.serving"), _wrapped(ACCESS)
 
 
 def request(*, owner: str, method: str, path: str, status: int, seconds: float, received: int, sent: int) -> None:
-    """``request``: one was answered. ``owner`` is the first digits of a digest; bytes of both bodies."""
+    """Log a request that was answered.
+
+    ``owner`` is the beginning of the owner's key digest; ``received`` and ``sent`` are the bytes of the two bodies.
+    """
     _ACCESS.info(
         "request",
         owner=owner,
@@ -38,5 +41,5 @@ def request(*, owner: str, method: str, path: str, status: int, seconds: float, 
 
 
 def failed(error: BaseException) -> None:
-    """``request_failed``: the server's own fault."""
+    """Log an unexpected error of the server, with its traceback."""
     LOG.error("request_failed", error=type(error).__name__, exc_info=error)

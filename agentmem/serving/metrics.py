@@ -1,4 +1,4 @@
-"""Numbers for Prometheus: bytes against the cap, conversations, tokens, compactions, times. One registry a server."""
+"""Prometheus metrics of bytes, conversations, tokens, compactions and times; each server has its own registry."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ERRORS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 
 class _Moment(Collector):
-    """What there is when it is asked."""
+    """Collector of gauges whose values are read from the server whenever the metrics are requested."""
 
     def __init__(self, runtime: Runtime, conversations: Conversations, turns: Sized) -> None:
         self._runtime, self._conversations, self._turns = runtime, conversations, turns
@@ -64,10 +64,10 @@ def _bytes(stats: RuntimeStats) -> GaugeMetricFamily:
 
 
 class Metrics:
-    """Counted while a server runs."""
+    """The metrics of one server: counters and histograms, and gauges of its present state."""
 
     def __init__(self, runtime: Runtime, conversations: Conversations, turns: Sized) -> None:
-        """Nothing is counted yet; ``turns`` are the requests to the model that run or wait."""
+        """Begin with empty counters; ``turns`` is the collection of requests to the model that run or wait."""
         self.registry = CollectorRegistry()
         self.registry.register(_Moment(runtime, conversations, turns))
         own = self.registry
@@ -89,7 +89,7 @@ class Metrics:
         )
 
     def turn(self, usage: Usage, reports: Sequence[CompactionReport]) -> None:
-        """A turn ended."""
+        """Count the tokens and compactions of a turn that ended."""
         for kind, count in (("read", usage.prompt - usage.cached), ("cached", usage.cached), ("written", usage.reply)):
             self._tokens.labels(kind).inc(max(0, count))
         for report in reports:
@@ -99,11 +99,15 @@ class Metrics:
                 self._errors.observe(report.output_error)
 
     def reply(self, first: float, rest: float, tokens: int) -> None:
-        """A reply ended: seconds to its first token, seconds of the rest, and tokens of it all."""
+        """Record a reply that ended.
+
+        ``first`` is the time from the request to the first token and ``rest`` the time after that, both in seconds;
+        ``tokens`` counts all tokens of the reply.
+        """
         self._first.observe(first)
         if tokens > 1 and rest > 0:
             self._rate.observe((tokens - 1) / rest)
 
     def text(self) -> bytes:
-        """In Prometheus' format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)

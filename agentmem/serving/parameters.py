@@ -1,4 +1,4 @@
-"""Fields that several routes share, and what is said of those that a route does not serve."""
+"""The fields of a request's body that several routes share, and errors for fields that a route does not support."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from agentmem.serving.recipes import Extension
 from agentmem.serving.turns import Sampling
 
 _LEAST_TEMPERATURE = 1e-30
-"""Logits of any model stay finite in float32 when they are divided by it."""
+"""Smallest accepted temperature above 0: dividing the logits of any model by it gives finite float32 numbers."""
 _STOPS = 4
 Stop = Annotated[str, Field(min_length=1, max_length=500)]
 
 
 class Parameters(BaseModel):
-    """A request's body. Unknown fields are refused, known ones that cannot be served unless they change nothing.
+    """A request's body. Unknown fields are refused; unsupported fields are accepted only with a neutral value.
 
     Raises:
-        RequestRefused: while it is validated, with the field.
+        RequestRefused: during validation, with the name of the field.
 
     """
 
@@ -29,9 +29,9 @@ class Parameters(BaseModel):
     ignored: ClassVar[frozenset[str]] = frozenset(
         {"user", "metadata", "safety_identifier", "service_tier", "prompt_cache_retention", "prompt_cache_options"}
     )
-    """Fields that do not change an answer."""
+    """Names of fields that are accepted and have no effect on the answer."""
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
-    """Fields that are not served, and their values that ask for nothing."""
+    """Unsupported fields, each with its neutral values, which ask for nothing and are therefore accepted."""
 
     model: str
     stream: bool = False
@@ -67,7 +67,7 @@ class Parameters(BaseModel):
         return self
 
     def sampling(self, tokens: int, *, seed: int | None = None, stop: tuple[str, ...] = ()) -> Sampling:
-        """How a reply of at most so many tokens is decoded."""
+        """Return the sampling parameters for a reply of at most ``tokens`` tokens."""
         return Sampling(
             1.0 if self.temperature is None else self.temperature,
             1.0 if self.top_p is None else self.top_p,
@@ -90,10 +90,10 @@ def _check_neutral(name: str, value: object, allowed: tuple[Any, ...]) -> None:
 
 
 def stops(given: str | list[str] | None) -> tuple[str, ...]:
-    """Stop sequences.
+    """Return the stop sequences as a tuple.
 
     Raises:
-        RequestRefused: too many, or an empty one.
+        RequestRefused: there are too many sequences, or one is empty.
 
     """
     made = (given,) if isinstance(given, str) else tuple(given or ())

@@ -1,4 +1,4 @@
-"""What a turn tells a route, piece by piece, and the numbers at its end."""
+"""The pieces that a turn sends to its route, and the numbers at the end of the turn."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ if TYPE_CHECKING:
     from agentmem.sessions import SessionStats
 
 End = Literal["stop", "length", "tool_calls", "deadline", "read"]
-"""Why a reply ended; ``read``: none was asked for."""
+"""Reason for the end of a turn; ``read`` means that no reply was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """The conversation that the turn goes on from has been found, and everything that was new has been read."""
+    """Sent when the turn has found its conversation and read all new messages."""
 
     conversation: str
+    """Id of the conversation."""
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A piece of the reply."""
+    """A piece of the reply's text."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A compaction item was made: its id, and what its ``encrypted_content`` is."""
+    """Sent when a compaction item was made; ``token`` is its ``encrypted_content``."""
 
     id: str
     token: str
@@ -41,14 +42,14 @@ class Made:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """The end of a turn."""
+    """The last piece of a turn, with the whole reply."""
 
     reason: End
     text: str
     calls: tuple[ToolCall, ...]
     usage: Usage
     facts: dict[str, Any]
-    """What a response has under ``agentmem``."""
+    """Numbers that the answer carries under ``agentmem``."""
 
 
 Piece = Begun | Text | Made | Ended
@@ -56,16 +57,17 @@ Piece = Begun | Text | Made | Ended
 
 @dataclass(slots=True)
 class Usage:
-    """Tokens of one turn."""
+    """Token counts of one turn."""
 
     prompt: int = 0
-    """Of the whole conversation before the reply."""
+    """Tokens of the whole conversation before the reply."""
     cached: int = 0
-    """Of these, what the memory held already."""
+    """Those tokens of ``prompt`` that the memory had read before this turn."""
     reply: int = 0
+    """Tokens of the reply."""
 
     def chat(self) -> dict[str, Any]:
-        """As chat completions have it."""
+        """Return the ``usage`` object of a chat completion."""
         return {
             "prompt_tokens": self.prompt,
             "completion_tokens": self.reply,
@@ -74,7 +76,7 @@ class Usage:
         }
 
     def responses(self) -> dict[str, Any]:
-        """As responses have it."""
+        """Return the ``usage`` object of a response."""
         return {
             "input_tokens": self.prompt,
             "input_tokens_details": {"cached_tokens": self.cached, "cache_write_tokens": self.prompt - self.cached},
@@ -86,12 +88,12 @@ class Usage:
 
 @dataclass(slots=True)
 class Log:
-    """What happened to the memory in one turn."""
+    """The compactions of one turn."""
 
     reports: list[CompactionReport] = field(default_factory=list)
 
     def facts(self, conversation: str, stats: SessionStats, usage: Usage) -> dict[str, Any]:
-        """The numbers that a response carries under ``agentmem``."""
+        """Return the numbers that an answer carries under ``agentmem``."""
         return {
             "session": conversation,
             "continued": usage.cached > 0,
@@ -107,7 +109,7 @@ class Log:
 
 
 def compactions(reports: Sequence[CompactionReport]) -> list[dict[str, Any]]:
-    """Reports as a response carries them: sums and means, nothing of single layers."""
+    """Return compaction reports as the JSON objects of an answer, without the numbers of single layers."""
     return [
         {
             "policy": report.policy,
@@ -126,5 +128,5 @@ def compactions(reports: Sequence[CompactionReport]) -> list[dict[str, Any]]:
 
 
 def _finite(value: float | None) -> float | None:
-    """JSON has no other numbers."""
+    """Return a finite number unchanged, and ``None`` for others, which JSON cannot express."""
     return value if value is not None and math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""How the session of a conversation is made: what a request has under ``agentmem``, its tools, its policy."""
+"""The arguments of a conversation's session: those that a request gives under ``agentmem``, and its tools."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from agentmem.sessions.chat.dialogue import Role
 
 
 class Extension(BaseModel):
-    """``agentmem`` in a request's body. What is left out is as the server was started."""
+    """The object ``agentmem`` in a request's body. Missing fields have the values that the server was started with."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     policy: str | None = Field(default=None, max_length=500)
-    """An installed policy, or with options. It may name neither files nor patterns."""
+    """Name of an installed policy, possibly with options; options must not contain file names or patterns."""
     keep_first: int | None = Field(default=None, ge=0)
     keep_recent: int | None = Field(default=None, ge=0)
     target: float | int | None = Field(default=None, gt=0)
-    """What a compaction leaves: a fraction, or slots per head."""
+    """Size of the memory after a compaction: a fraction, or the number of slots per KV head."""
     pin_roles: tuple[Role, ...] | None = None
     """Messages of these roles are never compacted."""
     pin_names: tuple[str, ...] | None = None
     pin_request: Annotated[bool, Field(strict=True)] | None = None
-    """Whether the newest request is not compacted until it is answered."""
+    """Whether the newest request is kept uncompacted until it is answered."""
     template_options: dict[str, JsonValue] | None = None
-    """The chat template's own variables, such as ``enable_thinking``."""
+    """Variables for the chat template, such as ``enable_thinking``."""
     compact: Literal["after"] | None = None
-    """Compact what this request brings right after it was read."""
+    """With ``"after"``, the new messages of this request are compacted right after they were read."""
     focus: str = Field(default="", max_length=4000)
-    """What must stay recallable when this request has something compacted."""
+    """Text that the memory must still be able to recall after compactions during this request."""
 
 
 _SETTINGS = ("keep_first", "keep_recent", "target", "pin_roles", "pin_names", "pin_request")
@@ -42,20 +42,21 @@ _SETTINGS = ("keep_first", "keep_recent", "target", "pin_roles", "pin_names", "p
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What a session is made of. Conversations of different recipes are never continued as one another."""
+    """The arguments of a session. A request continues a conversation only if both have equal recipes."""
 
     policy: str | None = None
     settings: str = "{}"
-    """As JSON, like the others: a recipe is a value, and is kept in a file."""
+    """Settings as JSON text, like ``tools`` and ``options``, so that recipes can be compared and saved."""
     tools: str = "null"
     options: str = "null"
 
     @classmethod
     def of(cls, extension: Extension, tools: list[dict[str, Any]] | None) -> Recipe:
-        """The recipe that a request asks for.
+        """Make the recipe that a request asks for.
 
         Raises:
-            RequestRefused: its policy brings a pattern. UnknownPolicy, SettingsRefused: no such policy.
+            RequestRefused: the policy sets its own pattern.
+            UnknownPolicy, SettingsRefused: there is no such policy.
 
         """
         check_policy(extension.policy)
@@ -64,7 +65,7 @@ class Recipe:
         return cls(extension.policy, _json(settings), _json(tools), _json(extension.template_options))
 
     def arguments(self) -> dict[str, Any]:
-        """What :meth:`agentmem.Runtime.session` and ``load`` are called with, but for the policy."""
+        """Return the keyword arguments for :meth:`agentmem.Runtime.session` and ``load``, without the policy."""
         return {
             "tools": json.loads(self.tools),
             "template_options": json.loads(self.options),
@@ -72,7 +73,7 @@ class Recipe:
         }
 
     def made_policy(self) -> contracts.Policy | None:
-        """The policy, made without opening a file that its options name; ``None`` is the runtime's."""
+        """Make the policy without opening files that its options name; return ``None`` for the runtime's own policy."""
         if self.policy is None:
             return None
         with contracts.without_files():
@@ -80,10 +81,11 @@ class Recipe:
 
 
 def check_policy(spec: str | None) -> None:
-    """Refuse a policy that a client must not have this machine run.
+    """Refuse a policy that is unknown, sets its own pattern, or opens a file.
 
     Raises:
-        RequestRefused: it brings a pattern of its own. UnknownPolicy, SettingsRefused: there is no such policy.
+        RequestRefused: the policy sets its own pattern, which the server would have to search for.
+        UnknownPolicy, SettingsRefused: there is no such policy, or its options name a file.
 
     """
     if spec is None:

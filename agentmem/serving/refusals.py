@@ -1,4 +1,4 @@
-"""Errors as clients of OpenAI's interface expect them: a status and one error object. No traceback gets out."""
+"""Conversion of errors to OpenAI's format: a status and one error object, never a traceback."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from agentmem.errors import AgentmemError, RequestRefused
 from agentmem.serving import logs
 
 _LONGEST = 1000
-"""Characters of a message: an error may quote what a client sent."""
+"""Maximum length of an error message in characters; the message may quote text of the client."""
 _MOST = 3
-"""Violations of one request that its message names."""
+"""Maximum number of violations of one request that the error message lists."""
 
 _STATUS: tuple[tuple[type[AgentmemError], int, str], ...] = (
     (errors.CapTooSmall, 400, "cap_too_small"),
@@ -30,12 +30,12 @@ _STATUS: tuple[tuple[type[AgentmemError], int, str], ...] = (
     (errors.MemoryClosed, 503, "shutting_down"),
     (errors.CompactionFailed, 500, "compaction_failed"),
 )
-"""The first that fits."""
+"""Status and code by error class; the first class that matches counts."""
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 def refusal(error: BaseException, *, retry_after: int = 1) -> RequestRefused:
-    """The refusal that a client gets for an error."""
+    """Convert any error to the refusal that the client gets; log errors that are not expected."""
     if isinstance(error, RequestRefused):
         return error
     for kind, status, code in _STATUS:
@@ -49,14 +49,14 @@ def refusal(error: BaseException, *, retry_after: int = 1) -> RequestRefused:
 
 
 def error_object(refused: RequestRefused) -> dict[str, Any]:
-    """OpenAI's error object."""
+    """Return OpenAI's error object for a refusal."""
     kind = _TYPES.get(refused.status, "invalid_request_error" if refused.status < 500 else "server_error")  # noqa: PLR2004
     param = None if refused.param is None else shortened(refused.param)
     return {"message": shortened(str(refused)), "type": kind, "param": param, "code": refused.code}
 
 
 def response(refused: RequestRefused) -> JSONResponse:
-    """The whole answer."""
+    """Return the HTTP response for a refusal."""
     headers = {} if refused.retry_after is None else {"Retry-After": str(refused.retry_after)}
     if refused.status == 401:  # noqa: PLR2004  # HTTP's number
         headers["WWW-Authenticate"] = "Bearer"
@@ -64,13 +64,13 @@ def response(refused: RequestRefused) -> JSONResponse:
 
 
 def shortened(text: str) -> str:
-    """A text of bounded length that can be encoded."""
+    """Cut a text to a bounded length, and escape characters that UTF-8 cannot encode."""
     text = text.encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= _LONGEST else text[:_LONGEST] + " …"
 
 
 def handle(app: FastAPI) -> None:
-    """Have an application answer all errors so."""
+    """Install handlers in an application that answer all errors in OpenAI's format."""
 
     @app.exception_handler(AgentmemError)
     async def refused(_: Request, error: AgentmemError) -> JSONResponse:
@@ -93,7 +93,7 @@ def handle(app: FastAPI) -> None:
 
 
 def _invalid(violations: Sequence[Any]) -> RequestRefused:
-    """What is said of a body that is no JSON, or not what the route takes."""
+    """Return the refusal of a body that is not JSON, or that lacks fields or has fields of the wrong type."""
     first = violations[0]
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", "")
@@ -109,7 +109,7 @@ def _invalid(violations: Sequence[Any]) -> RequestRefused:
 
 
 def place(loc: Sequence[str | int]) -> str:
-    """Where in a body something is, as OpenAI writes it: ``messages[0].content``."""
+    """Write a location in a body as OpenAI does: ``messages[0].content``."""
     text = ""
     for part in loc:
         if part == "body" and not text:

@@ -1,4 +1,4 @@
-"""The text of a reply on its way to a client: it ends before a stop sequence, and calls of tools are taken out."""
+"""The part of a reply's text that a client gets: without tool calls, and cut before the first stop sequence."""
 
 from __future__ import annotations
 
@@ -10,22 +10,30 @@ if TYPE_CHECKING:
 
 
 class ReplyText:
-    """Text goes in by pieces; what can be shown comes out. What may be the beginning of something else is held back."""
+    """Filters the pieces of a reply as they are decoded.
+
+    Text that may be the beginning of a stop sequence or of a tool call is held back until more text decides.
+    """
 
     def __init__(
         self, stop: Sequence[str] = (), writes: ToolFormat | None = None, accepts: Accepts | None = None
     ) -> None:
-        """``writes`` and ``accepts`` where calls of tools are looked for."""
+        """Set the stop sequences, and how to find tool calls.
+
+        ``writes`` is the format of tool calls, and ``accepts`` decides which calls are valid. If either is missing,
+        calls are treated as text.
+        """
         self._stop, self._format, self._accepts = tuple(stop), writes if accepts else None, accepts
         self._text, self._shown, self._call_at = "", 0, -1
         self.stopped = False
-        """Whether a stop sequence came: nothing after it is shown."""
+        """Whether a stop sequence was found; the text ends before it."""
         self.calls: list[ToolCall] = []
+        """Tool calls of the reply; complete after :meth:`end`."""
         self.sent = ""
-        """What was shown."""
+        """All text that :meth:`push` and :meth:`end` have returned so far."""
 
     def push(self, text: str) -> str:
-        """What can be shown now."""
+        """Add a piece of decoded text, and return the text that can now be sent to the client."""
         if self.stopped:
             return ""
         start = max(0, len(self._text) - max(map(len, self._stop), default=0))
@@ -36,7 +44,7 @@ class ReplyText:
         return self._show(self._safe())
 
     def end(self) -> str:
-        """What is left to be shown at the end of the reply; :attr:`calls` is complete then."""
+        """Finish the reply: fill :attr:`calls`, and return the text that is still to be sent."""
         self._find_call()
         if self._call_at >= 0 and self._format is not None and self._accepts is not None:
             found = self._format.calls(self._text[self._call_at :], self._accepts)
@@ -51,7 +59,7 @@ class ReplyText:
         return piece
 
     def _safe(self) -> int:
-        """Up to where the text is text whatever follows."""
+        """Return the index up to which the text can be sent, whatever text follows."""
         waiting = self._stop if not self.stopped else ()
         if self._format is not None:
             self._find_call()
@@ -59,7 +67,7 @@ class ReplyText:
                 return max(self._shown, len(self._text[: self._call_at].rstrip()))
             waiting = (*waiting, *self._format.openers)
         safe = min((_begun(self._text, each) for each in waiting), default=len(self._text))
-        if self._format is not None:  # white space before a call is no text
+        if self._format is not None:  # white space before a call is left out
             safe = max(self._shown, len(self._text[:safe].rstrip()))
         return max(self._shown, safe)
 
@@ -73,7 +81,7 @@ class ReplyText:
 
 
 def _begun(text: str, word: str) -> int:
-    """Where at the end of a text a word begins that is not complete yet; its length if none does."""
+    """Return the index at which an incomplete ``word`` begins at the end of ``text``, or ``len(text)`` if none does."""
     for size in range(min(len(word) - 1, len(text)), 0, -1):
         if text.endswith(word[:size]):
             return len(text) - size

@@ -1,4 +1,4 @@
-"""A server's state: one runtime, the conversations that it holds, and the thread on which what blocks is done."""
+"""The state that all routes of a server share: a runtime, the conversations, and a thread for calls that block."""
 
 from __future__ import annotations
 
@@ -28,41 +28,41 @@ from agentmem.serving.tool_calls import ToolFormat, tool_format
 
 T = TypeVar("T")
 _RETRY = 0.05
-"""Seconds between two tries for a lease that is not waited for in the runtime's own queue."""
+"""Seconds after which a call that failed with ``RuntimeBusy`` is tried again."""
 
 
 class Running(Protocol):
-    """A request to the model that runs or waits."""
+    """Interface of a request to the model that is running or waiting."""
 
     task: asyncio.Task[Any]
     request: Any
 
     async def stop(self, why: RequestRefused | None = None) -> None:
-        """End it within one forward; ``why`` is what its client is answered."""
+        """End the request within one forward; ``why`` is the error that its client gets."""
 
 
 class Server:
-    """What all routes share. It does not own the runtime."""
+    """The state that all routes share. Closing the server does not close its runtime."""
 
     def __init__(self, runtime: Runtime, settings: ServerSettings, keys: ApiKeys | None = None) -> None:
-        """Nothing is run yet; :meth:`check` says whether a conversation fits."""
+        """Prepare the server without running the model; call :meth:`check` to find out whether a conversation fits."""
         self.runtime, self.settings, self.keys = runtime, settings, keys or ApiKeys()
         self.conversations = Conversations(settings.max_conversations, settings.quota_bytes, settings.forget_after)
         self.formats: ToolFormat | None = tool_format(str(getattr(runtime.tokenizer, "chat_template", None) or ""))
         self.constraints = Constraints(runtime.tokenizer, self.formats)
         self.marks = self._marks()
-        """Special tokens that a tool format writes, which a decoded text leaves out."""
+        """Text, by token id, of the special tokens that the tool format uses and that decoding omits."""
         self.started = int(time.time())
         self.closing = False
         self.turns: set[Running] = set()
-        """Under way."""
+        """Requests to the model that are running or waiting."""
         self.metrics = Metrics(runtime, self.conversations, self.turns)
         self.watch = Watch(settings.models, runtime, self.conversations, self.turns)
         self._passing = None if settings.state else tempfile.TemporaryDirectory(prefix="agentmem-serve-")
         self.state = settings.state or Path(self._passing.name if self._passing else "")
         self.kept = Kept(self.state / "conversations")
         self.items = Items(Kept(self.state / "items"), self._item_keys(), runtime.identity.now(), settings.item_seconds)
-        threads = torch.get_num_threads()  # memories are planned by it, and it is kept per thread
+        threads = torch.get_num_threads()  # memory plans depend on this number, and PyTorch keeps it per thread
         self._worker = ThreadPoolExecutor(1, "agentmem-serving", lambda: torch.set_num_threads(threads))
 
     def _item_keys(self) -> list[bytes]:
@@ -74,19 +74,19 @@ class Server:
         return {special[text]: text for text in (() if format_ is None else format_.markers) if text in special}
 
     def check(self) -> None:
-        """Refuse now what every conversation would be refused for.
+        """Open and close one session, so that an error that every conversation would meet is raised now.
 
         Raises:
-            CapTooSmall, SettingsRefused: as :meth:`agentmem.Runtime.session`, and where there is no chat template.
+            CapTooSmall, SettingsRefused: see :meth:`agentmem.Runtime.session`.
 
         """
         self.runtime.session().close()
 
     def model(self, name: str) -> str:
-        """The name under which a request asked for the model.
+        """Return ``name`` unchanged if the served model has this name.
 
         Raises:
-            RequestRefused: 404, this server has no such model.
+            RequestRefused: status 404, this server has no model of that name.
 
         """
         if name not in self.settings.models:
@@ -100,12 +100,12 @@ class Server:
         return name
 
     async def blocking(self, call: Callable[[], T]) -> T:
-        """Run what may wait for a forward, off the event loop; while the cap is leased out it is tried again.
+        """Run a call on the worker thread, and repeat it while it fails because the cap is leased out.
 
-        A task that is cancelled goes on being so when the call has ended, whose effects are then complete.
+        If the calling task is cancelled, the call still runs to its end before the cancellation is raised.
 
         Raises:
-            RuntimeBusy: after the runtime's ``wait``.
+            RuntimeBusy: the cap was still leased out after the runtime's ``wait`` seconds.
 
         """
         until = time.monotonic() + self.runtime.wait
@@ -127,7 +127,7 @@ class Server:
             raise
 
     async def forget(self, conversation: Conversation) -> None:
-        """Leave a conversation out, and free what it holds, on disk too."""
+        """Remove a conversation, close its session, and delete its files."""
         self.conversations.forget(conversation)
         session, conversation.session = conversation.session, None
 
@@ -140,25 +140,26 @@ class Server:
         await self._run(free)
 
     async def sweep(self) -> None:
-        """Forget what is idle too long, too many, or too large."""
+        """Forget replaced conversations and those beyond the limits of idle time, number and bytes."""
         replaced, self.conversations.replaced = self.conversations.replaced, []
         for each in (*replaced, *self.conversations.surplus()):
             if not each.busy:
                 await self.forget(each)
 
     def settle(self, conversation: Conversation) -> None:
-        """A turn of it is over: note what it holds."""
+        """Note how many bytes a conversation holds after a turn, and mark it as no longer busy."""
         if (session := conversation.session) is not None:
             conversation.bytes = session.stats.charged_bytes or conversation.bytes
             conversation.life.look(session)
         self.conversations.release(conversation)
 
     def open_session(self, conversation: Conversation) -> None:
-        """Give a conversation its session: the memory in its folder, or a new one. Waits for a forward that runs.
+        """Load the session of a conversation from its folder, or open a new one. Waits for a forward that runs.
 
         Raises:
-            CapTooSmall, SettingsRefused: see :meth:`agentmem.Runtime.session`. SnapshotRefused: its folder's memory
-                does not fit. RuntimeBusy: there is no room for it now.
+            CapTooSmall, SettingsRefused: see :meth:`agentmem.Runtime.session`.
+            SnapshotRefused: the memory in the folder is damaged, of another model, or too large.
+            RuntimeBusy: the cap has no room for the session now.
 
         """
         recipe, runtime = conversation.recipe, self.runtime
@@ -170,7 +171,7 @@ class Server:
             conversation.session = runtime.load(conversation.folder, policy=recipe.made_policy(), share=share, **given)
 
     def make_item(self, conversation: Conversation, session: Session) -> tuple[str, str]:
-        """A compaction item of what the session holds; the oldest items be preempted. See :meth:`Items.make`."""
+        """Make a compaction item of a session, and delete items beyond the limits; see :meth:`Items.make`."""
         made = self.items.make(conversation, session)
         self.items.kept.sweep(self.settings.item_seconds, self.settings.quota_bytes)
         return made
@@ -178,14 +179,14 @@ class Server:
     # ---- beginning and end
 
     def restore(self) -> None:
-        """Take in the conversations that an earlier server kept; their memories are read when they are used."""
+        """Register the conversations that an earlier server saved; each memory is loaded when it is first used."""
         for name in self.kept.names():
             record = self.kept.record(name)
             if record is not None:
                 self.conversations.hold(record.conversation(self.kept.memory(name)))
 
     async def close(self) -> None:
-        """End the turns under way, keep all conversations if there is a folder for it, and free everything.
+        """End running turns, save all conversations if there is a state folder, and free everything.
 
         Closing twice does nothing.
         """

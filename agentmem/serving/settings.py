@@ -1,4 +1,4 @@
-"""What a server is started with, besides its runtime."""
+"""The settings of a server that do not belong to its runtime."""
 
 from __future__ import annotations
 
@@ -15,57 +15,62 @@ HOUR = 3600
 
 
 class ServerSettings(BaseModel):
-    """Limits and places of a server. Seconds and bytes.
+    """Limits and file locations of a server. Times are in seconds, sizes in bytes.
 
     Raises:
-        SettingsRefused: through :meth:`of`, with the field, the value and the limit.
+        SettingsRefused: by :meth:`of`, with the field, the value and the limit.
 
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     models: tuple[str, ...] = Field(min_length=1)
-    """Names of the one model that is served: its own, then aliases for clients that insist on a name."""
+    """Names of the one model that is served: its own name, then aliases for clients that expect another name."""
     state: Path | None = None
-    """The folder that outlives the server: conversations, responses, compaction items and their key. ``None``: nothing
-    outlives it."""
+    """Folder for conversations, responses, compaction items and their key, which the next server uses again.
+
+    With ``None`` the server keeps nothing after its end.
+    """
     item_key_file: Path | None = None
-    """Keys of compaction items; ``state``'s own without it, and a passing one without that."""
+    """File with the keys of compaction items.
+
+    The default is ``items.key`` in the ``state`` folder, or a temporary file without that folder.
+    """
     max_body_bytes: int = Field(default=4 << 20, ge=1)
-    """Of one request's body."""
+    """Maximum size of a request's body in bytes."""
     body_seconds: float = Field(default=30.0, gt=0)
-    """In which a request's body must have arrived."""
+    """Seconds within which a request's body must arrive."""
     send_seconds: float = Field(default=30.0, gt=0)
-    """In which a client must take each piece of a stream."""
+    """Seconds within which a client must receive each event of a stream."""
     turn_seconds: float = Field(default=600.0, gt=0)
-    """Of one request: reading, compacting and writing together."""
+    """Maximum duration of one request to the model in seconds: reading, compacting and writing together."""
     max_requests: int = Field(default=64, ge=1)
-    """Requests to the model at once, running or waiting; more are answered with 429."""
+    """Maximum number of POST requests that run or wait at a time; others are answered with status 429."""
     retry_after: int = Field(default=2, ge=1)
-    """Seconds that a client is asked to wait after a 429."""
+    """Seconds that a client is asked to wait after status 429."""
     reply_tokens: int = Field(default=1024, ge=1)
-    """Length of a reply where the request has no limit of its own."""
+    """Maximum number of tokens of a reply if the request sets no limit."""
     max_conversations: int = Field(default=256, ge=1)
-    """Conversations that are held; the longest idle one is forgotten for a new one."""
+    """Maximum number of held conversations; beyond it, the conversation that was idle longest is forgotten."""
     forget_after: float = Field(default=24 * HOUR, gt=0)
-    """Idle seconds after which a conversation is forgotten."""
+    """Seconds without use after which a conversation is forgotten."""
     quota_bytes: int = Field(default=4 << 30, ge=0)
-    """Of all held conversations together, in memory and on disk, and likewise of all compaction items."""
+    """Maximum bytes of all conversations together, in memory and on disk, and of all compaction items together."""
     max_responses: int = Field(default=4096, ge=0)
-    """Stored responses."""
+    """Maximum number of stored responses; beyond it, the oldest are deleted."""
     item_seconds: float = Field(default=7 * 24 * HOUR, gt=0)
-    """In which a compaction item, and a stored response, can be used."""
+    """Seconds for which a compaction item or a stored response can be used."""
     shutdown_seconds: float = Field(default=10.0, ge=0)
-    """That running turns have when the server ends."""
+    """Seconds that running turns are given to finish when the server ends."""
 
     @property
     def responses(self) -> Path | None:
-        """Where stored responses are kept."""
+        """Folder of stored responses; ``None`` without a ``state`` folder."""
         return None if self.state is None else self.state / "responses"
 
     @classmethod
     def of(cls, **values: object) -> Self:
-        """Build settings; every violation becomes one :class:`SettingsRefused`."""
+        """Build settings and report all violations in one :class:`SettingsRefused`."""
         try:
             return cls(**values)
         except ValidationError as error:
@@ -73,7 +78,7 @@ class ServerSettings(BaseModel):
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server that is bound to ``host``."""
+    """Check whether only this machine can reach a server that is bound to ``host``."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,4 +1,6 @@
-"""Calls of tools in the text of a reply, in the formats that chat templates teach; what is none of them is text.
+"""Parsing of tool calls in the text of a reply, in the formats of common chat templates.
+
+Text that is not a valid tool call stays text.
 
 Sources: the chat templates of Qwen 2.5/3 and Hermes 2 Pro, of Llama 3.1, and of Mistral v3 and v11.
 """
@@ -18,48 +20,49 @@ _ID = string.ascii_letters + string.digits
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """One call, with its arguments as JSON text."""
+    """One tool call, with its arguments as JSON text."""
 
     id: str
     name: str
     arguments: str
 
     def plain(self) -> dict[str, Any]:
-        """As a message holds it."""
+        """Return the call as an entry of a message's ``tool_calls``, with the arguments as an object."""
         function = {"name": self.name, "arguments": json.loads(self.arguments)}
         return {"id": self.id, "type": "function", "function": function}
 
 
 Found = list[tuple[str, Any]]
-"""Names and arguments."""
+"""Name and arguments of each parsed call."""
 Accepts = Callable[[str, dict[str, Any]], bool]
-"""Whether a request has a tool of that name which takes these arguments."""
+"""Function of a name and arguments that checks whether the request has this tool and it takes these arguments."""
 
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """How a family of models writes calls."""
+    """The format in which a family of models writes tool calls."""
 
     name: str
     openers: tuple[str, ...]
-    """Texts with which calls begin; a reply that is only a call begins with the JSON itself where ``bare``."""
+    """Texts with which tool calls begin."""
     read: Callable[[str], tuple[Found, str]]
-    """The calls of a text that begins with an opener, and the text between and after them.
+    """Function that parses a text beginning with an opener into its calls and the text between and after them.
 
     Raises:
-        ValueError: it is no call.
+        ValueError: the text is not a valid call.
     """
     written: tuple[str, str, str]
-    """One call: what stands before its JSON, the key of its arguments, and what stands after it."""
+    """How to write one call: the text before its JSON, the JSON key of its arguments, and the text after its JSON."""
     markers: tuple[str, ...]
-    """Texts that may be special tokens of the tokenizer, which a decoded text leaves out."""
+    """Texts of the format that may be special tokens, which decoding omits."""
     bare: bool = False
+    """Whether a reply may also begin with the JSON of a call, without an opener."""
     id_letters: int = 24
 
     def calls(self, text: str, accepts: Accepts) -> tuple[list[ToolCall], str] | None:
-        """The calls of a reply from its first opener on, and what else it says; ``None`` if it is text after all.
+        """Parse ``text``, a reply from its first opener on, and return its calls and the remaining text.
 
-        It is where a call is malformed, or one that the request's tools do not accept.
+        Return ``None`` if any call is malformed or not accepted; the reply is then plain text.
         """
         try:
             found, rest = self.read(text)
@@ -86,7 +89,7 @@ def _fields(value: object, arguments: tuple[str, ...]) -> tuple[str, Any]:
 
 
 def _hermes(text: str) -> tuple[Found, str]:
-    """``<tool_call>{"name": …, "arguments": {…}}</tool_call>``, several of them; the last may lack its end."""
+    """Parse ``<tool_call>{"name": …, "arguments": {…}}</tool_call>``, repeated; the last end tag may be missing."""
     found, rest = [], ""
     while (start := text.find("<tool_call>")) >= 0:
         rest, text = rest + text[:start], text[start + len("<tool_call>") :].lstrip()
@@ -97,7 +100,7 @@ def _hermes(text: str) -> tuple[Found, str]:
 
 
 def _llama3(text: str) -> tuple[Found, str]:
-    """``{"name": …, "parameters": {…}}``, several of them separated by semicolons."""
+    """Parse one or more ``{"name": …, "parameters": {…}}``, separated by semicolons."""
     found, text = [], text.strip().removeprefix("<|python_tag|>").strip()
     while text:
         value, stop = _JSON.raw_decode(text)
@@ -107,7 +110,7 @@ def _llama3(text: str) -> tuple[Found, str]:
 
 
 def _mistral(text: str) -> tuple[Found, str]:
-    """``[TOOL_CALLS] [{"name": …, "arguments": {…}}]``, or ``[TOOL_CALLS]name[ARGS]{…}`` once for each call."""
+    """Parse ``[TOOL_CALLS] [{"name": …, "arguments": {…}}]``, or ``[TOOL_CALLS]name[ARGS]{…}`` once for each call."""
     found: Found = []
     for part in text.split("[TOOL_CALLS]")[1:]:
         name, text = "", part.strip()
@@ -140,7 +143,7 @@ MISTRAL = ToolFormat(
 
 
 def tool_format(template: str) -> ToolFormat | None:
-    """The format that a chat template teaches, by what its source says; ``None``: calls are text."""
+    """Return the tool call format that a chat template uses, judged by its source, or ``None`` if none is known."""
     if "<tool_call>" in template:
         return HERMES
     if "[TOOL_CALLS]" in template:

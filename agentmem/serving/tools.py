@@ -1,4 +1,4 @@
-"""Tools of a request: their schemas, which of them the model is shown, and what a call of one must be."""
+"""Tools of a request: their schemas, the choice of those shown to the model, and the check of their calls."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from agentmem.errors import RequestRefused
 from agentmem.serving.tool_calls import Accepts
 
 _SEARCH = 0.05
-"""Seconds of one search for a client's pattern."""
+"""Maximum duration in seconds of one search for a pattern from a client's schema."""
 
 
 def _pattern(_: Any, pattern: str, value: object, __: Any) -> Iterator[ValidationError]:
@@ -28,11 +28,11 @@ def _pattern(_: Any, pattern: str, value: object, __: Any) -> Iterator[Validatio
 
 
 _Validator = extend(Draft202012Validator, {"pattern": _pattern})
-"""One whose patterns cannot hold the server up."""
+"""Validator of JSON schemas that limits the time of each pattern search, so that no pattern can block the server."""
 
 
 class Function(BaseModel):
-    """A tool's function. Where it is ``strict``, only a call whose arguments fit its schema is one."""
+    """A function that the model may call. With ``strict``, calls with arguments that do not fit its schema are text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -42,7 +42,7 @@ class Function(BaseModel):
     strict: bool | None = None
 
     def schema_for_template(self) -> dict[str, Any]:
-        """As chat templates write it."""
+        """Return the function as the tool object that chat templates expect."""
         function: dict[str, Any] = {"name": self.name, "description": self.description or ""}
         function["parameters"] = self.parameters or {"type": "object", "properties": {}}
         return {"type": "function", "function": function}
@@ -72,10 +72,10 @@ class Function(BaseModel):
         return self
 
     def takes(self, arguments: dict[str, Any]) -> bool:
-        """Whether a call may have these arguments."""
+        """Check whether a call may have these arguments."""
         if not self.strict or self.parameters is None:
             return True
-        # Without a registry nothing is fetched: a schema that refers elsewhere fits nothing.
+        # An empty registry fetches nothing: a schema that refers to another document accepts no arguments.
         try:
             return bool(_Validator(self.parameters, registry=Registry()).is_valid(arguments))
         except (Unresolvable, RecursionError, TimeoutError, regex.error):
@@ -83,7 +83,7 @@ class Function(BaseModel):
 
 
 def accepting(tools: Sequence[Function]) -> Accepts | None:
-    """What tells a call of these tools from text; ``None`` where there are no tools."""
+    """Return a function that checks the name and arguments of a call against ``tools``; ``None`` without tools."""
     by_name = {tool.name: tool for tool in tools}
 
     def accepts(name: str, arguments: dict[str, Any]) -> bool:
@@ -94,20 +94,20 @@ def accepting(tools: Sequence[Function]) -> Accepts | None:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What a request's ``tool_choice`` comes to."""
+    """The tools that follow from a request's ``tool_choice``."""
 
     shown: tuple[Function, ...]
-    """Tools that the model is shown."""
+    """Tools that the model sees in its prompt."""
     forced: tuple[Function, ...] = ()
-    """Tools of which the reply must call one."""
+    """Tools of which the reply must call exactly one; empty if it is free."""
 
 
 def chosen(tools: Sequence[Function], choice: Any, *, parallel: bool = True) -> Choice:
-    """The tools that the model is shown, and those of which it must call one: ``required``, or one that is named.
+    """Choose the tools that the model sees, and those of which it must call one, from a request's ``tool_choice``.
 
     Raises:
-        RequestRefused: it names no tool of the request, or is none of these; or one call at most is wanted of a model
-            that is free to write several.
+        RequestRefused: ``choice`` is unknown or names no tool of the request; or ``parallel`` is false although the
+            model is free to write several calls.
 
     """
     shown = tuple(tools)
@@ -134,7 +134,7 @@ def chosen(tools: Sequence[Function], choice: Any, *, parallel: bool = True) -> 
 
 
 def _named(choice: Any) -> str | None:
-    """The name in a choice as either route writes it."""
+    """Return the name in a ``tool_choice`` object of either route, or ``None`` if there is none."""
     if not isinstance(choice, dict) or choice.get("type") != "function":
         return None
     found = choice.get("function", choice)

@@ -1,6 +1,6 @@
-"""One request to the model: find its conversation, read what is new, compact where that is asked for, write a reply.
+"""One request to the model: find its conversation, read the new messages, compact if asked to, and write a reply.
 
-A turn runs in a task of its own and ends at its own speed: its pieces wait for a slow reader, its lease does not.
+A turn runs in its own task and queues its pieces, so a slow client does not prolong the lease of the turn.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 
 _PIECE = 256
-"""Ids of a raw prompt that are read at once; between two pieces the turn can be ended."""
+"""Token ids of a raw prompt that one call reads; the turn can be cancelled between two calls."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How a reply is decoded. Nothing of the model's own defaults is used."""
+    """Parameters for decoding a reply; they replace the defaults of the model's generation config."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -43,10 +43,10 @@ class Sampling:
     tokens: int = 1024
     stop: tuple[str, ...] = ()
     grammar: str | None = None
-    """Of the reply; see :class:`agentmem.serving.constraints.Constraints`."""
+    """Grammar that the reply must follow; see :class:`agentmem.serving.constraints.Constraints`."""
 
     def options(self) -> dict[str, Any]:
-        """As ``generate`` takes them."""
+        """Return the parameters as keyword arguments of ``generate``, without seed, stop sequences and grammar."""
         if self.temperature == 0:
             return {"max_new_tokens": self.tokens, "do_sample": False}
         chosen = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
@@ -55,7 +55,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is asked of the model."""
+    """Everything that one turn needs to know: messages, session settings, and how to reply."""
 
     owner: str
     messages: Sequence[Message]
@@ -64,37 +64,37 @@ class Request:
     name: str | None = None
     label: str | None = None
     accepts: Accepts | None = None
-    """What tells a call of the request's tools from text."""
+    """Function that checks whether a parsed tool call is valid for this request; with ``None`` calls stay text."""
     after: bool = False
-    """Whether what is new is compacted right after it was read."""
+    """Whether the new messages are compacted right after they were read."""
     focus: str = ""
     item: Item | None = None
-    """A compaction item that stands before the messages; the recipe is its own."""
+    """Compaction item whose memory comes before the messages; ``recipe`` is then that of the item."""
     lead: str | None = None
-    """Digest of the instructions."""
+    """Digest of the message with the request's instructions."""
     any_recipe: bool = False
-    """Whether a held conversation of any recipe is gone on with."""
+    """Whether a held conversation may be continued although its recipe differs."""
     compact: bool = False
-    """Whether everything is compacted when it has been read, and kept as an item."""
+    """Whether the whole conversation is compacted after reading and saved as a compaction item."""
     threshold: int | None = None
-    """Or only where so many tokens have come since the newest item."""
+    """Number of tokens since the newest compaction item at which the turn does the same as with ``compact``."""
     write: bool = True
-    """Whether a reply is wanted."""
+    """Whether the model writes a reply."""
     raw: Sequence[int] | None = None
-    """Ids that are read as they are, instead of messages; nothing is held of such a turn when it has ended."""
+    """Token ids to read instead of messages; the conversation of such a turn is forgotten at its end."""
     forced: Sequence[Function] = ()
-    """Tools of which the reply must call one."""
+    """Tools of which the reply must call exactly one."""
     schema: Mapping[str, Any] | None = None
-    """What the reply must fit, as JSON."""
+    """JSON schema that the reply must fit."""
     response: str | None = None
-    """Id of the response that it becomes, by which it can be cancelled."""
+    """Id of the response that the turn produces; cancelling that response ends the turn."""
 
 
 class Turn:
-    """A request that is under way. Read its :meth:`pieces`; :meth:`stop` must be called, whatever happens."""
+    """A running request to the model. Read its :meth:`pieces`, and always call :meth:`stop` at the end."""
 
     def __init__(self, server: Server, request: Request) -> None:
-        """Begin at once."""
+        """Start the turn in a new task of the running event loop."""
         self._server, self.request = server, request
         self._why = RequestRefused("the server ended the turn; try again", status=503, code="shutting_down")
         self._pieces: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
@@ -104,10 +104,10 @@ class Turn:
         self.task = asyncio.create_task(self._run())
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """What the turn tells, until its end.
+        """Yield the pieces of the turn as they come; the last one is :class:`Ended`.
 
         Raises:
-            AgentmemError: the turn failed.
+            AgentmemError: the turn failed or was stopped.
 
         """
         while True:
@@ -119,7 +119,7 @@ class Turn:
                 return
 
     async def stop(self, why: RequestRefused | None = None) -> None:
-        """End the turn within one forward, if it has not ended; ``why`` is the error that its reader gets."""
+        """End the turn within one forward if it still runs; :meth:`pieces` then raises ``why``."""
         self._why = why or self._why
         self.task.cancel()
         await asyncio.wait([self.task])
@@ -130,12 +130,12 @@ class Turn:
         except asyncio.CancelledError:
             self._pieces.put_nowait(self._why)
             raise
-        except Exception as error:  # noqa: BLE001  # whoever reads the pieces gets it
+        except Exception as error:  # noqa: BLE001  # the reader of the pieces gets it
             self._pieces.put_nowait(error)
 
     async def _turn(self) -> None:
         conversation: Conversation | None = None
-        while conversation is None:  # every one that cannot go on is forgotten, so this ends
+        while conversation is None:  # each conversation that cannot go on is forgotten, so this loop ends
             with suppress(_Anew):
                 conversation = await self._read()
         try:
@@ -152,10 +152,10 @@ class Turn:
     # ---- reading
 
     async def _read(self) -> Conversation:
-        """The conversation with everything read; it is busy.
+        """Find or begin the conversation, mark it busy, and read all new messages.
 
         Raises:
-            _Anew: it cannot go on with these messages, but they can be read from the start; it is forgotten.
+            _Anew: a held conversation could not go on and was forgotten; try again, which may begin a new one.
 
         """
         request = self.request
@@ -186,7 +186,7 @@ class Turn:
         return conversation
 
     def _begin(self, conversation: Conversation) -> int:
-        """How much of the request a new conversation holds: what its compaction item stands for, if it has one."""
+        """Set up a new conversation, and return the number of request entries that it holds: 1 with an item, else 0."""
         conversation.lead = self.request.lead
         if (item := self.request.item) is None:
             return 0
@@ -201,7 +201,7 @@ class Turn:
         return conversation.session
 
     async def _extend(self, conversation: Conversation, session: Session, held: int, wanted: list[str]) -> None:
-        """Read the messages that the conversation does not hold, or ids as they are."""
+        """Read the messages that the conversation does not hold yet, or the raw token ids."""
         for start in range(0, len(self.request.raw or ()), _PIECE):
             self._left()
             read = partial(session.read, (self.request.raw or ())[start : start + _PIECE])
@@ -214,15 +214,15 @@ class Turn:
         try:
             self._log.reports += await session.aextend(new, deadline=self._left(), **how)  # type: ignore[arg-type]  # by name
         finally:
-            if len(session.dialogue.messages) > before:  # they were taken, whatever came of it
+            if len(session.dialogue.messages) > before:  # the session took them, even if an error followed
                 conversation.history += wanted[held:]
                 conversation.open = False
 
     def _left(self) -> float:
-        """Seconds that the turn still has.
+        """Return the seconds that the turn has left.
 
         Raises:
-            RequestRefused: 504, none.
+            RequestRefused: status 504, the time is over.
 
         """
         left = self._until - time.monotonic()
@@ -237,7 +237,7 @@ class Turn:
     # ---- compacting
 
     async def _compact(self, conversation: Conversation) -> None:
-        """Compact and keep everything, where that is asked for or due."""
+        """Compact the conversation and save it as an item, if the request asks for it or its threshold is reached."""
         session, request, server = conversation.session, self.request, self._server
         assert session is not None  # noqa: S101  # it was read
         due = request.threshold is not None and session.stats.tokens - conversation.since_item >= request.threshold
@@ -285,7 +285,7 @@ class Turn:
         self._pieces.put_nowait(Ended(reason, text.sent, tuple(text.calls), self._usage, facts))
 
     async def _write(self, session: Session, text: ReplyText, conversation: Conversation) -> End:
-        """Decode until the reply ends or a stop sequence comes; why it ended."""
+        """Decode until the reply ends or a stop sequence comes, and return the reason of the end."""
         marks = self._server.marks if self.request.accepts else {}
         sampling = self.request.sampling
         options = sampling.options()
@@ -315,7 +315,7 @@ class Turn:
     # ---- ends that come early
 
     async def _abandon(self, conversation: Conversation, error: BaseException) -> None:
-        """Keep a conversation that is still what its history says; forget it otherwise."""
+        """After an error, keep the conversation if its memory still matches its history; otherwise forget it."""
         usual = isinstance(error, asyncio.CancelledError | RuntimeBusy | RequestRefused)
         if usual and conversation.history and conversation.session is not None:
             self._server.settle(conversation)
@@ -326,10 +326,10 @@ class Turn:
 
 
 class _Anew(Exception):
-    """A held conversation cannot go on as a request wants."""
+    """A held conversation could not go on with the request and was forgotten."""
 
 
 def _said(text: ReplyText) -> Message:
-    """The reply as the client will send it back."""
+    """Return the reply as the message that the client will send back in its next request."""
     calls = tuple(call.plain() for call in text.calls) or None
     return Message(role="assistant", content=text.sent, tool_calls=calls)

@@ -1,4 +1,4 @@
-"""The agent runtime: conversations that keep their memory inside a cap, and can be forked, saved and loaded."""
+"""The agent runtime: conversations whose memory stays within a cap, and that can be forked, saved and loaded."""
 
 from agentmem.sessions.chat.dialogue import Message
 from agentmem.sessions.conversation import Reply

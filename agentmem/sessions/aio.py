@@ -1,7 +1,7 @@
-"""The same turns for asyncio: forwards on the model's own thread, waiting for a lease, cancellation. No other logic.
+"""Turns for asyncio. This module runs their steps on the model's own thread, waits for leases and handles cancellation.
 
 The event loop is never blocked: every step of a turn (a forward, or a compaction) runs on the one thread of its model.
-A turn goes on only when the consumer has taken all events so far, so nothing queues up behind a slow one.
+A turn goes on only after the consumer has taken all events so far, so events do not pile up for a slow consumer.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ GUARD = threading.Lock()
 
 
 def _thread(model: Any) -> ThreadPoolExecutor:
-    """The one thread on which a model computes for asyncio, whatever loops there are."""
+    """Return the executor of the single thread on which a model computes for all event loops."""
     with GUARD:
         if model not in THREADS:
             THREADS[model] = ThreadPoolExecutor(1, thread_name_prefix="agentmem-model")
@@ -43,7 +43,10 @@ def _thread(model: Any) -> ThreadPoolExecutor:
 
 
 async def _run(session: Conversation, call: Callable[[], T], cancel: Callable[[], None] = lambda: None) -> T:
-    """Run a call on the model's thread. When the task is cancelled, ``cancel`` is called and what runs ends first."""
+    """Run a call on the model's thread.
+
+    If the task is cancelled, call ``cancel`` and wait for the running call to end before raising.
+    """
     future = _submitted(session, call)
     try:
         return await asyncio.shield(future)
@@ -54,11 +57,14 @@ async def _run(session: Conversation, call: Callable[[], T], cancel: Callable[[]
 
 
 def _submitted(session: Conversation, call: Callable[[], T]) -> asyncio.Future[T]:
-    """Have the model's thread run a call with the caller's number of torch threads, by which its memory is planned."""
+    """Submit a call to the model's thread, to be run with the caller's number of torch threads.
+
+    Memory plans are made for that number of threads.
+    """
     threads = torch.get_num_threads()
 
     def counted() -> T:
-        if torch.get_num_threads() != threads:  # it is kept per thread: the worker's is from when it began
+        if torch.get_num_threads() != threads:  # torch keeps this number per thread, the worker has an older one
             torch.set_num_threads(threads)
         return call()
 
@@ -66,7 +72,7 @@ def _submitted(session: Conversation, call: Callable[[], T]) -> asyncio.Future[T
 
 
 async def _ended(future: asyncio.Future[Any]) -> None:
-    """Wait for a call on the model's thread, however often the task is cancelled meanwhile."""
+    """Wait until a call on the model's thread has ended, even if the task is cancelled meanwhile."""
     cancelled: asyncio.CancelledError | None = None
     while not future.done():
         try:
@@ -82,22 +88,25 @@ async def _ended(future: asyncio.Future[Any]) -> None:
 
 
 class _Place:
-    """One turn's place in the queue of its runtime; called to have it try again, from any thread."""
+    """A turn's place in its runtime's queue for leases. Any thread may call it to make the turn try again."""
 
     def __init__(self) -> None:
         self.loop, self.event = asyncio.get_running_loop(), asyncio.Event()
         self.tried = self.refused = False
 
     def __call__(self) -> None:
-        with suppress(RuntimeError):  # its loop was closed, and nobody is there to be woken
+        with suppress(RuntimeError):  # the turn's loop was closed, so that no task waits
             self.loop.call_soon_threadsafe(self.event.set)
 
 
 async def admitted(session: Conversation, turn: object, until: float | None = None) -> None:
-    """Wait for the session's lease, in the order of asking; ``until`` is on the monotonic clock.
+    """Wait for the session's lease; turns get their leases in the order in which they began to wait.
+
+    ``until`` is a time on the monotonic clock.
 
     Raises:
-        RuntimeBusy: after ``runtime.wait`` seconds or at ``until``, or where ``runtime.max_waiting`` wait already.
+        RuntimeBusy: ``runtime.wait`` seconds have passed, ``until`` was reached, or ``runtime.max_waiting`` turns
+            already wait.
 
     """
     runtime, place = session.runtime, _Place()
@@ -117,10 +126,13 @@ async def admitted(session: Conversation, turn: object, until: float | None = No
 
 
 async def _served(session: Conversation, turn: object, place: _Place, until: float) -> None:
-    """Try whenever it is the session's turn to try, until it has its lease; a try is never cut short."""
+    """Try for the lease each time the session is the first in the queue, until it is granted.
+
+    A try that has begun is always finished, even at the deadline ``until``.
+    """
     runtime = session.runtime
     while True:
-        place.event.clear()  # before trying: what is freed meanwhile wakes it once more
+        place.event.clear()  # before trying, so that bytes freed during the try wake this turn once more
         if runtime.waiters[0] is place:
             if await _try(session, turn):
                 return
@@ -136,7 +148,10 @@ async def _served(session: Conversation, turn: object, place: _Place, until: flo
 
 
 def _refuse_late(runtime: Host) -> None:
-    """Refuse those who came when the queue was full; nobody is while the first may still find room at once."""
+    """Refuse the turns beyond the first ``max_waiting`` in the queue.
+
+    No turn is refused while the first one has not tried, since it may get its lease at once.
+    """
     places: list[Any] = list(runtime.waiters)
     if places and places[0].tried:
         for place in places[runtime.max_waiting :]:
@@ -145,7 +160,7 @@ def _refuse_late(runtime: Host) -> None:
 
 
 async def _try(session: Conversation, turn: object) -> bool:
-    """Try for the lease; a task that is cancelled meanwhile does not keep it."""
+    """Try to get the lease and return whether it was granted; if the task is cancelled meanwhile, give it back."""
     granted = False
 
     def ask() -> bool:
@@ -186,7 +201,11 @@ async def _driven(
 
 
 async def _fed(session: Conversation, want: Want) -> None:
-    """Wait until what a turn wants was fed; whoever finds that it is time has the model's thread feed everybody."""
+    """Wait until the ids that a turn wants have been fed.
+
+    When it is time for a forward and no other turn has started one, this turn has the model's thread run a forward
+    that feeds all waiting turns.
+    """
     scheduler, loop, woken = session.runtime.scheduler, asyncio.get_running_loop(), asyncio.Event()
 
     def wake() -> None:
@@ -207,7 +226,7 @@ async def _fed(session: Conversation, want: Want) -> None:
 
 
 async def _closed(session: Conversation, steps: Steps, begun: object) -> None:
-    """End a turn in order even when the task that had it is being cancelled."""
+    """Close the steps of a turn and end the turn, even if its task is being cancelled."""
 
     def close() -> None:
         try:
@@ -221,7 +240,7 @@ async def _closed(session: Conversation, steps: Steps, begun: object) -> None:
 
 
 def stream(session: Conversation, options: dict[str, Any]) -> AsyncGenerator[Event, None]:
-    """See :meth:`agentmem.sessions.session.Session.stream`."""
+    """Yield the events of a reply; see :meth:`agentmem.sessions.session.Session.stream`."""
     deadline, keep_open = options.pop("deadline", None), options.pop("keep_open", False)
     if deadline is not None:
         check_seconds("deadline", deadline)
@@ -231,6 +250,6 @@ def stream(session: Conversation, options: dict[str, Any]) -> AsyncGenerator[Eve
 async def reports(
     session: Conversation, make: Callable[[], turn.Steps], deadline: float | None
 ) -> tuple[CompactionReport, ...]:
-    """Run a turn to its end; what it compacted."""
+    """Run a turn to its end and return the reports of its compactions."""
     async with aclosing(_driven(session, make, deadline)) as events:
         return tuple([event.report async for event in events if isinstance(event, CompactionFinished)])

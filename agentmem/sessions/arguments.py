@@ -1,4 +1,7 @@
-"""One check for each kind of value that a session's callers hand over; every other kind is refused by its name."""
+"""Checks of the arguments that callers pass to sessions and runtimes, one function for each kind of value.
+
+Every function raises :class:`SettingsRefused` for an invalid value and names the argument.
+"""
 
 from __future__ import annotations
 
@@ -15,42 +18,43 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def refusal(field: str, value: object, remedy: str) -> SettingsRefused:
-    """What is said of a value that cannot work."""
+    """Return the error for an invalid value, with the name of the field, the value and a remedy."""
     return SettingsRefused(f"{field}={shown(value)}: {remedy}")
 
 
 def check_count(field: str, value: object, least: int = 0) -> None:
-    """Refuse what is no whole number from ``least`` on."""
+    """Refuse a value that is not an integer of at least ``least``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise refusal(field, value, f"give a whole number, {least} at least")
 
 
 def check_seconds(field: str, value: object, least: float = -math.inf) -> None:
-    """Refuse what is no time."""
+    """Refuse a value that is not a number of seconds of at least ``least``."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not value >= least:
         raise refusal(field, value, "give a number of seconds" + ("" if least < 0 else f", {least:g} at least"))
 
 
 def check_name(value: object) -> None:
-    """Refuse what is no name of a session; ``None`` is none, and one is made."""
+    """Refuse a value that is not a valid session name; ``None`` is valid and stands for a default name."""
     if value is not None and (not isinstance(value, str) or not value):
         raise refusal("name", value, "give a text of one character at least, or leave it out")
     check_encodable("name", value)
 
 
 def check_text(field: str, value: object) -> None:
-    """Refuse what is no text."""
+    """Refuse a value that is not a string."""
     if not isinstance(value, str):
         raise refusal(field, value, "give a text")
 
 
 def check_encodable(field: str, value: object) -> None:
-    """Refuse text that no tokenizer can read, in lists and dicts too: half of a character that takes two surrogates.
+    """Refuse text with a lone surrogate, which no tokenizer can read; texts inside lists and dicts are checked, too.
 
-    Such halves come of an emoji that was cut in two, and of bytes that are not UTF-8 (file names, for example).
+    Lone surrogates come from an emoji that was cut in two, or from bytes that are not UTF-8 (in file names, for
+    example).
 
     Raises:
-        SettingsRefused: names the field, the surrogate and its place.
+        SettingsRefused: a text has a lone surrogate; the message names the field, the surrogate and its place.
 
     """
     if isinstance(value, str):
@@ -69,19 +73,19 @@ def check_encodable(field: str, value: object) -> None:
 
 
 def check_flag(field: str, value: object) -> None:
-    """Refuse what is neither true nor false."""
+    """Refuse a value that is neither True nor False."""
     if not isinstance(value, bool):
         raise refusal(field, value, "give True or False")
 
 
 def check_hook(field: str, value: object) -> None:
-    """Refuse what cannot be called; ``None`` is no hook."""
+    """Refuse a hook that cannot be called; ``None`` is valid and means no hook."""
     if value is not None and not callable(value):
         raise refusal(field, value, "give a function, or leave it out")
 
 
 def check_tools(value: object) -> None:
-    """Refuse what is no list of tools, and tools that are none."""
+    """Refuse a value that is not a list of valid tools; ``None`` is valid and means no tools."""
     if value is None:
         return
     if not isinstance(value, Sequence) or isinstance(value, str):
@@ -91,19 +95,19 @@ def check_tools(value: object) -> None:
 
 
 def check_variables(value: object) -> None:
-    """Refuse what are no variables of a chat template."""
+    """Refuse a value that is not a dict of chat-template variables by name; ``None`` is valid."""
     if value is not None and not (isinstance(value, Mapping) and all(isinstance(name, str) for name in value)):
         raise refusal("template_options", value, "give a dict of the chat template's variables by their names")
 
 
 def check_place(field: str, value: object) -> None:
-    """Refuse what is no path and no URL; an empty one would be the current folder."""
+    """Refuse a value that is neither a path nor a URL. An empty path is refused: it would mean the current folder."""
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
         raise refusal(field, value, "give the path of a folder, or a URL that fsspec knows")
 
 
 def check_making(name: object, tools: object, variables: object, **hooks: object) -> None:
-    """Refuse what no session can be made with."""
+    """Refuse an invalid session name, list of tools, dict of chat-template variables, or hook."""
     check_name(name)
     check_tools(tools)
     check_variables(variables)
@@ -112,7 +116,7 @@ def check_making(name: object, tools: object, variables: object, **hooks: object
 
 
 def check_target(value: object) -> None:
-    """Refuse what is neither a part of a text nor slots per head."""
+    """Refuse a value that is neither a fraction between 0 and 1 nor a number of slots per head."""
     part = isinstance(value, float) and 0 < value < 1
     count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
     if not part and not count:

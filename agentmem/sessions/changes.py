@@ -1,7 +1,8 @@
-"""Changes of a session that take several statements: all of them count, or none, wherever an interrupt comes.
+"""Changes of a session that take several statements and are undone as a whole if an interrupt or error cuts them short.
 
-What there was is written down first, in one assignment, and crossed out last, in one assignment. Whoever finds it not
-crossed out puts back what there was; putting back twice does nothing more, so that it can be interrupted, too.
+The old state is stored first, in one assignment, and cleared last, in one assignment. If a stored state is found later,
+the change did not finish and the old state is restored. Restoring twice gives the same result as restoring once, so it
+can be repeated if an interrupt cuts it short.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from agentmem.sessions.conversation import Before, Conversation
 
 
 def _before(session: Conversation) -> Before:
-    """A session as it is now; a closed one has no memory."""
+    """Return the current state of a session; a closed session has no memory."""
     reply, memory = session.reply, session.holding.memory
     sequence = None if memory is None else memory.sequences[0]
     return Before(
@@ -31,7 +32,10 @@ def _before(session: Conversation) -> Before:
 
 @contextmanager
 def changing(session: Conversation) -> Iterator[None]:
-    """Around statements of which all count or none. They run no forward, and take away no id but the newest."""
+    """Undo all statements of the ``with`` block if one of them fails or an interrupt comes.
+
+    The block must not run a forward, and must not remove any id except the newest.
+    """
     try:
         session.before = _before(session)
         yield
@@ -42,7 +46,7 @@ def changing(session: Conversation) -> Iterator[None]:
 
 
 def put_back(session: Conversation) -> None:
-    """Undo changes that were begun and did not come to their end; usually there are none."""
+    """Undo an unfinished change of the session, if there is one."""
     before = session.before
     if before is None:
         return

@@ -1,4 +1,4 @@
-"""Compactions that a caller asks for: what is to be left, by which policy, and what must stay recallable."""
+"""Compactions that a caller asks for, with a target, a policy and a focus (a text that must stay recallable)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from agentmem.sessions.conversation import Conversation, Interrupted
 def compacting(
     session: Conversation, focus: str, target: float | None, policy: str | None, *, force: bool
 ) -> turn.Steps:
-    """The events of a compaction now; see :meth:`agentmem.sessions.session.Session.compact`."""
+    """Read the pending ids, compact, and yield the steps; see :meth:`agentmem.sessions.session.Session.compact`."""
     try:
         yield from turn.read(session)
         sequence = session.memory.sequences[0]
@@ -29,10 +29,10 @@ def compacting(
 
 
 def request_of(session: Conversation, focus: str, policy: str | None) -> Request:
-    """What a caller asks of a compaction.
+    """Return a request for a compaction with the caller's focus and policy.
 
     Raises:
-        SettingsRefused: no such policy, or a focus with a policy that has no probe.
+        SettingsRefused: the session has no such policy, or a focus is given and the policy has no probe.
 
     """
     chosen = session.memory.policy if policy is None else session.memory.named(policy)
@@ -46,7 +46,7 @@ def request_of(session: Conversation, focus: str, policy: str | None) -> Request
 
 
 def _slots_of(session: Conversation, target: float) -> int:
-    """Slots per head that a compaction of everything leaves between prefix and recent."""
+    """Return the slots per head that a compaction of the whole segment leaves between prefix and recent window."""
     if isinstance(target, int):
         return target
     memory, sequence = session.memory, session.memory.sequences[0]

@@ -1,4 +1,4 @@
-"""The state of one conversation: what was read and written, and where its memory is. Turns work on it."""
+"""The state of one conversation, on which turns work: what was read and written, and where the memory is."""
 
 from __future__ import annotations
 
@@ -40,27 +40,31 @@ T = TypeVar("T")
 
 
 class Interrupted(BaseException):
-    """A turn is to end at this boundary; no error, and nothing that a policy's faults are caught with."""
+    """Signal, at a point where a turn can stop, that the turn must end now.
+
+    This is not an error. It derives from BaseException, so that code which catches the errors of a policy does not
+    catch it.
+    """
 
     def __init__(self, reason: Reason) -> None:
-        """``cancelled`` or ``deadline``."""
+        """Keep the reason, which is ``cancelled`` or ``deadline``."""
         super().__init__(reason)
         self.reason: Reason = reason
 
 
 @dataclass(slots=True)
 class Watch:
-    """Whether a turn is to go on."""
+    """The deadline and the cancellation of a turn, which are checked between its steps."""
 
     deadline: float | None = None
-    """On the monotonic clock."""
+    """Time on the monotonic clock at which the turn ends."""
     cancelled: bool = False
 
     def check(self) -> None:
-        """End the turn here if it is to end.
+        """Raise if the turn must end now.
 
         Raises:
-            Interrupted: with the reason.
+            Interrupted: the turn was cancelled or its deadline has passed; the exception has the reason.
 
         """
         if self.cancelled:
@@ -71,56 +75,65 @@ class Watch:
 
 @dataclass(slots=True)
 class Reply:
-    """What the model has written in a turn."""
+    """A reply of the model: its ids, its text and why it ended."""
 
     ids: list[int] = field(default_factory=list)
     text: str = ""
     reason: Reason = "cancelled"
     end: int | None = None
+    """The end token, which is also the last of ``ids``; ``None`` if the reply did not end with one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Before:
-    """A session as it was: its dialogue, its open reply with its content, its newest id, and how much of the rest.
+    """The parts of a session's state before a change, from which the change can be undone.
 
-    ``sequence`` and ``pins`` are those of its memory; a closed session has none.
+    Lists that only grow are recorded by their lengths.
     """
 
     dialogue: Dialogue
     reply: Reply | None
+    """The open reply, if there was one."""
     said: tuple[list[int], str, int | None]
+    """Ids, text and end token of the open reply."""
     reply_start: int
     ids: int
+    """Number of ids."""
     newest: array[int]
+    """The last id, or nothing if there were no ids."""
     entries: int
+    """Number of entries."""
     sequence: TokenSequence | None
+    """The sequence of the memory; ``None`` if there is no memory, as in a closed session."""
     pins: Pins | None
+    """The pins of that sequence."""
 
 
 class Place(Protocol):
-    """A turn's place in the queue for leases; called, from any thread, to have it try again."""
+    """A turn's place in the queue for leases. Any thread may call it to make the turn try again."""
 
     tried: bool
-    """Whether it has tried in vain, and waits."""
+    """True if the turn has tried to get its lease without success and waits."""
 
     def __call__(self) -> None: ...  # noqa: D102
 
 
 class Host(Protocol):
-    """What conversations, and whoever moves their memories, need of the runtime; :class:`Runtime` is the only one."""
+    """The part of the runtime that conversations and leasing use; :class:`Runtime` is the only implementation."""
 
     model: Any
     tokenizer: Any
     scheduler: Scheduler
-    """Of the model, whatever runtimes it has; its lock is held while the model computes or memories move."""
+    """The scheduler of the model, shared by all its runtimes. Its lock is held while the model computes or memories
+    move."""
     max_batch_tokens: int
 
     @property
     def packs(self) -> bool:
-        """Whether the model can be fed several sequences in one forward."""
+        """True if the model can be fed several sequences in one forward."""
 
     guard: Any
-    """Held for an instant, while it is written down who holds what."""
+    """Lock around the lists of sessions and holdings; it is only held for an instant."""
     leases: Leases
     identity: Identity
     defaults: dict[str, Any]
@@ -132,7 +145,7 @@ class Host(Protocol):
     sessions: list[Any]
 
     def session(self, *args: Any, **settings: Any) -> Any:
-        """See :class:`agentmem.sessions.runtime.Runtime`, as for what follows."""
+        """Begin a session; this and the methods below are documented in :class:`agentmem.sessions.runtime.Runtime`."""
 
     def fork(self, session: Any, name: str | None = None) -> Any: ...  # noqa: D102
     def save(self, session: Any, url: Any) -> None: ...  # noqa: D102
@@ -146,7 +159,7 @@ class Host(Protocol):
 
 
 class Conversation:
-    """One conversation's state; :class:`agentmem.sessions.session.Session` is the interface to it."""
+    """The state of one conversation; :class:`agentmem.sessions.session.Session` adds the public interface."""
 
     def __init__(
         self,
@@ -157,47 +170,47 @@ class Conversation:
         template: ChatTemplate | None,
         hooks: HookCalls,
     ) -> None:
-        """Nothing has been read."""
+        """Begin with an empty conversation."""
         self.runtime, self.name, self.settings, self.holding = runtime, name, settings, holding
         self.template, self.hooks = template, hooks
         self.tokenizer: Any = runtime.tokenizer
         self.ids: MutableSequence[int] = array("q")
-        """Everything read and sampled, consumed by the memory or not yet."""
+        """All ids that were read or sampled, including those that the memory has not consumed yet."""
         self.dialogue = Dialogue()
         self.entries: list[Entry] = []
         self.reply: Reply | None = None
-        """A reply that is still open."""
+        """The open reply; ``None`` if no reply is open."""
         self.generator = None if settings.seed is None else torch.Generator().manual_seed(settings.seed)
         self.before: Before | None = None
-        """What there was before changes that have not come to their end."""
+        """The state before an unfinished change; ``None`` if no change is under way."""
         self.watch = Watch()
         self.closed = False
         self.turn: object | None = None
-        """What stands for the turn that runs, or for a call that nothing may come between."""
+        """An object that identifies the running turn or call; ``None`` while the session is idle."""
         self.reply_start = 0
         self._reported_rebases = holding.rebases
         self.last = Reply()
-        """The newest reply, open or not."""
+        """The newest reply, whether it is still open or not."""
         holding.sessions.add(id(self))
 
     @property
     def busy(self) -> bool:
-        """Whether a turn of it runs."""
+        """True while a turn of this session runs."""
         return self.turn is not None
 
     @property
     def memory(self) -> Memory:
-        """The memory, while it is not on disk."""
+        """The memory; raises MemoryClosed while it is on disk and after the session was closed."""
         return self._here(self.holding.memory)
 
     @property
     def engine(self) -> Engine:
-        """What runs the memory, while it is not on disk."""
+        """The engine that feeds and compacts the memory; raises MemoryClosed as :attr:`memory` does."""
         return self.view.engine
 
     @property
     def view(self) -> CappedCache:
-        """What is passed as ``past_key_values``, while the memory is not on disk."""
+        """The cache object that is passed as ``past_key_values``; raises MemoryClosed as :attr:`memory` does."""
         return self._here(self.holding.view)
 
     def _here(self, part: T | None) -> T:
@@ -207,17 +220,17 @@ class Conversation:
 
     @property
     def pending(self) -> list[int]:
-        """Ids that the memory has not consumed yet."""
+        """The ids that the memory has not consumed yet."""
         return list(self.ids[self.holding.seen :])
 
     def want(self, ids: Sequence[int]) -> Want:
-        """Have ids fed next: what is yielded to whoever drives the turn."""
+        """Return a request to feed these ids next; a turn yields it to the code that drives the turn."""
         runtime = self.runtime
         priority, most, alone = self.settings.priority, runtime.max_batch_tokens, not runtime.packs
         return Want(self.engine, ids, self, priority, most, alone)
 
     def compacted(self, report: CompactionReport) -> None:
-        """Take note of a compaction."""
+        """Record a finished compaction: its pause, the entry of its summary, and the call of the hook."""
         self.runtime.scheduler.paused(report.seconds)
         if report.summary is not None:
             made = report.summary
@@ -226,6 +239,6 @@ class Conversation:
         self.hooks.compacted(report)
 
     def new_rebases(self) -> list[RebaseReport]:
-        """Re-basings that were not reported yet."""
+        """Return the reports of re-basings since the last call."""
         reported, self._reported_rebases = self._reported_rebases, len(self.memory.rebases)
         return self.memory.rebases[reported:]

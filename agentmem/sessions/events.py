@@ -1,4 +1,4 @@
-"""What happens during a turn, as typed values: what :meth:`Session.events` and :meth:`Session.stream` yield."""
+"""The events of a turn, as typed values. :meth:`Session.events` and :meth:`Session.stream` yield them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from agentmem.reporting.report import CompactionReport, RebaseReport
 
 Reason = Literal["end", "stop", "length", "cancelled", "deadline", "read"]
-"""Why a turn ended: an end token, a stopping criterion, the length, a cancelled consumer, a deadline; ``read`` where
-nothing was to be written."""
+"""Reason why a turn ended: ``end`` means an end token, ``stop`` a stopping criterion, ``length`` the length limit,
+``cancelled`` a consumer that was cancelled, ``deadline`` a deadline, and ``read`` a turn that only reads messages or a
+text."""
 
 
 class _Event(BaseModel):
@@ -25,7 +26,7 @@ class TokenEvent(_Event):
 
 
 class TextEvent(_Event):
-    """A piece of the reply's text; the pieces of a turn together are the reply."""
+    """A piece of the reply's text was written; all pieces of a turn joined are the text written in that turn."""
 
     type: Literal["text"] = "text"
     text: str
@@ -39,7 +40,7 @@ class CompactionStarted(_Event):
     tokens_seen: int
     slots: int
     forced: bool
-    """Whether going on needs it: the memory is full."""
+    """True if the turn cannot continue without this compaction, since the memory is full."""
 
 
 class CompactionFinished(_Event):
@@ -50,28 +51,31 @@ class CompactionFinished(_Event):
 
 
 class Rebased(_Event):
-    """Slots moved to lower positions."""
+    """The memory was re-based: its slots moved to lower positions."""
 
     type: Literal["rebased"] = "rebased"
     report: RebaseReport
 
 
 class TurnFinished(_Event):
-    """The turn is over; the session can go on."""
+    """The turn ended without an error."""
 
     type: Literal["turn_finished"] = "turn_finished"
     reason: Reason
     text: str
     tokens: int
-    """Of the reply, its end included."""
+    """Number of tokens of the reply, including its end token."""
 
 
 class TurnFailed(_Event):
-    """The turn ended with an error; the session is valid. Only :meth:`Session.stream` yields it, then raises."""
+    """The turn ended with an error; the session is still valid.
+
+    Only :meth:`Session.stream` yields this event; then it raises the error.
+    """
 
     type: Literal["turn_failed"] = "turn_failed"
     error: str
-    """The name of its class."""
+    """The name of the error's class."""
     message: str
 
 

@@ -1,4 +1,8 @@
-"""Forked processes: no thread but the one that forked lives on, so what others held or ran is made anew or let go."""
+"""Handlers for ``os.fork``.
+
+In the child process only the forking thread exists. Therefore locks are held across the fork, and the threads, queues
+and spilled files of the parent are replaced or given up in the child.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,14 @@ if TYPE_CHECKING:
 
 RUNTIMES: WeakSet[Host] = WeakSet()
 _TAKEN: list[Any] = []
-"""Locks that the thread that forks has taken meanwhile."""
+"""Locks that the forking thread holds during the fork."""
 
 
 def _before() -> None:
-    """Wait for what runs now: the child must not find memories half changed, nor locks that nobody gives back."""
+    """Take all locks before a fork.
+
+    Otherwise the child could see memories in the middle of a change, or locks that no thread of it will release.
+    """
     runtimes = list(RUNTIMES)
     for lock in [*(each.scheduler.lock for each in runtimes), *(each.guard for each in runtimes), aio.GUARD]:
         lock.acquire()
@@ -30,7 +37,7 @@ def _after() -> None:
 
 
 def _in_child() -> None:
-    """The models' threads and whoever waited for a lease are the parent's."""
+    """Give up the models' threads and the waiting turns, which belong to the parent, and copy memories on disk."""
     aio.THREADS.clear()
     for runtime in list(RUNTIMES):
         runtime.waiters.clear()

@@ -1,4 +1,4 @@
-"""The hooks of one session: what is called before a compaction, and after it."""
+"""Calls to the hooks of one session, before and after its compactions."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ if TYPE_CHECKING:
 
 
 class HookCalls:
-    """The hooks of one session, and what they answered last."""
+    """The hooks of one session, with the effect of the last answer."""
 
     def __init__(self, before: BeforeCompact | None, after: AfterCompact | None, soft: float) -> None:
-        """``soft`` is the part of the capacity below which ``before`` is called early."""
+        """Keep the hooks; ``before`` is called early once at most the fraction ``soft`` of the capacity is free."""
         self.before, self.after, self.soft = before, after, soft
         self._not_before = 0
         self._vetoed = False
 
     def early(self, memory: Memory) -> bool:
-        """Whether a compaction is due soon, so that the hook is called now."""
+        """Return True if the memory is nearly full, so that the hook must be asked now."""
         sequence = memory.sequences[0]
         if self.before is None or self._vetoed or sequence.seen < self._not_before:
             return False
         return sequence.room <= self.soft * memory.plan.capacity
 
     def before_compaction(self, session: str, memory: Memory, *, full: bool) -> Request | None:
-        """What is to be done with the memory of the session of that name; ``None`` to leave it for now.
+        """Ask the hook and return the compaction to run, or ``None`` to run none for now.
+
+        ``session`` is the session's name, ``full`` tells the hook that the memory cannot take another token.
 
         Raises:
-            SettingsRefused: the hook answered with something else than it may.
+            SettingsRefused: the hook's answer is none of the allowed ones.
 
         """
         if self.before is None:
@@ -59,11 +61,11 @@ class HookCalls:
         return Request(policy=memory.named(answer))
 
     def postpone(self, memory: Memory) -> None:
-        """Ask again when another part of the room is used up."""
+        """Do not ask the hook early again before the memory has consumed ``min_reclaim`` more tokens."""
         self._not_before = memory.sequences[0].seen + max(1, memory.settings.min_reclaim)
 
     def compacted(self, report: CompactionReport) -> None:
-        """A compaction is over: nothing is vetoed or postponed any more."""
+        """Forget earlier vetoes and postponements after a compaction, and call the ``after`` hook with the report."""
         self._vetoed, self._not_before = False, 0
         if self.after is not None:
             self.after(report)

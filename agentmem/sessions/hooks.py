@@ -1,4 +1,4 @@
-"""Hooks around compactions: what they are called with, and what they may answer."""
+"""The types of the hooks that run before and after compactions, with their arguments and answers."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ PROCEED, POSTPONE, VETO = "proceed", "postpone", "veto"
 
 @dataclass(frozen=True, slots=True)
 class CompactionContext:
-    """What is about to be compacted.
-
-    ``full``: the memory cannot take another token; ``postpone`` and ``veto`` then end the turn. ``policies`` are the
-    names that may be answered instead of ``proceed``.
-    """
+    """The state of the memory that is about to be compacted, given to a ``before_compact`` hook."""
 
     session: str
     full: bool
+    """True if the memory cannot take another token. The answers ``postpone`` and ``veto`` then end the turn."""
     tokens_seen: int
     held_slots: int
     room: int
     policy: str
     policies: tuple[str, ...]
+    """Names of the policies that the hook may return instead of ``proceed``."""
 
 
 BeforeCompact = Callable[[CompactionContext], str]
-"""``"proceed"``; ``"postpone"``: ask again when another part of the room is used up; ``"veto"``: not before the memory
-is full; or the name of one of the session's policies, which then does it."""
+"""Hook that is called before a compaction and decides about it.
+
+It returns ``"proceed"`` to compact now, ``"postpone"`` to be asked again after ``min_reclaim`` more tokens, ``"veto"``
+to be asked again only when the memory is full, or the name of one of the session's policies to compact with that
+policy."""
 AfterCompact = Callable[[CompactionReport], None]
+"""Hook that is called after a compaction with its report."""

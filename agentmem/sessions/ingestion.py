@@ -1,4 +1,4 @@
-"""Reading messages and texts: what is new of them, what of it is pinned, and when it is compacted."""
+"""The turns of a session in which it reads messages and texts or writes a reply, with their pins and compactions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def messages(session: Conversation, given: Sequence[Message], how: How) -> turn.Steps:
-    """Read messages through the chat template; an open reply ends where it is."""
+    """Read messages through the chat template; an open reply is closed first, as it is."""
     closed = _closed(session)
     dialogue, delta = template(session).append(closed, *given)
     check_known(session, "append", delta.ids)
@@ -44,7 +44,7 @@ def messages(session: Conversation, given: Sequence[Message], how: How) -> turn.
 
 
 def text(session: Conversation, given: str | Sequence[int], how: How) -> turn.Steps:
-    """Read a text, or ids, as they are; an open reply ends where it is."""
+    """Read a text or ids without the chat template; an open reply is closed first, as it is."""
     ids = _ids(session, given)
     start = len(session.ids)
     after = _after(session, len(ids), how)
@@ -67,10 +67,10 @@ def _read(session: Conversation, after: After | None) -> turn.Steps:
 
 
 def template(session: Conversation) -> ChatTemplate:
-    """The session's chat template.
+    """Return the session's chat template.
 
     Raises:
-        SettingsRefused: its tokenizer has none.
+        SettingsRefused: the tokenizer has no chat template.
 
     """
     if session.template is None:
@@ -81,11 +81,13 @@ def template(session: Conversation) -> ChatTemplate:
 
 
 def begin_reply(session: Conversation, options: dict[str, Any]) -> Decoding:
-    """Open a reply, unless one is open already, and have transformers read the options it is decoded by.
+    """Open a reply, unless a reply is open already, and let transformers prepare its decoding from the options.
+
+    Both errors leave the session as it was.
 
     Raises:
-        SettingsRefused: there is nothing that a reply could go on from.
-        UnsupportedGeneration: an option that a session cannot serve. Both leave the session as it was.
+        SettingsRefused: there are no new ids for the model to reply to.
+        UnsupportedGeneration: a session does not support one of the options.
 
     """
     with changing(session):
@@ -95,7 +97,7 @@ def begin_reply(session: Conversation, options: dict[str, Any]) -> Decoding:
 
 
 def replying(session: Conversation, options: dict[str, Any], *, keep_open: bool) -> turn.Steps:
-    """The events of a reply, for whoever drives them; see :meth:`agentmem.sessions.session.Session.events`."""
+    """Write a reply and yield the steps of the turn; see :meth:`agentmem.sessions.session.Session.events`."""
     decoding = begin_reply(session, options)
     reply = session.last = session.reply or Reply()
     reply.reason = "cancelled"
@@ -117,7 +119,7 @@ def _check_new(session: Conversation) -> None:
 
 
 def say(session: Conversation, text: str) -> None:
-    """Put a text into the reply, in place of the end that the model chose; see :meth:`Session.say`."""
+    """Add a text to the reply; it replaces the end token if the model has written one; see :meth:`Session.say`."""
     ids = tokens(session, "say", text)
     with changing(session):
         open_reply(session)
@@ -125,14 +127,14 @@ def say(session: Conversation, text: str) -> None:
         kept = reply.ids if reply.end is None else reply.ids[:-1]
         pieces = TextPieces(session.tokenizer, kept)
         said = "".join(map(pieces.push, ids)) + pieces.rest()
-        if reply.end is not None:  # it has not been read: the last id never is before the next turn
+        if reply.end is not None:  # the memory has not consumed the end: the last id is not fed before the next turn
             session.ids.pop()
         session.ids.extend(ids)
         reply.ids, reply.text, reply.end = [*kept, *ids], reply.text + said, None
 
 
 def open_reply(session: Conversation) -> None:
-    """Begin a reply, unless one is open already."""
+    """Open a reply, unless a reply is open already."""
     if session.reply is None:
         if session.template is not None and session.dialogue.messages:
             dialogue, delta = session.template.open_reply(session.dialogue)
@@ -147,7 +149,7 @@ def open_reply(session: Conversation) -> None:
 
 
 def close_reply(session: Conversation) -> None:
-    """End the open reply as it is, if there is one, and record it."""
+    """Close the open reply as it is, if there is one, and record it in the dialogue and the entries."""
     session.dialogue = _closed(session)
     if (entry := reply_entry(session)) is not None:
         session.entries.append(entry)
@@ -157,7 +159,10 @@ def close_reply(session: Conversation) -> None:
 
 
 def _closed(session: Conversation) -> Dialogue:
-    """The dialogue with the open reply recorded. An end that is not the template's own counts as text."""
+    """Return the dialogue with the open reply recorded as a message.
+
+    An end token that does not belong to the chat template counts as text of the reply.
+    """
     if not session.dialogue.open:
         return session.dialogue
     made, reply = template(session), session.reply or Reply()
@@ -168,7 +173,7 @@ def _closed(session: Conversation) -> Dialogue:
 
 
 def reply_entry(session: Conversation) -> Entry | None:
-    """The entry of the open reply, if there is one and it has ids."""
+    """Return the transcript entry of the open reply, or ``None`` if no reply is open or the open one has no ids."""
     if session.reply is None or session.reply_start == len(session.ids):
         return None
     return Entry(kind="reply", role="assistant", start=session.reply_start, stop=len(session.ids))
@@ -204,9 +209,10 @@ def _take(session: Conversation, delta: Delta) -> None:
 
 
 def _pin(session: Conversation, delta: Delta, fed: int, *, pin: bool) -> None:
-    """Pin what is to be pinned of a delta that is about to be read.
+    """Pin the parts of a delta that the caller or the settings want pinned; the delta is about to be read.
 
-    What closes one of the ``fed`` messages that came before is not: a session whose pins are full can go on.
+    Markup that closes one of the ``fed`` earlier messages is not pinned, so that a session with no room for further
+    pins can go on.
 
     Raises:
         CapTooSmall: the pins do not fit; nothing was changed.

@@ -1,7 +1,8 @@
-"""The newest request of a conversation, which is pinned until it is answered: :attr:`SessionSettings.pin_request`.
+"""The newest request of a conversation, which is pinned until it is answered (:attr:`SessionSettings.pin_request`).
 
-It is a user's last message, with the user's messages right before it. It is pinned when it is taken into the session,
-again with whatever else is read before its reply and when the reply is opened, and unpinned when the reply is closed.
+The request is the user's last message, with the user's messages right before it. It is pinned when the session takes
+it, pinned anew each time another message is taken before the reply and when the reply is opened, and unpinned when the
+reply is closed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ Written = TypeVar("Written", Entry, Message)
 
 
 def hold_request(session: Conversation, *, wanted: bool = True) -> bool:
-    """Pin the newest request, or its last message where that alone fits; whether all is pinned that was wanted."""
+    """Pin the newest request, or only its last message if the whole request does not fit.
+
+    With ``wanted=False``, or if the setting ``pin_request`` is off, unpin the request instead. Return ``False`` only
+    if a request should be pinned and not even its last message fits.
+    """
     memory, sequence = session.memory, session.memory.sequences[0]
     if not (wanted and session.settings.pin_request):
         release_request(session)
@@ -35,7 +40,7 @@ def hold_request(session: Conversation, *, wanted: bool = True) -> bool:
 
 
 def release_request(session: Conversation) -> None:
-    """Unpin the newest request; what is pinned besides stays pinned. A session that was closed meanwhile has none."""
+    """Unpin the newest request and leave all other pins. Do nothing if the session has no memory, as after closing."""
     memory = session.holding.memory
     if memory is not None:
         sequence = memory.sequences[0]
@@ -43,7 +48,10 @@ def release_request(session: Conversation) -> None:
 
 
 def report_request(session: Conversation) -> None:
-    """Log that a reply is written whose request may be compacted, with its length and the most that it may have."""
+    """Log that the newest request is not pinned and may be compacted before the reply to it ends.
+
+    The log event has the number of tokens of the request and the most tokens that could be pinned.
+    """
     memory, sequence = session.memory, session.memory.sequences[0]
     pins = replace(sequence.pins, request=_requests(session)[-1])
     tokens, most = request_size(memory, pins), most_requested(memory, pins)
@@ -51,16 +59,19 @@ def report_request(session: Conversation) -> None:
 
 
 def _requests(session: Conversation) -> tuple[Spans, ...]:
-    """The newest request as it may be pinned: whole, then its last message alone; nothing where there is none."""
+    """Return the spans to try to pin, in this order: those of the whole newest request, then of its last message.
+
+    Without a request the spans are empty.
+    """
     entries = [entry for entry in session.entries if entry.kind != "summary"]
     spans = [(entry.start, entry.stop) for entry in _last_of_user(entries)]
     messages = session.dialogue.messages[: session.dialogue.fed]
-    if len(spans) != len(_last_of_user(messages)):  # markup that closes a message is an entry of its own here
+    if len(spans) != len(_last_of_user(messages)):  # some entries hold only the markup that closes a message
         return (joined(spans),)
     return joined(spans), joined(spans[:1])
 
 
 def _last_of_user(given: Sequence[Written]) -> list[Written]:
-    """The last of them that is a user's, and those of a user's right before it, the last one first."""
+    """Return the last item with the role user and the user's items right before it, the last one first."""
     newest = dropwhile(lambda each: each.role != "user", reversed(given))
     return list(takewhile(lambda each: each.role == "user", newest))

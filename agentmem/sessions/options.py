@@ -1,4 +1,4 @@
-"""How a message or a text is read: what a caller asks for beside the words, refused before anything is done."""
+"""The options with which a message or a text is read, checked before anything else is done."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from agentmem.errors import SettingsRefused
 from agentmem.sessions.arguments import check_flag, check_seconds, check_target, check_text
 
 TARGET = 0.25
-"""What is left of a text that is compacted after it was read, unless said otherwise."""
+"""Default for ``target``: the fraction that is left of a text that is compacted right after it was read."""
 
 
 @dataclass(frozen=True, slots=True)
 class How:
-    """The keywords of :meth:`agentmem.sessions.session.Session.append`, which says what they are.
+    """The options of :meth:`agentmem.sessions.session.Session.append`, which documents each of them.
 
     Raises:
-        SettingsRefused: they contradict one another, or a value cannot work; names the keyword.
+        SettingsRefused: two options contradict one another, or a value cannot work; the message names the option.
 
     """
 
@@ -28,7 +28,7 @@ class How:
     deadline: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what no session could do."""
+        """Raise SettingsRefused for options that no session could carry out."""
         check_flag("pin", self.pin)
         check_text("focus", self.focus)
         if self.policy is not None:

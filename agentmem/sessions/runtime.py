@@ -1,4 +1,4 @@
-"""The runtime: one model, one tokenizer, one cap, many sessions."""
+"""The runtime: it serves many sessions of one model and one tokenizer under one cap."""
 
 from __future__ import annotations
 
@@ -47,16 +47,17 @@ if TYPE_CHECKING:
     from agentmem.sessions.hooks import AfterCompact, BeforeCompact
 
 _SCHEDULERS: WeakKeyDictionary[Any, Scheduler] = WeakKeyDictionary()
-"""By model, so that runtimes of one model run one forward at a time together."""
+"""The scheduler of each model. All runtimes of a model share it, so that only one forward runs at a time."""
 
 
 class Runtime:
-    """Sessions of one model under one cap, which is the sum of what they all hold and work with.
+    """Serve sessions of one model under one cap, which limits the bytes that all of them hold and work with.
 
-    A session has a *lease*, its share of the cap; it is charged while a turn runs. When another session needs the
-    bytes, idle memories are preempted in stages: their free room is taken (nothing is lost), they are compacted further
-    (their policy's loss), they are moved to disk (nothing is lost). They come back when they are used. The model runs
-    one forward at a time, which feeds all turns that wait for one (:mod:`agentmem.engine.scheduler`).
+    A session has a *lease*, its share of the cap, which is charged while one of its turns runs. When another session
+    needs the bytes, idle memories are preempted in stages: first they give up their free room (nothing is lost), then
+    they are compacted further (with the loss of their policy), then they are moved to disk (nothing is lost). The
+    next turn of a session restores its memory. The model runs one forward at a time, and each forward feeds all turns
+    that wait for one (:mod:`agentmem.engine.scheduler`).
     """
 
     def __init__(
@@ -73,25 +74,26 @@ class Runtime:
         max_batch_tokens: int = 256,
         **settings: Any,
     ) -> None:
-        """Attach nothing yet.
+        """Check the settings; the model stays unchanged until the first session is made.
 
         Args:
             model: a transformers causal language model in eval mode.
-            tokenizer: its tokenizer; roles need one with a chat template.
-            cap: bytes, as an integer or a text such as ``"64MiB"``.
-            policy: of sessions that name none.
-            pressure: the stages by which idle memories are preempted, in order; leave out what must not happen.
-            spill: the folder where idle memories go, below which the runtime has one of its own; by default
-                ``agentmem-USER`` among the system's temporary ones.
-            wait: seconds that a stream waits for its lease.
-            max_waiting: streams that may wait at once; more are refused at once.
-            max_batch_tokens: tokens of a forward that feeds several sessions: replies' next tokens first, then pieces
-                of texts that are read. Fewer keep replies flowing while a long text is read.
-            settings: defaults of the sessions' :class:`SessionSettings` and :class:`agentmem.settings.Settings`.
+            tokenizer: the model's tokenizer; messages with roles need a tokenizer with a chat template.
+            cap: the cap in bytes, as an integer or a text such as ``"64MiB"``.
+            policy: the policy of sessions that are made without one.
+            pressure: the stages by which idle memories are preempted, in order; leave out a stage to forbid it.
+            spill: the folder in which the runtime makes a private folder for idle memories; by default
+                ``agentmem-USER`` in the system's temporary folder.
+            wait: seconds that a turn under asyncio waits for its lease.
+            max_waiting: number of turns that may wait for a lease at once; further ones are refused immediately.
+            max_batch_tokens: most tokens of a forward that feeds several sessions. The next tokens of replies come
+                first, then pieces of texts that are read. A lower number keeps replies flowing while a long text is
+                read.
+            settings: defaults for the :class:`SessionSettings` and :class:`agentmem.settings.Settings` of sessions.
 
         Raises:
-            SettingsRefused: a setting cannot work, whatever the policy. That the cap is too small for a session is
-                for :meth:`session` to say, which knows its policy and its share.
+            SettingsRefused: a setting cannot work with any policy. Whether the cap is too small for a session is
+                checked by :meth:`session`, since that depends on the session's policy and share.
 
         """
         hf.check_tokenizer(tokenizer)
@@ -110,16 +112,18 @@ class Runtime:
         self.leases = Leases(self.cap, pressure)
         self.sessions: list[Session] = []
         self.scheduler = _SCHEDULERS.setdefault(self.model, Scheduler())
-        """Its lock is held while the model computes or memories move; no event loop's thread waits for it."""
+        """The scheduler's lock is held while the model computes or memories move. Threads of event loops never wait
+        for that lock."""
         self.guard = threading.RLock()
-        """Held for an instant, while it is written down who holds what."""
+        """Lock around the lists of sessions and holdings; it is only held for an instant."""
         self.waiters: deque[Place] = deque()
-        """Turns that wait for a lease, the first to be served first; called to have one try again."""
+        """Queue of the turns that wait for a lease, first come first served. Calling an entry makes that turn try
+        again."""
         self.identity = Identity(self.model, tokenizer)
         self._spill = Spill(None if spill is None else local_path(spill))
         self.turns, self._names = count(1), count(1)
         self.templates: WeakKeyDictionary[ChatTemplate, str] = WeakKeyDictionary()
-        """What the chat template of each session was given besides messages, as a digest."""
+        """Digest of the tools and options that each session's chat template was given."""
         self._closed = False
         RUNTIMES.add(self)
 
@@ -137,21 +141,22 @@ class Runtime:
         after_compact: AfterCompact | None = None,
         **settings: Any,
     ) -> Session:
-        """A new conversation.
+        """Begin a new conversation.
 
         Args:
-            policy: name, spec or policy; the runtime's without it.
-            name: for reports and errors.
-            extra_policies: policies that hooks and calls of ``compact`` may ask for.
+            policy: name or spec of a policy, or a policy object; by default the runtime's policy.
+            name: the session's name in reports and errors; by default a numbered one.
+            extra_policies: further policies that hooks and calls of ``compact`` may choose.
             tools: JSON schemas or functions, for the chat template; they are pinned with the system prompt.
-            template_options: the chat template's own variables.
+            template_options: variables of the chat template.
             before_compact: called before a compaction; see :mod:`agentmem.sessions.hooks`.
-            after_compact: called with its report.
-            settings: :class:`SessionSettings` (``share``, ``pin_roles``, ``soft``, ``seed``, …) and
+            after_compact: called after each compaction with the report.
+            settings: fields of :class:`SessionSettings` (``share``, ``pin_roles``, ``soft``, ``seed``, …) and of
                 :class:`agentmem.settings.Settings` (``keep_first``, ``keep_recent``, ``target``, ``rebase``, …).
 
         Raises:
-            SettingsRefused: a setting cannot work; ``CapTooSmall`` names the share and the bytes that would do.
+            SettingsRefused: a setting cannot work.
+            CapTooSmall: the share is too small; the message names the share and the bytes that would suffice.
 
         """
         self._open_or_raise()
@@ -195,7 +200,7 @@ class Runtime:
         return made
 
     def speak(self, session: Session, memory: Memory) -> None:
-        """Have the memory ask for summaries as the conversation would."""
+        """Make the memory's requests for summaries go through the session's chat template."""
         language = memory.language
         if language is None or session.template is None:
             return
@@ -207,7 +212,7 @@ class Runtime:
         memory.language = Language(language.read, language.write, ask, tuple(template.end_ids))
 
     def fork(self, session: Session, name: str | None = None) -> Session:
-        """See :meth:`Session.fork`."""
+        """Return a new session with the same past as ``session``; see :meth:`Session.fork`."""
         check_name(name)
         with self.guard:
             _not_busy(session)
@@ -227,21 +232,26 @@ class Runtime:
 
     @cached_property
     def packs(self) -> bool:
-        """Whether the model can be fed several sequences in one forward."""
+        """True if the model can be fed several sequences in one forward."""
         return hf.packs(self.model)
 
     # ---- leases
 
     @contextmanager
     def turn(self, session: Session, *, brief: bool = False, leased: bool = True) -> Iterator[None]:
-        """Around a turn of a session, or a ``brief`` call that nobody comes before; ``leased`` if it needs bytes.
+        """Run the ``with`` block as a turn of a session and end the turn afterwards.
+
+        Args:
+            session: the session, which must be idle.
+            brief: the block is a short call, which does not queue behind turns that wait for a lease.
+            leased: the block needs the session's lease.
 
         Raises:
             RuntimeBusy: there is no room for the lease.
 
         """
         turn = object()
-        try:  # twice, should an interrupt come between
+        try:  # end the turn twice, in case an interrupt comes before the first call
             try:
                 if leased:
                     self.admit(session, turn, brief=brief)
@@ -254,22 +264,23 @@ class Runtime:
             self.end(session, turn)
 
     def admit(self, session: Session, turn: object, *, brief: bool = False) -> None:
-        """Give a session its lease for a turn, or refuse.
+        """Give a session its lease for a turn, or raise :class:`RuntimeBusy`.
 
-        ``turn`` stands for it: whoever made it ends it by :meth:`end`, whether it was admitted or not.
+        ``turn`` is an object that identifies the turn. The caller must pass it to :meth:`end` in both cases. A
+        ``brief`` turn does not queue behind turns that wait.
 
         Raises:
-            RuntimeBusy: others are in mid-turn and hold the cap, or wait for it.
+            RuntimeBusy: running turns hold the bytes, or other turns already wait for a lease.
 
         """
-        places = list(self.waiters)  # whoever has not tried yet may find room at once, and keeps nobody from trying
+        places = list(self.waiters)  # a first waiter that has not tried yet may find room at once: it blocks nobody
         waiting = len(places) if places and places[0].tried and not brief else 0
         if waiting or not self.try_admit(session, turn):
             active = sum(each.busy for each in list(self.sessions))
             raise self.leases.refusal(session.name, session.holding.lease, active, waiting)
 
     def try_admit(self, session: Session, turn: object) -> bool:
-        """Give a session its lease for a turn if there is room for it, or can be made."""
+        """Give a session its lease for a turn if the bytes are free or can be freed; return whether that succeeded."""
         admitted = False
         with self.scheduler.lock:
             try:
@@ -281,7 +292,7 @@ class Runtime:
             return admitted
 
     def begin(self, session: Session, turn: object) -> None:
-        """From now on nobody forks it, and no other turn of it begins."""
+        """Mark a session as busy with ``turn``: until the turn ends, no other turn of it and no fork can begin."""
         with self.guard:
             self._open_or_raise()
             _not_busy(session)
@@ -289,7 +300,10 @@ class Runtime:
         put_back(session)
 
     def end(self, session: Session, turn: object) -> None:
-        """A turn is over, if it ever began: the session is idle. Never waits; ending twice does nothing."""
+        """End a turn, if it ever began, so that the session is idle again.
+
+        This method never waits. Ending a turn twice does nothing.
+        """
         try:
             memory = session.holding.memory
             if memory is not None and session.turn in (turn, None):
@@ -300,18 +314,18 @@ class Runtime:
         self.wake_next()
 
     def wake_next(self) -> None:
-        """Have who has waited longest try again; from any thread."""
+        """Make the turn that has waited longest for a lease try again. Any thread may call this."""
         for wake in list(self.waiters)[:1]:
             wake()
 
     def folder(self) -> Path:
-        """Where idle memories go."""
+        """Return the runtime's private folder for idle memories on disk; it is made when first needed."""
         return self._spill.folder()
 
     # ---- files
 
     def save(self, session: Session, url: str | os.PathLike[str]) -> None:
-        """See :meth:`Session.save`."""
+        """Save a session under a path or an fsspec URL; see :meth:`Session.save`."""
         archive.save(self, session, url)
 
     def load(
@@ -327,15 +341,16 @@ class Runtime:
         after_compact: AfterCompact | None = None,
         **settings: Any,
     ) -> Session:
-        """A session that was saved, of this model and tokenizer; it goes on as if it had never stopped.
+        """Load a session that was saved with this model and tokenizer; it continues as if it had never stopped.
 
-        ``settings`` replace those that it was saved with (a ``seed`` begins anew). Tools, template options and hooks
-        are not saved: give them again, and ``policy`` and ``extra_policies`` where they were no named ones.
+        ``settings`` replace the saved ones; a ``seed`` restarts the sampling. Tools, template options and hooks are
+        not saved: give them again. Also give ``policy`` and ``extra_policies`` again if they were policy objects that
+        a name or spec cannot rebuild.
 
         Raises:
-            SnapshotRefused: another model's, damaged, hostile, or larger than the session's share.
-            SettingsRefused: what is given here could never work.
-            RuntimeBusy: there is no room for it now.
+            SnapshotRefused: the snapshot is of another model, damaged, hostile, or larger than the session's share.
+            SettingsRefused: an argument could never work.
+            RuntimeBusy: there is no room for the session now.
 
         """
         check_making(name, tools, template_options, before_compact=before_compact, after_compact=after_compact)
@@ -346,7 +361,7 @@ class Runtime:
     # ---- the end
 
     def forget(self, session: Session) -> None:
-        """See :meth:`Session.close`."""
+        """Close a session and free its memory; see :meth:`Session.close`."""
         with self.scheduler.lock, self.guard:
             if session.closed:
                 return
@@ -359,7 +374,7 @@ class Runtime:
         self.wake_next()
 
     def close(self) -> None:
-        """Close all sessions and leave the model as it was; closing twice does nothing."""
+        """Close all sessions and restore the model as it was before; closing twice does nothing."""
         self._closed = True
         with self.scheduler.lock:
             for session in list(self.sessions):
@@ -373,16 +388,16 @@ class Runtime:
         raise CopyRefused.of(self)
 
     def __enter__(self) -> Self:
-        """Close at the end of a block."""
+        """Return the runtime, which is closed at the end of the ``with`` block."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close."""
+        """Close the runtime."""
         self.close()
 
     @property
     def stats(self) -> RuntimeStats:
-        """A moment of this runtime."""
+        """Figures of this runtime at this moment."""
         with self.guard:
             busy = [session.busy for session in self.sessions]
             here = [session.holding.memory is not None for session in self.sessions]

@@ -1,4 +1,4 @@
-"""A conversation that keeps its memory: turns in, replies out, every compaction in sight."""
+"""The session: the public interface to one conversation. It reads messages, writes replies and reports compactions."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ T = TypeVar("T")
 
 
 class Session(Conversation):
-    """One conversation. Made by :meth:`Runtime.session`, :meth:`Runtime.load` or :meth:`fork`.
+    """One conversation, made by :meth:`Runtime.session`, :meth:`Runtime.load` or :meth:`fork`.
 
-    Every method that reads or writes takes the session's lease first and may raise :class:`RuntimeBusy`. A turn that
-    ends early, for whatever reason, leaves a session that can go on.
+    Every method that reads or writes first takes the session's lease and may raise :class:`RuntimeBusy`. The session
+    stays usable if a turn ends early, whatever the reason.
     """
 
     # ---- turns
@@ -54,25 +54,28 @@ class Session(Conversation):
         policy: str | None = None,
         deadline: float | None = None,
     ) -> tuple[CompactionReport, ...]:
-        """Read a message through the chat template; returns the reports of the compactions that it took.
+        """Read a message through the chat template and return the reports of the compactions made during the reading.
 
         Args:
             role: system (or developer), user, assistant or tool.
-            content: its text, also as OpenAI's list of text parts, or ``None``. Control tokens in it are read as text.
-            name: who speaks; a tool's name.
-            tool_calls: calls that an assistant's message makes; their arguments as dicts or as JSON texts.
-            tool_call_id: which call a tool's message answers.
-            pin: never compact it.
-            compact: ``"after"`` compacts it right after it was read, with its own queries.
-            target: what that leaves: a fraction, or slots per head; a quarter without it.
-            focus: a text: what must stay recallable.
-            policy: one of the session's: one with adaptive budgets, such as
-                ``am-halving[budgets=adaptive[output_error=0.1]]``, leaves what its errors allow instead of ``target``.
-            deadline: seconds; what is not read by then is read by the next turn, and no longer compacted after it was
-                read.
+            content: the text of the message, a list of text parts as in OpenAI's interface, or ``None``. Control
+                tokens in the text are read as plain text.
+            name: name of the participant who speaks, or of the tool in a tool's message.
+            tool_calls: tool calls of an assistant's message; the arguments of each call are a dict or a JSON text.
+            tool_call_id: id of the call that a tool's message answers.
+            pin: never compact this message.
+            compact: ``"after"`` compacts the message right after it was read, with the message's own queries.
+            target: how much of the message that compaction leaves, as a fraction or in slots per head; the default is
+                a quarter.
+            focus: a text that must stay recallable after that compaction.
+            policy: name of the session's policy that runs that compaction. A policy with adaptive budgets, such as
+                ``am-halving[budgets=adaptive[output_error=0.1]]``, ignores ``target`` and leaves as much as its error
+                limits require.
+            deadline: seconds after which reading stops. The next turn reads the rest, and ``compact="after"`` no
+                longer applies to that rest.
 
         Raises:
-            SettingsRefused: the template cannot take the message, or pins do not fit; nothing was changed.
+            SettingsRefused: the template cannot take the message, or the pins do not fit; nothing was changed.
             RuntimeBusy: the runtime has no room for this session now.
 
         """
@@ -91,7 +94,10 @@ class Session(Conversation):
         policy: str | None = None,
         deadline: float | None = None,
     ) -> tuple[CompactionReport, ...]:
-        """Read several messages at once, such as the results of parallel tool calls; see :meth:`append`."""
+        """Read several messages at once, such as the results of parallel tool calls.
+
+        The other arguments, the returned reports and the errors are those of :meth:`append`.
+        """
         how = How(pin, compact, target, focus, policy, deadline)
         return _reports(self._appending(messages, how))
 
@@ -106,22 +112,27 @@ class Session(Conversation):
         policy: str | None = None,
         deadline: float | None = None,
     ) -> tuple[CompactionReport, ...]:
-        """Read a text as it is, outside the chat template (or ids, which are never tokenized); see :meth:`append`."""
+        """Read a text, or token ids, without the chat template.
+
+        Ids are read as given and never tokenized. The other arguments, the returned reports and the errors are those
+        of :meth:`append`.
+        """
         how = How(pin, compact, target, focus, policy, deadline)
         return _reports(self._drive(lambda: ingestion.text(self, text, how), deadline))
 
     def generate(self, **options: Any) -> Reply:
-        """Have the model reply; ``options`` are Hugging Face's own (``max_new_tokens``, ``temperature``, …).
+        """Have the model write a reply and return its text, its ids and the reason why it ended.
 
-        Give ``max_new_tokens``: without it transformers stops after 20 tokens and warns, unless the model's own
+        ``options`` are those of Hugging Face's ``generate`` (``max_new_tokens``, ``temperature``, …). Give
+        ``max_new_tokens``: without it transformers stops after 20 tokens and warns, unless the model's own
         ``generation_config`` has a length.
 
-        ``deadline`` (seconds) ends it early; ``keep_open=True`` leaves the reply open, so that :meth:`say` and the next
-        ``generate`` go on with it. Returns the reply: its text, ids and the reason of its end.
+        Two more options exist. ``deadline`` (seconds) ends the reply early. ``keep_open=True`` leaves the reply open,
+        so that :meth:`say` and the next ``generate`` continue the same reply.
 
         Raises:
-            UnsupportedGeneration: an option that a session cannot serve.
-            TurnEnded: ``before_compact`` refused a compaction that going on needs.
+            UnsupportedGeneration: a session does not support one of the options.
+            TurnEnded: the memory is full and ``before_compact`` refused the compaction.
             MemoryCapExceeded: the policy never compacts and the cap is reached.
 
         """
@@ -132,22 +143,29 @@ class Session(Conversation):
     def events(
         self, *, deadline: float | None = None, keep_open: bool = False, **options: Any
     ) -> Generator[Event, None, None]:
-        """The same, event by event; closing the iterator ends the turn after the forward that runs."""
+        """Have the model write a reply, as :meth:`generate` does, and yield the events of the turn as they happen.
+
+        Closing the iterator ends the turn once the running forward has finished.
+        """
         if deadline is not None:
             check_seconds("deadline", deadline)
         return self._drive(lambda: ingestion.replying(self, options, keep_open=keep_open), deadline)
 
     async def agenerate(self, **options: Any) -> Reply:
-        """:meth:`generate` for asyncio; cancelling the task ends the turn after the forward that runs."""
+        """Do what :meth:`generate` does, for asyncio.
+
+        Cancelling the task ends the turn once the running forward has finished.
+        """
         async with aclosing(aio.stream(self, options)) as events:
             async for _ in events:
                 pass
         return replace(self.last, ids=list(self.last.ids))
 
     def stream(self, **options: Any) -> AsyncIterator[Event]:
-        """:meth:`events` for asyncio: forwards run on the model's own thread, one for every event that is asked for.
+        """Do what :meth:`events` does, for asyncio.
 
-        Use ``contextlib.aclosing`` where the loop may be left early: a mere ``break`` leaves the session in mid-turn.
+        Forwards run on the model's own thread, and only when the consumer asks for another event. Use
+        ``contextlib.aclosing`` if the loop may be left early: after a mere ``break`` the turn has not ended.
         """
         return aio.stream(self, options)
 
@@ -166,7 +184,7 @@ class Session(Conversation):
         policy: str | None = None,
         deadline: float | None = None,
     ) -> tuple[CompactionReport, ...]:
-        """:meth:`append` for asyncio."""
+        """Do what :meth:`append` does, for asyncio."""
         how = How(pin, compact, target, focus, policy, deadline)
         message = Message.of(role=role, content=content, name=name, tool_calls=tool_calls, tool_call_id=tool_call_id)
         return await aio.reports(self, lambda: ingestion.messages(self, [message], how), deadline)
@@ -182,7 +200,7 @@ class Session(Conversation):
         policy: str | None = None,
         deadline: float | None = None,
     ) -> tuple[CompactionReport, ...]:
-        """:meth:`extend` for asyncio."""
+        """Do what :meth:`extend` does, for asyncio."""
         how = How(pin, compact, target, focus, policy, deadline)
         made = Message.each(messages)
         return await aio.reports(self, lambda: ingestion.messages(self, made, how), deadline)
@@ -198,7 +216,7 @@ class Session(Conversation):
         policy: str | None = None,
         deadline: float | None = None,
     ) -> tuple[CompactionReport, ...]:
-        """:meth:`read` for asyncio."""
+        """Do what :meth:`read` does, for asyncio."""
         how = How(pin, compact, target, focus, policy, deadline)
         return await aio.reports(self, lambda: ingestion.text(self, text, how), deadline)
 
@@ -213,7 +231,7 @@ class Session(Conversation):
         policy: str | None = None,
         deadline: float | None = None,
     ) -> Generator[Event, None, None]:
-        """Reading messages event by event; see :meth:`append`."""
+        """Read messages, as :meth:`extend` does, and yield the events of the turn as they happen."""
         return self._appending(messages, How(pin, compact, target, focus, policy, deadline))
 
     def _appending(self, messages: Sequence[Message | Mapping[str, Any]], how: How) -> Generator[Event, None, None]:
@@ -221,12 +239,12 @@ class Session(Conversation):
         return self._drive(lambda: ingestion.messages(self, made, how), how.deadline)
 
     def say(self, text: str) -> None:
-        """Put words into the reply: they are read at the next forward, as if the model had written them.
+        """Add a text to the reply as if the model had written the text; the next forward reads it.
 
-        They take the place of the end that the model chose, if it has ended a reply that was kept open.
+        If the model has already ended a reply that was kept open, the text replaces the end token.
 
         Raises:
-            SettingsRefused: the chat template cannot open a reply here.
+            SettingsRefused: the chat template cannot begin a reply at this point.
 
         """
         check_text("say", text)
@@ -236,7 +254,7 @@ class Session(Conversation):
     def _drive(self, make: Callable[[], turn.Steps], deadline: float | None) -> Generator[Event, None, None]:
         with self.runtime.turn(self):
             steps = Steps(self, make(), None if deadline is None else time.monotonic() + deadline)
-            try:  # twice, should an interrupt come between
+            try:  # close twice, in case an interrupt comes before the first close
                 try:
                     while (event := steps.step()) is not None:
                         yield event
@@ -255,15 +273,20 @@ class Session(Conversation):
         target: float | None = None,
         policy: str | None = None,
     ) -> CompactionReport | None:
-        """Compact now; ``None`` when there is nothing to reclaim (or, without ``force``, while there is still room).
+        """Compact now and return the report, or ``None`` if there is nothing to reclaim.
 
-        ``focus`` is a text that must stay recallable; ``target`` the fraction of the segment, or the slots per head,
-        that stay between prefix and recent; ``policy`` the name of one of the session's. Pins stay, the newest request
-        among them until it is answered (the setting ``pin_request``).
+        With ``force=False`` nothing is compacted while the memory still has room. Pinned tokens are not compacted; the
+        newest request is pinned until it is answered (setting ``pin_request``).
+
+        Args:
+            force: compact even if there is still room.
+            focus: a text that must stay recallable.
+            target: what is left between prefix and recent window: a fraction of the segment, or slots per head.
+            policy: name of the session's policy that runs this compaction.
 
         Raises:
-            SettingsRefused: ``mode="off"``, no such policy, or a focus with a policy that has no probe.
-            CompactionFailed: with ``on_failure="raise"``.
+            SettingsRefused: ``mode="off"``, an unknown policy, or a focus with a policy that has no probe.
+            CompactionFailed: the compaction failed and ``on_failure="raise"`` is set.
 
         """
         How(compact="after", target=target, focus=focus, policy=policy)
@@ -280,7 +303,7 @@ class Session(Conversation):
         target: float | None = None,
         policy: str | None = None,
     ) -> CompactionReport | None:
-        """:meth:`compact` for asyncio; cancelling the task ends it at the next layer."""
+        """Do what :meth:`compact` does, for asyncio; cancelling the task ends the compaction at the next layer."""
         How(compact="after", target=target, focus=focus, policy=policy)
         found = await aio.reports(
             self, lambda: compaction_requests.compacting(self, focus, target, policy, force=force), None
@@ -288,10 +311,11 @@ class Session(Conversation):
         return found[-1] if found else None
 
     def pin(self, start: int, stop: int) -> None:
-        """Never compact the tokens ``start .. stop`` of the transcript until they are unpinned.
+        """Exclude the tokens ``start .. stop`` of the transcript from compaction until they are unpinned.
 
         Raises:
-            SettingsRefused: some were compacted already, or are not there. CapTooSmall: they do not fit.
+            SettingsRefused: some of these tokens were compacted already, or the transcript does not have them.
+            CapTooSmall: with these pins a compaction could no longer reach its target.
 
         """
         check_count("pin: start", start)
@@ -300,13 +324,13 @@ class Session(Conversation):
             pin(self.memory, self.memory.sequences[0], start, stop, coming=len(self.pending))
 
     def unpin(self, start: int, stop: int) -> None:
-        """Let the tokens ``start .. stop`` of the transcript be compacted again, whatever had them pinned.
+        """Allow the tokens ``start .. stop`` of the transcript to be compacted again.
 
-        Those that are not pinned stay as they are. Nothing is moved before the next compaction; until then they can be
-        pinned again.
+        It does not matter whether a call or a setting pinned them. Tokens in that range that are not pinned stay as
+        they are. Slots move only at the next compaction; until then the tokens can be pinned again.
 
         Raises:
-            SettingsRefused: some are not there.
+            SettingsRefused: the transcript does not have some of these tokens.
 
         """
         check_count("unpin: start", start)
@@ -317,21 +341,23 @@ class Session(Conversation):
     # ---- branches and files
 
     def fork(self, name: str | None = None) -> Session:
-        """Another session with the same past. The memory is shared until one of the two goes on with its own copy.
+        """Return a new session with the same past as this one.
+
+        The two sessions share one memory until either of them begins a turn, which gives that session its own copy.
 
         Raises:
-            SettingsRefused: a turn is running.
+            SettingsRefused: a turn of this session is running.
 
         """
         other: Session = self.runtime.fork(self, name)
         return other
 
     def save(self, url: str | os.PathLike[str]) -> None:
-        """Save everything under a path or an fsspec URL, whole or not at all; :meth:`Runtime.load` brings it back.
+        """Save the session under a path or an fsspec URL, completely or not at all; :meth:`Runtime.load` restores it.
 
         Raises:
-            SettingsRefused: no path and no URL.
-            AgentmemError: it cannot be written; what was saved there before is still whole.
+            SettingsRefused: ``url`` is neither a path nor a URL.
+            AgentmemError: the snapshot cannot be written; an older snapshot at that place is still complete.
 
         """
         self.runtime.save(self, url)
@@ -345,25 +371,25 @@ class Session(Conversation):
         raise CopyRefused.of(self)
 
     def __enter__(self) -> Self:
-        """Close at the end of a block."""
+        """Return the session, which is closed at the end of the ``with`` block."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close."""
+        """Close the session."""
         self.close()
 
     # ---- what there is
 
     @property
     def transcript(self) -> Transcript:
-        """Everything read and written, as ids and as text, and the summaries that stand in the memory."""
+        """Everything that was read and written, as ids and as text, with the summaries that the memory holds."""
         written = ingestion.reply_entry(self)
         entries = [*self.entries, *(() if written is None else (written,))]
         return Transcript.of(self.ids, entries, self.tokenizer, self.holding.pins)
 
     @property
     def stats(self) -> SessionStats:
-        """A moment of this session."""
+        """Figures of this session at this moment."""
         return SessionStats.of(self)
 
 

@@ -1,4 +1,4 @@
-"""How one session behaves, as a user writes it and as a snapshot keeps it."""
+"""The settings of one session, as a user gives them and as a snapshot stores them."""
 
 from __future__ import annotations
 
@@ -33,52 +33,57 @@ def _share(value: object) -> object:
 
 
 class SessionSettings(BaseModel):
-    """How one session behaves.
+    """The settings of one session; build them with :meth:`of`.
 
     Raises:
-        SettingsRefused: through :meth:`of`, with the field, the value and the limit.
+        SettingsRefused: :meth:`of` found an invalid value; the message names the field, the value and the limit.
 
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     share: Annotated[float | int | str, BeforeValidator(_share)] = 1.0
-    """The lease: a fraction of the runtime's cap (a float, 1.0 at most), or bytes (``4194304``, ``"4MiB"``)."""
+    """The session's lease: a fraction of the runtime's cap (a float, at most 1.0), or a number of bytes
+    (``4194304``, ``"4MiB"``)."""
     pin_roles: Annotated[tuple[Role, ...], FailFast()] = ("system",)
-    """Messages of these roles are never compacted; tool schemas belong to the system's."""
+    """Roles whose messages are never compacted. Tool schemas count as part of the system message."""
     pin_names: Annotated[tuple[str, ...], FailFast()] = ()
-    """Likewise messages of these names."""
+    """Names whose messages are never compacted."""
     pin_pattern: Annotated[str, AfterValidator(_expression)] = ""
-    """Likewise what this regular expression matches in messages that are appended."""
+    """Regular expression; text that it matches in appended messages is never compacted."""
     pin_request: Annotated[bool, Field(strict=True)] = True
-    """The newest request, a user's last message with those right before it, is not compacted until a reply to it ends.
+    """Pin the newest request until a reply to it ends.
 
-    It is read and answered as it stands, at the cost of other tokens: what compactions leave stays the same. Where it
-    takes more than a quarter of the slots between prefix, pins and recent window, its last message alone is tried,
-    then nothing is pinned, and a log event ``request_not_pinned`` says so. A tool's result pins it again.
+    The request is the user's last message together with the user's messages right before it. While it is pinned it is
+    not compacted. A compaction leaves the same number of slots as without the pin, so fewer are left for other tokens.
+    If the request takes more than a quarter of the slots between prefix, other pins and recent window, only its last
+    message is pinned; if that is too long as well, nothing is pinned and a log event ``request_not_pinned`` is
+    written. The request is pinned again when a tool's result is appended.
     """
     history: Literal["keep", "refuse"] = "keep"
-    """Where the chat template would rewrite what the memory holds: keep the memory's, or refuse."""
+    """Behaviour if the chat template would now write earlier messages differently from what the memory holds:
+    ``"keep"`` uses the memory's version, ``"refuse"`` refuses the new message."""
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
-    """When more turns wait than a forward can feed, those of higher priority are fed first."""
+    """When more turns wait than one forward can feed, turns of sessions with a higher priority are fed first."""
     soft: Annotated[float, Field(ge=0, le=0.5)] = 0.1
-    """A ``before_compact`` hook is called when less than this part of the capacity is free."""
+    """The ``before_compact`` hook is called when at most this fraction of the capacity is free."""
     seed: Seed | None = None
-    """Seed of this session's own sampling; ``None`` samples from torch's global generator, as ``generate`` does."""
+    """Seed of this session's own sampling. With ``None`` the session samples from torch's global generator, as
+    ``generate`` does."""
 
     @classmethod
     def of(cls, **values: Any) -> Self:
-        """Build settings; every violation becomes one :class:`SettingsRefused`."""
+        """Build settings from values; raise one :class:`SettingsRefused` that names every violation."""
         try:
             return cls(**values)
         except ValidationError as error:
             raise SettingsRefused(faults(error, values) + f". Settings are: {', '.join(cls.model_fields)}") from None
 
     def lease(self, cap: int) -> int:
-        """The session's bytes under a runtime's cap.
+        """Return the bytes of the session's lease under a runtime's cap.
 
         Raises:
-            SettingsRefused: no share of it.
+            SettingsRefused: the share is not a possible part of the cap.
 
         """
         if isinstance(self.share, float):

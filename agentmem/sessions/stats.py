@@ -1,4 +1,4 @@
-"""A moment of a session or of a runtime, in numbers."""
+"""Figures of a session or of a runtime at one moment."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ State = Literal["active", "idle", "on disk", "closed"]
 
 
 class SessionStats(BaseModel):
-    """A moment of one session. Bytes are allocated bytes."""
+    """Figures of one session at one moment. Byte counts are those of the allocated tensors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -23,32 +23,34 @@ class SessionStats(BaseModel):
     state: State
     policy: str
     tokens: int
-    """Read and written so far; ``pending`` of them are not in the memory yet, the last one between turns."""
+    """Number of tokens read and written so far."""
     pending: int
+    """Number of these tokens that the memory has not consumed yet. Between turns this is usually the last token."""
     next_position: int
     held_slots: int
-    """Over all layers and KV heads; 0 on disk."""
+    """Slots that the memory holds, over all layers and KV heads; 0 while it is on disk."""
     capacity: int
     room: int
-    """Tokens that fit before the next compaction."""
+    """Number of tokens that fit before the next compaction; 0 while the memory is on disk."""
     pinned_tokens: int
-    """Never compacted until they are unpinned."""
+    """Number of tokens that are pinned until they are unpinned."""
     request_tokens: int
-    """Of the newest request, while that is pinned; see :attr:`SessionSettings.pin_request`."""
+    """Tokens of the newest request while it is pinned, else 0; see :attr:`SessionSettings.pin_request`."""
     lease_bytes: int
     charged_bytes: int
-    """Of the runtime's cap: the lease while active, what is held while idle, 0 on disk; shared with forks."""
+    """Bytes of the runtime's cap charged for the session's memory: the lease until the memory is preempted, then the
+    bytes that it holds, and 0 while it is on disk. Sessions that share the memory, such as forks, are charged once."""
     peak_bytes: int
     compactions: int
     rebases: int
     shared_with: int
-    """Other sessions that hold the same memory."""
+    """Number of other sessions that share this session's memory, such as forks."""
     history_rewritten: bool
-    """Whether the chat template would have written older messages otherwise by now; the memory keeps its own."""
+    """True if the chat template would now write older messages differently; the memory keeps its own version."""
 
     @classmethod
     def of(cls, session: Conversation) -> Self:
-        """Look at a session."""
+        """Collect the figures of a session."""
         holding, memory = session.holding, session.holding.memory  # read once: another thread may move it to disk
         state: State = "active" if session.busy else "idle"
         if memory is None:
@@ -77,35 +79,38 @@ class SessionStats(BaseModel):
 
 
 class RuntimeStats(BaseModel):
-    """A moment of a runtime."""
+    """Figures of a runtime at one moment."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     cap_bytes: int
     charged_bytes: int
-    """Of the cap: the sum of the four that follow."""
+    """Bytes of the cap that are charged: the sum of the next four fields."""
     running_bytes: int
-    """What memories hold whose turns run."""
+    """Bytes held by memories whose sessions are in a turn."""
     running_room_bytes: int
-    """The rest of the leases of these turns: what is still to be read and written, and what compactions work in."""
+    """Rest of the leases of these sessions, in bytes: room for further tokens and for compactions."""
     idle_bytes: int
-    """What idle memories hold."""
+    """Bytes held by idle memories."""
     idle_room_bytes: int
-    """The rest of what idle memories are charged, which is taken from them when others need it."""
+    """Further bytes charged for idle memories, which are taken from them when other sessions need bytes."""
     active: int
     idle: int
     on_disk: int
     waiting: int
-    """Turns that wait for a lease."""
+    """Number of turns that wait for a lease."""
     feeding: int
-    """Turns that wait for the next forward; this and what follows counts all runtimes of the model."""
+    """Number of turns that wait for the next forward. This field and all that follow cover every runtime of the
+    model."""
     sequences_per_forward: float
-    """Sessions that a forward fed, on average over the newest."""
+    """Average number of sessions fed by one forward, over the newest forwards."""
     tokens_per_second: float
-    """Tokens that were read and written while the newest forwards ran, per second of theirs."""
+    """Tokens read and written in the newest forwards, divided by the duration of these forwards."""
     fed_tokens: int
-    """Tokens that were read and written so far."""
+    """Number of tokens read and written so far."""
     pause_p50_seconds: float
-    """What one of the newest compactions took, during which no session is fed: the median."""
+    """Median duration of the newest compactions, in seconds; no session is fed during a compaction."""
     pause_p95_seconds: float
+    """95th percentile of these durations."""
     pause_max_seconds: float
+    """Longest of these durations."""

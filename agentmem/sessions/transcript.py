@@ -1,4 +1,4 @@
-"""What a session has read and written, beside its memory: ids are the state, text is for people."""
+"""The record of what a session has read and written, as ids, entries and text."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Kind = Literal["message", "reply", "text", "summary"]
 
 
 class Entry(BaseModel):
-    """Tokens ``start .. stop`` of a session, and whose they are.
+    """A part of a transcript: the tokens ``start .. stop`` with their kind, role and name.
 
-    A ``summary`` is no tokens of the session's: it stands in the memory for ``start .. stop``, and ``text`` is the
-    summary's own.
+    An entry of the kind ``summary`` has no tokens of its own in the transcript: the memory holds the summary in place
+    of the tokens ``start .. stop``, and ``text`` is the text of the summary.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -31,17 +31,22 @@ class Entry(BaseModel):
     stop: int
     name: str | None = None
     pinned: bool = False
-    """Whether all of it is pinned now; a transcript says so, a session's own entries do not."""
+    """True if all tokens of the entry are pinned until they are unpinned; the pin of the newest request does not count.
+    Only the entries of a :class:`Transcript` have this field set."""
     text: str = ""
 
     def replaced(self, made: SummaryReport) -> bool:
-        """Whether this is a summary that another one has replaced."""
+        """Return True if this entry is a summary whose tokens the new summary ``made`` covers."""
         return self.kind == "summary" and made.start <= self.start and self.stop <= made.stop
 
 
 @dataclass(frozen=True, slots=True)
 class Transcript:
-    """Everything so far: ``ids`` as they were read and sampled, what of them is whose, and the whole text."""
+    """Everything that a session has read and written so far.
+
+    ``ids`` are the token ids as they were read and sampled, ``entries`` say who wrote which of them, and ``text`` is
+    the decoded text of all ids.
+    """
 
     ids: tuple[int, ...]
     entries: tuple[Entry, ...]
@@ -49,7 +54,10 @@ class Transcript:
 
     @classmethod
     def of(cls, ids: Sequence[int], entries: Iterable[Entry], tokenizer: Any, pins: Pins) -> Self:
-        """What was read and written so far; the text of each entry is decoded where it has none of its own."""
+        """Build a transcript from a session's ids, entries and pins.
+
+        Entries without a text get the decoded text of their ids.
+        """
 
         def text(start: int, stop: int) -> str:
             part = list(ids[start:stop])
@@ -62,5 +70,5 @@ class Transcript:
         return cls(tuple(ids), tuple(map(shown, entries)), text(0, len(ids)))
 
     def ids_of(self, entry: Entry) -> tuple[int, ...]:
-        """The ids of one entry."""
+        """Return the ids of one entry."""
         return self.ids[entry.start : entry.stop]

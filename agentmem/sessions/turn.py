@@ -1,4 +1,7 @@
-"""One turn of a session, a forward at a time: read, compact where it must be, write. Every step leaves it valid."""
+"""One turn of a session, run one forward at a time: read, compact when necessary, write.
+
+The session is valid after every step.
+"""
 
 from __future__ import annotations
 
@@ -34,24 +37,27 @@ if TYPE_CHECKING:
     from agentmem.reporting.report import CompactionReport
 
 Step = Event | Want
-"""What a turn yields: what has happened, or tokens that must have been fed before it goes on."""
+"""A value that a turn yields: an event, or a request for tokens that must be fed before the turn goes on."""
 Steps = Generator[Step, None, None]
 LEAST_SPAN = 16
-"""Tokens of a span that is compacted after it was read, at least."""
+"""Least number of tokens in a span that is compacted after it was read."""
 
 
 @dataclass(slots=True)
 class After:
-    """Compact what is read right after it was read: ``target`` is a fraction of it, or slots per head."""
+    """Order to compact a text right after it was read."""
 
     start: int
+    """Index of the first token of the text."""
     tokens: int
+    """Number of tokens of the text."""
     target: float | int
+    """Amount to leave of the text: a fraction, or slots per head."""
     focus: tuple[int, ...] = ()
     policy: Policy | None = None
 
     def request(self, start: int, tokens: int) -> Request:
-        """What to leave of the ``tokens`` from ``start`` on, a part of it all."""
+        """Return the request to compact the ``tokens`` tokens from ``start`` on, which are a part of the text."""
         share = self.target if isinstance(self.target, float) else self.target / max(1, self.tokens)
         return Request(max(1, math.ceil(share * tokens)), start, self.focus, self.policy)
 
@@ -59,11 +65,11 @@ class After:
 def read(
     session: Conversation, after: After | None = None, *, leave: int = 1
 ) -> Generator[Step, None, torch.Tensor | None]:
-    """Have what is pending fed but for the last ``leave`` ids; yields the events of compactions.
+    """Feed the pending ids except the last ``leave`` ones, and yield the events of compactions.
 
-    Between turns the last id is always left: the forward that a reply begins with needs one, and not every chat
-    template has a generation prompt. Without it (``leave=0``), returns the logits after the last token; the last
-    forward is consumed when they have been used.
+    Between turns the last id always stays pending: the first forward of a reply needs an id, and not every chat
+    template has a generation prompt. With ``leave=0`` all ids are fed and the logits after the last one are returned;
+    the caller must then commit the last forward after it has used the logits.
     """
     memory = session.memory
     while (count := len(waiting := session.pending) - leave) > 0:
@@ -83,12 +89,15 @@ def read(
 
 
 def rebased(session: Conversation) -> Steps:
-    """What was re-based since the last call."""
+    """Yield an event for each re-basing since the last call."""
     yield from (Rebased(report=report) for report in session.new_rebases())
 
 
 def _piece(memory: Memory, after: After | None) -> int:
-    """Tokens of one forward; no more than a probe has where what was read is compacted with its own queries."""
+    """Return the most tokens of one forward.
+
+    If the text is compacted right after it was read, a forward has at most as many tokens as the policy's probe.
+    """
     most = memory.plan.chunk
     if after is None:
         return most
@@ -97,7 +106,10 @@ def _piece(memory: Memory, after: After | None) -> int:
 
 
 def _compact_span(session: Conversation, after: After, *, last: bool) -> Steps:
-    """Compact what has been read of a text and has left the recent window, less what is pinned."""
+    """Compact the tokens of a text that have left the recent window and are not pinned, if there are enough of them.
+
+    ``last`` is true when the whole text has been read.
+    """
     sequence = session.memory.sequences[0]
     start = sequence.compactable(after.start, session.memory.plan.prefix)
     stop = max(start, sequence.seen - session.memory.plan.recent)
@@ -107,7 +119,12 @@ def _compact_span(session: Conversation, after: After, *, last: bool) -> Steps:
 
 
 def make_room(session: Conversation) -> Steps:
-    """Compact where the sequence is full, or nearly so and a hook wants to know."""
+    """Compact if the sequence is full, or if it is nearly full and the session's hook answers that it may be compacted.
+
+    Raises:
+        TurnEnded: the sequence is full, and the hook refused the compaction.
+
+    """
     memory, sequence = session.memory, session.memory.sequences[0]
     if not session.engine.automatic:
         return
@@ -130,7 +147,7 @@ def make_room(session: Conversation) -> Steps:
 
 
 def compact(session: Conversation, request: Request, *, forced: bool) -> Generator[Step, None, CompactionReport | None]:
-    """Compact now; returns the report, ``None`` where there was nothing to reclaim."""
+    """Compact now and return the report, or ``None`` if there was nothing to reclaim."""
     engine, sequence = session.engine, session.memory.sequences[0]
     report: CompactionReport | None = None
     for each in in_turn(sequence, request):
@@ -152,9 +169,9 @@ def compact(session: Conversation, request: Request, *, forced: bool) -> Generat
 
 
 def write(session: Conversation, reply: Reply, decoding: Decoding, *, keep_open: bool) -> Steps:
-    """Decode until the reply ends; ``reply`` is filled on the way, so that it is there however the turn ends.
+    """Decode until the reply ends; each token is added to ``reply`` immediately, so that a failing turn loses none.
 
-    A character that is incomplete at the end is shown as it is, unless the reply goes on.
+    A character that is incomplete at the end is shown as it is, unless the reply is kept open.
     """
     pieces, rest = TextPieces(session.tokenizer, reply.ids), ""
     try:
@@ -187,9 +204,9 @@ def _decode(session: Conversation, reply: Reply, decoding: Decoding, pieces: Tex
 
 
 def _take(session: Conversation, decoding: Decoding, reply: Reply, logits: torch.Tensor) -> tuple[int, torch.Tensor]:
-    """Choose the next token, take it into the conversation, and only then count what it was chosen by as read.
+    """Choose the next token, append it to the conversation, and then commit the forward whose logits chose it.
 
-    Wherever this ends early there is something left to be read again.
+    In this order an early end always leaves at least one pending id, which the next turn can feed.
     """
     token, scores = choose(decoding, logits, session.generator)
     decoding.add(token)
@@ -205,10 +222,10 @@ def _take(session: Conversation, decoding: Decoding, reply: Reply, logits: torch
 
 
 def pin_reply(session: Conversation, start: int) -> None:
-    """Pin what the model writes, where its role is pinned.
+    """Pin the ids from ``start`` on, which the model wrote, if the setting ``pin_roles`` has the role assistant.
 
     Raises:
-        CapTooSmall: it does not fit.
+        CapTooSmall: with these pins a compaction could no longer reach its target.
 
     """
     if "assistant" in session.settings.pin_roles and start < len(session.ids):
@@ -229,5 +246,5 @@ def _ended(decoding: Decoding, token: int, scores: torch.Tensor) -> Reason | Non
 
 
 def finished(reply: Reply) -> TurnFinished:
-    """The last event of a turn."""
+    """Return the last event of a turn."""
     return TurnFinished(reason=reply.reason, text=reply.text, tokens=len(reply.ids))

@@ -1,4 +1,4 @@
-"""A turn from outside: one step at a time, under the model's lock, and an end that is always orderly."""
+"""The driver of a turn: it runs the turn step by step under the model's lock and ends it properly in all cases."""
 
 from __future__ import annotations
 
@@ -16,21 +16,24 @@ if TYPE_CHECKING:
 
 
 class Steps:
-    """The events of one turn of an admitted session. :meth:`close` must be called before the turn is ended."""
+    """Run the turn of a session that has its lease. :meth:`close` must be called before the runtime ends the turn."""
 
     def __init__(self, session: Conversation, steps: turn.Steps, deadline: float | None) -> None:
-        """Nothing is run yet; ``deadline`` is on the monotonic clock."""
+        """Prepare the turn without running any step; ``deadline`` is a time on the monotonic clock."""
         self._session, self._steps = session, steps
         self.over = False
         self.want: Want | None = None
-        """What must be fed before the turn can go on."""
+        """The ids that must be fed before the turn can go on; ``None`` if it can go on now."""
         self._error: Exception | None = None
         session.watch = Watch(deadline)
         session.memory.boundary = session.watch.check
         session.runtime.scheduler.expect(session)
 
     def tick(self) -> Event | None:
-        """At most one event or compaction; ``None`` if there is a :attr:`want`, or when the turn is :attr:`over`."""
+        """Run the turn up to its next event, which is returned, and through at most one compaction.
+
+        Return ``None`` if ids must be fed first (see :attr:`want`) or the turn is :attr:`over`.
+        """
         with self._session.runtime.scheduler.lock, own_frame():
             try:
                 step = next(self._steps)
@@ -41,7 +44,7 @@ class Steps:
         return None if isinstance(step, Want) else step
 
     def step(self) -> Event | None:
-        """The next event, with the forwards that it takes; ``None`` when the turn is over."""
+        """Return the next event and run the forwards needed to reach it; return ``None`` when the turn is over."""
         while not self.over:
             event = self.tick()
             if event is not None:
@@ -51,7 +54,10 @@ class Steps:
         return None
 
     def events(self) -> list[Event]:
-        """The events up to the next forward or compaction; what ended them is raised when they have been returned."""
+        """Return the events up to the next forward or compaction.
+
+        An error that occurs after some of these events is raised by the next call, so that the events are not lost.
+        """
         found: list[Event] = []
         if self._error is not None:
             raise self._error
@@ -66,16 +72,16 @@ class Steps:
             if event is None:
                 break
             found.append(event)
-            if isinstance(event, CompactionStarted):  # to be seen before the compaction is over
+            if isinstance(event, CompactionStarted):  # the consumer must see it before the compaction is over
                 break
         return found
 
     def cancel(self) -> None:
-        """End the turn at the next boundary; safe from any thread."""
+        """Make the turn end at the next point where it can stop; any thread may call this."""
         self._session.watch.cancelled = True
 
     def close(self) -> None:
-        """End the turn where it is, once a forward that feeds it is over; closing twice does nothing."""
+        """End the turn where it is; a forward that is feeding it is finished first. Closing twice does nothing."""
         scheduler = self._session.runtime.scheduler
         with scheduler.lock, own_frame():
             if self.want is not None:

@@ -1,1 +1,1 @@
-"""What comes from outside: JSON that is bounded before it is built, and messages of bounded length about it."""
+"""Read files and JSON from outside within fixed limits, and write error messages of limited length about them."""

@@ -1,4 +1,4 @@
-"""Files from outside: read whole if they are plain and not too large."""
+"""Read files from outside, if they are regular files and not too large."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def read_plain(path: str | Path, most: int) -> bytes:
-    """The bytes of a plain file of at most ``most`` bytes: a device has no end, and a pipe may never answer.
+    """Read a regular file of at most ``most`` bytes; devices, which may be endless, and pipes are refused.
 
     Raises:
-        OSError: it cannot be read, or is another kind of file, or larger.
+        OSError: the file cannot be read, is no regular file, or is larger.
 
     """
     about = Path(path).stat()

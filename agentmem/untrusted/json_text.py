@@ -1,4 +1,4 @@
-"""JSON from outside: its bytes, its nesting and the number of its values are bounded before anything is built of it."""
+"""Parse JSON from outside, after checking limits on its bytes, its nesting depth and the number of its values."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any, Final
 from agentmem.untrusted.texts import shown
 
 MAX_DEPTH: Final = 64
-"""Lists and objects inside one another."""
+"""The deepest nesting of lists and objects."""
 MAX_CONTAINERS: Final = 1 << 20
-"""Lists and objects in one JSON text: they cost far more memory than bytes in the file."""
+"""The most lists and objects in one JSON text; each takes far more memory than its bytes in the file."""
 MAX_VALUES: Final = 1 << 21
-"""Values and keys in one JSON text, likewise."""
+"""The most values (counted by commas) in one JSON text."""
 MAX_KEYS: Final = 1 << 15
-"""Keys of one object."""
+"""The most keys of one object."""
 
 
 def parsed(raw: bytes, max_bytes: int, *, strict: bool = True) -> dict[str, Any]:
-    """The JSON object in ``raw``; see :func:`json_value`."""
+    """Parse ``raw`` with :func:`json_value`; raise ValueError unless the result is an object."""
     found = json_value(raw, max_bytes, strict=strict)
     if not isinstance(found, dict):
         raise ValueError(f"JSON of type {type(found).__name__}; an object is expected")  # noqa: TRY004  # bytes are wrong
@@ -29,10 +29,10 @@ def parsed(raw: bytes, max_bytes: int, *, strict: bool = True) -> dict[str, Any]
 
 
 def json_value(raw: bytes, max_bytes: int, *, strict: bool = True) -> Any:
-    """What the JSON in ``raw`` says. With ``strict`` no key stands twice, and no number is NaN or infinite.
+    """Parse the JSON text in ``raw``. With ``strict``, repeated keys and NaN or infinite numbers are refused.
 
     Raises:
-        ValueError: it is no JSON, or beyond a limit.
+        ValueError: ``raw`` is no JSON, exceeds a limit, or is refused by ``strict``.
 
     """
     _check(raw, max_bytes)
@@ -43,17 +43,17 @@ def json_value(raw: bytes, max_bytes: int, *, strict: bool = True) -> Any:
 
 
 def tuples(found: Any) -> Any:
-    """The same with tuples for lists, as strict models want them."""
+    """Replace all lists in parsed JSON by tuples, which strict pydantic models require."""
     if isinstance(found, dict):
         return {key: tuples(each) for key, each in found.items()}
     return tuple(map(tuples, found)) if isinstance(found, list) else found
 
 
 def _check(raw: bytes, max_bytes: int) -> None:
-    """Refuse JSON that would cost far more than its bytes; whether it is JSON at all is for a parser to say.
+    """Refuse JSON whose parsing would take too much memory, without parsing it.
 
     Raises:
-        ValueError: the value and the limit.
+        ValueError: a limit is exceeded; the message has the value and the limit.
 
     """
     if len(raw) > max_bytes:
@@ -69,7 +69,7 @@ def _check(raw: bytes, max_bytes: int) -> None:
 
 
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
-"""A string, or what follows a quote that is never closed: one pass, whatever the bytes."""
+"""Matches a string, or everything after an unclosed quote, in linear time."""
 
 
 def _check_depth(brackets: bytes) -> None:
@@ -82,7 +82,7 @@ def _check_depth(brackets: bytes) -> None:
 
 
 def _few_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; whoever validates it may have an error to make for each of its keys."""
+    """Build an object; limit its keys, because a validator may make an error for each of them."""
     if len(pairs) > MAX_KEYS:
         raise ValueError(f"JSON with an object of {len(pairs)} keys; the limit is {MAX_KEYS}")
     return dict(pairs)

@@ -1,4 +1,4 @@
-"""Texts of messages: bounded, whatever they quote."""
+"""Write error messages of limited length, even if they quote long or unusual values."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 MAX_MESSAGE: Final = 2000
-"""Characters of one message of an error."""
+"""The most characters of an error message."""
 _END: Final = 500
-"""Of those, how many of a message's last ones are kept: the remedy stands there."""
+"""How many characters are kept from the end of a message that is too long, where the remedy is."""
 _LISTED: Final = 4
 _DESCRIBED: Final = 1000
-"""Violations of one validation that are looked at; where there are more, they are counted."""
+"""The most violations of one validation that are described; if there are more, only their number is."""
 _COMPARED: Final = 40
-"""Characters of a wrong name that are compared with the known ones."""
+"""The most characters of a wrong name that are compared with the known names."""
 _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 
 def bounded(text: str) -> str:
-    """``text``, without its middle if it is longer than :data:`MAX_MESSAGE`."""
+    """Return ``text``, with its middle cut out if it is longer than :data:`MAX_MESSAGE`."""
     if len(text) <= MAX_MESSAGE:
         return text
     cut = " … "
@@ -33,25 +33,25 @@ def bounded(text: str) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as messages quote it: its ``repr``, cut; an integer too long to be written is named by its bits."""
+    """Return the shortened ``repr`` of a value for a message; a huge integer is described by its number of bits."""
     try:
         return _SHORT.repr(value[:200] if isinstance(value, str) else value)
-    except ValueError:  # of integers with more digits than Python writes
+    except ValueError:  # Python refuses to write integers with too many digits
         bits = f" of {value.bit_length()} bits" if isinstance(value, int) else ""
         return f"<{type(value).__name__}{bits}>"
 
 
 def did_you_mean(wrong: str, known: Iterable[str], most: int = 1) -> str:
-    """``did you mean 'x'? `` with the ``most`` nearest of the known names, however they are capitalised, or nothing."""
+    """Return ``did you mean 'x'? `` with up to ``most`` similar known names, ignoring case, or an empty text."""
     lower = {name.lower(): name for name in known}
     near = difflib.get_close_matches(wrong[:_COMPARED].lower(), lower, n=most, cutoff=0.5)
     return f"did you mean {' or '.join(repr(lower[name]) for name in near)}? " if near else ""
 
 
 def faults(error: ValidationError, given: object = None) -> str:
-    """What a pydantic model does not take: the first few places, with what is wrong, and the value there of ``given``.
+    """Describe the first few errors of a pydantic validation: place, error, and the value at that place in ``given``.
 
-    Validate what was parsed, not its text: for that, pydantic keeps a copy of all that is around it for each fault.
+    Validate parsed JSON, not a JSON text: for each error in a text, pydantic keeps a copy of the surrounding values.
     """
     count = error.error_count()
     if count > _DESCRIBED:
@@ -68,7 +68,7 @@ def _fault(place: tuple[int | str, ...], message: str, given: object) -> str:
 
 
 def _quoted(place: tuple[int | str, ...], given: Any) -> str:
-    """The value at that place, if there is one."""
+    """Quote the value at a place in ``given``; return an empty text if there is none."""
     if given is None:
         return ""
     try:

@@ -1,8 +1,8 @@
-"""Adaptive budgets: as many slots as an error target needs, instead of a fixed number.
+"""Adaptive budgets: give every head as many slots as an error target needs, instead of allocating a fixed total.
 
-Every head's errors on held-out queries are measured at several sizes; each head gets the fewest slots at which both
-errors are within the target. Where that is more than the memory can leave and still go on, the target is loosened for
-all heads alike.
+Every head's errors on held-out queries are measured at several slot counts, and each head gets the fewest slots at
+which both errors are within their targets. If the sum exceeds what a compaction may leave, both targets are multiplied
+by one factor for all heads.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from agentmem.policies.budgets.water_filling import Demand, allocate
 
 @dataclass(frozen=True)
 class Adaptive(Budgets):
-    """Allocates by error curves. A larger target never allocates more slots.
+    """Allocates by error curves. A larger error target never allocates more slots.
 
-    The memory keeps a part of its capacity free whatever the curves say, so that compactions do not follow each other
-    closely; an easy text is compacted further than ``target`` would, a hard one less.
+    The memory always keeps a part of its capacity free, whatever the curves, so that compactions do not follow each
+    other closely. An easy text is compacted further than the memory's ``target`` asks, a hard text less.
     """
 
     output_error: float = 0.25
-    """Relative L2 error of a head's local attention output."""
+    """Target for the relative L2 error of a head's local attention output."""
     log_mass_error: float = 0.2
-    """Mean absolute error of the log of the segment's attention mass."""
+    """Target for the mean absolute error of the log of the segment's attention mass, in nats."""
     head_ceiling: float = 2.0
     layer_ceiling: float = 1.5
     needs_curves = True
     adaptive = True
 
     def __post_init__(self) -> None:
-        """Refuse targets that no compaction can meet."""
+        """Refuse targets that are not finite numbers above 0."""
         for name in ("output_error", "log_mass_error"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: {getattr(self, name)!r} is no error target; give a number above 0")
 
     def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
-        """The fewest slots within the target, or within the tightest multiple of it that fits."""
+        """Allocate the fewest slots within the targets, or within the smallest multiple of the targets that fits."""
         if len(request.surveys) != len(request.held):
             raise ValueError(
                 f"{len(request.surveys)} surveys for {len(request.held)} layers: adaptive budgets read error curves; "
@@ -54,10 +54,10 @@ class Adaptive(Budgets):
         return allocate(replace(request, total=min(request.limit, wanted)), demands)
 
     def _demand(self, curve: Curve) -> Demand:
-        """Slots that keep both errors within a multiple of their targets."""
+        """Return a function from a multiple of the targets to the slots that keep both errors within it."""
 
         def slots(multiple: float) -> int:
-            if math.isinf(multiple):  # any error will do
+            if math.isinf(multiple):  # every error is within an infinite target
                 return 0
             needed = (
                 _needed(curve.slots, curve.output, multiple * self.output_error),
@@ -69,7 +69,7 @@ class Adaptive(Budgets):
 
 
 def _needed(slots: Sequence[int], errors: Sequence[float], target: float) -> int:
-    """The fewest slots whose error, interpolated between the measured sizes, is at most the target."""
+    """Return the fewest slots whose error, interpolated between the measured slot counts, is at most the target."""
     last = len(slots) - 1
     while last > 0 and errors[last - 1] <= target:
         last -= 1
@@ -77,6 +77,6 @@ def _needed(slots: Sequence[int], errors: Sequence[float], target: float) -> int
         return slots[last]
     low, high = slots[last - 1], slots[last]
     over, under = errors[last - 1], errors[last]
-    if math.isinf(over):  # nothing was measured there
+    if math.isinf(over):  # the error at ``low`` was not measured
         return high
     return min(high, low + math.ceil((high - low) * (over - target) / (over - under)))

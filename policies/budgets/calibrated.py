@@ -1,4 +1,4 @@
-"""Calibrated budgets: one table of head shares per model, whatever the ratio.
+"""Calibrated budgets: one table of head shares per model, which applies at every compaction ratio.
 
 Source: arXiv:2602.16284, nonuniform head budgets: "one ratio-agnostic table per model".
 """
@@ -12,13 +12,16 @@ from agentmem.policies.budgets.water_filling import allocate, proportional
 
 
 class Calibrated(Tabled):
-    """Allocates slots in proportion to a table's shares. Its ceilings are the table's own once the table is known."""
+    """Allocates slots in proportion to a table's shares; once a table is chosen, its largest shares are the ceilings.
+
+    Neither ceiling exceeds the option ``head_ceiling`` or ``layer_ceiling``, respectively.
+    """
 
     def ceilings(self, table: HeadTable) -> tuple[float, float]:
-        """The largest share, and the largest mean share of a layer."""
+        """Return the table's largest share of a head and its largest mean share of a layer."""
         return table.head_ceiling, table.layer_ceiling
 
     def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
-        """In proportion to the shares, under the floor and the ceilings."""
+        """Allocate slots in proportion to the shares, within the floor and the ceilings."""
         shares = self.table_for(request).shares
         return allocate(request, [list(map(proportional, layer)) for layer in shares], self.floor)

@@ -1,6 +1,6 @@
-"""Global budgets: the slots with the highest scores of all heads and layers, wherever they are.
+"""Global budgets: keep the slots with the highest scores among all heads and layers.
 
-Source: Ada-KV, arXiv:2407.11550, which shares out within a layer; here over all layers.
+Source: Ada-KV, arXiv:2407.11550, which compares scores within a layer; here they are compared over all layers.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from agentmem.policies.budgets.water_filling import Demand, allocate
 
 @dataclass(frozen=True)
 class Global(Budgets):
-    """A head gets a slot for each of its scores that is among the highest of all, and at least the floor.
+    """Gives a head one slot for each of its scores that is among the highest of all heads, and at least the floor.
 
-    Scores are compared as the compactor's survey gives them. Of equal scores, the earlier head's goes first.
+    Scores are compared as the compactor's survey returns them. Of heads with equal scores, the earlier head gets the
+    slot.
     """
 
     floor: float = 0.5
-    """The fraction of an equal share that every head gets."""
+    """Number of slots that every head gets at least, as a fraction of an equal share."""
     head_ceiling: float = 4.0
     layer_ceiling: float = 2.0
     needs_survey = True
@@ -35,7 +36,7 @@ class Global(Budgets):
                 raise ValueError(f"{name}: {getattr(self, name)!r} equal shares cannot be allocated; give 1 or more")
 
     def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
-        """The threshold falls until enough scores lie above it."""
+        """Lower a common score threshold until the scores at or above it use up all slots."""
         if len(request.surveys) != len(request.held):
             raise ValueError(
                 f"{len(request.surveys)} surveys for {len(request.held)} layers: global budgets compare the scores of "

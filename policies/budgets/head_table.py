@@ -1,6 +1,6 @@
-"""Tables of head shares and error curves, as ``agentmem calibrate`` writes them, and which of them fits a model.
+"""Tables of head shares and error curves: reading files of ``agentmem calibrate``, and finding the table of a model.
 
-The shipped ones lie in ``tables/``; a user's own is named by its path.
+The package's own tables are in ``tables/``; a user names another table by its path.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from agentmem.untrusted.texts import bounded, shown
 
 VERSION = 1
 MAX_BYTES = 16 << 20
-"""Of a table's file, which is checked before it is read."""
+"""Largest size in bytes of a table's file, checked before the file is read."""
 _MAKE = (
     "make one with `agentmem calibrate --model MODEL --out FILE` and give it as budgets='calibrated[table=FILE]' (for "
     "a fine-tune 'calibrated[table=FILE,any_weights=true]'), or use budgets=global, which needs none"
@@ -30,10 +30,11 @@ Rows = tuple[tuple[float, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class HeadTable:
-    """What was calibrated for one model; ``shares`` and ``errors`` are indexed by compacted layer and KV head.
+    """The calibration of one model; ``shares`` and ``errors`` are indexed by compacted layer and KV head.
 
-    ``shares`` are in equal shares: their mean is 1. ``errors[layer][head][i]`` is the loss, in nats, of keeping
-    ``fractions[i]`` of that head's slots and all of every other's; a method that measures no loss leaves both empty.
+    The unit of ``shares`` is an equal share, so that their mean is 1. ``errors[layer][head][i]`` is the loss, in nats,
+    of keeping the fraction ``fractions[i]`` of that head's slots and all slots of every other head. A calibration
+    method that measures no loss leaves ``fractions`` and ``errors`` empty.
     """
 
     source: str
@@ -45,7 +46,7 @@ class HeadTable:
 
     @property
     def head_ceiling(self) -> float:
-        """The largest share."""
+        """The largest share of a head."""
         return max(map(max, self.shares))
 
     @property
@@ -55,10 +56,10 @@ class HeadTable:
 
 
 def read_table(path: str | Path) -> HeadTable:
-    """A table that ``agentmem calibrate`` wrote.
+    """Read a table that ``agentmem calibrate`` wrote.
 
     Raises:
-        ValueError: there is no such file, or it is no table.
+        ValueError: the file does not exist or is not a table.
 
     """
     check_file(path)
@@ -70,20 +71,21 @@ def read_table(path: str | Path) -> HeadTable:
 
 
 def shipped_tables() -> tuple[HeadTable, ...]:
-    """The tables that come with the catalogue, by the names of their files."""
+    """Return the tables that are part of the package, sorted by file name."""
     folder = resources.files("agentmem.policies").joinpath("tables")
     files = sorted((file for file in folder.iterdir() if file.name.endswith(".json")), key=lambda file: file.name)
     return tuple(_parsed(file.read_bytes(), file.name) for file in files)
 
 
 def fitting(tables: Iterable[HeadTable], model: ModelIdentity, *, any_weights: bool = False) -> HeadTable:
-    """The first of the tables that is for that model.
+    """Return the first of the tables that was made for that model.
 
-    A model whose weights are not at hand (no fingerprint) is known by its heads. ``any_weights`` does the same for
-    every model: a fine-tune may use the table of what it was tuned from.
+    A table fits if its KV heads and its fingerprint of the weights equal the model's. Only the KV heads are compared if
+    the model's weights are not loaded (no fingerprint), or with ``any_weights``, by which a fine-tuned model may use
+    the table of its base model.
 
     Raises:
-        ValueError: none is; names the model, the tables and the remedy.
+        ValueError: no table fits; the message names the model, the tables and the remedy.
 
     """
     tables = tuple(tables)

@@ -1,4 +1,4 @@
-"""Head budgets by name, for policies that let a user choose."""
+"""Names of the head budgets, for policies whose user may choose them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ NAMES: dict[str, Callable[..., Budgets]] = {
 
 
 def by_name(name: str, **options: Any) -> Budgets:
-    """The budgets of that name or spec, ``"calibrated[floor=0.5,table=mine.json]"``, made with their own options.
+    """Make head budgets from a name or a spec such as ``"calibrated[floor=0.5,table=mine.json]"``.
+
+    ``options`` are further options of the budgets.
 
     Raises:
         ValueError: the spec cannot be read, the name or an option is unknown (the message suggests the nearest), or a

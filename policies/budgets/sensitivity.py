@@ -1,9 +1,10 @@
-"""Sensitivity budgets: slots go where they lower the predicted loss most, by a table of error curves.
+"""Sensitivity budgets: slots go to the heads where they lower the predicted loss most, by a table of error curves.
 
-Source: arXiv:2602.16284, nonuniform head budgets: sensitivity curves per head and a greedy exchange of slots from a
-uniform start, with a most per head. The curves are convexified; then the exchange ends at the allocation with the least
-sum of errors, and allocating every slot by what it gains leads there directly. Where the paper averages the outcome
-over ratios, the curves are measured anew at every compaction, at the ratio that it has.
+Source: arXiv:2602.16284, nonuniform head budgets. The paper exchanges slots greedily between heads, from a uniform
+start, by a sensitivity curve per head and with a maximum per head. Here the curves are made convex first. For convex
+curves the exchange ends at the allocation with the smallest sum of errors, and giving each slot to the head with the
+largest gain leads to that allocation directly. The paper averages its result over several compaction ratios; here every
+compaction evaluates the curves at its own ratio.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ from agentmem.policies.budgets.tabled import Tabled
 from agentmem.policies.budgets.water_filling import Demand, allocate
 
 _BETWEEN = 8
-"""Steps from one measured point to the next."""
+"""Number of interpolation steps from one measured point to the next."""
 _TINY = 1e-12
 
 Point = tuple[float, float]
 
 
 class Sensitivity(Tabled):
-    """Allocates slots so that the sum of the predicted errors is least; needs a table with curves.
+    """Allocates slots so that the sum of the predicted errors is smallest; needs a table with error curves.
 
-    The fraction of its slots that a head keeps is taken of the *mean* of what heads hold now: a head that was allocated
-    little last time shall not be taken for one that has little to lose.
+    The fraction that a head keeps is its slots divided by the *mean* number of slots that heads hold now. If it were
+    divided by the head's own slots, a head with few slots from the last compaction would seem to lose little.
     """
 
     def lacks(self, table: HeadTable) -> str:
-        """Its curves, where it has none."""
+        """Return a message if the table has no error curves, else an empty string."""
         if table.errors:
             return ""
         return (
@@ -41,7 +42,7 @@ class Sensitivity(Tabled):
         )
 
     def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
-        """Slot by slot, the largest gain first."""
+        """Allocate each slot to the head where it lowers the predicted error most."""
         table = self.table_for(request)
         heads = sum(map(len, request.held))
         slots = sum(map(sum, request.held)) / max(1, heads)
@@ -50,7 +51,10 @@ class Sensitivity(Tabled):
 
 
 def _demand(fractions: Sequence[float], errors: Sequence[float], slots: float) -> Demand:
-    """How many slots lower the error by at least a price each; at no price, all that there are."""
+    """Return the demand of a head: the number of slots each of which lowers the error by at least the price.
+
+    At a price of 0 or less the demand is unlimited.
+    """
     hull = lower_hull(filled_in(fractions, errors))
     gains = [(low[1] - high[1]) / ((high[0] - low[0]) * max(1.0, slots)) for low, high in pairwise(hull)]
     rising = [-gain for gain in gains]
@@ -59,9 +63,10 @@ def _demand(fractions: Sequence[float], errors: Sequence[float], slots: float) -
 
 
 def filled_in(fractions: Sequence[float], errors: Sequence[float]) -> list[Point]:
-    """The curve with points between the measured ones, where errors fall geometrically, to 0 and 1 kept.
+    """Return the curve from fraction 0 to fraction 1, with interpolated points between the measured points.
 
-    Nothing is lost at 1. At 0 the fall between the first two points is taken to have gone on before.
+    Errors are interpolated geometrically. At fraction 1 the error is 0. The error at fraction 0 is extrapolated from
+    the first two measured points.
     """
     known = [(fraction, max(error, _TINY)) for fraction, error in zip(fractions, errors, strict=True) if fraction < 1]
     (first, error), (second, less) = known[0], known[min(1, len(known) - 1)]
@@ -75,7 +80,7 @@ def filled_in(fractions: Sequence[float], errors: Sequence[float]) -> list[Point
 
 
 def lower_hull(points: Sequence[Point]) -> list[Point]:
-    """The largest convex curve below the points, which ascend: the corners of it."""
+    """Return the corners of the largest convex curve below the points, which come in ascending order."""
     hull: list[Point] = []
     for point in points:
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):

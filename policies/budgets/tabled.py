@@ -1,4 +1,4 @@
-"""Budgets that follow a table: which table that is, and for which model."""
+"""The common base of budgets that follow a table of head shares: it chooses the table that fits the model."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from agentmem.contracts import BudgetRequest, Budgets, ModelIdentity
 from agentmem.policies.budgets.head_table import HeadTable, fitting, read_table, shipped_tables
 
 HEAD_CEILING = 4.0
-"""The most for one head, in equal shares: a table that asks for more is cut. Every head's workspace is planned so."""
+"""Default maximum of one head, in equal shares; larger shares of a table are cut. The plan sizes every head's workspace
+by it."""
 LAYER_CEILING = 2.0
-"""The most for a layer's heads together, likewise."""
+"""Default maximum of a layer's mean share, in equal shares; larger shares of a table are cut."""
 
 
 class Tabled(Budgets):
-    """Follows a file's table, or the shipped one of the model that :meth:`check` is called with.
+    """Follows the table of a given file, or the package's own table of the model that :meth:`check` receives.
 
-    ``floor`` is the fraction of an equal share that every head gets. ``any_weights`` takes a table made for other
-    weights of the same heads, as a fine-tune may. ``head_ceiling`` and ``layer_ceiling`` are in equal shares.
+    ``floor`` is the fraction of an equal share that every head gets at least. ``any_weights`` accepts a table made for
+    other weights with equal KV heads, such as those of a fine-tune's base model. ``head_ceiling`` and
+    ``layer_ceiling`` are in equal shares.
 
     Raises:
-        ValueError: the file is no table or lacks what is needed, or an option's value cannot work.
+        ValueError: the file is not a table or lacks what these budgets need, or an option's value cannot work.
 
     """
 
@@ -52,11 +54,11 @@ class Tabled(Budgets):
         self._choose(self._tables[0])
 
     def lacks(self, table: HeadTable) -> str:  # noqa: ARG002  # those that need nothing but shares ask nothing
-        """What a table lacks for these budgets, in words, or nothing."""
+        """Return a message on what the table lacks for these budgets, or an empty string if it lacks nothing."""
         return ""
 
     def ceilings(self, table: HeadTable) -> tuple[float, float]:  # noqa: ARG002  # the same
-        """The most that the table can give to a head and to a layer, in equal shares."""
+        """Return the most slots that the table can give to a head and to a layer, in equal shares."""
         return self._most
 
     def _choose(self, table: HeadTable) -> None:
@@ -68,11 +70,11 @@ class Tabled(Budgets):
         """Choose the model's table.
 
         Raises:
-            ValueError: there is none for it, or these budgets serve another model.
+            ValueError: no table fits the model, or these budgets serve another model already.
 
         """
         served = self._model
-        known = model.fingerprint is not None  # a plan from a config alone knows no weights
+        known = model.fingerprint is not None  # a plan made from a config alone has no weights to fingerprint
         if served is not None and (
             served.kv_heads != model.kv_heads or (known and served.fingerprint != model.fingerprint)
         ):
@@ -81,10 +83,10 @@ class Tabled(Budgets):
         self._model = model if known else served
 
     def table_for(self, request: BudgetRequest) -> HeadTable:
-        """The table, if it has the request's heads.
+        """Return the chosen table after a check that its KV heads are those of the request.
 
         Raises:
-            ValueError: it has others, or there is none yet.
+            ValueError: the heads differ, or no table was chosen yet.
 
         """
         heads = tuple(map(len, request.held))

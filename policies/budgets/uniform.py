@@ -7,13 +7,13 @@ from agentmem.policies.budgets.water_filling import allocate, proportional
 
 
 class Uniform(Budgets):
-    """Allocates equal slots; a head that holds less keeps all, and what it leaves is shared by the others.
+    """Allocates equal slots; a head that holds fewer slots keeps them all, and the other heads share the surplus.
 
-    Invariants, besides those of :class:`Budgets`: two heads that keep less than they may differ by at most one slot; no
-    head that keeps all has more than a head that does not, plus one. ``request.floor`` needs no care: no allocation of
-    the same total has a larger least share.
+    Invariants, besides those of :class:`Budgets`: the slots of two heads that could both keep more differ by at most
+    one; a head that keeps all its slots has at most one slot more than a head that does not. ``request.floor`` needs no
+    special treatment, because no allocation of an equal total gives the smallest head more slots.
     """
 
     def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
-        """The emptiest head first, one slot at a time."""
+        """Allocate slots one at a time, always to the head with the fewest."""
         return allocate(request, [[proportional(1.0)] * len(layer) for layer in request.held])

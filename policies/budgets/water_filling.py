@@ -1,8 +1,9 @@
-"""The one allocating algorithm that all head budgets share: integer slots by a falling price.
+"""The algorithm by which all head budgets allocate integer numbers of slots: demand at a falling price.
 
-Every head says how many slots it takes at a price; the price falls until the slots run out. What a price is, is the
-budgets' own affair: an attention score, the error that one more slot removes, the inverse of a share. Held slots,
-floors and ceilings bind a head, ``layer_ceiling`` binds the heads of one layer together.
+Every head has a demand function: the number of slots that it takes at a price. The price falls until all slots are
+allocated. The meaning of a price depends on the budgets: an attention score, the error that one more slot removes, or
+the inverse of a share. The slots that a head holds, its floor and its ceiling limit the head; ``layer_ceiling`` limits
+the sum over the heads of a layer.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from collections.abc import Callable, Iterator, Sequence
 from agentmem.contracts import BudgetRequest
 
 Demand = Callable[[float], int]
-"""Slots that a head takes at a price ≥ 0: never more at a higher price, and the same every time it is asked."""
+"""Function from a price ≥ 0 to the number of slots that a head takes. It never rises with the price, and always returns
+the same number for the same price."""
 _INFINITY_BITS = 0x7FF0 << 48
 
 
 def proportional(share: float) -> Demand:
-    """Slots in proportion to a share, rounded as fairly as integers can be: the divisor method of Webster.
+    """Return a demand that allocates slots in proportion to ``share``, rounded by Webster's divisor method.
 
-    A head without a share takes slots when all others have all that they may.
+    A head with a share of 0 takes slots only after all other heads have reached their limits.
     """
     weight = max(share, 1e-12)
     return lambda price: _INFINITY_BITS if price <= 0 else int(min(weight / price + 0.5, _INFINITY_BITS))
@@ -31,14 +33,14 @@ def allocate(
 ) -> tuple[tuple[int, ...], ...]:
     """Allocate ``request.total`` slots to heads with these demands.
 
-    ``fraction`` of the total is allocated equally first, as a floor besides ``request.floor``; a floor that does not
-    fit is allocated as far as it goes, the emptiest head first.
+    The fraction ``fraction`` of the total is allocated equally first, as a floor besides ``request.floor``. If the
+    floors together exceed the total, they are filled as far as possible, the head with the fewest slots first.
 
     Invariants: those of :class:`agentmem.contracts.Budgets`; a larger total (all else equal) takes a slot from no head;
     every head gets its floor if the total and the ceilings allow it.
 
-    The last: a fraction of a larger total raises at most one head's floor by one. Given the floors, what a head gets
-    depends on the price alone, and the price falls as the total grows.
+    A larger total takes nothing away for this reason: one slot more raises at most one head's floor by one, and for
+    given floors a head's slots depend on the price alone, which falls as the total grows.
     """
     limits = [[min(held, request.ceiling) for held in layer] for layer in request.held]
     level = [[proportional(1.0)] * len(layer) for layer in limits]
@@ -59,7 +61,7 @@ def _fill(
     total: int,
     layer_ceiling: int,
 ) -> list[list[int]]:
-    """The water level: the lowest price whose demand fits, and what is left to the heads in order."""
+    """Allocate at the lowest price whose demand fits into ``total``; give the remaining slots to the heads in order."""
 
     def layers(price: float) -> Iterator[list[int]]:
         for row in zip(demands, floors, limits, strict=True):
@@ -71,7 +73,7 @@ def _fill(
     above, below = _clearing(wanted, total)
     allocated = list(layers(above))
     for index, layer in enumerate(allocated):
-        if sum(layer) > layer_ceiling:  # it was full at a higher price
+        if sum(layer) > layer_ceiling:  # the layer reached its ceiling at a higher price
             alone = ([demands[index]], [floors[index]], [limits[index]])
             allocated[index] = _fill(*alone, layer_ceiling, sum(limits[index]))[0]
     left = total - sum(map(sum, allocated))
@@ -84,10 +86,10 @@ def _fill(
 
 
 def _clearing(wanted: Callable[[float], int], total: int) -> tuple[float, float]:
-    """Two neighbouring prices: at the higher one the demand fits into the total, at the lower one it does not.
+    """Return two adjacent floats: a price whose demand fits into the total, and the next lower one, which does not fit.
 
-    Floats that are not negative are ordered as their bits are, so 63 halvings tell any two apart. Where even a price
-    of 0 fits, both are 0.
+    Non-negative floats are ordered as their bit patterns are, so a bisection of the bits ends after at most 63 steps.
+    If the demand fits at a price of 0, both prices are 0.
     """
     if wanted(0.0) <= total:
         return 0.0, 0.0

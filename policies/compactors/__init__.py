@@ -1,1 +1,1 @@
-"""What policies compact with: Attention Matching, eviction, and the selectors of slots they share."""
+"""Compactors that policies use: Attention Matching, eviction, and the slot selectors of Attention Matching."""

@@ -1,7 +1,8 @@
-"""Attention Matching: choose the slots that stay, fit β to the mass, then the values to the output.
+"""Attention Matching: choose the slots that stay, fit their β to the attention mass, then their values to the output.
 
-Source: "Fast KV Compaction via Attention Matching", arXiv:2602.16284. Added here: both fits are anchored at the kept
-slots themselves, β is carried from one compaction to the next, and so is a slot's importance with ``carry``.
+Source: "Fast KV Compaction via Attention Matching", arXiv:2602.16284. This module adds three things: both fits are
+anchored at the kept slots' own β and values, β is carried from one compaction to the next, and with ``carry`` above 0
+a slot's importance is carried too.
 """
 
 from __future__ import annotations
@@ -44,39 +45,41 @@ _SMALL = 1024
 class AttentionMatching(Compactor):
     """Replaces each head's segment by selected slots of it with fitted β and values.
 
-    Working memory per call, for T slots, t of them kept, N queries: one block of queries (``block_bytes``), one t x t
-    matrix and a few rows per slot; never N x T. Arithmetic is float32 whatever the model's dtype: on real segments
-    a float64 Gram changed no error in its fourth digit.
+    For T slots, t kept slots and N queries, the working memory of a call is one block of queries (``block_bytes``), one
+    t x t matrix and a few rows per slot; no N x T matrix is made. Arithmetic is float32 whatever the model's dtype: on
+    real segments, a float64 Gram matrix left the first four digits of every error unchanged.
     """
 
     needs_queries = True
 
     selector: Selector = field(default_factory=Highest)
-    """Which slots stay."""
+    """Chooses the slots that stay."""
     score: Score = "rms"
-    """How a slot's attention weights are summed over the queries to its importance."""
+    """Statistic of a slot's attention weights over all queries ("rms", "max", "mean") that measures its importance."""
     mass: Mass = "projected"
-    """How β is fitted: projected-gradient steps from a clamped start, the exact minimum, or not at all. A pursuit has
-    fitted it already."""
+    """Method of the β fit: "projected" takes projected-gradient steps from a clamped start, "exact" finds the minimum,
+    and "none" leaves β as it is. A pursuit selector fits β itself, so this setting has no effect with it."""
     ridge_mass: float = 1e-2
-    """Pull of β towards plain β, relative to the mean diagonal of its Gram."""
+    """Strength of the pull of β towards its old value, relative to the mean diagonal of the fit's Gram matrix."""
     ridge_values: float = 3e-3
-    """Pull of the values towards the kept slots' own, likewise."""
+    """Strength of the pull of the values towards the kept slots' own, relative to the mean diagonal of the Gram
+    matrix."""
     beta_bound: float = 3.0
     """One compaction changes β by at most this much; the total is not bounded."""
     steps: int = 2
-    """Projected-gradient steps after the clamped least-squares start."""
+    """Number of projected-gradient steps after the clamped least-squares start."""
     value_bound: float = 2.0
-    """No value moves further from its own than this many times the longest value of the segment."""
+    """Largest distance between a slot's fitted and own value, in lengths of the segment's longest value."""
     values: Values = "fitted"
-    """Whether the kept slots' values are fitted or stay their own; with ``mass="none"`` that is eviction."""
+    """Treatment of the kept slots' values: "fitted" fits them, "own" leaves them as they are. The setting "own" with
+    ``mass="none"`` is plain eviction."""
     refine: int = 0
-    """Gradient steps on keys, β and values after the fits; 0 leaves the keys as they are."""
+    """Number of gradient steps on keys, β and values after the fits; 0 leaves the keys as they are."""
     carry: float = 0.0
-    """How much of its importance a slot keeps from one compaction to the next: the score of a slot is the larger of
-    what it has now and ``carry`` times what it had. 0 forgets; above 0 costs a score column."""
+    """Part of its importance that a slot keeps from one compaction to the next. A slot's score is the larger of its
+    present importance and ``carry`` times its previous score. 0 forgets; a value above 0 needs a score column."""
     block_bytes: int = 2**19
-    """Bytes of one block of queries with its weights; a block has at least 32 rows."""
+    """Size in bytes of one block of queries with its weights; a block has at least 32 rows, even if that is larger."""
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot work."""
@@ -95,7 +98,7 @@ class AttentionMatching(Compactor):
                 raise ValueError(f"{name}: {getattr(self, name)!r} is negative or no whole number; give 0, 1, 2, …")
 
     def workspace(self, shape: SegmentShape) -> int:
-        """Bytes of one head's largest phase (scoring, sorting, fitting) and of all heads' results or survey."""
+        """Return the bytes of one head's largest phase (scoring, sorting or fitting) plus all heads' results."""
         slots, kept, queries = shape.slots, shape.budget, shape.group * shape.queries
         row = _row_bytes(slots, shape.key_dim, shape.value_dim)
         rows = self._rows(row, shape.queries)
@@ -115,7 +118,7 @@ class AttentionMatching(Compactor):
         return held + max(block, select, fit, refined) + shape.heads * max(result, slots * _FLOAT) + _SMALL
 
     def survey(self, segment: Segment) -> Survey:
-        """The slots' importance, as :meth:`compact` would score them."""
+        """Return the importance of all slots, as :meth:`compact` would compute it."""
         return Survey(
             segment.layer, tuple(self._importance(segment, index).scores for index in range(len(segment.heads)))
         )
@@ -129,7 +132,7 @@ class AttentionMatching(Compactor):
         return found
 
     def compact(self, segment: Segment, slots: Sequence[int]) -> Compaction:
-        """Fit one head after the other. A head that may keep all it holds is left as it is."""
+        """Compact one head after the other. A head whose budget covers all its slots is left as it is."""
         heads: list[HeadCompaction] = []
         condition, fallbacks = 1.0, []
         seed = hash((segment.generator.initial_seed(), segment.layer))
@@ -153,7 +156,7 @@ class AttentionMatching(Compactor):
     def _fit(
         self, head: HeadSegment, attention: LocalAttention, found: Importance, selection: Selection
     ) -> tuple[HeadCompaction, Solution[torch.Tensor], Solution[torch.Tensor] | None]:
-        """Fit β, then the values: two passes over the queries."""
+        """Fit β, then the values, in two passes over the queries; then refine both and the keys if that is set."""
         kept = selection.kept
         plain = attention.over(attention.keys[kept], head.bias[kept])
         mass = self._fit_mass(plain, found, selection)
@@ -198,12 +201,16 @@ class AttentionMatching(Compactor):
         return LocalAttention(queries, head.keys.float(), head.bias, segment.scale, rows).weighted(segment.weights)
 
     def _rows(self, row_bytes: int, queries: int) -> int:
-        """Queries per block."""
+        """Return the number of queries per block."""
         return min(queries, max(_LEAST_ROWS, self.block_bytes // row_bytes))
 
 
 def _row_bytes(slots: int, key_dim: int, value_dim: int) -> int:
-    """One query in a block: its cast and the last block's, its weights over the slots, its output, a few numbers."""
+    """Return the bytes of one query in a block.
+
+    They cover its float32 copy and that of the previous block, its weights over the slots, its output and a few
+    numbers.
+    """
     return _FLOAT * (slots + 2 * key_dim + value_dim + 4)
 
 

@@ -1,8 +1,9 @@
-"""Eviction: what the policies share that score every slot and keep the best as they are.
+"""Eviction: the common part of all policies that score every slot and keep the best slots unchanged.
 
-Their papers drop one token a step, or compress a prompt once. Here slots leave in one go when the memory fills, every
-KV head chooses for itself, and sinks and recent tokens are the memory's ``keep_first`` and ``keep_recent``: they lie
-outside the segment, so they are neither scored nor dropped, and attention weights are relative to the segment alone.
+The papers of these policies drop one token per step, or compress a prompt once. Here many slots are dropped at once
+when the memory fills, and every KV head chooses its own. The memory's ``keep_first`` and ``keep_recent`` set the sinks
+and the recent tokens. These lie outside the segment: they are neither scored nor dropped, and attention weights are
+relative to the segment alone.
 """
 
 from __future__ import annotations
@@ -24,46 +25,46 @@ Pool = Literal["max", "mean"]
 FLOAT = 4
 """Bytes of a score."""
 RANKING = 28
-"""Bytes a slot that choosing the top of one head takes: the score, its copies in order and the order itself."""
+"""Bytes per slot that choosing the top slots of one head takes: the score, its sorted copies and the sort indices."""
 _INDEX = 8
 _LEAST_ROWS = 32
 _SMALL = 1024
 
 
 class Eviction(Compactor):
-    """Keeps the slots with the highest scores as they are; of equal ones, the newer.
+    """Keeps unchanged the slots with the highest scores; of equally scored slots it keeps the newer.
 
-    Invariants, besides those of :class:`Compactor`: scores are finite and at least 0, so that budgets can take them for
-    prices; a head that may keep all it holds keeps it as it is.
+    Invariants, besides those of :class:`Compactor`: scores are finite and at least 0, so that budgets can compare them
+    with prices (see ``water_filling``); a head whose budget covers all its slots keeps them all unchanged.
     """
 
     fits = False
 
     @abstractmethod
     def score(self, segment: Segment, index: int) -> torch.Tensor:
-        """``[T]`` float32, new: what each slot of KV head ``index`` is worth."""
+        """Return the score of each slot of KV head ``index``, as a new tensor ``[T]`` float32."""
 
     @abstractmethod
     def scratch(self, shape: SegmentShape) -> int:
-        """Bytes that one call of :meth:`score` allocates at most, its result included."""
+        """Return an upper bound of the bytes that one call of :meth:`score` allocates, its result included."""
 
     def workspace(self, shape: SegmentShape) -> int:
-        """One head's scoring, or its ranking, and all heads' kept indices or surveyed scores."""
+        """Return the bytes of one head's scoring or ranking plus those of all heads' kept indices or scores."""
         results = shape.heads * max(shape.budget * _INDEX, shape.slots * FLOAT)
         return max(self.scratch(shape), shape.slots * RANKING) + results + _SMALL
 
     def survey(self, segment: Segment) -> Survey:
-        """The scores that :meth:`compact` would keep slots by."""
+        """Return the scores by which :meth:`compact` would choose slots."""
         pairs = enumerate(segment.heads)
         scores = (self.score(segment, index) if head.slots else head.bias.clone() for index, head in pairs)
         return Survey(segment.layer, tuple(scores))
 
     def compact(self, segment: Segment, slots: Sequence[int]) -> Compaction:
-        """The ``slots[h]`` best slots of every head."""
+        """Keep the ``slots[h]`` best slots of every head ``h``."""
         return Compaction(tuple(self.keep(segment, index, count) for index, count in enumerate(slots)))
 
     def keep(self, segment: Segment, index: int, count: int) -> HeadCompaction:
-        """The ``count`` best slots of KV head ``index``."""
+        """Keep the ``count`` best slots of KV head ``index``."""
         head = segment.heads[index]
         if count == 0 or count >= head.slots:
             return HeadCompaction(torch.arange(count, device=head.keys.device))
@@ -72,15 +73,15 @@ class Eviction(Compactor):
 
 @dataclass(frozen=True)
 class Observation(Eviction):
-    """An eviction by the attention of reference queries, visited in blocks: never queries x slots."""
+    """An eviction by the attention of reference queries, visited in blocks; no queries x slots matrix is made."""
 
     needs_queries = True
 
     block_bytes: int = 2**19
-    """Bytes of one block of queries with its weights; a block has at least 32 rows."""
+    """Size in bytes of one block of queries with its weights; a block has at least 32 rows, even if that is larger."""
 
     def attention(self, segment: Segment, index: int) -> LocalAttention:
-        """All reference queries over the slots of KV head ``index``; old β counts."""
+        """Return the attention of all reference queries over the slots of KV head ``index``, with their old β."""
         head, queries = segment.heads[index], segment.queries(index)
         longest = max(part.shape[1] for part in queries)
         if longest == 0:
@@ -90,9 +91,10 @@ class Observation(Eviction):
         return LocalAttention(queries, keys, head.bias, segment.scale, min(rows, longest)).weighted(segment.weights)
 
     def attention_bytes(self, shape: SegmentShape, *, copies: int = 1, then: int = 0) -> int:
-        """Bytes of :meth:`attention`, of a few numbers for each slot and query, and of the larger of two phases.
+        """Return the bytes of :meth:`attention`, of a few numbers per slot and query, and of the larger of two phases.
 
-        First a block of queries with ``copies`` of its weights; when that is gone, ``then``.
+        The first phase is a block of queries with ``copies`` copies of its weights. The second phase takes ``then``
+        bytes, after the block is freed.
         """
         row = _row_bytes(shape.slots, shape.key_dim)
         block = min(shape.queries * row, max(_LEAST_ROWS * row, self.block_bytes))
@@ -102,14 +104,20 @@ class Observation(Eviction):
 
 
 def _row_bytes(slots: int, key_dim: int) -> int:
-    """One query in a block: its cast and the last block's, its weights over the slots, a few numbers."""
+    """Return the bytes of one query in a block.
+
+    They cover its float32 copy and that of the previous block, its weights over the slots and a few numbers.
+    """
     return FLOAT * (slots + 2 * key_dim + 4)
 
 
 def largest_of_group(
     attention: LocalAttention, weights: Sequence[float], view: Callable[[torch.Tensor], torch.Tensor]
 ) -> Iterator[tuple[float, torch.Tensor]]:
-    """Blocks of reference tokens: their weight, and the largest ``view(block) [B, T]`` of the group's query heads."""
+    """Yield, per block of reference tokens, their weight and the maximum of ``view(block) [B, T]`` over query heads.
+
+    The maximum is taken over all query heads of the KV head's group.
+    """
     for part, weight in zip(attention.queries, weights, strict=True):
         for tokens in blocks(part.shape[1], attention.rows):
             largest = view(part[0, tokens].float())
@@ -120,9 +128,10 @@ def largest_of_group(
 
 
 def pooled(scores: torch.Tensor, kernel: int, pool: Pool) -> torch.Tensor:
-    """``scores [..., T]``, each replaced by the maximum or mean of the ``kernel`` slots around it; a new tensor.
+    """Return ``scores [..., T]`` with each score replaced by the maximum or mean of the ``kernel`` slots around it.
 
-    Fewer at the ends. Neighbours are neighbouring slots: once slots have been dropped, not always neighbouring tokens.
+    The result is a new tensor. At both ends fewer slots are pooled. Neighbours are neighbouring slots; once slots have
+    been dropped, these are not always neighbouring tokens.
     """
     rows = scores.reshape(-1, 1, scores.shape[-1])
     if pool == "max":
@@ -147,7 +156,7 @@ def check_window(window: int) -> None:
     """Refuse an observation window without a token.
 
     Raises:
-        ValueError: ``window`` is below 1.
+        ValueError: ``window`` is not a whole number of at least 1.
 
     """
     if window % 1 or window < 1:
@@ -158,7 +167,7 @@ def check_share(name: str, value: float) -> None:
     """Refuse a share outside 0 … 1.
 
     Raises:
-        ValueError: it is.
+        ValueError: ``value`` is outside.
 
     """
     if not 0 <= value <= 1:

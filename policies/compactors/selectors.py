@@ -1,8 +1,8 @@
-"""Selectors: which slots of a head stay. A choice of its own, so that an ablation changes nothing else.
+"""Selectors choose the slots of a head that stay; they are separate classes, so that an ablation can vary them alone.
 
-Highest attention looks at one slot at a time; pursuit at what the slots chosen so far leave unexplained, which fits the
-mass better and drops what few queries look at. ``omp-needles`` does both: half of the slots by highest attention, and
-pursuit goes on from there.
+Highest attention judges each slot by itself. Pursuit chooses slots by the attention mass that the slots chosen so far
+do not explain; it fits the mass better, and drops slots that few queries attend to. ``omp-needles`` combines the two:
+highest attention chooses half of the slots, and pursuit chooses the other half.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ from agentmem.policies.solvers.solution import Solution
 
 _FLOAT = 4
 _SORT = 28
-"""Bytes a slot that choosing the top of a head takes."""
+"""Bytes per slot that choosing the top slots of a head takes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """``kept [t]`` int64 ascending; ``mass``, as of :func:`fit_mass`, where the selector has fitted β already."""
+    """The slots ``kept [t]`` int64, ascending, and the β fit ``mass`` if the selector has fitted β itself.
+
+    ``mass`` is as :func:`fit_mass` returns it, or ``None``.
+    """
 
     kept: torch.Tensor
     mass: Solution[torch.Tensor] | None = None
@@ -37,22 +40,22 @@ class Selection:
 class Selector(ABC):
     """Chooses the slots that stay.
 
-    Invariants: exactly ``count`` slots, ascending; of equally good ones the newer; what is random follows from
-    ``seed``; a fitted β is within ``bound`` of the old one.
+    Invariants: exactly ``count`` slots are chosen, in ascending order; of equally good slots the newer is chosen;
+    random choices are determined by ``seed``; a fitted β differs from the old β by at most ``bound``.
     """
 
     @abstractmethod
     def select(self, attention: LocalAttention, found: Importance, count: int, seed: int, bound: float) -> Selection:
-        """``count`` of the T slots that ``attention`` looks at; ``found`` is their importance."""
+        """Choose ``count`` of the T slots that ``attention`` covers; ``found`` is the importance of these slots."""
 
     @abstractmethod
     def workspace(self, shape: SegmentShape, rows: int) -> int:
-        """Bytes that one call allocates at most, for blocks of ``rows`` queries."""
+        """Return an upper bound of the bytes that one call allocates, for blocks of ``rows`` queries."""
 
 
 @dataclass(frozen=True)
 class Highest(Selector):
-    """The slots of the highest importance, pooled over ``kernel`` neighbouring slots if that is above 1."""
+    """Chooses the slots of the highest importance, pooled over ``kernel`` neighbouring slots if that is above 1."""
 
     kernel: int = 1
 
@@ -61,21 +64,21 @@ class Highest(Selector):
         check_pooling(self.kernel)
 
     def select(self, attention: LocalAttention, found: Importance, count: int, seed: int, bound: float) -> Selection:
-        """The top; of equal ones the newer."""
+        """Choose the ``count`` most important slots; of equally important slots the newer."""
         del attention, seed, bound
         return Selection(top(found.scores if self.kernel == 1 else pooled(found.scores, self.kernel, "max"), count))
 
     def workspace(self, shape: SegmentShape, rows: int) -> int:
-        """The order of the slots."""
+        """Return the bytes of ranking the slots."""
         del rows
         return shape.slots * (_SORT + 2 * _FLOAT)
 
 
 @dataclass(frozen=True)
 class Pursue(Selector):
-    """Orthogonal matching pursuit of the mass; its weights are the fit of β.
+    """Chooses slots by orthogonal matching pursuit of the attention mass; the pursuit's weights are the fit of β.
 
-    ``needles``: the fraction of the slots that highest attention chooses first.
+    ``needles`` is the fraction of the slots that highest attention chooses first.
     """
 
     schedule: Schedule = FAST
@@ -83,12 +86,12 @@ class Pursue(Selector):
     ridge: float = 1e-4
 
     def __post_init__(self) -> None:
-        """Refuse a fraction that is none."""
+        """Refuse ``needles`` outside 0 … 1."""
         if not 0 <= self.needles <= 1:
             raise ValueError(f"needles: {self.needles!r} is no fraction of the slots; give 0 to 1")
 
     def select(self, attention: LocalAttention, found: Importance, count: int, seed: int, bound: float) -> Selection:
-        """Needles first, then what the mass lacks."""
+        """Choose the needles by importance, then the slots that best restore the rest of the mass."""
         del seed
         keep = top(found.scores, int(count * self.needles)) if self.needles else None
         result = pursue(
@@ -105,21 +108,21 @@ class Pursue(Selector):
         return Selection(kept, Solution(log_weights, result.outcome, result.condition, result.stats))
 
     def workspace(self, shape: SegmentShape, rows: int) -> int:
-        """The pursuit's."""
+        """Return the bytes of the pursuit and of ranking the slots."""
         return pursuit_bytes(shape.slots, shape.budget, rows, shape.key_dim) + shape.slots * (_SORT + _FLOAT)
 
 
 @dataclass(frozen=True)
 class RandomSlots(Selector):
-    """A random subset: what any selector has to beat."""
+    """Chooses a random subset; a baseline that every other selector should beat."""
 
     def select(self, attention: LocalAttention, found: Importance, count: int, seed: int, bound: float) -> Selection:
-        """Every subset is as likely."""
+        """Choose ``count`` slots; every subset of that size is equally likely."""
         del found, bound
         return Selection(top(lots(attention.keys, seed), count))
 
     def workspace(self, shape: SegmentShape, rows: int) -> int:
-        """The lots and their order."""
+        """Return the bytes of the random numbers and of ranking them."""
         del rows
         return shape.slots * (_SORT + 2 * _FLOAT) + shape.key_dim * 2 * _FLOAT
 
@@ -136,7 +139,7 @@ SELECTORS: dict[str, Callable[[], Selector]] = {
 
 
 def selector(name: str) -> Selector:
-    """The selector of that name.
+    """Return the selector of that name.
 
     Raises:
         ValueError: the name is unknown.

@@ -1,19 +1,19 @@
-"""Pure tensor functions, one algorithm a file: no cache, no model, nothing of agentmem.
+"""Pure tensor functions, one algorithm per file; they need no cache, no model and no other part of agentmem.
 
 | file | algorithm |
 | --- | --- |
-| ``solution.py`` | no algorithm: the result type of all that fit or choose |
+| ``solution.py`` | no algorithm, but the result type of all fits and choices |
 | ``attention.py`` | attention of blocks of queries over one head's segment alone |
-| ``selection.py`` | importance of slots over all queries, and the top of it |
+| ``selection.py`` | importance of slots over all queries, and the choice of the most important slots |
 | ``pursuit.py`` | orthogonal matching pursuit: slots and weights that together restore the mass |
 | ``lots.py`` | random numbers for slots |
-| ``redundancy.py`` | how much every key repeats the others |
-| ``merging.py`` | grouping slots whose keys are alike |
+| ``redundancy.py`` | similarity of every key to the other keys |
+| ``merging.py`` | merging of slots whose keys are similar |
 | ``anchored.py`` | ridge regression anchored at a known point, from its normal equations |
-| ``nonnegative.py`` | least squares within bounds, exact |
+| ``nonnegative.py`` | exact least squares within bounds |
 | ``mass.py`` | the β that restores the attention mass |
 | ``values.py`` | the values that restore the attention output |
 | ``refine.py`` | gradient steps on keys, β and values |
 
-Working memory is bounded by the caller: queries are visited in blocks of rows, and no queries x slots matrix exists.
+The caller bounds the working memory: queries are visited in blocks of rows, and no queries x slots matrix is made.
 """

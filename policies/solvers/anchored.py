@@ -1,8 +1,8 @@
 """Ridge regression anchored at a known point, solved from its normal equations.
 
-To minimise ``|A x - y|² + r |x - a|²`` solve ``(AᵀA + r I) (x - a) = Aᵀ (y - A a)``. Working with the *shift* x - a and
-with the pull ``Aᵀ (y - A a)``, the residual taken at the anchor, keeps float32 accurate, and an unknown without
-evidence (a zero column of A) has shift 0.
+To minimise ``|A x - y|² + r |x - a|²``, this module solves ``(AᵀA + r I) (x - a) = Aᵀ (y - A a)``. The unknown is the
+*shift* ``x - a`` from the anchor a, and the right side is the *pull* ``Aᵀ (y - A a)``, computed from the residual at
+the anchor. This keeps float32 accurate, and an unknown without evidence (a zero column of A) has shift 0.
 """
 
 from __future__ import annotations
@@ -14,37 +14,38 @@ import torch
 _POWER_STEPS = 8
 _STRIP = 128
 FIRMER_RIDGES = (1.0, 1e2, 1e4, 1e6)
-"""Multiples of a ridge to try in turn, should rounding make the factor fail."""
+"""Multiples of a ridge that are tried in turn as long as rounding makes the factorisation fail."""
 
 
 @dataclass(frozen=True, slots=True)
 class Anchored:
-    """The factored equations: ``factor [t, t]`` lower triangular with ``factor factorᵀ = AᵀA + ridge I``."""
+    """Factored normal equations: ``factor [t, t]`` is lower triangular, and ``factor factorᵀ = AᵀA + ridge I``."""
 
     factor: torch.Tensor
     ridge: float
 
     def shift(self, pull: torch.Tensor) -> torch.Tensor:
-        """The shift ``[t, k]`` from the anchor that ``pull [t, k]`` asks for."""
+        """Solve the equations for ``pull [t, k]``; return the shift ``[t, k]`` from the anchor."""
         # Two triangular solves: cholesky_solve would copy the factor.
         half = torch.linalg.solve_triangular(self.factor, pull, upper=False)
         shift: torch.Tensor = torch.linalg.solve_triangular(self.factor.mT, half, upper=True)
         return shift
 
     def apply(self, shift: torch.Tensor) -> torch.Tensor:
-        """``(AᵀA + ridge I) shift``."""
+        """Return ``(AᵀA + ridge I) shift``."""
         return self.factor @ (self.factor.mT @ shift)
 
     def gain(self, pull: torch.Tensor, shift: torch.Tensor) -> float:
-        """By how much ``shift`` lowers the squared error ``|A x - y|²`` below the anchor's. Overwrites ``pull``."""
+        """Return how much smaller ``|A x - y|²`` is after ``shift`` than at the anchor; overwrite ``pull``."""
         lowered = 2 * pull.mul_(shift).sum()
         added = (self.factor.mT @ shift).square_().sum()
         return float(lowered - added + self.ridge * shift.norm() ** 2)
 
     def largest(self) -> float:
-        """An upper bound of the largest eigenvalue, for A without negative entries.
+        """Return an upper bound of the largest eigenvalue; A must have no negative entries.
 
-        Collatz-Wielandt: for every positive x, max_i (G x)_i / x_i bounds it from above; power steps tighten the bound.
+        By Collatz and Wielandt, ``max_i (G x)_i / x_i`` is an upper bound for every positive vector x, where G is the
+        factored matrix. Power steps tighten the bound.
         """
         vector = self.factor.new_ones(len(self.factor))
         bound = float("inf")
@@ -55,7 +56,10 @@ class Anchored:
         return bound
 
     def condition(self) -> float:
-        """An estimate of the condition number: the bound above over the smallest eigenvalue by inverse power steps."""
+        """Estimate the condition number: :meth:`largest` divided by the smallest eigenvalue.
+
+        Inverse power steps estimate the smallest eigenvalue.
+        """
         vector = self.factor.new_ones(len(self.factor), 1)
         for _ in range(_POWER_STEPS):
             vector = self.shift(vector / vector.norm())
@@ -65,8 +69,8 @@ class Anchored:
 def add_gram(gram: torch.Tensor, block: torch.Tensor) -> None:
     """Add ``blockᵀ block`` of ``block [B, t]`` to the upper triangle of ``gram [t, t]``.
 
-    That is all that :func:`factored` reads. In strips, so that little is worked out for nothing; what lands in the
-    lower triangle means nothing.
+    :func:`factored` reads the upper triangle alone. The product is computed in strips, so that little of the lower
+    triangle is computed; the entries there are meaningless.
     """
     for start in range(0, len(gram), _STRIP):
         stop = min(start + _STRIP, len(gram))
@@ -74,11 +78,11 @@ def add_gram(gram: torch.Tensor, block: torch.Tensor) -> None:
 
 
 def factored(gram: torch.Tensor, ridge: float) -> Anchored | None:
-    """Factor ``gram + ridge * mean(diag gram) * I`` by Cholesky, in place of ``gram [t, t]``.
+    """Factor ``gram + ridge * mean(diag gram) * I`` by Cholesky, in the storage of ``gram [t, t]``.
 
-    Only the upper triangle of ``gram`` is read.
-    ``None`` when rounding makes the factor fail (near-duplicate columns with a tiny ridge) or ``gram`` is not finite.
-    A gram of zeros gets a ridge of 1: there is no evidence, and every shift is 0.
+    Only the upper triangle of ``gram`` is read. Return ``None`` if rounding makes the factorisation fail
+    (near-duplicate columns with a tiny ridge) or if ``gram`` is not finite. A ``gram`` of zeros gets a ridge of 1: it
+    holds no evidence, and every shift is 0.
     """
     diagonal = gram.diagonal()
     absolute = ridge * float(diagonal.mean()) or 1.0

@@ -10,14 +10,16 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class LocalAttention:
-    """Softmax attention of many queries over one segment and nothing else, visited in blocks of rows.
+    """Softmax attention of many queries over one segment alone, visited in blocks of query rows.
 
-    ``queries`` are parts ``[group, n, d]``, any views in any float dtype; each block of at most ``rows`` is cast to
-    float32. ``roots [N]`` float32 are the square roots of the queries' weights (``None``: all 1); a least-squares fit
-    multiplies its rows by them. ``keys [T, d]`` and ``bias [T]`` are float32. The logits are ``scale * q @ k + bias``.
+    ``queries`` are parts ``[group, n, d]``, which may be views and have any float dtype; each block of at most ``rows``
+    rows is cast to float32. ``roots [N]`` float32 are the square roots of the queries' weights (``None``: all 1); a
+    least-squares fit multiplies its rows by these roots. ``keys [T, d]`` and ``bias [T]`` are float32. The logits are
+    ``scale * q @ k + bias``.
 
-    *Local* matters: weights are relative to the segment's own mass, never to that of the whole context. Values fitted
-    against the whole context's softmax would be shrunk by the segment's share of the mass twice.
+    Attention is *local*: weights are relative to the segment's own mass, never to that of the whole context. Values
+    fitted to a softmax over the whole context would contain the segment's share of the mass, and the model's attention
+    would then apply that share a second time.
     """
 
     queries: tuple[torch.Tensor, ...]
@@ -33,8 +35,8 @@ class LocalAttention:
         return sum(part.shape[0] * part.shape[1] for part in self.queries)
 
     def weighted(self, weights: Sequence[float]) -> LocalAttention:
-        """The same with a weight for each part's queries."""
-        if len(set(weights)) <= 1:  # equal weights weigh nothing
+        """Return a copy of this attention with one weight for the queries of each part."""
+        if len(set(weights)) <= 1:  # equal weights change no fit
             return replace(self, roots=None)
         roots = self.bias.new_empty(self.count)
         row = 0
@@ -45,11 +47,11 @@ class LocalAttention:
         return replace(self, roots=roots)
 
     def over(self, keys: torch.Tensor, bias: torch.Tensor) -> LocalAttention:
-        """The same queries over other slots."""
+        """Return the attention of these queries over other slots, given by ``keys`` and ``bias``."""
         return replace(self, keys=keys, bias=bias)
 
     def blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Every query once: its rows among the N, and the block ``[B, d]`` in float32."""
+        """Yield blocks that cover every query once: the block's rows among the N, and the block ``[B, d]`` float32."""
         row = 0
         for member in (member for part in self.queries for member in part):
             for block in member.split(self.rows):
@@ -57,17 +59,17 @@ class LocalAttention:
                 row += len(block)
 
     def scaled(self, matrix: torch.Tensor, rows: slice) -> torch.Tensor:
-        """``matrix [B, k]`` with each row times the root of its query's weight, in place."""
+        """Multiply each row of ``matrix [B, k]`` in place by the root of its query's weight; return ``matrix``."""
         return matrix if self.roots is None else matrix.mul_(self.roots[rows, None])
 
     def logits(self, block: torch.Tensor) -> torch.Tensor:
-        """``[B, T]`` float32, a new tensor."""
+        """Return the logits of a block of queries, a new tensor ``[B, T]`` float32."""
         return torch.addmm(self.bias, block, self.keys.T, alpha=self.scale)
 
     def weights(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention weights ``[B, T]``, rows summing to 1, and the log of each row's mass ``[B]``, float32.
+        """Return attention weights ``[B, T]``, whose rows sum to 1, and the log of each row's mass ``[B]``, float32.
 
-        The row maximum is taken out first, so that logits of any finite size give finite weights.
+        The row maximum is subtracted from the logits first, so that finite logits of any size give finite weights.
         """
         logits = self.logits(block)
         peak = logits.amax(dim=-1, keepdim=True)

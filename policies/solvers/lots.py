@@ -1,4 +1,4 @@
-"""Random numbers for one head's slots, the same however its layer's heads are ordered."""
+"""Random numbers for the slots of one head, which do not depend on the order of the layer's heads."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import torch
 
 
 def lots(keys: torch.Tensor, seed: int) -> torch.Tensor:
-    """Uniform in 0 … 1 for each of ``keys [T, d]``: ``[T]`` float32, on the keys' device.
+    """Draw a number uniform in 0 … 1 for each of ``keys [T, d]``; return ``[T]`` float32 on the keys' device.
 
-    They follow from the seed and the signs of the newest key alone: heads draw independently, permuting them permutes
-    the result, and what rounding changes in a key (in a batch, say) changes nothing. Working memory: two tensors of T.
+    The numbers depend on the seed and the signs of the newest key alone. Heads therefore draw independently, permuting
+    the heads permutes the result, and small rounding differences of the keys (as between batch sizes) change nothing.
+    The working memory is two tensors of T numbers.
     """
-    mark = hash((seed, *(keys[-1] > 0).tolist()))  # of numbers: the same in every process
+    mark = hash((seed, *(keys[-1] > 0).tolist()))  # a hash of numbers is the same in every process
     drawn = torch.rand(len(keys), generator=torch.Generator().manual_seed(mark), dtype=torch.float32)
     return drawn.to(keys.device)

@@ -1,4 +1,4 @@
-"""The β fit: weights for the kept slots that restore every query's attention mass over the segment."""
+"""The β fit: find weights of the kept slots that restore every query's attention mass over the segment."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from agentmem.policies.solvers.solution import Outcome, Solution
 def fit_mass(
     kept: LocalAttention, log_mass: torch.Tensor, *, ridge: float, bound: float, steps: int | None
 ) -> Solution[torch.Tensor]:
-    """Fit ``Φ w ≈ 1`` with Φ the weights of the kept slots relative to the mass of the whole segment.
+    """Fit ``Φ w ≈ 1``, where Φ holds the attention masses of the kept slots relative to that of the whole segment.
 
-    The value is ``log w [t]`` float32: the *update* of β, to be added to the kept slots' old β. Where the fit does not
-    beat plain β (w = 1) on the fitting queries, the update is 0.
+    The value is ``log w [t]`` float32: the *update* of β, to be added to the kept slots' old β. If the fit is not
+    better than w = 1 (an unchanged β) on the fitting queries, the update is 0.
 
     ``kept`` attends over the kept slots with their old β; ``log_mass [N]`` is each query's log mass over all slots.
-    Minimises ``|Φ w - 1|² + ridge * mean(diag ΦᵀΦ) * |w - 1|²`` within ``w in [e^-bound, e^bound]``: a clamped
-    least-squares start, then ``steps`` projected-gradient steps of one over the largest eigenvalue. (A step of one
-    over the largest *diagonal* entry diverges as soon as columns overlap.) ``steps=None`` solves it exactly.
+    The fit minimises ``|Φ w - 1|² + ridge * mean(diag ΦᵀΦ) * |w - 1|²`` for w within ``e^-bound .. e^bound``. It clamps
+    the least-squares solution, then takes ``steps`` projected-gradient steps whose step size is one over the largest
+    eigenvalue. (With one over the largest *diagonal* entry, the steps diverge as soon as columns overlap.)
+    ``steps=None`` solves the problem exactly.
 
-    Invariants: a slot that no query looks at keeps w = 1; the old β is carried, since Φ contains it; an accepted fit
-    has a smaller squared mass error on the fitting queries than w = 1.
+    Invariants: a slot that no query attends to keeps w = 1; the old β remains part of the new β, since Φ contains it;
+    an accepted fit has a smaller squared mass error on the fitting queries than w = 1.
 
-    Source: arXiv:2602.16284, mass matching; there without anchor, with 2 steps and bound 3.
+    Source: arXiv:2602.16284, mass matching, which has no anchor, and takes 2 steps with a bound of 3.
     """
     if steps is None:
         return _exact(kept, log_mass, ridge=ridge, bound=bound)
@@ -48,7 +49,7 @@ def fit_mass(
 
 
 def _exact(kept: LocalAttention, log_mass: torch.Tensor, *, ridge: float, bound: float) -> Solution[torch.Tensor]:
-    """The minimum itself, by pivoting."""
+    """Find the exact minimum by pivoting."""
     residual = kept.bias.new_zeros(len(kept.bias), 1)
     gram = _gram(kept, log_mass, residual)
     gram.triu_().add_(gram.triu(1).mT)
@@ -63,9 +64,9 @@ def _exact(kept: LocalAttention, log_mass: torch.Tensor, *, ridge: float, bound:
 
 
 def _gram(kept: LocalAttention, log_mass: torch.Tensor, pull: torch.Tensor) -> torch.Tensor:
-    """The upper triangle of the Gram ``ΦᵀΦ [t, t]``, added up over blocks of queries.
+    """Return the upper triangle of the Gram matrix ``ΦᵀΦ [t, t]``, summed over blocks of queries.
 
-    The pull ``Φᵀ (1 - Φ 1)`` is added to ``pull``.
+    Add ``Φᵀ (1 - Φ 1)``, the pull at w = 1, to ``pull`` in place.
     """
     gram = kept.keys.new_zeros(len(pull), len(pull))
     for rows, block in kept.blocks():
@@ -79,7 +80,7 @@ def _gram(kept: LocalAttention, log_mass: torch.Tensor, pull: torch.Tensor) -> t
 
 
 def _bounded(equations: Anchored, pull: torch.Tensor, *, bound: float, steps: int) -> torch.Tensor:
-    """``shift = w - 1 [t, 1]`` clamped into its box, then projected-gradient steps."""
+    """Return the shift ``w - 1 [t, 1]``: the solution clamped to the bounds, then moved by projected-gradient steps."""
     low, high = math.expm1(-bound), math.expm1(bound)
     step = 1 / equations.largest()
     shift = equations.shift(pull).clamp_(low, high)

@@ -1,4 +1,4 @@
-"""Merging: slots with nearly the same key become one, which answers for the weight of all."""
+"""Merging: slots with nearly equal keys are merged into one slot, whose β stands for the weight of all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SMALL = 4096
 
 
 class Merged(NamedTuple):
-    """``kept [t]`` int64 ascending, their total ``bias [t]`` and ``values [t, dv]``, float32."""
+    """The slots ``kept [t]`` int64, ascending, with their new total β ``bias [t]`` and ``values [t, dv]``, float32."""
 
     kept: torch.Tensor
     bias: torch.Tensor
@@ -39,27 +39,28 @@ def merge(
 ) -> Solution[Merged]:
     """Merge the most similar slots, then drop the least important ones, until ``count`` are left.
 
-    A slot joins the most similar of those that are more important than itself, the most similar pair first; a slot that
-    others have joined stays. A group keeps the key of its most important slot; its value is the mean of all by weight,
-    and that slot's β grows by the log of the group's weight over its own. Stats: ``merged``, the slots that
-    went into a kept one, and ``evicted``, those that left without a trace.
+    A slot joins the most similar of all slots that are more important than itself; the most similar pair is merged
+    first. A slot that others have joined joins no other. A group keeps the key of its most important slot, its leader.
+    The group's value is the weighted mean of all its values, and the leader's β grows by the log of the group's weight
+    over the leader's weight. Stats: ``merged`` counts the slots that were merged into a kept slot, and ``evicted``
+    those that were dropped.
 
     Args:
         keys: ``[T, d]`` float32.
         values: ``[T, dv]`` float32.
         bias: ``[T]`` float32, β.
-        importance: ``[T]``; of equally important slots the later leads.
-        count: how many slots stay; all of them do when there are no more.
-        threshold: the least cosine between two keys that merge.
-        log_weights: ``[T]``, of each slot, e.g. the log of the mean attention that it gets; ``None`` means β, which is
-            exact where keys coincide.
-        rest: what becomes of the least important when too few are similar: they leave, with those that joined them, or
-            join the nearest that stays.
-        rows: slots that are compared with all others at a time.
+        importance: ``[T]``; of equally important slots the later one leads.
+        count: number of slots that stay; all slots stay if there are no more than this.
+        threshold: the smallest cosine between two keys at which their slots may merge.
+        log_weights: ``[T]``, the log weight of each slot, e.g. the log of the mean attention that it receives; ``None``
+            takes β, which is exact if the keys of a group are equal.
+        rest: treatment of the least important groups if too few slots are similar: "evict" drops these slots together
+            with those that joined them, "nearest" lets them join the nearest slot that stays.
+        rows: number of slots that are compared with all others at a time.
 
-    Invariants: exactly ``min(count, T)`` slots stay; no slot joins one whose key has a smaller cosine with its own,
-    unless ``rest="nearest"``; where the keys of each group coincide, every query's mass and output stay what they
-    were, but for those evicted. The working memory is :func:`merging_bytes`.
+    Invariants: exactly ``min(count, T)`` slots stay; unless ``rest="nearest"``, no slot joins one with which its cosine
+    is below ``threshold``; if the keys of each group are equal and ``log_weights`` is ``None``, every query's mass and
+    output are unchanged except for the part of evicted slots. The working memory is :func:`merging_bytes`.
 
     Source: the cosine threshold between evicting and merging into the nearest, D2O, arXiv:2406.13035; the retained key
     and values averaged by attention, WeightedKV, arXiv:2503.01330; the log of the size in the logit, "Token Merging",
@@ -91,7 +92,7 @@ def merge(
 
 
 def merging_bytes(slots: int, rows: int, key_dim: int, value_dim: int) -> int:
-    """An upper bound of what :func:`merge` allocates in PyTorch."""
+    """Return an upper bound of the bytes that :func:`merge` allocates in PyTorch."""
     block = min(rows, slots) * slots
     comparing = slots * key_dim + max(slots * key_dim, block + block // _FLOAT)
     pooling = 3 * slots * value_dim
@@ -99,7 +100,10 @@ def merging_bytes(slots: int, rows: int, key_dim: int, value_dim: int) -> int:
 
 
 class _Forest:
-    """Who joined whom, among slots by falling importance: ``parent [T]``, itself while alive, -1 when evicted."""
+    """Records which slot joined which, for slots in order of falling importance.
+
+    ``parent [T]`` is the slot that a slot joined, its own index while it is alive, and -1 once it is evicted.
+    """
 
     def __init__(self, units: torch.Tensor, rows: int) -> None:
         self.units, self.rows = units, rows
@@ -107,7 +111,7 @@ class _Forest:
         self.alive = torch.ones(len(units), dtype=torch.bool, device=units.device)
 
     def join(self, threshold: float, most: int) -> None:
-        """Let up to ``most`` slots join the most similar one before them, the most similar pair first."""
+        """Let up to ``most`` slots join the most similar slot before them, the most similar pair first."""
         joined: set[int] = set()
         crowned: set[int] = set()
         waiting = [(-cosine, -slot, lead) for slot, (cosine, lead) in enumerate(self._nearest()) if cosine >= threshold]
@@ -117,7 +121,7 @@ class _Forest:
             slot = -slot
             if slot in crowned:
                 continue
-            if lead in joined:  # that one is gone: ask again, and wait
+            if lead in joined:  # the leader has joined another: find the next most similar slot and queue again
                 cosine, lead = self._nearest_alive(slot)
                 if cosine >= threshold:
                     heapq.heappush(waiting, (-cosine, -slot, lead))
@@ -128,10 +132,11 @@ class _Forest:
             self.alive[slot] = False
 
     def _nearest(self) -> list[tuple[float, int]]:
-        """For every slot the cosine with the most similar one before it, and that one.
+        """Return, for every slot, the most similar slot before it: the cosine with that slot, and its index.
 
-        All pairs are compared: on real keys buckets of random hyperplanes (4 tables of 8 bits, which miss 15 % of the
-        nearest above 0.9) are slower up to 4,096 slots, and twice as fast at 8,192, where this takes 0.13 s.
+        All pairs are compared. On real keys, the alternative of buckets by random hyperplanes (4 tables of 8 bits,
+        which miss 15 % of the nearest slots above a cosine of 0.9) is slower up to 4,096 slots. At 8,192 slots it is
+        twice as fast, but comparing all pairs takes only 0.13 s there.
         """
         found: list[tuple[float, int]] = []
         for start in range(0, len(self.units), self.rows):
@@ -149,7 +154,10 @@ class _Forest:
         return float(best.values), int(best.indices)
 
     def drop(self, stay: torch.Tensor, leave: torch.Tensor, *, adopt: bool) -> None:
-        """Slots that ``leave`` and those that joined them are evicted, or adopted by the nearest of those that stay."""
+        """Evict the slots ``leave`` and all slots that joined them; with ``adopt``, let them join the nearest ``stay``.
+
+        The nearest slot of ``stay`` is the one with the largest cosine.
+        """
         self.alive[leave] = False
         for part in torch.split(leave, self.rows):
             nearest = stay[(self.units[part] @ self.units[stay].mT).argmax(dim=-1)] if adopt and len(stay) else -1
@@ -161,7 +169,7 @@ class _Forest:
 def _pooled(
     parents: torch.Tensor, kept: torch.Tensor, log_weights: torch.Tensor, values: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each kept slot the log of its group's weight ``[t]`` and the group's mean value ``[t, dv]``."""
+    """Return, for each kept slot, the log of its group's weight ``[t]`` and the group's mean value ``[t, dv]``."""
     place = torch.full_like(parents, -1)
     place[kept] = torch.arange(len(kept), device=kept.device)
     members = (parents >= 0).nonzero().squeeze(-1)

@@ -1,10 +1,11 @@
-"""Least squares within bounds, exact: block principal pivoting on the normal equations.
+"""Exact least squares within bounds, by block principal pivoting on the normal equations.
 
-To minimise ``|A x - y|² + r |x - a|²`` over ``low <= x <= high`` only ``AᵀA``, ``Aᵀy`` and the anchor a are needed.
-Each pivot solves for the free unknowns with the others at their bounds, then exchanges all that break the conditions of
-Karush, Kuhn and Tucker at once; where that goes round in circles, one at a time (the last), which ends for every
-positive definite matrix. The inverse Cholesky factor of the free unknowns is kept between pivots and changed from the
-first difference on, so that a solver that adds unknowns a few at a time pays for those only.
+To minimise ``|A x - y|² + r |x - a|²`` over ``low <= x <= high``, only ``AᵀA``, ``Aᵀy`` and the anchor a are needed.
+Each pivot solves for the free unknowns while the others are at their bounds, then exchanges at once all unknowns that
+break the conditions of Karush, Kuhn and Tucker (KKT): free ones go to a bound, bound ones become free. If that makes no
+progress, only the last of these unknowns is exchanged per pivot, which terminates for every positive definite matrix.
+The inverse Cholesky factor of the free unknowns is kept between pivots and updated from the first changed unknown on,
+so that a solver that adds a few unknowns at a time computes only their rows.
 
 Source: Portugal, Júdice and Vicente, "A comparison of block pivoting and interior point algorithms for linear least
 squares problems with nonnegative variables", Mathematics of Computation 63 (1994), with two bounds here.
@@ -20,7 +21,7 @@ from agentmem.policies.solvers.anchored import FIRMER_RIDGES
 from agentmem.policies.solvers.solution import Outcome, Solution
 
 LOW, FREE, HIGH, ABSENT = -1, 0, 1, 2
-"""Where an unknown is: at a bound, free, or not in the problem and 0."""
+"""States of an unknown: at its lower bound, free, at its upper bound, or absent from the problem, with the value 0."""
 
 _PANEL = 32
 _PATIENCE = 10
@@ -31,16 +32,16 @@ _SMALL = 4096
 
 
 class IllConditioned(ArithmeticError):
-    """Rounding made the factor of the free unknowns fail; a larger ridge cures it."""
+    """Rounding made the factorisation of the free unknowns' matrix fail; a larger ridge avoids that."""
 
 
 @dataclass(slots=True)
 class Factor:
     """The inverse Cholesky factor of the free unknowns' part of ``gram + ridge I``.
 
-    ``inverse [capacity, capacity]`` float64, lower triangular: with M its leading rows, one for each unknown in
-    ``order``, ``MᵀM`` is the inverse of that part. (An inverse is multiplied where it lies; a triangular solve would
-    copy a factor that does not fill its storage.)
+    ``inverse [capacity, capacity]`` is float64 and lower triangular. Let M be its leading square block, with one row
+    for each free unknown in ``order``; then ``MᵀM`` is the inverse of the free unknowns' part. (M can be multiplied
+    without a copy; a triangular solve would copy a factor that does not fill its storage.)
     """
 
     gram: torch.Tensor
@@ -49,10 +50,10 @@ class Factor:
     order: torch.Tensor
 
     def become(self, free: torch.Tensor) -> None:
-        """Factor the unknowns of the mask ``free [T]``; those before the first that leaves are not touched.
+        """Factor the part of the unknowns in the mask ``free [T]``; keep all rows before the first removed unknown.
 
         Raises:
-            IllConditioned: their part is not positive definite to rounding.
+            IllConditioned: that part is not positive definite within rounding.
 
         """
         stays = free[self.order]
@@ -81,13 +82,13 @@ class Factor:
         self.order = torch.cat((self.order, panel))
 
     def solve(self, right: torch.Tensor) -> torch.Tensor:
-        """The free unknowns, in ``order``, for the right side ``[n]``."""
+        """Solve for the free unknowns, in ``order``, with the right side ``[n]``."""
         inverse = self.inverse[: len(right), : len(right)]
         solution: torch.Tensor = inverse.mT @ (inverse @ right)
         return solution
 
     def condition(self) -> float:
-        """An estimate of the free part's condition number, by power steps; a lower bound of it."""
+        """Estimate the condition number of the free unknowns' part by power steps; the estimate is a lower bound."""
         order = self.order
         if not len(order):
             return 1.0
@@ -105,10 +106,10 @@ class Factor:
 
 @dataclass(slots=True)
 class Pivoting:
-    """One bounded problem and where its pivoting stands; unknowns may enter and leave between solves.
+    """One bounded problem with the state of its pivoting; unknowns may enter and leave between solves.
 
-    ``pull [T]`` float64 is ``Aᵀy + r a``; ``state [T]`` int8 says where each unknown is. ``solution`` and ``gradient``
-    (half of it: ``(AᵀA + r I) x - pull``) are those of the last pivot.
+    ``pull [T]`` float64 is ``Aᵀy + r a``. ``state [T]`` int8 holds ``LOW``, ``FREE``, ``HIGH`` or ``ABSENT`` for each
+    unknown. ``solution`` x and ``gradient`` (half the gradient, ``(AᵀA + r I) x - pull``) are those of the last pivot.
     """
 
     factor: Factor
@@ -121,13 +122,13 @@ class Pivoting:
     pivots: int = 0
 
     def __post_init__(self) -> None:
-        """Every unknown is absent."""
+        """Begin with every unknown absent."""
         self.state = torch.full_like(self.pull, ABSENT, dtype=torch.int8)
         self.solution = torch.zeros_like(self.pull)
         self.gradient = self.pull.neg()
 
     def solve(self, most: int) -> bool:
-        """Pivot until no condition is broken, at most ``most`` times; returns whether none is.
+        """Pivot until no KKT condition is broken, at most ``most`` times; return True if none is broken.
 
         Raises:
             IllConditioned: rounding made the factor of the free unknowns fail.
@@ -147,7 +148,7 @@ class Pivoting:
         return False
 
     def result(self, *, converged: bool) -> Solution[torch.Tensor]:
-        """The present solution within its bounds, as :func:`bounded_least_squares` returns it."""
+        """Return the solution of the unknowns that are not absent, clamped, as :func:`bounded_least_squares` does."""
         present = self.state != ABSENT
         inside = self.solution.clamp(self.low, self.high).mul_(present)
         gradient = self._gradient(inside).mul_(present)
@@ -164,7 +165,7 @@ class Pivoting:
         order, solution = self.factor.order, self.solution.zero_()
         low, high = self.state == LOW, self.state == HIGH
         right = self.pull
-        if bool((low | high).any()):  # a product less where, as mostly, no unknown is at a bound
+        if bool((low | high).any()):  # mostly no unknown is at a bound, which saves a matrix product
             solution[low], solution[high] = self.low, self.high
             right = self._gradient(solution).neg_()
         solution[order] = self.factor.solve(right[order])
@@ -176,7 +177,10 @@ class Pivoting:
         return image.add_(solution, alpha=self.factor.ridge).sub_(self.pull)
 
     def _wrong(self) -> torch.Tensor:
-        """Free unknowns out of bounds, and bound ones that would gain by leaving theirs, both beyond rounding."""
+        """Return a mask of unknowns that break a KKT condition by more than rounding.
+
+        These are free unknowns outside the bounds, and unknowns at a bound that would lower the error by leaving it.
+        """
         slack = 32 * torch.finfo(self.factor.gram.dtype).eps
         out = (self.solution < self.low - slack * abs(self.low)) | (self.solution > self.high + slack * abs(self.high))
         steep = self.pull.abs().mul_(slack)
@@ -200,9 +204,9 @@ def pivoting(
     ridge: float,
     capacity: int,
 ) -> Pivoting:
-    """A problem of ``gram [T, T]`` and ``pull [T]`` (both without the ridge) in which every unknown is absent.
+    """Make a problem of ``gram [T, T]`` and ``pull [T]`` (both without the ridge) in which every unknown is absent.
 
-    ``ridge`` is absolute; at most ``capacity`` unknowns may ever be free at a time.
+    ``ridge`` is absolute. At most ``capacity`` unknowns may be free at a time.
     """
     inverse = torch.zeros(capacity, capacity, dtype=torch.float64, device=gram.device)
     order = torch.empty(0, dtype=torch.int64, device=gram.device)
@@ -210,7 +214,7 @@ def pivoting(
 
 
 def pivoting_bytes(unknowns: int, capacity: int) -> int:
-    """An upper bound of what a :func:`pivoting` of ``unknowns`` allocates until it is solved, besides its gram."""
+    """Return an upper bound of the bytes that a :func:`pivoting` of ``unknowns`` allocates, without its ``gram``."""
     panel = min(_PANEL, capacity)
     panels = _DOUBLE * panel * (3 * capacity + 5 * panel)
     return _DOUBLE * capacity * capacity + panels + unknowns * _BYTES_PER_UNKNOWN + _SMALL
@@ -226,25 +230,27 @@ def bounded_least_squares(
     ridge: float = 1e-10,
     most: int = 1000,
 ) -> Solution[torch.Tensor]:
-    """The x within ``[low, high]`` of least ``|A x - y|² + ridge * mean(diag AᵀA) * |x - anchor|²``.
+    """Find the x within ``[low, high]`` that minimises ``|A x - y|² + ridge * mean(diag AᵀA) * |x - anchor|²``.
 
-    The value is ``x [t]`` float64; it is solved if no condition is broken beyond rounding. Stats: ``pivots``;
-    ``violation``, the largest broken condition as a fraction of the largest entry of ``Aᵀy + r a``; ``free``, how many
-    unknowns lie strictly between their bounds. No condition number is estimated.
+    The value is ``x [t]`` float64; the outcome is ``SOLVED`` if no KKT condition is broken by more than rounding. The
+    stat ``pivots`` counts the pivots. The stat ``violation`` is the largest broken condition as a fraction of the
+    largest entry of ``Aᵀy + r a``. The stat ``free`` counts the unknowns strictly between their bounds. No condition
+    number is estimated.
 
     Args:
         gram: ``AᵀA [t, t]``, float32 or float64; it is not written.
-        pull: ``Aᵀy [t]``, likewise.
-        low: the least value of every unknown.
-        high: the largest.
-        anchor: where an unknown without evidence stays, if the bounds allow.
-        ridge: how firmly; raised 100-fold, up to three times, where rounding makes the factor fail.
-        most: pivots before the last point, clamped, is returned as stopped.
+        pull: ``Aᵀy [t]``, float32 or float64; it is not written.
+        low: the smallest value that any unknown may have.
+        high: the largest value that any unknown may have.
+        anchor: the value of an unknown without evidence, if the bounds allow it.
+        ridge: strength of the pull to the anchor; it is raised 100-fold, up to three times, if rounding makes the
+            factorisation fail.
+        most: largest number of pivots; after these the last point is clamped and returned as ``STOPPED``.
 
-    Invariants: the result lies within the bounds; a solved one meets the conditions of Karush, Kuhn and Tucker, so
-    there is no better one; a matrix of zeros gives the anchor. The working memory is :func:`pivoting_bytes` of (t, t).
+    Invariants: the result lies within the bounds; a solved result meets the KKT conditions, so that no better one
+    exists; a matrix of zeros gives the anchor. The working memory is :func:`pivoting_bytes` of (t, t).
 
-    Equivalent to ``scipy.optimize.lsq_linear(A, y, (low, high))`` with the ridge as further rows of A.
+    The result equals that of ``scipy.optimize.lsq_linear(A, y, (low, high))`` with the ridge as further rows of A.
 
     Raises:
         ValueError: ``low`` is not below ``high``, or the ridge is not positive.

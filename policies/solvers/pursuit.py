@@ -1,10 +1,11 @@
-"""Orthogonal matching pursuit: the slots that together restore every query's attention mass, and their weights.
+"""Orthogonal matching pursuit: find slots, and weights for them, that together restore every query's attention mass.
 
-Highest attention looks at one slot at a time and keeps both of two equal ones. Pursuit looks at what the slots chosen
-so far leave unexplained. All of it happens on the Gram of the relative masses Φ, so that a step costs slots x chosen
-and not queries x slots. The Gram squares the condition number: what makes that harmless is the ridge anchored at
-w = 1, weights within bounds at every step (clamping an unbounded fit afterwards leaves a residual that points at the
-wrong slots) and a float64 factor; the Gram itself is summed and kept in float32.
+Highest attention judges each slot by itself, so it keeps both of two equal slots. Pursuit chooses slots by the mass
+that the slots chosen so far do not explain. It works on the Gram matrix of the relative masses Φ, so that the cost of a
+step is proportional to slots x chosen slots, not to queries x slots. A Gram matrix squares the condition number. Three
+measures make that harmless: the ridge is anchored at w = 1, the weights are within bounds at every step (an unbounded
+fit that is clamped afterwards leaves a residual that selects the wrong slots), and the factor is float64. The Gram
+matrix itself is summed and kept in float32.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from agentmem.policies.solvers.solution import Outcome, Solution
 _STRIP = 256
 _ROUNDS = 3
 _BLUR = 8 * torch.finfo(torch.float32).eps
-"""Differences below this fraction of a slot's summed masses are the rounding of the Gram."""
+"""Differences below this fraction of a slot's summed masses count as rounding errors of the Gram matrix."""
 _MOST_PIVOTS = 200
 _FLOAT = 4
 _BYTES_PER_SLOT = 80
@@ -39,10 +40,10 @@ _BYTES_PER_SLOT = 80
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """How many slots are chosen between two fits of the weights: ``choose * refit_every``, or more when many stand.
+    """The number of slots chosen between two fits of the weights: at least ``choose * refit_every``.
 
-    Between fits the residual stands still, so that r steps of k slots are one step of r * k. ``growth`` is the least
-    number of new slots as a fraction of those chosen already.
+    Between fits the residual does not change, so ``refit_every`` steps of ``choose`` slots equal one step of their
+    product. ``growth`` is the smallest number of new slots as a fraction of the slots chosen already.
     """
 
     choose: int = 4
@@ -55,7 +56,7 @@ class Schedule:
             raise ValueError(f"{self} would choose nothing; give choose and refit_every of at least 1, growth of 0 up")
 
     def batch(self, chosen: int) -> int:
-        """How many slots come next."""
+        """Return how many slots to choose next when ``chosen`` slots are chosen already."""
         return max(self.choose * self.refit_every, int(self.growth * chosen))
 
 
@@ -65,7 +66,7 @@ PROGRESSIVE = Schedule(1, 1, 1 / 8)
 
 
 class Pursued(NamedTuple):
-    """``kept [t]`` int64 ascending and ``log_weights [t]`` float32: the *update* of their β, as of a mass fit."""
+    """The slots ``kept [t]`` int64, ascending, and ``log_weights [t]`` float32, the *update* to add to their old β."""
 
     kept: torch.Tensor
     log_weights: torch.Tensor
@@ -84,34 +85,35 @@ def pursue(
 ) -> Solution[Pursued]:
     """Choose ``count`` of the slots and weights w for them, so that ``Φ w ≈ 1`` for every query.
 
-    Φ ``[N, T]`` is each slot's attention mass relative to that of the whole segment. Minimises
-    ``|Φ w - 1|² + ridge * mean(diag ΦᵀΦ) * |w - 1|²`` over w that is 0 except for ``count`` slots and there within
-    ``e^-bound .. e^bound``: again and again the slots of the steepest descent are added, then all weights are refitted,
-    exactly.
+    Φ ``[N, T]`` is each slot's attention mass relative to that of the whole segment. The pursuit lowers
+    ``|Φ w - 1|² + ridge * mean(diag ΦᵀΦ) * |w - 1|²`` over weights w that are within ``e^-bound .. e^bound`` for
+    ``count`` slots and 0 for all other slots. It repeats two steps: add the slots of the steepest descent, then refit
+    all weights exactly.
 
-    Where the fit does not beat plain β (w = 1) of the same slots, it is refused and the update is 0. Stats: ``error``,
-    the root mean square of ``Φ w - 1`` over the queries (float32 sums blur it below 3e-4); ``fits``; ``replaced``, how
-    many slots were dropped for a weight at the cutoff.
+    If the fit is not better than w = 1 (an unchanged β) on the chosen slots, it is refused, and the update is 0. The
+    stat ``error`` is the root mean square of ``Φ w - 1`` over the queries (float32 sums make it inexact below 3e-4).
+    The stat ``fits`` counts the fits, and ``replaced`` the slots that were dropped for a weight at the cutoff.
 
     Args:
-        slots: attends over the slots to choose from, with their old β: a whole segment or its likely part.
+        slots: attends over the slots to choose from, with their old β: a whole segment, or a part of it.
         log_mass: ``[N]`` float32, each query's log mass over the whole segment.
-        count: how many slots stay; all of them do when there are no more.
-        schedule: how many slots come between two fits.
-        ridge: pull of the weights towards 1, relative to the mean over all ``slots``.
-        bound: no log weight is larger than this in magnitude.
-        cutoff: chosen slots whose log weight is no larger than this are dropped, and others chosen, up to three times.
+        count: number of slots that stay; all slots stay if there are no more than this.
+        schedule: how many slots are chosen between two fits.
+        ridge: strength of the pull of the weights towards 1, relative to the mean of ``diag ΦᵀΦ`` over all ``slots``.
+        bound: largest magnitude of a log weight.
+        cutoff: chosen slots whose log weight is no larger than this are replaced by others, in up to three rounds;
+            ``None`` replaces none.
         keep: indices of slots that are chosen first and never dropped.
 
-    Invariants: of equally good slots the later (newer) comes first; a chosen slot without evidence has weight 1; an
-    accepted fit has a smaller squared mass error on the fitting queries than w = 1 on the same slots. The working
+    Invariants: of equally good slots the later (newer) is chosen first; a chosen slot without evidence has weight 1; an
+    accepted fit has a smaller squared mass error on the fitting queries than w = 1 on the chosen slots. The working
     memory is :func:`pursuit_bytes`.
 
-    Source: arXiv:2602.16284, section 3.3 and appendix C (OMP; fast: 4 slots a step, weights refitted every second step;
-    cutoff -7); there without anchor, the fit unbounded and then clamped.
+    Source: arXiv:2602.16284, section 3.3 and appendix C (OMP; the fast variant chooses 4 slots per step and refits the
+    weights every second step; cutoff -7). The paper has no anchor, and clamps the weights after an unbounded fit.
 
     Raises:
-        ValueError: more slots to ``keep`` than ``count``.
+        ValueError: ``keep`` has more slots than ``count``.
 
     """
     if keep is not None and len(keep) > count:
@@ -145,16 +147,19 @@ def pursue(
 
 
 def pursuit_bytes(slots: int, kept: int, rows: int, key_dim: int) -> int:
-    """An upper bound of what :func:`pursue` allocates for blocks of ``rows`` queries; their number does not matter."""
+    """Return an upper bound of the bytes that :func:`pursue` allocates for blocks of ``rows`` queries.
+
+    The bound does not depend on the number of queries.
+    """
     block = rows * (slots + 2 * key_dim + 4) * _FLOAT
     rest = pivoting_bytes(slots, min(kept, slots))
     return slots * slots * _FLOAT + slots * _BYTES_PER_SLOT + max(block, rest)
 
 
 def relative_gram(slots: LocalAttention, log_mass: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """``ΦᵀΦ [T, T]`` float32 and ``Φᵀ1 [T]`` float64, added up over blocks of queries, and ``|1|²``.
+    """Return ``ΦᵀΦ [T, T]`` float32, ``Φᵀ1 [T]`` float64 and ``|1|²``, all summed over blocks of queries.
 
-    Every query counts as often as its weight says.
+    Every query counts with its weight; ``|1|²`` is therefore the sum of the queries' weights.
     """
     count = len(slots.keys)
     gram = slots.keys.new_zeros(count, count)
@@ -166,7 +171,7 @@ def relative_gram(slots: LocalAttention, log_mass: torch.Tensor) -> tuple[torch.
         ones = slots.scaled(torch.ones_like(share[:, :1]), rows)
         pull += (share.T @ ones).squeeze(-1)
         total += float(ones.square().sum())
-        for strip in strips:  # the lower half only
+        for strip in strips:  # only the lower triangle is computed here
             gram[strip, : strip.stop].addmm_(share[:, strip].T, share[:, : strip.stop])
         del share, ones  # before the next block is made
     for strip in strips:
@@ -175,7 +180,7 @@ def relative_gram(slots: LocalAttention, log_mass: torch.Tensor) -> tuple[torch.
 
 
 class _Chase:
-    """The choice of slots, on top of a bounded problem in which those not chosen are absent."""
+    """Chooses slots by means of a bounded problem in which all slots that are not chosen are absent."""
 
     def __init__(self, problem: Pivoting, count: int, schedule: Schedule) -> None:
         self.problem, self.count, self.schedule = problem, count, schedule
@@ -191,7 +196,7 @@ class _Chase:
             self._fit()
 
     def fill(self) -> None:
-        """Add slots of the steepest descent and refit, until ``count`` are chosen."""
+        """Add slots of the steepest descent and refit the weights, until ``count`` slots are chosen."""
         state = self.problem.state
         while missing := self.count - int((state != ABSENT).sum()):
             new = min(missing, self.schedule.batch(self.count - missing))
@@ -199,7 +204,10 @@ class _Chase:
             self._fit()
 
     def _steepest(self, count: int) -> torch.Tensor:
-        """The slots whose weight would lower the error most per step; of those equal to rounding the newer ones."""
+        """Return the ``count`` slots along whose weights the error falls most steeply.
+
+        Of slots that are equal within rounding, the newer ones are returned.
+        """
         problem = self.problem
         descent = problem.gradient.neg().masked_fill_(problem.state != ABSENT, -math.inf)
         edge = descent.topk(count).values[-1]
@@ -208,7 +216,7 @@ class _Chase:
         return top(surely.int() + perhaps, count)
 
     def replace(self, cutoff: float | None) -> None:
-        """Drop chosen slots at the cutoff and fill up, as long as there are others; what was dropped may come back."""
+        """Drop chosen slots at the cutoff and choose others, as long as others exist; a dropped slot may return."""
         least = 0.0 if cutoff is None else math.exp(cutoff) * (1 + 1e-6)
         for _ in range(_ROUNDS):
             chosen = self.problem.state != ABSENT
@@ -226,7 +234,7 @@ class _Chase:
         self.fits += 1
 
     def result(self, pull: torch.Tensor, total: float) -> Solution[Pursued]:
-        """The chosen slots and their weights, or plain β where that is better."""
+        """Return the chosen slots with their weights, or with unchanged β if the weights are no better."""
         problem, gram = self.problem, self.problem.factor.gram
         chosen = problem.state != ABSENT
         kept = chosen.nonzero().squeeze(-1)
@@ -244,5 +252,5 @@ class _Chase:
 
 
 def _squared(gram: torch.Tensor, pull: torch.Tensor, weights: torch.Tensor) -> float:
-    """``|Φ w - 1|² - |1|²``."""
+    """Return ``|Φ w - 1|² - |1|²``, where w is ``weights`` and ``pull`` is ``Φᵀ1``."""
     return float(weights @ ((gram @ weights.to(gram.dtype)).double() - 2 * pull))

@@ -1,4 +1,4 @@
-"""Redundancy: how much every key repeats the others."""
+"""Redundancy: measure how similar every key is to the other keys."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ _LEAST_ROWS = 32
 
 
 def redundancy(keys: torch.Tensor, *, threshold: float, spared: int, block_bytes: int) -> torch.Tensor:
-    """The softmax ``[T]`` of every key's mean cosine with the other ``keys [T, d]``, float32.
+    """Return the softmax ``[T]`` float32 of every key's mean cosine with the other ``keys [T, d]``.
 
-    Keys with a cosine above ``threshold`` are similar. A key is not blamed for being similar to another while it is
-    among the ``spared`` last of those that are: of equal keys the last ones are the least redundant. Keys are visited
-    in blocks of ``block_bytes``, at least 32 at a time; no T x T matrix exists.
+    Two keys are similar if their cosine is above ``threshold``. For every key i, the cosines of i with the ``spared``
+    last keys similar to i count as 0 in the means of those last keys. Of equal keys the last are therefore the least
+    redundant. Keys are visited in blocks of ``block_bytes`` bytes, at least 32 keys at a time; no T x T matrix is made.
 
-    Source: R-KV, arXiv:2505.24133, section 3.3. Where its equation 6 leaves open over which index the mean runs, its
-    code says: over the keys that the others are similar to.
+    Source: R-KV, arXiv:2505.24133, section 3.3. Equation 6 leaves open over which index of the cosine matrix the mean
+    runs. As in the paper's code, the mean of a key j runs over the rows i, and keys are spared within each row i.
     """
     unit = keys / keys.norm(dim=-1, keepdim=True).add_(_EPSILON)
     total = keys.new_zeros(len(keys))
@@ -37,12 +37,12 @@ def redundancy(keys: torch.Tensor, *, threshold: float, spared: int, block_bytes
 
 
 def redundancy_bytes(slots: int, key_dim: int, block_bytes: int) -> int:
-    """Bytes that :func:`redundancy` of so many keys allocates at most."""
+    """Return an upper bound of the bytes that :func:`redundancy` allocates for ``slots`` keys."""
     row = _row_bytes(slots)
     block = min(slots * row, max(_LEAST_ROWS * row, block_bytes))
     return block + slots * (key_dim + 5) * _FLOAT
 
 
 def _row_bytes(slots: int) -> int:
-    """One key in a block: its cosines, which of them are large, their places, and a few numbers."""
+    """Return the bytes of one key in a block: its cosines, the mask of large cosines, their indices, a few numbers."""
     return slots * (2 * _FLOAT + 1) + 12 * _FLOAT

@@ -1,7 +1,8 @@
-"""Gradient refinement: a few bounded steps on keys, β and values of the kept slots at once.
+"""Gradient refinement: take a few bounded steps on keys, β and values of the kept slots together.
 
-The closed-form fits leave the kept keys where they are. Moving them too lowers both errors further, at the price of
-several passes over the queries. The gradient is written out, so that no graph of queries x slots is kept.
+The closed-form fits do not change the kept keys. Changing the keys too lowers both errors further, but takes several
+passes over the queries. The gradient is computed by explicit formulas, so that no autograd graph of queries x slots is
+kept.
 """
 
 from __future__ import annotations
@@ -16,21 +17,22 @@ from agentmem.policies.solvers.attention import LocalAttention
 from agentmem.policies.solvers.solution import Outcome, Solution
 
 _FADING = (0.8, 0.95)
-"""What is left after a step of the mean of the gradients and of their mean square; short, for there are few steps."""
+"""Decay rates per step of Adam's mean gradient and mean squared gradient; small, because there are few steps."""
 _FLOOR = 0.3
-"""Gradients below this fraction of their root mean square take shorter steps, so that rounding moves no slot."""
+"""Entries of the gradient below this fraction of the root mean square take shorter steps, so that rounding moves no
+slot."""
 _LONGER, _SHORTER = 1.3, 0.3
 _FLOAT = 4
 _SMALL = 4096
 
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Keys ``[t, d]``, β ``[t, 1]`` and values ``[t, dv]``, or something of each of their entries."""
+"""Keys ``[t, d]``, β ``[t, 1]`` and values ``[t, dv]``, or other tensors for these three, such as gradients."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """How far a slot may move: its key by a fraction of its own length, its β by nats, its value by a fraction of the
-    longest value.
+    """The largest changes of a slot: ``keys`` as a fraction of its key's length, ``bias`` in nats, ``values`` as a
+    fraction of the segment's longest value.
     """  # noqa: D205 - one sentence
 
     keys: float = 0.3
@@ -42,7 +44,7 @@ NEAR = Reach()
 
 
 class Refined(NamedTuple):
-    """``keys [t, d]``, ``bias [t]`` (total β) and ``values [t, dv]``, float32."""
+    """The refined ``keys [t, d]``, ``bias [t]`` (total β) and ``values [t, dv]`` of the kept slots, float32."""
 
     keys: torch.Tensor
     bias: torch.Tensor
@@ -62,26 +64,26 @@ def refine(
 ) -> Solution[Refined]:
     """Lower the mean over all queries of ``|o' - o|² / mean |o|² + mass_weight (log m' - log m)²``.
 
-    o and m are a query's output and mass over the whole segment, o' and m' those over the kept slots; both softmaxes
-    are local, and a query counts as often as its weight says. The steps are those of Adam; one that gains nothing is
-    taken back and the next one is shorter. Where none gains anything, the start is returned as refused. Stats: the
-    objective ``before`` and ``after``.
+    o and m are a query's output and mass over the whole segment, o' and m' those over the kept slots. Both softmaxes
+    are local to the segment, and every query counts with its weight. The steps are those of Adam. A step that does not
+    lower the objective is undone, and the next step is shorter. If no step lowers the objective, the start is returned
+    with the outcome ``REFUSED``. The stats ``before`` and ``after`` are the values of the objective.
 
     Args:
         whole: attends over all slots.
         kept: the same queries over the kept slots with their fitted β: the start.
         values: ``[T, dv]`` float32, of all slots.
         fitted: ``[t, dv]`` float32, of the kept slots: the start.
-        steps: how many are tried; each is one pass over the queries, and there are two before.
-        rate: the length of the first step, as a fraction of the reach.
-        reach: the trust region around the start.
-        mass_weight: what an error of 1 nat in the log mass counts against an output error of 100 %.
+        steps: number of steps tried; each takes one pass over the queries, after two passes at the start.
+        rate: length of the first step, as a fraction of the reach.
+        reach: the largest changes allowed from the start.
+        mass_weight: weight of an error of 1 nat in the log mass relative to an output error of 100 %.
 
-    Invariants: an accepted result has a smaller objective on the given queries; nothing moves beyond the reach; a slot
-    that no query looks at does not move; no global state is read or written. The working memory is
+    Invariants: an accepted result has a smaller objective on the given queries than the start; nothing moves beyond the
+    reach; a slot that no query attends to does not move; no global state is read or written. The working memory is
     :func:`refine_bytes`.
 
-    Source: the joint optimisation of keys, β and values in arXiv:2602.16284, there without a trust region; Adam,
+    Source: the joint optimisation of keys, β and values in arXiv:2602.16284, which has no bound on the changes; Adam,
     arXiv:1412.6980.
     """
     objective = _Objective(whole, values, mass_weight)
@@ -104,7 +106,7 @@ def refine(
 
 
 def refine_bytes(slots: int, kept: int, queries: int, rows: int, key_dim: int, value_dim: int) -> int:
-    """An upper bound of what :func:`refine` allocates for N ``queries`` in blocks of ``rows``."""
+    """Return an upper bound of the bytes that :func:`refine` allocates for N ``queries`` in blocks of ``rows``."""
     target = queries * (value_dim + 1)
     point = kept * (key_dim + value_dim + 1)
     block = rows * (2 * key_dim + 2 * value_dim + 8 + max(slots, 2 * kept))
@@ -113,7 +115,7 @@ def refine_bytes(slots: int, kept: int, queries: int, rows: int, key_dim: int, v
 
 
 class _Objective:
-    """What :func:`refine` lowers, and its gradient; holds every query's output and log mass over the segment."""
+    """The objective that :func:`refine` lowers; it stores every query's output and log mass over the whole segment."""
 
     def __init__(self, whole: LocalAttention, values: torch.Tensor, mass_weight: float) -> None:
         self.whole = whole
@@ -131,12 +133,12 @@ class _Objective:
         self.mass_weight = mass_weight / self.total
 
     def _counts(self, rows: slice) -> torch.Tensor:
-        """How often each query counts ``[B]``."""
+        """Return the weight of each query of a block, ``[B]``."""
         ones = torch.ones_like(self.log_mass[rows, None])
         return self.whole.scaled(ones, rows).square_().squeeze(-1)
 
     def at(self, point: Parts) -> tuple[float, Parts]:
-        """The objective at ``point`` and its gradient."""
+        """Return the objective and its gradient at ``point``."""
         keys, bias, values = point
         kept = self.whole.over(keys, bias.squeeze(-1))
         gradient = (torch.zeros_like(keys), torch.zeros_like(bias), torch.zeros_like(values))
@@ -162,7 +164,7 @@ class _Objective:
 
 
 class _Walk:
-    """Adam's steps from the best point so far, within limits; longer after a gain, shorter after a loss."""
+    """Takes Adam steps from the best point so far, within limits; a gain lengthens steps, a loss shortens them."""
 
     def __init__(self, start: Parts, limits: Parts, rate: float) -> None:
         self.start, self.limits, self.rate = start, limits, rate
@@ -170,23 +172,23 @@ class _Walk:
         self.forget()
 
     def forget(self) -> None:
-        """Drop what is known of earlier gradients."""
+        """Discard the averages of earlier gradients."""
         self.mean: list[torch.Tensor | None] = [None] * len(self.start)
         self.square: list[torch.Tensor | None] = [None] * len(self.start)
         self.taken = 0
 
     def gained(self, point: Parts) -> None:
-        """Go on from ``point``."""
+        """Continue from ``point``, with longer steps."""
         self.point = point
         self.rate *= _LONGER
 
     def lost(self) -> None:
-        """Go back to the last point."""
+        """Return to the best point so far, with shorter steps."""
         self.rate *= _SHORTER
         self.forget()
 
     def step(self, gradient: Parts) -> Parts:
-        """The next point, given the gradient at the present one."""
+        """Return the next point, given the gradient at the present point."""
         self.taken += 1
         keys, bias, values = (self._part(index, part) for index, part in enumerate(gradient))
         return keys, bias, values
@@ -200,7 +202,7 @@ class _Walk:
         return shift.mul_((limit / length).clamp_(max=1)).add_(start)
 
     def _direction(self, index: int, gradient: torch.Tensor) -> torch.Tensor:
-        """The mean of the gradients over the root of their mean square, a new tensor."""
+        """Return the mean gradient divided by the root of the mean squared gradient, a new tensor."""
         keep, keep_square = _FADING
         mean, square = self.mean[index], self.square[index]
         if mean is None or square is None:
@@ -214,7 +216,7 @@ class _Walk:
 
 
 def _limits(start: Parts, values: torch.Tensor, reach: Reach) -> Parts:
-    """How far each slot's key, β and value may move, ``[t, 1]`` each."""
+    """Return the largest changes of each slot's key, β and value, ``[t, 1]`` each."""
     keys, bias, _ = start
     longest = values.norm(dim=-1).amax()
     return (

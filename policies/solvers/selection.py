@@ -1,4 +1,4 @@
-"""Highest attention: the importance of each slot over all reference queries, and the top of it."""
+"""Highest attention: compute each slot's importance over all reference queries, and choose the most important slots."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ Score = Literal["rms", "max", "mean"]
 
 @dataclass(frozen=True, slots=True)
 class Importance:
-    """``scores [T]`` of the slots, and ``log_mass [N]``, the log of every query's mass over the segment; float32."""
+    """The importance ``scores [T]`` of the slots, and the log ``log_mass [N]`` of every query's mass; float32.
+
+    The mass of a query is that over the whole segment.
+    """
 
     scores: torch.Tensor
     log_mass: torch.Tensor
 
 
 def importance(attention: LocalAttention, score: Score = "rms") -> Importance:
-    """Each slot's root mean square, maximum or mean attention weight over all queries.
+    """Compute each slot's root mean square, maximum or mean attention weight over all queries.
 
     Source: arXiv:2602.16284, "highest attention" (rms works best there).
 
     Invariants: scores lie in [0, 1]; blocks of any size give the same scores up to rounding; a constant added to every
-    logit of a query changes nothing; a query of weight 2 counts like two of weight 1, except for the maximum, which
-    weights do not change.
+    logit of a query changes nothing; a query of weight 2 counts like two queries of weight 1, except for the maximum,
+    which does not depend on weights.
     """
     scores = attention.bias.new_zeros(len(attention.keys))
     log_mass = attention.bias.new_empty(attention.count)
@@ -45,9 +48,9 @@ def importance(attention: LocalAttention, score: Score = "rms") -> Importance:
 
 
 def top(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """The indices of the ``count`` largest ``scores [T]``, ascending, int64.
+    """Return the indices of the ``count`` largest ``scores [T]``, ascending, int64.
 
-    Slots come in ascending position, so of equal scores the later index is the newer slot, and it is the one kept.
+    Slots are in order of position, so that of equal scores the one with the later index, the newer slot, is chosen.
     """
     newest_first = scores.flip(0).argsort(descending=True, stable=True)
     chosen = torch.zeros_like(scores, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""What a solver returns: the value that it found, how the search for it ended, and figures about the search."""
+"""The result type of all solvers: the value found, how the search ended, and statistics of the search."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class Outcome(Enum):
-    """How a solver ended. The text says what was wrong, and what helps where something does."""
+    """How a solver ended. The text names the problem and, if one exists, a remedy."""
 
     SOLVED = "solved"
     STOPPED = "stopped at the limit of steps before it converged; raise the ridge"
@@ -24,10 +24,10 @@ class Outcome(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Solution(Generic[T]):
-    """The result of a solver; what ``value`` is and which ``stats`` there are, the solver's docstring says.
+    """The result of a solver; the docstring of each solver describes its ``value`` and its ``stats``.
 
-    ``condition`` estimates the condition number of the equations that were solved: 1 where none was estimated, infinity
-    where they were singular.
+    ``condition`` estimates the condition number of the solved equations. It is 1 if none was estimated, and infinity if
+    the equations were singular.
     """
 
     value: T
@@ -37,5 +37,5 @@ class Solution(Generic[T]):
 
     @property
     def accepted(self) -> bool:
-        """Whether the value is a fit, and not the start that is returned where no fit was better."""
+        """True if the value is a fit, False if it is the start because no fit was better."""
         return self.outcome in {Outcome.SOLVED, Outcome.STOPPED}

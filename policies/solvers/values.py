@@ -1,4 +1,4 @@
-"""The value fit: values for the kept slots that restore every query's attention output over the segment."""
+"""The value fit: find values of the kept slots that restore every query's attention output over the segment."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ def fit_values(
     ridge: float,
     bound: float,
 ) -> Solution[torch.Tensor]:
-    """Fit ``X C ≈ Y``: X the weights over the kept slots with their new β, Y the output of the whole segment.
+    """Fit ``X C ≈ Y``: X holds attention weights over the kept slots with their new β, Y the segment's outputs.
 
-    ``values [T, dv]`` and ``anchor [t, dv]`` (the kept slots' own values) are float32. Minimises
-    ``|X C - Y|² + ridge * mean(diag XᵀX) * |C - anchor|²``; no slot's value moves further from its own than
-    ``bound`` times the longest value of the segment.
+    ``values [T, dv]`` and ``anchor [t, dv]`` (the kept slots' own values) are float32. The fit minimises
+    ``|X C - Y|² + ridge * mean(diag XᵀX) * |C - anchor|²``, then cuts every slot's shift from its own value to at most
+    ``bound`` times the length of the segment's longest value.
 
-    The value is ``C [t, dv]`` float32, or the anchor where no fit is better; the stat ``bounded`` counts the slots
+    The value is ``C [t, dv]`` float32, or the anchor if the fit is not better; the stat ``bounded`` counts the slots
     whose shift was cut to the bound.
 
     Invariants: a slot without evidence keeps its value; fewer queries than slots, one query, equal queries and
-    duplicate keys give finite values; the accepted fit has a smaller squared output error on the fitting queries than
+    duplicate keys give finite values; an accepted fit has a smaller squared output error on the fitting queries than
     the anchor.
 
-    Source: arXiv:2602.16284, output matching; there without anchor. Both softmaxes are local to the segment.
+    Source: arXiv:2602.16284, output matching, which has no anchor. Both softmaxes are local to the segment.
     """
     for firmer in FIRMER_RIDGES:
         pull = torch.zeros_like(anchor)
@@ -50,7 +50,7 @@ def fit_values(
 
 
 def _bounded(shift: torch.Tensor, limit: float) -> tuple[torch.Tensor, int]:
-    """``shift [t, dv]`` with no row longer than ``limit``, in place, and how many rows were cut."""
+    """Cut the rows of ``shift [t, dv]`` to the length ``limit`` in place; return it and the number of cut rows."""
     length = shift.norm(dim=-1, keepdim=True)
     return shift.mul_((limit / length).clamp_(max=1)), int((length > limit).sum())
 
@@ -58,9 +58,9 @@ def _bounded(shift: torch.Tensor, limit: float) -> tuple[torch.Tensor, int]:
 def _gram(
     whole: LocalAttention, kept: LocalAttention, values: torch.Tensor, anchor: torch.Tensor, pull: torch.Tensor
 ) -> torch.Tensor:
-    """The upper triangle of the Gram ``XᵀX [t, t]``, added up over blocks of queries.
+    """Return the upper triangle of the Gram matrix ``XᵀX [t, t]``, summed over blocks of queries.
 
-    The pull ``Xᵀ (Y - X anchor)`` is added to ``pull``.
+    Add ``Xᵀ (Y - X anchor)``, the pull at the anchor, to ``pull`` in place.
     """
     gram = anchor.new_zeros(len(anchor), len(anchor))
     for rows, block in whole.blocks():

@@ -1,4 +1,4 @@
-"""``agentmem chat``: a conversation in the terminal, whose memory stays under a hard cap."""
+"""``agentmem chat``: a conversation in the terminal; its KV memory stays under a hard cap."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def chat(
         raise typer.BadParameter("--system belongs to a new conversation; leave it out with --load")
     given = {"keep_recent": keep_recent, "rebase": rebase, "slot_dtype": slot_dtype}
     settings = {name: value for name, value in given.items() if value is not None}
-    plugins.policy(policy or _POLICY)  # what needs no model is refused before one is loaded
+    plugins.policy(policy or _POLICY)  # options that need no model are checked before the model is loaded
     Settings.of(cap=cap, seed=seed, **settings)
     if pin_request is not None:
         settings["pin_request"] = pin_request
@@ -74,18 +74,18 @@ def chat(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         options |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
-    # Idle branches go to disk rather than being compacted further: what was said in them stays as it was.
+    # Idle branches are written to disk rather than compacted further, so that they lose nothing.
     with Runtime(loaded, tokenizer, cap=cap, policy=_POLICY, pressure=("trim", "disk"), seed=seed) as runtime:
         session = _begin(runtime, policy, settings, system, load)
         refusals = talk(Conversation(runtime, session, options))
     if refusals and not sys.stdin.isatty():
-        raise typer.Exit(1)  # nobody was there to read the refusals
+        raise typer.Exit(1)  # the input is no terminal, so the exit code reports the refusals
 
 
 def _begin(
     runtime: Runtime, policy: str | None, settings: dict[str, Any], system: str | None, load: str | None
 ) -> Session:
-    """The first session: a new one, or one that was saved."""
+    """Return the first session: a saved session if ``load`` names one, else a new session."""
     if load is not None:
         return runtime.load(load, policy=policy, **settings)
     session = runtime.session(policy, name="main", **settings)
@@ -100,7 +100,7 @@ def _begin(
 
 
 def talk(conversation: Conversation) -> int:
-    """Turn by turn until /quit or the end of the input; the number of lines that were refused."""
+    """Run turns and commands until /quit or the end of the input; return the number of refused lines."""
     stats, refusals = conversation.session.stats, 0
     note(
         f"{stats.policy}: {stats.capacity} slots per head under {format_bytes(stats.lease_bytes)}, {stats.tokens} "
@@ -115,7 +115,7 @@ def talk(conversation: Conversation) -> int:
         except AgentmemError as error:
             refusals += 1
             refuse(error)
-        except KeyboardInterrupt:  # before a turn could listen to it, or a second one
+        except KeyboardInterrupt:  # Ctrl-C came outside a turn, or twice during one
             if not sys.stdin.isatty():
                 raise
             note("stopped")

@@ -1,4 +1,4 @@
-"""The commands of ``agentmem chat``: one function each, one table."""
+"""The slash commands of ``agentmem chat``: one function per command, and the table of all commands."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """``run`` is called with the conversation and the text after the command's name; it returns whether to go on."""
+    """One slash command.
+
+    ``run`` receives the conversation and the text after the command's name. If it returns False, the chat ends.
+    """
 
     usage: str
     summary: str
@@ -29,14 +32,14 @@ class Command:
 
     @property
     def name(self) -> str:
-        """With its slash."""
+        """The command's name, including its slash."""
         return self.usage.partition(" ")[0]
 
     def check(self, argument: str) -> None:
-        """Refuse an argument that is missing or too many.
+        """Refuse a missing or an unexpected argument.
 
         Raises:
-            SettingsRefused: with the usage.
+            SettingsRefused: the argument does not match the usage, which the message quotes.
 
         """
         wanted = self.usage.partition(" ")[2]
@@ -47,11 +50,11 @@ class Command:
 
 
 def obey(conversation: Conversation, line: str) -> bool:
-    """Run a line that begins with a slash; whether the conversation goes on.
+    """Run a line that begins with a slash as a command; return False if the conversation shall end.
 
     Raises:
-        SettingsRefused: there is no such command, or it is used wrongly.
-        AgentmemError: it could not be done; the conversation is as before.
+        SettingsRefused: the command does not exist, or its argument is wrong.
+        AgentmemError: the command failed; the conversation is unchanged.
 
     """
     name, argument = (*line.split(maxsplit=1), "")[:2]

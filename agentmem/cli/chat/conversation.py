@@ -1,4 +1,4 @@
-"""One conversation of the terminal: its sessions (branches of it, or loaded ones), and a turn in the current one."""
+"""The conversation of ``agentmem chat``: its sessions (branches and loaded sessions), and turns in the current one."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ _BAR = 20
 
 
 class Conversation:
-    """Sessions by their names; one of them is the current one. ``options`` are those of ``generate``."""
+    """The sessions of a chat by name, and the current session. ``options`` are passed to ``generate``."""
 
     def __init__(self, runtime: Runtime, session: Session, options: dict[str, Any]) -> None:
-        """``session`` is where it begins."""
+        """Begin with ``session`` as the current session."""
         self.runtime, self.options = runtime, options
         self.sessions = {session.name: session}
         self.session = session
 
     @property
     def prompt(self) -> str:
-        """What stands before a person's line: the session's name where there are several."""
+        """The input prompt; it shows the current session's name if there are several sessions."""
         return "you> " if len(self.sessions) == 1 else printable(f"{self.session.name}> ")
 
     def enter(self, session: Session) -> None:
-        """Go on in this session."""
+        """Make ``session`` the current session, and add it if it is new."""
         self.sessions[session.name] = self.session = session
 
     def free_name(self, wanted: str) -> str:
-        """``wanted``, or that with a number if a session has this name already."""
+        """Return ``wanted``, with a number appended if a session has this name already."""
         name, number = wanted, 2
         while name in self.sessions:
             name, number = f"{wanted}-{number}", number + 1
         return name
 
     def turn(self, text: str) -> None:
-        """Say something, stream the reply, and show what the memory holds then.
+        """Append the user's message, stream the reply, then show the state of the memory.
 
-        Ctrl-C ends the reply after the forward or the layer that runs; once more ends it at once.
+        The first Ctrl-C ends the reply after the running forward pass or layer; a second Ctrl-C ends it at once.
 
         Raises:
-            AgentmemError: the turn could not begin or go on; the session is valid.
+            AgentmemError: the turn could not begin or continue; the session stays valid.
 
         """
         session, started = self.session, time.perf_counter()
@@ -77,7 +77,7 @@ class Conversation:
         note(self.bar() + _ending(ended, time.perf_counter() - started))
 
     def _follow(self, events: Generator[Event, None, None], display: Display, stop: Stop) -> TurnFinished | None:
-        """Show events as they come; the last one."""
+        """Show events as they come; return the event that finished the turn, if it came."""
         finished: TurnFinished | None = None
         with closing(events):  # ends the turn, whatever happens
             for event in events:
@@ -94,7 +94,7 @@ class Conversation:
         return finished
 
     def bar(self) -> str:
-        """The memory in one line."""
+        """Return the state of the memory in one line of text."""
         stats = self.session.stats
         used = self.session.memory.usage().used_bytes
         filled = min(_BAR, round(_BAR * used / stats.lease_bytes))
@@ -107,7 +107,7 @@ class Conversation:
 
 
 def _ending(ended: TurnFinished | None, seconds: float) -> str:
-    """How fast a turn was, and why it ended if not by itself; for the end of a line."""
+    """Return the text that ends the line about a turn: the turn's speed, and whether the turn was stopped or cut."""
     parts = [""]
     if ended is not None and ended.tokens:
         parts.append(f"{ended.tokens} tokens, {ended.tokens / max(1e-3, seconds):.1f} tokens/s")
@@ -119,20 +119,20 @@ def _ending(ended: TurnFinished | None, seconds: float) -> str:
 
 
 class Stop:
-    """Ctrl-C during a turn."""
+    """Handles Ctrl-C during a turn of a session."""
 
     def __init__(self, session: Session) -> None:
-        """Not wanted yet."""
+        """Begin without a request to stop."""
         self._session = session
         self.wanted = False
 
     def pass_on(self) -> None:
-        """Tell the turn that runs, which may have begun after the signal."""
+        """Cancel the running turn if a stop is wanted; the turn may have begun after the signal."""
         if self.wanted:
             self._session.watch.cancelled = True
 
     def signalled(self, _number: int, _frame: object) -> None:
-        """Take the signal."""
+        """Handle SIGINT: ask the turn to stop, or raise KeyboardInterrupt if this is the second signal."""
         if self.wanted:
             raise KeyboardInterrupt
         self.wanted = True
@@ -141,7 +141,10 @@ class Stop:
 
 @contextmanager
 def stopping(session: Session) -> Iterator[Stop]:
-    """Ctrl-C ends the session's turn at the next boundary, a second one at once; nothing off the main thread."""
+    """Handle Ctrl-C while the block runs: the first ends the turn at its next boundary, the second at once.
+
+    Outside the main thread, signals are not handled.
+    """
     stop = Stop(session)
     if threading.current_thread() is not threading.main_thread():
         yield stop

@@ -1,4 +1,4 @@
-"""What a person types, or a pipe brings: one line a turn."""
+"""Input of ``agentmem chat``: lines that a person types or that come from a pipe, one line per turn."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from agentmem.errors import SettingsRefused
 
 
 def read_lines(prompt: Callable[[], str]) -> Iterator[str]:
-    """Lines that are not empty, stripped, until the input ends. Ctrl-C at a terminal's prompt begins the line again.
+    """Yield all non-empty lines, stripped, until the input ends.
+
+    At a terminal's prompt, Ctrl-C discards the line typed so far.
 
     Raises:
         SettingsRefused: the input is not UTF-8.
@@ -20,7 +22,7 @@ def read_lines(prompt: Callable[[], str]) -> Iterator[str]:
     """
     interactive = sys.stdin.isatty()
     if interactive:
-        with suppress(ImportError):  # Windows has none
+        with suppress(ImportError):  # Windows has no readline module
             import readline  # noqa: F401  # gives input() its history and its editing
     while (line := _line(prompt, interactive=interactive)) is not None:
         if line.strip():
@@ -28,10 +30,10 @@ def read_lines(prompt: Callable[[], str]) -> Iterator[str]:
 
 
 def _line(prompt: Callable[[], str], *, interactive: bool) -> str | None:
-    """The next line, ``None`` at the end."""
+    """Return the next line, or ``None`` at the end of the input."""
     try:
         line = _typed(prompt()) if interactive else sys.stdin.readline()
-        line.encode()  # a locale may have let bytes through that are no text
+        line.encode()  # fails if the locale let bytes through that are not UTF-8
     except UnicodeError as error:
         raise SettingsRefused("chat: the input is not UTF-8; convert it first, for example with iconv") from error
     except EOFError:

@@ -1,1 +1,1 @@
-"""``agentmem eval``: fidelity and recall of policies."""
+"""``agentmem eval``: measure the fidelity and the recall of policies."""

@@ -1,4 +1,4 @@
-"""``agentmem eval``: what a policy costs, measured."""
+"""``agentmem eval``: measure what a policy costs in fidelity and in recall."""
 
 from __future__ import annotations
 

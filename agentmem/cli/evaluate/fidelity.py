@@ -1,4 +1,4 @@
-"""``agentmem eval fidelity``: next-token distributions under a cap against those of full memory."""
+"""``agentmem eval fidelity``: compare next-token distributions under a cap with those of full memory."""
 
 from __future__ import annotations
 
@@ -114,10 +114,12 @@ def fidelity(
 
 
 def _shot(wanted: bool, ratios: str | None, continuation: int | None, others: dict[str, object]) -> Shot | None:  # noqa: FBT001  # a command's flag
-    """The one-shot setting, if it is wanted; options of the other setting are refused.
+    """Return the one-shot settings if ``--one-shot`` was given (``wanted``), else ``None``.
+
+    ``others`` are the options that have a meaning only without ``--one-shot``.
 
     Raises:
-        SettingsRefused: an option that the setting has not, or ratios that cannot work.
+        SettingsRefused: an option was given that has no meaning together with this choice, or a ratio cannot work.
 
     """
     own = {"--ratios": ratios, "--continuation": continuation}
@@ -151,7 +153,7 @@ def _compare(work: Work, passages: dict[int, torch.Tensor], limits: Sequence[Ter
                     )
                     for each in streamed:
                         done.setdefault(offset, []).append(each)
-    finally:  # also what was measured before an error or Ctrl-C
+    finally:  # after an error or Ctrl-C, the rows measured before are delivered too
         if done:
             _deliver({offset: evaluation.rows(each, offset=offset) for offset, each in done.items()}, work.delivery)
         work.note_missing(sum(map(len, done.values())), wanted)
@@ -220,7 +222,7 @@ def _show_medians(found: Sequence[Medians], delivery: Delivery) -> None:
 
 
 def _show_drift(found: Sequence[Medians], delivery: Delivery) -> None:
-    """One column per group of compactions that some policy has."""
+    """Print a table with one column per group of compactions that any policy has."""
     groups = sorted({(group.first, group.last) for each in found for group in each.drift})
     lines = []
     for each in found:

@@ -1,4 +1,4 @@
-"""``agentmem eval fidelity --one-shot``: a document is compacted once, and its continuation teacher-forced."""
+"""``agentmem eval fidelity --one-shot``: compact a document once, then teacher-force its continuation."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from agentmem.evaluation.one_shot import Medians, medians
 
 
 def compare(work: Work, passages: dict[int, torch.Tensor], terms: Terms, shot: Shot) -> None:
-    """Measure every passage and deliver what was found, also before an error or Ctrl-C."""
+    """Measure every passage and deliver the results; after an error or Ctrl-C, deliver those measured before."""
     done: list[OneShotRow] = []
     tokens = len(next(iter(passages.values()))) - 1
     cases = one_shot.cases(work.specs, terms, shot, tokens)
     for case in cases:
-        if not isinstance(case.policy, str):  # refused now, not when its turn comes
+        if not isinstance(case.policy, str):  # a policy that cannot serve these terms is refused now, not minutes later
             case.terms.plan(work.model, case.policy, min_reclaim=1)
     wanted = len(passages) * len(cases)
     try:

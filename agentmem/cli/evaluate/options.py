@@ -1,4 +1,4 @@
-"""Options that the commands of ``agentmem eval`` share, and what becomes of them."""
+"""Options that the commands of ``agentmem eval`` share, and helpers that parse them and deliver results."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ Number = TypeVar("Number", int, float)
 
 
 def entries(text: str, option: str) -> tuple[str, ...]:
-    """The entries of a comma-separated list.
+    """Return the entries of a comma-separated list.
 
     Raises:
-        SettingsRefused: it cannot be read.
+        SettingsRefused: the list cannot be parsed.
 
     """
     try:
@@ -55,10 +55,10 @@ def entries(text: str, option: str) -> tuple[str, ...]:
 
 
 def numbers(text: str, option: str, kind: Callable[[str], Number]) -> tuple[Number, ...]:
-    """The numbers of a comma-separated list.
+    """Return the numbers of a comma-separated list.
 
     Raises:
-        SettingsRefused: an entry is no such number, is negative or stands there twice; or there is none.
+        SettingsRefused: an entry is not a number of this kind, is negative or occurs twice, or the list is empty.
 
     """
     parts = entries(text, option)
@@ -72,12 +72,12 @@ def numbers(text: str, option: str, kind: Callable[[str], Number]) -> tuple[Numb
 
 
 def words(path: Path | None) -> str:
-    """The text that is streamed."""
+    """Return the text to stream: that of the file, or the default text of the package."""
     return evaluation.default_text() if path is None else evaluation.read_text(path)
 
 
 def comparisons(common: Terms, slots: int | None, cap: str | None) -> list[Terms]:
-    """Equal slots, equal bytes, or both; 512 slots without either."""
+    """Return the terms of each comparison: at equal slots, at equal bytes, or both; by default at 512 slots."""
     found = []
     if slots is not None or cap is None:
         found.append(common.model_copy(update={"slots": slots or DEFAULT_SLOTS}))
@@ -87,7 +87,7 @@ def comparisons(common: Terms, slots: int | None, cap: str | None) -> list[Terms
 
 
 def chosen(policies: str, terms: Terms) -> list[str]:
-    """The specs of ``--policies``, each of them made once, so that a bad one is refused before a model is loaded."""
+    """Return the specs of ``--policies``; every policy is made once, so that a bad spec is refused before loading."""
     found = plugins.listed(policies)
     for spec in found:
         terms.policy(spec)
@@ -96,13 +96,13 @@ def chosen(policies: str, terms: Terms) -> list[str]:
 
 @dataclass(frozen=True)
 class Delivery:
-    """Where results go: rows as JSON, tables to a console, pictures to a folder."""
+    """The destinations of results: rows go to a JSON file, tables to a console, pictures to a folder."""
 
     json_path: str | None
     plot: Path | None
 
     def check(self) -> None:
-        """Find out before the work that results can be kept.
+        """Check before a long computation that its results can be written.
 
         Raises:
             SettingsRefused: a file or folder cannot be written.
@@ -114,38 +114,38 @@ class Delivery:
             require_folder(self.plot, "--plot")
 
     def rows(self, rows: Sequence[Frozen]) -> None:
-        """Write the rows, if that was asked for."""
+        """Write the rows as JSON if the user asked for that."""
         if self.json_path is not None:
             write_json([row.model_dump(mode="json") for row in rows], self.json_path, "--json")
 
     def table(
         self, title: str, columns: Sequence[str], lines: Iterable[Sequence[str]], *, left: Sequence[int] = (0,)
     ) -> None:
-        """Print a table under its title, on stderr if stdout is for JSON."""
+        """Print a table under its title, to stderr if JSON goes to stdout."""
         console = ERR if self.json_path == STDOUT else OUT
         console.print(title, markup=False, soft_wrap=True)
         show(table(None, columns, lines, left=left), on=console)
 
     def pictures(self, paths: Sequence[Path]) -> None:
-        """Say what was drawn."""
+        """Print the paths of the drawn pictures."""
         for path in paths:
             note(f"picture {path}")
 
 
 @dataclass(frozen=True)
 class Work:
-    """What every comparison of one command is done with."""
+    """The model, policies and destinations that all comparisons of one command share."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     specs: Sequence[str]
     folder: Path
-    """Where logits and finished measurements are kept."""
+    """The folder that stores logits and finished measurements."""
     fresh: bool
     delivery: Delivery
 
     def check_plans(self, limits: Iterable[Terms], specs: Iterable[str] | None = None) -> None:
-        """Plan every policy under every limit, so that none is refused after others were measured for minutes.
+        """Plan every policy under every limit, so that refusals come before the first measurement, not minutes later.
 
         Raises:
             SettingsRefused: a policy cannot serve the terms on this model.
@@ -157,19 +157,19 @@ class Work:
                 terms.plan(self.model, terms.policy(spec))
 
     def note_missing(self, done: int, wanted: int) -> None:
-        """Say how much was measured, if not all was."""
+        """Print the number of measured rows if some are missing."""
         if done < wanted:
             note(f"{done} of {wanted} rows were measured; the same command goes on there")
 
 
 def kept_in(cache_dir: Path | None, name: str) -> Path:
-    """The folder of finished measurements."""
+    """Return the folder for finished measurements: ``cache_dir``, or the folder ``name`` in the user's cache."""
     return cache_dir or models.cache_home() / name
 
 
 @contextmanager
 def bars(total: int, suffix: str = "") -> Iterator[Callable[[str, int], None]]:
-    """A bar per name on a terminal; nothing elsewhere."""
+    """Yield a function that shows progress as one bar per name on a terminal, and shows nothing elsewhere."""
     description = TextColumn("{task.description}", markup=False)  # a policy's options stand in brackets
     columns = (description, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     tasks: dict[str, TaskID] = {}

@@ -1,4 +1,4 @@
-"""``agentmem eval recall``: facts planted in a text, asked for after many compactions."""
+"""``agentmem eval recall``: plant facts in a text, and ask for them after many compactions."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def _show_rows(found: Sequence[RecallRow], delivery: Delivery) -> None:
 
 
 def _show_groups(title: str, groups: dict[str, dict[str, Score]], delivery: Delivery) -> None:
-    """Recovered and exact of every group that some policy has."""
+    """Print the recovered fraction and the exact answers of every group (depth, format or compactions) by policy."""
     keys = list(dict.fromkeys(key for group in groups.values() for key in group))
     keys.sort(key=lambda key: (0, float(key), "") if key[0].isdigit() else (1, 0.0, key))
     lines = [

@@ -1,4 +1,4 @@
-"""``agentmem run``: generate under a cap and show the proof."""
+"""``agentmem run``: generate under a cap, and show that the cap was kept."""
 
 from __future__ import annotations
 
@@ -95,19 +95,19 @@ def run(
 
 
 def _refuse_early(cap: str, policy: str, options: dict[str, object], settings: dict[str, object]) -> None:
-    """What needs no model is refused before one is loaded, which takes seconds."""
+    """Check the policy and the settings without a model, before the model is loaded, which takes seconds."""
     plugins.policy(policy, **options)
     Settings.of(cap=cap, **settings)
 
 
 def _deliver(outcome: Outcome, json_path: str | None, trace: Path | None, plot: Path | None) -> None:
-    """Write everything, also of a run that ended early; then say how it ended by the exit code."""
+    """Write all results, also those of a run that ended early; then raise the error that ended the run, if any."""
     written: list[tuple[str, Path | str]] = []
     failure = outcome.error
     if plot is not None:
         try:
             outcome.pictures = draw(outcome.trace, plot)
-        except SettingsRefused as error:  # the report and the table are not lost with the pictures
+        except SettingsRefused as error:  # if drawing fails, the report and the table are still written
             failure = failure or error
         written += [("picture", path) for path in outcome.pictures]
     if trace is not None:

@@ -1,4 +1,4 @@
-"""One run of the command line: generation under a cap, and the same with full memory for comparison."""
+"""One run of ``agentmem run``: generation under a cap, and generation with full memory for comparison."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Job:
-    """What to run. ``prompt`` is ``[1, n]``; ``settings`` go to :func:`agentmem.capped`."""
+    """The model, prompt and settings of one run.
+
+    ``prompt`` is ``[1, n]``; ``settings`` are passed to :func:`agentmem.capped`.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -39,11 +42,11 @@ class Job:
     trace: Path | None = None
 
     def execute(self) -> Outcome:
-        """Generate under the cap. An error in mid-run becomes part of the outcome, so that nothing is lost.
+        """Generate under the cap. An error during the run becomes part of the outcome, so that no result is lost.
 
         Raises:
-            AgentmemError: before the first token was read.
-            KeyboardInterrupt: likewise.
+            AgentmemError: an error occurred before the first token was read.
+            KeyboardInterrupt: Ctrl-C came before the first token was read.
 
         """
         generated, trace = Generated(), Trace()
@@ -72,7 +75,7 @@ class Job:
             return Outcome(generated, memory.report(), trace, int(self.prompt.shape[1]), error)
 
     def compare(self, capped_run: Outcome) -> FullRun:
-        """The same with stock memory and the same seed."""
+        """Generate with full memory (a stock cache of transformers) from this prompt, seed and sampling."""
         generated, cache = Generated(), DynamicCache(config=self.model.config)
         display = self._display(None)
         generate(self.model, self.tokenizer, self.prompt, self.sampling, display, generated, past_key_values=cache)

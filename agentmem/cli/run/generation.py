@@ -1,4 +1,4 @@
-"""One call of ``generate`` for the command line: streamed, interruptible, seeded."""
+"""One call of ``generate`` for the command line; it streams text, can be interrupted, and has a seed."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from agentmem.cli.display import Display
 
 _LOOK_BACK = 8
-"""Tokens that are decoded again before the new ones, because a token's text depends on its neighbours."""
+"""Number of earlier tokens that are decoded again with new tokens, because a token's text depends on its neighbours."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. ``temperature`` 0 is greedy."""
+    """Settings for choosing tokens. A ``temperature`` of 0 means greedy decoding."""
 
     max_new_tokens: int
     temperature: float
@@ -38,7 +38,7 @@ class Sampling:
     ignore_eos: bool
 
     def arguments(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """The keyword arguments of ``generate``."""
+        """Return the keyword arguments for ``model.generate``."""
         chosen: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
         if self.temperature > 0:
             chosen |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
@@ -51,30 +51,30 @@ class Sampling:
 
 @dataclass
 class Generated:
-    """What came out, also when it ended early."""
+    """The tokens and the text generated so far, which stay valid if generation ends early."""
 
     ids: list[int] = field(default_factory=list)
     text: str = ""
     seconds: float = 0.0
     finish: str = "length"
-    """``length``, ``eos``, ``interrupted`` or ``failed``."""
+    """Reason for the end: ``length``, ``eos``, ``interrupted`` or ``failed``."""
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens over the whole time, prompt and compactions included."""
+        """New tokens per second of the whole run, including the prompt and the compactions."""
         return len(self.ids) / self.seconds if self.seconds else 0.0
 
 
 class Interrupt:
-    """Ctrl-C: the first ends generation after the running token, the second at once."""
+    """Handles Ctrl-C: the first ends generation after the running token, the second at once."""
 
     def __init__(self) -> None:
-        """Not interrupted."""
+        """Begin without an interrupt."""
         self.wanted = False
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Take over SIGINT while the block runs; does nothing outside the main thread."""
+        """Handle SIGINT while the block runs; outside the main thread, do nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -100,7 +100,7 @@ class _Ends(StoppingCriteria):
 
 
 class _Finite(LogitsProcessor):
-    """Greedy decoding would take the first token of a row of NaN for its best and go on."""
+    """Raises an error if logits are NaN; greedy decoding would choose the first token and go on."""
 
     def __init__(self, prompt_tokens: int) -> None:
         self.prompt_tokens = prompt_tokens
@@ -116,7 +116,7 @@ class _Finite(LogitsProcessor):
 
 
 class _Stream(BaseStreamer):
-    """Decodes tokens as they come, a few at a time: never the whole text again, never half a character."""
+    """Decodes tokens as they come, without decoding the whole text again and without showing half a character."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, generated: Generated, display: Display) -> None:
         self.tokenizer, self.generated, self.display = tokenizer, generated, display
@@ -124,7 +124,7 @@ class _Stream(BaseStreamer):
         self.prompt = True
 
     def put(self, value: torch.Tensor) -> None:
-        """Take new ids; the first call brings the prompt."""
+        """Take new token ids and show their text; the first call, which brings the prompt, is ignored."""
         if self.prompt:
             self.prompt = False
             return
@@ -133,7 +133,7 @@ class _Stream(BaseStreamer):
         self._show(final=False)
 
     def end(self) -> None:
-        """Show what was held back."""
+        """Show the text held back so far."""
         self._show(final=True)
 
     def _show(self, *, final: bool) -> None:
@@ -159,9 +159,9 @@ def generate(
     generated: Generated,
     **arguments: Any,
 ) -> None:
-    """Fill ``generated``, whatever happens; errors pass through after that.
+    """Generate and store the results in ``generated``, also if an error ends the call; the error is raised then.
 
-    ``prompt`` is ``[1, n]``; ``arguments`` go on to ``model.generate``.
+    ``prompt`` is ``[1, n]``; ``arguments`` are passed to ``model.generate``. Ctrl-C is recorded, not raised.
     """
     torch.manual_seed(sampling.seed)
     interrupt, stream = Interrupt(), _Stream(tokenizer, generated, display)

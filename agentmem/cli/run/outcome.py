@@ -1,4 +1,4 @@
-"""What a run came to: as JSON with stable keys, and as a small table."""
+"""The outcome of ``agentmem run``, as JSON with stable keys and as a small table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FullRun:
-    """The same generation with stock memory. ``common`` counts equal tokens from the start."""
+    """The comparison run with full memory.
+
+    ``bytes`` is the size of its cache at the end. ``common`` counts the tokens from the start that equal those of the
+    capped run.
+    """
 
     generated: Generated
     bytes: int
@@ -31,7 +35,7 @@ class FullRun:
 
 @dataclass
 class Outcome:
-    """A capped run, whole or not; ``error`` is what ended it, if anything did."""
+    """A complete or incomplete capped run; ``error`` is the error that ended the run, if there was one."""
 
     generated: Generated
     report: RunReport
@@ -43,12 +47,12 @@ class Outcome:
 
     @property
     def interrupted(self) -> bool:
-        """Whether Ctrl-C ended the run, or the comparison after it."""
+        """True if Ctrl-C ended the run or the comparison run after it."""
         runs = [self.generated, *([self.full.generated] if self.full else [])]
         return any(run.finish == "interrupted" for run in runs)
 
     def as_json(self) -> dict[str, Any]:
-        """The run report with the text and the times. Token counts are the run's own."""
+        """Return the run report with the text, the times and the token counts of this run added."""
         found: dict[str, Any] = self.report.model_dump(mode="json")
         found |= {
             "num_prompt_tokens": self.num_prompt_tokens,
@@ -74,7 +78,7 @@ class Outcome:
         return found
 
     def table(self, paths: Sequence[tuple[str, Path | str]]) -> Table:
-        """Two columns for people; ``paths`` are what else was written."""
+        """Return a table of two columns for people; ``paths`` are the kinds and paths of the files written."""
         report, generated = self.report, self.generated
         share = report.peak_bytes / report.cap_bytes
         lines = [

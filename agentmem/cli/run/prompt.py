@@ -1,4 +1,4 @@
-"""Reading what the model shall answer: from an option, a file or stdin."""
+"""Reading of the prompt from an option, a file or stdin."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ STDIN = STDOUT
 
 
 def read_prompt(text: str | None, file: str | None, positional: str | None) -> str:
-    """The prompt's text. ``-`` in any place, or no prompt at all behind a pipe, reads stdin as UTF-8.
+    """Return the prompt's text.
+
+    ``-`` as any of the three arguments reads stdin as UTF-8, and so does a pipe if no prompt is given.
 
     Raises:
-        typer.BadParameter: no prompt, or more than one.
+        typer.BadParameter: no prompt is given, or more than one.
         SettingsRefused: the prompt is empty, unreadable, or not UTF-8.
 
     """
@@ -38,10 +40,13 @@ def read_prompt(text: str | None, file: str | None, positional: str | None) -> s
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, raw: bool) -> torch.Tensor:
-    """Token ids ``[1, n]`` of the prompt: in the model's chat format as the user's turn, or as it is (``raw``).
+    """Return the token ids ``[1, n]`` of the prompt.
+
+    The prompt becomes the user's turn in the model's chat format. With ``raw``, or without a chat template, it is
+    tokenised unchanged.
 
     Raises:
-        SettingsRefused: nothing is left of the prompt, or the template cannot take it.
+        SettingsRefused: the tokenizer makes no token of the prompt.
 
     """
     if not raw and tokenizer.chat_template is None:

@@ -1,20 +1,20 @@
-"""Ablations: a grid of policies, caps and settings from one file, measured, tabled and drawn.
+"""Run ablations: read a grid of policies, caps and settings from one file, measure it, and report it.
 
 | file | what |
 | --- | --- |
-| ``config.py`` | what is asked for |
-| ``source.py`` | the same from YAML; refusals name line and field |
-| ``grid.py`` | its cells, in order |
-| ``bench.py`` | one model: keys and measurements of cells |
-| ``rows.py`` | what was measured, on disk: one line per finished cell |
-| ``run.py`` | all of it, resumable, on one process or several |
-| ``scores.py`` | from rows to scores, unit by unit |
-| ``intervals.py`` | bootstrap intervals |
-| ``lines.py`` | cells that differ in text and seed alone, pooled |
-| ``tables.py`` | CSV and Markdown |
+| ``config.py`` | the configuration of an ablation |
+| ``source.py`` | reading the configuration from YAML; errors name line and field |
+| ``grid.py`` | the cells of the grid, in order |
+| ``bench.py`` | keys and measurements of the cells of one loaded model |
+| ``rows.py`` | results on disk, one line per finished cell |
+| ``run.py`` | a whole ablation, resumable, on one process or several |
+| ``scores.py`` | the scores of rows, unit by unit |
+| ``intervals.py`` | bootstrap confidence intervals |
+| ``lines.py`` | the lines of the tables, which pool cells that differ only in text and seed |
+| ``tables.py`` | tables as CSV and Markdown |
 | ``figures.py``, ``report.py`` | the HTML report |
 
-It needs the extra ``eval``.
+The package needs the extra ``eval``.
 """
 
 from agentmem.evaluation.ablation.config import Ablation

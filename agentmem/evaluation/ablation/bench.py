@@ -1,4 +1,4 @@
-"""One model on the bench: what a cell's result depends on, and its measurement."""
+"""Measure cells on one loaded model, and compute the keys that identify their results."""
 
 from __future__ import annotations
 
@@ -36,29 +36,29 @@ if TYPE_CHECKING:
 
 @dataclass
 class Bench:
-    """One loaded model, and all that is measured on it."""
+    """Hold one loaded model with the texts and folders that its cells are measured with."""
 
     ablation: Ablation
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     digest: str
-    """Of the model."""
+    """Digest of the model's configuration and weights."""
     texts: dict[Text, str]
     folder: Path
-    """Where relative paths begin."""
+    """Folder that relative paths of models and data files start from."""
     cache_dir: Path
-    """Where full memory's logits are kept."""
+    """Folder in which full memory's logits are kept."""
     out: Path
-    """Where tasks leave their logs."""
+    """Folder of the results; tasks write their logs into its subfolder ``logs``."""
 
     @classmethod
     def open(
         cls, ablation: Ablation, name: str, texts: dict[Text, str], folder: Path, cache_dir: Path, out: Path
     ) -> Self:
-        """Load the model of that name.
+        """Load the model ``name`` and return its bench.
 
         Raises:
-            ModelUnavailable: it cannot be loaded.
+            ModelUnavailable: the model cannot be loaded.
 
         """
         source = str(folder / name) if name.startswith(("./", "../")) else name
@@ -68,7 +68,7 @@ class Bench:
         return cls(ablation, model, tokenizer, model_digest(model), texts, folder, cache_dir, out)
 
     def key(self, cell: Cell) -> str:
-        """Names everything that a cell's result depends on; 24 hexadecimal digits."""
+        """Return a key of 24 hexadecimal digits, a digest of everything that the cell's result depends on."""
         settings = self.ablation.instruments.chosen[cell.instrument]
         facts = {
             "instrument": cell.instrument,
@@ -82,7 +82,7 @@ class Bench:
         return _sha256(json.dumps(facts, sort_keys=True))[:24]
 
     def row(self, cell: Cell) -> Row:
-        """Measure a cell; what agentmem refuses becomes a row that says why."""
+        """Measure a cell; if agentmem raises an error, return a row with its message in ``refused``."""
         key, provenance = self.key(cell), self._provenance(cell)
         settings = self.ablation.instruments.chosen[cell.instrument]
         try:
@@ -100,7 +100,7 @@ class Bench:
         words, offset = self._words(cell)
         ids = passage(self.tokenizer, words, offset=offset, tokens=settings.tokens)
         policy = cell.terms.policy(cell.policy)
-        cell.terms.plan(self.model, policy)  # a limit that cannot work is refused before full memory is computed
+        cell.terms.plan(self.model, policy)  # an impossible limit is refused before full memory is computed
         full = full_logits(self.model, ids, self.cache_dir / passage_key(self.model, ids, self.digest))
         return fidelity.measure(self.model, ids, full, policy, cell.terms, tokenizer=self.tokenizer)
 
@@ -113,7 +113,7 @@ class Bench:
             yield recall.measure(self.model, document, terms.policy(cell.policy), terms, tokenizer=self.tokenizer)
 
     def _task(self, cell: Cell, settings: TaskArguments) -> tuple[Run, ...]:
-        from agentmem.evaluation.tasks.run import attempts  # inspect_ai takes a second
+        from agentmem.evaluation.tasks.run import attempts  # importing inspect_ai takes a second
 
         terms = None if cell.limit is None else cell.terms
         if terms is not None:
@@ -125,7 +125,7 @@ class Bench:
         return attempts(settings.name, arguments, loaded, terms, cell.policy, cell.seed, self.out / "logs")
 
     def _words(self, cell: Cell) -> tuple[str, int]:
-        """The cell's text, and where it begins."""
+        """Return the cell's text, and the offset of the first character to use."""
         text = cell.text or Text()
         return self.texts[text], text.offset
 
@@ -149,11 +149,14 @@ class Bench:
 
 @cache
 def commit() -> str | None:
-    """The commit of the checkout that agentmem runs from, with ``+`` behind it if tracked files differ from it."""
+    """Return the commit of the checkout that agentmem runs from, followed by ``+`` if tracked files were changed.
+
+    ``None`` if agentmem does not run from a checkout, or git is not available.
+    """
     folder = Path(__file__).parent
     try:
         head = _git(folder, "rev-parse", "HEAD")
-        # An installation may lie inside a repository of somebody else, such as a virtual environment in a project.
+        # A virtual environment with agentmem may lie inside the repository of another project.
         if _git(folder, "ls-files", "--", Path(__file__).name) == "":
             return None
         return head + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")

@@ -1,4 +1,4 @@
-"""What an ablation is asked to do: a grid, and how its cells are measured. A YAML file holds the same names."""
+"""Define the configuration of an ablation: a grid and its instruments; the fields are the keys of the YAML file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_CELLS = 100_000
 
 
 def _several(value: Any) -> Any:
-    """One value stands for a list of one."""
+    """Accept a single value in place of a list of one."""
     return value if isinstance(value, list | tuple) else (value,)
 
 
@@ -46,11 +46,11 @@ def _text(value: Any) -> Any:
 
 
 class Text(Frozen):
-    """A text that is streamed: a UTF-8 file, or the shipped pages, from a character on."""
+    """A text to stream: a UTF-8 file, or the shipped pages, from the character ``offset`` on."""
 
     name: str = ""
     path: Path | None = None
-    """Relative to the configuration's folder. ``None`` is for the shipped pages."""
+    """Path of the file, relative to the configuration's folder; ``None`` for the shipped pages."""
     offset: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
@@ -61,19 +61,22 @@ class Text(Frozen):
 
     @property
     def label(self) -> str:
-        """How tables name it."""
+        """Return the name of the text in tables."""
         name = self.name or (PAGES if self.path is None else self.path.name)
         return f"{name}@{self.offset}" if self.offset else name
 
 
 class Fidelity(Frozen):
-    """KL from full memory; see :mod:`agentmem.evaluation.fidelity`."""
+    """Settings of the instrument that measures KL from full memory; see :mod:`agentmem.evaluation.fidelity`."""
 
     tokens: int = Field(default=2048, ge=1)
 
 
 class Recall(Frozen):
-    """Planted facts, asked for at the end; see :mod:`agentmem.evaluation.recall`. The cell's seed makes the facts."""
+    """Settings of the instrument that measures the recall of planted facts; see :mod:`agentmem.evaluation.recall`.
+
+    The facts are made from the cell's seed.
+    """
 
     tokens: int = Field(default=1710, ge=1)
     facts: int = Field(default=40, ge=1)
@@ -86,12 +89,15 @@ class Recall(Frozen):
         return self
 
     def quiz(self, seed: int) -> Quiz:
-        """What is planted with that seed."""
+        """Return the settings of the facts that are planted with this seed."""
         return Quiz(tokens=self.tokens, facts=self.facts, depths=self.depths, formats=self.formats, seed=seed)
 
 
 class TaskArguments(Frozen):
-    """A task of :mod:`agentmem.evaluation.tasks` and what it is given. The cell's seed is its seed."""
+    """Name a task of :mod:`agentmem.evaluation.tasks` and its arguments.
+
+    Without an argument ``seed``, the task uses the cell's seed.
+    """
 
     name: str
     arguments: dict[str, JsonValue]
@@ -99,7 +105,7 @@ class TaskArguments(Frozen):
 
 def _tasks(tasks: dict[str, dict[str, JsonValue]]) -> dict[str, dict[str, JsonValue]]:
     if tasks:
-        from agentmem.evaluation.tasks.run import check  # inspect_ai takes a second
+        from agentmem.evaluation.tasks.run import check  # importing inspect_ai takes a second
 
         for name, arguments in tasks.items():
             try:
@@ -110,12 +116,12 @@ def _tasks(tasks: dict[str, dict[str, JsonValue]]) -> dict[str, dict[str, JsonVa
 
 
 class Instruments(Frozen):
-    """What is measured in every cell; at least one. An instrument without settings of its own is ``fidelity: {}``."""
+    """Instruments that measure every cell, at least one; ``fidelity: {}`` chooses one with its default settings."""
 
     fidelity: Fidelity | None = None
     recall: Recall | None = None
     tasks: Annotated[dict[str, dict[str, JsonValue]], AfterValidator(_tasks)] = Field(default={})
-    """Arguments by the name of a task, as in ``many_shot: {words: 32}``."""
+    """Arguments of each task by its name, as in ``many_shot: {words: 32}``."""
 
     @model_validator(mode="after")
     def _some(self) -> Self:
@@ -125,7 +131,7 @@ class Instruments(Frozen):
 
     @property
     def chosen(self) -> dict[str, Frozen]:
-        """Settings by the name of the instrument, in a fixed order."""
+        """Return the settings of the chosen instruments by name, in a fixed order."""
         own = {"fidelity": self.fidelity, "recall": self.recall}
         tasks = {name: TaskArguments(name=name, arguments=given) for name, given in self.tasks.items()}
         return {name: settings for name, settings in (own | tasks).items() if settings is not None}
@@ -139,24 +145,33 @@ Spec = Annotated[str, AfterValidator(_spec)]
 
 
 class Ablation(Frozen):
-    """A grid: every combination of the entries of its lists is a cell. One value may stand for a list of one."""
+    """Configuration of a grid; each combination of the entries of its lists is a cell, measured by each instrument.
+
+    A single value may be given in place of a list of one.
+    """
 
     title: str = Field(default="Ablation", max_length=200)
     models: Annotated[tuple[str, ...], *Several, Field(min_length=1)] = ("default",)
-    """``default``, a folder (from the configuration's on, if it begins with ./ or ../), or a Hugging Face id."""
+    """Models, each given as ``default``, a folder, or a Hugging Face id.
+
+    A folder that begins with ``./`` or ``../`` is relative to the configuration's folder.
+    """
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Annotated[str, Field(max_length=100)] = "cpu"
-    """Where models are loaded; ``cuda`` gives every process of ``accelerate launch`` its own GPU."""
+    """Device of the models; ``cuda`` gives every process of ``accelerate launch`` its own GPU."""
     threads: Annotated[int, Field(ge=1)] | None = None
-    """Torch's threads. The workspace, and so what a cap holds, depends on them; fix them to compare machines."""
+    """Number of torch's threads.
+
+    The workspace depends on it, and so does the number of slots under a cap; set it to compare machines.
+    """
     policies: Annotated[tuple[Spec, ...], *Several, Field(min_length=1)]
-    """Names or specs; ``am-halving[selector=omp-fast]`` changes one part of a composition."""
+    """Names or specs of policies; ``am-halving[selector=omp-fast]`` changes one part of a composition."""
     baseline: str | None = None
-    """The policy that the others are compared with, pair by pair; the first one without it."""
+    """Policy that the others are compared with, pair by pair; ``None``: the first policy."""
     caps: Annotated[tuple[Bytes, ...], *Several] = ()
     """Hard limits in bytes, workspace included."""
     slots: Annotated[tuple[Slots, ...], *Several] = ()
-    """Limits in slots per KV head, whatever the bytes; beside caps or instead of them."""
+    """Limits in slots per KV head without a limit in bytes; ``caps`` and ``slots`` may both be given."""
     keep_first: Annotated[tuple[Tokens, ...], *Several, Field(min_length=1)] = (16,)
     keep_recent: Annotated[tuple[Tokens, ...], *Several, Field(min_length=1)] = (96,)
     target: Annotated[tuple[int | float | str, ...], *Several, Field(min_length=1)] = (0.5,)
@@ -178,11 +193,11 @@ class Ablation(Frozen):
 
     @property
     def compared_with(self) -> str:
-        """The policy that differences are to."""
+        """Return the policy that the others are compared with."""
         return self.baseline or self.policies[0]
 
 
 def limits(ablation: Ablation) -> Iterable[tuple[int | None, int | None]]:
-    """(slots, bytes) of every limit, one of them ``None``."""
+    """Yield every limit as (slots, bytes), where one of the two is ``None``."""
     yield from ((slots, None) for slots in ablation.slots)
     yield from ((None, cap) for cap in ablation.caps)

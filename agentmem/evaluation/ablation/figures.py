@@ -1,6 +1,6 @@
-"""Figures of an ablation as SVG texts that stand by themselves: no fonts, styles or addresses from elsewhere.
+"""Draw the figures of an ablation as self-contained SVG texts, which load no fonts, styles or addresses.
 
-Every policy has one colour and one marker in all figures. Matplotlib's object interface only, as in
+Every policy has the same colour and marker in all figures. Only Matplotlib's object interface is used, as in
 :mod:`agentmem.reporting.plots`.
 """
 
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
     from agentmem.evaluation.ablation.lines import Line
     from agentmem.evaluation.ablation.rows import Row
 
-# Okabe and Ito: told apart by readers of every colour vision; yellow is left out, it is too pale on white.
+# Okabe and Ito: colours that readers with any colour vision can distinguish; yellow is too pale on white and left out.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555", "#7A4EA3")
 _MARKERS = "osD^vP*X"
 _INK, _GREY, _RED = "#222222", "#8a8a8a", "#b3261e"
 _SIZE, _MIB = (5.4, 3.7), 2**20
 _LEGEND_WIDTH = 62
-"""Characters in one line of a legend."""
+"""The most characters in one line of a legend."""
 _HEAT_MAPS = 4
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One figure: its name, its SVG, and what a reader is to see in it."""
+    """Hold one figure: its name, its SVG, and its caption."""
 
     name: str
     svg: str
@@ -49,12 +49,12 @@ class Picture:
 
 @dataclass(frozen=True)
 class Palette:
-    """The colour and the marker of every policy."""
+    """Assign a colour and a marker to every policy."""
 
     policies: tuple[str, ...]
 
     def style(self, policy: str) -> dict[str, str]:
-        """Keyword arguments of a plot."""
+        """Return the policy's colour and marker as keyword arguments of a plot."""
         if policy == FULL:
             return {"color": _GREY, "marker": "h"}
         place = self.policies.index(policy)
@@ -62,12 +62,12 @@ class Palette:
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Palette:
-        """In the order of the grid."""
+        """Make a palette of the policies of ``rows``, in the order of the grid."""
         return cls(tuple(dict.fromkeys(row.cell.policy for row in rows if row.cell.policy != FULL)))
 
 
 def pictures(rows: Sequence[Row], lines: Sequence[Line]) -> tuple[Picture, ...]:
-    """All figures that these rows have something for."""
+    """Draw all figures for which these rows have data."""
     palette = Palette.of(rows)
     found = [_pareto(name, lines, palette) for name in dict.fromkeys(line.instrument for line in lines)]
     tightest = _tightest(rows)
@@ -132,7 +132,10 @@ def _points(axes: Axes, lines: Sequence[Line], *, label: str | None, style: dict
 
 
 def _tightest(found: Sequence[Row]) -> list[Row]:
-    """The rows of one text, seed and limit: those of fidelity with the most compactions."""
+    """Choose the fidelity rows of one setting, which differ only in their policies.
+
+    The setting with the most rows is chosen; if several have as many, the one with the most compactions.
+    """
     groups: dict[object, list[Row]] = {}
     for row in found:
         cell = row.cell
@@ -144,7 +147,7 @@ def _tightest(found: Sequence[Row]) -> list[Row]:
 
 
 def _run(row: Row) -> Measurement:
-    """The one run of a row of fidelity."""
+    """Return the only run of a fidelity row."""
     (run,) = (run for run in row.runs if isinstance(run, Measurement))
     return run
 
@@ -194,7 +197,7 @@ def _saw_tooth(group: Sequence[Row], palette: Palette) -> Picture:
 
 
 def _tooth(run: Measurement) -> tuple[list[int], list[float]]:
-    """Tokens and MiB, with the fall of every compaction at the token where it happened."""
+    """Return the points of the curve of used MiB over tokens; each compaction is a vertical drop at its token."""
     tokens, used = [0], [0.0]
     falls = {each.tokens for each in run.compacted}
     for moment in run.moments:
@@ -236,7 +239,7 @@ def _costs(lines: Sequence[Line], palette: Palette) -> Picture | None:
 
 
 def _heat_map(group: Sequence[Row]) -> Picture | None:
-    """Slots by layer and head, for the policies that do not give every head the same."""
+    """Draw slots by layer and head for the policies with unequal budgets; ``None`` if there are none."""
     unequal = [row for row in group if len({slots for layer in _run(row).heads for slots in layer}) > 1]
     shown = unequal[:_HEAT_MAPS]
     if not shown:
@@ -288,7 +291,10 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 
 def _svg(figure: Figure) -> str:
-    """The figure as one ``<svg>`` element for a page: without prolog, metadata and namespaces, which name addresses."""
+    """Return the figure as one ``<svg>`` element for an HTML page.
+
+    Prolog, metadata and namespaces are removed, because they contain addresses.
+    """
     target = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(target, format="svg", metadata=nothing, transparent=True)
@@ -296,7 +302,7 @@ def _svg(figure: Figure) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"\s*(<metadata>.*?</metadata>|<!--.*?-->)", "", text, flags=re.DOTALL)
     text = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", text)
-    # The page sizes it; the view box keeps its shape.
+    # Without width and height the page sets the size; the view box keeps the proportions.
     return re.sub(
         r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1
     )

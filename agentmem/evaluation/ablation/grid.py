@@ -1,4 +1,4 @@
-"""The cells of an ablation: what is measured once, and the order of rows."""
+"""List the cells of an ablation, which are measured once each, in the order of the rows."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 class Cell(Frozen):
-    """One point of the grid. Full memory has no limit: ``slots`` and ``cap_bytes`` are ``None``."""
+    """Describe one point of the grid; for full memory, ``slots`` and ``cap_bytes`` are ``None``."""
 
     instrument: str
     model: str
     text: Text | None
-    """``None`` for tasks, which have texts of their own."""
+    """Text that the cell reads; ``None`` for tasks, which have texts of their own."""
     policy: str
     slots: int | None
     cap_bytes: int | None
@@ -34,39 +34,39 @@ class Cell(Frozen):
 
     @property
     def terms(self) -> Terms:
-        """The terms of its memory."""
+        """Return the terms of the cell's memory."""
         names = ("slots", "cap_bytes", "keep_first", "keep_recent", "target", "chunk", "slot_dtype", "seed")
         return Terms(**{name: getattr(self, name) for name in names})
 
     @property
     def label(self) -> str:
-        """One line for progress and refusals."""
+        """Return a line that names the cell in progress and error messages."""
         limit = "" if self.limit is None else f", {self.limit}"
         source = "" if self.text is None else f", {self.text.label}"
         return f"{self.instrument}{source}, {self.policy}{limit}, seed {self.seed}"
 
     @property
     def source(self) -> str:
-        """The text as tables name it."""
+        """Return the name of the cell's text in tables; for a task, the task's name."""
         return self.instrument if self.text is None else self.text.label
 
     @property
     def limit(self) -> str | None:
-        """The limit as tables show it."""
+        """Return the limit as tables show it; ``None`` for full memory."""
         if self.cap_bytes is not None:
             return format_bytes(self.cap_bytes)
         return None if self.slots is None else f"{self.slots} slots"
 
 
 _PLAIN = {"target": 0.5, "slot_dtype": "auto"}
-"""Of full memory, which nothing is left out of."""
+"""Settings of full memory's cells, which have no effect because full memory is never compacted."""
 
 
 def cells(ablation: Ablation) -> tuple[Cell, ...]:
-    """Every cell, those that share a model and a text next to each other.
+    """Return every cell; cells that share a model, an instrument and a text stand next to each other.
 
-    All but fidelity is judged beside full memory, and recall also beside ``window``: these are measured whether they
-    are asked for or not.
+    Cells of full memory are added for every instrument except fidelity, and cells of ``window`` for recall, because
+    the scores are compared with them.
 
     Raises:
         SettingsRefused: the grid has more than 100,000 cells.
@@ -88,7 +88,7 @@ def _cells(ablation: Ablation) -> Iterator[Cell]:
 
 
 def _at(ablation: Ablation, **same: Any) -> Iterator[Cell]:
-    """The cells of one instrument, model, text and seed."""
+    """Yield the cells of one instrument, model, text and seed."""
     policies = ablation.policies
     if same["instrument"] != "fidelity":
         yield Cell(**same, slots=None, cap_bytes=None, policy=FULL, keep_first=0, keep_recent=0, **_PLAIN)

@@ -1,4 +1,4 @@
-"""Bootstrap confidence intervals of means and of paired differences, by :func:`scipy.stats.bootstrap`."""
+"""Compute bootstrap confidence intervals of means and paired differences with :func:`scipy.stats.bootstrap`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _LEAST = 2
-"""Units from which on an interval says anything."""
+"""The least number of units for which an interval is computed."""
 _EQUAL = 1e-12
-"""Relative spread that is rounding."""
+"""Relative spread up to which values count as equal, because it is rounding."""
 
 
 class Interval(Frozen):
-    """A mean over ``units``, and the interval of the given confidence around it; ``None`` below two units."""
+    """Hold a mean over ``units`` units and its confidence interval; the ends are ``None`` if there is only one unit."""
 
     mean: float
     low: float | None
@@ -28,16 +28,16 @@ class Interval(Frozen):
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether zero lies outside the interval."""
+        """Return True if zero lies outside the interval."""
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
 
 def of_mean(values: Sequence[float], *, confidence: float, resamples: int) -> Interval:
-    """The mean of ``values`` and its bias-corrected and accelerated interval.
+    """Return the mean of ``values`` and its bias-corrected and accelerated (BCa) bootstrap interval.
 
-    The random numbers are the same at every call, so that a report drawn again shows the same figures.
-    Equivalent to resampling ``values`` with replacement, taking the mean of each resample, and reading its quantiles
-    where BCa puts them.
+    The method resamples ``values`` with replacement, takes the mean of each resample, and returns the quantiles of
+    these means at the levels that BCa gives. The random numbers are the same at every call, so that a report that is
+    made again has the same intervals.
     Source: Efron, "Better Bootstrap Confidence Intervals", JASA 82 (1987).
     """
     found = np.asarray(values, dtype=np.float64)
@@ -59,6 +59,6 @@ def of_mean(values: Sequence[float], *, confidence: float, resamples: int) -> In
 
 
 def of_difference(ours: Sequence[float], theirs: Sequence[float], *, confidence: float, resamples: int) -> Interval:
-    """The mean of ``ours - theirs``, unit by unit: what both share, such as a hard passage, cancels out."""
+    """Return the mean of ``ours - theirs`` and its interval; effects on both, such as a hard passage, cancel out."""
     paired = [one - other for one, other in zip(ours, theirs, strict=True)]
     return of_mean(paired, confidence=confidence, resamples=resamples)

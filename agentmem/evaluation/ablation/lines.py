@@ -1,4 +1,4 @@
-"""The lines of the tables: cells that differ in text and seed alone, pooled, with intervals and paired differences."""
+"""Pool cells that differ only in text and seed into the lines of the tables, with intervals and differences."""
 
 from __future__ import annotations
 
@@ -21,45 +21,45 @@ if TYPE_CHECKING:
 
 
 class Line(Frozen):
-    """One policy under one limit, over all texts and seeds."""
+    """Hold the pooled results of one policy in one setting, over all texts and seeds."""
 
     instrument: str
     model: str
     policy: str
     limit: str | None
-    """``None`` for full memory."""
+    """Limit as tables show it; ``None`` for full memory."""
     equal: Equal
-    """What the limit is in."""
+    """Unit of the limit: slots or bytes."""
     limit_value: int
-    """Slots or bytes, to sort by; 0 for full memory."""
+    """Limit in slots or bytes; 0 for full memory."""
     keep_first: int
     keep_recent: int
     target: int | float | str
     slot_dtype: SlotDtype
     cells: int
-    """Texts × seeds that were measured."""
+    """Number of cells that were measured, one per text and seed."""
     refused: tuple[str, ...] = ()
-    """Why the others were not."""
+    """Reasons why the other cells were refused, each once."""
     score: Interval | None = None
     difference: Interval | None = None
-    """Score minus that of the policy it is compared with, unit by unit; ``None`` for that policy itself."""
+    """Score minus the baseline's score, unit by unit; ``None`` for the baseline itself and for full memory."""
     figures: dict[str, float] = Field(default={})
-    """Means over the cells."""
+    """Further figures by name, as means over the cells."""
     peak_bytes: int = 0
-    """At most, over the cells."""
+    """The greatest peak of the cells, resident and temporary bytes together."""
     compactions: float = 0.0
-    """Mean of a memory."""
+    """Mean number of compactions per memory."""
     seconds_each: float = 0.0
     """Seconds per compaction."""
     share: float = 0.0
-    """Of all seconds, those spent compacting."""
+    """Share of ``seconds`` that was spent compacting."""
     seconds: float = 0.0
     tokens: int = 0
-    """Sums over the cells."""
+    """Tokens read and generated; like ``seconds``, a sum over the cells."""
 
 
 def lines(ablation: Ablation, rows: Sequence[Row]) -> tuple[Line, ...]:
-    """One line per instrument, model, limit, protected tokens, target and policy, in the order of the grid."""
+    """Return one line per policy and setting, where a setting is all of a cell except policy, text and seed."""
     scores = {each.row.key: each for each in scored(rows)}
     groups: dict[tuple[Hashable, str], list[Row]] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""One HTML file that needs nothing else: tables, figures, settings, and where every number comes from."""
+"""Make the report, one self-contained HTML file with tables, figures, settings and the origin of every number."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FACTS = ("agentmem", "commit", "torch", "transformers", "python", "device", "dt
 
 
 def as_html(ablation: Ablation, rows: Sequence[Row], lines: Sequence[Line], *, source: str, command: str) -> str:
-    """The report; ``source`` is the configuration as it was written and ``command`` repeats the run."""
+    """Return the report; ``source`` is the text of the configuration, and ``command`` repeats the run."""
     template = resources.files("agentmem.evaluation.ablation").joinpath("report.html.jinja").read_text("utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(template).render(
@@ -44,9 +44,9 @@ def as_html(ablation: Ablation, rows: Sequence[Row], lines: Sequence[Line], *, s
 
 
 def _inline(picture: Picture) -> str:
-    """The SVG with ids of its own: two figures of a page must not share any, and matplotlib numbers them anew.
+    """Return the SVG with ids that no other figure of the page has; matplotlib uses the same ids in every figure.
 
-    It is safe to put into a page as it is: texts are drawn as paths, so nothing that a user wrote is in it.
+    The SVG can be put into a page without escaping: texts are drawn as paths, so it contains no text of the user.
     """
     mark = hashlib.sha256(picture.name.encode()).hexdigest()[:6]
     named = picture.svg.replace('id="', f'id="{mark}-')
@@ -54,7 +54,7 @@ def _inline(picture: Picture) -> str:
 
 
 def _findings(ablation: Ablation, lines: Sequence[Line]) -> list[str]:
-    """The best policy of every instrument at the tightest limit of each kind, with interval and distance."""
+    """Return one sentence per instrument, model and kind of limit, on the best policy at the smallest limit."""
     groups: dict[tuple[str, str, str], list[Line]] = {}
     for line in lines:
         if line.score and line.limit is not None:
@@ -78,7 +78,7 @@ def _finding(ablation: Ablation, group: Sequence[Line]) -> str:
 
 
 def _facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Everything that rows say of where they come from; several values where rows differ."""
+    """Return the provenance of the rows as (name, values); values that differ between rows are joined by commas."""
     facts = [(name.replace("_", " "), sorted({str(getattr(row.provenance, name)) for row in rows})) for name in _FACTS]
     texts = sorted({f"{row.cell.source} {row.provenance.text_sha256}" for row in rows})
     return [(name, ", ".join(values)) for name, values in [*facts, ("texts sha256", texts)]]

@@ -1,7 +1,8 @@
-"""What was measured: one JSON line per finished cell, appended and synchronised before the next cell begins.
+"""Keep the results of cells on disk, one JSON line per finished cell.
 
-Every process appends to a file of its own, ``rows-0.jsonl``, ``rows-1.jsonl``, …, and reads those of all. A process
-that is killed while it writes leaves half a line at most; it is dropped, and its cell measured again.
+A line is written and synchronised to disk before the next cell begins. Every process appends to a file of its own
+(``rows-0.jsonl``, ``rows-1.jsonl`` and so on) and reads the files of all processes. A process that is killed while it
+writes leaves at most one incomplete line, which is dropped; the line's cell is measured again.
 """
 
 from __future__ import annotations
@@ -28,46 +29,48 @@ Run = Measurement | Recalled | Attempt
 
 
 class Provenance(Frozen):
-    """Where a row comes from."""
+    """Record the software, model, text and device that a row was measured with."""
 
     agentmem: str
     torch: str
     transformers: str
     python: str
     commit: str | None
-    """Of the checkout that agentmem runs from, with ``+`` behind it if files were changed; ``None`` outside one."""
+    """Commit of the checkout that agentmem runs from, followed by ``+`` if files were changed; ``None`` without one."""
     model_sha256: str
-    """Of configuration and weights; see :func:`agentmem.evaluation.full_logits.model_digest`."""
+    """Digest of configuration and weights; see :func:`agentmem.evaluation.full_logits.model_digest`."""
     text_sha256: str | None
+    """SHA-256 of the text; ``None`` for tasks."""
     device: str
     dtype: str
     threads: int
 
 
 class Row(Frozen):
-    """One finished cell: what was measured, or why nothing was."""
+    """Hold the result of one finished cell: its runs, or the reason why it was refused."""
 
     key: str
-    """Names everything that the result depends on, agentmem's own code included."""
+    """Digest of everything that the result depends on, including agentmem's own code."""
     cell: Cell
     provenance: Provenance
     refused: str | None = None
+    """Message of the error that prevented the measurement; ``None`` if the cell was measured."""
     runs: tuple[Run, ...] = ()
-    """One for fidelity, one per document for recall, one per sample and epoch for a task."""
+    """Measurements: one for fidelity, one per document for recall, one per sample and epoch for a task."""
     memories: int = 0
-    """That were made: questions behind a shared context have one together."""
+    """Number of memories that were opened; questions about a shared context use one together."""
     peak_bytes: int = 0
-    """The most that R + T came to in any run."""
+    """Greatest peak of resident and temporary bytes of any run."""
     compactions: int = 0
-    """Sum over the runs, as are the following three."""
+    """Number of compactions; this field and the next three are sums over the runs."""
     seconds: float = 0.0
     compact_seconds: float = 0.0
     tokens: int = 0
-    """Read and generated."""
+    """Tokens read and generated."""
 
     @classmethod
     def measured(cls, key: str, cell: Cell, provenance: Provenance, runs: Iterable[Run]) -> Self:
-        """The row of a cell that was measured."""
+        """Make the row of a cell that was measured."""
         runs = tuple(runs)
         return cls(
             key=key,
@@ -98,7 +101,7 @@ def _tokens(run: Run) -> int:
 
 
 def read_rows(folder: Path) -> dict[str, Row]:
-    """The rows of all processes by their keys. Lines that are no rows of this version are passed over."""
+    """Return the rows of all processes by key; lines that are not valid rows of this version are ignored."""
     found: dict[str, Row] = {}
     for path in sorted(folder.glob("rows-*.jsonl")):
         for row in _rows(path):
@@ -111,7 +114,7 @@ def _rows(path: Path) -> Iterator[Row]:
         content = path.read_bytes()
     except OSError as error:
         raise AgentmemError(f"ablation: cannot read {path}: {error.strerror or error}; choose another --out") from error
-    for line in content.split(b"\n")[:-1]:  # what stands behind the last end of a line is half a row
+    for line in content.split(b"\n")[:-1]:  # text after the last newline is an incomplete row
         try:
             yield Row.model_validate_json(line)
         except ValidationError:
@@ -119,11 +122,13 @@ def _rows(path: Path) -> Iterator[Row]:
 
 
 class RowFile:
-    """The file that one process appends to; a context manager, open in one process at a time.
+    """Open the file that one process appends rows to; only one process may have it open at a time.
+
+    The errors below are raised when the context is entered.
 
     Raises:
-        SettingsRefused: another process has it open.
-        AgentmemError: it cannot be written.
+        SettingsRefused: another process has the file open.
+        AgentmemError: the file cannot be written.
 
     """
 
@@ -153,7 +158,12 @@ class RowFile:
         self._lock.release()
 
     def append(self, row: Row) -> None:
-        """Write one row, so that it is on the disk when this returns."""
+        """Write one row; it is synchronised to disk when the method returns.
+
+        Raises:
+            AgentmemError: the file cannot be written.
+
+        """
         try:
             self._file.write(row.model_dump_json().encode() + b"\n")
             self._file.flush()

@@ -1,4 +1,4 @@
-"""Measuring every cell of an ablation: resumable, on one process or several."""
+"""Measure every cell of an ablation, resumably, on one process or several."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from agentmem.evaluation.ablation.rows import Row, RowFile, read_rows
 from agentmem.evaluation.passage import default_text, read_text
 
 Progress = Callable[[int, int, str], None]
-"""Told how many of all cells are done, and which one is next."""
+"""Callback that receives the number of cells done, the number of all cells, and the label of the next cell."""
 
 
 def run(
@@ -29,16 +29,16 @@ def run(
     again: bool = False,
     progress: Progress = lambda _done, _all, _next: None,
 ) -> tuple[Row, ...]:
-    """Measure what is missing in ``out`` and return the rows of the whole grid, in its order.
+    """Measure the cells that have no row in ``out`` yet, and return the rows of the whole grid, in its order.
 
-    Relative paths of texts and models begin at ``folder``; logits of full memory are kept in ``cache_dir``. The
-    processes of ``accelerate launch`` share the cells. A cell that is refused has a row that says why; with ``again``
+    Relative paths of texts and models start from ``folder``; logits of full memory are kept in ``cache_dir``. The
+    processes of ``accelerate launch`` share the cells. The row of a refused cell has the reason; with ``again``,
     refused cells are tried again.
 
     Raises:
         SettingsRefused: a text cannot be read, or another run writes into ``out``.
         ModelUnavailable: a model cannot be loaded.
-        AgentmemError: a row cannot be written; what was measured before stays.
+        AgentmemError: a row cannot be written; rows that were written before stay on disk.
 
     """
     team, keys = Team.joined(), list[str]()
@@ -64,7 +64,7 @@ def run(
 
 
 def finished(ablation: Ablation, folder: Path, out: Path, *, cache_dir: Path) -> tuple[Row, ...]:
-    """The rows of the grid that are in ``out`` already, in its order; nothing is measured.
+    """Return the rows of the grid that are in ``out`` already, in the order of the grid; nothing is measured.
 
     Raises:
         AgentmemError: see :func:`run`.
@@ -83,7 +83,7 @@ def _make(out: Path) -> None:
 
 
 def _benches(ablation: Ablation, folder: Path, cache_dir: Path, out: Path) -> Iterator[tuple[Bench, Cell]]:
-    """Every cell with the model that it is measured on; one model at a time is loaded."""
+    """Yield every cell with the bench of its model; models are loaded one after the other."""
     texts = {text: _words(text, folder) for text in ablation.texts}
     for name, group in groupby(cells(ablation), key=lambda cell: cell.model):
         bench = Bench.open(ablation, name, texts, folder, cache_dir, out)

@@ -1,8 +1,7 @@
-"""From rows to numbers: the score of every cell, unit by unit, so that policies can be compared pair by pair.
+"""Compute the scores of rows unit by unit, so that policies can be compared on pairs of units.
 
-A unit is what is resampled: for fidelity the mean KL of about 32 neighbouring positions (single positions lean on each
-other), for recall one fact, for a task one sample in
-one epoch.
+The bootstrap resamples units. A unit is one fact for recall, and one sample in one epoch for a task. For fidelity it is
+the mean KL of about 32 neighbouring positions, because single positions depend on each other.
 """
 
 from __future__ import annotations
@@ -19,19 +18,19 @@ from agentmem.evaluation.recall import FULL, Recalled
 from agentmem.evaluation.tasks.attempt import Attempt
 
 BLOCK = 32
-"""Positions of one unit of fidelity."""
+"""The most positions in one unit of fidelity."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """What an instrument's main score is."""
+    """Describe the main score of an instrument, and how tables show it."""
 
     name: str
     unit: str
     lower_is_better: bool
     digits: int
     columns: tuple[str, ...]
-    """Further figures, in the order of a table."""
+    """Names of further figures, in the order of a table's columns."""
 
 
 MEASURES: dict[str, Measure] = {
@@ -43,13 +42,13 @@ TASK = Measure("score", "share", False, 3, ("tokens generated", "forced"))  # no
 
 
 def measure_of(instrument: str) -> Measure:
-    """The main score of an instrument; every task has the same."""
+    """Return the description of an instrument's main score; all tasks share one."""
     return MEASURES.get(instrument, TASK)
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A measured row with its units and further figures."""
+    """Hold a measured row, the scores of its units, and further figures."""
 
     row: Row
     units: dict[Hashable, float] = field(default_factory=dict)
@@ -57,9 +56,10 @@ class Scored:
 
 
 def scored(rows: Sequence[Row]) -> tuple[Scored, ...]:
-    """The measured rows with their scores; refused ones are left out.
+    """Return the measured rows with their scores; refused rows are left out.
 
-    Cells that differ in their policy alone are scored together: on the same positions, between the same ends.
+    Rows that differ only in their policy are scored together: fidelity on the same positions, recall between the same
+    results of window and full memory.
     """
     groups: dict[Hashable, list[Row]] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""A configuration read from YAML; every refusal names the line and the field."""
+"""Read the configuration of an ablation from YAML; errors name the line and the field."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _SHOWN = 80
 
 
 def read_config(path: Path) -> Ablation:
-    """The ablation that a YAML file describes.
+    """Read the ablation that a YAML file describes.
 
     Raises:
-        SettingsRefused: the file cannot be read, is no YAML, or a field cannot work; names line and field.
+        SettingsRefused: the file cannot be read, is no YAML, or has an invalid field; the message names line and field.
 
     """
     text = read_text(path)
@@ -34,7 +34,7 @@ def read_config(path: Path) -> Ablation:
 
 
 def parse(text: str, name: str) -> Ablation:
-    """The ablation that the YAML ``text`` describes; ``name`` begins every refusal.
+    """Read the ablation that the YAML ``text`` describes; error messages begin with ``name``.
 
     Raises:
         SettingsRefused: see :func:`read_config`.
@@ -70,7 +70,7 @@ def _faults(error: ValidationError, root: yaml.Node, name: str) -> str:
         line, field = _place(root, item["loc"])
         message = item["msg"].removeprefix("Value error, ")
         value = "" if item["type"] in {"missing", "value_error"} else f" (got {_short(item['input'])})"
-        # A union says the same of each of its kinds: one message a field is enough.
+        # A union has one error per member: the first message of a field is enough.
         found.setdefault((line, field), f"{name}:{line}: {field or 'configuration'}: {message}{value}")
     lines = [found[key] for key in sorted(found)]
     more = [f"and {len(lines) - _MAX_FAULTS} more"] if len(lines) > _MAX_FAULTS else []
@@ -83,7 +83,10 @@ def _short(value: object) -> str:
 
 
 def _place(root: yaml.Node, location: Sequence[int | str]) -> tuple[int, str]:
-    """Line, counted from 1, and name of what a validation error is about: as far down as the text goes."""
+    """Return the line, counted from 1, and the name of the field that a validation error is about.
+
+    If the location does not exist in the text, they are those of the nearest node above it.
+    """
     node, line, field = root, root.start_mark.line + 1, ""
     for step in location:
         if isinstance(step, int) and isinstance(node, yaml.SequenceNode) and step < len(node.value):
@@ -92,7 +95,7 @@ def _place(root: yaml.Node, location: Sequence[int | str]) -> tuple[int, str]:
         elif isinstance(step, str) and isinstance(node, yaml.MappingNode):
             found = {key.value: (key, value) for key, value in node.value}
             field = f"{field}.{step}" if field else step
-            if step not in found:  # a missing field: the mapping that lacks it
+            if step not in found:  # a missing field: the line is that of its mapping
                 break
             key, node = found[step]
             line = key.start_mark.line + 1
@@ -100,7 +103,12 @@ def _place(root: yaml.Node, location: Sequence[int | str]) -> tuple[int, str]:
 
 
 def _refuse_twins(node: yaml.Node, name: str, seen: frozenset[int] = frozenset()) -> None:
-    """A key that stands twice in one mapping would silently lose its first value."""
+    """Check that no key stands twice in one mapping, because YAML would silently drop the first value.
+
+    Raises:
+        SettingsRefused: a key stands twice, or an anchor contains itself.
+
+    """
     if id(node) in seen:
         raise SettingsRefused(f"{name}:{node.start_mark.line + 1}: no YAML: an anchor holds itself")
     keys: set[str] = set()

@@ -1,4 +1,4 @@
-"""The tables of an ablation: one CSV line per cell, and Markdown or HTML cells per line."""
+"""Make the tables of an ablation: CSV with one line per cell, and Markdown and HTML with one line per policy."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _ROW = ("refused", "peak_bytes", "compactions", "seconds", "compact_seconds", "t
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """One line per cell: its settings, its scores, its costs, and where it comes from."""
+    """Return CSV with one line per cell: settings, scores, bytes and seconds, and provenance."""
     found = {each.row.key: each for each in scored(rows)}
     measures = [name for measure in (*MEASURES.values(), TASK) for name in (measure.name, *measure.columns)]
     provenance = list(type(rows[0].provenance).model_fields) if rows else []
@@ -61,7 +61,7 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """One table; the first ``texts`` columns hold texts, the others numbers."""
+    """Hold one table; the first ``texts`` columns contain texts, the others numbers."""
 
     title: str
     note: str
@@ -69,11 +69,11 @@ class Table:
     lines: tuple[tuple[str, ...], ...]
     texts: int
     best: frozenset[int]
-    """The lines whose score is the best of their limit."""
+    """Indices of the lines with the best score at their limit and setting."""
 
 
 def tables(ablation: Ablation, lines: Sequence[Line]) -> tuple[Table, ...]:
-    """One table per instrument and model."""
+    """Return one table per instrument and model."""
     groups: dict[tuple[str, str], list[Line]] = {}
     for line in lines:
         groups.setdefault((line.instrument, line.model), []).append(line)
@@ -122,7 +122,7 @@ def _cells(line: Line, varying: Iterable[str]) -> tuple[str, ...]:
 
 
 def interval(found: Interval, digits: int, *, sign: str = "") -> str:
-    """A mean with its interval, such as ``0.0123 [0.0101, 0.0160]``."""
+    """Format a mean with its interval, such as ``0.0123 [0.0101, 0.0160]``."""
     value = f"{found.mean:{sign}.{digits}f}"
     if found.low is None or found.high is None:
         return value
@@ -141,14 +141,14 @@ def _best(lines: Sequence[Line], *, lower: bool) -> frozenset[int]:
 
 
 def refusals(lines: Sequence[Line]) -> tuple[str, ...]:
-    """What could not be measured, and why."""
+    """Return one text per refusal: instrument, policy, limit and reason."""
     return tuple(
         f"{line.instrument}, {line.policy}, {line.limit}: {reason}" for line in lines for reason in line.refused
     )
 
 
 def as_markdown(ablation: Ablation, lines: Sequence[Line]) -> str:
-    """All tables; the best score of every limit is bold."""
+    """Return all tables as Markdown, with the best score at every limit in bold, and the refusals."""
     parts = [f"# {ablation.title}\n"]
     for table in tables(ablation, lines):
         rule = ["---"] * table.texts + ["---:"] * (len(table.columns) - table.texts)

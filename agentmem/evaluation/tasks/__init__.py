@@ -1,17 +1,18 @@
-"""Tasks under a cap, on inspect_ai: what compaction costs an agent, beside what it costs a distribution.
+"""Run tasks on inspect_ai under a cap, to measure what compaction loses in the answers of a model.
 
 | file | what |
 | --- | --- |
 | ``provider.py`` | ``agentmem/MODEL``: a model in this process whose KV memory is capped |
-| ``generation.py`` | replies, forced answers and shared contexts under a cap |
-| ``many_shot.py`` | in-context classification whose examples outgrow the cap |
-| ``instructions.py`` | a rule given at the start |
+| ``generation.py`` | the generation of replies, forced answers and answers about shared contexts |
+| ``many_shot.py`` | in-context classification whose examples do not fit under the cap |
+| ``instructions.py`` | a rule given at the start of a long text |
 | ``needle.py`` | facts planted in real text |
 | ``qa.py`` | questions about a long document |
-| ``maths.py`` | word problems behind long examples |
-| ``aime.py`` | competition problems, thought about in a capped memory |
-| ``records.py``, ``replies.py`` | data files; what tasks share |
-| ``registry.py`` | what inspect_ai finds by the entry point |
+| ``maths.py`` | word problems after long examples |
+| ``aime.py`` | competition problems, with long reasoning in a capped memory |
+| ``records.py``, ``replies.py`` | the reading of data files, and parts that tasks share |
+| ``run.py``, ``attempt.py`` | running a task on a loaded model, and its results |
+| ``registry.py`` | the provider and tasks that inspect_ai finds by the entry point |
 
-It needs the extra ``eval``.
+The package needs the extra ``eval``.
 """

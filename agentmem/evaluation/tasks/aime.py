@@ -1,17 +1,18 @@
-r"""``aime``: competition problems under a strict cap in mid-thought, as in "Fast KV Compaction via Attention Matching".
+r"""Define the task ``aime``: competition problems, with compactions in the middle of reasoning.
 
-The protocol of arXiv:2602.16284's online experiment, and where each part of it is set:
+The protocol is that of the online experiment of "Fast KV Compaction via Attention Matching", arXiv:2602.16284. Its
+parts are set as follows:
 
 - physical size in slots or bytes, halved each time it fills: ``-M slots=2048 -M target=0.5`` (or ``cap``);
-- at most N compactions: ``-M max_compactions=6``; full again after the last, thinking ends;
-- only the last 20 tokens are protected, the prompt is compacted too: ``-M keep_first=0 -M keep_recent=20``;
+- at most N compactions: ``-M max_compactions=6``; reasoning ends when the memory is full again after the last one;
+- only the last 20 tokens are protected, and the prompt is compacted too: ``-M keep_first=0 -M keep_recent=20``;
 - uniform budgets, highest attention, β in [−3, 3], 2 projected-gradient steps, queries from repeating the text:
   ``-M "policy=am-halving[probe=repeat]"``;
-- an answer is forced where thinking did not end: "I need to respond with the answer.", the end of thinking, "Final
-  Answer:", and 16 tokens, all of it inside the physical size;
-- samples by temperature 0.6 and top-p 0.95, several epochs; tokens generated are reported.
+- if reasoning did not end, an answer is forced: "I need to respond with the answer.", the mark of the end of reasoning
+  and "Final Answer:" are appended, and 16 tokens are generated, all within the physical size;
+- samples are drawn with temperature 0.6 and top-p 0.95 in several epochs; the tokens generated are reported.
 
-Data: JSON lines with ``problem`` and ``answer``, an integer from 0 to 999, and perhaps ``id``.
+Data files have one JSON object per line with ``problem``, ``answer`` (an integer from 0 to 999) and optionally ``id``.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _NUMBER = re.compile(r"-?\d[\d,]*")
 
 
 class Problem(Record):
-    """One problem."""
+    """Record of the data file: a problem with an integer as its answer."""
 
     problem: str = Field(min_length=1)
     answer: int
@@ -55,17 +56,17 @@ def aime(
     end_of_thinking: str = "</think>",
     seed: int = 0,
 ) -> Task:
-    """Problems whose answer is an integer, thought about under the cap of the model's arguments.
+    """Define problems whose answer is an integer, to reason about under the cap in the model's arguments.
 
     Args:
-        data: a file of problems; without it two easy ones that are made from ``seed``.
-        problems: the first so many; all without it.
+        data: a file of problems; without a file, two easy problems are made from ``seed``.
+        problems: how many of the problems are used, from the first on; ``None``: all.
         epochs: samples of each problem.
-        max_tokens: that are thought at most, whatever the cap: the effective size.
-        temperature: 0 is greedy.
-        top_p: the nucleus that is sampled from.
-        end_of_thinking: the model's own mark; an answer is forced where it was not written.
-        seed: of the sampling, and of the problems that are made.
+        max_tokens: the most tokens of reasoning, whatever the cap; the paper calls this the effective size.
+        temperature: sampling temperature; 0 is greedy.
+        top_p: probability mass of the nucleus that tokens are sampled from.
+        end_of_thinking: the text with which the model ends its reasoning; without it an answer is forced.
+        seed: random seed of the sampling, and of the problems that are made.
 
     """
     found = made(seed) if data is None else read_records(data, Problem)
@@ -90,7 +91,7 @@ def aime(
 
 
 def made(seed: int) -> list[Problem]:
-    """Two problems that need no idea, for trying the task without data."""
+    """Make two easy problems from ``seed``, for trying the task without data."""
     random = Random(seed)  # noqa: S311  # a quiz, no secret
     base, power, low = random.randint(3, 9), random.randint(20, 60), random.randint(10, 60)
     total = sum(number for number in range(low, low + 40) if number % 7 == 0)
@@ -102,7 +103,7 @@ def made(seed: int) -> list[Problem]:
 
 @scorer(metrics=[accuracy(), stderr()])
 def integer() -> Scorer:
-    """Right if the last boxed integer is, or the first one behind "Final Answer:"."""
+    """Score a reply as right if the integer that :func:`answered` finds in it equals the target."""
 
     async def score(state: TaskState, target: Target) -> Score:
         said = answered(state.output.completion)
@@ -112,7 +113,11 @@ def integer() -> Scorer:
 
 
 def answered(text: str) -> int | None:
-    """The integer that a reply gives as its answer."""
+    """Return the integer that a reply gives as its answer; ``None`` if there is none.
+
+    The answer is the last boxed integer. After "Final Answer:", only the text behind it counts, and the first integer
+    there is taken if none is boxed.
+    """
     _, mark, last = text.rpartition("Final Answer:")
     boxed = _BOXED.findall(last if mark else text) or (_NUMBER.findall(last)[:1] if mark else [])
     return int(boxed[-1].replace(",", "")) if boxed else None

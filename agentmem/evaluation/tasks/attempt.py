@@ -1,4 +1,4 @@
-"""One answer of a task under a cap, scored, with what it took."""
+"""Define the record of one scored answer of a task, with the bytes, seconds and tokens that it took."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ from agentmem.evaluation.terms import Frozen
 
 
 class Attempt(Frozen):
-    """One sample in one epoch."""
+    """Hold the score of one sample in one epoch, and the bytes, seconds and tokens of its answer."""
 
     sample: str
     epoch: int
     score: float
-    """1 for right, 0 for wrong, or a share."""
+    """1 for right, 0 for wrong, or a number between them for partly right."""
     fresh: bool
-    """Whether its memory was made for it; later questions behind a shared context are asked of the first one's."""
+    """True if a memory was opened for this sample; later questions about a shared context use the open memory."""
     compactions: int
-    """Of its memory so far."""
+    """Compactions of the sample's memory so far."""
     bytes: int
-    """The most that R + T came to in its memory."""
+    """Peak of resident and temporary bytes of the sample's memory so far."""
     seconds: float
     compact_seconds: float
-    """Spent for this attempt alone."""
+    """Seconds spent compacting; like ``seconds``, counted for this attempt alone."""
     tokens_read: int
     tokens_generated: int
     forced: bool
+    """True if an answer was forced because reasoning had not ended."""

@@ -1,4 +1,4 @@
-"""Replies of a model whose KV memory is capped, and what they took."""
+"""Generate replies of a model whose KV memory is capped, and record the bytes, seconds and tokens that they took."""
 
 from __future__ import annotations
 
@@ -26,59 +26,60 @@ Stop = Literal["end", "tokens", "budget"]
 
 
 class Forced(Frozen):
-    """An answer that is asked for when thinking has not ended by itself."""
+    """Describe how an answer is forced if the model did not end its reasoning by itself."""
 
     text: str
-    """Appended to what was written so far."""
+    """Text that is appended to the reply before the answer is generated."""
     end: str = ""
-    """Nothing is forced where this text was written already, such as ``</think>``."""
+    """Text such as ``</think>``; if the reply already contains it, no answer is forced."""
     tokens: int = Field(default=16, ge=1)
-    """Of the answer, greedy."""
+    """The most tokens of the forced answer, which is decoded greedily."""
 
 
 class Sampling(Frozen):
-    """How tokens are chosen; a temperature of 0 is greedy."""
+    """Settings of how tokens are chosen; a temperature of 0 is greedy."""
 
     max_tokens: int = Field(default=256, ge=1)
     temperature: float = Field(default=0.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
-    """0: all tokens."""
+    """Number of most likely tokens to sample from; 0 is all tokens."""
     seed: int = 0
     stop: tuple[str, ...] = ()
-    """Writing ends behind the first of these texts."""
+    """Generation ends after the first of these texts."""
 
 
 class Reply(Frozen):
-    """What was written, and what it took."""
+    """Hold the text of a reply, and the bytes, seconds and tokens that it took."""
 
     text: str
     stop: Stop
-    """``end``: by itself; ``tokens``: at the most tokens; ``budget``: another compaction was not allowed."""
+    """Why generation ended: ``end``, by itself; ``tokens``, at ``max_tokens``; ``budget``, no compaction was left."""
     forced: bool
+    """True if an answer was forced."""
     tokens_read: int
-    """Of the prompt."""
+    """Tokens of the prompt that were read for this reply."""
     tokens_generated: int
-    """The forced answer's included, its words not."""
+    """Tokens that the model generated, including a forced answer but not the text appended before it."""
     fresh: bool
-    """Whether its memory was made for it."""
+    """True if a memory was opened for this reply."""
     compactions: int
-    """Of its memory so far."""
+    """Compactions of the reply's memory so far."""
     peak_bytes: int
-    """The most that R + T came to."""
+    """Peak of resident and temporary bytes of the reply's memory so far."""
     seconds: float
     compact_seconds: float
-    """Spent for this reply alone."""
+    """Seconds spent compacting; like ``seconds``, counted for this reply alone."""
     capacity: int
-    """Slots per KV head."""
+    """Slots per KV head that the memory holds."""
 
 
 @dataclass
 class Writer:
-    """Writes replies under one set of terms; ``None`` is full memory.
+    """Write replies under one set of terms; terms of ``None`` are full memory.
 
-    A prompt that several questions share is read once, and its memory stays open until another one comes: each question
-    is then answered by transient forwards that leave nothing behind.
+    A context that several questions share is read once, and its memory stays open until a question has another
+    context. Each question is answered by transient forwards, which leave the memory unchanged.
     """
 
     model: PreTrainedModel
@@ -88,10 +89,10 @@ class Writer:
     max_compactions: int | None = None
     _shared: _Shared | None = field(default=None, repr=False)
     _context: Context = field(default_factory=copy_context, repr=False)
-    """Where every memory is opened and closed: callers such as asyncio's tasks have contexts of their own."""
+    """Context in which every memory is opened and closed, because asyncio tasks have contexts of their own."""
 
     def reply(self, ids: Sequence[int], sampling: Sampling, forced: Forced | None = None) -> Reply:
-        """Read a prompt into a new memory and write on.
+        """Read the prompt ``ids`` into a new memory and generate a reply; with ``forced``, force an answer if needed.
 
         Raises:
             AgentmemError: the terms do not fit the model, or generation failed.
@@ -100,7 +101,9 @@ class Writer:
         return self._context.run(self._reply, ids, sampling, forced)
 
     def answer(self, context: Sequence[int], question: Sequence[int], sampling: Sampling) -> Reply:
-        """Answer a question behind a context that other questions share, greedily and without a trace of it.
+        """Answer a question about a context that other questions share, by greedy decoding.
+
+        The memory of the context is left unchanged.
 
         Raises:
             SettingsRefused: sampling is not greedy.
@@ -114,7 +117,7 @@ class Writer:
         return self._context.run(self._answer, context, question, sampling)
 
     def close(self) -> None:
-        """Close the memory of a shared context."""
+        """Close the memory of the shared context, if one is open."""
         self._context.run(self._close)
 
     def _reply(self, ids: Sequence[int], sampling: Sampling, forced: Forced | None) -> Reply:
@@ -152,7 +155,7 @@ class Writer:
         )
 
     def _open(self, context: Sequence[int]) -> _Shared:
-        """Read a context into a memory that stays open."""
+        """Read a context into a new memory that stays open."""
         self._close()
         stack = ExitStack()
         memory = stack.enter_context(self._memory(len(context)))
@@ -168,7 +171,7 @@ class Writer:
 
     @contextmanager
     def _memory(self, tokens: int) -> Iterator[CappedCache]:
-        """A new memory under the terms; full memory holds ``tokens`` and a chunk more."""
+        """Open a new memory under the terms; full memory has slots for ``tokens`` and one more chunk."""
         terms, policy = self.terms, self.policy
         if terms is None:
             chunk = 256
@@ -240,7 +243,7 @@ class Writer:
 
 @dataclass
 class _Shared:
-    """A context that was read, and its open memory."""
+    """Hold a context that was read, and its open memory."""
 
     context: tuple[int, ...]
     memory: CappedCache
@@ -248,13 +251,13 @@ class _Shared:
 
 
 class _Budget(StoppingCriteria):
-    """Ends writing when another compaction would be needed and none is left; ``reserve`` slots are kept free."""
+    """Stop generation when only ``reserve`` free slots are left and no further compaction is allowed."""
 
     def __init__(self, memory: CappedCache, most: int | None, reserve: int) -> None:
         self.memory, self.most, self.reserve, self.spent = memory, most, reserve, False
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:  # noqa: ARG002  # transformers' signature
-        """Whether to end, one truth value per sequence; the token just chosen is not in the memory yet."""
+        """Return for every sequence whether to stop; the token just chosen is not in the memory yet."""
         done = self.most is not None and len(self.memory.compactions) >= self.most
         self.spent = self.spent or (done and self.memory.room() - 1 <= self.reserve)
         return torch.full((input_ids.shape[0],), self.spent, device=input_ids.device, dtype=torch.bool)

@@ -1,7 +1,7 @@
-"""``instructions``: a rule given at the start must still be obeyed after a long text and many compactions.
+"""Define the task ``instructions``: a rule given at the start must still be obeyed after a long text.
 
-The rule says what every answer is; it stands in front of the text with examples of its use, and is never repeated. The
-questions at the end do not say it.
+The rule, which names the word that every answer must be, stands before the text together with examples of its use. The
+questions come at the end, after many compactions, and do not repeat the rule.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _QUESTIONS = ("What is the capital of France?", "What is frozen water called?", 
 
 @task(name=named("instructions"))
 def instructions(characters: int = 6000, rules: int = 4, examples: int = 6, seed: int = 0) -> Task:
-    """Questions behind a long text; the answer must be the word that a rule in front of the text names.
+    """Define questions after a long text, whose answer must be the word that a rule before the text names.
 
     Args:
-        characters: of the text between rule and questions.
-        rules: different ones, each with a text of its own and three questions.
-        examples: of its use, from 0 to 6, given with the rule.
-        seed: of the rules' words.
+        characters: length of the text between rule and questions.
+        rules: number of different rules; each has a text of its own and three questions.
+        examples: number of examples that are given with the rule, from 0 to 6.
+        seed: random seed of the choice of the rules' words.
 
     """
     random, text = Random(seed), default_text()  # noqa: S311  # a quiz, no secret
@@ -65,5 +65,5 @@ def _context(word: str, text: str, number: int, characters: int, examples: int) 
 
 
 def _asked(asked: str) -> str:
-    # A head of its own: small models go on answering questions of the usual kind, whatever the rule says.
+    # The unusual heading keeps small models from answering as they usually answer questions, whatever the rule is.
     return f"### Question: {asked}\n### Rule says:"

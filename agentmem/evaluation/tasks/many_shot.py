@@ -1,7 +1,8 @@
-"""``many_shot``: in-context classification whose examples outgrow the cap.
+"""Define the task ``many_shot``: in-context classification whose examples do not fit under the cap.
 
-Every word has an arbitrary label, so only the examples can tell it. They come in blocks: the words of a block are shown
-several times, and then never again. A memory that keeps the newest examples alone knows the last block.
+Every word has an arbitrary label, which can be learned only from the examples. The examples come in blocks: the words
+of a block are shown several times, and then never again. A memory that keeps only the newest examples can answer only
+for the words of the last block.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ _WORDS = (
 
 @task(name=named("many_shot"))
 def many_shot(words: int = 40, block: int = 10, rounds: int = 3, labels: int = 6, seed: int = 0) -> Task:
-    """The labels of words that were shown as examples.
+    """Define questions for the labels of words that were shown as examples.
 
     Args:
-        words: that are shown and asked for.
-        block: words that are shown together, in another order each time.
-        rounds: how often each is shown.
-        labels: different ones, from 2 to 6.
-        seed: of words, labels and order.
+        words: number of words that are shown and asked for.
+        block: number of words that are shown together, in another order each time.
+        rounds: number of times that each word is shown.
+        labels: number of different labels, from 2 to 6.
+        seed: random seed of the choice of words, labels and order.
 
     """
     if not 1 <= words <= len(_WORDS) or not 2 <= labels <= len(_LABELS) or block < 1 or rounds < 1:  # noqa: PLR2004  # two labels, or there is nothing to tell

@@ -1,7 +1,7 @@
-r"""``maths``: word problems with a number or an expression as answer, behind few-shot examples as long as one likes.
+r"""Define the task ``maths``: word problems with a number or an expression as answer, after any number of examples.
 
-Data in GSM8K's format (``question``, and ``answer`` with the result behind ``####``) or in MATH's (``problem``, and
-``answer`` or a ``solution`` with ``\boxed{…}``). Answers are compared by math-verify.
+Data files are in GSM8K's format (``question``, and ``answer`` with the result after ``####``) or in MATH's format
+(``problem``, and ``answer`` or a ``solution`` with ``\boxed{…}``). Answers are compared by math-verify.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from agentmem.evaluation.tasks.replies import named, question, reply, shared
 _GOODS = ("pencils", "apples", "stamps", "candles", "buttons", "marbles")
 _PEOPLE = ("Nina", "Omar", "Petra", "Quentin", "Rosa", "Stefan")
 _GIVEN = 64
-"""Problems that are made without data, examples included."""
+"""Number of problems that are made if there is no data file, examples included."""
 
 
 class Problem(Record):
-    """One problem in either format."""
+    """Record of the data file: a problem in GSM8K's or MATH's format."""
 
     question: str = ""
     problem: str = ""
@@ -42,17 +42,17 @@ class Problem(Record):
 
     @property
     def asked(self) -> str:
-        """The problem's text."""
+        """Return the text of the problem."""
         return self.question or self.problem
 
     @property
     def worked(self) -> str:
-        """The solution as an example shows it, with its result at the end."""
+        """Return the solution as it is shown in an example, with its result at the end."""
         return self.solution or self.answer
 
     @property
     def result(self) -> str:
-        """The result alone."""
+        """Return the part after ``####``; without this mark, the answer, or the solution if there is no answer."""
         given = self.answer or self.solution
         return given.rpartition("####")[2].strip() if "####" in given else given
 
@@ -61,14 +61,14 @@ class Problem(Record):
 def maths(
     data: str | None = None, problems: int | None = 16, shots: int = 4, max_tokens: int = 200, seed: int = 0
 ) -> Task:
-    """Word problems behind worked examples.
+    """Define word problems that are asked after worked examples.
 
     Args:
-        data: a file in GSM8K's or MATH's format; without it purchases that are made from ``seed``.
-        problems: so many behind the examples; all without it.
-        shots: the first records, shown as examples; enough of them outgrow the cap.
-        max_tokens: of an answer; question and answer must fit into the model's ``chunk``.
-        seed: of the problems that are made.
+        data: a file in GSM8K's or MATH's format; without a file, problems about purchases are made from ``seed``.
+        problems: how many records after the examples are asked; ``None``: all.
+        shots: how many records, from the first on, are shown as examples; give enough to exceed the cap.
+        max_tokens: the most tokens of an answer; question and answer must fit into the model's ``chunk``.
+        seed: random seed of the problems that are made.
 
     """
     found = made(seed) if data is None else read_records(data, Problem)
@@ -93,7 +93,7 @@ def _asked(each: Problem) -> str:
 
 
 def made(seed: int) -> list[Problem]:
-    """Purchases of one step, for trying the task without data."""
+    """Make problems about purchases, each solved in one step, for trying the task without data."""
     random, found = Random(seed), []  # noqa: S311  # a quiz, no secret
     for _ in range(_GIVEN):
         person, goods = random.choice(_PEOPLE), random.choice(_GOODS)
@@ -105,12 +105,12 @@ def made(seed: int) -> list[Problem]:
 
 @scorer(metrics=[accuracy(), stderr()])
 def equal() -> Scorer:
-    """Right if math-verify finds the reply's result equal to the problem's."""
+    """Score a reply as right if math-verify finds its result equal to the target."""
 
     async def score(state: TaskState, target: Target) -> Score:
         said = state.output.completion.partition("\n\n")[0]
         said = said.rpartition("####")[2].strip() if "####" in said else said
-        # Without a time limit of its own: math-verify would use an alarm, which only the main thread may set.
+        # No time limits: math-verify implements them by an alarm, which only the main thread may set.
         truth = parse(f"${target.text}$", parsing_timeout=None)
         found = parse(said, parsing_timeout=None) or parse(f"${said}$", parsing_timeout=None)
         right = bool(found) and bool(verify(truth, found, timeout_seconds=None))

@@ -1,4 +1,7 @@
-"""``needle``: facts planted in real text, asked for at its end; the questions of ``agentmem eval recall`` as a task."""
+"""Define the task ``needle``: facts are planted in real text and asked for at its end.
+
+The facts and questions are those of ``agentmem eval recall``.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +17,18 @@ from agentmem.evaluation.tasks.replies import named, question, reply, shared
 
 _ENDS = (". ", ".\n")
 _TOKENS = 12
-"""Of an answer, at most: names are the longest."""
+"""The most tokens of an answer; names are the longest answers."""
 
 
 @task(name=named("needle"))
 def needle(characters: int = 6000, documents: int = 4, seed: int = 0, text: str | None = None) -> Task:
-    """Facts at four depths of a document, asked for behind it.
+    """Define questions about facts at four depths of a document, asked after the document.
 
     Args:
-        characters: of every document, facts not counted.
-        documents: stretches of the text, one behind the other, with four facts each.
-        seed: of the facts.
-        text: a UTF-8 file; without it the pages that ship with the package.
+        characters: length of every document without its facts.
+        documents: number of documents, which are successive parts of the text with four facts each.
+        seed: random seed of the facts.
+        text: a UTF-8 file; without a file, the pages that ship with the package are used.
 
     """
     words = default_text() if text is None else read_text(Path(text))

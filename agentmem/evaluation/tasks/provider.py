@@ -1,14 +1,12 @@
-"""``agentmem/MODEL`` for inspect_ai: a model in this process whose KV memory is capped.
+"""Define the inspect_ai provider ``agentmem/MODEL``: a model in this process whose KV memory is capped.
 
     inspect eval agentmem/needle --model agentmem/default -M cap=24MiB -M policy=am-recall
 
-Model arguments: ``cap`` (bytes) or ``slots`` (neither: full memory), ``policy``, ``keep_first``, ``keep_recent``,
-``target``, ``chunk``, ``max_compactions``, ``dtype``, ``device``, ``seed``. Every sample's output has ``compactions``,
-``peak_bytes``, tokens and seconds as metadata.
+The model arguments are ``cap`` (bytes) or ``slots``, ``policy``, ``keep_first``, ``keep_recent``, ``target``,
+``chunk``, ``slot_dtype``, ``max_compactions``, ``dtype``, ``device`` and ``seed``. Without ``cap`` and ``slots``, the
+model has full memory. The metadata of every sample's output has ``compactions``, ``peak_bytes``, tokens and seconds.
 
-A task says how its messages are to be read in ``extra_body`` of its configuration: ``completion`` (the messages' texts
-one behind the other, without a chat template), ``shared`` (the last message is a question about what stands before it,
-which is read once for all questions), ``forced`` (see :class:`~agentmem.evaluation.tasks.generation.Forced`).
+A task sets in ``extra_body`` of its configuration how its messages are read. See :class:`Reading` for the fields.
 """
 
 from __future__ import annotations
@@ -44,15 +42,18 @@ _TERMS = ("slots", "keep_first", "keep_recent", "target", "chunk", "slot_dtype",
 
 
 class Reading(Frozen):
-    """How a task wants its messages to be read."""
+    """Settings of how a task's messages are read."""
 
     completion: bool = False
+    """The texts of the messages are concatenated without a chat template."""
     shared: bool = False
+    """The last message is a question about the messages before it, which are read once for all questions."""
     forced: Forced | None = None
+    """How an answer is forced if the model did not end its reasoning; ``None``: none is forced."""
 
 
 class Arguments(Frozen):
-    """The model arguments."""
+    """Arguments of the provider, given on the command line as ``-M NAME=VALUE``."""
 
     cap: int | str | None = None
     slots: int | None = None
@@ -68,7 +69,12 @@ class Arguments(Frozen):
     device: str | None = None
 
     def terms(self) -> Terms | None:
-        """The terms of every memory; ``None`` is full memory."""
+        """Return the terms of every memory; ``None`` is full memory.
+
+        Raises:
+            SettingsRefused: both ``cap`` and ``slots`` are given, or a value is not valid.
+
+        """
         if self.cap is None and self.slots is None:
             return None
         if self.cap is not None and self.slots is not None:
@@ -78,7 +84,7 @@ class Arguments(Frozen):
 
 
 class CappedAPI(ModelAPI):
-    """A model under a cap. Samples take turns: a forward at a time is all that one process can do."""
+    """Provide a model under a cap to inspect_ai; samples are run one after the other."""
 
     def __init__(
         self,
@@ -94,7 +100,7 @@ class CappedAPI(ModelAPI):
         self.arguments = Arguments.of(**arguments)
         terms = self.arguments.terms()
         if terms is not None:
-            terms.policy(self.arguments.policy)  # an unknown one is refused before a model is loaded
+            terms.policy(self.arguments.policy)  # an unknown policy is refused before the model is loaded
         model, self.tokenizer = loaded or models.load(model_name, **self._placement())
         self.writer = Writer(model, self.tokenizer, terms, self.arguments.policy, self.arguments.max_compactions)
         self._asked: Counter[str] = Counter()
@@ -109,11 +115,11 @@ class CappedAPI(ModelAPI):
         return {"dtype": dtype, "device_map": device}
 
     def max_connections(self) -> int:
-        """One: a second call would wait for the first one's forwards."""
+        """Return 1, because calls run one after the other in this process."""
         return 1
 
     def close(self) -> None:
-        """Close the memory of a shared context."""
+        """Close the memory of the shared context, if one is open."""
         self.writer.close()
 
     async def generate(
@@ -123,7 +129,10 @@ class CappedAPI(ModelAPI):
         tool_choice: ToolChoice,  # noqa: ARG002  # the same
         config: GenerateConfig,
     ) -> ModelOutput:
-        """Write one reply. It blocks: torch's threads and agentmem's plan belong to the calling thread."""
+        """Generate one reply.
+
+        The call blocks the event loop, because torch's threads and agentmem's plan belong to the calling thread.
+        """
         if tools:
             raise SettingsRefused(f"{len(tools)} tools: the provider agentmem has none; run the task without them")
         reading = Reading.of(**(config.extra_body or {}))
@@ -136,7 +145,11 @@ class CappedAPI(ModelAPI):
         return self._output(reply, self.writer)
 
     def _sampling(self, config: GenerateConfig, digest: str) -> Sampling:
-        """Every asking of the same prompt, as epochs do, has random numbers of its own; a run repeated has the same."""
+        """Return the sampling settings; the seed depends on the prompt and on how often it was asked before.
+
+        Epochs, which ask the same prompt again, therefore have different random numbers, and repeating a run gives the
+        same ones.
+        """
         epoch = self._asked[digest]
         self._asked[digest] += 1
         seed = self.arguments.seed if config.seed is None else config.seed
@@ -149,7 +162,7 @@ class CappedAPI(ModelAPI):
         )
 
     def _split(self, messages: list[ChatMessage], reading: Reading) -> tuple[list[int], list[int]]:
-        """The ids of all messages but the last, and those that the last one adds."""
+        """Return the ids of all messages except the last, and the ids that the last message adds."""
         context, whole = self._ids(messages[:-1], reading, end=False), self._ids(messages, reading, end=True)
         if not context or whole[: len(context)] != context:
             raise SettingsRefused(
@@ -188,5 +201,5 @@ class CappedAPI(ModelAPI):
 
 @modelapi(name="agentmem")
 def agentmem() -> type[ModelAPI]:
-    """The provider, as inspect registers it."""
+    """Return the provider's class, which inspect_ai registers as ``agentmem``."""
     return CappedAPI

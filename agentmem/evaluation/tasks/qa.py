@@ -1,7 +1,7 @@
-"""``qa``: a long document read once under the cap, then questions with options about it.
+"""Define the task ``qa``: a long document is read once under the cap, then multiple-choice questions follow.
 
-Data in QuALITY's format: JSON objects, one a line or in a list, with ``article``, ``question``, ``options`` (a list of
-texts) and ``gold_label`` (1 for the first option). Records of the same article share one reading.
+Data files are in QuALITY's format: JSON objects, one per line or in a list, with ``article``, ``question``, ``options``
+(a list of texts) and ``gold_label`` (1 for the first option). An article is read once for all of its records.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _CITIES = ("Lisbon", "Oslo", "Cairo", "Lima", "Delhi", "Quito", "Dublin", "Hanoi
 
 
 class Question(Record):
-    """One question about an article."""
+    """Record of the data file: a multiple-choice question about an article."""
 
     article: str = Field(min_length=1)
     question: str
@@ -38,12 +38,12 @@ class Question(Record):
 
 @task(name=named("qa"))
 def qa(data: str | None = None, questions: int | None = None, seed: int = 0) -> Task:
-    """Questions with options about documents.
+    """Define multiple-choice questions about long documents.
 
     Args:
-        data: a file in QuALITY's format; without it a made-up article about twelve journeys.
-        questions: the first so many; all without it.
-        seed: of the article that is made up.
+        data: a file in QuALITY's format; without a file, an article about twelve journeys is made from ``seed``.
+        questions: how many of the questions are used, from the first on; ``None``: all.
+        seed: random seed of the article that is made up.
 
     """
     found = made(seed) if data is None else read_records(data, Question)
@@ -68,7 +68,7 @@ def _asked(each: Question) -> str:
 
 
 def made(seed: int) -> list[Question]:
-    """An article about people who went to cities, and where each of them went."""
+    """Make an article about people who travelled to cities, with one question per person: where they travelled."""
     random = Random(seed)  # noqa: S311  # a quiz, no secret
     journeys = [(person, random.choice(_CITIES)) for person in random.sample(_PEOPLE, len(_PEOPLE))]
     article = " ".join(

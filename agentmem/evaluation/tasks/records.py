@@ -1,4 +1,4 @@
-"""Data files of tasks: one JSON object per line, or a JSON list, compressed by gzip or not; every record checked."""
+"""Read and check the data files of tasks: one JSON object per line, or a JSON list; gzip is allowed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _GZIP = b"\x1f\x8b"
 
 
 class Record(BaseModel):
-    """A record of a data file; fields that a task does not need are passed over."""
+    """Base of the records of data files; fields that a task does not need are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -28,10 +28,11 @@ Kind = TypeVar("Kind", bound=Record)
 
 
 def read_records(path: str | Path, kind: type[Kind]) -> list[Kind]:
-    """The records of a file, in order.
+    """Read the records of a file, in order, and check each as a ``kind``.
 
     Raises:
-        SettingsRefused: the file cannot be read, holds no record, or one lacks a field; names the line or the entry.
+        SettingsRefused: the file cannot be read, has no record, or a record is not valid; the message names the line
+            or the entry.
 
     """
     path = Path(path).expanduser()

@@ -1,4 +1,4 @@
-"""What inspect_ai finds by the entry point: the provider ``agentmem/…`` and the tasks ``agentmem/needle``, …."""
+"""Export the provider ``agentmem/MODEL`` and the tasks, such as ``agentmem/needle``, to inspect_ai's entry point."""
 
 from agentmem.evaluation.tasks.aime import aime
 from agentmem.evaluation.tasks.instructions import instructions

@@ -1,4 +1,4 @@
-"""What all tasks share: a reply with its costs in the sample's metadata, and how messages are to be read."""
+"""Provide parts that tasks share: names, the solver, and the messages and settings of shared contexts."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from inspect_ai.solver import Generate, Solver, TaskState, solver
 
 
 def named(name: str) -> str:
-    """What to register a task as, so that it is found as ``agentmem/NAME``.
+    """Return the name to register a task by, so that inspect_ai finds the task as ``agentmem/NAME``.
 
-    Inspect puts the package's name before it, but not in an editable installation of a distribution whose name is not
-    the package's.
+    Inspect puts the package's name before the task's name by itself, except in an editable installation of a
+    distribution whose name differs from the package's name.
     """
     return name if "site-packages" in __file__ else f"agentmem/{name}"
 
 
 @solver
 def reply() -> Solver:
-    """Generate once, and note what it took: compactions, peak bytes, tokens and seconds."""
+    """Generate one reply and store its compactions, peak bytes, tokens and seconds in the sample's metadata."""
 
     async def solve(state: TaskState, generate: Generate) -> TaskState:
         state = await generate(state)
@@ -30,12 +30,15 @@ def reply() -> Solver:
 
 
 def question(context: str, text: str) -> list[ChatMessage]:
-    """A context that many questions share, and one of them."""
+    """Return the messages of one question: the context, which many questions share, and the question's text."""
     return [ChatMessageUser(content=context), ChatMessageUser(content=text)]
 
 
 def shared(max_tokens: int, *, stop: str | None = None) -> GenerateConfig:
-    """Greedy answers to questions behind a context that is read once, without a chat template."""
+    """Return the settings for greedy answers to questions that share a context, without a chat template.
+
+    The context is read once for all questions.
+    """
     body: dict[str, Any] = {"completion": True, "shared": True}
     return GenerateConfig(
         temperature=0.0, max_tokens=max_tokens, stop_seqs=None if stop is None else [stop], extra_body=body

@@ -1,4 +1,4 @@
-"""A task run in this process on a loaded model, for ``agentmem ablate``."""
+"""Run a task in this process on a loaded model, for ``agentmem ablate``."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _SHOWN = 80
 
 
 def check(name: str, arguments: dict[str, Any]) -> None:
-    """Refuse what a task does not take.
+    """Check the arguments of a task.
 
     Raises:
-        SettingsRefused: there is no such task, or an argument is unknown or of another kind.
+        SettingsRefused: there is no such task, or an argument is unknown or has the wrong type.
 
     """
     if name not in TASKS:
@@ -50,7 +50,7 @@ def check(name: str, arguments: dict[str, Any]) -> None:
 
 
 def _settings(name: str) -> type[BaseModel]:
-    """The arguments of a task as a model: its signature."""
+    """Make a pydantic model of a task's arguments from its signature."""
     function = inspect.unwrap(TASKS[name])
     hints = get_type_hints(function)
     fields: dict[str, Any] = {
@@ -68,10 +68,12 @@ def attempts(
     seed: int,
     logs: Path,
 ) -> tuple[Attempt, ...]:
-    """Every sample of a task, answered under these terms; ``None`` is full memory. Inspect's log stays in ``logs``.
+    """Run every sample of a task under ``terms`` and return the scored answers.
+
+    Terms of ``None`` are full memory. Inspect's log is written into the folder ``logs``.
 
     Raises:
-        AgentmemError: the task cannot be made, or a sample failed; the message is the first error's.
+        AgentmemError: the task cannot be made, or a sample failed; the message is that of the first error.
 
     """
     chosen = {"seed": seed} | arguments if "seed" in _settings(name).model_fields else arguments

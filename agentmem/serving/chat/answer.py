@@ -1,4 +1,4 @@
-"""A chat completion, whole and in chunks, in the shapes of OpenAI's SDK."""
+"""The JSON objects of a chat completion, whole and in chunks, in the format that OpenAI's SDK reads."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _REASONS = {"stop": "stop", "length": "length", "tool_calls": "tool_calls", "dea
 
 
 class ChatAnswer:
-    """One completion under one id."""
+    """Builds the JSON objects of one chat completion, whole or in chunks with a common id."""
 
     def __init__(self, model: str, *, usage: bool = False) -> None:
-        """``usage``: whether a stream has a chunk with it at its end."""
+        """Begin an answer under a new id; with ``usage`` a stream ends with a chunk of token counts."""
         self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
         self._usage = usage
 
     def whole(self, ended: Ended) -> dict[str, Any]:
-        """The completion."""
+        """Return the whole completion."""
         message: dict[str, Any] = {"role": "assistant", "content": ended.text or None, "refusal": None}
         if ended.calls:
             message["tool_calls"] = [_call(call) for call in ended.calls]
@@ -38,15 +38,15 @@ class ChatAnswer:
         }
 
     def first(self) -> dict[str, Any]:
-        """The chunk that names the role."""
+        """Return the first chunk of a stream, which has the role and empty content."""
         return self._chunk({"role": "assistant", "content": ""})
 
     def text(self, piece: Text) -> dict[str, Any]:
-        """A piece of text."""
+        """Return the chunk for a piece of text."""
         return self._chunk({"content": piece.text})
 
     def last(self, ended: Ended) -> Iterator[dict[str, Any]]:
-        """Calls, the reason of the end, and the usage if it is wanted."""
+        """Yield the last chunks: the tool calls, the finish reason, and the token counts if asked for."""
         for index, call in enumerate(ended.calls):
             yield self._chunk({"tool_calls": [{"index": index, **_call(call)}]})
         yield self._chunk({}, _REASONS[ended.reason]) | {"agentmem": ended.facts}

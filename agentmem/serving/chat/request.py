@@ -1,4 +1,4 @@
-"""The body of a chat completion, and what it asks of the model."""
+"""The body of a chat completion request, and its conversion to a request to the model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Tool(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    """Options of a stream. Nothing is obfuscated, whatever is said."""
+    """Options of a stream. ``include_obfuscation`` is accepted and has no effect."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -38,7 +38,7 @@ class StreamOptions(BaseModel):
 
 
 class ChatRequest(Parameters):
-    """What ``/v1/chat/completions`` takes."""
+    """The body of a ``/v1/chat/completions`` request."""
 
     ignored: ClassVar[frozenset[str]] = Parameters.ignored | {"store"}
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
@@ -72,10 +72,11 @@ class ChatRequest(Parameters):
     prompt_cache_key: Annotated[str, Field(max_length=512)] | None = None
 
     def asks(self, owner: str, name: str | None, settings: ServerSettings) -> Request:
-        """What is asked of the model.
+        """Convert the body to a request to the model, for the conversation ``name`` if one is given.
 
         Raises:
-            RequestRefused: with the field. SettingsRefused: a policy that there is not.
+            RequestRefused: a field cannot be served; the error names the field.
+            UnknownPolicy, SettingsRefused: there is no such policy.
 
         """
         if self.stream_options is not None and not self.stream:
@@ -100,10 +101,10 @@ class ChatRequest(Parameters):
 
 
 def messages_of(given: list[dict[str, Any]]) -> list[Message]:
-    """Messages in the shape that sessions read.
+    """Convert message objects of a request to the messages that sessions read.
 
     Raises:
-        RequestRefused: the first that is none, with its place.
+        RequestRefused: an object is not a valid message; the error gives the index of the first such object.
 
     """
     made = []

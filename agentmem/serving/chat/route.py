@@ -1,4 +1,4 @@
-"""``POST /v1/chat/completions``."""
+"""The route ``POST /v1/chat/completions``."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from agentmem.serving.refusals import error_object, refusal
 from agentmem.serving.server import Server
 
 SESSION = "X-Agentmem-Session"
-"""The header that names a conversation."""
+"""HTTP header with the name of a conversation, in requests and in answers."""
 
 
 def router(server: Server) -> APIRouter:
-    """The route of one server."""
+    """Return a router with the chat completions route of ``server``."""
     made = APIRouter()
 
     @made.post("/v1/chat/completions")
@@ -40,7 +40,7 @@ def router(server: Server) -> APIRouter:
 
 
 async def _chunks(answer: ChatAnswer, pieces: AsyncGenerator[Piece]) -> AsyncGenerator[bytes]:
-    """A stream of chunks; an error that comes in its middle is its last event."""
+    """Yield the events of the stream; an error is sent as an event before ``[DONE]``."""
     async with aclosing(pieces):
         try:
             yield event(answer.first())

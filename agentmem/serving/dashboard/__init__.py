@@ -1,1 +1,1 @@
-"""The page at ``/``: the cap, the queue, and the memories of conversations as they are compacted."""
+"""The dashboard page at ``/``, which shows the cap, the queue, and how memories grow and are compacted."""

@@ -1,4 +1,4 @@
-"""The life of one conversation's memory in numbers: how many slots it had after how many tokens."""
+"""The history of one conversation's memory in numbers: its slots as a function of the tokens read and written."""
 
 from __future__ import annotations
 
@@ -13,36 +13,39 @@ if TYPE_CHECKING:
     from agentmem import CompactionReport, Session
 
 KEPT = 100
-"""Compactions that are kept, the newest."""
+"""Number of newest compactions that are kept."""
 
 
 @dataclass(slots=True)
 class Life:
-    """What is known of a memory. Its session's threads tell of compactions, the event loop's looks and reads."""
+    """Numbers on one memory.
+
+    Threads of the session call :meth:`compacted`; only the event loop's thread calls the other methods.
+    """
 
     compactions: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=KEPT))
-    """As responses have them, with ``at``, in seconds since 1970."""
+    """The newest compactions in the format of answers, each with its time ``at`` in seconds since 1970."""
     state: str = "kept"
-    """Of its session; ``kept``: what an earlier server kept, which was not used since."""
+    """State of the session; ``kept`` while there is no session, for example after a restart of the server."""
     policy: str = ""
     tokens: int = 0
     slots: float = 0.0
-    """Of a head, on average."""
+    """Slots of one KV head, on average."""
     capacity: int = 0
-    """Slots of a head when the memory is full."""
+    """Slots of one KV head when the memory is full."""
     total: int = 0
-    """Compactions of the memory, those of earlier servers too."""
+    """Number of all compactions of the memory, including those in earlier servers."""
     heads: int = 0
-    """KV heads of all layers together."""
+    """Number of KV heads, summed over all layers."""
     began: tuple[int, float] | None = None
-    """Tokens and slots when it was looked at first; ``None`` before that."""
+    """Tokens and slots per head at the start of the line that is drawn; ``None`` before the first :meth:`look`."""
 
     def compacted(self, report: CompactionReport) -> None:
-        """A compaction ended; from any thread."""
+        """Add a compaction that ended; may be called from any thread."""
         self.compactions.extend(each | {"at": round(time.time(), 3)} for each in compactions([report]))
 
     def look(self, session: Session | None) -> None:
-        """Take note of a session as it is now. One on disk has what it had when it was moved there."""
+        """Update the numbers from a session. If it is on disk, tokens and slots stay as they were before."""
         if session is None:
             return
         stats, memory, whole = session.stats, session.holding.memory, session.holding.quiet
@@ -50,12 +53,12 @@ class Life:
         self.capacity = stats.capacity
         if memory is not None and stats.state != "on disk":
             self.heads = sum(layer.kv_heads for layer in memory.shape.layers)
-            if whole or self.began is None:  # while it is being compacted some layers have their new slots
+            if whole or self.began is None:  # during a compaction only some layers have their new slots
                 self.tokens, self.slots = stats.tokens - stats.pending, stats.held_slots / self.heads
             self.began = self.began or ((0, 0.0) if self.total == len(self.compactions) else (self.tokens, self.slots))
 
     def saw_tooth(self) -> list[tuple[int, float]]:
-        """Tokens, and slots of a head after them, at each point where the line has a corner; the newest last."""
+        """Return the corners of the line of slots per head over tokens, as (tokens, slots) with the newest last."""
         known = list(self.compactions)
         points = [] if self.began is None or len(known) == KEPT else [self.began]
         for each in known if self.heads else ():

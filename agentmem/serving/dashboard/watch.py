@@ -1,4 +1,4 @@
-"""What the dashboard shows: a moment of the server each second, and the memories of one key's conversations."""
+"""The data of the dashboard: the server's state each second, and the memories of one owner's conversations."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from agentmem.sessions import RuntimeStats
 
 SECONDS = 1.0
-"""Between two moments that are kept."""
+"""Seconds between two moments; a moment is a record of the server's state."""
 MOMENTS = 300
-"""That are kept."""
+"""Number of newest moments that are kept."""
 COMPACTIONS = 60
-"""Of a state, the newest."""
+"""Maximum number of compactions that the dashboard gets: the newest ones."""
 CONVERSATIONS = 24
-"""Of a state, those that were used last."""
+"""Maximum number of conversations that the dashboard gets: those used last."""
 PAUSE = 0.5
-"""Seconds in which an owner is given the same state again, however often it is asked for."""
+"""Seconds for which an owner gets a cached state instead of a new one."""
 _KINDS = ("running_bytes", "running_room_bytes", "idle_bytes", "idle_room_bytes")
 _QUEUE = ("active", "waiting")
 
@@ -37,10 +37,10 @@ class _Given:
 
 
 class Watch:
-    """Counts, sizes and times; no words of anyone. Everything here runs on the event loop's thread."""
+    """Collects counts, sizes and times, but no text of conversations. Call all methods on the event loop's thread."""
 
     def __init__(self, models: Sequence[str], runtime: Runtime, conversations: Conversations, requests: Sized) -> None:
-        """``requests`` are those to the model that run or wait."""
+        """Begin without moments; ``requests`` is the collection of requests to the model that run or wait."""
         self._models, self._runtime = list(models), runtime
         self._conversations, self._requests = conversations, requests
         self._moments: deque[dict[str, float]] = deque(maxlen=MOMENTS)
@@ -48,13 +48,13 @@ class Watch:
         self._given: dict[str, _Given] = {}
 
     async def run(self) -> None:
-        """Keep a moment each second, until this is cancelled."""
+        """Record a moment each second until the task is cancelled."""
         while True:
             self.note()
             await asyncio.sleep(SECONDS)
 
     def note(self) -> None:
-        """Keep a moment."""
+        """Record the present state of the runtime as one moment."""
         stats, now = self._runtime.stats, time.monotonic()
         before, self._before = self._before, (now, stats.fed_tokens)
         rate = 0.0 if before is None or now <= before[0] else (stats.fed_tokens - before[1]) / (now - before[0])
@@ -62,7 +62,7 @@ class Watch:
         self._moments.append({"at": round(time.time(), 2), "tokens_per_second": round(rate, 2), **moment})
 
     def state(self, owner: str) -> bytes:
-        """What ``owner`` may see, as JSON; made anew once in :data:`PAUSE` seconds."""
+        """Return the state that ``owner`` may see, as JSON; it is made anew at most once in :data:`PAUSE` seconds."""
         given, now = self._given.get(owner), time.monotonic()
         if given is None or now - given.at >= PAUSE:
             made = json.dumps(self._state(owner), separators=(",", ":")).encode()
@@ -111,6 +111,6 @@ def _conversation(each: Conversation) -> dict[str, Any]:
 
 
 def _compactions(mine: Sequence[Conversation]) -> list[dict[str, Any]]:
-    """The newest of all conversations, the oldest of them first."""
+    """Return the newest compactions of the given conversations, in order of time."""
     found = [each | {"conversation": one.id} for one in mine for each in list(one.life.compactions)]
     return sorted(found, key=lambda each: float(each["at"]))[-COMPACTIONS:]

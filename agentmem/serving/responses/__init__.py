@@ -1,1 +1,1 @@
-"""``/v1/responses``: replies that can be stored and gone on from, and compaction items."""
+"""The routes under ``/v1/responses``: replies that can be stored and continued, and compaction items."""

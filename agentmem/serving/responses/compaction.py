@@ -1,4 +1,4 @@
-"""``POST /v1/responses/compact``: everything so far becomes one item, which is the model's own memory of it."""
+"""``POST /v1/responses/compact``: compact a conversation into one item, which stands for the model's memory of it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from agentmem.serving.server import Server
 
 
 def router(server: Server, stored: StoredResponses) -> APIRouter:
-    """The route of one server."""
+    """Return a router with the compaction route of ``server``."""
     made = APIRouter()
 
     @made.post("/v1/responses/compact")
@@ -46,7 +46,7 @@ def _item(made: Made) -> dict[str, Any]:
 
 
 def _user_messages(origin: Origin) -> list[dict[str, Any]]:
-    """The user's messages since the last item: they are in the memory, and stand here to be read by people."""
+    """Return the user's messages since the last compaction item, for people to read; the memory holds them as well."""
     return [
         {
             "id": f"msg_{secrets.token_hex(24)}",

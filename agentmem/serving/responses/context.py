@@ -1,4 +1,4 @@
-"""The items of a request as what a model reads: messages, behind a compaction item where there is one."""
+"""Conversion of the input items of a request to messages, which may follow a compaction item."""
 
 from __future__ import annotations
 
@@ -23,28 +23,29 @@ _ROLES = ("user", "assistant", "system", "developer")
 
 
 class Context(BaseModel):
-    """What stands before a reply. A compaction item stands for all that came before it."""
+    """Everything before a reply: messages, which may follow a compaction item that stands for all earlier messages."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     token: str | None = None
-    """``encrypted_content`` of the newest compaction item."""
+    """``encrypted_content`` of the newest compaction item, if there is one."""
     messages: tuple[Message, ...] = ()
+    """Messages after that item."""
     trigger: bool = False
     """Whether the items end with a compaction trigger."""
 
     def then(self, other: Context) -> Context:
-        """This, and what came after it."""
+        """Return the context that results if ``other`` follows this one."""
         if other.token is not None:
             return other
         return Context(token=self.token, messages=self.messages + other.messages, trigger=other.trigger)
 
     @classmethod
     def of(cls, items: Items) -> Context:
-        """Read items in OpenAI's shapes.
+        """Convert input items in OpenAI's format to a context.
 
         Raises:
-            RequestRefused: one that is none, or of a kind that is not served, with its place.
+            RequestRefused: an item is invalid or of an unsupported type; the error gives its index.
 
         """
         if isinstance(items, str):
@@ -78,7 +79,7 @@ def _kind(item: object, at: int) -> str:
 
 
 def _with(messages: tuple[Message, ...], kind: str, item: Mapping[str, Any], at: int) -> tuple[Message, ...]:
-    """The messages with one more; a call belongs to the assistant's message before it."""
+    """Add an item to the messages; a function call becomes part of an assistant message just before it."""
     try:
         if kind == "message":
             role = item.get("role")
@@ -101,7 +102,7 @@ def _with(messages: tuple[Message, ...], kind: str, item: Mapping[str, Any], at:
 
 
 def _parts(content: Any) -> Any:
-    """Content without what the SDK's own output items carry beside text."""
+    """Return content without the fields that the SDK's output items have besides text (annotations and logprobs)."""
     if isinstance(content, str) or not isinstance(content, Sequence):
         return content
     extra = ("annotations", "logprobs")
@@ -121,7 +122,7 @@ def _refused(at: int, said: str, code: str = "invalid_request") -> RequestRefuse
 
 
 def listed(items: Items) -> list[dict[str, Any]]:
-    """Input items as they are listed: a text is a user's message, and everything has an id and a type."""
+    """Return input items as the API lists them: a text becomes a user's message, and each item has an id and a type."""
     if isinstance(items, str):
         items = [{"role": "user", "content": items}]
     made = []

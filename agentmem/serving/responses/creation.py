@@ -1,4 +1,4 @@
-"""One response on its way: from the pieces of its turn to the events of its stream and the object that is stored."""
+"""Creating a response: from the pieces of its turn to the events of its stream and the stored object."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from agentmem.sessions import Message
 
 @dataclass(slots=True)
 class Creation:
-    """One response that is being made: what its turn tells becomes events, and at its end it is stored."""
+    """A response in creation. It turns the pieces of a turn into events, and stores the response when the turn ends."""
 
     body: ResponseRequest
     origin: Origin
     answer: ResponseAnswer
     stored: StoredResponses
     made: str | None = None
-    """``encrypted_content`` of the item that the turn made."""
+    """``encrypted_content`` of the compaction item that the turn made, if any."""
 
     def take(self, piece: Piece) -> list[Event]:
-        """The events of a piece."""
+        """Update the response with one piece of the turn, and return the events for it."""
         events = list(self.answer.events(piece))
         if isinstance(piece, Made):
             self.made = piece.token
@@ -40,19 +40,22 @@ class Creation:
         return events
 
     def fail(self, error: Exception) -> list[Event]:
-        """The events of a turn that failed."""
+        """Record that the turn failed, store the response, and return the events for that."""
         events = list(self.answer.failed(error))
         self.store()
         return events
 
     def leave(self) -> None:
-        """Nobody reads the turn any more: if it has not ended, it was cancelled."""
+        """Store the response as cancelled if its reader left before the turn ended."""
         if self.answer.status == "in_progress":
             self.answer.status = "cancelled"
             self.store()
 
     def store(self, end: Ended | None = None) -> None:
-        """Store the response as it is now, where that is wanted."""
+        """Store the response in its present state, unless the request has ``store`` false.
+
+        ``end`` is the end of the turn; with a reply, that reply becomes part of the stored context.
+        """
         if not self.body.store:
             return
         before = self.origin.context if self.made is None else Context(token=self.made)
@@ -68,7 +71,7 @@ class Creation:
 
 
 async def event_lines(creation: Creation, pieces: AsyncGenerator[Piece]) -> AsyncGenerator[bytes]:
-    """The stream of one response; its last events report an error that came in its middle."""
+    """Yield the events of the stream as bytes; an error of the turn becomes the last events."""
     async with aclosing(pieces):
         creation.store()
         for each in creation.answer.begin():
@@ -89,7 +92,7 @@ def _line(sent: Event) -> bytes:
 
 
 async def in_background(server: Server, request: turns.Request, creation: Creation) -> None:
-    """Run a turn for nobody who waits; its response is stored when it ends."""
+    """Run a turn without a waiting client; the response is stored when the turn ends or fails."""
     try:
         async with turn_of(server, request) as turn:
             async for piece in turn.pieces():

@@ -1,4 +1,4 @@
-"""What a request goes on from: a stored response, a compaction item, or what it brings itself."""
+"""Finding what a request continues: a stored response, a compaction item, or only its own input."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from agentmem.serving.server import Server
 
 
 def origin_of(server: Server, stored: StoredResponses, body: Continued, http: Request) -> Origin:
-    """Find it.
+    """Find the stored response and the compaction item that a request continues, and combine them with its input.
 
     Raises:
-        RequestRefused: there is no such response or item for this key, or an input that is none.
+        RequestRefused: there is no such response or item for this API key, or the input is invalid.
 
     """
     owner, before = http.state.owner, Context()

@@ -1,4 +1,4 @@
-"""The bodies of ``/v1/responses`` and ``/v1/responses/compact``, and what they ask of the model."""
+"""The bodies for ``/v1/responses`` and ``/v1/responses/compact``, and their conversion to requests to the model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Tool(Function):
-    """A function that the model may call, as ``/v1/responses`` writes it."""
+    """A function that the model may call, in the format of ``/v1/responses``."""
 
     type: Literal["function"]
 
@@ -43,17 +43,17 @@ class Tool(Function):
 
 
 class ContextManagement(BaseModel):
-    """When a conversation is compacted by itself."""
+    """Setting of when a conversation is compacted automatically."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     type: Literal["compaction"]
     compact_threshold: Count | None = None
-    """Tokens since the newest compaction item."""
+    """Number of tokens since the newest compaction item at which the conversation is compacted."""
 
 
 class TextFormat(BaseModel):
-    """The form of a reply's text."""
+    """The field ``text`` of a request: the form of the reply."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -62,7 +62,7 @@ class TextFormat(BaseModel):
 
 
 class Continued(Parameters):
-    """What both routes take."""
+    """Fields that both routes accept."""
 
     ignored: ClassVar[frozenset[str]] = Parameters.ignored | {"image"}
 
@@ -72,21 +72,21 @@ class Continued(Parameters):
     prompt_cache_key: Annotated[str, Field(max_length=512)] | None = None
 
     def context(self) -> Context:
-        """What the body itself brings.
+        """Convert the ``input`` field to a context.
 
         Raises:
-            RequestRefused: with the place in the input.
+            RequestRefused: an item of the input is invalid; the error gives its index.
 
         """
         return Context() if self.input is None else Context.of(self.input)
 
 
 class CompactRequest(Continued):
-    """What ``/v1/responses/compact`` takes."""
+    """The body of a ``/v1/responses/compact`` request."""
 
 
 class ResponseRequest(Continued):
-    """What ``/v1/responses`` takes."""
+    """The body of a ``/v1/responses`` request."""
 
     ignored: ClassVar[frozenset[str]] = Continued.ignored | {"truncation", "stream_options"}
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
@@ -112,10 +112,10 @@ class ResponseRequest(Continued):
     context_management: tuple[ContextManagement, ...] = ()
 
     def check(self) -> None:
-        """Refuse what contradicts itself.
+        """Refuse fields that contradict each other.
 
         Raises:
-            RequestRefused: with the field.
+            RequestRefused: ``background`` is set without ``store``, or together with ``stream``.
 
         """
         if self.background and (self.stream or not self.store):
@@ -123,26 +123,28 @@ class ResponseRequest(Continued):
 
     @property
     def threshold(self) -> int | None:
-        """Tokens after which the conversation is compacted by itself."""
+        """Tokens since the newest compaction item at which to compact; ``None`` to compact only on demand."""
         found = [each.compact_threshold for each in self.context_management if each.compact_threshold is not None]
         return min(found, default=None)
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Who asks, and what the request goes on from."""
+    """The owner of a request, and what the request continues."""
 
     owner: str
     name: str | None
+    """Name of the conversation, from the request's header."""
     context: Context
     item: Item | None
 
 
 def asks(body: ResponseRequest, origin: Origin, settings: ServerSettings) -> Request:
-    """What a response asks of the model.
+    """Convert the body of a response request to a request to the model.
 
     Raises:
-        RequestRefused: with the field. SettingsRefused: a policy that there is not.
+        RequestRefused: a field cannot be served; the error names the field.
+        UnknownPolicy, SettingsRefused: there is no such policy.
 
     """
     choice = chosen(body.tools, body.tool_choice, parallel=body.parallel_tool_calls)
@@ -171,7 +173,7 @@ def asks(body: ResponseRequest, origin: Origin, settings: ServerSettings) -> Req
 
 
 def asks_compaction(body: CompactRequest, origin: Origin) -> Request:
-    """What a compaction asks of the model."""
+    """Convert the body of a compaction request to a request to the model."""
     messages, lead = led(origin, body.instructions)
     return Request(
         origin.owner,
@@ -189,10 +191,12 @@ def asks_compaction(body: CompactRequest, origin: Origin) -> Request:
 
 
 def led(origin: Origin, instructions: str | None) -> tuple[Sequence[Message], str | None]:
-    """The messages behind the instructions, and the digest of these; an item that holds them needs them no more.
+    """Put the instructions before the messages, and return all messages and the digest of the instructions.
+
+    The instructions are left out if the memory of the compaction item already begins with them.
 
     Raises:
-        RequestRefused: there is nothing to read at all.
+        RequestRefused: there are no messages, no instructions and no compaction item.
 
     """
     messages = origin.context.messages
@@ -207,10 +211,10 @@ def led(origin: Origin, instructions: str | None) -> tuple[Sequence[Message], st
 
 
 def item_recipe(asked: Recipe, item: Item) -> Recipe:
-    """The recipe of a request that goes on from an item, which is the item's own.
+    """Return the recipe of a compaction item for a request that continues the item.
 
     Raises:
-        RequestRefused: it asks for another.
+        RequestRefused: the request asks for another recipe.
 
     """
     kept = item.record.recipe

@@ -1,4 +1,4 @@
-"""``/v1/responses``: create, get, list what was read, delete, cancel."""
+"""The routes under ``/v1/responses`` to create, get, delete and cancel a response, and to list its input items."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from agentmem.serving.server import Server
 
 
 def router(server: Server, stored: StoredResponses) -> APIRouter:
-    """The routes of one server."""
+    """Return a router with the routes of ``server`` for responses."""
     made = APIRouter()
     _creating(made, server, stored)
     _keeping(made, stored)
@@ -96,7 +96,7 @@ def _cancelling(made: APIRouter, server: Server, stored: StoredResponses) -> Non
 
 
 def _page(items: list[dict[str, Any]], limit: int, order: str, after: str | None) -> dict[str, Any]:
-    """One page of a list, as OpenAI lists things."""
+    """Return one page of a list of items, in OpenAI's format of lists."""
     ordered = items if order == "asc" else items[::-1]
     start = next((at + 1 for at, item in enumerate(ordered) if item["id"] == after), 0)
     page = ordered[start : start + limit]

@@ -1,4 +1,4 @@
-"""Stored responses: the object, what came before it, whose it is. In memory, and in files where there is a folder."""
+"""Stored responses, each with its owner, input and context; in memory, and also in files if there is a folder."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from agentmem.serving.responses.context import Context
 
 
 class Stored(BaseModel):
-    """One response."""
+    """One stored response."""
 
     model_config = ConfigDict(extra="forbid")
 
     owner: str
     response: dict[str, Any]
     input: list[dict[str, Any]]
-    """Items of its request, as they are listed."""
+    """Input items of the request, as ``GET /v1/responses/{id}/input_items`` returns them."""
     context: Context
-    """What a request that goes on from it begins with."""
+    """Context for a request that continues this response."""
     at: float
-    """When it was stored, in seconds since 1970."""
+    """Time of storing, in seconds since 1970."""
 
 
 class StoredResponses:
-    """By id. Another key's are as if they were not there."""
+    """All stored responses, by id. A response of another API key is treated as not found."""
 
     def __init__(self, most: int, seconds: float, folder: Path | None) -> None:
-        """At most so many, for so long; ``folder`` keeps them when the server ends."""
+        """Store at most ``most`` responses for ``seconds`` each; files in ``folder`` keep them for the next server."""
         self.most, self.seconds, self.folder = most, seconds, folder
         self._held: OrderedDict[str, Stored] = OrderedDict()
         if folder is not None:
@@ -44,22 +44,22 @@ class StoredResponses:
                 self._read(path)
 
     def put(self, stored: Stored) -> None:
-        """Store one, in place of what had its id; the oldest ones be preempted."""
+        """Store a response in place of one with the same id, and delete the oldest beyond the limit."""
         name = str(stored.response["id"])
         self._held[name] = stored
         if self.folder is not None:
             try:
                 write_whole(self._path(name), stored.model_dump_json(), what="response", remedy="make room")
-            except AgentmemError as error:  # it is stored all the same, until the server ends
+            except AgentmemError as error:  # the response stays in memory until the server ends
                 LOG.warning("response_not_written", error=str(error))
         while len(self._held) > self.most:
             self.drop(next(iter(self._held)))
 
     def get(self, name: str, owner: str, *, param: str = "response_id") -> Stored:
-        """The response of that id.
+        """Return the response with id ``name``; ``param`` names the field of the request in the error.
 
         Raises:
-            RequestRefused: 404, there is none for this owner, or no more.
+            RequestRefused: status 404, this owner has no such response, or it has expired.
 
         """
         found = self._held.get(name)
@@ -76,13 +76,13 @@ class StoredResponses:
         return found
 
     def drop(self, name: str) -> None:
-        """Delete one, if it is there."""
+        """Delete the response with id ``name``, if there is one."""
         self._held.pop(name, None)
         if self.folder is not None:
             self._path(name).unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
-        assert self.folder is not None  # noqa: S101  # whoever calls this has asked
+        assert self.folder is not None  # noqa: S101  # the caller has checked
         return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
 
     def _read(self, path: Path) -> None:

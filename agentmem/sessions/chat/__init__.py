@@ -1,1 +1,1 @@
-"""Conversations as token ids: chat templates, what continues a rendering, control tokens, decoded text."""
+"""Conversion between conversations and token ids: messages, chat templates, control tokens and decoding of text."""

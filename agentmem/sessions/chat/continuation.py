@@ -1,4 +1,4 @@
-"""What follows the text that a memory was fed, in a rendering of the conversation that goes on from it."""
+"""Functions that find the text to feed next in a rendering of the conversation and split it into spans of messages."""
 
 from __future__ import annotations
 
@@ -24,23 +24,31 @@ _NEXT: tuple[dict[str, Any], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """``text`` is to be fed; its first characters that ``closing`` begins with close the last message.
-
-    ``before`` is what the memory holds just before; ``change`` tells what of it the template writes otherwise now,
-    if anything.
-    """
+    """The text to feed next, and how it relates to what the memory holds."""
 
     text: str
+    """The text to feed."""
     before: str = ""
+    """Text at the end of what the memory holds, just before ``text``."""
     closing: str = ""
+    """Markup that would close the last fed message if nothing followed. The common start of this markup and ``text``
+    belongs to that message."""
     change: str = ""
+    """Description of the first place where the template now writes earlier text differently; empty if nowhere."""
 
 
 def follow(renderer: Renderer, dialogue: Dialogue, chat: Chat, ends: Sequence[str], *, opened: bool) -> Continuation:
-    """What to feed for the messages of ``chat`` (and the generation prompt) that ``dialogue`` has not fed.
+    """Find the text to feed for those messages of ``chat`` that ``dialogue`` has not fed.
+
+    Args:
+        renderer: the chat template.
+        dialogue: the conversation so far.
+        chat: all messages of the conversation, including the new ones.
+        ends: texts of the tokens that end a reply.
+        opened: also feed the generation prompt.
 
     Raises:
-        SettingsRefused: the template refuses the conversation, or hides where its new part begins.
+        SettingsRefused: the template refuses the conversation, or the beginning of the new part cannot be found.
 
     """
     if not dialogue.fed:
@@ -51,7 +59,11 @@ def follow(renderer: Renderer, dialogue: Dialogue, chat: Chat, ends: Sequence[st
 
 
 def _after_given(renderer: Renderer, dialogue: Dialogue, chat: Chat, *, opened: bool) -> Continuation:
-    """What follows what was rendered before; if that is written otherwise now, what follows the last message."""
+    """Find the text to feed after a given message.
+
+    This is the text after the earlier rendering. If the template now writes the earlier part differently, it is the
+    text after the last fed message.
+    """
     had = renderer.write(chat[: dialogue.fed]).removesuffix(dialogue.owed)
     now = renderer.write(chat, opened=opened)
     if now.startswith(had):
@@ -67,9 +79,9 @@ def _after_given(renderer: Renderer, dialogue: Dialogue, chat: Chat, *, opened: 
 def _after_reply(
     renderer: Renderer, dialogue: Dialogue, chat: Chat, ends: Sequence[str], *, opened: bool
 ) -> Continuation:
-    """What follows the reply that the model wrote, without the end that it sampled."""
+    """Find the text to feed after a reply of the model, without the end token if the model has sampled it."""
     last, ended = dialogue.fed - 1, dialogue.end is not None
-    now = renderer.write(chat, opened=opened)  # first: a refusal speaks for itself
+    now = renderer.write(chat, opened=opened)  # first, so that a refusal is raised with the template's own error
     text = renderer.reply_tail(chat, last, ends, ended=ended, opened=opened)
     if text is None:
         raise _hidden(chat, last)
@@ -91,9 +103,9 @@ def _hidden(chat: Chat, last: int) -> SettingsRefused:
 
 
 def _difference(had: str, now: str) -> str:
-    """Where the memory's text departs from the template's, white space apart; empty if the template only goes on.
+    """Describe the first place where the memory's text and the template's differ; empty if the template only adds text.
 
-    White space is left out because templates trim replies, which no one calls rewriting.
+    White space is ignored: templates trim replies, and that should not count as rewriting.
     """
     one, other = "".join(had.split()), "".join(now.split())
     if other.startswith(one):
@@ -103,9 +115,10 @@ def _difference(had: str, now: str) -> str:
 
 
 def unsettled(renderer: Renderer, chat: Chat, text: str) -> str:
-    """The end of ``text`` that depends on what follows the last message, found by rendering what may follow.
+    """Return the end of ``text`` that depends on what follows the last message.
 
-    Qwen, for example, closes a tool's result only if no other result follows.
+    It is found by rendering the chat with several possible next messages. For example, Qwen's template closes a tool's
+    result only if no other result follows.
     """
     last = len(chat) - 1
     alone = renderer.tail(chat, last)
@@ -120,7 +133,10 @@ def unsettled(renderer: Renderer, chat: Chat, text: str) -> str:
 def bounds(
     renderer: Renderer, dialogue: Dialogue, chat: Chat, found: Continuation, *, opened: bool
 ) -> list[tuple[int, Span]]:
-    """The places in ``found.text`` where spans end, ascending, each with its span (whose ids are still unknown)."""
+    """Return the places in ``found.text`` at which spans end, in ascending order, each with its span.
+
+    The ``start`` and ``stop`` of these spans are still 0, since the ids are not known yet.
+    """
     text, common = found.text, renderer.markup.common
     places: list[tuple[int, Span]] = []
     if dialogue.fed and found.closing:
@@ -147,9 +163,10 @@ def _span(chat: Chat, at: int) -> Span:
 
 
 def _preamble(renderer: Renderer, chat: Chat, text: str) -> int:
-    """Where the first message begins behind a default system prompt or tools; 0 if nothing stands before it.
+    """Return the place in ``text`` at which the first message begins, after a default system prompt or tools.
 
-    A message's header is what the template writes before a later message of the same role.
+    The result is 0 if nothing stands before the first message. The message begins with its header; this is the text
+    that the template writes before a later message of the same role.
     """
     before = renderer.before(chat[:1], 0)
     for between in ([], [{"role": "assistant", "content": "x"}]):

@@ -1,9 +1,10 @@
-"""Chat text into ids: the template's control tokens are tokens, the same words inside a message are plain text.
+"""Tokenizing of rendered chats: control tokens of the template become tokens, those spelt in messages stay plain text.
 
-A delta is tokenized whole, as stock does it, so that no boundary between markup and content changes a token. Only a
-content that spells a control token (``<|im_end|>`` in a tool's output) is treated: a mark is put behind the first
-character of each such spelling before the template is rendered, and the text is tokenized in two pieces there. No
-piece contains the spelling, so no tokenizer can make the control token of it, and the words stay as they were.
+A delta is tokenized as a whole, as transformers does it, so that no boundary between markup and content changes a
+token. The exception is message content that contains the text of a control token, such as ``<|im_end|>`` in a tool's
+output. Before the template is rendered, a mark is put after the first character of that text; the rendered text is
+then cut at the mark and tokenized in two pieces. Neither piece contains the whole text of the control token, so the
+tokenizer cannot produce that token, and the words of the message stay unchanged.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ def _pattern(texts: Iterable[str]) -> re.Pattern[str]:
 class Markup:
     """The control tokens of one tokenizer and one template.
 
-    These are all special tokens, in every message, and in users' and tools' messages also the added tokens that the
-    template's source contains (``<tool_call>``, ``</think>``): given system and assistant messages may write those.
+    In every message, all special tokens of the tokenizer count as control tokens. In messages of users and tools, so do
+    the other added tokens that the template's source contains (``<tool_call>``, ``</think>``). Given messages of the
+    roles system and assistant may contain the latter as real tokens.
     """
 
     def __init__(self, tokenizer: Any, source: str, mark: str) -> None:
-        """``source`` is the template's, ``mark`` a text that occurs nowhere."""
+        """Collect the control tokens; ``source`` is the template's source and ``mark`` a text that is in no message."""
         self.tokenizer, self.mark = tokenizer, mark
         added = tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
@@ -43,10 +45,12 @@ class Markup:
         self._special, self._every = _pattern(special), _pattern(special | written)
 
     def neutral(self, value: Any, role: str) -> Any:
-        """``value`` (text, or lists and dicts of it) with a mark in every control token that it spells.
+        """Return ``value`` with a mark inside the text of every control token.
+
+        ``value`` is a text, or lists and dicts that contain texts.
 
         Raises:
-            SettingsRefused: a control token of one character, which cannot be cut.
+            SettingsRefused: a text contains a control token of one character, which cannot be cut.
 
         """
         if isinstance(value, str):
@@ -68,11 +72,11 @@ class Markup:
                 )
             pieces.append(text[done : found.start() + 1])
             done = found.start() + 1
-            found = pattern.search(text, done)  # from inside this one: spellings may overlap
+            found = pattern.search(text, done)  # from the second character on, since matches may overlap
         return self.mark.join([*pieces, text[done:]])
 
     def common(self, *texts: str) -> int:
-        """How many characters the texts share at their beginning; no control token of any of them is cut."""
+        """Return the length of the common start of the texts, shortened if it would cut a control token of any text."""
         first, last = min(texts), max(texts)  # every other text lies between them, and so does what it shares
         differing = (at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other)
         size = next(differing, len(first))
@@ -83,17 +87,17 @@ class Markup:
         return size
 
     def words(self, text: str) -> bool:
-        """Whether the text is more than control tokens and white space."""
+        """Return True if the text contains more than control tokens and white space."""
         return bool(self._every.sub("", text).strip())
 
     def encode(self, text: str, bounds: Sequence[int] = (), before: str = "") -> tuple[tuple[int, ...], list[int]]:
-        """Ids of ``text``, and for each of the ascending character places ``bounds`` the first id from there on.
+        """Return the ids of ``text``, and for each character place in ``bounds`` the index of the first id after it.
 
-        ``before`` is the text that the memory holds just before: some tokenizers write the first word of a text
-        otherwise than the same word in its middle. A token that crosses a bound belongs to the side of its end.
+        ``bounds`` must ascend. A token that crosses a bound counts as after the bound. ``before`` is the text that the
+        memory holds just before ``text``: some tokenizers encode a word differently at the beginning of a text.
         """
         cuts = [found.span() for found in re.finditer(re.escape(self.mark), text)]
-        if not self.tokenizer.is_fast:  # no offsets: the bounds are cut out, too
+        if not self.tokenizer.is_fast:  # there are no offsets, so the text is cut at the bounds, too
             cuts = sorted([*cuts, *((bound, bound) for bound in bounds)])
         ids: list[int] = []
         stops: list[int] = []  # ends, not starts: some tokenizers trim a token's leading spaces from its offsets
@@ -106,7 +110,10 @@ class Markup:
         return tuple(ids), [bisect_right(stops, bound) for bound in bounds]
 
     def _piece(self, text: str, context: str) -> tuple[list[int], list[int]]:
-        """Ids and end offsets of a text that stands behind ``context``, if the tokenizer gives them."""
+        """Return the ids of a text that follows ``context``, and the end offset of each id.
+
+        A tokenizer without offsets gives the length of the text for each id.
+        """
         if not text:
             return [], []
         if context and not self._every.match(text):

@@ -1,7 +1,7 @@
-"""A conversation as a value: its messages, which of them the model wrote, and what of them a memory has been fed.
+"""Immutable records of a conversation: its messages, which of them the model wrote, and which a memory was fed.
 
-Nothing here holds ids or renders text: the ids in the memory are the state, and
-:class:`agentmem.sessions.chat.template.ChatTemplate` finds the ids that go on from a dialogue.
+Nothing here holds the ids of the conversation or renders text. The memory holds the ids, and
+:class:`agentmem.sessions.chat.template.ChatTemplate` finds the ids that continue a dialogue.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ ROLES: tuple[str, ...] = get_args(Role)
 
 
 class Message(BaseModel):
-    """One message, in the shape that chat templates read.
+    """One message, in the shape that chat templates read; build it with :meth:`of`.
 
-    ``tool_calls`` are OpenAI's: ``{"type": "function", "id": …, "function": {"name": …, "arguments": {…}}}``.
+    ``tool_calls`` have the shape of OpenAI's interface:
+    ``{"type": "function", "id": …, "function": {"name": …, "arguments": {…}}}``.
 
     Raises:
-        SettingsRefused: through :meth:`of`, with the field, the value and what is allowed.
+        SettingsRefused: :meth:`of` found an invalid field; the message names the field, the value and what is allowed.
 
     """
 
@@ -38,13 +39,13 @@ class Message(BaseModel):
     role: Role
     content: str = ""
     name: str | None = None
-    """Who speaks: the tool's name in a tool message, or a participant's."""
+    """Name of the speaker: of the tool in a tool's message, else of a participant."""
     tool_calls: Annotated[tuple[dict[str, JsonValue], ...], Field(fail_fast=True)] | None = None
-    """Calls that an assistant's message makes."""
+    """Tool calls of an assistant's message."""
     reasoning_content: str | None = None
-    """What an assistant thought before the content, for templates that write it."""
+    """Text of an assistant's reasoning before the content, for templates that write it."""
     tool_call_id: str | None = None
-    """Which call a tool's message answers."""
+    """Id of the call that a tool's message answers."""
 
     @model_validator(mode="after")
     def _encodable(self) -> Self:
@@ -54,10 +55,10 @@ class Message(BaseModel):
 
     @classmethod
     def of(cls, **fields: object) -> Message:
-        """Build a message of any shape that :mod:`agentmem.sessions.chat.message_shapes` reads.
+        """Build a message from fields in any shape that :mod:`agentmem.sessions.chat.message_shapes` reads.
 
         Raises:
-            SettingsRefused: every violation, with the field.
+            SettingsRefused: some fields are invalid; the message names all of them.
 
         """
         fields = plain(fields)
@@ -73,7 +74,12 @@ class Message(BaseModel):
 
     @classmethod
     def each(cls, given: Iterable[Message | Mapping[str, Any]]) -> list[Message]:
-        """Messages of what was given; see :meth:`of`."""
+        """Build a message from each item, which is a Message, a mapping of fields, or an SDK's message object.
+
+        Raises:
+            SettingsRefused: ``given`` is not a list of messages, or a message is invalid.
+
+        """
         if isinstance(given, str | Mapping | Message) or not isinstance(given, Iterable):
             raise SettingsRefused(
                 f"messages: {shown(given)} is no list of them; write [{{'role': 'user', 'content': ...}}]"
@@ -92,27 +98,30 @@ class Message(BaseModel):
 
 
 class Dialogue(BaseModel):
-    """A conversation so far. A value: growing it makes another, so forks share it and never disturb one another.
+    """A conversation so far, as an immutable value: adding a message makes a new dialogue, so forks can share one.
 
-    Invariants: ``fed ≤ len(messages)``; every generated message is an assistant's and fed; the messages from ``fed`` on
-    are deferred system messages (the template writes them into the next message).
+    Invariants: ``fed ≤ len(messages)``; every generated message has the role assistant and an index below ``fed``; the
+    messages from ``fed`` on are system messages that wait, since the template writes them into the next message.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     messages: Annotated[tuple[Message, ...], FailFast()] = ()
     generated: Annotated[tuple[int, ...], FailFast()] = ()
-    """Ascending indices of the messages that the model wrote: the memory holds them as sampled."""
+    """Ascending indices of the messages that the model wrote; the memory holds their ids as they were sampled."""
     fed: int = Field(default=0, ge=0)
-    """How many messages the memory holds, but for ``owed`` or a generated reply's closing markup."""
+    """Number of messages that the memory was fed. The last of them may still lack its closing markup or ``owed``."""
     owed: str = ""
-    """The last characters of the last given message, which depend on what follows and go to the next delta."""
+    """The last characters of the last given message that are not fed yet, since they depend on the next message. The
+    next delta begins with them or with their replacement."""
     open: bool = False
-    """Whether the generation prompt was fed and its reply has not been closed."""
+    """True if the generation prompt was fed and the reply to it has not been closed."""
     end: int | None = None
-    """The id that ended the last message, if that was generated and not cut: its closing markup is in the memory."""
+    """The end token of the last message, which the memory holds; ``None`` if the model did not write that message or
+    the message was cut."""
     rewrites: bool = False
-    """Whether the memory holds something that the template would have rewritten since (old thinking, for example)."""
+    """True if the memory holds text that the template would now write differently or leave out, such as old
+    reasoning."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -128,10 +137,11 @@ class Dialogue(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Ids ``start .. stop`` of a delta that belong to one message: its content and the template's markup around it.
+    """The ids ``start .. stop`` of a delta that belong to one message: its content and the template's markup around it.
 
-    ``message`` is the index in the dialogue, ``None`` for what the template writes by itself before the first message
-    (a default system prompt, tools in a block of their own), which has the role system.
+    ``message`` is the index of the message in the dialogue. It is ``None`` for text that the template itself writes
+    before the first message, such as a default system prompt or a separate block of tools; that text has the role
+    system.
     """
 
     role: Role
@@ -143,7 +153,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What to feed next: new ids, and the spans that tile them in order. Both are empty if nothing is to be fed."""
+    """The ids to feed next, and the spans that cover these ids in order; both are empty if there is nothing to feed."""
 
     ids: tuple[int, ...] = ()
     spans: tuple[Span, ...] = ()

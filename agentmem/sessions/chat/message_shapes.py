@@ -1,4 +1,4 @@
-"""Messages as clients of OpenAI's interface write them, in the one shape that chat templates read."""
+"""Conversion of messages, as clients of OpenAI's interface write them, to the shape that chat templates read."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from agentmem.sessions.arguments import refusal
 from agentmem.untrusted.json_text import parsed
 
 _TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
-"""Types of content parts that are text, and where it stands in them."""
+"""For each type of content part that is text, the key of the text."""
 _MAX_ARGUMENTS = 8 << 20
-"""Bytes of a call's arguments."""
+"""Most bytes of the arguments of a call."""
 _DROPPED = ("annotations",)
-"""Notes of a service about a message, which no model reads."""
+"""Fields that are ignored: notes of a service about a message, which models do not read."""
 
 
 def plain(given: Mapping[str, Any]) -> dict[str, Any]:
-    """A message's fields: text for content, calls with their arguments as objects, nothing that is null.
+    """Return the fields of a message with text as content and calls whose arguments are dicts, without null fields.
 
-    The role developer is the system's. A refusal is what the assistant said where it has no other content.
+    The role developer becomes system. If the message has no content, the text of its refusal becomes the content.
 
     Raises:
-        SettingsRefused: a part of the content that is no text, a function call of the old kind, an audio reply, or
-            arguments of a call that are no JSON object.
+        SettingsRefused: a part of the content is not text, the message has the old field ``function_call`` or an
+            audio reply, or the arguments of a call are not a JSON object.
 
     """
     fields = {name: value for name, value in given.items() if value is not None and name not in _DROPPED}
@@ -46,7 +46,7 @@ def plain(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text(content: object) -> object:
-    """The text of a list of parts; all else is left for the message to check."""
+    """Return the joined text of a list of parts; return any other value unchanged, since Message checks it later."""
     if isinstance(content, str) or not isinstance(content, Sequence):
         return content
     return "".join(map(_part, content))
@@ -73,7 +73,7 @@ def _calls(calls: object) -> object:
 
 
 def _call(call: object) -> object:
-    """One call; the arguments that clients send as a JSON text become the object that templates write."""
+    """Return a call whose arguments are a dict, parsed if they are a JSON text; Message checks other shapes later."""
     call = call.model_dump(exclude_none=True) if isinstance(call, BaseModel) else call
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(call, Mapping) or not isinstance(function, Mapping):

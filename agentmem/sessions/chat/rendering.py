@@ -1,4 +1,7 @@
-"""Conversations through a tokenizer's chat template, with a sentinel in place of one message where that is asked."""
+"""Rendering of conversations through a tokenizer's chat template.
+
+To find a message in the rendered text, its content can be replaced by a sentinel, a unique random word.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
 Chat = list[dict[str, Any]]
 Tool = dict[str, Any] | Callable[..., Any]
 
-# What templates raise: their own refusals, and Python's where a message lacks what they read.
+# Exceptions that templates raise: their own refusals, and Python's if a message lacks a field that they read.
 _FAULTS = (
     TemplateError,
     TypeError,
@@ -30,17 +33,18 @@ _FAULTS = (
     RuntimeError,
 )
 _SHOWN = 300
-"""Characters of an error's text: it may quote the whole template."""
+"""Most characters of a template's error that are shown, since the error may quote the whole template."""
 
 
 class Renderer:
-    """One template with its tools and variables. ``markup`` knows its control tokens."""
+    """One chat template with its tools and variables; ``markup`` handles its control tokens."""
 
     def __init__(self, tokenizer: Any, tools: Sequence[Tool] | None, options: Mapping[str, Any] | None) -> None:
-        """Find the template, and check that it has a place for the tools.
+        """Find the tokenizer's template, and check that the template writes the tools.
 
         Raises:
-            SettingsRefused: no template, tools that are no schemas, or no place for them.
+            SettingsRefused: the tokenizer has no template, a tool is not a valid schema, or the template does not
+                write the tools.
 
         """
         self.tokenizer, self.options = tokenizer, dict(options or {})
@@ -80,7 +84,10 @@ class Renderer:
         )
 
     def chat(self, dialogue: Dialogue) -> Chat:
-        """The messages as the template reads them. Given ones cannot spell control tokens; replies stay as they are."""
+        """Return the messages as the template reads them.
+
+        Control tokens in given messages are neutralised. Replies of the model stay as they are.
+        """
         replies = set(dialogue.generated)
         return [self._plain(message, given=at not in replies) for at, message in enumerate(dialogue.messages)]
 
@@ -91,10 +98,10 @@ class Renderer:
         return plain
 
     def write(self, chat: Chat, *, opened: bool = False, tools: Sequence[Tool] | str | None = "own") -> str:
-        """The whole conversation; ``opened`` adds the generation prompt.
+        """Render the whole conversation; ``opened`` adds the generation prompt.
 
         Raises:
-            SettingsRefused: the template refuses it; the message is the template's own.
+            SettingsRefused: the template refuses the conversation; the message quotes the template's error.
 
         """
         try:
@@ -110,19 +117,23 @@ class Renderer:
         return str(text)
 
     def tail(self, chat: Chat, index: int, *, opened: bool = False) -> str | None:
-        """What follows one message's content, wherever the template puts it; ``None`` if it cannot be found."""
+        """Return the text after the content of one message in the rendering, or ``None`` if it cannot be found."""
         return self._after(_marked(chat, index, self.sentinel), opened=opened)
 
     def reply_tail(self, chat: Chat, index: int, ends: Sequence[str], *, ended: bool, opened: bool) -> str | None:
-        """What is still to be fed after a generated reply: its closing markup without a sampled end, and the rest.
+        """Return the text to feed after a generated reply, or ``None`` if it cannot be found.
 
-        A reply with calls is rendered with a sentinel for the last call's name: it ends at the first end text after
-        it. Where the template has no place for calls, or writes no end after them, they are left out.
+        The text is the closing markup of the reply and everything after it. If ``ended`` is true, the model has already
+        written the end token, so the text begins after that token.
+
+        A reply with tool calls is rendered with a sentinel for the name of the last call; the reply ends at the first
+        of the texts ``ends`` after the sentinel. If the template does not write calls, or writes none of these texts
+        after them, the reply is rendered without its calls.
         """
         reply = chat[index]
         if "tool_calls" in reply:
             bare = [{**call, "function": {**call.get("function", {}), "arguments": {}}} for call in reply["tool_calls"]]
-            silent = {**reply, "content": "", "tool_calls": bare}  # the text spells the calls already
+            silent = {**reply, "content": "", "tool_calls": bare}  # the content already contains the calls as text
             calls = [*chat[:index], silent, *chat[index + 1 :]]
             text = self._after(_marked(calls, index, self.sentinel), opened=opened)
             found = [(text.find(end), -len(end)) for end in ends if end in text] if text else []
@@ -145,7 +156,7 @@ class Renderer:
         return pieces[1] if len(pieces) == 2 else None  # noqa: PLR2004  # exactly one sentinel
 
     def before(self, chat: Chat, index: int) -> str:
-        """What the template writes before one message's content; the message is the last. Empty if that is unknown."""
+        """Return the text before the content of the last message, whose index is ``index``; empty if it is unknown."""
         try:
             text, found, _ = self.write(_marked(chat, index, self.sentinel)).partition(self.sentinel)
         except SettingsRefused:
@@ -153,17 +164,17 @@ class Renderer:
         return text if found else ""
 
     def shows(self, chat: Chat, index: int, *, opened: bool = False) -> bool:
-        """Whether the template writes that message at all.
+        """Return True if the template writes the message with this index at all.
 
         Raises:
-            SettingsRefused: it refuses the conversation.
+            SettingsRefused: the template refuses the conversation.
 
         """
         return self.sentinel in self.write(_marked(chat, index, self.sentinel), opened=opened)
 
 
 def _refusal(chat: Chat, error: Exception) -> SettingsRefused:
-    """What is said of a conversation that the template cannot write: its own words, and what can be done."""
+    """Return the error for a conversation that the template refuses, with the template's own error and a remedy."""
     roles = ", ".join(str(message["role"]) for message in chat[-4:])
     if isinstance(error, TemplateSyntaxError):
         remedy = f"it is no Jinja template (line {error.lineno}); set tokenizer.chat_template to the model's own"
@@ -181,7 +192,7 @@ def _refusal(chat: Chat, error: Exception) -> SettingsRefused:
 
 
 def _marked(chat: Chat, index: int, sentinel: str) -> Chat:
-    """The chat with the sentinel for one message's content, or for the name of its last call."""
+    """Return the chat with the sentinel in place of one message's content, or of the name of its last call."""
     message = chat[index]
     if message.get("tool_calls"):
         *others, last = message["tool_calls"]

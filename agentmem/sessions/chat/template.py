@@ -1,10 +1,10 @@
-"""Incremental chat templating: which ids go on from a dialogue that a memory already holds.
+"""Incremental chat templating: it finds the ids that continue a dialogue which a memory already holds.
 
-The template renders whole conversations; a memory wants only what is new. What is new is what follows, in the new
-rendering, the text that was fed before. Where the template writes that text otherwise now (it strips old thinking,
-trims, moves a system message), the new text is what follows a *sentinel*: the last message is rendered with a unique
-word in place of its content, and the word tells where the message ends, whatever the template did to it. A reply that
-the model wrote is always found so: its ids are in the memory as sampled, and its text is never tokenized again.
+The template renders whole conversations, but the memory needs only the new part. Usually this is the part of the new
+rendering after the text that was fed before. The template may now write that earlier text differently, because it
+strips old reasoning, trims text or moves a system message. Then the last fed message is rendered with a *sentinel*, a
+unique word, in place of its content, and the new part is the text after the sentinel. For a reply that the model wrote
+the sentinel is always used: the memory holds the reply's ids as sampled, and its text is never tokenized again.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ __all__ = ["ChatTemplate", "Delta", "Dialogue", "Message", "Role", "Span", "Tool
 
 
 class ChatTemplate:
-    """Grows dialogues through a tokenizer's chat template. It holds no conversation; forks may share it.
+    """Extend dialogues through a tokenizer's chat template. An object holds no conversation, so forks may share it.
 
-    Invariants: the deltas of given messages together are the ids that stock ``apply_chat_template`` gives for the whole
-    conversation wherever messages are separated by special tokens, and decode to the same text elsewhere; BOS comes
-    from the template alone; a refusal changes nothing. Rendering costs time in proportion to the conversation.
+    Invariants: if the template separates messages by special tokens, the deltas of given messages joined are the ids
+    that transformers' ``apply_chat_template`` gives for the whole conversation; otherwise they decode to the same text.
+    Only the template adds a BOS token. A refusal changes nothing. Rendering takes time in proportion to the length of
+    the conversation.
     """
 
     def __init__(
@@ -38,17 +39,20 @@ class ChatTemplate:
         eos: int | Iterable[int] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        """Check the template, and that it has a place for tools.
+        """Check the template, and that the template writes the tools.
 
         Args:
-            tokenizer: with a chat template.
-            tools: JSON schemas, or functions that transformers makes schemas of.
-            history: where the template rewrites what the memory holds, ``keep`` the memory's or ``refuse``.
-            eos: ids that end a reply besides the tokenizer's own: ``generation_config.eos_token_id``.
-            options: the template's own variables, such as ``enable_thinking`` or ``date_string``.
+            tokenizer: a tokenizer with a chat template.
+            tools: JSON schemas, or functions that transformers turns into schemas.
+            history: behaviour if the template now writes earlier messages differently from what the memory holds:
+                ``"keep"`` uses the memory's version, ``"refuse"`` refuses the new message.
+            eos: further ids that end a reply, besides the tokenizer's own; usually
+                ``generation_config.eos_token_id``.
+            options: variables of the template, such as ``enable_thinking`` or ``date_string``.
 
         Raises:
-            SettingsRefused: no template, one without a place for tools, tools that are no schemas, unknown ``history``.
+            SettingsRefused: the tokenizer has no template, the template does not write the tools, a tool is not a
+                valid schema, or ``history`` is unknown.
 
         """
         if history not in ("keep", "refuse"):
@@ -63,14 +67,15 @@ class ChatTemplate:
         self._ends = sorted(filter(None, ends), key=len, reverse=True)
 
     def append(self, dialogue: Dialogue, *messages: Message | Mapping[str, Any]) -> tuple[Dialogue, Delta]:
-        """Give messages; return the longer dialogue and what to feed. Results of parallel tool calls belong together.
+        """Add given messages; return the longer dialogue and the delta to feed.
 
-        A system message that the template writes only into the message after it comes with that one. What would
-        change with the next message (the end of a group of tool results) is held back until that is known.
+        Give the results of parallel tool calls in one call. If the template writes a system message into the message
+        after it, the system message is fed together with that later message. Text that depends on the next message,
+        such as the end of a group of tool results, is held back until the next message is known.
 
         Raises:
-            SettingsRefused: the template refuses or drops a message, rewrites history that must not be rewritten, or
-                a reply is open. The dialogue and the memory are as before.
+            SettingsRefused: the template refuses or drops a message, the template rewrites history although
+                ``history="refuse"``, or a reply is open. The dialogue and the memory are unchanged.
 
         """
         self._require_closed(dialogue)
@@ -89,10 +94,12 @@ class ChatTemplate:
         return grown.model_copy(update=update), delta
 
     def open_reply(self, dialogue: Dialogue) -> tuple[Dialogue, Delta]:
-        """The generation prompt, and what was held back before it. A template without one gives an empty delta.
+        """Open a reply; return the dialogue and a delta with the text that was held back and the generation prompt.
+
+        The delta may be empty if the template has no generation prompt.
 
         Raises:
-            SettingsRefused: nothing to reply to, a reply is open already, or as in :meth:`append`.
+            SettingsRefused: there is no message to reply to, a reply is open already, or a reason of :meth:`append`.
 
         """
         self._require_closed(dialogue)
@@ -115,17 +122,19 @@ class ChatTemplate:
         end: int | None,
         tool_calls: Sequence[dict[str, Any]] | None = None,
     ) -> Dialogue:
-        """Record the reply that the model wrote. Nothing is fed; closing markup that is owed heads the next delta.
+        """Record the reply that the model wrote and return the dialogue with this reply.
+
+        Nothing is fed; the next delta begins with the reply's closing markup.
 
         Args:
-            dialogue: with an open reply.
-            text: the reply, decoded with its special tokens but without the end. It is never tokenized again.
-            end: the id that ended it, if that was sampled *and is in the memory*; ``None`` if it was cut (a length
-                limit, a stop string, an end that was not fed).
-            tool_calls: what was parsed from the text, for templates that count calls and results.
+            dialogue: a dialogue with an open reply.
+            text: the reply, decoded with its special tokens but without the end token. It is never tokenized again.
+            end: the end token, if the model has sampled it *and the memory holds it*; ``None`` if the reply was cut
+                (by a length limit, a stop string, or an end token that was not fed).
+            tool_calls: calls that were parsed from the text, for templates that count calls and results.
 
         Raises:
-            SettingsRefused: no reply is open, or ``end`` is none of :attr:`end_ids`.
+            SettingsRefused: no reply is open, or ``end`` is not in :attr:`end_ids`.
 
         """
         if not dialogue.open:
@@ -146,13 +155,13 @@ class ChatTemplate:
         return dialogue.model_copy(update=update)
 
     def instruction(self, dialogue: Dialogue, text: str) -> tuple[int, ...]:
-        """Ids of a user's message with ``text`` and the generation prompt, as they would come next.
+        """Return the ids that would continue the dialogue with a user's message and the generation prompt.
 
-        Nothing is recorded. An open reply is taken for cut here; where the template wants roles to alternate and the
-        last message is a user's, an empty reply stands between.
+        The content of the message is ``text``. The message is not recorded. An open reply is treated as cut at this
+        point. If the template refuses two user messages in a row, an empty reply is put between them.
 
         Raises:
-            SettingsRefused: the template refuses a user's message here.
+            SettingsRefused: the template refuses a user's message at this point.
 
         """
         base = self.close_reply(dialogue, "", end=None) if dialogue.open else dialogue
@@ -165,7 +174,7 @@ class ChatTemplate:
             return self._asked(base, Message(role="assistant"), ask)
 
     def _asked(self, base: Dialogue, *new: Message) -> tuple[int, ...]:
-        # Nothing is recorded, so whether history is rewritten is not looked at.
+        # Nothing is recorded, so rewritten history does not matter; rewrites=True skips the search for it.
         grown = base.model_copy(update={"messages": (*base.messages, *new), "rewrites": True})
         chat = self._renderer.chat(grown)
         found = self._follow(grown, chat, opened=True)
@@ -176,7 +185,10 @@ class ChatTemplate:
         return follow(self._renderer, dialogue, chat, self._ends, opened=opened)
 
     def _delta(self, dialogue: Dialogue, chat: Chat, found: Continuation, text: str, *, opened: bool = False) -> Delta:
-        """Ids of ``text``, which is ``found.text`` but for what is owed, and the spans that tile them."""
+        """Return the ids of ``text`` and the spans that cover them.
+
+        ``text`` is ``found.text`` without the end that is held back.
+        """
         places = bounds(self._renderer, dialogue, chat, found, opened=opened)
         ids, firsts = self._markup.encode(text, [min(place, len(text)) for place, _ in places], found.before)
         starts = [0, *firsts[:-1]]
@@ -185,10 +197,10 @@ class ChatTemplate:
         return Delta(ids, tuple(replace(span, start=a, stop=b) for (_, span), a, b in tiles if b > a))
 
     def _must_wait(self, dialogue: Dialogue, chat: Chat) -> bool:
-        """Whether there are only system messages, which the template writes into the message after them.
+        """Return True if all messages are system messages that the template writes only into the message after them.
 
         Raises:
-            SettingsRefused: not there either.
+            SettingsRefused: the template does not write them with a following message either.
 
         """
         if dialogue.fed or any(message["role"] != "system" for message in chat):
@@ -197,7 +209,7 @@ class ChatTemplate:
             if all(self._renderer.shows(chat, at) for at in range(len(chat))):
                 return False
         except SettingsRefused:
-            pass  # it may refuse a lone system message, and take it with a user's
+            pass  # the template may refuse a lone system message, but accept it together with a user's message
         self._check_seen([*chat, {"role": "user", "content": "x"}], 0)
         return True
 

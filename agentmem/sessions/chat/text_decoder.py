@@ -1,4 +1,4 @@
-"""Text out of ids, piece by piece, without ever showing half a character."""
+"""Decoding of ids to text, piece by piece, without incomplete characters."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ if TYPE_CHECKING:
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 LOOK_BACK = 64
-"""Ids before a text that tell how it goes on: more than a character has."""
+"""Number of earlier ids that are decoded as context for new ids; no character has as many ids."""
 
 
 class TextPieces:
-    """Decodes ids as they come; special tokens are left out. The pieces together are the text of all ids."""
+    """Decode ids as they come, without special tokens; the pieces joined are the text of all ids."""
 
     def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
-        """``before`` are the ids that the text goes on from: their own text is not shown again."""
+        """Begin after the ids ``before``, which serve as context; their own text is not returned again."""
         self._tokenizer = tokenizer
         self._ids: list[int] = []
         self._shown = self._start = 0
@@ -24,7 +24,7 @@ class TextPieces:
             self.push(token)
 
     def push(self, token: int) -> str:
-        """What one more id adds to the text; empty while a character is not complete."""
+        """Return the text that one more id adds; the text is empty while a character is not complete."""
         self._ids.append(token)
         before = self._decode(self._ids[self._start : self._shown])
         now = self._decode(self._ids[self._start :])
@@ -34,7 +34,7 @@ class TextPieces:
         return now[len(before) :]
 
     def rest(self) -> str:
-        """What is left at the end: an incomplete character is shown as it is."""
+        """Return the rest of the text at the end, including an incomplete character as the tokenizer decodes it."""
         before = self._decode(self._ids[self._start : self._shown])
         now = self._decode(self._ids[self._start :])
         self._start = self._shown = len(self._ids)

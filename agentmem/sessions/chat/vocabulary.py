@@ -1,4 +1,4 @@
-"""Text into ids outside the chat template, and the check that every id is one of the model's before it is taken."""
+"""Tokenizing of text outside the chat template, and the check that the model knows every id."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _SHOWN = 4
 
 
 def tokens(session: Conversation, field: str, text: str) -> list[int]:
-    """Ids of a text as it is, without special tokens of the tokenizer's own.
+    """Return the ids of a text, without the special tokens that the tokenizer would add.
 
     Raises:
-        SettingsRefused: it cannot be encoded, or the tokenizer makes ids of it that the model does not know.
+        SettingsRefused: the text cannot be encoded, or some of its ids are unknown to the model.
 
     """
     check_encodable(field, text)
@@ -28,10 +28,10 @@ def tokens(session: Conversation, field: str, text: str) -> list[int]:
 
 
 def check_known(session: Conversation, field: str, ids: Iterable[int]) -> None:
-    """Refuse ids that the model has no embedding for: a forward would fail on them, or read a wrong one.
+    """Refuse ids for which the model has no embedding; a forward would fail or use a wrong embedding.
 
     Raises:
-        SettingsRefused: names the first ones.
+        SettingsRefused: some ids are unknown; the message names the first of them.
 
     """
     words = session.memory.shape.vocabulary

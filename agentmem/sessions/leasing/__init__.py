@@ -1,1 +1,1 @@
-"""One cap shared by many sessions: who may use how many bytes, who is swapped out, who waits."""
+"""Sharing of one cap among many sessions: leases, preemption of idle memories and their storage on disk."""

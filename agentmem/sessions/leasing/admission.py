@@ -1,9 +1,11 @@
-"""One cap for many sessions: who holds what, who is preempted, who waits. Integers only, no tensors.
+"""Accounting of one cap for many sessions: it counts charged bytes and chooses the idle memories to preempt.
 
-Fairness. Leases are granted in the order in which they were asked for: while somebody waits, nobody who asks later is
-served first (a call that cannot wait is refused then). A session keeps its lease until its turn is over; then, and only
-when somebody needs the bytes, idle memories are preempted, the longest idle first. Turns that run at once take forwards
-in turns.
+This module works with integers only, not with tensors.
+
+Fairness: leases are granted in the order in which they were asked for. While a turn waits for its lease, no later turn
+gets a lease before it, and a call that cannot wait is refused. A session keeps its lease until its turn is over. Idle
+memories are preempted only when another session needs the bytes, the longest idle first. Turns that run at the same
+time alternate in their forwards.
 """
 
 from __future__ import annotations
@@ -20,27 +22,30 @@ if TYPE_CHECKING:
 
 
 class Leases:
-    """The bytes of one cap, charged to holdings."""
+    """Account of the bytes of one cap, which are charged to holdings."""
 
     def __init__(self, cap: int, pressure: Sequence[Stage]) -> None:
-        """``pressure`` are the stages by which idle holdings are preempted, in order."""
+        """Begin without holdings; ``pressure`` has the stages by which idle holdings are preempted, in order."""
         self.cap, self.pressure = cap, tuple(pressure)
         self.holdings: list[Holding] = []
         self.faults: list[str] = []
-        """Why idle holdings were not preempted at the last request for bytes."""
+        """Reasons why idle holdings could not be preempted at the last request for bytes."""
 
     @property
     def charged(self) -> int:
-        """Bytes that are charged now."""
+        """Number of bytes that are charged now."""
         return sum(holding.charged for holding in list(self.holdings))
 
     @property
     def left(self) -> int:
-        """Bytes that are charged to nobody."""
+        """Number of bytes of the cap that are not charged to any holding."""
         return self.cap - self.charged
 
     def by_kind(self, running: set[int]) -> dict[str, int]:
-        """What is charged, as :class:`agentmem.sessions.RuntimeStats` has it; ``running`` are ids of holdings."""
+        """Return the charged bytes by kind, under the field names of :class:`agentmem.sessions.RuntimeStats`.
+
+        ``running`` has the Python ids of the holdings whose sessions are in a turn.
+        """
         found = dict.fromkeys(("running_bytes", "running_room_bytes", "idle_bytes", "idle_room_bytes"), 0)
         for holding in list(self.holdings):
             charged, kind = holding.charged, "running" if id(holding) in running else "idle"
@@ -52,9 +57,15 @@ class Leases:
     def free(
         self, needed: int, may_yield: Callable[[Holding], bool], preempt: Callable[[Holding, Stage], None]
     ) -> bool:
-        """Have holdings that may be preempted until ``needed`` bytes are free; whether they are then.
+        """Preempt idle holdings until ``needed`` bytes are free; return whether they are.
 
-        Nobody is preempted for nothing: where all of it would not be enough, all is left as it is.
+        If the bytes of all idle holdings together would not suffice, no holding is preempted.
+
+        Args:
+            needed: number of bytes that must be free.
+            may_yield: returns True for a holding that may be preempted.
+            preempt: preempts a holding by a stage.
+
         """
         self.faults = []
         idle = sorted(filter(may_yield, self.holdings), key=lambda each: each.used)
@@ -68,7 +79,15 @@ class Leases:
         return self.left >= needed
 
     def refusal(self, name: str, needed: int, active: int, waiting: int) -> RuntimeBusy:
-        """Why a session cannot have its lease."""
+        """Return the error for a session that cannot get its lease.
+
+        Args:
+            name: name of the session.
+            needed: bytes of the lease.
+            active: number of sessions in a turn.
+            waiting: number of turns that already wait for a lease.
+
+        """
         why = (
             f"{waiting} turn(s) wait for it already and come first"
             if waiting
@@ -82,5 +101,8 @@ class Leases:
 
     @property
     def stuck(self) -> str:
-        """The first reason why an idle holding was not preempted at the last request for bytes, in brackets."""
+        """The first reason why an idle holding could not be preempted at the last request for bytes, in brackets.
+
+        The text is empty if there was no such reason.
+        """
         return f" ({self.faults[0]})" if self.faults else ""

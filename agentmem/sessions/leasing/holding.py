@@ -1,4 +1,4 @@
-"""What sessions hold: one memory, in use, idle or on disk, with the bytes that the runtime's cap is charged for it."""
+"""The holding of sessions: one memory, in use, idle or on disk, and the bytes that are charged for it."""
 
 from __future__ import annotations
 
@@ -32,56 +32,57 @@ if TYPE_CHECKING:
     from agentmem.sessions.snapshots.recipe import Named
 
 Stage = Literal["trim", "compact", "disk"]
-"""How an idle memory is preempted: its room is given back; it is compacted further first; it is moved to disk."""
+"""Stage of the preemption of an idle memory: ``trim`` gives back its free room, ``compact`` compacts it further and
+gives back its free room, ``disk`` moves it to disk."""
 _STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 class Holding:
-    """One memory of a model. Several sessions may share it as long as none of them writes."""
+    """One memory of a model. Several sessions may share a holding as long as none of them begins a turn."""
 
     def __init__(self, model: Any, memory: Memory, lease: int) -> None:
-        """Hold a memory that is attached to no model yet."""
+        """Hold a memory and attach it to the model; the memory must not be attached yet."""
         self.model, self.lease = model, lease
         self.memory: Memory | None = None
         self.view: hf.CappedCache | None = None
         self.sessions: set[int] = set()
         self.stage: Stage | None = None
-        """How far it has been preempted; ``None`` while it has its whole lease."""
+        """The last stage by which the memory was preempted; ``None`` while it has its whole lease."""
         self.used = 0
-        """When it was last used, by the runtime's count."""
+        """Number of the last turn that used the memory, by the runtime's count of turns."""
         self.policy = memory.policy.name
         self.identity: dict[str, str] = {}
-        """Of which model its keys are, as a snapshot names it; taken before its first token is read."""
+        """The identity (fingerprints) of the model that computes the keys, taken before the first token is read."""
         self.named: tuple[Named, ...] = ()
-        """Its policy and the others, as a snapshot names them."""
+        """The memory's policy and the extra policies, as a snapshot names them."""
         self.capacity = memory.plan.capacity
         self._noted = (0, 0, 0, 0)
         self._pins = Pins()
         self._template = memory.empty()
         self._working = 0
-        """Bytes beside what it holds that an idle memory works with."""
+        """Bytes that a compaction of the idle memory uses temporarily, in addition to the bytes that it holds."""
         self._folder: Path | None = None
         self._dtype: torch.dtype = model.dtype
         self._attach(memory)
 
     @property
     def seen(self) -> int:
-        """Tokens that the memory has consumed."""
+        """Number of tokens that the memory has consumed."""
         return self._counts()[0]
 
     @property
     def compactions(self) -> int:
-        """Compactions of the memory so far."""
+        """Number of compactions of the memory so far."""
         return self._counts()[1]
 
     @property
     def rebases(self) -> int:
-        """Its re-basings."""
+        """Number of re-basings of the memory so far."""
         return self._counts()[2]
 
     @property
     def peak(self) -> int:
-        """The most bytes that it ever held and worked with."""
+        """The most bytes that the memory ever held and worked with at one time."""
         return self._counts()[3]
 
     def _counts(self) -> tuple[int, int, int, int]:
@@ -93,12 +94,15 @@ class Holding:
 
     @property
     def pins(self) -> Pins:
-        """What is pinned of it."""
+        """The pins of the memory's sequence."""
         return self._pins if self.memory is None else self.memory.sequences[0].pins
 
     @property
     def charged(self) -> int:
-        """Bytes of the runtime's cap: the lease, what an idle memory holds, or nothing on disk."""
+        """Bytes charged to the runtime's cap.
+
+        These are the lease until the memory is preempted, then the bytes that it holds, and 0 while it is on disk.
+        """
         memory = self.memory
         if memory is None:
             return 0
@@ -106,20 +110,20 @@ class Holding:
 
     @property
     def resident(self) -> int:
-        """Bytes that the memory holds; 0 on disk."""
+        """Bytes that the memory holds; 0 while it is on disk."""
         memory = self.memory
         return 0 if memory is None else memory.ledger.resident
 
     @property
     def quiet(self) -> bool:
-        """Whether the memory is here and nothing that was begun is to be finished, so that reading it needs no room."""
+        """True if the memory is not on disk and no operation in it is unfinished, so that saving it needs no room."""
         if self.memory is None:
             return False
         sequence = self.memory.sequences[0]
         return sequence.quiet and sequence.arranged
 
     def copied(self) -> Holding:
-        """Another holding with an equal memory of its own; this one stays as it is, on disk too."""
+        """Return a new holding with a copy of the memory; this holding keeps its own memory, also if it is on disk."""
         memory = self._read() if self.memory is None else copy(self.finished())
         other = Holding(self.model, memory, self.lease)
         other.named, other.identity = self.named, self.identity
@@ -127,12 +131,12 @@ class Holding:
 
     @property
     def engine(self) -> Engine:
-        """What runs the memory, which must be here."""
+        """The engine that feeds and compacts the memory, which must not be on disk."""
         assert self.view is not None  # noqa: S101  # the caller has asked for it
         return self.view.engine
 
     def finished(self) -> Memory:
-        """The memory, which must be here, once what was begun in it is ended.
+        """Finish what has begun in the memory and return the memory, which must not be on disk.
 
         Raises:
             CompactionFailed: a compaction had begun and cannot be finished.
@@ -152,22 +156,28 @@ class Holding:
         left: int = 0,
         ask: Callable[[], Request | None] = lambda: USUAL,
     ) -> list[CompactionReport]:
-        """Free bytes, unless it has been preempted as far already; the reports of compactions that this took.
+        """Free bytes by a stage and return the reports of the compactions made for that.
 
-        A memory whose room was given back is compacted only where ``left``, what is charged to nobody, has room for
-        the workspace; and no memory twice before it is used again. ``ask`` says how it is to be done, ``None`` if not
-        at all.
+        Nothing happens if the memory was already preempted by this stage or a later one. Therefore it is compacted
+        at most once before it is used again.
+
+        Args:
+            stage: the stage.
+            folder: returns the folder for idle memories on disk.
+            left: uncharged bytes of the cap. A memory that has given back its room is compacted only if the workspace
+                of a compaction fits into these bytes.
+            ask: returns the request for the compaction, or ``None`` to forbid the compaction.
 
         Raises:
-            CompactionFailed: one had begun and cannot be finished.
-            AgentmemError: it cannot be written, or not be read again; nothing is lost then.
+            CompactionFailed: a compaction had begun and cannot be finished.
+            AgentmemError: the memory cannot be written to disk, or could not be read again; nothing is lost.
 
         """
         memory = self.memory
         if memory is None or (self.stage is not None and _STAGES.index(stage) <= _STAGES.index(self.stage)):
             return []
         if self.stage is not None and not self.quiet:
-            return []  # a compaction that failed before would be tried again, which takes the lease
+            return []  # this would retry a compaction that failed before, which needs the whole lease
         before = len(memory.compactions)
         if stage == "disk":
             self._to_disk(memory, folder)
@@ -182,7 +192,10 @@ class Holding:
         return memory.compactions[before:]
 
     def _compact_further(self, memory: Memory, request: Request) -> None:
-        """Halve the segments, once what has begun is finished. No room is given out: it would be given back at once."""
+        """Finish what has begun, then compact the segments to half their slots.
+
+        The memory gets no free room after the compaction, since the caller would give it back at once.
+        """
         sequence, plan, cap = memory.sequences[0], memory.plan, memory.ledger.cap
         engine = self.engine
         engine.finish(sequence)
@@ -194,7 +207,7 @@ class Holding:
             if self.stage is not None:
                 self._working = plan.workspace_bytes
                 memory.ledger.cap = self.charged
-            promote(memory, sequence)  # pins count as the front, where a compaction would put them first of all
+            promote(memory, sequence)  # as a compaction does first; then the slots of pins count as the front
             pinned = sequence.front(plan.prefix) + plan.recent
             slots = (sequence.mean_slots() - pinned) // 2
             if slots >= MIN_BUDGET:
@@ -225,7 +238,7 @@ class Holding:
     # ---- coming back
 
     def wake(self) -> None:
-        """Bring everything back: from disk, and with the room of the whole lease. The lease must have been granted."""
+        """Read the memory from disk if necessary, and give it the room of its whole lease, which must be granted."""
         if self.memory is None:
             self._attach(self._read())
             self._forget_disk()
@@ -234,9 +247,10 @@ class Holding:
         self.stage = None
 
     def inherit(self, folder: Callable[[], Path]) -> None:
-        """In a forked process: have files of one's own of a memory on disk, since the parent deletes its own.
+        """Make own links or copies of the files of a memory on disk, in a forked process.
 
-        A memory whose files cannot be linked or copied is lost for this process; its next turn says so.
+        The parent will delete its files. If they cannot be linked or copied, the memory is lost for this process, and
+        the next turn raises an error.
         """
         theirs, self._folder = self._folder, None
         if theirs is None:
@@ -248,7 +262,7 @@ class Holding:
                 _link(file, self._folder / file.name)
 
     def release(self) -> None:
-        """Free the memory, on disk too."""
+        """Free the memory and delete its files on disk."""
         self._detach()
         self._forget_disk()
 
@@ -260,7 +274,7 @@ class Holding:
 
     def _attach(self, memory: Memory) -> None:
         view = hf.attach(self.model, memory)
-        self._leash = finalize(self, hf.detach_later, self.model)  # should nobody close the runtime
+        self._leash = finalize(self, hf.detach_later, self.model)  # in case nobody closes the runtime
         self._leash.atexit = False
         memory.bind(1)
         self.memory, self.view = memory, view
@@ -281,7 +295,7 @@ class Holding:
 
 
 def _link(file: Path, onto: Path) -> None:
-    """The same file under another name, or a copy of it; snapshots' files never change."""
+    """Link a file to another name, or copy it if that fails; a link suffices since files of snapshots never change."""
     try:
         os.link(file, onto)
     except OSError:

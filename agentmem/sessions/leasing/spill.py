@@ -1,8 +1,8 @@
-"""Where the idle memories of one runtime go: a private folder that has an owner, and none outlives its owner for long.
+"""The spill folder: each runtime has a private folder for its idle memories on disk.
 
-Several processes may share the folder above. A runtime holds a lock on its own folder's lock file while it lives; the
-system frees it when the process dies, and the next runtime that comes deletes what has no owner any more. A forked
-process owns nothing of its parent's: it makes a folder of its own and deletes no other.
+Several processes may share the parent folder. A runtime locks the lock file in its private folder as long as it lives.
+The system frees the lock when the process dies, and the next runtime deletes all private folders whose lock is free. A
+forked process does not own its parent's folder: it makes a private folder of its own and deletes no other.
 """
 
 from __future__ import annotations
@@ -26,12 +26,16 @@ _OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
 
 
 class Spill:
-    """One runtime's folder below a shared one; made when first needed, deleted with this at the latest."""
+    """The private folder of one runtime below a shared folder.
+
+    It is made when first needed and deleted by :meth:`close`, or at the latest when this object is garbage-collected.
+    """
 
     def __init__(self, above: Path | None = None) -> None:
-        """Touch nothing yet but what runtimes that are gone have left below ``above``, if it is there.
+        """Delete folders that dead runtimes have left in the shared folder ``above``, and make no folder yet.
 
-        Without ``above`` it is this user's folder among the system's temporary ones.
+        The default for ``above`` is a folder of this user in the system's temporary folder. Nothing is deleted if the
+        shared folder does not exist.
         """
         self._private = above is None
         self._above = _of_this_user() if above is None else above
@@ -46,10 +50,10 @@ class Spill:
                     _sweep(self._above)
 
     def folder(self) -> Path:
-        """The folder, which only this user can read.
+        """Return the private folder, which only this user can read; make it first if necessary.
 
         Raises:
-            OSError: it cannot be made.
+            OSError: the folder cannot be made.
 
         """
         if self._process != os.getpid():
@@ -57,17 +61,17 @@ class Spill:
         if self._path is None:
             self._above.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._check()
-            with self._alone():  # nobody sweeps before it has its owner
+            with self._alone():  # so that no other runtime deletes the new folder before its lock is held
                 _sweep(self._above)
                 path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=self._above))
-                self._end = finalize(self, _delete, path, self._process)  # a runtime that nobody closes, too
+                self._end = finalize(self, _delete, path, self._process)  # in case nobody closes the runtime
                 owner = FileLock(path / _OWNER, mode=0o600)
                 owner.acquire(timeout=0)
                 self._path, self._owner = path, owner
         return self._path
 
     def close(self) -> None:
-        """Delete the folder and what is in it."""
+        """Delete the private folder and its content."""
         end, owner, self._path, self._owner, self._end = self._end, self._owner, None, None, None
         if end is not None:
             end()
@@ -75,15 +79,15 @@ class Spill:
             owner.release()
 
     def _forget(self) -> None:
-        """Own nothing: what there is, is the process's that this one was forked from."""
+        """Give up the folder without deleting it, in a forked process: it belongs to the parent process."""
         self._path = self._owner = self._end = None
         self._process = os.getpid()
 
     def _check(self) -> None:
-        """Refuse a folder of the usual name that somebody else has made or can read.
+        """Refuse a default shared folder that another user has made or can access.
 
         Raises:
-            OSError: it is not this user's alone.
+            OSError: the folder does not belong to this user alone.
 
         """
         if not self._private or not hasattr(os, "getuid"):
@@ -107,7 +111,7 @@ def _delete(path: Path, process: int) -> None:
 
 
 def _sweep(above: Path) -> None:
-    """Delete the folders whose owner is gone."""
+    """Delete the private folders whose lock is free, since their runtimes are gone."""
     for path in above.glob(f"{_PREFIX}*"):
         if path.is_symlink() or not path.is_dir():
             continue

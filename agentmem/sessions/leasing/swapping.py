@@ -1,6 +1,6 @@
-"""Giving a session its lease: who is preempted for it, and its memory brought back, or made its own.
+"""Giving a session its lease: other memories are preempted, and the session's memory is restored or copied.
 
-The runtime's lock is held.
+All functions run with the scheduler's lock held.
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ if TYPE_CHECKING:
 
 
 def lend(runtime: Host, session: Conversation) -> bool:
-    """Give a session its lease if there is room for it, or can be made; it must count as busy already."""
+    """Give a session its lease if the bytes are free or can be freed; return whether that succeeded.
+
+    The session must be marked as busy before.
+    """
     shared = session.holding
     copies = len(shared.sessions) > 1
     needed = shared.lease - (0 if copies else shared.charged)
 
     def may_yield(holding: Holding) -> bool:
         if holding is shared:
-            return copies  # with its own copy the session leaves it to the others, which are idle
+            return copies  # the session gets its own copy, and the others, which keep the shared memory, are idle
         return not any(each.busy for each in _sharing(runtime, holding))
 
     def preempt(holding: Holding, stage: Stage) -> None:
@@ -41,14 +44,14 @@ def lend(runtime: Host, session: Conversation) -> bool:
     else:
         shared.wake()
     if not session.holding.seen:
-        session.holding.identity = runtime.identity.now()  # whose keys it will hold
+        session.holding.identity = runtime.identity.now()  # of the model that will compute its keys
     session.holding.used = next(runtime.turns)
     runtime.speak(session, session.memory)
     return True
 
 
 def _part(runtime: Host, session: Conversation) -> None:
-    """Give a session a memory of its own; the others keep the one that they shared."""
+    """Give a session its own copy of a shared memory; the other sessions keep the shared one."""
     shared = session.holding
     with reporting_compactions(runtime, shared):
         own = shared.copied()
@@ -72,9 +75,9 @@ def _preempt(runtime: Host, holding: Holding, stage: Stage) -> None:
         with reporting_compactions(runtime, holding):
             holding.preempt(stage, runtime.folder, left=runtime.leases.left, ask=ask)
     except CompactionFailed:
-        return  # it is preempted no further; its own next turn reports the failure
+        return  # this memory is preempted no further; the next turn of its session reports the failure
     except AgentmemError as error:
-        runtime.leases.faults.append(str(error))  # others may; if not, the refusal names it
+        runtime.leases.faults.append(str(error))  # others may still yield; otherwise the refusal names this error
 
 
 def _sharing(runtime: Host, holding: Holding) -> list[Conversation]:
@@ -83,7 +86,7 @@ def _sharing(runtime: Host, holding: Holding) -> list[Conversation]:
 
 @contextmanager
 def reporting_compactions(runtime: Host, holding: Holding) -> Iterator[None]:
-    """Report what is compacted in the block to the sessions of a holding."""
+    """Report the compactions that happen in the ``with`` block to all sessions of a holding."""
     memory, sharing = holding.memory, _sharing(runtime, holding)
     before = 0 if memory is None else len(memory.compactions)
     try:

@@ -1,1 +1,1 @@
-"""Sessions on disk: what a snapshot holds, how it is written as a whole, and how it is verified before use."""
+"""Snapshots of sessions on disk: their content and format, and how they are written, verified and loaded."""

@@ -1,4 +1,4 @@
-"""Saving sessions and loading them again: everything is checked before any of it is used."""
+"""Saving and loading sessions. All of a snapshot is checked before any of it is used."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 
 def save(runtime: Host, session: Conversation, url: str | os.PathLike[str]) -> None:
-    """See :meth:`agentmem.sessions.session.Session.save`."""
+    """Save a session; see :meth:`agentmem.sessions.session.Session.save`."""
     check_place("url", url)
-    leased = not session.holding.quiet  # else nothing is to be done but to read
+    leased = not session.holding.quiet  # a quiet memory is only read, which needs no lease
     with runtime.turn(session, brief=True, leased=leased):
         identity = _identity(runtime, session)
         with runtime.scheduler.lock, reporting_compactions(runtime, session.holding):
@@ -42,7 +42,7 @@ def save(runtime: Host, session: Conversation, url: str | os.PathLike[str]) -> N
 
 
 def _made_of(session: Conversation, template: str) -> dict[str, Any]:
-    """What the manifest says of how a session was made."""
+    """Return the record of how a session was made, as the manifest stores it."""
     settings = session.memory.settings.model_dump(mode="json")
     del settings["cap"]
     made = Made(
@@ -56,10 +56,10 @@ def _made_of(session: Conversation, template: str) -> dict[str, Any]:
 
 
 def _identity(runtime: Host, session: Conversation) -> dict[str, str]:
-    """Whose snapshot it will be.
+    """Return the identity for the snapshot of a session.
 
     Raises:
-        AgentmemError: the model is no longer the one whose keys the session holds.
+        AgentmemError: the model, tokenizer or chat template has changed since the session read its first token.
 
     """
     now, then = runtime.identity.now(), session.holding.identity
@@ -77,7 +77,7 @@ def _template_of(runtime: Host, session: Conversation) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What is not saved, or is given anew."""
+    """The arguments of :meth:`Runtime.load` that a snapshot does not contain or that replace saved values."""
 
     policy: str | Policy | None
     extra_policies: Sequence[str | Policy] | None
@@ -90,7 +90,7 @@ class Given:
 def load(
     runtime: Host, url: str | os.PathLike[str], name: str | None, given: Given, settings: Mapping[str, Any]
 ) -> Any:
-    """See :meth:`agentmem.sessions.runtime.Runtime.load`."""
+    """Load a session; see :meth:`agentmem.sessions.runtime.Runtime.load`."""
     check_place("url", url)
     check_settings(settings)
     manifest = read_manifest(url)
@@ -114,7 +114,7 @@ def _again(
     given: Given,
     settings: Mapping[str, Any],
 ) -> Any:
-    """A session like the one that was saved, which has read nothing."""
+    """Make an empty session with the policies, settings and template options of the saved one."""
     policy = None if given.policy is None else plugins.policy(given.policy)
     extra_policies = None if given.extra_policies is None else plugins.beside(given.extra_policies)
     made.check_template(template_digest(given.tools, given.template_options), shown(url))
@@ -133,10 +133,10 @@ def _again(
 
 
 def _check_pattern(runtime: Host, made: Made, settings: Mapping[str, Any], url: str | os.PathLike[str]) -> None:
-    """Refuse a pattern that only the snapshot brings: a search for it would run on all that is appended.
+    """Refuse a ``pin_pattern`` that comes from the snapshot alone, since it would be run on all messages read later.
 
     Raises:
-        SnapshotRefused: neither the caller nor the runtime gives a ``pin_pattern`` of its own.
+        SnapshotRefused: the snapshot has a ``pin_pattern`` that differs from the runtime's, and the caller gives none.
 
     """
     saved_one = made.settings.get("pin_pattern")
@@ -162,10 +162,10 @@ def _fill(runtime: Host, session: Conversation, url: str | os.PathLike[str], *, 
 
 
 def _check(session: Conversation, saved: SavedSequence, state: Saved) -> None:
-    """What is checked of a session's state before it is written, and before it is used.
+    """Check a session's state, both before it is written and before it is used.
 
     Raises:
-        ValueError: see :meth:`agentmem.sessions.snapshots.session_state.Saved.check`.
+        ValueError: the state is invalid; see :meth:`agentmem.sessions.snapshots.session_state.Saved.check`.
 
     """
     pinned = max((high for _, high in (*saved.pins, *saved.request)), default=0)

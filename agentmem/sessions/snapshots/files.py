@@ -1,19 +1,22 @@
-"""Snapshots as files: tensors and a JSON state in one folder, whole or absent, and verified before they are used.
+"""Writing and reading the files of a snapshot: tensors and a JSON state in one folder, verified before they are used.
 
-A snapshot is three files: ``state-*.json``, ``tensors-*.safetensors`` and ``manifest.json``, which names the other two
-with their sizes and SHA-256. A save writes two new data files beside the old ones, then renames the new manifest over
-the old one, then deletes what the new manifest does not name. So whenever it is cut short, ``manifest.json`` names
-complete files: the old ones or the new ones. What it left behind goes with the next save.
+A snapshot has three files: ``state-*.json``, ``tensors-*.safetensors`` and ``manifest.json``. The manifest has the
+names, sizes and SHA-256 of the other two. A save writes two new data files beside the old ones, then renames the new
+manifest over the old one, then deletes the files that the new manifest does not name. If a save is cut short at any
+point, ``manifest.json`` therefore names complete files, either the old or the new ones. The next save deletes the files
+left behind.
 
-- Local folders: every step is flushed to the disk (data, manifest, names in the folder) before the next one begins, and
-  a lock makes savers wait for one another: the last one wins. Windows has no flush for the names in a folder.
-- URLs (fsspec): the same order of steps. A store flushes as it sees fit; a rename may be a copy, which object stores
-  make appear whole and others may not. There is no lock: of two savers at once the last rename wins and is whole, and
-  files of the other may stay for a day (:data:`LEFTOVER_SECONDS`) before a save takes them for left over.
+- Local folders: every step is flushed to the disk (data, manifest, names in the folder) before the next one begins. A
+  lock makes concurrent saves wait for one another, and the last save wins. Windows cannot flush the names in a folder.
+- URLs (fsspec): the steps come in the same order, but the store decides when to flush. A rename may be a copy; in
+  object stores the copy appears as a whole, in other stores it may not. There is no lock. Of two concurrent saves the
+  one that renames last wins, and its snapshot is complete. Files of the other save may stay for a day
+  (:data:`LEFTOVER_SECONDS`) until a later save deletes them.
 
-The tensors are read once: hashed while they are read into their final places, and handed out only if the hash is right.
-A library that reads by path would read a second time what somebody may have changed since it was hashed.
-Checksums find damage, not forgery: who can write the folder can write a whole snapshot. Hence ``check``.
+The tensors are read only once: they are hashed while they are read into their final places, and returned only if the
+hash is right. A library that opens files by path would read them a second time, after a possible change.
+Checksums find damage but not forgery: anyone who can write to the folder can write a whole forged snapshot. Therefore
+:func:`read_snapshot` has the argument ``check``.
 """
 
 from __future__ import annotations
@@ -51,7 +54,8 @@ from agentmem.untrusted.texts import faults
 __all__ = ["Manifest", "TensorSpec", "read_manifest", "read_snapshot", "write_snapshot"]
 
 LEFTOVER_SECONDS: Final = 24 * 3600
-"""In a store, where nobody knows who else is saving: age at which a file that no manifest names is deleted."""
+"""Age in seconds at which a save deletes a file in a store that no manifest names. A younger file could belong to
+another save that is still running."""
 
 Check = Callable[[dict[str, Any], Mapping[str, TensorSpec]], None]
 
@@ -74,16 +78,18 @@ def write_snapshot(
 
     Args:
         url: the folder; it is made if missing.
-        tensors: by names of printable ASCII; any dtype that safetensors knows (except 4-bit), any device and strides.
-        state: dicts with string keys, lists, strings, integers, finite floats, booleans and None, as JSON has them.
-        identity: whose snapshot it is; only who names the same identity can read it.
-        settings: like ``state``, but kept in the manifest, to be read without the rest.
+        tensors: tensors by their names, which are printable ASCII. They may have any dtype that safetensors has
+            (except 4-bit ones), any device and any strides.
+        state: a JSON value of dicts with string keys, lists, strings, integers, finite floats, booleans and None.
+        identity: fingerprints of the model and the like; only a reader that passes equal ones can read the snapshot.
+        settings: a value like ``state`` that is stored in the manifest, so that it can be read without the rest.
 
     Raises:
-        AgentmemError: something cannot be saved, or not be written; the old snapshot or the new one is there, whole.
+        AgentmemError: a value cannot be saved, or the files cannot be written; then the folder has either the old
+            snapshot or the new one, complete.
 
-    Memory: the state's JSON, and for a tensor that is not contiguous on the CPU a copy of it (two if it is neither),
-    one tensor at a time.
+    Memory needed: the state's JSON. Also, for one tensor at a time, a copy if the tensor is not on the CPU or not
+    contiguous, and two copies if neither.
     """
     with _told(AgentmemError, url, _UNCHANGED):
         folder = open_folder(url)
@@ -103,10 +109,10 @@ def write_snapshot(
 
 
 def read_manifest(url: str | os.PathLike[str]) -> Manifest:
-    """What the snapshot under ``url`` says of itself; its data files are not looked at.
+    """Read the manifest of the snapshot under ``url`` without opening the data files.
 
     Raises:
-        SnapshotRefused: there is none, or it is damaged or of an unknown format version.
+        SnapshotRefused: there is no snapshot, or its manifest is damaged or has an unknown format version.
 
     """
     with _told(SnapshotRefused, url, _UNUSED):
@@ -120,19 +126,20 @@ def read_snapshot(
     max_bytes: int,
     check: Check | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors (on the CPU) and the state under ``url``, verified.
+    """Read and verify the snapshot under ``url`` and return its tensors (on the CPU) and its state.
 
     Args:
-        url: the folder, a path or an fsspec URL.
-        identity: what the snapshot must have been saved with, exactly.
-        max_bytes: of all tensors together; a state has a limit of its own, 64 MiB of JSON.
+        url: the folder, as a path or an fsspec URL.
+        identity: the fingerprints that the snapshot must have been saved with, exactly.
+        max_bytes: most bytes of all tensors together. The state has a limit of its own, 64 MiB of JSON.
         check: called with the state and the tensors' dtypes and shapes, before any tensor is allocated; it raises
             ValueError to refuse the snapshot.
 
     Raises:
-        SnapshotRefused: it is missing, another model's, damaged, too large or hostile; the message says which.
+        SnapshotRefused: the snapshot is missing, of another model, damaged, too large or hostile; the message names
+            the reason.
 
-    Memory: the tensors, 2 MiB, and the state; while that is parsed, up to three copies of its JSON.
+    Memory needed: the tensors, 2 MiB, the state and, while the state is parsed, up to three copies of its JSON.
     """
     with _told(SnapshotRefused, url, _UNUSED):
         folder = open_folder(url)
@@ -150,7 +157,10 @@ def read_snapshot(
 def _save(
     folder: Folder, token: str, text: bytes, contents: Iterable[bytes | memoryview], about: Mapping[str, Any]
 ) -> Manifest:
-    """Write the data files and the manifest, and publish. Nothing stays of a save that fails before it publishes."""
+    """Write the data files and the manifest, then publish the manifest.
+
+    If the save fails before it publishes, the new files are deleted.
+    """
     state_name, tensor_name, scratch = (
         f"state-{token}.json",
         f"tensors-{token}.safetensors",
@@ -165,7 +175,7 @@ def _save(
         if Manifest.from_bytes(raw) != manifest:
             raise ValueError("settings hold a value that JSON gives back as another")
         folder.write(scratch, [raw])
-        published = True  # from here on nobody knows which manifest is there
+        published = True  # from here on an error leaves it unknown which manifest is there, so all files stay
         folder.publish(scratch, MANIFEST)
     finally:
         if not published:
@@ -190,11 +200,11 @@ def _put(folder: Folder, name: str, blocks: Iterable[bytes | memoryview]) -> Fil
 
 
 def _contents(tensors: Mapping[str, torch.Tensor], specs: Mapping[str, TensorSpec]) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file, tensor by tensor."""
+    """Yield the bytes of a safetensors file, tensor by tensor."""
     yield header(specs)
     for name, _ in in_file_order(specs):
         yield from _octets(tensors[name])
-        yield b""  # whoever still holds the last block lets go of its tensor before the next one is copied
+        yield b""  # the consumer drops its last block, and so this tensor, before the next tensor is copied
 
 
 def _octets(tensor: torch.Tensor) -> Iterator[memoryview]:
@@ -206,7 +216,7 @@ def _octets(tensor: torch.Tensor) -> Iterator[memoryview]:
 
 
 def _state_text(state: Mapping[str, Any]) -> bytes:
-    """The state as JSON that gives back exactly this state within the limits of a reader."""
+    """Return the state as JSON, after checking that a reader gets exactly this state back."""
     text = spelled(dict(state), sort_keys=False)
     if parsed(text, MAX_STATE_BYTES) != dict(state):
         raise ValueError(
@@ -216,7 +226,7 @@ def _state_text(state: Mapping[str, Any]) -> bytes:
 
 
 def _sweep(folder: Folder, kept: frozenset[str], outdated: frozenset[str]) -> None:
-    """Delete what the manifest does not name; what cannot be deleted now goes with the next save."""
+    """Delete the outdated and left-over files that are not in ``kept``; a later save retries those that cannot go."""
     with suppress(OSError):
         for name in folder.names():
             if name not in kept and DATA_NAME.fullmatch(name) and (name in outdated or _left_over(folder, name)):
@@ -230,7 +240,7 @@ def _left_over(folder: Folder, name: str) -> bool:
 
 
 def _named(folder: Folder) -> frozenset[str]:
-    """Names of the data files of the snapshot that is there; none if there is none that can be read."""
+    """Return the names of the data files of the present snapshot; the set is empty if no manifest can be read."""
     try:
         return _manifest(folder).file_names
     except (OSError, ValueError):
@@ -271,10 +281,11 @@ def _load(
 
 
 def check_identity(where: str, manifest: Manifest, identity: Mapping[str, str]) -> None:
-    """Refuse a snapshot of another model, tokenizer, …: the message names one part, as it was saved and as it is here.
+    """Refuse a snapshot of another model, tokenizer or other part.
 
     Raises:
-        SnapshotRefused: a part differs, or only one of the two has it.
+        SnapshotRefused: a fingerprint differs or exists on one side only; the message names one such part with both
+            fingerprints.
 
     """
     if (name := differing(identity, manifest.identity)) is not None:
@@ -286,7 +297,7 @@ def check_identity(where: str, manifest: Manifest, identity: Mapping[str, str]) 
 
 
 def differing(one: Mapping[str, str], other: Mapping[str, str]) -> str | None:
-    """The first part of an identity that is not the same in both; ``None`` if there is none."""
+    """Return the name of the first part that differs between two identities, or ``None`` if they are equal."""
     return next((name for name in [*one, *other] if one.get(name) != other.get(name)), None)
 
 
@@ -310,13 +321,13 @@ def _read_tensor(reader: _Reader, name: str, spec: TensorSpec) -> torch.Tensor:
 
 
 class _Reader:
-    """A stream whose bytes are hashed as they are read."""
+    """A reader of a stream that hashes all bytes that it reads."""
 
     def __init__(self, stream: BinaryIO, name: str, size: int) -> None:
         self._stream, self.name, self.size, self.digest = stream, name, size, hashlib.sha256()
 
     def fill(self, room: memoryview) -> None:
-        """Read exactly as much as ``room`` takes."""
+        """Read exactly as many bytes as ``room`` has, into ``room``."""
         done = 0
         while done < len(room):
             block = self._stream.read(min(_BLOCK, len(room) - done))
@@ -327,7 +338,7 @@ class _Reader:
             done += len(block)
 
     def take(self, size: int) -> bytes:
-        """The next ``size`` bytes."""
+        """Read and return the next ``size`` bytes."""
         room = bytearray(size)
         self.fill(memoryview(room))
         return bytes(room)
@@ -335,7 +346,10 @@ class _Reader:
 
 @contextmanager
 def _verified(folder: Folder, spec: FileSpec, limit: int) -> Iterator[_Reader]:
-    """A reader of a data file, which must be read whole; its size is checked before, its SHA-256 after."""
+    """Open a data file and give its reader; check the size before the ``with`` block and the SHA-256 after it.
+
+    The block must read the whole file.
+    """
     with folder.read(spec.name) as (stream, size):
         if size != spec.size or size > limit:
             raise ValueError(f"{spec.name} has {size} bytes; the manifest says {spec.size}, and the limit is {limit}")
@@ -347,7 +361,7 @@ def _verified(folder: Folder, spec: FileSpec, limit: int) -> Iterator[_Reader]:
 
 @contextmanager
 def _said_of(name: str) -> Iterator[None]:
-    """Begin the message of a ValueError with the name of the file."""
+    """Put the name of the file before the message of a ValueError that the ``with`` block raises."""
     try:
         yield
     except ValidationError as error:
@@ -358,7 +372,7 @@ def _said_of(name: str) -> Iterator[None]:
 
 @contextmanager
 def _told(kind: type[AgentmemError], where: str | os.PathLike[str], remedy: str) -> Iterator[None]:
-    """Any fault of files or of what is in them as ``kind``; errors of agentmem pass unchanged."""
+    """Turn errors of files or of their content into an error of the type ``kind``; AgentmemErrors pass unchanged."""
     try:
         yield
     except AgentmemError:
@@ -368,7 +382,7 @@ def _told(kind: type[AgentmemError], where: str | os.PathLike[str], remedy: str)
 
 
 def shown(url: str | os.PathLike[str]) -> str:
-    """A place as messages name it: without a password, and bounded."""
+    """Return a path or URL for error messages, without a password and cut to a limited length."""
     text = re.sub("//[^/@]*@", "//", os.fspath(url)[:2000])
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 

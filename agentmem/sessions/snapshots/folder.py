@@ -1,4 +1,4 @@
-"""Where a snapshot lies: a local folder, written through to the disk, or a store that fsspec reaches."""
+"""The places of snapshots: local folders, whose files are flushed to the disk, and stores that fsspec can reach."""
 
 from __future__ import annotations
 
@@ -18,46 +18,49 @@ if TYPE_CHECKING:
 
 LOCK = "snapshot.lock"
 LOCK_SECONDS = 60.0
-"""How long a save waits for another save into the same local folder."""
+"""Seconds that a save waits for another save into the same local folder."""
 
 _OPEN = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-"""Never through a symbolic link, and never waiting for the other end of a pipe."""
+"""Flags for opening a file to read: follow no symbolic link, and do not wait for the other end of a pipe."""
 
 
 def _private(name: str, flags: int) -> int:
-    """Open a file that only this user can read: it holds a conversation."""
+    """Open a file with permissions for this user only, since snapshots contain conversations."""
     return os.open(name, flags, 0o600)
 
 
 class Folder(ABC):
-    """Files that appear under new names, and one rename that makes them count.
+    """A folder for snapshots. A save writes files under new names and makes them valid by one rename.
 
-    Methods raise OSError, or ValueError for something that is no file.
+    Methods raise OSError, or ValueError if a name belongs to something that is not a regular file.
     """
 
     def __init__(self, shown: str, *, exclusive: bool) -> None:
-        """``shown`` names the folder in messages; ``exclusive``: no other saver is at work within :meth:`saving`."""
+        """Keep the properties of the folder.
+
+        ``shown`` is its name in messages; ``exclusive`` is true if :meth:`saving` keeps other savers out.
+        """
         self.shown, self.exclusive = shown, exclusive
 
     @abstractmethod
     def saving(self) -> AbstractContextManager[None]:
-        """Around a save: the folder exists and, if ``exclusive``, belongs to this saver."""
+        """Return a context manager for a save: it makes the folder and, if ``exclusive``, keeps other savers out."""
 
     @abstractmethod
     def names(self) -> list[str]:
-        """Names of what lies in the folder."""
+        """Return the names of all files in the folder."""
 
     @abstractmethod
     def read(self, name: str) -> AbstractContextManager[tuple[BinaryIO, int]]:
-        """A stream over the file ``name``, and its bytes."""
+        """Return a context manager that opens the file ``name`` and gives its stream and its size in bytes."""
 
     @abstractmethod
     def write(self, name: str, blocks: Iterable[bytes | memoryview]) -> None:
-        """Make the file ``name`` of these blocks; it is on the disk when this returns."""
+        """Write the blocks to a file ``name``, which is stored durably when this returns."""
 
     @abstractmethod
     def publish(self, scratch: str, name: str) -> None:
-        """Rename ``scratch`` over ``name``, after all that was written before."""
+        """Rename the file ``scratch`` to ``name`` and replace an older file, after all earlier writes are stored."""
 
     @abstractmethod
     def remove(self, name: str) -> None:
@@ -65,7 +68,7 @@ class Folder(ABC):
 
 
 class LocalFolder(Folder):
-    """A folder of this machine. One saver at a time, and every step is on the disk before the next begins."""
+    """A folder on this machine. Only one save runs at a time, and each step is on the disk before the next begins."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path), exclusive=True)
@@ -73,7 +76,10 @@ class LocalFolder(Folder):
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Wait for the lock; the system frees the lock of a process that died."""
+        """Make the folder and hold its lock during the ``with`` block.
+
+        If the process dies, the system frees the lock.
+        """
         missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         self.path.mkdir(parents=True, exist_ok=True)
         for folder in missing:
@@ -89,12 +95,12 @@ class LocalFolder(Folder):
             lock.release()
 
     def names(self) -> list[str]:
-        """Names of what lies in the folder."""
+        """Return the names of all files in the folder."""
         return [path.name for path in self.path.iterdir()]
 
     @contextmanager
     def read(self, name: str) -> Iterator[tuple[BinaryIO, int]]:
-        """A stream over a regular file that is no link, and its bytes."""
+        """Open a regular file that is not a symbolic link and give its stream and its size in bytes."""
         path = self.path / name
         if path.is_symlink():
             raise ValueError(f"{name} is a symbolic link; a snapshot holds plain files only")
@@ -105,15 +111,15 @@ class LocalFolder(Folder):
             yield stream, about.st_size
 
     def write(self, name: str, blocks: Iterable[bytes | memoryview]) -> None:
-        """Make a file that is not there yet, and flush it to the disk."""
+        """Write the blocks to a new file and flush it to the disk."""
         with open(self.path / name, "xb", opener=_private) as file:
-            for block in blocks:  # noqa: FURB122  # one call a block: a fault may come between two
+            for block in blocks:  # noqa: FURB122  # one call for each block: a fault may come between two calls
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())
 
     def publish(self, scratch: str, name: str) -> None:
-        """Rename; the folder goes to the disk before (the new names in it) and after (the rename)."""
+        """Rename the file, and flush the folder's names to the disk both before and after the rename."""
         _sync(self.path)
         os.replace(self.path / scratch, self.path / name)  # noqa: PTH105  # one system call, whatever pathlib does
         _sync(self.path)
@@ -124,7 +130,10 @@ class LocalFolder(Folder):
 
 
 class StoreFolder(Folder):
-    """A prefix of a store that fsspec reaches: no lock, no flush but the store's own, and a rename may be a copy."""
+    """A folder in a store that fsspec can reach.
+
+    It has no lock, the store decides when to flush, and a rename may be carried out as a copy.
+    """
 
     def __init__(self, store: AbstractFileSystem, root: str) -> None:
         super().__init__(store.unstrip_protocol(root), exclusive=False)
@@ -132,20 +141,20 @@ class StoreFolder(Folder):
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Make the folder, where the store knows folders."""
+        """Make the folder if the store has folders."""
         with _store_faults():
             self.store.makedirs(self.root, exist_ok=True)
         yield
 
     def names(self) -> list[str]:
-        """Names of what lies in the folder, asked afresh."""
+        """Return the names of all files in the folder, read anew from the store."""
         with _store_faults():
             self.store.invalidate_cache(self.root)
             return [path.rstrip("/").rpartition("/")[2] for path in self.store.ls(self.root, detail=False)]
 
     @contextmanager
     def read(self, name: str) -> Iterator[tuple[BinaryIO, int]]:
-        """A stream over an object, and its bytes as the store tells them."""
+        """Open an object and give its stream and its size in bytes according to the store."""
         path = f"{self.root}/{name}"
         with _store_faults():
             self.store.invalidate_cache(self.root)
@@ -156,13 +165,16 @@ class StoreFolder(Folder):
                 yield stream, about["size"]
 
     def write(self, name: str, blocks: Iterable[bytes | memoryview]) -> None:
-        """Make the object ``name``; it is complete when the store's file has closed."""
+        """Write the blocks to an object ``name``, which is complete once the store has closed its file."""
         with _store_faults(), self.store.open(f"{self.root}/{name}", "wb") as file:
             for block in blocks:
                 file.write(block)
 
     def publish(self, scratch: str, name: str) -> None:
-        """Move; for most object stores a copy on their side, which appears whole, and a deletion."""
+        """Move the object.
+
+        Most object stores do this by a copy on their side, which appears as a whole, and a deletion.
+        """
         with _store_faults():
             self.store.mv(f"{self.root}/{scratch}", f"{self.root}/{name}")
 
@@ -173,12 +185,14 @@ class StoreFolder(Folder):
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
-    """A path in which ``~`` is the user's folder; that of a user whom the system does not know stays as it is."""
+    """Return the path with a leading ``~`` or ``~user`` expanded; the ``~user`` of an unknown user stays as it is."""
     return Path(os.path.expanduser(path))  # noqa: PTH111  # Path.expanduser fails where there is no such user
 
 
 def open_folder(url: str | os.PathLike[str]) -> Folder:
-    """The folder at a path (``~`` is the user's) or at a URL; ``file://`` is a path, and nothing is touched yet.
+    """Return the folder at a path (``~`` is the user's home) or at a URL, without reading or making anything.
+
+    A ``file://`` URL gives a local folder.
 
     Raises:
         ValueError: fsspec does not know the protocol.
@@ -197,7 +211,7 @@ def open_folder(url: str | os.PathLike[str]) -> Folder:
 
 
 def _sync(folder: Path) -> None:
-    """Flush the names in a folder to the disk, where the system can."""
+    """Flush the names in a folder to the disk if the system can do that."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -213,7 +227,7 @@ def _sync(folder: Path) -> None:
 
 @contextmanager
 def _store_faults() -> Iterator[None]:
-    """Any fault of a store as an OSError: each store has exceptions of its own."""
+    """Turn exceptions that are specific to a store into OSError; OSError and ValueError pass unchanged."""
     try:
         yield
     except (OSError, ValueError):

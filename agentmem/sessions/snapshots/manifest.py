@@ -1,7 +1,7 @@
-"""What a snapshot says of itself: the manifest, the safetensors header that follows from it, and strict JSON.
+"""The manifest of a snapshot, which lists its files and tensors, and the safetensors header that follows from it.
 
-The manifest file has one spelling: sorted keys, no spaces, and the SHA-256 of its content beside it. Bytes that are
-not exactly that spelling of what they say are refused, so a flipped bit never goes unseen.
+A manifest can be written in only one way: as JSON with sorted keys and no spaces, together with the SHA-256 of that
+JSON. A file with other bytes is refused, even if it has the same content, so every flipped bit is noticed.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from agentmem.untrusted.texts import shown
 MANIFEST: Final = "manifest.json"
 FORMAT: Final = "agentmem-snapshot"
 VERSION: Final = 1
-"""The format version that is written, and the only one that is read."""
+"""The format version of new snapshots, and the only one that can be read."""
 
 MAX_MANIFEST_BYTES: Final = 8 << 20
 MAX_STATE_BYTES: Final = 64 << 20
 MAX_TENSORS: Final = 1 << 14
 MAX_DIMS: Final = 16
 MAX_KEYS: Final = 256
-"""Keys of a manifest and of the settings in it."""
+"""Most keys of a manifest, of its settings, and of each setting that is a dict."""
 
 _NAMES = {
     "BOOL": "bool",
@@ -52,12 +52,12 @@ _NAMES = {
     "C64": "complex64",
 }
 DTYPES: Final[Mapping[str, torch.dtype]] = {code: getattr(torch, name) for code, name in _NAMES.items()}
-"""Dtypes by their safetensors names."""
+"""The torch dtype for each safetensors dtype name."""
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 _STAMP = r"[0-9a-f]{10}-[0-9a-f]{16}"
 DATA_NAME: Final = re.compile(rf"state-{_STAMP}\.json|tensors-{_STAMP}\.safetensors|manifest-{_STAMP}\.scratch")
-"""Names that a save gives: seconds since 1970 and a random part, both in hexadecimal digits."""
+"""Pattern of the names of new files of a save: with the seconds since 1970 and a random part, both in hexadecimal."""
 
 
 class _Frozen(BaseModel):
@@ -65,7 +65,7 @@ class _Frozen(BaseModel):
 
 
 class FileSpec(_Frozen):
-    """One data file: a name that no folder can hide in, its bytes, and the SHA-256 of them."""
+    """Name, size in bytes and SHA-256 of one data file; the name cannot contain a path."""
 
     name: Annotated[str, StringConstraints(pattern=rf"^(state-{_STAMP}\.json|tensors-{_STAMP}\.safetensors)$")]
     size: Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -73,7 +73,7 @@ class FileSpec(_Frozen):
 
 
 class TensorSpec(_Frozen):
-    """Dtype (its safetensors name) and shape of one tensor."""
+    """Dtype (by its safetensors name) and shape of one tensor."""
 
     dtype: str
     shape: Annotated[tuple[Annotated[int, Field(ge=0, lt=1 << 63)], ...], Field(strict=False, max_length=MAX_DIMS)]
@@ -87,27 +87,27 @@ class TensorSpec(_Frozen):
 
     @model_validator(mode="after")
     def _addressable(self) -> Self:
-        # With 0 counted as 1: strides of an empty tensor must be integers too.
+        # Dimensions of 0 count as 1: the strides of an empty tensor must fit into 63 bits, too.
         if math.prod(max(1, dim) for dim in self.shape) * self.torch_dtype.itemsize >= 1 << 63:
             raise ValueError(f"shape {shown(self.shape)} of {self.dtype} is beyond what 63 bits address")
         return self
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype as torch names it."""
+        """The dtype as a torch dtype."""
         return DTYPES[self.dtype]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor's values."""
+        """Size of the tensor's values in bytes."""
         return math.prod(self.shape) * self.torch_dtype.itemsize
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Self:
-        """What describes ``tensor``.
+        """Describe ``tensor``.
 
         Raises:
-            ValueError: it is sparse, on no device, or of a dtype that safetensors does not know.
+            ValueError: the tensor is sparse, a meta tensor, or of a dtype that safetensors does not know.
 
         """
         if tensor.layout is not torch.strided or tensor.is_meta or tensor.dtype not in _CODES:
@@ -123,13 +123,14 @@ _Label = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 
 
 class Manifest(_Frozen):
-    """What is in a snapshot. ``identity`` says whose it is: fingerprints by what they name ("model", "tokenizer")."""
+    """The content of a snapshot: its files, tensors and settings, and the identity of the model it belongs to."""
 
     format: Literal["agentmem-snapshot"] = FORMAT
     version: Literal[1] = VERSION
     agentmem: _Label
-    """The version of agentmem that wrote it."""
+    """The version of agentmem that wrote the snapshot."""
     identity: Annotated[dict[_Label, _Label], Field(max_length=16)]
+    """Fingerprints of the parts that the snapshot depends on, by the names of these parts, such as ``tokenizer``."""
     settings: dict[str, JsonValue] = {}
     state_file: FileSpec
     tensor_file: FileSpec
@@ -150,25 +151,25 @@ class Manifest(_Frozen):
 
     @property
     def tensor_bytes(self) -> int:
-        """Bytes of all tensors together."""
+        """Size of all tensors together in bytes."""
         return sum(spec.nbytes for spec in self.tensors.values())
 
     @property
     def file_names(self) -> frozenset[str]:
-        """Names of the data files."""
+        """Names of the two data files."""
         return frozenset({self.state_file.name, self.tensor_file.name})
 
     def to_bytes(self) -> bytes:
-        """The one spelling of this manifest."""
+        """Return the content of the manifest file, including the checksum."""
         body = spelled(self.model_dump(mode="json"))
         return b'{"manifest":%b,"sha256":"%b"}\n' % (body, hashlib.sha256(body).hexdigest().encode())
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Self:
-        """The manifest that ``raw`` spells.
+        """Read a manifest from the content of its file.
 
         Raises:
-            ValueError: it spells none: see the module.
+            ValueError: ``raw`` is not exactly the content that :meth:`to_bytes` writes for a valid manifest.
 
         """
         body = parsed(raw, MAX_MANIFEST_BYTES).get("manifest")
@@ -191,18 +192,18 @@ class Manifest(_Frozen):
 
 
 def _check_count(name: str, found: object, most: int) -> None:
-    """Refuse too many keys before each becomes an error of its own."""
+    """Refuse a dict with too many keys early, since the later validation would report every key as an error."""
     if isinstance(found, dict) and len(found) > most:
         raise ValueError(f"{name[:80]} has {len(found)} keys; the limit is {most}")
 
 
 def in_file_order(tensors: Mapping[str, TensorSpec]) -> list[tuple[str, TensorSpec]]:
-    """Tensors as they lie in the file: wide dtypes first, so that each one is aligned, then by name."""
+    """Return the tensors in file order: by falling size of their dtype, so that all are aligned, then by name."""
     return sorted(tensors.items(), key=lambda item: (-item[1].torch_dtype.itemsize, item[0]))
 
 
 def header(tensors: Mapping[str, TensorSpec]) -> bytes:
-    """The only safetensors header that a snapshot of these tensors can have: length, JSON, padding to 8 bytes."""
+    """Return the only valid safetensors header for these tensors: its length, then JSON padded to 8 bytes."""
     entries, start = {}, 0
     for name, spec in in_file_order(tensors):
         stop = start + spec.nbytes
@@ -214,10 +215,10 @@ def header(tensors: Mapping[str, TensorSpec]) -> bytes:
 
 
 def spelled(value: object, *, sort_keys: bool = True) -> bytes:
-    """JSON in ASCII without spaces.
+    """Return ``value`` as ASCII JSON without spaces.
 
     Raises:
-        ValueError, TypeError, RecursionError: JSON has no word for a value in it.
+        ValueError, TypeError, RecursionError: JSON cannot represent some part of ``value``.
 
     """
     return json.dumps(value, sort_keys=sort_keys, separators=(",", ":"), allow_nan=False).encode("ascii")

@@ -1,4 +1,4 @@
-"""How a session was made: what its snapshot's manifest says of it, and what of that can be made again from words."""
+"""The record in a snapshot's manifest of how the session was made, from which the session can be made again."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from agentmem.sessions.chat.template import Tool
 
 _BESIDE = ("policy", "name", "extra_policies", "tools", "template_options", "before_compact", "after_compact")
-"""Parameters that a wrongly spelt setting may have meant."""
+"""Names of parameters that are not settings, suggested in error messages when a setting's name is misspelt."""
 _DEPTH = 12
-"""Parts of parts of a policy that are looked at."""
+"""Depth to which the nested parts of a policy go into its digest."""
 
 
 class Named(BaseModel):
-    """A policy as a snapshot names it, and what it is made of in 64 hexadecimal digits."""
+    """A policy in a snapshot: its name, and a digest (64 hexadecimal digits) of the parts that it is made of."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -40,14 +40,18 @@ class Named(BaseModel):
 
     @classmethod
     def of(cls, policy: Policy) -> Self:
-        """Name a policy. It must be fresh: some look up a model's table when they are first used, and keep it."""
+        """Record a policy, which must not have been used yet.
+
+        Some policies look up a table for the model at their first use and keep it, which would change the digest.
+        """
         return cls(name=policy.name, parts=_digest(_described(policy)))
 
     def again(self) -> Policy:
-        """The policy of that name, if it is the same.
+        """Make the policy again from its name and check that its digest is the recorded one.
 
         Raises:
-            SettingsRefused: there is none, or it is made of something else now.
+            SettingsRefused: no policy has this name, its parts differ from the recorded ones, or it brings a pattern
+                that the installed policy does not have.
 
         """
         try:
@@ -65,7 +69,7 @@ class Named(BaseModel):
 
 
 def _check_pattern(made: Policy) -> None:
-    """Refuse a pattern that only the snapshot's spec brings, not the installed policy of that name."""
+    """Refuse a policy whose pattern comes from the snapshot's spec and not from the installed policy of that name."""
     plain = plugins.policy(specs.plain_name(made.name))
     if made.queries.pattern not in ("", plain.queries.pattern):
         raise SettingsRefused(
@@ -74,7 +78,7 @@ def _check_pattern(made: Policy) -> None:
 
 
 class Made(BaseModel):
-    """How a session was made."""
+    """The record of how a session was made."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -82,15 +86,15 @@ class Made(BaseModel):
     policy: Named
     extra_policies: Annotated[tuple[Named, ...], FailFast()]
     template: str
-    """The tools and the variables of its chat template in 64 hexadecimal digits."""
+    """Digest (64 hexadecimal digits) of the tools and variables given to the chat template."""
     settings: dict[str, JsonValue]
 
     @classmethod
     def of(cls, settings: Mapping[str, JsonValue], where: str) -> Self:
-        """Read it.
+        """Read the record from a manifest's settings; ``where`` is the place of the snapshot, for error messages.
 
         Raises:
-            SnapshotRefused: it is not what a session writes there.
+            SnapshotRefused: the settings are not a valid record of a session.
 
         """
         try:
@@ -105,10 +109,10 @@ class Made(BaseModel):
         return made
 
     def check_template(self, template: str, where: str) -> None:
-        """Refuse other tools or other variables than those whose text is in the memory.
+        """Refuse tools or template variables that differ from the recorded ones, whose text is in the memory.
 
         Raises:
-            SnapshotRefused: they differ.
+            SnapshotRefused: the digest ``template`` differs from the recorded one.
 
         """
         if self.template != template:
@@ -122,16 +126,16 @@ class Made(BaseModel):
 
 
 def split(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A session's own settings, and its memory's."""
+    """Split settings into those of the session and those of its memory, in this order."""
     own = {name: value for name, value in values.items() if name in SessionSettings.model_fields}
     return own, {name: value for name, value in values.items() if name not in own}
 
 
 def check_settings(values: Mapping[str, Any]) -> None:
-    """Refuse settings that could work under no cap.
+    """Refuse settings that cannot work under any cap.
 
     Raises:
-        SettingsRefused: names the field, the value and the limit.
+        SettingsRefused: a setting is unknown or invalid; the message names the field, the value and the limit.
 
     """
     own, inner = split(values)
@@ -155,7 +159,10 @@ def _check_names(inner: Mapping[str, Any]) -> None:
 
 
 def template_digest(tools: Sequence[Tool] | None, options: Mapping[str, Any] | None) -> str:
-    """What a chat template is given besides messages; a function counts by its name, signature and docstring."""
+    """Return a digest of the tools and variables that a chat template is given besides the messages.
+
+    A tool that is a function is represented by its name, signature and docstring.
+    """
     functions = [
         tool if isinstance(tool, dict) else [tool.__qualname__, str(inspect.signature(tool)), tool.__doc__]
         for tool in tools or ()
@@ -168,7 +175,7 @@ def _digest(value: object) -> str:
 
 
 def _described(value: Any, depth: int = 0) -> Any:
-    """What an object is made of, as JSON: the names of its classes, and their fields."""
+    """Describe an object as JSON: the name of its class and, recursively, its fields."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     kind = f"{type(value).__module__}.{type(value).__qualname__}"

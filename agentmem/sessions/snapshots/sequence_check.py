@@ -1,8 +1,8 @@
-"""Checks whether this memory can go on from a sequence that comes from elsewhere: sizes first, values after reading.
+"""Checks of whether a memory can go on from a sequence read from a snapshot: sizes before reading, values afterwards.
 
-Checksums tell damage, not lies. Every invariant here is one that later work relies on: what breaks it would end in an
-index out of range, in slots that nothing accounts for, or at positions that no token has. All raise ValueError with the
-value and the limit.
+Checksums find damage but not forged values. Later code relies on every invariant checked here: if one were broken, an
+index would be out of range, slots would not be accounted for, or positions would belong to no token. All checks raise
+ValueError with the value and the limit.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ _DTYPES = {"bias": torch.float32, "positions": torch.int32, "scores": torch.floa
 
 
 def check_sizes(memory: Memory, saved: SavedSequence, kinds: Mapping[str, Kind], dtype: torch.dtype) -> None:
-    """Refuse, before anything is allocated, a sequence that the memory cannot hold or whose counts are at odds.
+    """Refuse a sequence that the memory cannot hold or whose counts contradict one another.
 
-    ``kinds`` are the tensors' dtypes and shapes; keys and values must be of ``dtype``.
+    This runs before any tensor is allocated. ``kinds`` has the dtype and shape of each tensor by its name; keys and
+    values must have been computed in ``dtype``.
     """
     shapes = memory.shape.layers
     _hold(len(saved.layers) == len(shapes), f"it has {len(saved.layers)} layers, the model has {len(shapes)}")
@@ -123,7 +124,10 @@ def _check_lengths(memory: Memory, saved: SavedSequence, index: int, layer: Save
 
 
 def _never_compacted(memory: Memory, saved: SavedSequence) -> int:
-    """Slots that every head has: the prefix, promoted pins, and the tokens after the last compaction and before it."""
+    """Return the number of slots that every head must have.
+
+    These are the slots of the prefix, of promoted pins and of all other tokens that no compaction has reached.
+    """
     prefix = min(memory.plan.prefix, saved.tokens)
     start = max(saved.intact, prefix)
     behind = saved.tokens - start - size(within(saved.promoted(memory.plan.prefix), start, saved.tokens))
@@ -131,7 +135,7 @@ def _never_compacted(memory: Memory, saved: SavedSequence) -> int:
 
 
 def _fullest(memory: Memory) -> int:
-    """Slots that the fullest head of a full sequence can hold, as the plan has priced it."""
+    """Return the most slots that one head of a full sequence can hold according to the plan."""
     plan, budgets = memory.plan, memory.policy.budgets
     if budgets is None or budgets.head_ceiling == 1:
         return plan.capacity
@@ -141,7 +145,7 @@ def _fullest(memory: Memory) -> int:
 
 
 def _check_samples(memory: Memory, saved: SavedSequence, index: int, layer: SavedLayer, shape: LayerShape) -> int:
-    """Refuse stored queries that are not as full as they must be; returns the bytes that they will take."""
+    """Refuse samples of stored queries with a wrong number of queries; return the bytes that the samples will take."""
     parts = memory.policy.queries.stored if shape.window is None else ()
     _hold(len(layer.samples) == len(parts), f"layer {index} has {len(layer.samples)} samples instead of {len(parts)}")
     for sample, part in zip(layer.samples, parts, strict=True):
@@ -184,14 +188,14 @@ def _compare(kinds: Mapping[str, Kind], wanted: Mapping[str, Kind]) -> None:
 
 
 def _check_scales(tensors: Mapping[str, torch.Tensor], name: str, shape: LayerShape) -> None:
-    """Refuse quantised rows that stand for numbers which are not finite."""
+    """Refuse quantised keys and values with a scale that is not finite."""
     for part, dim in (("keys", shape.key_dim), ("values", shape.value_dim)):
         scales = quantised.scales(tensors[f"{name}.{part}"], dim)
         _hold(bool(scales.isfinite().all()), f"{name}.{part} has a scale that is not finite")
 
 
 def check_values(memory: Memory, saved: SavedSequence, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse values that no memory writes: ids beyond the vocabulary, numbers that are none, positions out of place."""
+    """Refuse values that no memory writes, such as ids beyond the vocabulary, NaN, and positions in a wrong order."""
     words = memory.shape.vocabulary
     _check_range("ids", tensors["ids"], 0, words - 1)
     try:
@@ -214,7 +218,11 @@ def check_values(memory: Memory, saved: SavedSequence, tensors: Mapping[str, tor
 
 
 def _check_positions(memory: Memory, saved: SavedSequence, name: str, positions: torch.Tensor) -> None:
-    """The prefix is the first tokens, the recent window the last ones; what is promoted, and the rest, is in order."""
+    """Refuse positions of one head that are out of place.
+
+    The prefix must hold the first tokens and the recent window the last ones. The positions must ascend both within the
+    front (the prefix and promoted pins) and within the slots behind the front, and none may occur twice.
+    """
     prefix, stop = min(memory.plan.prefix, saved.tokens), saved.next_position
     recent, front = saved.recent(memory.plan.prefix, memory.plan.recent), saved.front_slots(memory.plan.prefix)
     _check_range(name, positions, 0, stop - 1)

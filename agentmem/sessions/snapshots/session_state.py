@@ -1,4 +1,4 @@
-"""What of a session is neither tensors nor the sequence's: its dialogue, its pending ids, whose tokens are whose."""
+"""The part of a session's state outside its memory: the dialogue, the pending ids, the entries and the open reply."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ Count = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
 class Saved(BaseModel):
-    """The state of one session beside its memory."""
+    """The state of one session outside its memory."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     pending: Annotated[tuple[Count, ...], FailFast()]
-    """Ids that the memory has not consumed; those that it has are the sequence's."""
+    """The ids that the memory has not consumed; the consumed ids are stored with the sequence."""
     dialogue: Dialogue
     entries: Annotated[tuple[Entry, ...], FailFast()]
     open_reply: tuple[Count, str, int | None] | None
-    """How many of the last ids belong to an open reply, its text, and the id that ended it."""
+    """The open reply: how many of the last ids belong to it, its text, and its end token if it has one."""
     sampling: str | None
-    """State of the sampling generator, base64."""
+    """State of the session's sampling generator, in base64; ``None`` if the session has no generator of its own."""
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Self:
-        """Read it out of a snapshot's state.
+        """Read the session's state from a snapshot's state.
 
         Raises:
-            ValueError: there is none, or it is none.
+            ValueError: the snapshot's state has no session, or an invalid one.
 
         """
         try:
@@ -52,12 +52,15 @@ class Saved(BaseModel):
             raise ValueError(f"the session's state cannot be read: {faults(error, state['session'])}") from None
 
     def check(self, tokens: int, pinned: int, words: int) -> None:
-        """Refuse a state that is not one of a session whose memory has consumed ``tokens``.
+        """Refuse a state that no session can have.
 
-        ``pinned`` is where its last pin ends, ``words`` the size of the vocabulary.
+        Args:
+            tokens: number of tokens that the session's memory has consumed.
+            pinned: index of the token at which the last pin ends.
+            words: size of the vocabulary.
 
         Raises:
-            ValueError: what is wrong, with the value and the limit.
+            ValueError: the state is invalid; the message has the value and the limit.
 
         """
         total = tokens + len(self.pending)
@@ -78,10 +81,10 @@ class Saved(BaseModel):
         self.generator()
 
     def generator(self) -> torch.Generator | None:
-        """The sampling generator in its state; ``None`` where the session had none of its own.
+        """Return a sampling generator in the saved state, or ``None`` if the session had no generator of its own.
 
         Raises:
-            ValueError: it is no such state.
+            ValueError: the saved text is not the state of a generator.
 
         """
         if self.sampling is None:
@@ -96,7 +99,7 @@ class Saved(BaseModel):
 
 
 def saved(session: Conversation) -> Saved:
-    """The state of a session beside its memory, as a value."""
+    """Return the state of a session outside its memory."""
     drawn, reply = session.generator, session.reply
     return Saved(
         pending=tuple(session.pending),
@@ -108,7 +111,7 @@ def saved(session: Conversation) -> Saved:
 
 
 def restore(session: Conversation, state: Saved, consumed: Sequence[int]) -> None:
-    """Put a state into a session that has read nothing; ``consumed`` are the ids in its memory."""
+    """Put a state into an empty session; ``consumed`` are the ids that the session's memory has consumed."""
     session.ids = array("q", (*consumed, *state.pending))
     session.dialogue, session.entries = state.dialogue, list(state.entries)
     if state.open_reply is not None:
@@ -119,4 +122,4 @@ def restore(session: Conversation, state: Saved, consumed: Sequence[int]) -> Non
     if drawn is not None and session.generator is not None:
         session.generator = drawn
     if session.holding.memory is not None:
-        session.new_rebases()  # re-basings of before are no news
+        session.new_rebases()  # earlier re-basings must not be reported again

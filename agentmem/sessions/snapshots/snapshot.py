@@ -1,4 +1,4 @@
-"""A session as a snapshot: what of it is tensors, what is state, and whose it is."""
+"""Conversion between a memory's sequence and a snapshot, and the identity of the model that a snapshot belongs to."""
 
 from __future__ import annotations
 
@@ -27,14 +27,18 @@ if TYPE_CHECKING:
 
 _OTHER = "Load another snapshot, or begin a new session."
 MAX_TOKENS = 1 << 26
-"""Ids of a sequence are outside the cap, so something else must bound what is read: 512 MiB of them."""
+"""Most tokens of a sequence that is read from a snapshot. Their ids (512 MiB at 8 bytes each) do not count towards the
+cap, so they need a limit of their own."""
 
 
 class Identity:
-    """Whose snapshots a runtime writes and reads: what makes keys what they are, part by part."""
+    """Fingerprints of the model, its weights, the tokenizer and the chat template.
+
+    A runtime only reads snapshots with the same fingerprints, since the keys in a snapshot depend on these parts.
+    """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
-        """Read all weights and the vocabulary, once: what takes long and is not expected to change."""
+        """Compute the fingerprints of the weights and the vocabulary once: this is slow, and they should not change."""
         self._model, self._tokenizer = model, tokenizer
         vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
         self._read = {
@@ -43,7 +47,11 @@ class Identity:
         }
 
     def now(self) -> dict[str, str]:
-        """Each part as it is now, by its name; see :func:`agentmem.hf.model_identity.model_identity`."""
+        """Return the current fingerprint of each part by the part's name.
+
+        The fingerprints of the weights and the vocabulary are those computed at the start. For the other parts of the
+        model see :func:`agentmem.hf.model_identity.model_identity`.
+        """
         template = _digest(str(self._tokenizer.chat_template))
         return {**hf.model_identity(self._model), **self._read, "chat template": template}
 
@@ -53,12 +61,13 @@ def _digest(text: str) -> str:
 
 
 def take_sequence(memory: Memory, dtype: torch.dtype | None) -> tuple[SavedSequence, dict[str, torch.Tensor]]:
-    """The sequence of a memory as values and views of its tensors; they pass the checks of :func:`read_sequence`.
+    """Return the sequence of a memory as plain values and views of its tensors, after the checks of reading.
 
-    ``dtype`` is what it will be read with; ``None``: that of the keys.
+    These are the checks that :func:`read_sequence` makes. ``dtype`` is the dtype with which the sequence will be read;
+    ``None`` stands for the dtype of its keys.
 
     Raises:
-        AgentmemError: a snapshot of it could not be read again, e.g. for an infinite number among its keys; the
+        AgentmemError: a snapshot of the sequence could not be read again, for example because a key is infinite; the
             memory stays as it is.
         CompactionFailed: see :func:`agentmem.memory.state.take`.
 
@@ -75,10 +84,10 @@ def take_sequence(memory: Memory, dtype: torch.dtype | None) -> tuple[SavedSeque
 
 @contextmanager
 def loadable() -> Iterator[None]:
-    """Say of what is checked in the block that it could not be loaded.
+    """Turn a ValueError in the ``with`` block into an AgentmemError: the memory cannot be saved in a loadable form.
 
     Raises:
-        AgentmemError: a check raised ValueError.
+        AgentmemError: a check in the block raised ValueError.
 
     """
     try:
@@ -98,17 +107,17 @@ def read_sequence(
     dtype: torch.dtype,
     check: Callable[[SavedSequence, dict[str, Any]], None] = lambda _saved, _state: None,
 ) -> dict[str, Any]:
-    """Fill a memory that has read nothing with the sequence of a snapshot; returns the snapshot's state.
+    """Fill an empty memory with the sequence of a snapshot and return the snapshot's state.
 
     Args:
-        memory: it is changed by the last step alone, when nothing can be refused any more but for want of room.
-        url: the snapshot's.
-        identity: whose it must be.
-        dtype: of keys and values.
-        check: refuses a state by ValueError, before any tensor is read.
+        memory: the memory. Only the last step changes it, after all checks; that step can only fail for lack of room.
+        url: path or URL of the snapshot.
+        identity: the fingerprints that the snapshot must have.
+        dtype: the dtype of keys and values.
+        check: called with the sequence and the state before any tensor is read; raises ValueError to refuse them.
 
     Raises:
-        SnapshotRefused: another model's, damaged, hostile, or larger than the memory's cap.
+        SnapshotRefused: the snapshot is of another model, damaged, hostile, or larger than the memory's cap.
 
     """
 
@@ -128,10 +137,10 @@ def read_sequence(
 
 
 def _sequence_of(state: Mapping[str, Any]) -> SavedSequence:
-    """The sequence's saved in a snapshot's state.
+    """Return the sequence without its tensors from a snapshot's state.
 
     Raises:
-        ValueError: there is none, or it is none.
+        ValueError: the state has no sequence, or an invalid one.
 
     """
     try:
@@ -144,7 +153,12 @@ def _sequence_of(state: Mapping[str, Any]) -> SavedSequence:
 
 @contextmanager
 def refusing(url: str | os.PathLike[str], *errors: type[Exception], remedy: str = _OTHER) -> Iterator[None]:
-    """Say of which snapshot something is wrong."""
+    """Turn the given errors in the ``with`` block into SnapshotRefused with the place of the snapshot.
+
+    Raises:
+        SnapshotRefused: the block raised one of ``errors``.
+
+    """
     try:
         yield
     except errors as error:

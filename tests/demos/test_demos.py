@@ -215,7 +215,7 @@ def test_04_many_agents_share_one_cap(demo: Demo) -> None:
     rows = re.findall(r"s   ([Aid](?: [Aid])*) +([\d.]+) MiB", said)
 
     assert all(states.count("A") <= 1 and float(charged) <= 14.0 for states, charged in rows)
-    assert re.search(r"cap_bytes=14680064 charged_bytes=\d+ active=0 idle=\d on_disk=[1-3] waiting=0", said)
+    assert re.search(r"cap_bytes=14680064 charged_bytes=\d+ .*active=0 idle=\d on_disk=[1-3] waiting=0", said)
     assert len(re.findall(r"^agent-\d \(\w+\): ", said, re.MULTILINE)) == 4
     peak = re.search(r"^\d of 4 remember; most that was charged: ([\d.]+) MiB of 14\.0 MiB$", said, re.MULTILINE)
     assert peak is not None
@@ -250,7 +250,7 @@ def test_06_checks_a_policy(demo: Demo) -> None:
 def test_06_uses_a_policy_and_compares_it(demo: Demo, folder: str) -> None:
     """Sessions compact with it and with the others; errors stand where there is a probe."""
     said = demo(
-        "06", "--model", folder, "--cap", "700KiB", "--tokens", "700", "--policy", "window", "--policy", "merge"
+        "06", "--model", folder, "--cap", "600KiB", "--tokens", "700", "--policy", "window", "--policy", "merge"
     )
     found = dict(re.findall(r"^([\w-]+) +([1-9]\d*) +(?:0\.\d+|-) +", said, re.MULTILINE))
 

@@ -5,6 +5,7 @@ A framework that is not installed is skipped: the extra ``adapters`` has them.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -24,7 +25,7 @@ KEY = serving.KEYS[0]
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """A server of a random model, whose calls are held to their schemas and whose texts are nonsense."""
-    tokenizer = chat_templates.tokenizer("chatml")
+    tokenizer = copy.deepcopy(chat_templates.tokenizer("chatml"))  # others share it
     tokenizer.chat_template = launch.read_template("chatml-tools")
     made = Runtime(talk.model(), tokenizer, cap="64MiB", share=0.25, policy="window", **talk.ROOMY)
     of = serving.server(made, keys=serving.KEYS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import AsyncIterator
 from functools import cache
@@ -36,7 +37,7 @@ ROOM = {"max_tokens": 60}
 @cache
 def tokenizer() -> Any:
     """One of bytes, whose template has a place for tools."""
-    made = chat_templates.tokenizer("chatml")
+    made = copy.deepcopy(chat_templates.tokenizer("chatml"))  # others share it
     made.chat_template = launch.read_template("chatml-tools")
     return made
 

@@ -21,7 +21,7 @@ from agentmem.sessions.chat.dialogue import Message
 from agentmem.sessions.settings import SessionSettings
 from agentmem.sessions.snapshots.recipe import Made, check_settings
 from agentmem.sessions.snapshots.session_state import Saved
-from agentmem.sessions.snapshots.snapshot import _row_of
+from agentmem.sessions.snapshots.snapshot import _sequence_of
 from agentmem.settings import Settings, parse_bytes
 from agentmem.untrusted.files import read_plain
 from agentmem.untrusted.json_text import MAX_KEYS, json_value, parsed
@@ -35,11 +35,11 @@ KEYS = {f"key-{number}": 1 for number in range(MAX_KEYS)}
 MADE = {"name": "n", "policy": {"name": "window", "parts": "0"}, "extra_policies": [], "template": "", "settings": {}}
 
 HOSTILE: dict[str, Callable[[], object]] = {
-    "a row's scales": lambda: _row_of({"row": {"scales": WORDS}}),
-    "a row's lengths": lambda: _row_of({"row": {"layers": [{"lengths": WORDS, "biased": 1}] * 3}}),
-    "a row's reports": lambda: _row_of({"row": {"compaction_reports": [{"layers": WORDS}] * 3}}),
-    "a row's fields": lambda: _row_of({"row": KEYS}),
-    "no row": lambda: _row_of({"row": LONG}),
+    "a row's scales": lambda: _sequence_of({"row": {"scales": WORDS}}),
+    "a row's lengths": lambda: _sequence_of({"row": {"layers": [{"lengths": WORDS, "biased": 1}] * 3}}),
+    "a row's reports": lambda: _sequence_of({"row": {"compaction_reports": [{"layers": WORDS}] * 3}}),
+    "a row's fields": lambda: _sequence_of({"row": KEYS}),
+    "no row": lambda: _sequence_of({"row": LONG}),
     "a session's ids": lambda: Saved.of({"session": {"pending": WORDS, "entries": WORDS}}),
     "a session's messages": lambda: Saved.of({"session": {"dialogue": {"messages": WORDS}, "sampling": LONG}}),
     "a session's fields": lambda: Saved.of({"session": KEYS}),

@@ -107,7 +107,7 @@ class Segment:
 
     @property
     def group(self) -> int:
-        """Return the number of query heads per KV head; 1 if there are no reference queries."""
+        """Return the number of query heads per KV head; 1 if the segment has no reference queries."""
         return 1 if not self.references else int(self.references[0].queries.shape[0]) // len(self.heads)
 
     def queries(self, head: int) -> tuple[torch.Tensor, ...]:
@@ -119,13 +119,13 @@ class Segment:
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Return the weight of the queries of each part."""
+        """Return one weight for each part of the reference queries; it applies to every query of the part."""
         return tuple(part.weight for part in self.references)
 
 
 @dataclass(frozen=True, slots=True)
 class Numerics:
-    """Numerical notes on a layer's fits, for the report.
+    """Numerical properties of the fits of one layer, which the report of a compaction includes.
 
     ``condition`` is the largest estimated condition number; ``fallbacks`` names the fallbacks that were taken.
     """

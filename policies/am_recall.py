@@ -1,10 +1,14 @@
-"""AM for recall: old text stays recallable, at a bounded cost per compaction.
+"""Attention Matching (AM) for recall: old text stays recallable, at a bounded cost per compaction.
 
-With a probe of recent text alone, no reference query attends to old slots, and a few compactions remove them. This
-preset differs in three ways. A part of the probe comes from spans all over the transcript, and every compaction takes
-different spans. A slot's importance is carried from one compaction to the next. Spans that match ``pattern`` (numbers,
-identifiers, names) come first and weigh more, because their tokens attract no more attention than other tokens until a
-question asks for them.
+The preset ``am-halving`` probes with recent text alone. Hardly any reference query then attends to old slots, and a few
+compactions remove them. This preset changes four things:
+
+- A part of the probe consists of spans from all over the transcript; every compaction takes different spans.
+- Up to half of the tokens of these spans belong to spans that match ``pattern`` (numbers, identifiers, names). The
+  queries of matching tokens weigh more, because they attract no more attention than other tokens until a question asks
+  for them.
+- A slot's importance is carried from one compaction to the next.
+- Slots are allocated to heads by a table that was calibrated for the model, not in equal numbers.
 """
 
 from __future__ import annotations

@@ -23,11 +23,12 @@ def summary_am(
     keep: float = 0.5,
     **options: Any,
 ) -> Policy:
-    """Replace the segment by a summary of which Attention Matching keeps the fraction ``keep`` of the slots.
+    """Make a policy that replaces the segment by a summary, and then compacts the slots of the summary.
 
-    The summary has at most ``summary_tokens`` tokens (``None``: the plan chooses). ``instruction`` is the text that
-    asks the model for the summary; ``lead`` is the text that precedes the summary. ``options`` are those of
-    :func:`agentmem.policies.am_halving.am_halving`, for Attention Matching.
+    Attention Matching keeps the fraction ``keep`` of the summary's slots. The summary has at most ``summary_tokens``
+    tokens (``None``: the plan chooses). ``instruction`` is the text that asks the model for the summary; ``lead`` is
+    the text that precedes the summary. ``options`` are those of :func:`agentmem.policies.am_halving.am_halving`, for
+    Attention Matching.
 
     Raises:
         ValueError: an option's value cannot work.

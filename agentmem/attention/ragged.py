@@ -61,7 +61,11 @@ def fused_bytes(layer: LayerShape, tokens: int, slots: int, itemsize: int, rows:
 
 
 def _block_bytes(layer: LayerShape, heads: int, tokens: int, keys: int, itemsize: int) -> int:
-    """Return the bytes for one block of tokens: the merged result, one part, and scratch to compute or merge it."""
+    """Return the most bytes that attention for one block of tokens allocates.
+
+    These bytes hold the result merged so far, the result over the next part of the slots (at most ``SPAN`` slots, or
+    the block's own tokens), and the working memory to compute this part or to merge it.
+    """
     wide = max(FLOAT, itemsize)
     rows = heads * layer.group * tokens
     total, part = rows * (layer.value_dim + 1) * wide, rows * (layer.value_dim * wide + 8)
@@ -250,7 +254,10 @@ def _addresses(run: Run) -> tuple[int, int, int, int, int, int, int, int, int]:
 
 
 def _tiles(queries: torch.Tensor, runs: Sequence[Run], fresh: Fresh | None) -> bool:
-    """Check whether ``chunk.c`` can compute this: bfloat16 with contiguous rows, on a CPU with AMX."""
+    """Check whether the compiled code in ``chunk.c`` can compute attention with these tensors.
+
+    It needs bfloat16 tensors with contiguous rows on a CPU with AMX, and at most 128 query heads per KV head.
+    """
     if not TILED or queries.dtype != torch.bfloat16 or queries.device.type != "cpu":
         return False
     sources: list[Run | Fresh] = [*runs] if fresh is None else [*runs, fresh]

@@ -1,9 +1,12 @@
 """Measure how many slots each head of a model needs, and write a table for calibrated or sensitivity budgets.
 
+A head's *share* is the number of slots that it should get, as a multiple of an equal share. Its *error curve* has the
+errors in nats per token if the head keeps only some fractions of its slots.
+
 | file | what |
 | --- | --- |
 | ``terms.py`` | the settings of a calibration |
-| ``windows.py`` | a window of text as the model reads it, and the compaction of its heads |
+| ``windows.py`` | a window of text as the model reads it, and compacting heads in it |
 | ``attention.py`` | shares from attention scores: seconds per window, no gradient |
 | ``fisher.py`` | error curves of all heads from gradients, in one pass |
 | ``loss.py`` | error curves by measurement, one head at a time |

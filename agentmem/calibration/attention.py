@@ -1,6 +1,7 @@
-"""Compute shares by attention: a head's share is the part that its slots are of the most attended slots of all heads.
+"""Compute the shares of heads from attention scores.
 
-The method reads each window once and needs no gradient.
+The slots that receive most attention are chosen over all heads together. A head's share is the number of its slots
+among them, divided by the mean number per head. The method needs no gradient.
 
 Sources: arXiv:2602.16284 for the scores of "highest attention" (rms); Ada-KV, arXiv:2407.11550, for the allocation over
 all heads.
@@ -24,7 +25,7 @@ _ROWS = 256
 
 
 def window_shares(window: Window, layers: Sequence[int]) -> list[float]:
-    """Return the share of every head of the layers, in order, as a multiple of an equal share."""
+    """Return the share of every head of ``layers``, layer by layer, as a multiple of an equal share."""
     scores = []
     for layer in layers:
         segment = window.segment(layer)

@@ -1,9 +1,9 @@
-"""Estimate error curves by Fisher information: gradients give the error of compacting each head, all in one pass.
+"""Estimate the error curves of all heads at once by Fisher information, from gradients.
 
-A small change d of the attention output at a position changes the next-token distributions by KL ≈ ½ E (g · d)².
-Here g is the gradient of -log p(y) with respect to the attention output, and the next token y is drawn from the model
-itself; the expectation is the Fisher information of the output. Changes at different positions are assumed to be
-uncorrelated.
+An error curve has the errors of one head at several fractions of kept slots. Compacting a head changes its attention
+output; a small change d of the output at a position changes the next-token distributions by KL ≈ ½ E (g · d)². Here g
+is the gradient of -log p(y) with respect to the attention output, and the next token y is drawn from the model itself;
+the expectation is the Fisher information of the output. Changes at different positions are assumed to be uncorrelated.
 
 Sources: the curves replace the measured sensitivity curves of arXiv:2602.16284, nonuniform head budgets. The estimate
 of a pruning's error by Fisher information is that of arXiv:1801.05787.
@@ -28,7 +28,10 @@ Curves = list[list[float]]
 
 
 def window_curves(window: Window, layers: Sequence[int], compactor: Compactor) -> Curves:
-    """Return each head's errors at ``terms.fractions`` with all other heads uncompacted; heads are in layer order."""
+    """Return the error curve of every head of ``layers``, in layer order.
+
+    A curve has one error for each of the kept fractions ``terms.fractions``, with all other heads uncompacted.
+    """
     gradients = _gradients(window, layers)
     curves: Curves = []
     for layer, drawn in zip(layers, gradients, strict=True):
@@ -43,7 +46,10 @@ def window_curves(window: Window, layers: Sequence[int], compactor: Compactor) -
 
 
 def _gradients(window: Window, layers: Sequence[int]) -> list[torch.Tensor]:
-    """Return the gradients of -log p(y) per layer, ``[samples, Hq, n, dv]``; each sample draws new tokens y."""
+    """Return the gradients of -log p(y) with respect to attention outputs, ``[samples, Hq, n, dv]`` for each layer.
+
+    y are next tokens drawn from the model's own distribution p at every position; each sample draws them anew.
+    """
     logits = window.ahead.logits
     assert logits is not None  # noqa: S101  # the window asks for them
     outputs = [window.ahead.layers[layer].output for layer in layers]
@@ -60,7 +66,11 @@ def _gradients(window: Window, layers: Sequence[int]) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def _losses(asked: AttentionCall, past: AttentionCall, gradients: torch.Tensor, heads: int) -> torch.Tensor:
-    """Return ½ E (g · d)² per token for every KV head, ``[heads]``; g · d is summed over the head's query heads."""
+    """Return the estimated KL per token, ½ E (g · d)², of compacting each KV head alone, ``[heads]``.
+
+    ``past`` has the keys, values and β of the compacted heads, and ``asked`` is the uncompacted attention call. g are
+    ``gradients``, and d is the change of the attention output; g · d is summed over the head's query heads.
+    """
     output = attended(asked.queries, asked.keys, asked.values, past, asked.scale, sinks=asked.sinks)
     change = (output - asked.output).float()
     along = (gradients.float() * change).sum(dim=-1)

@@ -1,6 +1,7 @@
-"""Measure error curves: compact one head, leave all others as they are, and take the KL of the tokens that follow.
+"""Measure the error curve of one head: its errors at several fractions of kept slots.
 
-The method is exact, and slow.
+An error is measured by compacting the head, leaving all other heads as they are, and computing the KL over the tokens
+that follow. The method is exact, but slow.
 
 Source: arXiv:2602.16284, sensitivity curves of nonuniform head budgets.
 """
@@ -18,7 +19,11 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def head_curve(window: Window, layer: int, head: int, compactor: Compactor) -> list[float]:
-    """Return KL(uncompacted ‖ one head compacted) in nats per token, at every one of ``terms.fractions``."""
+    """Return the error curve of one head, with one error for each of the kept fractions ``terms.fractions``.
+
+    An error is the KL from the model's predictions without compaction to those with the head compacted, in nats per
+    token.
+    """
     whole = window.untouched.logits
     assert whole is not None  # noqa: S101  # the window asks for them
     segment, errors = window.segment(layer, scores=compactor.scores != "none"), []

@@ -1,4 +1,8 @@
-"""Divide each calibration method into units of work, measure a unit, and combine the results of all units."""
+"""Divide each calibration method into units of work, measure a unit, and combine the results of all units.
+
+A *share* is the number of slots that a head gets, as a multiple of an equal share. An *error curve* has the errors of
+one head, in nats per token, if it keeps each of the fractions ``terms.fractions`` of its slots.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,10 @@ if TYPE_CHECKING:
 
 
 class Work(ABC):
-    """Base of the methods, each a list of named units that are measured one by one, with results kept as JSON."""
+    """Base of the calibration methods.
+
+    A method is divided into named units, which are measured one by one. The result of a unit can be stored as JSON.
+    """
 
     def __init__(self, reader: Reader, ids: torch.Tensor, terms: Terms, heads: Mapping[int, int]) -> None:
         """Cut ``ids`` into windows; ``heads`` maps every compacted layer to the number of its KV heads."""
@@ -33,27 +40,27 @@ class Work(ABC):
         self._open: tuple[int, Window] | None = None
 
     def window(self, index: int) -> Window:
-        """Return a window; the window that was open before is freed."""
+        """Return the window of this index; the window that was open before is freed."""
         if self._open is None or self._open[0] != index:
             self._open = None  # freed before the next window is read
             self._open = (index, Window(self.reader, self.windows[index], self.terms))
         return self._open[1]
 
     def units(self) -> list[str]:
-        """Return the names of all units, in order."""
+        """Return the names of all units of work, in order."""
         return [str(window) for window in range(len(self.windows))]
 
     @abstractmethod
     def measure(self, unit: str) -> Any:
-        """Measure one unit and return its result."""
+        """Measure one unit of work and return its result."""
 
     @abstractmethod
     def found(self, done: Mapping[str, Any]) -> Found:
-        """Combine the results of all units into the outcome of the calibration."""
+        """Combine the results ``done`` of all units of work into the outcome of the calibration."""
 
 
 class Attention(Work):
-    """Compute shares by attention; a unit is a window."""
+    """Compute shares from attention scores; a unit of work is one window."""
 
     def measure(self, unit: str) -> list[float]:
         """Return the shares of all heads in one window."""
@@ -65,7 +72,7 @@ class Attention(Work):
 
 
 class Curved(Work):
-    """Base of the methods that find error curves; the shares are those that lower the sum of errors most."""
+    """Base of the methods that find error curves; the resulting shares are those that lower the sum of errors most."""
 
     def __init__(
         self, reader: Reader, ids: torch.Tensor, terms: Terms, heads: Mapping[int, int], compactor: Compactor
@@ -81,19 +88,19 @@ class Curved(Work):
 
 
 class Fisher(Curved):
-    """Estimate the curves of all heads at once by Fisher information; a unit is a window."""
+    """Estimate the error curves of all heads at once by Fisher information; a unit of work is one window."""
 
     def measure(self, unit: str) -> list[list[float]]:
-        """Return the curves of all heads in one window."""
+        """Return the error curves of all heads in one window."""
         return window_curves(self.window(int(unit)), list(self.heads), self.compactor)
 
     def found(self, done: Mapping[str, Any]) -> Found:
-        """Return the mean curves over the windows, and the shares that follow from them."""
+        """Return the mean error curves over the windows, and the shares that follow from these curves."""
         return self._found(_mean([done[unit] for unit in self.units()]))
 
 
 class Loss(Curved):
-    """Measure the curve of one head at a time; a unit is one head in one window."""
+    """Measure the error curve of one head at a time; a unit of work is one head in one window of the text."""
 
     def units(self) -> list[str]:
         """Return a name ``window.layer.head`` for every head of every layer in every window."""
@@ -101,12 +108,12 @@ class Loss(Curved):
         return [f"{window}.{layer}.{head}" for window in range(len(self.windows)) for layer, head in heads]
 
     def measure(self, unit: str) -> list[float]:
-        """Return the curve of one head in one window."""
+        """Return the error curve of one head in one window."""
         window, layer, head = map(int, unit.split("."))
         return head_curve(self.window(window), layer, head, self.compactor)
 
     def found(self, done: Mapping[str, Any]) -> Found:
-        """Return the mean curves over the windows, and the shares that follow from them."""
+        """Return the mean error curves over the windows, and the shares that follow from these curves."""
         curves = torch.tensor([done[unit] for unit in self.units()], dtype=torch.float64)
         return self._found(curves.reshape(len(self.windows), -1, curves.shape[-1]).mean(dim=0))
 
@@ -114,7 +121,7 @@ class Loss(Curved):
 def make_work(
     reader: Reader, ids: torch.Tensor, terms: Terms, heads: Mapping[int, int], compactor: Compactor | None
 ) -> Work:
-    """Make the work of the method that ``terms.method`` names.
+    """Return the work of the calibration method that ``terms.method`` names.
 
     Raises:
         SettingsRefused: the method measures a compactor, but the policy has none, or its compactor needs

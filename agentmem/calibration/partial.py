@@ -1,4 +1,4 @@
-"""Keep the results of a calibration on disk, so that a calibration that was stopped can be resumed."""
+"""Keep the results of a calibration's units of work on disk, so that a stopped calibration can be resumed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REMEDY = "choose another place with --out"
 
 @dataclass
 class Partial:
-    """Keep results by unit of work; every process writes a file of its own and reads the files of all processes.
+    """Store the result of each unit of work; every process writes its own file and reads the files of all processes.
 
     ``key`` identifies everything that a result depends on; files with another key are ignored.
     """
@@ -40,7 +40,7 @@ class Partial:
         return sorted(self.out.parent.glob(f"{self.out.name}.partial-*"))
 
     def load(self) -> dict[str, Any]:
-        """Return the results of all processes that were measured under this key, by unit."""
+        """Return the results of all processes whose files have the key ``key``, by unit of work."""
         found: dict[str, Any] = {}
         for path in self.files():
             try:

@@ -1,4 +1,4 @@
-"""Run a calibration on one process or several; units that were measured before are not measured again."""
+"""Run a calibration on one process or several; units of work that were measured before are not measured again."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _PATIENCE = timedelta(days=7)
 
 Progress = Callable[[int, int], None]
-"""Callback that receives the number of units done and the number of all units."""
+"""Callback that receives the number of units of work done and the total number of units."""
 
 
 def calibrate(
@@ -88,7 +88,7 @@ def calibrate(
 
 @dataclass(frozen=True, slots=True)
 class Team:
-    """Identify this process among the processes that share the work."""
+    """Identify this process by its number (rank) among the processes that share the work."""
 
     rank: int = 0
     size: int = 1
@@ -108,7 +108,7 @@ class Team:
 
 
 def _key(identity: ModelIdentity, ids: torch.Tensor, terms: Terms) -> str:
-    """Return a digest of everything that a unit's result depends on."""
+    """Return a digest of everything that the result of a unit of work depends on."""
     facts = {
         "version": VERSION,
         "model": identity.fingerprint,

@@ -1,4 +1,4 @@
-"""Compute the shares of heads from the worth of their slots; the same shares serve every kept ratio."""
+"""Compute the shares of heads from the worth of their slots; a share is a multiple of an equal share."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _TINY = 1e-12
 
 
 def top_shares(worth: Sequence[torch.Tensor], ratios: Sequence[float]) -> list[float]:
-    """Return the share of each head as a multiple of an equal share, averaged over the kept ratios.
+    """Return the share of each head as a multiple of an equal share, averaged over ``ratios``.
 
-    ``worth[h]``, of shape ``[T]``, is the worth of every slot of head h. At each ratio the slots of the greatest worth
-    over all heads are kept; a head's share is the number of its slots among them, divided by the mean number per head.
-    Among slots of equal worth, those of the earlier head are kept first.
+    ``worth[h]``, of shape ``[T]``, is the worth of every slot of head h. At each ratio, the fraction of all slots to
+    keep, the slots of the greatest worth over all heads are kept; a head's share is the number of its slots among them,
+    divided by the mean number per head. Among slots of equal worth, those of the earlier head are kept first.
     """
     owner = torch.cat([torch.full((len(slots),), head) for head, slots in enumerate(worth)])
     ranked = owner[torch.cat([slots.cpu() for slots in worth]).argsort(descending=True, stable=True)]
@@ -34,10 +34,11 @@ def top_shares(worth: Sequence[torch.Tensor], ratios: Sequence[float]) -> list[f
 def slot_gains(fractions: Sequence[float], errors: Sequence[float], slots: int) -> torch.Tensor:
     """Return by how much each further slot lowers a head's error, ``[slots]`` float64, in descending order.
 
-    ``errors`` are measured at the kept ``fractions``. Between two fractions the error is interpolated geometrically;
-    below the first fraction, the curve through the first two is extended; from the last fraction on, the error falls
-    linearly to 0 at fraction 1. The lower convex hull of this curve is used, because allocating slots by gain then
-    gives the least sum of errors, to which the greedy exchange of arXiv:2602.16284 converges.
+    ``errors`` were measured with the ``fractions`` of the head's slots kept. Between two fractions the error is
+    interpolated geometrically; below the first fraction, the curve through the first two is extended; from the last
+    fraction on, the error falls linearly to 0 at fraction 1. The lower convex hull of this curve is used, because
+    allocating slots by gain then gives the least sum of errors, to which the greedy exchange of arXiv:2602.16284
+    converges.
     """
     points = [(count, _error(fractions, errors, count / slots)) for count in range(slots + 1)]
     hull: list[tuple[int, float]] = []

@@ -39,7 +39,8 @@ class Origin:
 class Found:
     """Hold the outcome of a calibration.
 
-    ``shares [heads]`` are multiples of an equal share; ``errors [heads][fractions]`` are in nats per token.
+    ``shares [heads]`` are multiples of an equal share. ``errors [heads][fractions]`` are the error curves in nats per
+    token, one error per kept fraction; they are empty if the method measures none.
     """
 
     shares: Sequence[float]
@@ -47,7 +48,7 @@ class Found:
 
 
 def as_table(model: ModelIdentity, terms: Terms, origin: Origin, found: Found) -> dict[str, Any]:
-    """Return the content of the file; shares are rounded to 4 decimal places, errors to 3 significant digits."""
+    """Return the content of the table; shares are rounded to 4 decimal places, errors to 3 significant digits."""
     settings = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(terms).items()}
     settings.pop("method")  # it has a key of its own
     table: dict[str, Any] = {

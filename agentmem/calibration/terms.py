@@ -15,7 +15,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 
 @dataclass(frozen=True)
 class Terms:
-    """Settings of how a text is cut into windows, and what is measured in each window.
+    """Settings of a calibration: how a text is cut into windows, and what is measured in each window.
 
     A window is a context and the tokens that follow it. ``keep_first`` and ``keep_recent`` tokens of the context stay
     as they are; the tokens between them are the segment.
@@ -30,9 +30,9 @@ class Terms:
     ratios: tuple[float, ...] = (0.125, 0.25, 0.5)
     """Fractions of all slots to keep; slots are allocated to heads at each fraction, and the shares are averaged."""
     fractions: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75)
-    """Fractions of one head's slots to keep, at each of which the head's error is measured."""
+    """Fractions of one head's slots to keep; the head's error is measured at each fraction."""
     samples: int = 4
-    """Next tokens that ``fisher`` draws from the model at every position; other methods ignore it."""
+    """Number of next tokens that ``fisher`` draws from the model at every position; other methods draw none."""
     policy: str = "am-halving"
     """Policy whose compactor ``fisher`` and ``loss`` measure."""
     seed: int = 0

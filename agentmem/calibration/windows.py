@@ -1,4 +1,7 @@
-"""Read a window of a text with the model (context, replay, tokens that come next) and compact heads of the context."""
+"""Read a window of a text with the model, and compact heads of the window's context.
+
+A window is a context and the tokens that come next. The context is read twice; the second reading is its replay.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ def cut(ids: torch.Tensor, terms: Terms) -> list[torch.Tensor]:
 
 @dataclass
 class Window:
-    """Hold one window; each reading of it is done when first needed and then kept."""
+    """Hold one window of a text; each reading of the window by the model is made when first needed and then kept."""
 
     reader: Reader
     ids: torch.Tensor
@@ -50,7 +53,7 @@ class Window:
 
     @cached_property
     def replay(self) -> Reading:
-        """Return the reading of the context a second time, after itself; its queries are the reference queries."""
+        """Return a second reading of the context, placed after the first; its queries are the reference queries."""
         ids = self.ids[: self.terms.context]
         return self.reader.read(ids, start=len(ids), past=self.context.layers)
 
@@ -65,19 +68,23 @@ class Window:
         return self.read_ahead(self.context.layers)
 
     def read_ahead(self, past: Sequence[AttentionCall], *, gradient: bool = False) -> Reading:
-        """Read the tokens that come next, with ``past`` as the keys and values of the context; logits are included."""
+        """Read the tokens after the context, and return this reading with its logits.
+
+        ``past`` has the context's keys and values (and β, if heads were compacted) for each layer. With ``gradient``,
+        the reading keeps the autograd graph, so that the attention outputs can be differentiated.
+        """
         context = self.terms.context
         return self.reader.read(self.ids[context:], start=context, past=past, logits=True, gradient=gradient)
 
     @property
     def span(self) -> slice:
-        """Return the segment's place in the context."""
+        """Return the range of the context's tokens that is the segment."""
         return slice(self.terms.keep_first, self.terms.context - self.terms.keep_recent)
 
     def segment(self, layer: int, *, scores: bool = False) -> Segment:
         """Return a layer's segment as a compactor receives it, with the replay's queries as reference queries.
 
-        With ``scores`` there is a column of scores, all 0 as in a new memory.
+        With ``scores`` the segment has a column of scores, all 0 as in a new memory.
         """
         context, span = self.context.layers[layer], self.span
         positions = torch.arange(span.start, span.stop, dtype=torch.int32, device=context.keys.device)
@@ -111,7 +118,10 @@ class Window:
         return self.compacted(segment.layer, compaction)
 
     def compacted(self, layer: int, compaction: Compaction) -> AttentionCall:
-        """Return the layer's context with the compaction applied; dropped slots stay in place with a β of -inf."""
+        """Return a layer's keys, values and β of the context after ``compaction``.
+
+        Dropped slots stay in place, with a β of -inf.
+        """
         context, span = self.context.layers[layer], self.span
         keys, values = context.keys.clone(), context.values.clone()
         bias = torch.zeros(keys.shape[:2], device=keys.device)

@@ -36,7 +36,7 @@ class Refusing(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Refuse arguments that are not UTF-8 before any option is read.
 
-        Python represents such bytes as lone surrogates.
+        Python represents each byte of an argument that is not valid UTF-8 as a lone surrogate, which cannot be encoded.
         """
         for word in args:
             try:

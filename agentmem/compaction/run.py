@@ -1,4 +1,7 @@
-"""One compaction of one sequence: budgets, then fit, check and commit for each layer, then headroom.
+"""Compact one sequence once.
+
+A compaction first allocates a budget of slots to every head. It then fits, checks and commits the replacement slots of
+each layer. At the end it gives every head *headroom*: the same number of free slots for new tokens.
 
 A commit replaces the store of one layer. The sequence decodes correctly after any number of commits, and an interrupted
 compaction resumes with the layers that are not compacted yet. If layers fail, they are tried once more; after a second
@@ -323,7 +326,7 @@ class SequenceCompaction:
         return (self.plan.capacity * price - kept) // price
 
     def _give_headroom(self) -> None:
-        """Give headroom to the layers that got none at their commit, and mark the compaction as finished."""
+        """Give free slots (headroom) to layers that got none at their commit, and mark the compaction as finished."""
         headroom = self._headroom()
         for index, store in self.sequence.full():
             settle(self.sequence, store)  # layers without a commit lack positions, and the tail is reset below

@@ -89,8 +89,8 @@ class Engine:
     def abandon(self) -> None:
         """Drop a forward that was begun and never committed, whether an interrupt or an error ended it.
 
-        Every operation that starts something new calls this method first. After it no forward is in progress and no
-        bytes are borrowed.
+        Every operation that starts something new calls this method first. Afterwards no forward is in progress, and the
+        ledger counts no temporary bytes for a forward.
         """
         self._pending = None
         self.memory.take_back()

@@ -1,4 +1,4 @@
-"""Measure how much quality compaction loses; every policy is measured by the same instruments."""
+"""Measure how much quality compaction loses; every policy is measured in the same ways."""
 
 from __future__ import annotations
 

@@ -27,9 +27,10 @@ _BESIDE = ("calibration", "cli", "evaluation/ablation", "evaluation/tasks", "pol
 
 
 def settings_key(policy: Policy | str, *terms: BaseModel) -> str:
-    """Return a key of 24 hexadecimal digits for a policy with its options, its terms, and the code that they run.
+    """Return a key of 24 hexadecimal digits for a policy, its options, the settings ``terms``, and the code that runs.
 
-    ``policy`` may also be the name of a baseline that needs no policy.
+    ``terms`` are any settings that the result depends on, such as those of the memory. ``policy`` may also be the name
+    of a baseline that needs no policy.
     """
     parts, sources = [policy if isinstance(policy, str) else policy.name], set(_core())
     if not isinstance(policy, str):
@@ -78,7 +79,7 @@ def _state(part: object) -> str:
 
 
 def _core() -> set[Path]:
-    """Return the sources of the runtime and of the instruments, except :data:`_BESIDE` and modules that only draw."""
+    """Return the sources of agentmem that measurements run: all except those in :data:`_BESIDE` and drawing modules."""
     package = Path(__file__).parents[1]
     beside = {package / name for name in _BESIDE}
     return {path for path in package.rglob("*.py") if path.name not in _DRAWING and beside.isdisjoint(path.parents)}
@@ -97,7 +98,11 @@ def _policy_sources(policy: Policy) -> set[Path]:
 
 
 def _depth(package: str) -> int:
-    """Return how many folders a package lies below its outermost package; ``agentmem`` itself is not counted."""
+    """Return the number of steps from a package's own folder up to the folder of its outermost package.
+
+    ``tools.kv.policies`` gives 2, because its outermost package is ``tools``. Packages inside ``agentmem`` count from
+    the level below it: ``agentmem.policies.compactors`` gives 1, because its outermost package is ``policies``.
+    """
     return package.removeprefix("agentmem.").count(".")
 
 

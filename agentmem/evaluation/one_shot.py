@@ -53,7 +53,10 @@ class Shot(Frozen):
 
 
 class OneShotRow(Frozen):
-    """Hold one line of the table; KL is in nats, over the ``positions`` positions of the continuation."""
+    """Hold the measured results of one policy or baseline at one ratio, on one passage.
+
+    KL is in nats, over the ``positions`` positions of the continuation.
+    """
 
     policy: str
     """Name or spec of the policy as the caller gave it, or ``no-context`` or ``truncation``."""
@@ -84,7 +87,7 @@ class OneShotRow(Frozen):
 
 
 class Medians(Frozen):
-    """Hold one policy's medians at one ratio over ``windows`` passages, in the fields of :class:`OneShotRow`."""
+    """Hold one policy's medians at one ratio over ``windows`` passages; fields are those of :class:`OneShotRow`."""
 
     policy: str
     ratio: int | None
@@ -99,14 +102,17 @@ class Medians(Frozen):
 
 
 class _Place(Frozen):
-    """Settings of a case that its terms do not contain; they become part of its key on disk."""
+    """Settings of a case (see :class:`_Case`) that the case's ``terms``, the settings of its memory, do not contain.
+
+    They become part of the key under which the case's result is saved on disk.
+    """
 
     document: int
     slots: int
 
 
 class _Run(NamedTuple):
-    """Hold the result of reading one case."""
+    """Hold the result of measuring one case."""
 
     divergence: Divergence
     held: int = 0
@@ -116,7 +122,10 @@ class _Run(NamedTuple):
 
 
 class _Case(NamedTuple):
-    """Describe one line to measure: a policy, with terms whose target is the slots to keep, or a baseline by name."""
+    """Describe one measurement to make: of a policy, or of a baseline, which is given by its name.
+
+    ``terms`` are the settings of the memory. For a policy, their ``target`` is ``slots``, the number of slots to keep.
+    """
 
     policy: Policy | str
     ratio: int | None
@@ -178,7 +187,8 @@ def stream(
     A row that was saved with the same model, passage, settings and code is loaded instead, unless ``fresh`` is true.
 
     Raises:
-        AgentmemError: see :func:`cases`; or a policy cannot serve the terms. Rows that were saved before stay on disk.
+        AgentmemError: see :func:`cases`; or a policy cannot work with the settings in ``terms``. Rows that were saved
+            before stay on disk.
 
     """
     asked = cases(policies, terms, shot, len(ids) - 1)

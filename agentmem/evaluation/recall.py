@@ -1,9 +1,9 @@
 """Measure recall: plant facts in real text, stream the text through capped memory, and ask for each fact.
 
-Every policy reads the same documents under the same :class:`Terms` (see :mod:`agentmem.evaluation.fidelity`). At the
-end of a document, each question is run together with its right answer in a transient forward, which leaves the memory
-unchanged, so questions do not see each other. An answer is exact if each of its tokens is the most likely one after
-the right tokens before it; greedy decoding would then write this answer.
+Every policy reads the same documents with the same settings of its memory (:class:`Terms`; see
+:mod:`agentmem.evaluation.fidelity`). At the end of a document, each question is run together with its right answer in a
+transient forward, which leaves the memory unchanged, so questions do not see each other. An answer is exact if each of
+its tokens is the most likely one after the right tokens before it; greedy decoding would then write this answer.
 
 Two more memories are always measured: ``window`` keeps nothing of the tokens that it dropped, and ``full`` keeps all
 tokens. A policy is placed between them by recovered = (policy − window) / (full − window), where each term is a mean
@@ -35,7 +35,7 @@ FULL, WINDOW = "full", "window"
 LEAST_GAP = 0.1
 """Nats by which full memory must be better than window; below, the recovered share is not computed."""
 _FULL_CHUNK = 256
-"""Chunk of full memory. It is fixed, so that full memory is measured once for comparisons under all terms."""
+"""Chunk of full memory; it is fixed, so that one measurement of full memory serves comparisons of all settings."""
 
 
 class Answer(Frozen):
@@ -81,7 +81,7 @@ class Score(Frozen):
 
 
 class RecallRow(Score):
-    """Hold one line of the recall table: the scores of one policy over all facts, and over groups of facts."""
+    """Hold the scores of one policy over all facts, and over groups of facts: one line of the recall table."""
 
     policy: str
     """Name or spec of the policy as the caller gave it; the table always contains ``full`` and ``window``."""
@@ -125,8 +125,8 @@ def measure(
     """Stream a document through capped memory and ask for its facts.
 
     Raises:
-        AgentmemError: the terms do not fit the model, the policy cannot serve them, or a question is longer
-            than ``chunk``.
+        AgentmemError: the settings in ``terms`` do not fit the model or the policy, or a question is longer than
+            ``chunk``.
 
     """
     with terms.memory(model, policy, tokenizer) as memory:
@@ -203,7 +203,7 @@ def _tell(progress: Callable[[str, int], None], name: str, before: int, tokens: 
 
 
 def full_terms(documents: Sequence[Document]) -> Terms:
-    """Return terms under which a memory holds the longest document whole and is never compacted."""
+    """Return settings for a memory that holds the longest document as a whole and is never compacted."""
     longest = max(len(document.ids) for document in documents)
     return Terms(slots=longest + _FULL_CHUNK, keep_first=0, keep_recent=0, chunk=_FULL_CHUNK)
 
@@ -218,10 +218,10 @@ def _everything(document: Document) -> torch.Tensor:
 
 
 def rows(found: Sequence[Recalled], equal: Equal, documents: int) -> tuple[RecallRow, ...]:
-    """Return the table of one comparison.
+    """Return the lines of the recall table of one comparison, one line per policy.
 
-    A policy that has not been measured on all ``documents`` documents yet is left out. The table is empty until full
-    memory and window have been.
+    A policy is left out until it has been measured on all ``documents`` documents. No line is returned until full
+    memory and window have been measured on all of them.
     """
     by_policy: dict[str, dict[int, Recalled]] = {}
     for each in found:

@@ -1,4 +1,4 @@
-"""Define the terms that all policies of one comparison share, and read tokens into a memory under them."""
+"""Define the settings of a memory that all policies of one comparison share, and read tokens into such a memory."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Frozen(BaseModel):
 
 
 class Terms(Frozen):
-    """Settings that all policies of one comparison share.
+    """Settings of a memory that all policies of one comparison share.
 
     The limit is either ``slots`` per KV head, or ``cap_bytes`` for the whole memory, workspace included.
     """
@@ -104,7 +104,7 @@ class Terms(Frozen):
     def memory(
         self, model: PreTrainedModel, policy: Policy, tokenizer: PreTrainedTokenizerBase | None, **settings: Any
     ) -> AbstractContextManager[CappedCache]:
-        """Open a memory under these terms; ``settings`` are further arguments of :func:`agentmem.capped`."""
+        """Open a memory with these terms as settings; ``settings`` are further arguments of :func:`agentmem.capped`."""
         return capped(
             model, cap=self.cap_bytes or _ROOMY, policy=policy, tokenizer=tokenizer, **self._settings(), **settings
         )

@@ -39,7 +39,7 @@ class _Attachment:
     undo: list[Callable[[], None]] = field(default_factory=list)
 
     def install(self) -> None:
-        """Rename the attention implementation, register the hooks, and replace ``generate`` by a checking one."""
+        """Rename the attention implementation, register the hooks, and make ``generate`` check its arguments first."""
         decoder = self.model.get_decoder()
         self.undo.append(rename(decoder.config))
         split = functools.partial(self._split, inspect.signature(self.model.forward))

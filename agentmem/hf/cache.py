@@ -53,7 +53,7 @@ class _Layer(CacheLayerMixin):
         return self.owner.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Return the number of columns so far, pads included."""
+        """Return the number of columns fed so far: for each row of the batch, its tokens and pads together."""
         return self.owner.get_seq_length()
 
     def get_max_length(self) -> int:
@@ -82,8 +82,8 @@ class TransientCache(Cache):
 class CappedCache(Cache):
     """A memory under a hard cap, in the form of a transformers cache to be passed as ``past_key_values``.
 
-    ``get_seq_length()`` counts columns (pads and compacted tokens included), so that ``generate`` never feeds a token
-    twice. Beam search, cropping and recording of past states are refused.
+    ``get_seq_length()`` counts the columns of all ``input_ids`` fed so far, including pads and compacted tokens, so
+    that ``generate`` never feeds a token twice. Beam search, cropping and recording of past states are refused.
     """
 
     def __init__(self, engine: Engine, model: PreTrainedModel) -> None:
@@ -104,7 +104,7 @@ class CappedCache(Cache):
 
     @property
     def columns(self) -> int:
-        """Return the number of columns so far, pads included."""
+        """Return the number of columns fed so far: for each row of the batch, its tokens and pads together."""
         return self.memory.progress.consumed.columns
 
     @property
@@ -185,7 +185,7 @@ class CappedCache(Cache):
     # methods that transformers calls
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002  # transformers' signature
-        """Return the number of columns so far, pads included.
+        """Return the number of columns fed so far; see :attr:`columns`.
 
         Raises:
             MemoryClosed: the memory's block has ended.

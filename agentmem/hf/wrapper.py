@@ -1,8 +1,10 @@
-"""Pass inputs of multimodal models, which wrap a text model, on to the text model; only text is supported.
+"""Pass the ids and the mask of a multimodal model on to the text model inside it; only text is supported.
 
-A multimodal model embeds the ids and builds the masks itself. So its text model gets neither the ids, which a probe
-runs again, nor the 2-D mask of columns. Hooks take both from the outer call and add them to the inner one; no 4-D mask
-is built.
+The multimodal model is called the *outer model* here. It embeds the ids and builds attention masks itself, so that its
+text model receives embeddings instead of the ids, and no 2-D mask. A memory needs both: the ids because a probe runs
+them again, and the 2-D mask because it marks pads. Hooks store the inputs of the outer model's forward in its
+:class:`Frame` and add the ids and the mask to the text model's forward. The outer model is kept from building a
+4-D mask; see :class:`Told`.
 """
 
 from __future__ import annotations
@@ -28,7 +30,11 @@ _TYPES = ("token_type_ids", "mm_token_type_ids")
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """The inputs of the outer model's forward, stored as its frame's ``step`` so that no mask is built."""
+    """The inputs of the outer model's forward, from which the text model's forward takes the ids and the 2-D mask.
+
+    They are stored as the ``step`` of the outer forward's :class:`Frame`. While a frame has a ``step``, the model
+    builds no 4-D attention mask, because the memory computes attention without one.
+    """
 
     inputs: Mapping[str, Any]
 
@@ -45,7 +51,7 @@ class Told:
 
 
 class Around:
-    """The two forward hooks of an outer model: one runs before long prompts are cut into pieces, one after."""
+    """The two forward hooks of the outer model: one runs before a long prompt is cut into pieces, the other after."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.signature = inspect.signature(model.forward)
@@ -65,10 +71,10 @@ class Around:
     def tell(
         self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Store the inputs in the frame for the text model's forward; add positions if they are missing.
+        """Store the inputs in the frame for the text model's forward; add position ids if the caller gave none.
 
-        Without positions, some models derive them from values that an earlier forward stored, perhaps of another batch
-        if a prompt was cut.
+        Some models would otherwise derive the positions from values that an earlier forward stored; if a prompt was
+        cut into pieces, these values may belong to another batch.
         """
         frame, inputs = FRAME.get(), named(self.signature, args, kwargs)
         if frame is None or not _ours(inputs):

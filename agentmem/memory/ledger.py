@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 class Ledger:
     """Counts of resident bytes (R) and temporary bytes (T) under one cap. The ledger holds no tensors.
 
-    R is the sum of the bytes of all holders. One dict operation adds or removes a holder's entry, so after an
-    interrupt an entry is present or absent, never partial. An interrupt can leave borrowed bytes that were not given
-    back, or the entry of a holder that is no longer used; :meth:`recover` removes both.
+    A *holder* is an object, such as the store of a layer, that holds resident bytes under an entry of its own; R is the
+    sum of all entries. One dict operation adds or removes an entry, so that after an interrupt an entry is present or
+    absent, never partial. An interrupt can leave temporary bytes counted that are no longer in use, or the entry of a
+    holder that is no longer in use; :meth:`recover` removes both.
     """
 
     def __init__(self, cap: int) -> None:
@@ -36,7 +37,7 @@ class Ledger:
         return sum(self._held.values())
 
     def hold(self, holder: object, count: int, what: str) -> None:
-        """Add ``count`` resident bytes, held by ``holder``. Call this before the allocation.
+        """Add ``count`` resident bytes, held by ``holder``. Call this method before the bytes are allocated.
 
         Raises:
             MemoryCapExceeded: resident plus temporary bytes would exceed the cap; nothing was added.
@@ -52,7 +53,7 @@ class Ledger:
     def recover(self, holders: Iterable[object]) -> None:
         """Set temporary bytes to 0 and remove all entries but those of ``holders``, in case an interrupt left others.
 
-        Call this before a forward or compaction begins, when no bytes are borrowed.
+        Call this method before a forward or compaction begins, when no temporary bytes are in use.
         """
         self.transient, self._outside = 0, False
         if len(self._held) != len(kept := set(map(id, holders))):

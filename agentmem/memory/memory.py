@@ -173,7 +173,7 @@ class Memory:
         return self.policy.scores != "none"
 
     def take_back(self) -> None:
-        """Drop the slots of tokens that were never committed, and the bytes borrowed for their forward."""
+        """Drop the slots of tokens that were never committed, and the temporary bytes counted for their forward."""
         self.ledger.recover(self._holders())
         for sequence in self.sequences:
             sequence.take_back()

@@ -1,8 +1,8 @@
 """Re-basing: compute the lower positions of slots, and rotate their stored keys to these positions.
 
 RoPE rotates pairs of a key's dims by position times frequency, so a further rotation moves a stored key to another
-position. The attention factor of YaRN scales stored keys and commutes with rotation. This module needs only torch:
-callers pass the frequencies of the model and the positions of the slots.
+position. YaRN additionally scales the stored keys by an attention factor; this does not change how they rotate. This
+module needs only torch: callers pass the frequencies of the model and the positions of the slots.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Rotation:
     """The rotation of one layer's keys: dims ``i`` and ``i + width / 2`` form a pair; dims from ``width`` on are fixed.
 
-    ``frequencies [width / 2]`` are radians per position, float64 on the CPU, with the values that the model multiplies
-    by. Source: arXiv:2104.09864, section 3.4, with the pairs of the Llama family.
+    ``frequencies [width / 2]`` are radians per position, float64 on the CPU, with the values by which the model
+    multiplies positions. Source: arXiv:2104.09864, section 3.4, with the pairs of the Llama family.
     """
 
     frequencies: torch.Tensor
@@ -51,7 +51,7 @@ def shift_keys(
 ) -> None:
     """Rotate keys in place from ``positions`` to ``positions + deltas``.
 
-    Allocates at most :func:`agentmem.planning.rebasing.shift_scratch` bytes.
+    The function allocates at most :func:`agentmem.planning.rebasing.shift_scratch` bytes.
 
     Args:
         keys: [n, d] in any floating dtype, post-RoPE. A row whose delta is 0 keeps its bits.
@@ -62,8 +62,9 @@ def shift_keys(
 
     A model rounds the product of position and frequency to float32, which at position 100,000 is off by up to 0.004
     radians. The old and the new angle are therefore rounded as the model rounds them, and their difference is taken in
-    float64. The key then has the angle that the model itself would give it, and moving it again adds no error of phase.
-    The rotation is computed in float32 (float64 for float64 keys) and rounded to the keys' dtype once.
+    float64. The key then has the angle that the model itself would give it at the new position, and moving it
+    again adds no further error of the angle. The rotation is computed in float32 (float64 for float64 keys) and rounded
+    to the keys' dtype once.
     """
     for begin in range(0, keys.shape[0], block):
         span = slice(begin, begin + block)
@@ -88,14 +89,14 @@ def _shift_block(keys: torch.Tensor, positions: torch.Tensor, deltas: torch.Tens
 def _turns(
     positions: torch.Tensor, deltas: torch.Tensor, frequencies: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cosine and sine ``[m, width / 2]`` of the angle between each position and ``position + delta``."""
+    """Return cosine and sine ``[m, width / 2]`` of the angles by which keys rotate when they move by ``deltas``."""
     angles = _angles(positions + deltas, frequencies)
     angles -= _angles(positions, frequencies)
     return angles.cos().to(dtype), angles.sin_().to(dtype)
 
 
 def _angles(positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
-    """Return the angles as the model computes them, rounded to float32, but in the dtype float64."""
+    """Return the rotation angles ``[m, width / 2]`` of positions, rounded to float32 as in the model, as float64."""
     return (positions.float()[:, None] * frequencies.float()).double()
 
 
@@ -103,7 +104,10 @@ def _angles(positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
 
 
 def widest_gap(heads: Iterable[torch.Tensor], start: int, span: int) -> int:
-    """Return the largest gap (distance between neighbours) at which every head's slots fit into ``span`` positions.
+    """Return the largest gap at which the slots of every head fit into ``span`` positions.
+
+    The gap is a limit on the distance between the positions of neighbouring slots of a head. Larger distances shrink to
+    the gap, and smaller distances stay.
 
     Args:
         heads: for each head, the positions of its slots between the prefix and the recent block: [n] int32, all
@@ -113,7 +117,7 @@ def widest_gap(heads: Iterable[torch.Tensor], start: int, span: int) -> int:
         span: the number of positions from the end of the prefix to the new beginning of the recent block.
 
     Returns:
-        The gap to pass to :func:`rebased`, at least 1; ``span`` if no distance has to shrink.
+        The gap to pass to :func:`rebased`, at least 1; it is ``span`` (at least 1) if no distance has to shrink.
 
     Raises:
         ValueError: a head has more slots than ``span``, or its positions are not as described.
@@ -133,7 +137,7 @@ def widest_gap(heads: Iterable[torch.Tensor], start: int, span: int) -> int:
 
 
 def _narrowed(gap: int, positions: torch.Tensor, start: int, span: int) -> int:
-    """Return the largest gap, at most ``gap``, at which one head fits.
+    """Return the largest gap, at most ``gap``, at which the slots of one head fit into ``span`` positions.
 
     This is a separate function so that the tensors of one head are freed before the next head is read.
     """
@@ -146,9 +150,9 @@ def _narrowed(gap: int, positions: torch.Tensor, start: int, span: int) -> int:
 def rebased(positions: torch.Tensor, start: int, end: int, gap: int) -> torch.Tensor:
     """Return how far each slot of one head moves when the recent block moves from ``start`` to ``end``.
 
-    The slots keep their order below the recent block. Distances of at most ``gap`` between neighbours stay as they are,
-    and larger distances shrink to ``gap``. A slot that would move to a higher position by this rule stays where it is,
-    so a head with few slots keeps most of its distances.
+    The slots keep their order, and all stay below the recent block. Distances of at most ``gap`` between the positions
+    of neighbouring slots stay as they are, and larger distances shrink to ``gap``. A slot that would move to a higher
+    position by this rule stays where it is; a head with few slots therefore keeps most of its distances.
 
     Args:
         positions: the positions of the head's slots, as in ``heads`` of :func:`widest_gap`.
@@ -157,8 +161,8 @@ def rebased(positions: torch.Tensor, start: int, end: int, gap: int) -> torch.Te
         gap: the gap that :func:`widest_gap` returned for a span that ends at ``end``.
 
     Returns:
-        [n] int32, the numbers to add to the positions; none is positive. All are zero if ``start == end``, so slots
-        that have been re-based already stay where they are. Allocates at most
+        [n] int32, the numbers to add to the positions, 0 or negative. All are 0 if ``start == end``, so that slots
+        that have been re-based already stay where they are. The function allocates at most
         :func:`agentmem.planning.rebasing.map_scratch` bytes, the result included.
 
     Raises:
@@ -181,7 +185,7 @@ def rebased(positions: torch.Tensor, start: int, end: int, gap: int) -> torch.Te
 
 
 def _steps(ascending: torch.Tensor, start: int) -> torch.Tensor:
-    """Return the distance from each slot to the next, [n] int32; the last is from the last slot to the recent block."""
+    """Return the distance from each slot to the next slot, [n] int32; from the last slot, that to the recent block."""
     steps = torch.empty_like(ascending)
     torch.sub(ascending[1:], ascending[:-1], out=steps[:-1])
     steps[-1] = start - int(ascending[-1])

@@ -59,9 +59,12 @@ class SequenceState:
     full_at: int
     """The number of consumed tokens at which the sequence must be compacted."""
     tail: array[int] = field(default_factory=lambda: array("i"))
-    """The positions of the tokens consumed since ``headroom_at``."""
+    """The positions of the tokens consumed since the last compaction."""
     headroom_at: int | None = None
-    """The number of tokens seen when headroom was last allocated; ``None`` before the first compaction."""
+    """The number of tokens consumed when the last compaction finished; ``None`` before the first compaction.
+
+    At its end, a compaction gives headroom to every head: free slots for new tokens.
+    """
     intact: int = 0
     """The first token from which on every token still has its original slot in every head."""
     compactions: int = 0
@@ -216,7 +219,7 @@ class TokenSequence:
 
     @property
     def headroom_at(self) -> int | None:
-        """The value of :attr:`SequenceState.headroom_at`."""
+        """The number of tokens consumed at the end of the last compaction; see :attr:`SequenceState.headroom_at`."""
         return self.state.headroom_at
 
     @property

@@ -199,7 +199,7 @@ class Planner:
         return max(target, capacity - self._scratch(self._references(capacity)[0], capacity) - free)
 
     def _fullest(self, capacity: int, limit: int, most: int) -> int:
-        """Return the slots of the fullest head of a full row: its budget, plus the headroom that every head gets."""
+        """Return the slots of the fullest head of a full row: its budget, plus the free slots that every head gets."""
         if self.policy.budgets is None or self._head_ceiling == 1:
             return capacity
         pinned = self.settings.keep_first + self.settings.keep_recent
@@ -218,7 +218,11 @@ class Planner:
         return encoding + (layer.kv_heads * headroom + kept) * self._slot_bytes(layer)
 
     def _rebase(self, capacity: int, limit: int, most: int) -> int:
-        """Return the bytes of turning the keys of a layer and of finding its gaps."""
+        """Return the temporary bytes of re-basing one layer, for the layer that needs most.
+
+        Re-basing finds the largest distance between the positions of neighbouring slots that still fits, and rotates
+        the layer's keys to the new positions.
+        """
         fullest, itemsize = self._fullest(capacity, limit, most), self.shape.itemsize
         return max(layer_scratch(layer, self.slots(layer, fullest), itemsize) for layer in self.shape.layers)
 
@@ -373,10 +377,11 @@ def window_slots(window: int, chunk: int) -> int:
 
 
 def grown(needed: int, limit: int) -> int:
-    """Return the capacity to allocate for ``needed`` slots: ``limit`` halved as often as possible.
+    """Return the capacity to allocate for ``needed`` slots.
 
-    The limit is halved so that the old store is at most half as large as the new store that replaces it; the planned
-    temporary bytes (T) have room for that.
+    The capacity is ``limit``, halved (and rounded up) for as long as the half is at least ``needed``. Each growth of a
+    store therefore about doubles its capacity, and the old store is about half as large as the new store; the planned
+    temporary bytes (T) have room for both.
     """
     capacity = limit
     while capacity > 1 and -(-capacity // 2) >= needed:

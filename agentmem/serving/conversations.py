@@ -163,8 +163,9 @@ class Like:
 
 
 def _continues(each: Conversation, like: Like, wanted: list[str], *, unled: bool = False) -> int | None:
-    """Return how many of the wanted messages a conversation holds, or ``None`` if the request cannot continue it.
+    """Return how many of a request's messages a conversation holds, or ``None`` if the request cannot continue it.
 
+    ``wanted`` are the request's messages; ``like`` are properties that the conversation must share with the request.
     With ``unled`` the conversation may begin with instructions that are not among the wanted messages.
     """
     if each.busy or Like(each.owner, each.recipe, each.label) != like:

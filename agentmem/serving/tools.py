@@ -99,11 +99,14 @@ class Choice:
     shown: tuple[Function, ...]
     """Tools that the model sees in its prompt."""
     forced: tuple[Function, ...] = ()
-    """Tools of which the reply must call exactly one; empty if it is free."""
+    """Tools of which the reply must call exactly one; empty if the reply need not call any."""
 
 
 def chosen(tools: Sequence[Function], choice: Any, *, parallel: bool = True) -> Choice:
-    """Choose the tools that the model sees, and those of which it must call one, from a request's ``tool_choice``.
+    """Return the tools that the model sees and the tools of which it must call one, by a request's ``tool_choice``.
+
+    ``tools`` are the tools of the request, ``choice`` is its ``tool_choice``, and ``parallel`` is its
+    ``parallel_tool_calls``.
 
     Raises:
         RequestRefused: ``choice`` is unknown or names no tool of the request; or ``parallel`` is false although the

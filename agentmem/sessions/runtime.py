@@ -266,8 +266,8 @@ class Runtime:
     def admit(self, session: Session, turn: object, *, brief: bool = False) -> None:
         """Give a session its lease for a turn, or raise :class:`RuntimeBusy`.
 
-        ``turn`` is an object that identifies the turn. The caller must pass it to :meth:`end` in both cases. A
-        ``brief`` turn does not queue behind turns that wait.
+        ``turn`` is an object that identifies the turn. The caller must pass it to :meth:`end` afterwards, also if this
+        method raises an error. A ``brief`` turn does not queue behind turns that wait.
 
         Raises:
             RuntimeBusy: running turns hold the bytes, or other turns already wait for a lease.

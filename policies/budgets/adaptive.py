@@ -17,10 +17,11 @@ from agentmem.policies.budgets.water_filling import Demand, allocate
 
 @dataclass(frozen=True)
 class Adaptive(Budgets):
-    """Allocates by error curves. A larger error target never allocates more slots.
+    """Allocates slots by error curves: a head's errors for several numbers of kept slots (see :class:`Curve`).
 
-    The memory always keeps a part of its capacity free, whatever the curves, so that compactions do not follow each
-    other closely. An easy text is compacted further than the memory's ``target`` asks, a hard text less.
+    A larger error target never allocates more slots. The memory always keeps a part of its capacity free, whatever the
+    errors, so that compactions do not follow each other closely. An easy text is compacted further than the memory's
+    ``target`` asks, a hard text less.
     """
 
     output_error: float = 0.25
@@ -39,7 +40,11 @@ class Adaptive(Budgets):
                 raise ValueError(f"{name}: {getattr(self, name)!r} is no error target; give a number above 0")
 
     def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
-        """Allocate the fewest slots within the targets, or within the smallest multiple of the targets that fits."""
+        """Allocate to each head the fewest slots at which both of its errors are within their targets.
+
+        If these slots are more than ``request.limit``, both targets are multiplied by the smallest number at which the
+        slots are not more.
+        """
         if len(request.surveys) != len(request.held):
             raise ValueError(
                 f"{len(request.surveys)} surveys for {len(request.held)} layers: adaptive budgets read error curves; "

@@ -8,10 +8,11 @@ from agentmem.contracts import BudgetRequest, Budgets, ModelIdentity
 from agentmem.policies.budgets.head_table import HeadTable, fitting, read_table, shipped_tables
 
 HEAD_CEILING = 4.0
-"""Default maximum of one head, in equal shares; larger shares of a table are cut. The plan sizes every head's workspace
-by it."""
+"""Default maximum of one head's share, as a multiple of an equal share (the share of a head if all heads get as many).
+
+Larger shares of a table are cut. The plan sizes every head's workspace for this maximum."""
 LAYER_CEILING = 2.0
-"""Default maximum of a layer's mean share, in equal shares; larger shares of a table are cut."""
+"""Default maximum of the mean share of a layer's heads, as a multiple of an equal share; larger shares are cut."""
 
 
 class Tabled(Budgets):
@@ -19,7 +20,8 @@ class Tabled(Budgets):
 
     ``floor`` is the fraction of an equal share that every head gets at least. ``any_weights`` accepts a table made for
     other weights with equal KV heads, such as those of a fine-tune's base model. ``head_ceiling`` and
-    ``layer_ceiling`` are in equal shares.
+    ``layer_ceiling`` are the largest share of a head and the largest mean share of a layer's heads, as multiples of an
+    equal share.
 
     Raises:
         ValueError: the file is not a table or lacks what these budgets need, or an option's value cannot work.
@@ -54,11 +56,14 @@ class Tabled(Budgets):
         self._choose(self._tables[0])
 
     def lacks(self, table: HeadTable) -> str:  # noqa: ARG002  # those that need nothing but shares ask nothing
-        """Return a message on what the table lacks for these budgets, or an empty string if it lacks nothing."""
+        """Return a message on what the table lacks for these budgets, or an empty string if nothing is missing."""
         return ""
 
     def ceilings(self, table: HeadTable) -> tuple[float, float]:  # noqa: ARG002  # the same
-        """Return the most slots that the table can give to a head and to a layer, in equal shares."""
+        """Return the most slots that the table can give to one head, and to a layer as the mean of its heads.
+
+        Both are multiples of an equal share, which is the number of slots of a head if all heads get as many.
+        """
         return self._most
 
     def _choose(self, table: HeadTable) -> None:

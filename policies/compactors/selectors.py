@@ -1,7 +1,8 @@
 """Selectors choose the slots of a head that stay; they are separate classes, so that an ablation can vary them alone.
 
-Highest attention judges each slot by itself. Pursuit chooses slots by the attention mass that the slots chosen so far
-do not explain; it fits the mass better, and drops slots that few queries attend to. ``omp-needles`` combines the two:
+``highest`` chooses the slots that receive most attention and judges each slot by itself. ``omp`` (orthogonal matching
+pursuit) repeatedly adds slots that restore the attention mass that the slots chosen so far do not restore; it fits the
+mass better, but drops slots that few queries attend to. ``omp-needles`` combines the two:
 highest attention chooses half of the slots, and pursuit chooses the other half.
 """
 
@@ -108,7 +109,7 @@ class Pursue(Selector):
         return Selection(kept, Solution(log_weights, result.outcome, result.condition, result.stats))
 
     def workspace(self, shape: SegmentShape, rows: int) -> int:
-        """Return the bytes of the pursuit and of ranking the slots."""
+        """Return an upper bound of the bytes of the pursuit and of ranking the slots by importance."""
         return pursuit_bytes(shape.slots, shape.budget, rows, shape.key_dim) + shape.slots * (_SORT + _FLOAT)
 
 

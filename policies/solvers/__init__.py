@@ -5,12 +5,12 @@
 | ``solution.py`` | no algorithm, but the result type of all fits and choices |
 | ``attention.py`` | attention of blocks of queries over one head's segment alone |
 | ``selection.py`` | importance of slots over all queries, and the choice of the most important slots |
-| ``pursuit.py`` | orthogonal matching pursuit: slots and weights that together restore the mass |
+| ``pursuit.py`` | orthogonal matching pursuit: slots and weights that together restore the attention mass |
 | ``lots.py`` | random numbers for slots |
 | ``redundancy.py`` | similarity of every key to the other keys |
 | ``merging.py`` | merging of slots whose keys are similar |
 | ``anchored.py`` | ridge regression anchored at a known point, from its normal equations |
-| ``nonnegative.py`` | exact least squares within bounds |
+| ``nonnegative.py`` | exact least squares with every unknown within bounds |
 | ``mass.py`` | the β that restores the attention mass |
 | ``values.py`` | the values that restore the attention output |
 | ``refine.py`` | gradient steps on keys, β and values |

@@ -1,8 +1,15 @@
 """Ridge regression anchored at a known point, solved from its normal equations.
 
-To minimise ``|A x - y|² + r |x - a|²``, this module solves ``(AᵀA + r I) (x - a) = Aᵀ (y - A a)``. The unknown is the
-*shift* ``x - a`` from the anchor a, and the right side is the *pull* ``Aᵀ (y - A a)``, computed from the residual at
-the anchor. This keeps float32 accurate, and an unknown without evidence (a zero column of A) has shift 0.
+The problem is to find the x that minimises ``|A x - y|² + r |x - a|²``, with
+
+- A, the matrix of the fit: one row per query, one column per unknown;
+- y, the target that A x should approximate;
+- a, the *anchor*: the known point that x stays near, such as the values before the fit;
+- r, the *ridge*: a positive number, the weight of the distance from the anchor.
+
+The module solves ``(AᵀA + r I) (x - a) = Aᵀ (y - A a)``. The unknown ``x - a`` is called the *shift*, and the right
+side ``Aᵀ (y - A a)`` is called the *pull*. The pull is computed from the residual at the anchor, which keeps float32
+accurate. An unknown without evidence (a zero column of A) has shift 0.
 """
 
 from __future__ import annotations
@@ -19,13 +26,16 @@ FIRMER_RIDGES = (1.0, 1e2, 1e4, 1e6)
 
 @dataclass(frozen=True, slots=True)
 class Anchored:
-    """Factored normal equations: ``factor [t, t]`` is lower triangular, and ``factor factorᵀ = AᵀA + ridge I``."""
+    """The factored matrix ``AᵀA + ridge I`` of the normal equations.
+
+    It equals ``factor factorᵀ``, where ``factor [t, t]`` is lower triangular.
+    """
 
     factor: torch.Tensor
     ridge: float
 
     def shift(self, pull: torch.Tensor) -> torch.Tensor:
-        """Solve the equations for ``pull [t, k]``; return the shift ``[t, k]`` from the anchor."""
+        """Solve the normal equations with the right side ``pull [t, k]``; return the shift ``x - a``, ``[t, k]``."""
         # Two triangular solves: cholesky_solve would copy the factor.
         half = torch.linalg.solve_triangular(self.factor, pull, upper=False)
         shift: torch.Tensor = torch.linalg.solve_triangular(self.factor.mT, half, upper=True)
@@ -36,16 +46,20 @@ class Anchored:
         return self.factor @ (self.factor.mT @ shift)
 
     def gain(self, pull: torch.Tensor, shift: torch.Tensor) -> float:
-        """Return how much smaller ``|A x - y|²`` is after ``shift`` than at the anchor; overwrite ``pull``."""
+        """Return the decrease of the squared error: ``|A a - y|² - |A x - y|²`` for the anchor a and ``x = a + shift``.
+
+        The result is negative if ``shift`` makes the error larger. ``pull`` is that of :meth:`shift`; it is
+        overwritten.
+        """
         lowered = 2 * pull.mul_(shift).sum()
         added = (self.factor.mT @ shift).square_().sum()
         return float(lowered - added + self.ridge * shift.norm() ** 2)
 
     def largest(self) -> float:
-        """Return an upper bound of the largest eigenvalue; A must have no negative entries.
+        """Return an upper bound of the largest eigenvalue of ``AᵀA + ridge I``; A must have no negative entries.
 
-        By Collatz and Wielandt, ``max_i (G x)_i / x_i`` is an upper bound for every positive vector x, where G is the
-        factored matrix. Power steps tighten the bound.
+        By Collatz and Wielandt, ``max_i (G x)_i / x_i`` is an upper bound for every positive vector x, where G is
+        ``AᵀA + ridge I``. Power steps tighten the bound.
         """
         vector = self.factor.new_ones(len(self.factor))
         bound = float("inf")
@@ -56,7 +70,7 @@ class Anchored:
         return bound
 
     def condition(self) -> float:
-        """Estimate the condition number: :meth:`largest` divided by the smallest eigenvalue.
+        """Estimate the condition number of ``AᵀA + ridge I``: :meth:`largest` divided by the smallest eigenvalue.
 
         Inverse power steps estimate the smallest eigenvalue.
         """
@@ -78,7 +92,7 @@ def add_gram(gram: torch.Tensor, block: torch.Tensor) -> None:
 
 
 def factored(gram: torch.Tensor, ridge: float) -> Anchored | None:
-    """Factor ``gram + ridge * mean(diag gram) * I`` by Cholesky, in the storage of ``gram [t, t]``.
+    """Factor ``gram + ridge * mean(diag gram) * I`` by Cholesky, in the storage of ``gram [t, t]``, which is ``AᵀA``.
 
     Only the upper triangle of ``gram`` is read. Return ``None`` if rounding makes the factorisation fail
     (near-duplicate columns with a tiny ridge) or if ``gram`` is not finite. A ``gram`` of zeros gets a ridge of 1: it

@@ -1,4 +1,4 @@
-"""Attention of blocks of reference queries over one head's segment alone."""
+"""Attention of reference queries over the slots of one head's segment alone, computed block by block."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class LocalAttention:
 
     @property
     def count(self) -> int:
-        """N, the number of query vectors: the group times the tokens of all parts."""
+        """N, the number of query vectors: the query heads of the group times the tokens of all parts."""
         return sum(part.shape[0] * part.shape[1] for part in self.queries)
 
     def weighted(self, weights: Sequence[float]) -> LocalAttention:
-        """Return a copy of this attention with one weight for the queries of each part."""
+        """Return a copy of this object with one weight in ``weights`` for all queries of each part."""
         if len(set(weights)) <= 1:  # equal weights change no fit
             return replace(self, roots=None)
         roots = self.bias.new_empty(self.count)
@@ -47,11 +47,11 @@ class LocalAttention:
         return replace(self, roots=roots)
 
     def over(self, keys: torch.Tensor, bias: torch.Tensor) -> LocalAttention:
-        """Return the attention of these queries over other slots, given by ``keys`` and ``bias``."""
+        """Return the attention of the same queries over other slots, which ``keys`` and ``bias`` give."""
         return replace(self, keys=keys, bias=bias)
 
     def blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Yield blocks that cover every query once: the block's rows among the N, and the block ``[B, d]`` float32."""
+        """Yield the queries block by block: each block's rows among all N queries, and the block ``[B, d]`` float32."""
         row = 0
         for member in (member for part in self.queries for member in part):
             for block in member.split(self.rows):

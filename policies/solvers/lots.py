@@ -1,4 +1,4 @@
-"""Random numbers for the slots of one head, which do not depend on the order of the layer's heads."""
+"""Random numbers for the slots of one head; they do not depend on the order of the heads in their layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,11 @@
-"""The β fit: find weights of the kept slots that restore every query's attention mass over the segment."""
+"""The β fit: find weights of the kept slots that restore every query's attention mass over the segment.
+
+The *mass* of a query over some slots is the sum of ``exp(logit)`` over these slots. Φ ``[N, t]`` has one row per query
+and one column per kept slot; an entry is the mass of this slot for this query, divided by the query's mass over the
+whole segment. The fit finds one weight per kept slot, w ``[t]``, so that ``Φ w ≈ 1`` for every query. A weight w is
+applied by adding ``log w`` to the slot's β. Without a fit, w = 1 for every slot; this is the anchor of the fit (see
+:mod:`.anchored`), and ``w - 1`` is the shift.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +22,11 @@ from agentmem.policies.solvers.solution import Outcome, Solution
 def fit_mass(
     kept: LocalAttention, log_mass: torch.Tensor, *, ridge: float, bound: float, steps: int | None
 ) -> Solution[torch.Tensor]:
-    """Fit ``Φ w ≈ 1``, where Φ holds the attention masses of the kept slots relative to that of the whole segment.
+    """Fit weights w of the kept slots so that ``Φ w ≈ 1``: every query's mass over the segment is restored.
 
-    The value is ``log w [t]`` float32: the *update* of β, to be added to the kept slots' old β. If the fit is not
-    better than w = 1 (an unchanged β) on the fitting queries, the update is 0.
+    Φ has each kept slot's mass relative to that of the segment (see the module's docstring). The value is ``log w [t]``
+    float32: the *update* of β, to be added to the kept slots' old β. If the fit is not better than w = 1 (an unchanged
+    β) on the fitting queries, the update is 0.
 
     ``kept`` attends over the kept slots with their old β; ``log_mass [N]`` is each query's log mass over all slots.
     The fit minimises ``|Φ w - 1|² + ridge * mean(diag ΦᵀΦ) * |w - 1|²`` for w within ``e^-bound .. e^bound``. It clamps
@@ -49,7 +57,7 @@ def fit_mass(
 
 
 def _exact(kept: LocalAttention, log_mass: torch.Tensor, *, ridge: float, bound: float) -> Solution[torch.Tensor]:
-    """Find the exact minimum by pivoting."""
+    """Return what :func:`fit_mass` returns, with the exact minimum, found by :func:`bounded_least_squares`."""
     residual = kept.bias.new_zeros(len(kept.bias), 1)
     gram = _gram(kept, log_mass, residual)
     gram.triu_().add_(gram.triu(1).mT)
@@ -64,9 +72,10 @@ def _exact(kept: LocalAttention, log_mass: torch.Tensor, *, ridge: float, bound:
 
 
 def _gram(kept: LocalAttention, log_mass: torch.Tensor, pull: torch.Tensor) -> torch.Tensor:
-    """Return the upper triangle of the Gram matrix ``ΦᵀΦ [t, t]``, summed over blocks of queries.
+    """Return ``ΦᵀΦ [t, t]``, summed over blocks of queries; only its upper triangle is valid.
 
-    Add ``Φᵀ (1 - Φ 1)``, the pull at w = 1, to ``pull`` in place.
+    The pull of the normal equations at the anchor w = 1, which is ``Φᵀ (1 - Φ 1)``, is added to ``pull [t, 1]`` in
+    place.
     """
     gram = kept.keys.new_zeros(len(pull), len(pull))
     for rows, block in kept.blocks():
@@ -80,7 +89,11 @@ def _gram(kept: LocalAttention, log_mass: torch.Tensor, pull: torch.Tensor) -> t
 
 
 def _bounded(equations: Anchored, pull: torch.Tensor, *, bound: float, steps: int) -> torch.Tensor:
-    """Return the shift ``w - 1 [t, 1]``: the solution clamped to the bounds, then moved by projected-gradient steps."""
+    """Return the shift ``w - 1``, ``[t, 1]``, for log weights within ``±bound``.
+
+    The unbounded solution of the normal equations is clamped to the bounds, then improved by ``steps`` gradient steps,
+    each clamped too.
+    """
     low, high = math.expm1(-bound), math.expm1(bound)
     step = 1 / equations.largest()
     shift = equations.shift(pull).clamp_(low, high)

@@ -1,4 +1,4 @@
-"""Merging: slots with nearly equal keys are merged into one slot, whose β stands for the weight of all."""
+"""Merging: slots with nearly equal keys become one slot; its β is raised so that it weighs as much as all of them."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ def merge(
     rest: Rest = "evict",
     rows: int = 128,
 ) -> Solution[Merged]:
-    """Merge the most similar slots, then drop the least important ones, until ``count`` are left.
+    """Merge the most similar slots, then drop the least important slots, until ``count`` slots are left.
 
-    A slot joins the most similar of all slots that are more important than itself; the most similar pair is merged
-    first. A slot that others have joined joins no other. A group keeps the key of its most important slot, its leader.
+    A slot is merged into ("joins") the most similar of all slots that are more important than itself; the most similar
+    pair is merged first. A slot that other slots have joined does not join another slot. The slots merged into one slot
+    form a group with it. A group keeps the key of its most important slot, its leader.
     The group's value is the weighted mean of all its values, and the leader's β grows by the log of the group's weight
     over the leader's weight. Stats: ``merged`` counts the slots that were merged into a kept slot, and ``evicted``
     those that were dropped.
@@ -100,9 +101,11 @@ def merging_bytes(slots: int, rows: int, key_dim: int, value_dim: int) -> int:
 
 
 class _Forest:
-    """Records which slot joined which, for slots in order of falling importance.
+    """Records of each slot whether it is still a slot of its own, was merged into another slot, or was evicted.
 
-    ``parent [T]`` is the slot that a slot joined, its own index while it is alive, and -1 once it is evicted.
+    Slots are indexed in order of falling importance. ``alive [T]`` is true for slots that are still slots of their own.
+    ``parent [T]`` is the slot's own index while it is alive, the index of the slot that it was merged into, or -1 once
+    it is evicted. ``units [T, d]`` are the keys at length 1.
     """
 
     def __init__(self, units: torch.Tensor, rows: int) -> None:
@@ -111,7 +114,10 @@ class _Forest:
         self.alive = torch.ones(len(units), dtype=torch.bool, device=units.device)
 
     def join(self, threshold: float, most: int) -> None:
-        """Let up to ``most`` slots join the most similar slot before them, the most similar pair first."""
+        """Merge up to ``most`` slots, each into the most similar alive slot that is more important; see :func:`merge`.
+
+        The most similar pair is merged first. Only pairs with a cosine of at least ``threshold`` are merged.
+        """
         joined: set[int] = set()
         crowned: set[int] = set()
         waiting = [(-cosine, -slot, lead) for slot, (cosine, lead) in enumerate(self._nearest()) if cosine >= threshold]
@@ -132,7 +138,7 @@ class _Forest:
             self.alive[slot] = False
 
     def _nearest(self) -> list[tuple[float, int]]:
-        """Return, for every slot, the most similar slot before it: the cosine with that slot, and its index.
+        """Return, for every slot, its cosine with the most similar of the more important slots, and that slot's index.
 
         All pairs are compared. On real keys, the alternative of buckets by random hyperplanes (4 tables of 8 bits,
         which miss 15 % of the nearest slots above a cosine of 0.9) is slower up to 4,096 slots. At 8,192 slots it is
@@ -154,9 +160,10 @@ class _Forest:
         return float(best.values), int(best.indices)
 
     def drop(self, stay: torch.Tensor, leave: torch.Tensor, *, adopt: bool) -> None:
-        """Evict the slots ``leave`` and all slots that joined them; with ``adopt``, let them join the nearest ``stay``.
+        """Evict the slots ``leave`` together with all slots that were merged into them.
 
-        The nearest slot of ``stay`` is the one with the largest cosine.
+        With ``adopt``, these slots are not evicted: each slot of ``leave``, with the slots merged into it, is merged
+        into the slot of ``stay`` with which it has the largest cosine.
         """
         self.alive[leave] = False
         for part in torch.split(leave, self.rows):

@@ -1,6 +1,10 @@
 """Exact least squares within bounds, by block principal pivoting on the normal equations.
 
-To minimise ``|A x - y|² + r |x - a|²`` over ``low <= x <= high``, only ``AᵀA``, ``Aᵀy`` and the anchor a are needed.
+The problem is to find the x with ``low <= x <= high`` that minimises ``|A x - y|² + r |x - a|²``. A is the matrix of
+the fit (one row per query, one column per unknown), y the target that A x should approximate, a the anchor (a known
+point that x stays near), and r the ridge (the weight of the distance from the anchor). Only ``AᵀA``, called ``gram``,
+``Aᵀy``, passed as ``pull``, the anchor and the ridge are needed.
+
 Each pivot solves for the free unknowns while the others are at their bounds, then exchanges at once all unknowns that
 break the conditions of Karush, Kuhn and Tucker (KKT): free ones go to a bound, bound ones become free. If that makes no
 progress, only the last of these unknowns is exchanged per pivot, which terminates for every positive definite matrix.
@@ -37,7 +41,7 @@ class IllConditioned(ArithmeticError):
 
 @dataclass(slots=True)
 class Factor:
-    """The inverse Cholesky factor of the free unknowns' part of ``gram + ridge I``.
+    """The inverse Cholesky factor of the part of ``gram + ridge I`` that belongs to the free unknowns.
 
     ``inverse [capacity, capacity]`` is float64 and lower triangular. Let M be its leading square block, with one row
     for each free unknown in ``order``; then ``MᵀM`` is the inverse of the free unknowns' part. (M can be multiplied
@@ -50,7 +54,7 @@ class Factor:
     order: torch.Tensor
 
     def become(self, free: torch.Tensor) -> None:
-        """Factor the part of the unknowns in the mask ``free [T]``; keep all rows before the first removed unknown.
+        """Factor the part of the unknowns in the mask ``free [T]``, reusing the rows before the first removed unknown.
 
         Raises:
             IllConditioned: that part is not positive definite within rounding.
@@ -108,8 +112,9 @@ class Factor:
 class Pivoting:
     """One bounded problem with the state of its pivoting; unknowns may enter and leave between solves.
 
-    ``pull [T]`` float64 is ``Aᵀy + r a``. ``state [T]`` int8 holds ``LOW``, ``FREE``, ``HIGH`` or ``ABSENT`` for each
-    unknown. ``solution`` x and ``gradient`` (half the gradient, ``(AᵀA + r I) x - pull``) are those of the last pivot.
+    ``pull [T]`` float64 is the right side of the normal equations, ``Aᵀy + r a``, here with the ridge. ``state [T]``
+    int8 holds ``LOW``, ``FREE``, ``HIGH`` or ``ABSENT`` for each unknown. ``solution`` x and ``gradient`` (half the
+    gradient, ``(AᵀA + r I) x - pull``) are those of the last pivot.
     """
 
     factor: Factor
@@ -148,7 +153,10 @@ class Pivoting:
         return False
 
     def result(self, *, converged: bool) -> Solution[torch.Tensor]:
-        """Return the solution of the unknowns that are not absent, clamped, as :func:`bounded_least_squares` does."""
+        """Return the solution of the last pivot, clamped to the bounds; absent unknowns have the value 0.
+
+        The stats are those of :func:`bounded_least_squares`. ``converged`` is what :meth:`solve` returned.
+        """
         present = self.state != ABSENT
         inside = self.solution.clamp(self.low, self.high).mul_(present)
         gradient = self._gradient(inside).mul_(present)
@@ -204,9 +212,10 @@ def pivoting(
     ridge: float,
     capacity: int,
 ) -> Pivoting:
-    """Make a problem of ``gram [T, T]`` and ``pull [T]`` (both without the ridge) in which every unknown is absent.
+    """Make a bounded problem of ``gram``, ``AᵀA [T, T]``, and ``pull``, ``Aᵀy [T]``, in which every unknown is absent.
 
-    ``ridge`` is absolute. At most ``capacity`` unknowns may be free at a time.
+    ``ridge`` is added to the diagonal of ``gram`` as it is, not as a fraction of the mean diagonal entry. At most
+    ``capacity`` unknowns may be free at a time.
     """
     inverse = torch.zeros(capacity, capacity, dtype=torch.float64, device=gram.device)
     order = torch.empty(0, dtype=torch.int64, device=gram.device)
@@ -232,10 +241,11 @@ def bounded_least_squares(
 ) -> Solution[torch.Tensor]:
     """Find the x within ``[low, high]`` that minimises ``|A x - y|² + ridge * mean(diag AᵀA) * |x - anchor|²``.
 
-    The value is ``x [t]`` float64; the outcome is ``SOLVED`` if no KKT condition is broken by more than rounding. The
-    stat ``pivots`` counts the pivots. The stat ``violation`` is the largest broken condition as a fraction of the
-    largest entry of ``Aᵀy + r a``. The stat ``free`` counts the unknowns strictly between their bounds. No condition
-    number is estimated.
+    A is the matrix of the fit and y its target; both are given only by ``AᵀA`` and ``Aᵀy``. The value is ``x [t]``
+    float64; the outcome is ``SOLVED`` if no KKT condition is broken by more than rounding. The stat ``pivots`` counts
+    the pivots. The stat ``violation`` is the largest violation of a KKT condition, as a fraction of the largest entry
+    of ``Aᵀy + r a``, the right side of the normal equations with ridge r and anchor a. The stat ``free`` counts the
+    unknowns strictly between their bounds. No condition number is estimated.
 
     Args:
         gram: ``AᵀA [t, t]``, float32 or float64; it is not written.
@@ -243,7 +253,7 @@ def bounded_least_squares(
         low: the smallest value that any unknown may have.
         high: the largest value that any unknown may have.
         anchor: the value of an unknown without evidence, if the bounds allow it.
-        ridge: strength of the pull to the anchor; it is raised 100-fold, up to three times, if rounding makes the
+        ridge: weight of the distance from the anchor; it is raised 100-fold, up to three times, if rounding makes the
             factorisation fail.
         most: largest number of pivots; after these the last point is clamped and returned as ``STOPPED``.
 

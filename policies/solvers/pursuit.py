@@ -1,11 +1,16 @@
 """Orthogonal matching pursuit: find slots, and weights for them, that together restore every query's attention mass.
 
 Highest attention judges each slot by itself, so it keeps both of two equal slots. Pursuit chooses slots by the mass
-that the slots chosen so far do not explain. It works on the Gram matrix of the relative masses Φ, so that the cost of a
-step is proportional to slots x chosen slots, not to queries x slots. A Gram matrix squares the condition number. Three
-measures make that harmless: the ridge is anchored at w = 1, the weights are within bounds at every step (an unbounded
-fit that is clamped afterwards leaves a residual that selects the wrong slots), and the factor is float64. The Gram
-matrix itself is summed and kept in float32.
+that the slots chosen so far do not restore.
+
+Φ ``[N, T]`` has one row per query and one column per slot; an entry is the slot's mass for this query, divided by the
+query's mass over the whole segment. w has one weight per slot, and is 0 for slots that are not chosen. The pursuit
+makes ``Φ w`` as near to 1 as it can for all queries.
+
+It works on the Gram matrix ``ΦᵀΦ``, so that the cost of a step is proportional to slots x chosen slots, not to queries
+x slots. A Gram matrix squares the condition number. Three measures make that harmless: the ridge is anchored at w = 1,
+the weights are within bounds at every step (an unbounded fit that is clamped afterwards leaves a residual that selects
+the wrong slots), and the factor is float64. The Gram matrix itself is summed and kept in float32.
 """
 
 from __future__ import annotations
@@ -83,12 +88,12 @@ def pursue(
     cutoff: float | None = -7.0,
     keep: torch.Tensor | None = None,
 ) -> Solution[Pursued]:
-    """Choose ``count`` of the slots and weights w for them, so that ``Φ w ≈ 1`` for every query.
+    """Choose ``count`` slots and a weight w for each, so that they restore every query's mass: ``Φ w ≈ 1``.
 
     Φ ``[N, T]`` is each slot's attention mass relative to that of the whole segment. The pursuit lowers
     ``|Φ w - 1|² + ridge * mean(diag ΦᵀΦ) * |w - 1|²`` over weights w that are within ``e^-bound .. e^bound`` for
-    ``count`` slots and 0 for all other slots. It repeats two steps: add the slots of the steepest descent, then refit
-    all weights exactly.
+    ``count`` slots and 0 for all other slots. It repeats two steps: add the slots whose weights lower the error
+    most steeply, then refit all weights exactly.
 
     If the fit is not better than w = 1 (an unchanged β) on the chosen slots, it is refused, and the update is 0. The
     stat ``error`` is the root mean square of ``Φ w - 1`` over the queries (float32 sums make it inexact below 3e-4).
@@ -99,7 +104,7 @@ def pursue(
         log_mass: ``[N]`` float32, each query's log mass over the whole segment.
         count: number of slots that stay; all slots stay if there are no more than this.
         schedule: how many slots are chosen between two fits.
-        ridge: strength of the pull of the weights towards 1, relative to the mean of ``diag ΦᵀΦ`` over all ``slots``.
+        ridge: weight of the distance of the weights from 1, relative to the mean of ``diag ΦᵀΦ`` over all ``slots``.
         bound: largest magnitude of a log weight.
         cutoff: chosen slots whose log weight is no larger than this are replaced by others, in up to three rounds;
             ``None`` replaces none.
@@ -157,9 +162,11 @@ def pursuit_bytes(slots: int, kept: int, rows: int, key_dim: int) -> int:
 
 
 def relative_gram(slots: LocalAttention, log_mass: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Return ``ΦᵀΦ [T, T]`` float32, ``Φᵀ1 [T]`` float64 and ``|1|²``, all summed over blocks of queries.
+    """Return ``ΦᵀΦ [T, T]`` float32, ``Φᵀ1 [T]`` float64 and the sum of the queries' weights, ``|1|²``.
 
-    Every query counts with its weight; ``|1|²`` is therefore the sum of the queries' weights.
+    Φ ``[N, T]`` has each slot's mass for each query relative to the mass of the whole segment, and 1 is the target: N
+    ones. Every row of Φ and of the target is multiplied by the root of its query's weight. The three results are summed
+    over blocks of queries, so that Φ itself is never stored.
     """
     count = len(slots.keys)
     gram = slots.keys.new_zeros(count, count)
@@ -180,7 +187,7 @@ def relative_gram(slots: LocalAttention, log_mass: torch.Tensor) -> tuple[torch.
 
 
 class _Chase:
-    """Chooses slots by means of a bounded problem in which all slots that are not chosen are absent."""
+    """Carries out a pursuit; ``problem`` is the fit of the weights, in which slots that are not chosen are absent."""
 
     def __init__(self, problem: Pivoting, count: int, schedule: Schedule) -> None:
         self.problem, self.count, self.schedule = problem, count, schedule
@@ -196,7 +203,7 @@ class _Chase:
             self._fit()
 
     def fill(self) -> None:
-        """Add slots of the steepest descent and refit the weights, until ``count`` slots are chosen."""
+        """Add the slots whose weights lower the error most steeply and refit, until ``count`` slots are chosen."""
         state = self.problem.state
         while missing := self.count - int((state != ABSENT).sum()):
             new = min(missing, self.schedule.batch(self.count - missing))
@@ -216,7 +223,10 @@ class _Chase:
         return top(surely.int() + perhaps, count)
 
     def replace(self, cutoff: float | None) -> None:
-        """Drop chosen slots at the cutoff and choose others, as long as others exist; a dropped slot may return."""
+        """Replace chosen slots whose log weight is at most ``cutoff`` by other slots, in up to three rounds.
+
+        A dropped slot may be chosen again. No more slots are dropped than there are slots to choose instead.
+        """
         least = 0.0 if cutoff is None else math.exp(cutoff) * (1 + 1e-6)
         for _ in range(_ROUNDS):
             chosen = self.problem.state != ABSENT
@@ -252,5 +262,8 @@ class _Chase:
 
 
 def _squared(gram: torch.Tensor, pull: torch.Tensor, weights: torch.Tensor) -> float:
-    """Return ``|Φ w - 1|² - |1|²``, where w is ``weights`` and ``pull`` is ``Φᵀ1``."""
+    """Return the squared mass error ``|Φ w - 1|²`` of ``weights`` w, minus the constant ``|1|²``.
+
+    ``gram`` is ``ΦᵀΦ`` and ``pull`` is ``Φᵀ1``. Differences between two results are differences of the squared error.
+    """
     return float(weights @ ((gram @ weights.to(gram.dtype)).double() - 2 * pull))

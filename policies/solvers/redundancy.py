@@ -1,4 +1,4 @@
-"""Redundancy: measure how similar every key is to the other keys."""
+"""Redundancy: measure how similar each key of a head is to the other keys of this head."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ _LEAST_ROWS = 32
 
 
 def redundancy(keys: torch.Tensor, *, threshold: float, spared: int, block_bytes: int) -> torch.Tensor:
-    """Return the softmax ``[T]`` float32 of every key's mean cosine with the other ``keys [T, d]``.
+    """Return the redundancy of each of ``keys [T, d]``, ``[T]`` float32; the redundancies of all keys sum to 1.
 
-    Two keys are similar if their cosine is above ``threshold``. For every key i, the cosines of i with the ``spared``
-    last keys similar to i count as 0 in the means of those last keys. Of equal keys the last are therefore the least
-    redundant. Keys are visited in blocks of ``block_bytes`` bytes, at least 32 keys at a time; no T x T matrix is made.
+    The redundancy is the softmax, over all keys, of a key's mean cosine with the other keys. Before the means are
+    taken, the newest of similar keys are spared: for every key i, among the keys whose cosine with i is above
+    ``threshold``, the ``spared`` last ones have their cosine with i replaced by 0. Of several equal keys, the last are
+    therefore the least redundant. Keys are visited in blocks of ``block_bytes`` bytes, at least 32 keys at a time; no
+    T x T matrix is made.
 
     Source: R-KV, arXiv:2505.24133, section 3.3. Equation 6 leaves open over which index of the cosine matrix the mean
     runs. As in the paper's code, the mean of a key j runs over the rows i, and keys are spared within each row i.
@@ -44,5 +46,5 @@ def redundancy_bytes(slots: int, key_dim: int, block_bytes: int) -> int:
 
 
 def _row_bytes(slots: int) -> int:
-    """Return the bytes of one key in a block: its cosines, the mask of large cosines, their indices, a few numbers."""
+    """Return the bytes per key of a block: cosines, the mask and the indices of large cosines, and a few numbers."""
     return slots * (2 * _FLOAT + 1) + 12 * _FLOAT

@@ -164,7 +164,11 @@ class _Objective:
 
 
 class _Walk:
-    """Takes Adam steps from the best point so far, within limits; a gain lengthens steps, a loss shortens them."""
+    """Takes Adam steps from the best point found so far, at most ``limits`` away from the start.
+
+    A step that lowers the objective makes the next steps longer; a step that does not lower it is undone, and the next
+    steps are shorter.
+    """
 
     def __init__(self, start: Parts, limits: Parts, rate: float) -> None:
         self.start, self.limits, self.rate = start, limits, rate
@@ -178,17 +182,17 @@ class _Walk:
         self.taken = 0
 
     def gained(self, point: Parts) -> None:
-        """Continue from ``point``, with longer steps."""
+        """Take ``point`` as the best point, since it lowers the objective, and make the next steps longer."""
         self.point = point
         self.rate *= _LONGER
 
     def lost(self) -> None:
-        """Return to the best point so far, with shorter steps."""
+        """Stay at the best point so far, and make the next steps shorter."""
         self.rate *= _SHORTER
         self.forget()
 
     def step(self, gradient: Parts) -> Parts:
-        """Return the next point, given the gradient at the present point."""
+        """Return the next point to try, given the gradient at the best point so far."""
         self.taken += 1
         keys, bias, values = (self._part(index, part) for index, part in enumerate(gradient))
         return keys, bias, values
@@ -202,7 +206,7 @@ class _Walk:
         return shift.mul_((limit / length).clamp_(max=1)).add_(start)
 
     def _direction(self, index: int, gradient: torch.Tensor) -> torch.Tensor:
-        """Return the mean gradient divided by the root of the mean squared gradient, a new tensor."""
+        """Return Adam's direction, a new tensor: the mean gradient divided by the root of the mean squared gradient."""
         keep, keep_square = _FADING
         mean, square = self.mean[index], self.square[index]
         if mean is None or square is None:
@@ -216,7 +220,7 @@ class _Walk:
 
 
 def _limits(start: Parts, values: torch.Tensor, reach: Reach) -> Parts:
-    """Return the largest changes of each slot's key, β and value, ``[t, 1]`` each."""
+    """Return the largest allowed changes of each slot's key, β and value, ``[t, 1]`` each."""
     keys, bias, _ = start
     longest = values.norm(dim=-1).amax()
     return (

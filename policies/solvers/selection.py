@@ -14,9 +14,9 @@ Score = Literal["rms", "max", "mean"]
 
 @dataclass(frozen=True, slots=True)
 class Importance:
-    """The importance ``scores [T]`` of the slots, and the log ``log_mass [N]`` of every query's mass; float32.
+    """The importance of each slot, ``scores [T]``, and the log of each query's mass, ``log_mass [N]``; both float32.
 
-    The mass of a query is that over the whole segment.
+    The mass of a query is the sum of ``exp(logit)`` over all slots of the segment.
     """
 
     scores: torch.Tensor
@@ -28,9 +28,9 @@ def importance(attention: LocalAttention, score: Score = "rms") -> Importance:
 
     Source: arXiv:2602.16284, "highest attention" (rms works best there).
 
-    Invariants: scores lie in [0, 1]; blocks of any size give the same scores up to rounding; a constant added to every
-    logit of a query changes nothing; a query of weight 2 counts like two queries of weight 1, except for the maximum,
-    which does not depend on weights.
+    Invariants: scores lie in [0, 1]; the size of the blocks changes the scores by rounding only; a constant added to
+    every logit of a query changes nothing; a query of weight 2 counts like two queries of weight 1, except for the
+    maximum, which does not depend on weights.
     """
     scores = attention.bias.new_zeros(len(attention.keys))
     log_mass = attention.bias.new_empty(attention.count)
@@ -50,7 +50,7 @@ def importance(attention: LocalAttention, score: Score = "rms") -> Importance:
 def top(scores: torch.Tensor, count: int) -> torch.Tensor:
     """Return the indices of the ``count`` largest ``scores [T]``, ascending, int64.
 
-    Slots are in order of position, so that of equal scores the one with the later index, the newer slot, is chosen.
+    Slots are in order of position. Of slots with equal scores, the one with the later index, the newer one, is chosen.
     """
     newest_first = scores.flip(0).argsort(descending=True, stable=True)
     chosen = torch.zeros_like(scores, dtype=torch.bool)

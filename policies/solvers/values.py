@@ -1,4 +1,9 @@
-"""The value fit: find values of the kept slots that restore every query's attention output over the segment."""
+"""The value fit: find values of the kept slots that restore every query's attention output over the segment.
+
+X ``[N, t]`` has the attention weights of the N queries over the t kept slots with their new β. Y ``[N, dv]`` has the
+queries' attention outputs over the whole segment. The fit finds new values C ``[t, dv]`` so that ``X C ≈ Y``. The
+anchor of the fit (see :mod:`.anchored`) is the kept slots' own values, and ``C - anchor`` is the shift.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +25,7 @@ def fit_values(
     ridge: float,
     bound: float,
 ) -> Solution[torch.Tensor]:
-    """Fit ``X C ≈ Y``: X holds attention weights over the kept slots with their new β, Y the segment's outputs.
+    """Fit values C so that ``X C ≈ Y``: X has the weights over the kept slots, Y the outputs over the whole segment.
 
     ``values [T, dv]`` and ``anchor [t, dv]`` (the kept slots' own values) are float32. The fit minimises
     ``|X C - Y|² + ridge * mean(diag XᵀX) * |C - anchor|²``, then cuts every slot's shift from its own value to at most
@@ -50,7 +55,7 @@ def fit_values(
 
 
 def _bounded(shift: torch.Tensor, limit: float) -> tuple[torch.Tensor, int]:
-    """Cut the rows of ``shift [t, dv]`` to the length ``limit`` in place; return it and the number of cut rows."""
+    """Shorten rows of ``shift [t, dv]`` in place to the length ``limit``; return ``shift`` and how many were longer."""
     length = shift.norm(dim=-1, keepdim=True)
     return shift.mul_((limit / length).clamp_(max=1)), int((length > limit).sum())
 
@@ -58,9 +63,10 @@ def _bounded(shift: torch.Tensor, limit: float) -> tuple[torch.Tensor, int]:
 def _gram(
     whole: LocalAttention, kept: LocalAttention, values: torch.Tensor, anchor: torch.Tensor, pull: torch.Tensor
 ) -> torch.Tensor:
-    """Return the upper triangle of the Gram matrix ``XᵀX [t, t]``, summed over blocks of queries.
+    """Return ``XᵀX [t, t]``, summed over blocks of queries; only its upper triangle is valid.
 
-    Add ``Xᵀ (Y - X anchor)``, the pull at the anchor, to ``pull`` in place.
+    The pull of the normal equations at the anchor, which is ``Xᵀ (Y - X anchor)``, is added to ``pull [t, dv]`` in
+    place.
     """
     gram = anchor.new_zeros(len(anchor), len(anchor))
     for rows, block in whole.blocks():

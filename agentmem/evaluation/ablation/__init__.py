@@ -1,14 +1,17 @@
-"""Run ablations: read a grid of policies, caps and settings from one file, measure it, and report it.
+"""Run ablations: read a grid of policies, caps and settings from one file, measure it, and report the results.
+
+An *instrument* is a kind of measurement: fidelity, recall or a task. A *cell* is one combination of the grid, measured
+by one instrument.
 
 | file | what |
 | --- | --- |
 | ``config.py`` | the configuration of an ablation |
 | ``source.py`` | reading the configuration from YAML; errors name line and field |
-| ``grid.py`` | the cells of the grid, in order |
+| ``grid.py`` | the cells of the grid, in order; a cell is one instrument with one combination of settings |
 | ``bench.py`` | keys and measurements of the cells of one loaded model |
-| ``rows.py`` | results on disk, one line per finished cell |
+| ``rows.py`` | results on disk, one line (a row) per finished cell |
 | ``run.py`` | a whole ablation, resumable, on one process or several |
-| ``scores.py`` | the scores of rows, unit by unit |
+| ``scores.py`` | the scores of cells, one for each unit, such as a fact or a sample |
 | ``intervals.py`` | bootstrap confidence intervals |
 | ``lines.py`` | the lines of the tables, which pool cells that differ only in text and seed |
 | ``tables.py`` | tables as CSV and Markdown |

@@ -1,4 +1,4 @@
-"""Measure cells on one loaded model, and compute the keys that identify their results."""
+"""Measure the cells of an ablation on one loaded model, and compute the keys that identify the cells' results."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Bench:
-    """Hold one loaded model with the texts and folders that its cells are measured with."""
+    """Hold one loaded model with the texts and folders that are needed to measure its cells."""
 
     ablation: Ablation
     model: PreTrainedModel
@@ -45,7 +45,7 @@ class Bench:
     """Digest of the model's configuration and weights."""
     texts: dict[Text, str]
     folder: Path
-    """Folder that relative paths of models and data files start from."""
+    """Folder to which relative paths of models and data files are relative."""
     cache_dir: Path
     """Folder in which full memory's logits are kept."""
     out: Path
@@ -55,7 +55,7 @@ class Bench:
     def open(
         cls, ablation: Ablation, name: str, texts: dict[Text, str], folder: Path, cache_dir: Path, out: Path
     ) -> Self:
-        """Load the model ``name`` and return its bench.
+        """Load the model ``name`` and return a bench that holds it.
 
         Raises:
             ModelUnavailable: the model cannot be loaded.
@@ -82,7 +82,7 @@ class Bench:
         return _sha256(json.dumps(facts, sort_keys=True))[:24]
 
     def row(self, cell: Cell) -> Row:
-        """Measure a cell; if agentmem raises an error, return a row with its message in ``refused``."""
+        """Measure a cell and return its row (result); ``refused`` has the message if agentmem raises an error."""
         key, provenance = self.key(cell), self._provenance(cell)
         settings = self.ablation.instruments.chosen[cell.instrument]
         try:
@@ -125,7 +125,7 @@ class Bench:
         return attempts(settings.name, arguments, loaded, terms, cell.policy, cell.seed, self.out / "logs")
 
     def _words(self, cell: Cell) -> tuple[str, int]:
-        """Return the cell's text, and the offset of the first character to use."""
+        """Return the cell's whole text, and the offset of the first character to use."""
         text = cell.text or Text()
         return self.texts[text], text.offset
 

@@ -1,4 +1,9 @@
-"""Define the configuration of an ablation: a grid and its instruments; the fields are the keys of the YAML file."""
+"""Define the configuration of an ablation; its fields are the keys of the YAML file.
+
+An ablation measures a grid: every combination of the listed models, texts, policies, limits and other settings. Each
+combination is measured by every chosen *instrument*, a kind of measurement: fidelity, recall or a task. One combination
+with one instrument is a *cell*.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +26,7 @@ MAX_CELLS = 100_000
 
 
 def _several(value: Any) -> Any:
-    """Accept a single value in place of a list of one."""
+    """Turn a single value into a tuple of one value; leave a list or tuple as it is."""
     return value if isinstance(value, list | tuple) else (value,)
 
 
@@ -75,7 +80,7 @@ class Fidelity(Frozen):
 class Recall(Frozen):
     """Settings of the instrument that measures the recall of planted facts; see :mod:`agentmem.evaluation.recall`.
 
-    The facts are made from the cell's seed.
+    The facts are made from the seed of the measured cell, one combination of the grid.
     """
 
     tokens: int = Field(default=1710, ge=1)
@@ -89,14 +94,14 @@ class Recall(Frozen):
         return self
 
     def quiz(self, seed: int) -> Quiz:
-        """Return the settings of the facts that are planted with this seed."""
+        """Return the settings of the facts that are planted if the cell has the seed ``seed``."""
         return Quiz(tokens=self.tokens, facts=self.facts, depths=self.depths, formats=self.formats, seed=seed)
 
 
 class TaskArguments(Frozen):
     """Name a task of :mod:`agentmem.evaluation.tasks` and its arguments.
 
-    Without an argument ``seed``, the task uses the cell's seed.
+    If the arguments have no ``seed``, the task uses the seed of the measured cell, one combination of the grid.
     """
 
     name: str
@@ -116,7 +121,10 @@ def _tasks(tasks: dict[str, dict[str, JsonValue]]) -> dict[str, dict[str, JsonVa
 
 
 class Instruments(Frozen):
-    """Instruments that measure every cell, at least one; ``fidelity: {}`` chooses one with its default settings."""
+    """Instruments (kinds of measurement) that every combination of the grid is measured by; at least one is chosen.
+
+    An instrument is chosen by giving its settings; ``fidelity: {}`` chooses fidelity with its default settings.
+    """
 
     fidelity: Fidelity | None = None
     recall: Recall | None = None
@@ -145,7 +153,7 @@ Spec = Annotated[str, AfterValidator(_spec)]
 
 
 class Ablation(Frozen):
-    """Configuration of a grid; each combination of the entries of its lists is a cell, measured by each instrument.
+    """Configuration of an ablation; each combination of one entry of every list is measured by each instrument.
 
     A single value may be given in place of a list of one.
     """
@@ -160,14 +168,15 @@ class Ablation(Frozen):
     device: Annotated[str, Field(max_length=100)] = "cpu"
     """Device of the models; ``cuda`` gives every process of ``accelerate launch`` its own GPU."""
     threads: Annotated[int, Field(ge=1)] | None = None
-    """Number of torch's threads.
+    """Number of torch's threads; ``None`` leaves it as it is.
 
-    The workspace depends on it, and so does the number of slots under a cap; set it to compare machines.
+    The workspace depends on the number of threads, and therefore the number of slots under a cap does too. Set the same
+    number on all machines whose results are compared.
     """
     policies: Annotated[tuple[Spec, ...], *Several, Field(min_length=1)]
-    """Names or specs of policies; ``am-halving[selector=omp-fast]`` changes one part of a composition."""
+    """Names or specs of policies; the spec ``am-halving[selector=omp-fast]`` is a policy with one option changed."""
     baseline: str | None = None
-    """Policy that the others are compared with, pair by pair; ``None``: the first policy."""
+    """Policy that each other policy is compared with; ``None`` chooses the first policy."""
     caps: Annotated[tuple[Bytes, ...], *Several] = ()
     """Hard limits in bytes, workspace included."""
     slots: Annotated[tuple[Slots, ...], *Several] = ()
@@ -198,6 +207,6 @@ class Ablation(Frozen):
 
 
 def limits(ablation: Ablation) -> Iterable[tuple[int | None, int | None]]:
-    """Yield every limit as (slots, bytes), where one of the two is ``None``."""
+    """Yield every limit of a memory as (slots, bytes), of which one is ``None``."""
     yield from ((slots, None) for slots in ablation.slots)
     yield from ((None, cap) for cap in ablation.caps)

@@ -67,7 +67,7 @@ class Palette:
 
 
 def pictures(rows: Sequence[Row], lines: Sequence[Line]) -> tuple[Picture, ...]:
-    """Draw all figures for which these rows have data."""
+    """Draw all figures for which ``rows`` (results of cells) and ``lines`` (lines of the tables) have data."""
     palette = Palette.of(rows)
     found = [_pareto(name, lines, palette) for name in dict.fromkeys(line.instrument for line in lines)]
     tightest = _tightest(rows)
@@ -132,7 +132,7 @@ def _points(axes: Axes, lines: Sequence[Line], *, label: str | None, style: dict
 
 
 def _tightest(found: Sequence[Row]) -> list[Row]:
-    """Choose the fidelity rows of one setting, which differ only in their policies.
+    """Choose the fidelity results (rows) of one setting; the chosen rows differ only in their policies.
 
     The setting with the most rows is chosen; if several have as many, the one with the most compactions.
     """
@@ -147,7 +147,7 @@ def _tightest(found: Sequence[Row]) -> list[Row]:
 
 
 def _run(row: Row) -> Measurement:
-    """Return the only run of a fidelity row."""
+    """Return the run of a fidelity result; each such row has exactly one run."""
     (run,) = (run for run in row.runs if isinstance(run, Measurement))
     return run
 
@@ -197,7 +197,7 @@ def _saw_tooth(group: Sequence[Row], palette: Palette) -> Picture:
 
 
 def _tooth(run: Measurement) -> tuple[list[int], list[float]]:
-    """Return the points of the curve of used MiB over tokens; each compaction is a vertical drop at its token."""
+    """Return tokens and used MiB, the points of a line to draw; each compaction is a vertical drop at its token."""
     tokens, used = [0], [0.0]
     falls = {each.tokens for each in run.compacted}
     for moment in run.moments:

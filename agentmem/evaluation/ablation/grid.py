@@ -1,4 +1,4 @@
-"""List the cells of an ablation, which are measured once each, in the order of the rows."""
+"""List the cells of an ablation: every combination of an instrument and settings that is measured, in order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 class Cell(Frozen):
-    """Describe one point of the grid; for full memory, ``slots`` and ``cap_bytes`` are ``None``."""
+    """Describe one measurement of the grid: one instrument with one combination of model, text, policy and settings.
+
+    For full memory, ``slots`` and ``cap_bytes`` are ``None``.
+    """
 
     instrument: str
     model: str
@@ -34,13 +37,13 @@ class Cell(Frozen):
 
     @property
     def terms(self) -> Terms:
-        """Return the terms of the cell's memory."""
+        """Return the settings of the memory that the cell is measured with."""
         names = ("slots", "cap_bytes", "keep_first", "keep_recent", "target", "chunk", "slot_dtype", "seed")
         return Terms(**{name: getattr(self, name) for name in names})
 
     @property
     def label(self) -> str:
-        """Return a line that names the cell in progress and error messages."""
+        """Return a line of text by which progress output and error messages name the cell."""
         limit = "" if self.limit is None else f", {self.limit}"
         source = "" if self.text is None else f", {self.text.label}"
         return f"{self.instrument}{source}, {self.policy}{limit}, seed {self.seed}"
@@ -52,7 +55,7 @@ class Cell(Frozen):
 
     @property
     def limit(self) -> str | None:
-        """Return the limit as tables show it; ``None`` for full memory."""
+        """Return the limit of the memory as tables show it, such as ``512 slots``; ``None`` for full memory."""
         if self.cap_bytes is not None:
             return format_bytes(self.cap_bytes)
         return None if self.slots is None else f"{self.slots} slots"
@@ -63,10 +66,10 @@ _PLAIN = {"target": 0.5, "slot_dtype": "auto"}
 
 
 def cells(ablation: Ablation) -> tuple[Cell, ...]:
-    """Return every cell; cells that share a model, an instrument and a text stand next to each other.
+    """Return every cell of the ablation's grid, grouped by model, then by instrument, text and seed.
 
-    Cells of full memory are added for every instrument except fidelity, and cells of ``window`` for recall, because
-    the scores are compared with them.
+    Cells of full memory are added for recall and tasks, and cells of the policy ``window`` for recall, because the
+    scores of the other policies are compared with theirs. (Fidelity compares each policy with full memory itself.)
 
     Raises:
         SettingsRefused: the grid has more than 100,000 cells.

@@ -15,11 +15,14 @@ if TYPE_CHECKING:
 _LEAST = 2
 """The least number of units for which an interval is computed."""
 _EQUAL = 1e-12
-"""Relative spread up to which values count as equal, because it is rounding."""
+"""Relative spread up to which values count as equal, because rounding alone can cause it."""
 
 
 class Interval(Frozen):
-    """Hold a mean over ``units`` units and its confidence interval; the ends are ``None`` if there is only one unit."""
+    """Hold a mean over ``units`` units, such as facts, and its confidence interval.
+
+    ``low`` and ``high`` are the ends of the interval; both are ``None`` if there is only one unit.
+    """
 
     mean: float
     low: float | None
@@ -59,6 +62,10 @@ def of_mean(values: Sequence[float], *, confidence: float, resamples: int) -> In
 
 
 def of_difference(ours: Sequence[float], theirs: Sequence[float], *, confidence: float, resamples: int) -> Interval:
-    """Return the mean of ``ours - theirs`` and its interval; effects on both, such as a hard passage, cancel out."""
+    """Return the mean of the differences ``ours - theirs`` and its confidence interval.
+
+    ``ours`` and ``theirs`` have the scores of the same units in the same order. What makes a unit hard for both, such
+    as a difficult passage, cancels out in the difference.
+    """
     paired = [one - other for one, other in zip(ours, theirs, strict=True)]
     return of_mean(paired, confidence=confidence, resamples=resamples)

@@ -1,4 +1,4 @@
-"""Pool cells that differ only in text and seed into the lines of the tables, with intervals and differences."""
+"""Pool the results of cells that differ only in text and seed into one line of a table, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 class Line(Frozen):
-    """Hold the pooled results of one policy in one setting, over all texts and seeds."""
+    """Hold the results of one policy at one limit and setting, pooled over all texts and seeds: one line of a table."""
 
     instrument: str
     model: str
     policy: str
     limit: str | None
-    """Limit as tables show it; ``None`` for full memory."""
+    """Limit of the memory as tables show it, such as ``512 slots``; ``None`` for full memory."""
     equal: Equal
     """Unit of the limit: slots or bytes."""
     limit_value: int
@@ -39,12 +39,12 @@ class Line(Frozen):
     cells: int
     """Number of cells that were measured, one per text and seed."""
     refused: tuple[str, ...] = ()
-    """Reasons why the other cells were refused, each once."""
+    """Reasons why the other cells could not be measured; a reason that several cells share is listed once."""
     score: Interval | None = None
     difference: Interval | None = None
-    """Score minus the baseline's score, unit by unit; ``None`` for the baseline itself and for full memory."""
+    """Mean over the units of the score minus the baseline's score; ``None`` for the baseline itself and full memory."""
     figures: dict[str, float] = Field(default={})
-    """Further figures by name, as means over the cells."""
+    """Further figures by name, such as ``KL p95``, each a mean over the cells."""
     peak_bytes: int = 0
     """The greatest peak of the cells, resident and temporary bytes together."""
     compactions: float = 0.0
@@ -52,14 +52,14 @@ class Line(Frozen):
     seconds_each: float = 0.0
     """Seconds per compaction."""
     share: float = 0.0
-    """Share of ``seconds`` that was spent compacting."""
+    """Share of ``seconds`` that was spent compacting, from 0 to 1."""
     seconds: float = 0.0
     tokens: int = 0
     """Tokens read and generated; like ``seconds``, a sum over the cells."""
 
 
 def lines(ablation: Ablation, rows: Sequence[Row]) -> tuple[Line, ...]:
-    """Return one line per policy and setting, where a setting is all of a cell except policy, text and seed."""
+    """Return one line per policy and setting; a setting is everything in a cell except its policy, text and seed."""
     scores = {each.row.key: each for each in scored(rows)}
     groups: dict[tuple[Hashable, str], list[Row]] = {}
     for row in rows:

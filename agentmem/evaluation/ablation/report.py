@@ -23,7 +23,7 @@ _FACTS = ("agentmem", "commit", "torch", "transformers", "python", "device", "dt
 
 
 def as_html(ablation: Ablation, rows: Sequence[Row], lines: Sequence[Line], *, source: str, command: str) -> str:
-    """Return the report; ``source`` is the text of the configuration, and ``command`` repeats the run."""
+    """Return the report as HTML; ``source`` is the configuration's text, and ``command`` repeats the run."""
     template = resources.files("agentmem.evaluation.ablation").joinpath("report.html.jinja").read_text("utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(template).render(
@@ -54,7 +54,7 @@ def _inline(picture: Picture) -> str:
 
 
 def _findings(ablation: Ablation, lines: Sequence[Line]) -> list[str]:
-    """Return one sentence per instrument, model and kind of limit, on the best policy at the smallest limit."""
+    """Return sentences that name the best policy at the smallest limit, per instrument, model and kind of limit."""
     groups: dict[tuple[str, str, str], list[Line]] = {}
     for line in lines:
         if line.score and line.limit is not None:
@@ -78,7 +78,7 @@ def _finding(ablation: Ablation, group: Sequence[Line]) -> str:
 
 
 def _facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Return the provenance of the rows as (name, values); values that differ between rows are joined by commas."""
+    """Return the provenance of the results as (name, values); different values of one name are joined by commas."""
     facts = [(name.replace("_", " "), sorted({str(getattr(row.provenance, name)) for row in rows})) for name in _FACTS]
     texts = sorted({f"{row.cell.source} {row.provenance.text_sha256}" for row in rows})
     return [(name, ", ".join(values)) for name, values in [*facts, ("texts sha256", texts)]]

@@ -1,8 +1,9 @@
-"""Keep the results of cells on disk, one JSON line per finished cell.
+"""Keep the results of cells (measurements of an ablation) on disk, one JSON line per finished cell.
 
-A line is written and synchronised to disk before the next cell begins. Every process appends to a file of its own
-(``rows-0.jsonl``, ``rows-1.jsonl`` and so on) and reads the files of all processes. A process that is killed while it
-writes leaves at most one incomplete line, which is dropped; the line's cell is measured again.
+The result of one cell is called a *row*. A line is written and synchronised to disk before the next cell begins. Every
+process appends to a file of its own (``rows-0.jsonl``, ``rows-1.jsonl`` and so on) and reads the files of all
+processes. A process that is killed while it writes leaves at most one incomplete line, which is dropped; the line's
+cell is measured again.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Run = Measurement | Recalled | Attempt
 
 
 class Provenance(Frozen):
-    """Record the software, model, text and device that a row was measured with."""
+    """Record the software, model, text and device with which a cell was measured."""
 
     agentmem: str
     torch: str
@@ -47,7 +48,7 @@ class Provenance(Frozen):
 
 
 class Row(Frozen):
-    """Hold the result of one finished cell: its runs, or the reason why it was refused."""
+    """Hold the result of one finished cell: its runs, or the reason why it could not be measured."""
 
     key: str
     """Digest of everything that the result depends on, including agentmem's own code."""
@@ -56,13 +57,13 @@ class Row(Frozen):
     refused: str | None = None
     """Message of the error that prevented the measurement; ``None`` if the cell was measured."""
     runs: tuple[Run, ...] = ()
-    """Measurements: one for fidelity, one per document for recall, one per sample and epoch for a task."""
+    """Measurements of the cell: one for fidelity, one per document for recall, one per sample and epoch for a task."""
     memories: int = 0
-    """Number of memories that were opened; questions about a shared context use one together."""
+    """Number of memories that were opened; several questions about one shared context use the same memory."""
     peak_bytes: int = 0
-    """Greatest peak of resident and temporary bytes of any run."""
+    """Greatest peak of any run: resident and temporary bytes together."""
     compactions: int = 0
-    """Number of compactions; this field and the next three are sums over the runs."""
+    """Number of compactions, summed over the runs, as are ``seconds``, ``compact_seconds`` and ``tokens``."""
     seconds: float = 0.0
     compact_seconds: float = 0.0
     tokens: int = 0
@@ -70,7 +71,7 @@ class Row(Frozen):
 
     @classmethod
     def measured(cls, key: str, cell: Cell, provenance: Provenance, runs: Iterable[Run]) -> Self:
-        """Make the row of a cell that was measured."""
+        """Make the row of a measured cell from its runs."""
         runs = tuple(runs)
         return cls(
             key=key,
@@ -101,7 +102,7 @@ def _tokens(run: Run) -> int:
 
 
 def read_rows(folder: Path) -> dict[str, Row]:
-    """Return the rows of all processes by key; lines that are not valid rows of this version are ignored."""
+    """Return the rows that all processes wrote, by key; lines that are not valid rows of this version are ignored."""
     found: dict[str, Row] = {}
     for path in sorted(folder.glob("rows-*.jsonl")):
         for row in _rows(path):
@@ -124,7 +125,7 @@ def _rows(path: Path) -> Iterator[Row]:
 class RowFile:
     """Open the file that one process appends rows to; only one process may have it open at a time.
 
-    The errors below are raised when the context is entered.
+    It is a context manager; the errors below are raised when its context is entered.
 
     Raises:
         SettingsRefused: another process has the file open.
@@ -158,7 +159,7 @@ class RowFile:
         self._lock.release()
 
     def append(self, row: Row) -> None:
-        """Write one row; it is synchronised to disk when the method returns.
+        """Write one row; the row is synchronised to disk when the method returns.
 
         Raises:
             AgentmemError: the file cannot be written.

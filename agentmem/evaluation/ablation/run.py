@@ -17,7 +17,7 @@ from agentmem.evaluation.ablation.rows import Row, RowFile, read_rows
 from agentmem.evaluation.passage import default_text, read_text
 
 Progress = Callable[[int, int, str], None]
-"""Callback that receives the number of cells done, the number of all cells, and the label of the next cell."""
+"""Callback that receives the number of cells done, the total number of cells, and the label of the next cell."""
 
 
 def run(
@@ -29,11 +29,11 @@ def run(
     again: bool = False,
     progress: Progress = lambda _done, _all, _next: None,
 ) -> tuple[Row, ...]:
-    """Measure the cells that have no row in ``out`` yet, and return the rows of the whole grid, in its order.
+    """Measure the cells that have no row (result) in ``out`` yet, and return the rows of all cells, in grid order.
 
-    Relative paths of texts and models start from ``folder``; logits of full memory are kept in ``cache_dir``. The
-    processes of ``accelerate launch`` share the cells. The row of a refused cell has the reason; with ``again``,
-    refused cells are tried again.
+    Relative paths of texts and models are relative to ``folder``; logits of full memory are kept in ``cache_dir``. The
+    processes of ``accelerate launch`` share the cells. If a cell cannot be measured, its row has the reason; with
+    ``again``, such cells are tried again.
 
     Raises:
         SettingsRefused: a text cannot be read, or another run writes into ``out``.
@@ -64,7 +64,7 @@ def run(
 
 
 def finished(ablation: Ablation, folder: Path, out: Path, *, cache_dir: Path) -> tuple[Row, ...]:
-    """Return the rows of the grid that are in ``out`` already, in the order of the grid; nothing is measured.
+    """Return the rows (results) that are in ``out`` already, in the order of the grid; nothing is measured.
 
     Raises:
         AgentmemError: see :func:`run`.
@@ -83,7 +83,7 @@ def _make(out: Path) -> None:
 
 
 def _benches(ablation: Ablation, folder: Path, cache_dir: Path, out: Path) -> Iterator[tuple[Bench, Cell]]:
-    """Yield every cell with the bench of its model; models are loaded one after the other."""
+    """Yield every cell with the bench that holds its model; models are loaded one after the other."""
     texts = {text: _words(text, folder) for text in ablation.texts}
     for name, group in groupby(cells(ablation), key=lambda cell: cell.model):
         bench = Bench.open(ablation, name, texts, folder, cache_dir, out)

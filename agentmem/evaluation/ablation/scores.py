@@ -1,7 +1,8 @@
-"""Compute the scores of rows unit by unit, so that policies can be compared on pairs of units.
+"""Compute a score for every unit of a measured cell, so that two policies can be compared unit by unit.
 
-The bootstrap resamples units. A unit is one fact for recall, and one sample in one epoch for a task. For fidelity it is
-the mean KL of about 32 neighbouring positions, because single positions depend on each other.
+A unit is the smallest part of a measurement that has a score of its own. It is one fact for recall, and one sample in
+one epoch for a task. For fidelity it is a block of at most 32 neighbouring positions, scored by its mean KL, because
+single positions depend on each other. The bootstrap intervals are computed by resampling units.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ BLOCK = 32
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """Describe the main score of an instrument, and how tables show it."""
+    """Describe the main score of an instrument (fidelity, recall or a task), and how tables show it."""
 
     name: str
     unit: str
@@ -42,13 +43,13 @@ TASK = Measure("score", "share", False, 3, ("tokens generated", "forced"))  # no
 
 
 def measure_of(instrument: str) -> Measure:
-    """Return the description of an instrument's main score; all tasks share one."""
+    """Return the description of an instrument's main score; all tasks share one description."""
     return MEASURES.get(instrument, TASK)
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Hold a measured row, the scores of its units, and further figures."""
+    """Hold the row of a measured cell, the score of each unit, and further figures (one number per name)."""
 
     row: Row
     units: dict[Hashable, float] = field(default_factory=dict)
@@ -56,7 +57,7 @@ class Scored:
 
 
 def scored(rows: Sequence[Row]) -> tuple[Scored, ...]:
-    """Return the measured rows with their scores; refused rows are left out.
+    """Return the rows of measured cells with their scores; the rows of refused cells are left out.
 
     Rows that differ only in their policy are scored together: fidelity on the same positions, recall between the same
     results of window and full memory.

@@ -85,7 +85,7 @@ def _short(value: object) -> str:
 def _place(root: yaml.Node, location: Sequence[int | str]) -> tuple[int, str]:
     """Return the line, counted from 1, and the name of the field that a validation error is about.
 
-    If the location does not exist in the text, they are those of the nearest node above it.
+    If the text has no node at the error's location (a missing field), the line is that of the nearest enclosing node.
     """
     node, line, field = root, root.start_mark.line + 1, ""
     for step in location:
@@ -103,10 +103,10 @@ def _place(root: yaml.Node, location: Sequence[int | str]) -> tuple[int, str]:
 
 
 def _refuse_twins(node: yaml.Node, name: str, seen: frozenset[int] = frozenset()) -> None:
-    """Check that no key stands twice in one mapping, because YAML would silently drop the first value.
+    """Check that no mapping has a key twice, because YAML would silently drop the first value.
 
     Raises:
-        SettingsRefused: a key stands twice, or an anchor contains itself.
+        SettingsRefused: a mapping has a key twice, or a YAML anchor contains itself.
 
     """
     if id(node) in seen:

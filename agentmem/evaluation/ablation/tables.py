@@ -1,4 +1,4 @@
-"""Make the tables of an ablation: CSV with one line per cell, and Markdown and HTML with one line per policy."""
+"""Make the tables of an ablation: CSV with one line per cell, Markdown and HTML with texts and seeds pooled."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _ROW = ("refused", "peak_bytes", "compactions", "seconds", "compact_seconds", "t
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """Return CSV with one line per cell: settings, scores, bytes and seconds, and provenance."""
+    """Return CSV with one line for each of ``rows``: settings, scores, bytes, seconds, and provenance of its cell."""
     found = {each.row.key: each for each in scored(rows)}
     measures = [name for measure in (*MEASURES.values(), TASK) for name in (measure.name, *measure.columns)]
     provenance = list(type(rows[0].provenance).model_fields) if rows else []
@@ -141,14 +141,14 @@ def _best(lines: Sequence[Line], *, lower: bool) -> frozenset[int]:
 
 
 def refusals(lines: Sequence[Line]) -> tuple[str, ...]:
-    """Return one text per refusal: instrument, policy, limit and reason."""
+    """Return one text per reason why cells could not be measured, with instrument, policy and limit."""
     return tuple(
         f"{line.instrument}, {line.policy}, {line.limit}: {reason}" for line in lines for reason in line.refused
     )
 
 
 def as_markdown(ablation: Ablation, lines: Sequence[Line]) -> str:
-    """Return all tables as Markdown, with the best score at every limit in bold, and the refusals."""
+    """Return all tables as Markdown with the best score at every limit in bold, and why cells were not measured."""
     parts = [f"# {ablation.title}\n"]
     for table in tables(ablation, lines):
         rule = ["---"] * table.texts + ["---:"] * (len(table.columns) - table.texts)

@@ -171,7 +171,7 @@ class Writer:
 
     @contextmanager
     def _memory(self, tokens: int) -> Iterator[CappedCache]:
-        """Open a new memory under the terms; full memory has slots for ``tokens`` and one more chunk."""
+        """Open a new memory with the settings ``terms``; full memory has slots for ``tokens`` and one more chunk."""
         terms, policy = self.terms, self.policy
         if terms is None:
             chunk = 256

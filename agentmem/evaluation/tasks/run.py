@@ -50,7 +50,7 @@ def check(name: str, arguments: dict[str, Any]) -> None:
 
 
 def _settings(name: str) -> type[BaseModel]:
-    """Make a pydantic model of a task's arguments from its signature."""
+    """Return a pydantic model of a task's arguments, made from the task's signature."""
     function = inspect.unwrap(TASKS[name])
     hints = get_type_hints(function)
     fields: dict[str, Any] = {
@@ -68,9 +68,10 @@ def attempts(
     seed: int,
     logs: Path,
 ) -> tuple[Attempt, ...]:
-    """Run every sample of a task under ``terms`` and return the scored answers.
+    """Run every sample of a task and return the scored answers.
 
-    Terms of ``None`` are full memory. Inspect's log is written into the folder ``logs``.
+    ``terms`` are the settings of the memory; ``None`` runs the task with full memory. Inspect's log is written into the
+    folder ``logs``.
 
     Raises:
         AgentmemError: the task cannot be made, or a sample failed; the message is that of the first error.

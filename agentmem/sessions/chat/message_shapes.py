@@ -20,9 +20,11 @@ _DROPPED = ("annotations",)
 
 
 def plain(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a message with text as content and calls whose arguments are dicts, without null fields.
+    """Return the fields of a message in the shape that chat templates read.
 
-    The role developer becomes system. If the message has no content, the text of its refusal becomes the content.
+    A content that is a list of text parts becomes one text. The arguments of each call become a dict. The role
+    ``developer`` becomes ``system``. If the message has no content, the text of its field ``refusal`` becomes the
+    content. Fields that are null are left out.
 
     Raises:
         SettingsRefused: a part of the content is not text, the message has the old field ``function_call`` or an

@@ -155,10 +155,11 @@ class ChatTemplate:
         return dialogue.model_copy(update=update)
 
     def instruction(self, dialogue: Dialogue, text: str) -> tuple[int, ...]:
-        """Return the ids that would continue the dialogue with a user's message and the generation prompt.
+        """Return the ids that continue the dialogue with a user's message ``text`` and the generation prompt.
 
-        The content of the message is ``text``. The message is not recorded. An open reply is treated as cut at this
-        point. If the template refuses two user messages in a row, an empty reply is put between them.
+        The dialogue itself is not changed. If a reply is open, the ids treat it as cut off where it stands. If the
+        template refuses the message (most refuse two user messages in a row), an empty reply of the assistant is put
+        before it.
 
         Raises:
             SettingsRefused: the template refuses a user's message at this point.

@@ -1,4 +1,6 @@
-"""Accounting of one cap for many sessions: it counts charged bytes and chooses the idle memories to preempt.
+"""Accounting of one cap for many sessions: count the bytes charged to each session and choose idle memories to preempt.
+
+The bytes charged to a session are those that the runtime reserves for its memory under the cap.
 
 This module works with integers only, not with tensors.
 
@@ -33,7 +35,10 @@ class Leases:
 
     @property
     def charged(self) -> int:
-        """Number of bytes that are charged now."""
+        """Bytes of the cap that are reserved now, summed over all holdings.
+
+        A holding is the memory of one session; :attr:`Holding.charged` says how many bytes are charged for it.
+        """
         return sum(holding.charged for holding in list(self.holdings))
 
     @property

@@ -141,7 +141,10 @@ class StoreFolder(Folder):
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Make the folder if the store has folders."""
+        """Create the folder when a save begins; saves by other processes are not kept out.
+
+        In stores without real folders, such as most object stores, creating the folder does nothing.
+        """
         with _store_faults():
             self.store.makedirs(self.root, exist_ok=True)
         yield

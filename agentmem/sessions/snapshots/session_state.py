@@ -99,7 +99,7 @@ class Saved(BaseModel):
 
 
 def saved(session: Conversation) -> Saved:
-    """Return the state of a session outside its memory."""
+    """Return the part of a session's state that its memory does not hold, such as the dialogue and the open reply."""
     drawn, reply = session.generator, session.reply
     return Saved(
         pending=tuple(session.pending),
@@ -111,7 +111,7 @@ def saved(session: Conversation) -> Saved:
 
 
 def restore(session: Conversation, state: Saved, consumed: Sequence[int]) -> None:
-    """Put a state into an empty session; ``consumed`` are the ids that the session's memory has consumed."""
+    """Set an empty session to a saved state; ``consumed`` are the ids that the session's memory has consumed."""
     session.ids = array("q", (*consumed, *state.pending))
     session.dialogue, session.entries = state.dialogue, list(state.entries)
     if state.open_reply is not None:

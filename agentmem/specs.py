@@ -161,8 +161,11 @@ def _parameters(factory: Callable[..., object]) -> Mapping[str, inspect.Paramete
 
 
 def _value(text: str) -> object:
-    if text in ("true", "false"):
-        return text == "true"
+    return text == "true" if text in ("true", "false") else number(text)
+
+
+def number(text: str) -> int | float | str:
+    """Return the text as an integer or, failing that, as a float; return it unchanged if it is no number."""
     for kind in (int, float):
         try:
             return kind(text)

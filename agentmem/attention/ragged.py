@@ -80,7 +80,9 @@ def _block_bytes(layer: LayerShape, heads: int, tokens: int, keys: int, itemsize
 def _cast_bytes(layer: LayerShape, heads: int, keys: int, itemsize: int) -> int:
     """Return the bytes of float32 copies of keys and values, 0 if they are stored as float32 or wider."""
     if layer.quantised:
-        return sum(quantised.decode_bytes(heads * keys, dim) for dim in (layer.key_dim, layer.value_dim))
+        return sum(
+            quantised.decode_bytes(heads * keys, dim, max(FLOAT, itemsize)) for dim in (layer.key_dim, layer.value_dim)
+        )
     return heads * keys * (layer.key_dim + layer.value_dim) * FLOAT if itemsize < FLOAT else 0
 
 
@@ -348,7 +350,7 @@ def _merge(output: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse
 def _flash_rows(grouped: torch.Tensor, run: Run, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend with ``grouped [h, group, b, d]`` over a run's slots; a group's queries are rows of one kernel head."""
     heads, group, tokens, _ = grouped.shape
-    run = run.wide()
+    run = run.wide(grouped.dtype)
     output, lse = _flash(
         grouped.reshape(1, heads, group * tokens, -1),
         run.keys[None],

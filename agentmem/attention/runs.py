@@ -44,11 +44,14 @@ class Run:
         bias = None if self.bias is None else self.bias[:, span]
         return Run(self.first, self.keys[:, span], self.values[:, span], bias, None, self.quantised)
 
-    def wide(self) -> Run:
+    def wide(self, dtype: torch.dtype = torch.float32) -> Run:
         """Return the run without scores, its keys and values decoded or converted to at least float32."""
         if self.quantised is None:
             return Run(self.first, wide(self.keys), wide(self.values), self.bias)
-        keys, values = (quantised.decode(*each) for each in zip((self.keys, self.values), self.quantised, strict=True))
+        keys, values = (
+            quantised.decode(rows, dim, dtype)
+            for rows, dim in zip((self.keys, self.values), self.quantised, strict=True)
+        )
         return Run(self.first, keys, values, self.bias)
 
     @property

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from agentmem import specs
 from agentmem.settings import SlotDtype
 
 LEAST_TEMPERATURE = 1e-30
@@ -59,12 +60,7 @@ def parse_target(text: str) -> int | float | str:
     ``"256"`` becomes an int (slots) and ``"0.5"`` a float (a fraction); any other text, such as ``"12MiB"``, stays a
     text of bytes.
     """
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+    return specs.number(text)
 
 
 def policy_options(probe: str | None, probe_tokens: int | None) -> dict[str, object]:

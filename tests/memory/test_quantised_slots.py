@@ -15,6 +15,10 @@ from agentmem.attention import quantised
 from agentmem.hf import CappedCache
 from agentmem.memory import state
 from agentmem.memory.pinning import settle
+from agentmem.memory.rotation import Rotation, shift_keys
+from agentmem.memory.store import SlotSpec
+from agentmem.planning.model_shape import LayerShape
+from agentmem.planning.rebasing import layer_scratch
 from agentmem.testing import peak_allocated, tiny_model
 from support import tiny, tiny_chat
 
@@ -130,8 +134,8 @@ def test_a_batch_with_pads_is_each_row_alone() -> None:
         assert both[row, 150:].tolist() == alone[0, length:].tolist()
 
 
-def test_keys_that_are_re_based_are_turned() -> None:
-    """Each moved key is the turned one to 8 bits, and each that stays keeps its bits."""
+def test_a_memory_is_re_based() -> None:
+    """Through several re-basings under the smallest cap, no slot lies beyond the model's positions."""
     made = model(max_position_embeddings=160)
     with capped(made, "window", rebase=True) as memory:
         made.generate(ids(300), past_key_values=memory, max_new_tokens=30, do_sample=False)
@@ -141,6 +145,33 @@ def test_keys_that_are_re_based_are_turned() -> None:
         assert store is not None
         settle(sequence, store)
         assert int(store.part(0, 0, 0).positions.max()) < 160
+
+
+def test_moved_keys_are_turned_and_others_keep_their_bits() -> None:
+    """Each moved key is the turned one, to 8 bits; what is allocated is what is priced."""
+    layer = LayerShape(1, 2, 64, 64, slot_dtype="int8")
+    spec = SlotSpec(layer, torch.float32, torch.device("cpu"), scores=False)
+    rotation = Rotation(10000.0 ** -torch.arange(0, 1, 1 / 32, dtype=torch.float64))
+    keys = quantised.encode(torch.randn(150, 64, generator=torch.Generator().manual_seed(0)))
+    positions = torch.arange(200, 350, dtype=torch.int32)
+    deltas = torch.where(positions % 3 == 0, 0, -100).to(torch.int32)
+    before, wanted = keys.clone(), quantised.decode(keys, 64)
+    shift_keys(wanted, positions, deltas, rotation)
+
+    peak = peak_allocated(lambda: spec.shift(keys, positions, deltas, rotation))
+
+    assert torch.equal(keys[deltas == 0], before[deltas == 0])
+    off = (quantised.decode(keys, 64) - wanted).abs()[deltas != 0]
+    assert 0 < float(off.max()) <= float(wanted.abs().max()) / 127 * 1.008 / 2
+    assert peak <= layer_scratch(layer, 150, 4)
+
+
+def test_a_float64_model_computes_in_its_own_dtype() -> None:
+    """Chunks and decode steps, which no compiled code serves."""
+    made = model(dtype=torch.float64)
+    with capped(made, "window") as memory:
+        made.generate(ids(120), past_key_values=memory, max_new_tokens=8, do_sample=False)
+        assert memory.report().compactions
 
 
 def test_a_copy_and_its_original_go_on_alike() -> None:

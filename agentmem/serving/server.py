@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -122,8 +123,10 @@ class Server:
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
-            await asyncio.wait([future])
-            future.exception()
+            while not future.done():  # a second cancellation must not leave the call at work on a session that goes
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait([future])
+            future.exception()  # asyncio warns of an exception that nobody retrieves
             raise
 
     async def forget(self, conversation: Conversation) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -93,4 +94,27 @@ async def test_a_connection_that_sends_no_request_is_closed(monkeypatch: pytest.
         writer.close()
         server.should_exit = True
         await running
+    of.runtime.close()
+
+
+async def test_a_call_is_waited_for_however_often_its_task_is_cancelled() -> None:
+    """A turn that is cancelled twice, by its client and by a server that ends, still leaves no call at work behind it."""
+    of, begun, go_on, ended = serving.server(), threading.Event(), threading.Event(), threading.Event()
+
+    def call() -> None:
+        begun.set()
+        go_on.wait(LIMIT)
+        ended.set()
+
+    task = asyncio.create_task(of.blocking(call))
+    await until(begun.is_set)
+    for _ in range(3):
+        task.cancel()
+        await asyncio.wait([task], timeout=0.01)
+    assert not task.done()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ended.is_set()
+    await of.close()
     of.runtime.close()

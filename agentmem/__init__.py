@@ -1,7 +1,8 @@
-"""A hard cap in bytes on the KV memory of a Hugging Face model, compacted in mid-thought.
+"""Cap the KV-cache memory of a Hugging Face model at a number of bytes, and compact it during generation.
 
-:func:`capped`, a context manager, runs unmodified code under a cap; :func:`wrap` makes a model whose ``generate`` does.
-:func:`plan` says beforehand what a cap comes to. :class:`Runtime` keeps whole conversations.
+:func:`capped` is a context manager: inside its block, ``model.generate`` runs under the cap. :func:`wrap` returns a
+model whose ``generate`` always runs under the cap. :func:`plan` returns, without running the model, how many slots fit
+under a cap and how many bytes each use takes. :class:`Runtime` serves many conversations under one cap.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Offer the entry points around ``generate``: :func:`capped`, a context manager, and :func:`wrap`, a capped model."""
+"""Cap a model's ``generate``: :func:`capped` for a ``with`` block, :func:`wrap` for a model, :func:`plan` to plan."""
 
 from __future__ import annotations
 
@@ -35,9 +35,11 @@ def plan(
     policy_options: Mapping[str, Any] | None = None,
     **settings: Unpack[SettingsOptions],
 ) -> Plan:
-    """Return the plan for a cap on a model: its slots, workspace and compactions. A config without weights is enough.
+    """Return the plan for a cap on a model: how many slots fit, and how many bytes each use takes.
 
-    ``itemsize`` is the number of bytes of one element of K and V; by default it is that of the model's own dtype.
+    ``model`` is a model or only its config; no weights are needed. ``rows`` is the number of sequences in a batch.
+    ``itemsize`` is the number of bytes of one element of K and V; by default it is that of the model's own dtype. All
+    other arguments are those of :func:`capped`.
 
     Raises:
         SettingsRefused: a setting cannot work; this includes the subclasses that :func:`capped` lists.
@@ -65,16 +67,17 @@ def capped(
 ) -> Iterator[hf.CappedCache]:
     """Cap the KV memory of a model while the block runs: ``model.generate`` in the block runs under the cap.
 
-    ``generate`` uses this block's memory if it is called without ``past_key_values``. Pass the memory explicitly, as
-    ``past_key_values=memory``, to every direct forward of the model, and to ``generate`` if several blocks cap the same
-    model at once. All calls that use one memory continue one conversation.
+    Use it as ``with capped(model, cap="24MiB") as memory:``. ``generate`` uses this memory if it is called without
+    ``past_key_values``. Pass ``past_key_values=memory`` to every direct forward of the model, and also to ``generate``
+    if several blocks cap the same model at once. All calls that use one memory continue one conversation.
 
     Args:
         model: a transformers causal language model in eval mode.
-        tokenizer: needed by the probes ``repeat``, ``focus`` and ``self-study`` and by a ``pattern`` (``am-recall``).
+        tokenizer: needed by policies with a probe of text (``repeat``, ``focus``, ``self-study``), with a ``pattern``
+            (such as ``am-recall``) or with a summary.
         cap: the cap in bytes, as an integer or a text such as ``"24MiB"``.
         policy: the name of an installed policy, or a :class:`agentmem.contracts.Policy`.
-        policy_options: options of the named policy.
+        policy_options: options for the policy that is named by ``policy``.
         extra_policies: further policies that ``memory.compact(policy=...)`` may name; the plan reserves workspace for
             them.
         settings: see :class:`agentmem.settings.Settings`.
@@ -104,8 +107,9 @@ def capped(
 class CappedModel:
     """A model whose ``generate`` runs under a cap. The memory stays until :meth:`reset` or :meth:`close`.
 
-    A ``CappedModel`` can be used in place of the model: every other attribute, the class included, is the model's.
-    ``transformers.pipeline`` accepts it for one conversation; call :meth:`reset` before a prompt that starts another.
+    A ``CappedModel`` can be used in place of the model: attributes that it does not define itself are the model's, and
+    ``isinstance`` sees the model's class. ``transformers.pipeline`` accepts a ``CappedModel``. All calls continue one
+    conversation; call :meth:`reset` before a prompt that starts another conversation.
     """
 
     def __init__(self, model: Any, memory: Memory) -> None:
@@ -129,7 +133,8 @@ class CappedModel:
         Raises:
             UnsupportedGeneration: an argument asks for something that a capped memory cannot do.
             MemoryCapExceeded: the policy never compacts and the cap is reached.
-            CompactionFailed: a compaction failed and the setting is ``on_failure="raise"``.
+            CompactionFailed: a compaction failed and the setting is ``on_failure="raise"``. With ``"stop"``, the ids
+                up to the failure are returned instead.
 
         """
         if kwargs.get("past_key_values") is not None:
@@ -208,7 +213,7 @@ def wrap(
     extra_policies: Sequence[str | Policy] = (),
     **settings: Unpack[SettingsOptions],
 ) -> CappedModel:
-    """Return a model whose ``generate`` is capped. Arguments and errors are those of :func:`capped`."""
+    """Return a model whose ``generate`` runs under a cap. The arguments and errors are those of :func:`capped`."""
     inner = hf.text_model(model)
     chosen = plugins.policy(policy, **(policy_options or {}))
     return CappedModel(inner, open_memory(inner, cap, chosen, tokenizer, settings, extra_policies))
@@ -222,7 +227,7 @@ def open_memory(
     settings: Mapping[str, Any],
     extra_policies: Sequence[str | Policy] = (),
 ) -> Memory:
-    """Open a memory for a model without attaching it. Arguments and errors are those of :func:`capped`."""
+    """Make a memory for a model, which the model does not use yet; arguments and errors are as in :func:`capped`."""
     chosen = plugins.policy(policy)
     beside = plugins.beside(extra_policies)
     wished = Settings.of(cap=cap, **settings)
@@ -244,7 +249,12 @@ def open_memory(
 
 
 def _shape(model: Any, policy: Policy, itemsize: int) -> ModelShape:
-    """Return the shape of a model or of a bare config; raise UnsupportedModel if the policy cannot serve it."""
+    """Return the sizes of a model, or of a config alone.
+
+    Raises:
+        UnsupportedModel: agentmem or the policy cannot serve this model.
+
+    """
     config = getattr(model, "config", model)
     device = hf.input_device(model).type if hasattr(model, "get_input_embeddings") else "cpu"
     shape = hf.describe(config, itemsize=itemsize, fused=device in ("cpu", "meta"))
@@ -260,7 +270,7 @@ def _shape(model: Any, policy: Policy, itemsize: int) -> ModelShape:
 
 
 def _words(policy: Policy, tokenizer: Any) -> Words:
-    """Tokenize the texts that the policy's probes use, once, and return their ids by source."""
+    """Return the token ids of the texts that the policy's probe uses, by the name of the source."""
     worded = [part for part in policy.queries.probing if part.texts]
     needs: str | None = worded[0].source if worded else "pattern" if policy.queries.pattern else None
     needs = "a summary" if policy.rewrite is not None else needs
@@ -289,7 +299,7 @@ def _language(tokenizer: Any, ends: tuple[int, ...]) -> Language:
 
 
 def _reader(tokenizer: Any) -> Callable[[Sequence[int]], list[str]]:
-    """Return a function that gives the text of each id, with its leading space.
+    """Return a function that converts ids to a list with the text of each id, leading spaces included.
 
     Each id is decoded behind an anchor token, because some decoders drop the space before the first id of a text.
     """

@@ -1,10 +1,12 @@
-"""Define the classes and interfaces that the author of a policy needs. Imports only torch and agentmem.queries.
+"""Define the classes and interfaces that the author of a policy needs.
+
+This module imports only torch and :mod:`agentmem.queries`.
 
 A policy is a composition, so that an ablation can change one part at a time:
 
     Policy = queries × budgets × compactor (× rewrite)
 
-- ``Queries`` names the sources of the reference queries, a mixture of parts; the runtime obtains the queries.
+- ``Queries`` names the sources of the reference queries, which the runtime obtains and passes to the compactor.
 - ``Budgets`` allocates an integer number of slots to every (layer, KV head).
 - ``Rewrite`` is optional: the model summarises the segment before it is compacted.
 - ``Compactor`` replaces the segment of one layer by the allocated number of slots. It only returns values; the memory
@@ -51,11 +53,11 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class SegmentShape:
-    """The largest sizes that one call of :meth:`Compactor.compact` may get, for planning its workspace.
+    """The largest sizes of one layer's segment, from which :meth:`Compactor.workspace` computes temporary bytes.
 
-    ``slots`` is the most slots that one KV head's segment holds before the call, ``budget`` the most after it.
-    ``queries`` is the number of reference tokens; each gives ``group`` query vectors per KV head. ``itemsize`` is the
-    number of bytes of one element of the keys and values.
+    ``heads`` is the number of KV heads. ``slots`` is the most slots of one head's segment before a compaction, and
+    ``budget`` the most after the compaction. ``queries`` is the number of reference tokens; each token gives ``group``
+    query vectors per KV head. ``itemsize`` is the number of bytes of one element of the keys and values.
     """
 
     heads: int
@@ -70,11 +72,11 @@ class SegmentShape:
 
 @dataclass(frozen=True, slots=True)
 class HeadSegment:
-    """The compactable slots of one KV head, as views into the memory that must not be written.
+    """The segment's slots of one KV head. The tensors may be views into the memory and must not be written.
 
-    ``keys [T, d]`` and ``values [T, dv]`` have the model's dtype; keys are post-RoPE. ``bias [T]`` float32 is β,
-    which is added to the attention logits. ``positions [T]`` int32 ascend. ``scores [T]`` float32 is ``None`` if the
-    policy keeps no score column (see :attr:`Compactor.scores`).
+    ``keys [T, d]`` and ``values [T, dv]`` have the model's dtype; keys are post-RoPE. ``bias [T]`` (float32) is β,
+    which is added to the attention logits. ``positions [T]`` (int32) are the slots' positions in ascending order.
+    ``scores [T]`` (float32) has the score of each slot; it is ``None`` if :attr:`Compactor.scores` is ``"none"``.
     """
 
     keys: torch.Tensor
@@ -93,8 +95,9 @@ class HeadSegment:
 class Segment:
     """The segment of one layer, the slots between prefix and recent window: one :class:`HeadSegment` per KV head.
 
-    ``references`` holds the reference queries, one entry per part, and is empty if the policy asks for none. ``scale``
-    multiplies the attention logits. ``generator`` is the only source of randomness that a compactor may use.
+    ``references`` holds the reference queries; one part of the policy's :class:`Queries` may give several entries. It
+    is empty if the policy uses no queries. A logit is ``scale`` times the product of query and key, plus β.
+    ``generator`` is the only source of randomness that a compactor may use.
     """
 
     layer: int
@@ -103,7 +106,7 @@ class Segment:
     scale: float
     generator: torch.Generator
     workspace_bytes: int
-    """The bytes that :meth:`Compactor.workspace` returned; a compactor may choose its block sizes by them."""
+    """The temporary bytes planned for the compactor, by which it may choose the sizes of its blocks."""
 
     @property
     def group(self) -> int:
@@ -111,7 +114,7 @@ class Segment:
         return 1 if not self.references else int(self.references[0].queries.shape[0]) // len(self.heads)
 
     def queries(self, head: int) -> tuple[torch.Tensor, ...]:
-        """Return the reference queries of one KV head: a view ``[group, n, d]`` per part, in the model's dtype."""
+        """Return the reference queries of one KV head: one view ``[group, n, d]`` for each entry of ``references``."""
         if not self.references:
             raise ValueError("this segment has no reference queries: the policy's Queries has no parts")
         rows = slice(head * self.group, (head + 1) * self.group)
@@ -119,15 +122,16 @@ class Segment:
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Return one weight for each part of the reference queries; it applies to every query of the part."""
+        """Return one weight for each entry of ``references``; the weight applies to every query of the entry."""
         return tuple(part.weight for part in self.references)
 
 
 @dataclass(frozen=True, slots=True)
 class Numerics:
-    """Numerical properties of the fits of one layer, which the report of a compaction includes.
+    """Numerical properties of a compactor's fits in one layer, which the report of a compaction includes.
 
-    ``condition`` is the largest estimated condition number; ``fallbacks`` names the fallbacks that were taken.
+    ``condition`` is the largest estimated condition number of the solved equations. ``fallbacks`` names the simpler
+    methods that the compactor used where its usual method failed.
     """
 
     condition: float = 1.0
@@ -138,9 +142,9 @@ class Numerics:
 class HeadCompaction:
     """The replacement slots of one KV head.
 
-    ``kept [t]`` int64, strictly ascending: indices of the segment's slots that stay. They keep their positions, and
-    every other column that is ``None`` here stays as it was in the kept slots.
-    ``bias [t]`` float32: the total new β, which includes the old one.
+    ``kept [t]`` int64, strictly ascending: indices of the segment's slots that stay at their positions. If one of the
+    other fields is ``None``, the kept slots keep their own β, values, keys or scores.
+    ``bias [t]`` float32: the new β. It replaces the old β and is not added to the old β.
     ``values [t, dv]``: new values, in the segment's dtype or float32.
     ``keys [t, d]``: new keys, in the segment's dtype or float32.
     ``scores [t]`` float32: new scores, only if the policy keeps a score column.
@@ -163,10 +167,11 @@ class Compaction:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """The error curve of one head: errors on held-out queries for several numbers of kept slots.
+    """The error curve of one head: errors for several numbers of kept slots.
 
-    ``slots`` ascend. If ``slots[i]`` slots are kept, ``output[i]`` is the relative L2 error of the attention output
-    over the segment alone, and ``log_mass[i]`` the mean absolute error of the log of the segment's mass.
+    The errors are measured on held-out queries, which the compactor has not seen. ``slots`` ascend. If ``slots[i]``
+    slots are kept, ``output[i]`` is the relative L2 error of the attention output over the segment alone.
+    ``log_mass[i]`` is the mean absolute error of the log-mass: the log of the sum of ``exp(logit)`` over the segment.
     """
 
     slots: tuple[int, ...]
@@ -176,10 +181,11 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """The result of surveying one layer before budgets are allocated.
+    """The figures of one layer that budgets compare with those of other layers before they allocate slots.
 
-    ``scores`` holds one ``[T]`` float32 tensor per KV head, and is empty unless the budgets need a survey. ``curves``
-    holds one :class:`Curve` per KV head, and is empty unless the budgets need curves.
+    ``scores`` holds one tensor ``[T]`` float32 per KV head, with a score of each slot. It is empty unless
+    :attr:`Budgets.needs_survey` is true. ``curves`` holds one :class:`Curve` per KV head. It is empty unless
+    :attr:`Budgets.needs_curves` is true.
     """
 
     layer: int
@@ -189,7 +195,7 @@ class Survey:
 
 @dataclass(frozen=True, slots=True)
 class ModelIdentity:
-    """Identify the model that budgets are allocated for.
+    """The identity of the model that budgets are allocated for.
 
     ``kv_heads`` holds the number of KV heads of each layer that is compacted. ``fingerprint`` distinguishes models of
     one architecture by their weights; it is ``None`` if no weights are available.
@@ -202,14 +208,15 @@ class ModelIdentity:
 
 @dataclass(frozen=True, slots=True)
 class BudgetRequest:
-    """A request to a :class:`Budgets`, in slots of the segment (prefix and recent window do not count).
+    """The argument of :meth:`Budgets.allocate`. All numbers of slots are without prefix and recent window.
 
-    - ``held[layer][head]``: the slots that the segment holds now.
+    - ``held[layer][head]``: the slots that the head's segment holds now.
     - ``total``: the sum of slots to allocate.
-    - ``floor``: the fewest slots of a head, or all of its slots if it holds fewer.
-    - ``ceiling``, ``layer_ceiling``: the most slots of one head, and of the heads of one layer together. The plan has
-      reserved workspace for no more.
-    - ``limit``: the largest sum with which the memory can still go on. Adaptive budgets may exceed ``total`` up to it.
+    - ``floor``: the fewest slots that a head should get; a head that holds fewer should keep all of its slots.
+    - ``surveys``: one :class:`Survey` per layer; empty if the budgets need neither scores nor curves.
+    - ``ceiling``: the most slots that one head may get. ``layer_ceiling``: the most slots that the heads of one layer
+      may get together. The plan has reserved temporary bytes for no more.
+    - ``limit``: the largest sum that adaptive budgets may allocate, so that slots stay free for new tokens.
     """
 
     held: tuple[tuple[int, ...], ...]
@@ -228,19 +235,20 @@ class Budgets(ABC):
 
     - The result has the shape of ``request.held``.
     - No head gets more slots than it holds or than ``ceiling``; no layer gets more than ``layer_ceiling``.
-    - The sum is ``total``, or the most that held slots and ceilings allow if that is less. Adaptive budgets may return
-      any sum up to ``limit``.
+    - The sum is ``total``; if the held slots and the ceilings do not allow so much, the sum is the most that they
+      allow. The sum of adaptive budgets may be any number up to ``limit`` that the held slots and the ceilings allow.
     - Equal requests give equal results.
     """
 
     needs_survey: bool = False
-    """Whether allocation needs scores of all layers, which take a pass of the probe before the fitting pass."""
+    """True if :meth:`allocate` needs scores of all slots. They take one more forward of the probe, before the fits."""
     needs_curves: bool = False
-    """Whether allocation needs an error curve of every head; the runtime fits every layer several times for them."""
+    """True if :meth:`allocate` needs a :class:`Curve` of every head. To measure curves, every layer is fitted several
+    times."""
     adaptive: bool = False
-    """Whether the sum of the allocated slots follows an error target instead of ``total``."""
+    """True if the sum of the allocated slots depends on an error target and may differ from ``total``."""
     head_ceiling: float = 1.0
-    """The most slots of one head, as a multiple of an equal share; the plan reserves workspace for that many."""
+    """The most slots of one head, as a multiple of an equal share; the plan reserves temporary bytes accordingly."""
     layer_ceiling: float = 1.0
     """The most slots of the heads of one layer together, as a multiple of a layer's equal share."""
 
@@ -249,7 +257,7 @@ class Budgets(ABC):
 
     @abstractmethod
     def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
-        """Return the segment's slots for each layer and KV head (prefix and recent window do not count)."""
+        """Return how many segment slots each KV head may keep, as ``[layer][head]``."""
 
 
 ScoreColumn = Literal["none", "received", "carried"]
@@ -266,20 +274,20 @@ class Compactor(ABC):
 
     scores: ScoreColumn = "none"
     """The kind of score that the memory keeps for each slot, in 4 bytes. ``received``: the attention that the slot has
-    received so far, which the runtime sums over queries. ``carried``: the score that the last compaction returned for
-    the slot, 0 for newer slots. ``none``: no scores are kept."""
+    received so far, summed over queries. ``carried``: the score that the last compaction returned for the slot; 0 for
+    newer slots. ``none``: no scores are kept."""
     needs_queries: bool = False
-    """Whether :meth:`compact` needs reference queries."""
+    """True if :meth:`compact` needs reference queries."""
     fits: bool = True
-    """Whether :meth:`compact` fits anything to the reference queries. If so, the runtime withholds some of the queries
-    from the compactor and measures errors on them."""
+    """True if :meth:`compact` fits its result to the reference queries. The runtime then withholds some of the queries
+    from the compactor and measures errors on the withheld queries."""
 
     @abstractmethod
     def workspace(self, shape: SegmentShape) -> int:
-        """Return the most bytes that one :meth:`compact` or :meth:`survey` allocates, its result included."""
+        """Return the most bytes that one call of :meth:`compact` or :meth:`survey` allocates, the result included."""
 
     def survey(self, segment: Segment) -> Survey:
-        """Score the slots of the segment for the budgets; called only if ``budgets.needs_survey``."""
+        """Return a score of every slot for the budgets; called only if :attr:`Budgets.needs_survey` is true."""
         raise ValueError(f"layer {segment.layer}: {type(self).__name__} offers no survey, so budgets cannot use scores")
 
     @abstractmethod
@@ -335,11 +343,11 @@ class Policy:
 
 @dataclass(frozen=True)
 class Rewrite:
-    """Replace the segment by a summary that the model writes before a compaction.
+    """The optional part of a policy with which the model replaces the segment by a summary before it is compacted.
 
     ``instruction`` is the text that asks the model for the summary. ``lead`` is the text that stands before the summary
-    in the memory. ``tokens`` is the most tokens of the summary; ``None`` lets the plan choose. ``keep`` is the fraction
-    of the summary's slots that the compactor then keeps; 1 keeps them all.
+    in the memory. ``tokens`` is the most tokens of the summary; ``None`` lets the plan choose. The compactor then keeps
+    the fraction ``keep`` of the summary's slots; 1 keeps all of them.
     """
 
     instruction: str = (
@@ -364,7 +372,7 @@ MIN_SUMMARY = 8
 """The fewest tokens of a summary that may replace a segment."""
 
 PolicyFactory = Callable[..., Policy]
-"""A function named by an entry point of the group ``agentmem.policies``: keyword options in, a Policy out."""
+"""A function that makes a Policy from keyword options; entry points of the group ``agentmem.policies`` name it."""
 
 
 def blocks(length: int, size: int) -> Iterator[slice]:
@@ -378,7 +386,7 @@ _FILES: ContextVar[bool] = ContextVar("files", default=True)
 
 @contextmanager
 def without_files() -> Iterator[None]:
-    """Forbid policy factories to open files in the block: the policy's options come from an untrusted snapshot."""
+    """Forbid policy factories to open files inside this ``with`` block, because the options are not trusted."""
     token = _FILES.set(False)
     try:
         yield
@@ -387,10 +395,10 @@ def without_files() -> Iterator[None]:
 
 
 def check_file(path: object) -> None:
-    """Raise if a policy option names a file to open inside a block of :func:`without_files`.
+    """Check that a policy factory may open the file at ``path``; call this before opening a file that an option names.
 
     Raises:
-        ValueError: the option comes from a snapshot.
+        ValueError: the call is inside a block of :func:`without_files`.
 
     """
     if not _FILES.get():

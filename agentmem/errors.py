@@ -2,7 +2,7 @@
 
 AgentmemError
 ├── SettingsRefused (ValueError)        a setting cannot work; nothing was done
-│   ├── CapTooSmall                     the cap cannot hold prefix + recent + minimum budget + workspace
+│   ├── CapTooSmall                     the cap cannot hold prefix, recent window, minimum budget, temporary bytes
 │   ├── UnknownPolicy                   no such policy; the message suggests similar names
 │   └── UnsupportedModel                the model's attention, cache or wrapping is not handled
 ├── UnsupportedGeneration (ValueError)  a generation mode or argument that the memory cannot serve
@@ -12,9 +12,9 @@ AgentmemError
 ├── PolicyContractBroken                a policy returned something that its contract forbids
 ├── MemoryUnused                        a capped block ended and no forward ever used the memory
 ├── CapBypassed                         a forward inside a capped block would have used a cache outside the cap
-├── MemoryClosed                        the memory was used after its block ended
+├── MemoryClosed                        a memory, session or runtime was used after it was closed
 ├── ModelUnavailable                    a model could not be fetched, verified or read
-├── SnapshotRefused (ValueError)        a saved session is damaged, unsafe or another model's; nothing was loaded
+├── SnapshotRefused (ValueError)        a saved session is damaged, unsafe or of another model; nothing was loaded
 ├── RequestRefused                      a request that the server cannot serve; the error has the HTTP status
 ├── RuntimeBusy                         the runtime has no room for another session now; nothing was changed
 ├── CopyRefused (TypeError)             a memory, session or runtime cannot be copied or pickled
@@ -30,7 +30,7 @@ class AgentmemError(Exception):
     """Base class of every error that agentmem raises on purpose. The length of its message is bounded."""
 
     def __init__(self, message: str = "") -> None:
-        """Store the message; cut the middle out of one that is too long."""
+        """Store the message; if it is too long, cut out its middle."""
         super().__init__(bounded(message))
 
 
@@ -39,7 +39,7 @@ class SettingsRefused(AgentmemError, ValueError):
 
 
 class CapTooSmall(SettingsRefused):
-    """The cap cannot hold the prefix, the recent window, the minimum budget and the workspace."""
+    """The cap is too small for the prefix, the recent window, the minimum budget and the temporary bytes."""
 
 
 class UnknownPolicy(SettingsRefused):
@@ -79,7 +79,7 @@ class CapBypassed(AgentmemError):
 
 
 class MemoryClosed(AgentmemError):
-    """The memory was used after its capped block ended."""
+    """A memory, session or runtime was used after it was closed or its capped block had ended."""
 
 
 class ModelUnavailable(AgentmemError):
@@ -87,7 +87,7 @@ class ModelUnavailable(AgentmemError):
 
 
 class SnapshotRefused(AgentmemError, ValueError):
-    """A saved session is damaged, hostile or of another model; nothing of it was used."""
+    """A saved session is damaged, unsafe or of another model; nothing was loaded from it."""
 
 
 class RequestRefused(AgentmemError):
@@ -102,13 +102,13 @@ class RequestRefused(AgentmemError):
         param: str | None = None,
         retry_after: int | None = None,
     ) -> None:
-        """Store the HTTP ``status``, OpenAI's ``code`` and ``param``, and ``retry_after`` in seconds."""
+        """Store the HTTP answer's ``status``, OpenAI's ``code`` and ``param``, and ``retry_after`` in seconds."""
         super().__init__(message)
         self.status, self.code, self.param, self.retry_after = status, code, param, retry_after
 
 
 class RuntimeBusy(AgentmemError):
-    """The runtime's cap is leased out and no idle memory can be preempted in time; nothing was changed."""
+    """The runtime's cap is leased to other sessions, which did not free enough bytes in time; nothing was changed."""
 
 
 class CopyRefused(AgentmemError, TypeError):

@@ -32,7 +32,10 @@ _NONE: Mapping[str, str] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class CatalogueRow:
-    """A registered policy name. If the policy cannot be used, ``error`` is the reason, and the texts are empty."""
+    """The catalogue's entry for one registered policy name.
+
+    If the policy cannot be used, ``error`` is the reason, and ``summary`` and ``source`` are empty.
+    """
 
     name: str
     summary: str
@@ -42,7 +45,7 @@ class CatalogueRow:
 
 
 def policy(name_or_policy: str | Policy, **options: object) -> Policy:
-    """Make the policy of a name or spec with ``options``; return a :class:`Policy` unchanged.
+    """Return the policy that a name or spec stands for, made with ``options``; return a :class:`Policy` unchanged.
 
     A policy made from a spec with options has the whole spec as its name, so that reports show the options.
 
@@ -76,7 +79,7 @@ def policy(name_or_policy: str | Policy, **options: object) -> Policy:
 
 
 def beside(extra_policies: Sequence[str | Policy]) -> list[Policy]:
-    """Make the extra policies of a memory, which single compactions may use instead of its own policy.
+    """Make the extra policies of a memory, which single compactions may use instead of the memory's own policy.
 
     Raises:
         SettingsRefused: ``extra_policies`` is no list, or :func:`policy` refuses one of its entries.
@@ -164,7 +167,7 @@ def _only(name: str) -> EntryPoint:
 
 
 def _make(point: EntryPoint, given: Mapping[str, object] = _NONE, written: Mapping[str, str] = _NONE) -> Policy:
-    """Make the policy of an entry point from options as values (``given``) and as a spec's texts (``written``)."""
+    """Make the policy of an entry point; ``given`` has options as values, ``written`` has options as a spec's texts."""
     factory = _load(point)
     options = {**written, **given}
     try:

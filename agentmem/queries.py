@@ -16,15 +16,17 @@ Source = Literal["replay", "repeat", "spread", "transcript", "focus", "self-stud
 
 - ``replay``: the newest tokens of the transcript, run again at the following positions in a transient forward.
 - ``repeat``: the same tokens as ``replay``, run again after an instruction (``text``).
-- ``spread``: spans from all over the older transcript; every compaction takes other spans.
-- ``transcript``: the whole transcript. Its cost grows without bound and is not counted under the cap; reports label it.
+- ``spread``: spans from all over the older transcript; successive compactions take different spans.
+- ``transcript``: the whole transcript. Its bytes grow with the transcript and are not counted under the cap; reports
+  state this.
 - ``focus``: a text that the caller gives (``text``), which must stay recallable.
 - ``self-study``: a text that the model itself writes about its memory, in scratch slots that are kept free for it.
   Successive compactions ask in turn for questions and answers, facts, a summary and structured data, or always with
   ``text`` if it is given.
-- ``live``: the queries of the newest tokens, stored during the model's own forwards, bounded in bytes.
-- ``context``: a sample of the queries of all tokens so far, stored during the model's own forwards, bounded in bytes.
-- ``random``: random directions with the norms of live queries.
+- ``live``: the queries of the newest tokens, stored during the model's own forwards; their bytes are bounded.
+- ``context``: a sample of the queries of all tokens so far, stored during the model's own forwards; its bytes are
+  bounded.
+- ``random``: random directions, scaled to the norms of the newest tokens' queries.
 """
 PROBING = frozenset({"replay", "repeat", "spread", "transcript", "focus", "self-study"})
 """Sources that need a transient forward through the model."""
@@ -79,20 +81,22 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Queries:
-    """The sources of a policy's reference queries, a weighted mixture of parts; empty if it needs no queries."""
+    """The sources of a policy's reference queries: a weighted mixture of parts. No parts means no queries."""
 
     parts: tuple[Part, ...] = ()
     tokens: int | None = None
     """The number of reference tokens of all parts together; ``None`` lets the plan choose."""
     pattern: str = ""
-    """A regular expression that is searched for in the transcript, for example for numbers or identifiers. ``spread``
-    chooses spans with matches first, and queries of matching tokens weigh ``pattern_weight`` times as much. Needs a
-    tokenizer."""
+    """A regular expression whose matches in the transcript matter more, for example numbers or identifiers. ``spread``
+    chooses spans with matches first, and queries of matching tokens weigh ``pattern_weight`` times as much. A pattern
+    needs a tokenizer."""
     pattern_weight: float = 4.0
 
     @classmethod
     def of(cls, text: str, tokens: int | None = None, *, focus: str = "") -> Queries:
         """Parse a mixture: terms ``source[:share][*weight]`` joined by ``+``, such as ``"replay:3+spread:1*0.5"``.
+
+        ``tokens`` is the number of reference tokens; ``focus`` is the text of the source ``focus``.
 
         Raises:
             ValueError: the text cannot be parsed, a source is unknown, or a share or weight is not positive.
@@ -144,7 +148,11 @@ class Queries:
         return any(part.source == "transcript" for part in self.parts)
 
     def focused(self, share: float = 0.25) -> Queries:
-        """Return the mixture with a ``focus`` part added, which gets ``share`` of the tokens; callers give its text."""
+        """Return this mixture with a ``focus`` part that gets the fraction ``share`` of the reference tokens.
+
+        The text of the new part is a placeholder; each compaction brings the token ids of its own focus text. A mixture
+        that has a ``focus`` part already is returned unchanged.
+        """
         if any(part.source == "focus" for part in self.parts):
             return self
         rest = sum(part.share for part in self.parts)
@@ -158,10 +166,11 @@ class Queries:
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """The reference queries of ``n`` tokens, as attention gets them: ``queries [heads * group, n, d]``.
+    """The reference queries of ``n`` tokens in one layer: ``queries [heads * group, n, d]``.
 
-    The query heads are in the model's order. Queries are post-RoPE, in the model's dtype. ``span`` is the range
-    ``(start, stop)`` of the transcript's tokens that the queries belong to, ``None`` if they belong to none.
+    ``heads`` is the number of KV heads; the query heads are in the model's order. Queries are post-RoPE, in the model's
+    dtype. ``span`` is the range ``(start, stop)`` of the transcript's tokens that the queries belong to; it is ``None``
+    if the queries do not belong to such tokens.
     """
 
     queries: torch.Tensor

@@ -63,7 +63,7 @@ def _parse_cap(value: object) -> int:
 
 
 def check_part(value: int | float | str, field: str) -> None:  # noqa: PYI041  # the two mean different things here
-    """Check a setting that is a number or a text: a text must be a byte count.
+    """Check a setting that may be a number or a byte count written as a text; numbers are not checked here.
 
     Raises:
         SettingsRefused: the text is no byte count.
@@ -104,10 +104,11 @@ class SettingsOptions(TypedDict, total=False):
 
 
 class Settings(BaseModel):
-    """The settings of one memory. Build them with :meth:`of`, which raises errors of agentmem.
+    """The settings of one memory. Build them with :meth:`of`.
 
     Raises:
-        SettingsRefused: only from :meth:`of`; the message names the field, the value and the limit.
+        SettingsRefused: :meth:`of` got a wrong value; the message names the field, the value and the limit. The
+            constructor raises pydantic's ``ValidationError`` instead.
 
     """
 
@@ -116,9 +117,9 @@ class Settings(BaseModel):
     cap: Annotated[int, BeforeValidator(_parse_cap)]
     """Hard limit on all bytes of the memory and its compactions: resident bytes (R) plus temporary bytes (T)."""
     keep_first: int = Field(default=16, ge=0)
-    """Length of the prefix: so many first tokens of a row are never compacted."""
+    """Length of the prefix: the number of tokens at the beginning of a row that are never compacted."""
     keep_recent: int = Field(default=96, ge=0)
-    """Length of the recent window: so many last tokens of a row are never compacted."""
+    """Length of the recent window: the number of newest tokens of a row that a compaction leaves unchanged."""
     target: Target = 0.5
     """How much a compaction keeps: a fraction of the capacity (0 < f < 1), slots per head (int) or bytes ("12MiB")."""
     min_reclaim: int = Field(default=16, ge=1)
@@ -126,12 +127,12 @@ class Settings(BaseModel):
     mode: Mode = "auto"
     """When to compact: ``auto`` before the cap is exceeded, ``manual`` only on ``memory.compact()``, ``off`` never."""
     on_failure: OnFailure = "evict"
-    """If a compaction failed twice: ``evict`` slots down to the budgets, ``raise`` CompactionFailed, or ``stop``
-    generating."""
+    """The reaction to a compaction that failed twice: ``evict`` drops the oldest slots beyond the budgets, ``raise``
+    raises CompactionFailed, and ``stop`` ends the generation."""
     rebase: bool = False
-    """Whether to move slots to lower positions when the next token comes near the model's last position."""
+    """If true, slots are moved to lower positions when the next token comes near the model's last position."""
     chunk: int = Field(default=1024, ge=1)
-    """The most tokens of one forward: longer prompts are fed in pieces, and no probe is longer."""
+    """The most tokens of one forward. Longer prompts are fed in pieces; only a ``transcript`` probe may be longer."""
     max_slots: int | None = Field(default=None, ge=1)
     """The most slots per head, even if the cap has room for more; for comparisons at equal slots."""
     slot_dtype: SlotDtype = "auto"

@@ -6,8 +6,9 @@
 | ``one,two[option=value],three`` | :func:`entries` |
 | ``source:share*weight+source`` | :func:`mixture` |
 
-These texts may come from outside, so the number of their characters and parts is limited. A text that cannot be parsed
-raises a ValueError that quotes the text, names the fault and shows the right form.
+A text of the first form is called a *spec*. Texts may come from untrusted sources, so their characters and parts are
+limited in number. A text that cannot be parsed raises a ValueError that quotes the text, names the fault and shows the
+right form.
 """
 
 from __future__ import annotations
@@ -46,14 +47,14 @@ class Spec:
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One term of a mixture, with its share of the whole and the weight of each of its elements."""
+    """One term of a mixture: a name, its share relative to the other terms, and the weight of each of its elements."""
 
     name: str
     share: float = 1.0
     weight: float = 1.0
 
     def __str__(self) -> str:
-        """Write ``name``, ``name:share``, ``name*weight`` or ``name:share*weight``; a 1 is left out."""
+        """Write ``name``, ``name:share``, ``name*weight`` or ``name:share*weight``; a number that is 1 is omitted."""
         pairs = ((":", self.share), ("*", self.weight))
         return self.name + "".join(f"{sign}{Decimal(repr(number)):f}" for sign, number in pairs if number != 1)
 
@@ -125,8 +126,8 @@ def plain_name(text: str) -> str:
 
 
 def typed(options: Mapping[str, str], factory: Callable[..., object]) -> dict[str, object]:
-    """Convert the texts of a spec's options to values: an option whose default is a text stays a text (a pattern may
-    consist of digits), and any other becomes an integer, a float or a truth value if its text can be read as such.
+    """Convert the texts of a spec's options to integers, floats or truth values if possible; but an option whose
+    default is a text stays a text, because a pattern may consist of digits.
     """  # noqa: D205 - one sentence
     known = _parameters(factory)
     texts = {name for name, parameter in known.items() if isinstance(parameter.default, str)}
@@ -134,7 +135,7 @@ def typed(options: Mapping[str, str], factory: Callable[..., object]) -> dict[st
 
 
 def check_options(options: Mapping[str, object], factory: Callable[..., object], what: str) -> None:
-    """Check, before a factory is called, that it has all the given options.
+    """Check that a factory accepts all the given options; call this before calling the factory.
 
     Raises:
         ValueError: an option is unknown; the message suggests a similar one and lists all.
@@ -153,9 +154,9 @@ def check_options(options: Mapping[str, object], factory: Callable[..., object],
 
 @lru_cache(maxsize=256)
 def _parameters(factory: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
-    """The parameters of a factory by name.
+    """Return the parameters of a factory by name, from a cache if possible.
 
-    They are kept, since :mod:`inspect` copies the table of all modules to read those of a class without a constructor.
+    The cache saves time, because :mod:`inspect` is slow for a class without a constructor.
     """
     return inspect.signature(factory).parameters
 

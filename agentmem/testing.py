@@ -36,11 +36,11 @@ from agentmem.plugins import policy as named_policy
 
 
 def peak_allocated(call: Callable[[], object]) -> int:
-    """Return by how many bytes PyTorch's CPU allocator grew during ``call`` at its peak.
+    """Return the most bytes that ``call`` held allocated in PyTorch's CPU memory at one moment, its result included.
 
-    The peak is the highest running sum of the allocations that PyTorch's profiler records: exact, and including the
-    result of ``call``. Buffers that other libraries allocate themselves (BLAS packing) are not seen. Freeing a block
-    that was allocated before the call does not lower the sum. Other threads must not allocate during the call.
+    The number is exact: it is the highest running sum of the allocations that PyTorch's profiler records. Buffers that
+    other libraries allocate themselves, such as those of BLAS, are not counted. Freeing a block that was allocated
+    before the call does not lower the sum. Other threads must not allocate during the call.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else profiles write to stderr; read once, by the first profile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -58,7 +58,7 @@ def peak_allocated(call: Callable[[], object]) -> int:
 
 
 def _allocations(events: Sequence[_ProfilerEvent]) -> Iterator[tuple[int, int, int]]:
-    """Yield time, address and bytes of every allocation in the events; a freed block has negative bytes."""
+    """Yield time, address and bytes of every allocation and release in the events; a release has negative bytes."""
     for event in events:
         if isinstance(event.extra_fields, _ExtraFields_Allocation):
             yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size
@@ -167,7 +167,7 @@ CASES = (
 
 @dataclass(frozen=True, slots=True)
 class InvariantResult:
-    """The result of checking one invariant on one case; ``broken`` describes a violation, ``None`` if there is none."""
+    """The result of checking one invariant on one case; ``broken`` describes a violation or is ``None``."""
 
     invariant: str
     case: str
@@ -205,10 +205,11 @@ class PolicyCheck:
 
 
 def check_policy(policy: str | Policy, *, shapes: Sequence[Case] = CASES, seed: int = 0) -> PolicyCheck:
-    """Check the invariants of :class:`agentmem.contracts.Compactor` and :class:`agentmem.contracts.Budgets`.
+    """Check a policy against the invariants of :class:`agentmem.contracts.Compactor` and of ``Budgets``.
 
-    Compactors are checked on the cases in ``shapes``. Segments are random, seeded by ``seed``; allocated bytes are
-    measured with :func:`peak_allocated`.
+    The compactor is checked on the cases in ``shapes``, with random segments seeded by ``seed``; its allocated bytes
+    are measured with :func:`peak_allocated`. The budgets are checked on fixed tables of slots. In a test, call
+    ``check_policy("my-policy").raise_if_broken()``.
     """
     made = named_policy(policy)
     results: list[InvariantResult] = []

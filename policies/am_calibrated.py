@@ -1,7 +1,7 @@
-"""AM with calibrated head budgets: Attention Matching where every head gets its share from the model's table.
+"""AM calibrated: Attention Matching in which a table made for the model sets how many slots each head keeps.
 
-Source: arXiv:2602.16284, nonuniform head budgets. The table of the default model is part of the package;
-`agentmem calibrate` makes tables of other models. ``budgets="global"`` needs no table.
+Source: arXiv:2602.16284, nonuniform head budgets. The package contains the table of the default model;
+`agentmem calibrate` makes tables of other models. The option ``budgets="global"`` needs no table.
 """
 
 from __future__ import annotations
@@ -13,4 +13,4 @@ am_calibrated = preset(
     "Attention Matching, slots per head by the model's calibrated table",
     budgets="calibrated",
 )
-"""Factory of the policy; takes the options of :func:`am_halving`, but ``budgets`` is calibrated by default."""
+"""Factory of the policy; takes the options of :func:`am_halving`, but the default of ``budgets`` is "calibrated"."""

@@ -1,8 +1,8 @@
-"""AM halving: each time the memory fills, Attention Matching halves it with equal slots per head.
+"""AM halving: each time the memory fills, Attention Matching halves it, with equally many slots for every head.
 
 Source: arXiv:2602.16284, the online experiment on AIME (uniform budgets, highest attention). The memory's ``target``
-sets how much a compaction leaves; its default is half. Every part of the policy is an option, so that an ablation can
-change one part alone. The other ``am_*`` files are presets: this policy with other default options.
+sets how much of the memory a compaction leaves; the default is half. Every part of the policy is an option, so that an
+ablation can change one part alone. The other ``am_*`` files are presets: this policy with other default options.
 """
 
 from __future__ import annotations
@@ -38,16 +38,18 @@ def am_halving(
     beta_bound: float = AttentionMatching.beta_bound,
     steps: int = AttentionMatching.steps,
 ) -> Policy:
-    """Compose Attention Matching of reference queries (``probe``), ``budgets``, a ``selector`` and fits.
+    """Make a policy of Attention Matching; the options set its reference queries, head budgets, selector and fits.
 
-    ``probe`` is a mixture of query sources that :meth:`Queries.of` parses. ``probe_tokens`` is the number of reference
-    tokens (``None``: the plan chooses). ``focus`` is the text of the mixture's ``focus`` part. ``pattern`` is a regular
-    expression; tokens that match it weigh ``pattern_weight`` times as much. ``budgets`` is a name or spec that
-    :func:`agentmem.policies.budgets.registry.by_name` parses, such as ``"calibrated[floor=0.5]"``. All other options
-    are those of :class:`AttentionMatching`.
+    ``probe`` is a mixture of sources of reference queries, such as ``"replay+spread"``; :meth:`Queries.of` parses it.
+    ``probe_tokens`` is the number of reference tokens (``None``: the plan chooses). ``focus`` is the text for the
+    source ``focus``. ``pattern`` is a regular expression; the queries of tokens that match it weigh ``pattern_weight``
+    times as much. ``budgets`` is a name or spec, such as ``"calibrated[floor=0.5]"``, that
+    :func:`agentmem.policies.budgets.registry.by_name` parses. ``selector`` is a name in
+    :data:`agentmem.policies.compactors.selectors.SELECTORS`. The other options are fields of
+    :class:`AttentionMatching`.
 
     Raises:
-        ValueError: an option's value cannot work.
+        ValueError: an option's value is unknown or out of range.
 
     """
     return Policy(
@@ -72,7 +74,10 @@ def am_halving(
 
 
 def preset(name: str, summary: str, **defaults: Any) -> PolicyFactory:
-    """Return a policy factory called ``name``: :func:`am_halving` with ``defaults`` in place of its own defaults."""
+    """Return a factory for the policy ``name``: :func:`am_halving` with ``defaults`` as its default options.
+
+    ``summary`` is the policy's one-line description.
+    """
     composed = partial(am_halving, **defaults)
 
     def factory(**options: Any) -> Policy:

@@ -1,7 +1,9 @@
-"""AM by pursuit: orthogonal matching pursuit chooses slots and fits β; the model's table sets the head budgets.
+"""AM pursuit: Attention Matching in which orthogonal matching pursuit (OMP) chooses the slots and fits their β.
 
-Source: arXiv:2602.16284, section 3.3 (OMP, fast) and nonuniform head budgets. Of all presets here this one is closest
-to full memory when the model continues a text. For recalling old facts, ``am-recall`` is the better preset.
+A table made for the model sets how many slots each head keeps. Of all ``am_*`` presets, this one is closest to full
+memory when the model continues a text; ``am-recall`` is the better preset for recalling old facts.
+
+Source: arXiv:2602.16284, section 3.3 (the fast variant of OMP) and nonuniform head budgets.
 """
 
 from __future__ import annotations
@@ -14,4 +16,4 @@ am_pursuit = preset(
     selector="omp-fast",
     budgets="calibrated",
 )
-"""Factory of the policy; takes the options of :func:`am_halving`, with the defaults above."""
+"""Factory of the policy; takes the options of :func:`am_halving`, with the default options above."""

@@ -5,10 +5,10 @@ compactions remove them. This preset changes four things:
 
 - A part of the probe consists of spans from all over the transcript; every compaction takes different spans.
 - Up to half of the tokens of these spans belong to spans that match ``pattern`` (numbers, identifiers, names). The
-  queries of matching tokens weigh more, because they attract no more attention than other tokens until a question asks
-  for them.
-- A slot's importance is carried from one compaction to the next.
-- Slots are allocated to heads by a table that was calibrated for the model, not in equal numbers.
+  queries of matching tokens weigh more, because matching tokens attract no more attention than others until a question
+  asks for them.
+- Part of a slot's importance is carried from one compaction to the next.
+- A table made for the model sets how many slots each head keeps; the numbers are not equal.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from __future__ import annotations
 from agentmem.policies.am_halving import preset
 
 CRITICAL = r"\d+|[A-Z][\w'-]+|(?<![^\W\d])\w*[_\d]\w*"
-"""Matches numbers, capitalised words and identifiers. The pattern does not try to match an identifier at every letter
-of a word, so that the search takes linear time."""
+"""Regular expression for numbers, capitalised words and identifiers. A search takes linear time, because the pattern
+does not try to match an identifier at every letter of a word."""
 
 am_recall = preset(
     "am-recall",
@@ -28,4 +28,4 @@ am_recall = preset(
     pattern_weight=16.0,
     budgets="calibrated",
 )
-"""Factory of the policy; takes the options of :func:`am_halving`, with the defaults above."""
+"""Factory of the policy; takes the options of :func:`am_halving`, with the default options above."""

@@ -1,4 +1,4 @@
-"""Full: never compacts. The memory raises ``MemoryCapExceeded`` when its cap is reached."""
+"""Full: a policy that never compacts, so that the memory raises ``MemoryCapExceeded`` when its cap is reached."""
 
 from __future__ import annotations
 

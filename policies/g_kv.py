@@ -1,12 +1,16 @@
-"""G-KV: R-KV's choice with attention remembered from one compaction to the next.
+"""G-KV: slots chosen as by R-KV, with attention scores that are carried from one compaction to the next.
 
-Source: "G-KV: Decoding-Time KV Cache Eviction with Global Attention", arXiv:2512.00504. By equation 3, a slot's global
-score is the larger of α times its previous global score and the attention that the window gives it now; that attention
-is scaled to a maximum of 1 in every head. The other details follow the paper's code: the largest weight of the query
-group is averaged over the window, nothing is pooled, and the redundancy too is scaled to a maximum of 1.
+Source: "G-KV: Decoding-Time KV Cache Eviction with Global Attention", arXiv:2512.00504. By equation 3, a slot's *global
+score* is the larger of two numbers: α times its previous global score, and the attention that it gets now from the
+newest tokens (the window), scaled to a maximum of 1 in every head. A slot's *redundancy* is the similarity of its key
+to other keys (see :mod:`agentmem.policies.solvers.redundancy`).
+
+The other details follow the paper's code. A window token's attention to a slot is the largest weight over the query
+heads of the KV head; these weights are averaged over the window and not pooled. The redundancy, too, is scaled to a
+maximum of 1.
 
 The paper compresses every 128 tokens, so it applies α once per 128 tokens; here α is applied once each time the memory
-fills. The score column carries the global score, without the redundancy.
+fills. The memory carries the global scores, without the redundancy.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from agentmem.policies.solvers.selection import top
 
 @dataclass(frozen=True)
 class GlobalScore(Observation):
-    """Keeps the slots with the largest λ global score + (1 - λ) (1 - redundancy)."""
+    """Keeps the slots with the largest ``λ * global score + (1 - λ) * (1 - redundancy)``."""
 
     scores = "carried"
 
@@ -37,29 +41,32 @@ class GlobalScore(Observation):
     threshold: float = 0.5
     """Two keys whose cosine is larger than this are similar."""
     spared: int = 1
-    """For each key, so many of the newest keys similar to it do not count as redundant to it."""
+    """Number of exempt keys: of all keys similar to one key, this many of the newest do not count as similar to it."""
 
     def __post_init__(self) -> None:
-        """Refuse settings that cannot work."""
+        """Raise ValueError if a setting is unknown or out of range."""
         check_share("decay", self.decay)
         check_redundancy(self.mix, self.threshold, self.spared)
 
     def scratch(self, shape: SegmentShape) -> int:
-        """Count the bytes of attention with two blocks of weights (the group's and one head's), then of redundancy."""
+        """Return the bytes of one scoring: of the attention or of the redundancy, whichever takes more.
+
+        The attention takes two blocks of weights: the maximum over query heads, and those of one query head.
+        """
         repeated = redundancy_bytes(shape.slots, shape.key_dim, self.block_bytes)
         return self.attention_bytes(shape, copies=2, then=repeated) + 2 * shape.slots * FLOAT
 
     def workspace(self, shape: SegmentShape) -> int:
-        """Add to an eviction's workspace the bytes of the carried scores: of one head's slots and of all kept slots."""
+        """Return an eviction's workspace plus the bytes of carried scores, for one head's slots and all kept slots."""
         return super().workspace(shape) + (shape.slots + shape.heads * shape.budget) * FLOAT
 
     def score(self, segment: Segment, index: int) -> torch.Tensor:
-        """Return the global score mixed with 1 - redundancy, in 0 … 1."""
+        """Return each slot's ``λ * global score + (1 - λ) * (1 - redundancy)``, in 0 … 1."""
         attention = self.attention(segment, index)
         return self._mixed(attention, self._carried(segment, index, attention))
 
     def keep(self, segment: Segment, index: int, count: int) -> HeadCompaction:
-        """Keep the ``count`` best slots of KV head ``index``, with their global scores."""
+        """Keep the ``count`` best slots of KV head ``index``, and return their new global scores with them."""
         head = segment.heads[index]
         if not head.slots:
             return super().keep(segment, index, count)
@@ -72,7 +79,7 @@ class GlobalScore(Observation):
         return HeadCompaction(kept, scores=carried[kept])
 
     def _carried(self, segment: Segment, index: int, attention: LocalAttention) -> torch.Tensor:
-        """Return the new global score ``[T]``, in 0 … 1; the previous score of a slot new to compaction is 0."""
+        """Return the new global scores ``[T]``, in 0 … 1; before its first compaction a slot has a score of 0."""
         before = segment.heads[index].scores
         if before is None:
             raise ValueError("this segment has no score column; G-KV needs a memory that carries scores")
@@ -99,10 +106,13 @@ def g_kv(
     spared: int = GlobalScore.spared,
     budgets: str = "uniform",
 ) -> Policy:
-    """Keep slots that the newest ``window`` tokens or earlier windows attend to, less redundant ones; ``decay`` is α.
+    """Keep slots that the newest tokens attend to, or attended to at earlier compactions, unless their keys repeat.
+
+    ``window`` is the number of newest tokens whose queries count, and ``decay`` is α. The other options are fields of
+    :class:`GlobalScore`, and ``budgets`` names the head budgets.
 
     Raises:
-        ValueError: an option's value cannot work.
+        ValueError: an option's value is unknown or out of range.
 
     """
     check_window(window)

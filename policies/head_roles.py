@@ -1,17 +1,18 @@
-"""Head roles: heads unlike the others of their layer keep all slots they can, other heads keep their attended slots.
+"""Head roles: heads that differ from the others of their layer keep all their slots; other heads keep attended slots.
 
 Source: "Task-KV: Task-aware KV Cache Optimization via Semantic Differentiation of Attention Heads", arXiv:2501.15113,
 section IV.
 
-As in the paper, a head's semantic vector is the attention-weighted sum of the values of its ``vector_slots`` most
-attended slots (equations 12 to 15, with a window of 32). The heads farthest from the layer's mean vector are
-heterogeneous, and so is the head nearest to the mean vector. Heterogeneous heads keep everything. The other heads keep
-sinks, recent tokens and the *middle activations*: the slots with the most attention, mean-pooled over 7 slots.
+As in the paper, the ``vector_slots`` most attended slots of a head define its *semantic vector*, the sum of their
+values weighted by attention (equations 12 to 15, with a window of 32 tokens). The heads farthest from the layer's mean
+vector are called *heterogeneous*, and so is the head nearest to the mean vector. Heterogeneous heads keep all slots.
+The other heads keep sinks, recent tokens and the *middle activations*: the slots with the most attention, mean-pooled
+over 7 slots.
 
-Unlike the paper, budgets are allocated over all layers together. A heterogeneous head therefore keeps all its slots
-only as far as the budgets allow (``global`` allows up to four equal shares), its most attended slots first. A KV head
-counts as one head, with the mean weights of its query heads. The share of heterogeneous heads is equal in every layer;
-equation 16 lets it fall with depth. The memory itself keeps sinks and recent tokens (``keep_first``,
+Unlike in the paper, budgets are allocated over all layers together. The budgets may therefore give a heterogeneous head
+fewer slots than it holds (``global`` gives up to four times the mean over heads); it then keeps the most attended. A KV
+head counts as one head, with the mean weights of its query heads. The fraction of heterogeneous heads is equal in every
+layer; in the paper's equation 16 it falls with depth. The memory itself keeps sinks and recent tokens (``keep_first``,
 ``keep_recent``). Roles are computed anew each time the memory fills.
 """
 
@@ -37,7 +38,10 @@ from agentmem.policies.solvers.selection import importance, top
 
 @dataclass(frozen=True)
 class HeadRoles(Observation):
-    """Keeps the most attended slots; its survey scores slots of heterogeneous heads above those of all other heads."""
+    """Keeps each head's most attended slots.
+
+    For the budgets, :meth:`survey` scores every slot of a heterogeneous head above all slots of the other heads.
+    """
 
     share: float = 0.25
     """Fraction of a layer's heads that are heterogeneous; a layer of three or more heads has at least one of them."""
@@ -47,21 +51,25 @@ class HeadRoles(Observation):
     """Number of neighbouring slots over which attention is averaged, the slot itself included."""
 
     def __post_init__(self) -> None:
-        """Refuse settings that cannot work."""
+        """Raise ValueError if a setting is unknown or out of range."""
         check_share("share", self.share)
         check_pooling(self.kernel)
         if self.vector_slots < 1:
             raise ValueError(f"vector_slots: {self.vector_slots!r} make no semantic vector; give at least 1")
 
     def scratch(self, shape: SegmentShape) -> int:
-        """Count the bytes of attention, of pooled scores, and of a survey's ranking, values and semantic vectors."""
+        """Return the bytes of one head's part of a survey, which takes more than :meth:`score` alone.
+
+        They are those of the attention, the pooled scores, the ranking, the ranked slots' values and the layer's
+        semantic vectors.
+        """
         value = shape.itemsize + (FLOAT if shape.itemsize < FLOAT else 0)
         values = min(self.vector_slots, shape.slots) * (shape.value_dim * value + 3 * FLOAT)
         pooled_and_vectors = (shape.slots + 4 * shape.heads * shape.value_dim) * FLOAT
         return self.attention_bytes(shape, then=max(shape.slots * RANKING, values)) + pooled_and_vectors
 
     def score(self, segment: Segment, index: int) -> torch.Tensor:
-        """Return the window's mean attention weight of each slot, mean-pooled over neighbours, in 0 … 1."""
+        """Return each slot's mean attention weight from the window, averaged over neighbouring slots, in 0 … 1."""
         return self._pooled(self._votes(segment, index))
 
     def survey(self, segment: Segment) -> Survey:
@@ -90,11 +98,12 @@ class HeadRoles(Observation):
 def heterogeneous(vectors: torch.Tensor, share: float) -> list[int]:
     """Return the indices of a layer's heterogeneous heads, given the semantic vectors ``[heads, dv]`` of all heads.
 
-    These are the heads farthest from the mean vector and, if there is to be more than one, the nearest head. A layer of
-    one or two heads has none, because two vectors are equally far from their mean.
+    ``share`` is their fraction of the heads; it is rounded to at least one head. If only one head is heterogeneous, it
+    is the head farthest from the mean vector. Otherwise the nearest head is one of them, and the farthest heads are the
+    others. A layer of one or two heads has no heterogeneous heads, because two vectors are equally far from their mean.
     """
     heads = len(vectors)
-    if heads <= 2:  # noqa: PLR2004  # a pair has no odd one out
+    if heads <= 2:  # noqa: PLR2004  # two vectors are equally far from their mean
         return []
     farthest = (vectors - vectors.mean(dim=0)).norm(dim=-1).argsort(descending=True, stable=True).tolist()
     count = max(1, round(share * heads))
@@ -111,8 +120,12 @@ def head_roles(
 ) -> Policy:
     """Keep all slots of heterogeneous heads; other heads keep slots that the newest ``window`` tokens attend to.
 
+    Heterogeneous heads are those that differ most from the other heads of their layer. The other options are fields of
+    :class:`HeadRoles`, and ``budgets`` names the head budgets.
+
     Raises:
-        ValueError: an option's value cannot work, or ``budgets`` ignore scores, so that roles would have no effect.
+        ValueError: an option's value is unknown or out of range, or ``budgets`` ignore scores, so that roles would have
+            no effect.
 
     """
     check_window(window)

@@ -20,11 +20,11 @@ class HeavyHitters(Eviction):
     scores = "received"
 
     def scratch(self, shape: SegmentShape) -> int:
-        """Count the bytes of a copy of the accumulated scores."""
+        """Return the bytes of one head's scores, which :meth:`score` copies."""
         return shape.slots * FLOAT
 
     def score(self, segment: Segment, index: int) -> torch.Tensor:
-        """Return a copy of the attention received so far; a view would keep the memory's old storage alive."""
+        """Return a copy of the attention that each slot has received; a view would keep the old storage allocated."""
         received = segment.heads[index].scores
         if received is None:
             raise ValueError("this segment has no score accumulators; heavy hitters need a memory that keeps them")
@@ -32,10 +32,10 @@ class HeavyHitters(Eviction):
 
 
 def heavy_hitters(*, budgets: str = "uniform") -> Policy:
-    """Keep the slots that received the most attention so far, without any fit.
+    """Keep the slots that have received the most attention so far, unchanged.
 
     Raises:
-        ValueError: an option's value cannot work.
+        ValueError: an option's value is unknown or out of range.
 
     """
     return Policy(

@@ -1,10 +1,10 @@
 """Key norm: the slots with the shortest keys.
 
 Source: "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression", arXiv:2406.11430, section 3:
-keys of low norm tend to be attended to. No query is needed.
+slots whose keys have a low norm tend to be attended to. No query is needed.
 
-The paper does not compress the first two layers (section 4); here the budgets apply to every layer. Norms differ from
-head to head, so scores are relative to the head's mean norm. The order of slots within a head is that of the paper.
+The paper does not compress the first two layers (section 4); here every layer is compacted. Norms differ from head to
+head, so scores are relative to the head's mean norm. The order of slots within a head is that of the paper.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class ShortestKeys(Eviction):
     """Keeps the slots with the shortest keys."""
 
     def scratch(self, shape: SegmentShape) -> int:
-        """Count the bytes of the keys in float32 and of their norms."""
+        """Return the bytes that :meth:`score` allocates: the keys in float32 and their norms."""
         casts = shape.slots * shape.key_dim * FLOAT if shape.itemsize < FLOAT else 0
         return casts + 2 * shape.slots * FLOAT
 
@@ -36,7 +36,7 @@ def key_norm(*, budgets: str = "uniform") -> Policy:
     """Keep the slots with the shortest keys.
 
     Raises:
-        ValueError: an option's value cannot work.
+        ValueError: an option's value is unknown or out of range.
 
     """
     return Policy(

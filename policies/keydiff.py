@@ -1,8 +1,8 @@
 """KeyDiff: the slots whose keys are least like the mean key.
 
 Source: "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference in Resource-Constrained
-Environments", arXiv:2504.15364, the efficient form: the anchor is the mean of the normalised keys, and keys with the
-largest cosine similarity to it are evicted. No query is needed.
+Environments", arXiv:2504.15364, in its efficient form: slots are evicted whose keys have the largest cosine with the
+*anchor*, the mean of the normalised keys. No query is needed.
 
 The paper evicts after every block of a prompt and every generated token; here many slots are evicted at once when the
 memory fills. The anchor here is the mean over the segment alone; the paper's anchor covers the whole cache.
@@ -23,12 +23,12 @@ class Distinctive(Eviction):
     """Keeps the slots whose keys point furthest away from the mean direction."""
 
     def scratch(self, shape: SegmentShape) -> int:
-        """Count the bytes of the keys in float32 and of a few numbers per slot."""
+        """Return the bytes that :meth:`score` allocates: the keys in float32 and a few numbers per slot."""
         casts = shape.slots * shape.key_dim * FLOAT if shape.itemsize < FLOAT else 0
         return casts + (3 * shape.slots + 2 * shape.key_dim) * FLOAT
 
     def score(self, segment: Segment, index: int) -> torch.Tensor:
-        """Return one minus the cosine between each key and the anchor, in 0 … 2."""
+        """Return, for each slot, one minus the cosine between its key and the anchor (the mean direction), in 0 … 2."""
         keys = segment.heads[index].keys.float()
         inverse: torch.Tensor = keys.norm(dim=-1).clamp_(min=_EPSILON).reciprocal_()
         anchor = inverse @ keys  # the sum of the normalised keys, which has the direction of their mean
@@ -40,7 +40,7 @@ def keydiff(*, budgets: str = "uniform") -> Policy:
     """Keep the slots whose keys are least like the mean key.
 
     Raises:
-        ValueError: an option's value cannot work.
+        ValueError: an option's value is unknown or out of range.
 
     """
     return Policy(

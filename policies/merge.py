@@ -1,12 +1,13 @@
-"""Merge: slots with nearly equal keys are merged into one that stands for all; the least attended slots are dropped.
+"""Merge: each group of slots with nearly equal keys is merged into one slot, and the least attended slots are dropped.
 
 Source: D2O, arXiv:2406.13035 (a cosine threshold decides between merging into the most similar key and eviction);
 WeightedKV, arXiv:2503.01330 (the key stays as it is, values are averaged by attention); "Token Merging",
 arXiv:2210.09461, section 3 (the logit of a merged token grows by the log of its size).
 
 D2O drops one token per step, by the attention summed up so far, and its threshold is a moving average. Here many slots
-are dropped at once when the memory fills, by the attention of the newest tokens, and the threshold is fixed. β gives a
-merged slot the weight of its whole group: the group's tokens if ``weigh`` is "tokens", else the group's attention.
+are dropped at once when the memory fills, by the attention of the newest tokens, and the threshold is fixed. The β of a
+merged slot is raised, so that the slot weighs as much as its whole group. A group's weight is its number of tokens if
+``weigh`` is "tokens", and its attention if ``weigh`` is "attention".
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _TINY = 1e-30
 
 @dataclass(frozen=True)
 class Merging(Observation):
-    """Merges similar slots into the most attended of them, then drops the least attended groups."""
+    """Merges each group of similar slots into its most attended slot, then drops the least attended groups."""
 
     threshold: float = 0.9
     """The smallest cosine between two keys at which their slots may merge."""
@@ -44,7 +45,7 @@ class Merging(Observation):
     kept slot."""
 
     def __post_init__(self) -> None:
-        """Refuse settings that cannot work."""
+        """Raise ValueError if a setting is unknown or out of range."""
         if not -1 <= self.threshold <= 1:
             raise ValueError(f"threshold: {self.threshold!r} is not a cosine; give a number from -1 to 1")
         for name, kind in (("weigh", Weigh), ("rest", Rest)):
@@ -53,22 +54,22 @@ class Merging(Observation):
                 raise ValueError(f"{name}: {getattr(self, name)!r} is unknown; choose one of {known}")
 
     def scratch(self, shape: SegmentShape) -> int:
-        """Count the bytes of the reference queries' attention, then of merging with values in float32."""
+        """Return the bytes of the attention of the reference queries, or of the merging if that takes more."""
         rows = self._rows(shape.slots, shape.key_dim)
         casts = shape.slots * shape.value_dim * FLOAT if shape.itemsize < FLOAT else 0
         merging = casts + merging_bytes(shape.slots, rows, shape.key_dim, shape.value_dim)
         return self.attention_bytes(shape, then=merging)
 
     def workspace(self, shape: SegmentShape) -> int:
-        """Add to an eviction's workspace the bytes of the merged β and values of all heads."""
+        """Return an eviction's workspace plus the bytes of the new β and values of all heads."""
         return super().workspace(shape) + shape.heads * shape.budget * (1 + shape.value_dim) * FLOAT
 
     def score(self, segment: Segment, index: int) -> torch.Tensor:
-        """Return each slot's mean attention weight."""
+        """Return each slot's mean attention weight over the reference queries."""
         return importance(self.attention(segment, index), "mean").scores
 
     def keep(self, segment: Segment, index: int, count: int) -> HeadCompaction:
-        """Merge similar slots of KV head ``index``, and keep the ``count`` most attended of the result."""
+        """Merge similar slots of KV head ``index``, then drop the least attended, so that ``count`` slots are left."""
         head = segment.heads[index]
         if count == 0 or count >= head.slots:
             return super().keep(segment, index, count)
@@ -103,7 +104,7 @@ def merge(
     """Merge slots whose keys have a cosine of at least ``threshold``; drop the least attended of the other slots.
 
     Raises:
-        ValueError: an option's value cannot work.
+        ValueError: an option's value is unknown or out of range.
 
     """
     check_window(window)

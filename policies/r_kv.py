@@ -1,8 +1,9 @@
-"""R-KV: attended slots, less those whose keys repeat others.
+"""R-KV: slots that the newest tokens attend to, except those whose keys resemble other keys.
 
-Source: "R-KV: Redundancy-aware KV Cache Compression for Reasoning Models", arXiv:2505.24133, sections 3.2 (importance),
-3.3 (redundancy) and 3.4 (λ times importance minus 1 - λ times redundancy). The paper's code gives three values that the
-text leaves open: a pool of 7 slots, a similarity threshold of 0.5, and one spared similar slot.
+Source: "R-KV: Redundancy-aware KV Cache Compression for Reasoning Models", arXiv:2505.24133. A slot's score is
+``λ * importance - (1 - λ) * redundancy`` (section 3.4). The importance is the attention from the newest tokens (section
+3.2), the redundancy the similarity of the slot's key to other keys (section 3.3). Three values come from the paper's
+code: a pool of 7 slots, a similarity threshold of 0.5, and one similar key that does not count.
 
 The paper compresses every 128 tokens; here many slots are dropped at once when the memory fills. The scores of a head
 are shifted by a constant, so that none is negative; the order of slots is that of the paper.
@@ -30,7 +31,7 @@ from agentmem.policies.solvers.redundancy import redundancy, redundancy_bytes
 
 @dataclass(frozen=True)
 class NonRedundant(Observation):
-    """Keeps the slots with the largest λ importance + (1 - λ) (largest redundancy - redundancy)."""
+    """Keeps the slots with the largest ``λ * importance + (1 - λ) * (largest redundancy - redundancy)``."""
 
     mix: float = 0.1
     """λ, the weight of the importance; the redundancy has the weight 1 - λ."""
@@ -39,23 +40,24 @@ class NonRedundant(Observation):
     threshold: float = 0.5
     """Two keys whose cosine is larger than this are similar."""
     spared: int = 1
-    """For each key, so many of the newest keys similar to it do not count as redundant to it."""
+    """Number of exempt keys: of all keys similar to one key, this many of the newest do not count as similar to it."""
 
     def __post_init__(self) -> None:
-        """Refuse settings that cannot work."""
+        """Raise ValueError if a setting is unknown or out of range."""
         check_pooling(self.kernel)
         check_redundancy(self.mix, self.threshold, self.spared)
 
     def scratch(self, shape: SegmentShape) -> int:
-        """Count the bytes of the reference queries' attention with two blocks of weights, then of redundancy.
+        """Return the bytes of one scoring: of the attention or of the redundancy, whichever takes more.
 
-        The first block holds the weights of the group, the second those of one head or the pooled weights.
+        The attention takes two blocks of weights: the maximum over query heads, and those of one query head or the
+        pooled weights.
         """
         repeated = redundancy_bytes(shape.slots, shape.key_dim, self.block_bytes)
         return self.attention_bytes(shape, copies=2, then=repeated) + 2 * shape.slots * FLOAT
 
     def score(self, segment: Segment, index: int) -> torch.Tensor:
-        """Return the score of the paper's equation 7 plus (1 - λ) times the head's largest redundancy."""
+        """Return the slots' scores by the paper's equation 7, plus ``(1 - λ) * largest redundancy`` of the head."""
         attention = self.attention(segment, index)
         scores, seen = attention.bias.new_zeros(len(attention.keys)), 0.0
         for weight, logits in largest_of_group(attention, segment.weights, attention.logits):
@@ -75,7 +77,7 @@ def _softmax_(logits: torch.Tensor) -> torch.Tensor:
 
 
 def check_redundancy(mix: float, threshold: float, spared: int) -> None:
-    """Refuse settings that cannot work.
+    """Check three settings that R-KV and G-KV have in common.
 
     Raises:
         ValueError: ``mix`` is not in 0 … 1, ``threshold`` is not a positive cosine, or ``spared`` is negative.
@@ -97,10 +99,12 @@ def r_kv(
     spared: int = NonRedundant.spared,
     budgets: str = "uniform",
 ) -> Policy:
-    """Keep slots that the newest ``window`` tokens attend to, less those that repeat other slots; ``mix`` is λ.
+    """Keep slots that the newest ``window`` tokens attend to, except those whose keys resemble other keys.
+
+    ``mix`` is λ. The other options are fields of :class:`NonRedundant`, and ``budgets`` names the head budgets.
 
     Raises:
-        ValueError: an option's value cannot work.
+        ValueError: an option's value is unknown or out of range.
 
     """
     check_window(window)

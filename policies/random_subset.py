@@ -1,4 +1,4 @@
-"""Random subset: every head keeps its own random slots; a baseline that every other policy should beat.
+"""Random subset: every head keeps random slots of its own; a baseline that every other policy should beat.
 
 Source: "Random Attention: Rethinking KV Cache Eviction for Efficient Reasoning", arXiv:2609.03430. In the paper the
 prompt stays, and each head keeps a uniformly random part of the other slots. Here the memory's ``keep_first`` sets what
@@ -24,7 +24,7 @@ class ByLot(Eviction):
     """
 
     def scratch(self, shape: SegmentShape) -> int:
-        """Count the bytes of the random numbers and of the newest key in float64."""
+        """Return the bytes that :meth:`score` allocates: the random numbers, and the newest key in float64."""
         return shape.slots * FLOAT + shape.key_dim * 2 * FLOAT
 
     def score(self, segment: Segment, index: int) -> torch.Tensor:
@@ -36,7 +36,7 @@ def random_subset(*, budgets: str = "uniform") -> Policy:
     """Keep a random subset of each head's slots.
 
     Raises:
-        ValueError: an option's value cannot work.
+        ValueError: an option's value is unknown or out of range.
 
     """
     return Policy(

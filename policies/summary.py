@@ -1,7 +1,7 @@
 """Summary: the model summarises the segment in words, and the summary's slots replace the segment's, unchanged.
 
-Source: text compaction as agent frameworks do it, here inside the memory. If a summary is unusable, Attention Matching
-compacts the segment instead.
+Source: agent frameworks compact their text in this way; here the memory does. If a summary is unusable, Attention
+Matching compacts the segment instead.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ def summary(
     summary_tokens: int | None = None,
     **options: Any,
 ) -> Policy:
-    """Replace the segment by a summary of at most ``summary_tokens`` (``None``: the plan chooses); keep all its slots.
+    """Make a policy that replaces the segment by a summary and keeps all slots of the summary.
 
-    The options are those of :func:`agentmem.policies.summary_am.summary_am`.
+    The options are those of :func:`agentmem.policies.summary_am.summary_am`, except ``keep``.
 
     Raises:
-        ValueError: an option's value cannot work.
+        ValueError: an option's value is unknown or out of range.
 
     """
     return replace(

@@ -1,9 +1,9 @@
 """Summary + AM: the model summarises the segment in words, and Attention Matching compacts the summary's slots.
 
-Source: arXiv:2602.16284, which summarises, prefills the summary and compacts it, all of it offline. Here this happens
-during generation: the model writes the summary into slots reserved for it, and the summary then replaces the segment
-within the memory. If the summary is empty, repetitive or otherwise unusable, Attention Matching compacts the segment
-itself, and the report records that.
+Source: arXiv:2602.16284, which summarises, prefills the summary and compacts it before generation begins. Here all
+three happen during generation: the model writes the summary into slots reserved for it, and the summary then replaces
+the segment. If the summary is empty, repetitive or otherwise unusable, Attention Matching compacts the segment itself,
+and the report records this.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def summary_am(
 ) -> Policy:
     """Make a policy that replaces the segment by a summary, and then compacts the slots of the summary.
 
-    Attention Matching keeps the fraction ``keep`` of the summary's slots. The summary has at most ``summary_tokens``
-    tokens (``None``: the plan chooses). ``instruction`` is the text that asks the model for the summary; ``lead`` is
-    the text that precedes the summary. ``options`` are those of :func:`agentmem.policies.am_halving.am_halving`, for
-    Attention Matching.
+    ``instruction`` is the text that asks the model for the summary, and ``lead`` the text that precedes the summary in
+    the memory. The summary has at most ``summary_tokens`` tokens (``None``: the plan chooses). Attention Matching keeps
+    the fraction ``keep`` of its slots. ``options`` set Attention Matching; they are those of
+    :func:`agentmem.policies.am_halving.am_halving`.
 
     Raises:
-        ValueError: an option's value cannot work.
+        ValueError: an option's value is unknown or out of range.
 
     """
     return replace(

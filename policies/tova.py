@@ -4,8 +4,8 @@ Source: "Transformers are Multi-State RNNs", arXiv:2401.06104, section 4 (Token 
 
 The paper drops one token per step, by the query of that step. Here many slots are dropped at once when the memory
 fills, all by the query of the newest token; slots that only earlier tokens attended to are therefore lost. The paper
-averages over all query heads of a layer, so that all keep the same tokens (appendix A); here every KV head chooses by
-the mean over its own query heads.
+averages over all query heads of a layer, so that all heads keep the same tokens (appendix A). Here every KV head
+chooses slots by the mean over its own query heads.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from agentmem.policies.solvers.selection import importance
 class LastQuery(Observation):
     """Keeps the slots with the largest mean attention weight over the reference queries.
 
-    :func:`tova` takes one live query token as reference, so the weights are those of the newest token.
+    In the policy :func:`tova` the only reference queries are those of the newest token.
     """
 
     def scratch(self, shape: SegmentShape) -> int:
-        """Count the bytes of the reference queries' attention."""
+        """Return the bytes of the attention of the reference queries."""
         return self.attention_bytes(shape)
 
     def score(self, segment: Segment, index: int) -> torch.Tensor:
-        """Return each slot's mean attention weight."""
+        """Return each slot's mean attention weight over the reference queries."""
         return importance(self.attention(segment, index), "mean").scores
 
 
@@ -40,7 +40,7 @@ def tova(*, budgets: str = "uniform") -> Policy:
     """Keep the slots that the newest token attends to.
 
     Raises:
-        ValueError: an option's value cannot work.
+        ValueError: an option's value is unknown or out of range.
 
     """
     return Policy(

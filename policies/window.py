@@ -1,8 +1,8 @@
-"""Window: the memory's prefix (the attention sinks) and the most recent slots.
+"""Window: a policy that keeps the memory's prefix (the attention sinks) and the most recent slots.
 
 Source: StreamingLLM, "Efficient Streaming Language Models with Attention Sinks", arXiv:2309.17453. The memory's
-``keep_first`` sets the number of sinks. Kept keys keep their RoPE phase; the paper instead re-numbers positions within
-the cache.
+``keep_first`` sets the number of sinks. Here the RoPE phase of kept keys does not change; the paper numbers the
+positions within the cache anew.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class MostRecent(Compactor):
     """Keeps the last slots of every head's segment, unchanged."""
 
     def workspace(self, shape: SegmentShape) -> int:
-        """Count the bytes of the kept indices."""
+        """Return the bytes of the kept indices of all heads."""
         return shape.heads * shape.budget * 8
 
     def compact(self, segment: Segment, slots: Sequence[int]) -> Compaction:
@@ -36,7 +36,8 @@ def window(*, budgets: str = "uniform") -> Policy:
     """Keep the prefix and the most recent slots; drop all other slots.
 
     Raises:
-        ValueError: an option's value cannot work, or ``budgets`` need scores, which this policy does not compute.
+        ValueError: an option's value is unknown or out of range, or ``budgets`` need scores, which this policy does not
+            compute.
 
     """
     return Policy(

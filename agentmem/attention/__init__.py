@@ -1,1 +1,1 @@
-"""Compute attention over slots with β; KV heads of a layer may hold different numbers of slots."""
+"""Attention over slots with β, in which the KV heads of a layer may hold different numbers of slots."""

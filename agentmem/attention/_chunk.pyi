@@ -35,10 +35,10 @@ def attend(
         group: query heads per KV head.
         key_dim: elements of a key.
         value_dim: elements of a value.
-        window: the most tokens that a query sees, 0 for all.
-        runs: for each run, in this order: first head, heads, slots; addresses of keys, values and float32 bias (0 if
-            none); their three strides over heads; the strides of keys and values over slots; whether these are the
-            queries' own keys, which are seen causally.
+        window: the most tokens that a query attends to, 0 for all.
+        runs: for each run, in this order: first head, number of heads, number of slots; addresses of keys, values and
+            float32 β (0 without β); their three strides over heads; the strides of keys and values over slots; whether
+            these are the keys of the queries' own tokens, which are attended to causally.
 
     Raises:
         ValueError: ``scratch_bytes`` is less than ``threads * scratch_bytes(key_dim, value_dim)``, or ``group`` is more
@@ -47,7 +47,7 @@ def attend(
     """
 
 def scratch_bytes(key_dim: int, value_dim: int, /) -> int:
-    """Return the bytes of scratch that each thread needs."""
+    """Return the bytes of working memory (scratch) that each thread needs."""
 
 def available() -> bool:
-    """Check that this CPU and this build support AMX's bfloat16 tiles, and that the system permits their use."""
+    """Return whether this CPU and this build support AMX's bfloat16 tiles, and the system permits their use."""

@@ -24,13 +24,13 @@ def attend(
     scratch_bytes: int,
     sequences: list[tuple[int, Any, list[int], bool]],
 ) -> None:
-    """Attend with one token of each sequence over the slots of its sequence.
+    """Attend with one token of each of several sequences over the slots of its own sequence.
 
     Tensors are addresses of storage; strides, over rows and heads, are in elements.
 
     Args:
         kind: dtype of queries, fresh rows and output: 0 float32, 1 bfloat16, 2 float16.
-        slots: dtype of the slots: as ``kind``, or 3 for rows of ``quantised.py``.
+        slots: dtype of the slots: the same number as ``kind``, or 3 for quantised rows of ``quantised.py``.
         threads: number of threads.
         scale: factor on the attention logits.
         window: the number of last slots that are attended to, 0 for all.
@@ -50,8 +50,8 @@ def attend(
         scratch: address of scratch memory.
         scratch_bytes: bytes at ``scratch``.
         sequences: for each sequence its row, its layout, the filled slots of each head, and whether slots have a β. The
-            first item of the layout has four uint64 per head: the addresses of its keys, values and float32 β (0 if
-            none), and its capacity in slots.
+            first item of the layout has four uint64 per head: the addresses of its keys, values and float32 β (0
+            without β), and its capacity in slots.
 
     Raises:
         ValueError: a head has no slots, or no room for one more; a row does not exist; the scratch is too small; or the
@@ -60,7 +60,10 @@ def attend(
     """
 
 def scratch_bytes(sequences: int, heads: int, group: int, key_dim: int, value_dim: int, threads: int, /) -> int:
-    """Return the bytes of scratch for this number of sequences; they do not depend on the number of slots."""
+    """Return the bytes of working memory (scratch) that :func:`attend` needs, whatever the number of slots."""
 
 def use(level: int, /) -> bool:
-    """Choose the instructions to use: any CPU's (0), AVX2 (1) or AVX-512 (2); ``False`` if this CPU lacks them."""
+    """Choose the instruction set: that of any CPU (0), AVX2 (1) or AVX-512 (2).
+
+    Return ``False``, and change nothing, if this CPU lacks these instructions.
+    """

@@ -1,16 +1,16 @@
 /* Attention of several tokens over ragged runs of slots with β and, causally, over their own keys: bfloat16, on CPUs
  * with AMX.
  *
- * An item of work is a KV head and a block of tokens, whose queries of all the group are rows. Keys and values are
- * packed for the tile unit KEYS at a time, once for all rows, so that scratch depends on neither slots nor tokens.
- * Softmax is online (Milakov & Gimelshein, arXiv:1805.02867); a row's answer depends on its own keys alone, whatever
- * the block or the number of threads.
+ * An item of work is one KV head with one block of tokens. Its rows are these tokens' queries of all query heads of
+ * the group. Keys and values are packed for the tile unit, KEYS slots at a time, once for all rows, so the size of the
+ * scratch does not depend on the number of slots or tokens. Softmax is online (Milakov & Gimelshein,
+ * arXiv:1805.02867). The output of a row depends only on its own keys, not on blocks or the number of threads.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <stdint.h>
 
-static int usable; /* found out when the module is loaded */
+static int usable; /* set when the module is loaded: true if the CPU and the system allow AMX */
 
 static PyObject *refused(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(arguments)) {
     PyErr_SetString(PyExc_NotImplementedError, "this CPU, or this build of agentmem, has no AMX");
@@ -27,19 +27,19 @@ static PyObject *refused(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(argume
 
 #define ROWS 128 /* queries of an item */
 #define KEYS 256 /* slots that are packed at a time */
-#define PART 32  /* rows of two tiles: so many see the packed slots at a time */
+#define PART 32  /* rows that attend to the packed slots at a time: those of two tiles */
 #define TARGET __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 #define INLINE TARGET __attribute__((always_inline)) static inline
-/* What lies at an address is written before tiles are loaded: compilers think that these loads read no memory. */
+/* Makes the compiler finish all writes to memory before tiles are loaded: it assumes that such loads read none. */
 #define WRITTEN(address) __asm__ volatile("" : : "r"(address) : "memory")
 
 typedef uint16_t brain; /* bfloat16 */
 
-/* Slots of KV heads first .. first + heads; the queries' own keys are a run that they see causally. */
+/* The slots of the KV heads first .. first + heads, or the keys of the queries' own tokens (own), which are causal. */
 typedef struct {
     Py_ssize_t first, heads, slots;
     const brain *keys, *values;
-    const float *bias; /* NULL: no slot carries a β */
+    const float *bias; /* NULL if no slot has a β */
     Py_ssize_t key_head, key_slot, value_head, value_slot, bias_head; /* strides */
     int own;
 } Run;
@@ -49,13 +49,13 @@ typedef struct {
     brain *output;
     Py_ssize_t query_head, query_token, output_head, output_token; /* strides */
     Py_ssize_t tokens, heads, group, key_dim, value_dim, window;   /* window: 0 for none */
-    Py_ssize_t depth, width, block; /* dims as the tiles have them, multiples of 32; tokens of an item */
+    Py_ssize_t depth, width, block; /* dims rounded up to multiples of 32 for the tiles; tokens of an item */
     float scale;
     const Run *runs;
     Py_ssize_t run_count;
 } Problem;
 
-/* What a thread works in. */
+/* The working memory of one thread. */
 typedef struct {
     brain *queries, *keys, *values, *weights; /* [ROWS, depth]; tiles; tiles; [PART, KEYS] */
     float *logits, *sums, *bias, *peak, *mass; /* [PART, KEYS], [ROWS, width], [KEYS], [ROWS], [ROWS] */
@@ -82,7 +82,7 @@ static Scratch laid_out(char *at, Py_ssize_t depth, Py_ssize_t width) {
 
 INLINE __mmask32 first_of(Py_ssize_t count) { return count >= 32 ? ~0u : count <= 0 ? 0 : (1u << count) - 1; }
 
-/* Sixteen vectors of sixteen 32-bit numbers, rows for columns. */
+/* Transposes a matrix of sixteen vectors of sixteen 32-bit numbers. */
 INLINE void transpose(__m512i r[16]) {
     __m512i t[16];
     for (int i = 0; i < 8; i++) {
@@ -107,7 +107,7 @@ INLINE void transpose(__m512i r[16]) {
     }
 }
 
-/* n keys as right-hand tiles: [16 keys] x [32 dims] each, a pair of dims a row; zeros fill the last tiles. */
+/* Packs n keys as right-hand tiles of [16 keys] x [32 dims]; a row of a tile is a pair of dims. Zeros fill the rest. */
 TARGET static void pack_keys(const Problem *p, const brain *keys, Py_ssize_t stride, Py_ssize_t n, brain *to) {
     for (Py_ssize_t key = 0; key < n; key += 16)
         for (Py_ssize_t dim = 0; dim < p->depth; dim += 32, to += 512) {
@@ -119,10 +119,10 @@ TARGET static void pack_keys(const Problem *p, const brain *keys, Py_ssize_t str
             transpose(r);
             for (int i = 0; i < 16; i++) _mm512_store_si512(to + 32 * i, r[i]);
         }
-    if ((n + 15) / 16 % 2) memset(to, 0, 32 * p->depth); /* tiles go by twos */
+    if ((n + 15) / 16 % 2) memset(to, 0, 32 * p->depth); /* tiles are used in pairs */
 }
 
-/* n values as right-hand tiles: [32 slots] x [16 dims] each, a pair of slots a row, so that two lie side by side. */
+/* Packs n values as right-hand tiles of [32 slots] x [16 dims]; a row of a tile is a pair of slots. */
 TARGET static void pack_values(const Problem *p, const brain *values, Py_ssize_t stride, Py_ssize_t n, brain *to) {
     const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
                                          5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
@@ -140,7 +140,7 @@ TARGET static void pack_values(const Problem *p, const brain *values, Py_ssize_t
             }
 }
 
-/* The queries of an item as rows, token by token and within one head by head; zeros fill the last part. */
+/* Packs the queries of an item as rows, ordered by token and then by head; zeros fill the last part. */
 TARGET static void pack_queries(const Problem *p, Py_ssize_t head, Py_ssize_t token, Py_ssize_t rows, Scratch s) {
     for (Py_ssize_t row = 0; row < (rows + PART - 1) / PART * PART; row++)
         for (Py_ssize_t dim = 0; dim < p->depth; dim += 32) {
@@ -152,7 +152,7 @@ TARGET static void pack_queries(const Problem *p, Py_ssize_t head, Py_ssize_t to
         }
 }
 
-/* Logits of a part's rows with the packed keys first .. last, multiples of 32. */
+/* Computes the logits of a part's rows for the packed keys first .. last, which are multiples of 32. */
 TARGET static void multiply_keys(
     const Problem *p, const brain *queries, Py_ssize_t first, Py_ssize_t last, Scratch s
 ) {
@@ -181,7 +181,7 @@ TARGET static void multiply_keys(
     }
 }
 
-/* Adds a part's weighted values of the slots first .. last, multiples of 32, to its sums. */
+/* Adds the weighted values of the slots first .. last, which are multiples of 32, to the sums of a part's rows. */
 TARGET static void multiply_values(const Problem *p, float *sums, Py_ssize_t first, Py_ssize_t last, Scratch s) {
     const Py_ssize_t stride = 4 * p->width;
     WRITTEN(sums);
@@ -208,9 +208,9 @@ TARGET static void multiply_values(const Problem *p, float *sums, Py_ssize_t fir
     }
 }
 
-/* 2^x for x <= 0, to 3e-6 of it: a polynomial of the part behind the point, and the exponent. */
+/* Returns 2^x for x <= 0 with a relative error of 3e-6: a polynomial of the fraction of x, scaled by its integer. */
 INLINE __m512 power_of_two(__m512 x) {
-    __m512 f = _mm512_reduce_ps(x, 0x09); /* what floor leaves, without an exception */
+    __m512 f = _mm512_reduce_ps(x, 0x09); /* x - floor(x), without a floating-point exception */
     __m512 y = _mm512_fmadd_ps(f, _mm512_set1_ps(1.342669e-2f), _mm512_set1_ps(5.224247e-2f));
     y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.4128021e-1f));
     y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.9304484e-1f));
@@ -218,12 +218,12 @@ INLINE __m512 power_of_two(__m512 x) {
     return _mm512_scalef_ps(y, x);
 }
 
-/* The sixteen of a row's logits from `at` on, in powers of two, β included. */
+/* Returns sixteen logits of a row from `at` on, as exponents of 2, with β added. */
 INLINE __m512 powers(const float *row, const float *bias, Py_ssize_t at, __m512 scale) {
     return _mm512_fmadd_ps(_mm512_load_ps(row + at), scale, _mm512_load_ps(bias + at));
 }
 
-/* Which of sixteen slots from `at` on lie in low .. high. */
+/* Returns a mask of which of the sixteen slots from `at` on lie in low .. high. */
 INLINE __mmask16 between(Py_ssize_t at, Py_ssize_t low, Py_ssize_t high) {
     __mmask16 seen = 0xffff;
     if (at < low) seen &= (__mmask16)(0xffffu << (low - at));
@@ -231,7 +231,8 @@ INLINE __mmask16 between(Py_ssize_t at, Py_ssize_t low, Py_ssize_t high) {
     return seen;
 }
 
-/* A row's logits of the slots low .. high become weights; it has weights for all of first .. last, multiples of 32. */
+/* Turns a row's logits for the slots low .. high into weights. All other weights in first .. last (multiples of 32)
+ * are set to 0. */
 INLINE void soften(
     const Problem *p, const float *row, const float *bias, Py_ssize_t low, Py_ssize_t high, Py_ssize_t first,
     Py_ssize_t last, brain *weights, float *sums, float *peak, float *mass
@@ -253,7 +254,7 @@ INLINE void soften(
         *mass *= _mm512_cvtss_f32(shrink);
         *peak = top;
     }
-    if (top == -INFINITY) top = 0.0f; /* nothing to see so far: weights of 0, unless a logit is no number */
+    if (top == -INFINITY) top = 0.0f; /* no logit above -inf so far: weights are 0, or NaN for a NaN logit */
     const __m512 peaks = _mm512_set1_ps(top);
     for (Py_ssize_t at = first; at < last; at += 32) {
         __m512 two[2];
@@ -271,14 +272,14 @@ INLINE void soften(
     *mass += _mm512_reduce_add_ps(total);
 }
 
-/* Which of a run's slots a token sees. */
+/* Sets low .. high to the slots of a run that a token attends to. */
 INLINE void seen_by(const Problem *p, const Run *run, Py_ssize_t token, Py_ssize_t *low, Py_ssize_t *high) {
     *high = run->own ? token + 1 : run->slots;
     *low = p->window ? (run->own ? 0 : run->slots) + token + 1 - p->window : 0;
     if (*low < 0) *low = 0;
 }
 
-/* All rows of an item attend to the packed slots at .. at + n of a run. */
+/* Lets all rows of an item attend to the packed slots at .. at + n of a run. */
 TARGET static void see(const Problem *p, const Run *run, Py_ssize_t token, Py_ssize_t rows, Py_ssize_t at, Py_ssize_t n,
                        Scratch s) {
     for (Py_ssize_t part = 0; part < rows; part += PART) {
@@ -327,7 +328,7 @@ TARGET static void write_rows(const Problem *p, Py_ssize_t head, Py_ssize_t toke
     }
 }
 
-/* A KV head's queries of the tokens from `token` on. */
+/* Computes one item: a KV head's queries of the block of tokens that begins with `token`. */
 TARGET static void attend_item(const Problem *p, Py_ssize_t head, Py_ssize_t token, Scratch s) {
     const Py_ssize_t tokens = token + p->block < p->tokens ? p->block : p->tokens - token, rows = tokens * p->group;
     pack_queries(p, head, token, rows, s);
@@ -361,21 +362,22 @@ TARGET static void configure(void) {
     _tile_loadconfig(&tiles);
 }
 
-/* Tokens of an item: fewer where there were too few items for all threads. Packing is then done more often. */
+/* Returns the tokens of an item. They are fewer if there were else too few items for all threads, although the same
+ * slots are then packed more often. */
 static Py_ssize_t block_of(const Problem *p, int threads) {
     Py_ssize_t rows = ROWS;
     while (rows > PART && (p->tokens * p->group + rows - 1) / rows * p->heads < 2 * threads) rows /= 2;
     return rows < p->group ? 1 : rows / p->group;
 }
 
-/* Whether there is so little to multiply that other threads cost more than they save. */
+/* Returns whether there is so little to compute that more threads would cost more time than they save. */
 static int is_small(const Problem *p) {
     Py_ssize_t slots = 0;
     for (const Run *run = p->runs; run < p->runs + p->run_count; run++) slots += run->heads * run->slots;
     return slots * p->group * p->tokens * (p->depth + p->width) < 2 << 20;
 }
 
-/* Takes items until there are none, the longest first. */
+/* Computes items until none is left, beginning with those that attend to the most slots. */
 TARGET static void attend_some(const Problem *p, Py_ssize_t *next, Py_ssize_t blocks, char *scratch) {
     Scratch s = laid_out(scratch, p->depth, p->width);
     configure();
@@ -400,7 +402,7 @@ static int available(void) {
         !__get_cpuid_count(7, 1, &e, &unused, &unused, &unused))
         return 0;
     if (!(d >> 22 & d >> 24 & e >> 5 & 1)) return 0; /* AMX-BF16, AMX-TILE, AVX512-BF16 */
-    return syscall(SYS_arch_prctl, 0x1023, 18) == 0; /* ask the kernel to keep tiles over a switch of threads */
+    return syscall(SYS_arch_prctl, 0x1023, 18) == 0; /* asks the kernel to save tiles when it switches threads */
 }
 
 static int read_run(PyObject *item, Run *run) {

@@ -1,35 +1,35 @@
-/* Decode steps: a token of each of several sequences over that sequence's slots with β, on CPU. Sums are float32.
+/* Decode steps on the CPU: one token of each of several sequences attends to its slots with β. Sums are float32.
  *
- * torch's fused kernel has one task a head and reads keys as a small matrix product; this one reads keys and values
- * once for all queries of a group, at nearly the speed of a plain sum, and shares the slots of all heads of all
- * sequences out between threads. Softmax is online over tiles of slots (Milakov & Gimelshein, arXiv:1805.02867), and
- * a head's pieces are merged by their log-masses (Flash-Decoding). No -ffast-math: it would change the whole process's
- * rounding of small numbers.
+ * torch's fused kernel has one task per head and reads keys as a small matrix product. This code reads keys and values
+ * once for all queries of a group, at nearly the speed of a plain sum, and divides the slots of all heads of all
+ * sequences between the threads. Softmax is online over tiles of slots (Milakov & Gimelshein, arXiv:1805.02867), and
+ * the pieces of a head are merged by their log-masses (Flash-Decoding). -ffast-math is not used, because it would
+ * change the rounding of small numbers in the whole process.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include "numbers.h"
 
 #define TILE 128 /* slots whose weights are kept at a time */
-#define LEAST 256 /* slots of a share, on average: fewer are not worth another thread */
-#define SHARES 2  /* for each thread, so that the others take what a late one does not come to */
+#define LEAST 256 /* least slots of a share, on average: fewer do not justify another thread */
+#define SHARES 2  /* shares per thread, so that other threads can take over a share of a slow thread */
 
 /* Slots first .. last of one KV head of one sequence, and everything that a thread needs to attend to them. */
 typedef struct {
-    const char *asked;               /* the head's queries in storage, Shape.apart numbers from one to the next */
-    const char *new_key, *new_value; /* what the last slot is set to first; NULL: nothing */
+    const char *asked;               /* the head's queries in storage, Shape.apart numbers apart */
+    const char *new_key, *new_value; /* what to write to the last slot first; NULL for nothing */
     char *keys, *values;
-    const float *bias; /* NULL while no slot carries a β */
+    const float *bias; /* NULL if no slot has a β */
     char *output;      /* [group, value_dim] of the head, in storage */
     float *work;       /* the queries as widen() orders them, the sums in that order, peaks and masses */
     Py_ssize_t first, last;
-    Py_ssize_t of; /* in the first piece of a head: into how many pieces the head is cut; 0 in the others */
+    Py_ssize_t of; /* in the first piece of a head: the number of the head's pieces; 0 in the others */
 } Piece;
 
 typedef struct {
     Py_ssize_t heads, group, key_dim, value_dim, apart, window;
     float scale;
-    int kind, slots; /* of queries, fresh keys and values and the output; and of the slots */
+    int kind, slots; /* dtype of queries, fresh keys, fresh values and output; dtype of the slots */
 } Shape;
 
 INLINE float *sums_of(const Piece *piece, const Shape *shape) { return piece->work + shape->group * shape->key_dim; }
@@ -39,7 +39,7 @@ INLINE float *peaks_of(const Piece *piece, const Shape *shape) {
 INLINE float *masses_of(const Piece *piece, const Shape *shape) { return peaks_of(piece, shape) + shape->group; }
 static Py_ssize_t work_of(const Shape *shape) { return shape->group * (shape->key_dim + shape->value_dim + 2); }
 
-/* Products of `keys` slots, one behind the other, with `count` queries, not yet summed over the lanes. */
+/* Multiplies the keys of `keys` consecutive slots with `count` queries; the results are not yet summed over lanes. */
 INLINE void products(
     const int level, const int kind, const int count, const int slots, const float *queries, const char *keys,
     Py_ssize_t dim, wide to[4][4]
@@ -60,7 +60,7 @@ INLINE void products(
     }
 }
 
-/* Logits of `count` queries over the n slots of a tile; what is `const int` is known to the compiler. */
+/* Computes the logits of `count` queries for the n slots of a tile; `const int` arguments are known at compile time. */
 INLINE void logits(
     const int level, const int kind, const int count, const float *queries, const char *keys, Py_ssize_t dim,
     Py_ssize_t n, float *to
@@ -100,12 +100,12 @@ INLINE void mix(
         for (int v = 0; v < vectors; v++) store(to + g * dim + v * WIDE, total[g][v]);
 }
 
-/* Asks for memory that is read next: the processor follows a stream only to the end of its page. */
+/* Prefetches memory that is read next, because the processor itself prefetches only to the end of a page. */
 INLINE void expect(const char *from, Py_ssize_t bytes) {
     for (Py_ssize_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
 }
 
-/* Turns one query's n logits into weights; the peak may rise, and what was summed so far shrinks then. */
+/* Turns one query's n logits into weights. If the largest logit (peak) rises, the sums so far are scaled down. */
 INLINE void soften(
     float *row, const float *bias, const Shape *shape, Py_ssize_t n, float *output, float *peak, float *mass
 ) {
@@ -117,7 +117,7 @@ INLINE void soften(
     wide tops = none + *peak;
     for (Py_ssize_t j = 0; j < n; j += WIDE) tops = choose(load(row + j) > tops, load(row + j), tops);
     float top = largest(tops);
-    if (top == -INFINITY) { /* nothing to see so far: no weight, unless it is no number */
+    if (top == -INFINITY) { /* no logit above -inf so far: weights are 0, or NaN for a NaN logit */
         for (Py_ssize_t j = 0; j < n; j++) *mass += row[j] = row[j] == -INFINITY ? 0.0f : NAN;
         return;
     }
@@ -136,7 +136,7 @@ INLINE void soften(
     *mass += sum(total);
 }
 
-/* A piece for `count` queries from `group` on: their sums, not yet divided by their masses, and their peaks. */
+/* Computes a piece for `count` queries from `group` on: sums (not yet divided by the masses), masses and peaks. */
 INLINE void some(
     const int level, const int kind, const int count, const Piece *piece, const Shape *shape, Py_ssize_t group
 ) {
@@ -168,7 +168,7 @@ INLINE void some(
     }
 }
 
-/* All queries of a piece, at most four at a time. */
+/* Computes a piece for all its queries, at most four at a time. */
 INLINE void whole(const int level, const int kind, const Piece *piece, const Shape *shape) {
     Py_ssize_t g = 0;
     for (; g + 4 <= shape->group; g += 4) some(level, kind, 4, piece, shape, g);
@@ -193,7 +193,7 @@ __attribute__((target("avx512f,avx512dq,avx512vl,fma"))) static void avx512(cons
 }
 #endif
 
-/* The code for a set of instructions: 0 any, 1 AVX2, 2 AVX-512; NULL if this CPU lacks it. */
+/* Returns the code for an instruction set (0 any CPU, 1 AVX2, 2 AVX-512), or NULL if this CPU lacks the set. */
 static Attend code_for(int level) {
 #ifdef __x86_64__
     __builtin_cpu_init();
@@ -205,7 +205,7 @@ static Attend code_for(int level) {
 
 static Attend attend = portable;
 
-/* One head's answer out of its pieces, each of which counts by its mass; it is summed up in the first one's place. */
+/* Merges the pieces of one head, weighted by their masses, and writes the output; the first piece's sums are reused. */
 static void merge(const Piece *pieces, Py_ssize_t count, const Shape *shape) {
     const Py_ssize_t dim = shape->value_dim, size = dim * bytes_of(shape->kind);
     for (Py_ssize_t g = 0; g < shape->group; g++) {
@@ -222,7 +222,7 @@ static void merge(const Piece *pieces, Py_ssize_t count, const Shape *shape) {
     }
 }
 
-/* All work of one piece: its new slot is written before it is read, and no other piece reads it. */
+/* Does all work of one piece. A new slot is written before it is read, and no other piece reads that slot. */
 static void serve(const Piece *piece, const Shape *shape) {
     const Py_ssize_t key = row_bytes(shape->slots, shape->key_dim), value = row_bytes(shape->slots, shape->value_dim);
     const Py_ssize_t apart = shape->apart * bytes_of(shape->kind);
@@ -240,7 +240,7 @@ static void serve(const Piece *piece, const Shape *shape) {
     if (piece->of == 1) merge(piece, 1, shape);
 }
 
-/* All pieces, a share of them at a time: share s is the pieces begins[s] .. begins[s + 1]. */
+/* Computes all pieces, one share at a time; share s consists of the pieces begins[s] .. begins[s + 1]. */
 static void serve_all(
     const Piece *pieces, const Py_ssize_t *begins, Py_ssize_t shares, const Shape *shape, int threads
 ) {
@@ -251,18 +251,18 @@ static void serve_all(
         if (pieces[p].of > 1) merge(pieces + p, pieces[p].of, shape);
 }
 
-/* Where the slots of one head lie: addresses, and how many slots there is room for. */
+/* The addresses of the slots of one head, and its capacity in slots. */
 typedef struct {
     unsigned long long keys, values, bias, room;
 } Head;
 
-/* Queries, fresh keys or fresh values: how many numbers lie from one sequence, and from one head, to the next. */
+/* The address of queries, fresh keys or fresh values, and the strides over sequences and heads, in numbers. */
 typedef struct {
     unsigned long long address;
     Py_ssize_t sequence, head;
 } Rows;
 
-/* One sequence: its row in the queries, its heads, how many slots each has filled, and whether they carry a β. */
+/* One sequence: its row in the queries, its heads, the filled slots of each head, and whether slots have a β. */
 typedef struct {
     Py_ssize_t row;
     const Head *heads;
@@ -272,7 +272,7 @@ typedef struct {
 
 typedef struct {
     Shape shape;
-    Rows queries, keys, values; /* no keys: nothing is appended */
+    Rows queries, keys, values; /* without keys, nothing is appended */
     char *output;
     char *scratch;
     Py_ssize_t rows, size; /* sequences that the queries have; bytes of the scratch */
@@ -305,7 +305,7 @@ static int read_sequence(PyObject *item, const Step *step, Sequence *to) {
     return 1;
 }
 
-/* Slots that a head has with its new one; -1 if there is no room for that, or nothing to attend to. */
+/* Returns the slots of a head, including a new slot; -1 if a new slot has no room, or if there are no slots. */
 static Py_ssize_t filled(const Step *step, const Sequence *sequence, Py_ssize_t head) {
     Py_ssize_t count = PyLong_AsSsize_t(PyList_GET_ITEM(sequence->lengths, head));
     if (count == -1 && PyErr_Occurred()) return -1;
@@ -319,7 +319,7 @@ static Py_ssize_t first_seen(const Shape *shape, Py_ssize_t count) {
     return shape->window && count > shape->window ? count - shape->window : 0;
 }
 
-/* Checks every sequence; the slots that all heads attend to, or -1. */
+/* Checks every sequence; returns the number of slots that all heads together attend to, or -1. */
 static Py_ssize_t all_slots(const Step *step) {
     Py_ssize_t total = 0;
     for (Py_ssize_t s = 0; s < PyList_GET_SIZE(step->sequences); s++) {
@@ -339,7 +339,7 @@ static const char *row_of(const Rows *rows, const Shape *shape, Py_ssize_t seque
     return (const char *)(uintptr_t)rows->address + place * bytes_of(shape->kind);
 }
 
-/* One head as a piece that is not cut yet. */
+/* Returns one head as a single piece, before it is cut. */
 static Piece head_of(const Step *step, const Sequence *sequence, Py_ssize_t head) {
     const Shape *shape = &step->shape;
     const Head *at = sequence->heads + head;
@@ -358,13 +358,14 @@ static Piece head_of(const Step *step, const Sequence *sequence, Py_ssize_t head
     };
 }
 
-/* What is being cut: all slots lie in one line, of which each share takes `share`, whole vectors within a head. */
+/* The state of cutting: the slots of all heads in sequence are cut into shares of about `share` slots each. Cuts within
+ * a head are at multiples of WIDE slots. */
 typedef struct {
     Piece *pieces;
     Py_ssize_t *begins;
     float *work;
     Py_ssize_t count, shares; /* pieces so far, shares that have begun */
-    Py_ssize_t share, left;   /* slots of a share, and how many the last one has left */
+    Py_ssize_t share, left;   /* slots of a share; slots that the last share still lacks */
 } Cut;
 
 static void cut_head(Cut *cut, Piece rest, const Shape *shape) {

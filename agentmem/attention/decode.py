@@ -1,4 +1,4 @@
-"""Run decode steps in compiled code: one token of each of several sequences attends to its slots, in one call.
+"""Run decode steps in compiled code: in one call, one token of each of several sequences attends to its slots.
 
 Queries are ``[n, Hq, d]``, one row per sequence. A :class:`Layout` describes where a sequence's slots are in memory.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _VECTOR = 16  # floats that decode.c works on at a time
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # dtypes that decode.c reads, by its own numbers
-_QUANTISED = 3  # the number that decode.c has for rows of quantised.py
+_QUANTISED = 3  # the number by which decode.c knows rows of quantised.py
 
 
 class Form(NamedTuple):
@@ -37,19 +37,19 @@ class Form(NamedTuple):
     key_dim: int
     value_dim: int
     quantised: bool = False
-    """Whether slots are rows of :mod:`agentmem.attention.quantised`; queries and outputs have ``dtype`` even then."""
+    """True if slots are rows of :mod:`agentmem.attention.quantised`; queries and outputs have ``dtype`` even then."""
 
     @property
     def served(self) -> bool:
-        """Return whether the compiled code is installed and supports this dtype and these dims."""
+        """True if the compiled code is installed and supports this dtype and these dims."""
         whole = quantised.GROUPS[0] if self.quantised else _VECTOR
         return COMPILED and self.dtype in _KINDS and not self.key_dim % whole and not self.value_dim % whole
 
 
 def form_of(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, quantised: bool = False) -> Form | None:
-    """Return the form of the slots in which new ``keys [n, Hkv, d]`` and ``values [n, Hkv, dv]`` will be stored.
+    """Return the form of slots that store new ``keys [n, Hkv, d]`` and ``values [n, Hkv, dv]``.
 
-    Returns ``None`` if :func:`attend_each` does not support these tensors.
+    Return ``None`` if :func:`attend_each` does not support these tensors or ``queries [n, Hq, d]``.
     """
     rows, heads, dim = keys.shape
     if not (queries.is_cpu and keys.is_cpu and values.is_cpu and keys.dtype == queries.dtype == values.dtype):
@@ -67,7 +67,7 @@ class Layout(NamedTuple):
     """Four uint64 per head: the addresses of keys, values and β (0 if there is no β), and the capacity in slots."""
     form: Form
     storages: tuple[torch.Tensor | None, ...]
-    """The tensors that own the memory; it is not freed while the layout exists."""
+    """The tensors that own the memory, so that it is not freed while the layout exists."""
 
 
 Sequence = tuple[int, Layout, list[int], bool]
@@ -75,12 +75,15 @@ Sequence = tuple[int, Layout, list[int], bool]
 
 
 def layout(heads: Iterable[tuple[int, int, int, int]], form: Form, *storages: torch.Tensor | None) -> Layout:
-    """Make a layout; each head is given by the addresses of its keys, values and β on the CPU, and its capacity."""
+    """Return a layout; ``heads`` lists for each head the CPU addresses of keys, values and β, and the capacity.
+
+    ``storages`` are the tensors that own the memory at these addresses.
+    """
     return Layout(array("Q", [number for head in heads for number in head]).tobytes(), form, storages)
 
 
 def step_bytes(layer: LayerShape, sequences: int, itemsize: int) -> int:
-    """Return the bytes that :func:`attend_each` allocates besides its output: scratch and contiguous copies."""
+    """Return the bytes that :func:`attend_each` allocates: working memory, and contiguous copies of its inputs."""
     if not COMPILED:
         return 0
     rows = layer.query_heads * layer.key_dim + layer.kv_heads * (layer.key_dim + layer.value_dim)
@@ -100,17 +103,17 @@ def attend_each(
 ) -> None:
     """Attend with one token of each sequence, ``queries [n, Hq, d]``, and write contiguous ``output [n, Hq, dv]``.
 
-    All tensors are on the CPU, in the form's dtype; all sequences have the same form, whose ``served`` is true. Rows
-    that no sequence names are not written.
+    All sequences have the same :class:`Form`, whose ``served`` is true. All tensors are on the CPU and have its dtype.
 
     Args:
         queries: one row per sequence.
-        sequences: the sequences to attend to; see :data:`Sequence`.
+        sequences: the sequences to attend to, each with its row in ``queries`` and ``output``; see :data:`Sequence`.
+            Other rows of ``output`` are not written.
         scale: factor on the attention logits.
         output: the tensor to write to.
-        fresh: new keys ``[n, Hkv, d]`` and values ``[n, Hkv, dv]``, which are first written after the filled slots and
-            are attended to; with ``None`` the slots are used as they are.
-        window: the number of last slots that are seen; ``None`` for all.
+        fresh: new keys ``[n, Hkv, d]`` and values ``[n, Hkv, dv]``, which are first written to the slots after the
+            filled slots and are attended to. With ``None`` only the filled slots are attended to.
+        window: the number of newest slots that are attended to; ``None`` for all.
 
     Raises:
         ValueError: a head has no slots, or no room for one more; nothing was written.
@@ -145,10 +148,13 @@ def attend_each(
 
 
 def _together(rows: torch.Tensor) -> torch.Tensor:
-    """Return rows whose last dimension is contiguous, copied if necessary."""
+    """Return ``rows``, or a contiguous copy if their last dimension is not contiguous."""
     return rows if rows.stride(2) == 1 else rows.contiguous()
 
 
 def _place(rows: torch.Tensor | None) -> tuple[int, tuple[int, ...]]:
-    """Return the address of rows ``[n, h, d]`` and their strides over rows and heads, in elements."""
+    """Return the address of ``rows [n, h, d]`` and their strides over ``n`` and ``h``, in elements.
+
+    If ``rows`` is ``None``, all these numbers are 0.
+    """
     return (0, (0, 0)) if rows is None else (rows.data_ptr(), rows.stride()[:2])

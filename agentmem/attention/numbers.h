@@ -1,4 +1,4 @@
-/* Vectors of 16 floats, whatever the CPU's are, and how they are read from and written to storage of three dtypes. */
+/* Vectors of 16 floats on any CPU, and the functions that read them from storage of several dtypes and write them. */
 #ifndef AGENTMEM_NUMBERS_H
 #define AGENTMEM_NUMBERS_H
 #include <math.h>
@@ -31,7 +31,7 @@ INLINE wide choose(wide_int which, wide yes, wide no) {
 
 INLINE ptrdiff_t bytes_of(int kind) { return kind == FLOAT32 ? 4 : 2; }
 
-/* Bytes of `dim` numbers, one behind the other. */
+/* Returns the bytes of `dim` consecutive numbers in storage. */
 INLINE ptrdiff_t row_bytes(int kind, ptrdiff_t dim) {
     return kind == INT8 ? dim + dim / GROUP * 2 : dim * bytes_of(kind);
 }
@@ -45,14 +45,14 @@ INLINE ptrdiff_t row_bytes(int kind, ptrdiff_t dim) {
 #define SHUFFLES 0
 #endif
 
-/* float16 from its sign and the rest, both where float32 has them: a product makes up for the other exponent. */
+/* Returns float16 numbers as float32. Sign and magnitude are at their float32 places; a product corrects exponents. */
 INLINE wide from_half(wide_bits sign, wide_bits magnitude) {
     wide number = (wide)magnitude * 0x1p112f;
     wide_bits endless = (wide_bits)((wide_int)magnitude >= 0x0f800000) & 0x7f800000; /* infinity and NaN */
     return (wide)((wide_bits)number | endless | sign);
 }
 
-/* WIDE numbers in their order; `level` as in code_for(). */
+/* Returns WIDE numbers in their order; `level` is that of code_for(). */
 INLINE wide fetch_one(const int level, const int kind, const char *from, ptrdiff_t at) {
     if (kind == FLOAT32) return load((const float *)from + at);
     const few_bits *narrow = (const few_bits *)(from + 2 * at);
@@ -70,7 +70,7 @@ INLINE wide fetch_one(const int level, const int kind, const char *from, ptrdiff
     return from_half(bits << 16 & 0x80000000, bits << 13 & 0x0fffe000);
 }
 
-/* A group of INT8, or one half of it, out of a row of `dim` numbers. */
+/* For INT8 rows of `dim` numbers: the scale of number `at`, and WIDE numbers of one group from `at` on, decoded. */
 INLINE float scale_of(const char *row, ptrdiff_t dim, ptrdiff_t at) {
     uint16_t brain;
     uint32_t bits;
@@ -84,8 +84,8 @@ INLINE wide decoded(const char *row, ptrdiff_t at, float scale) {
     return __builtin_convertvector(__builtin_convertvector(*(const codes *)(row + at), wide_int), wide) * scale;
 }
 
-/* 2 * WIDE numbers of a row of `dim` as two vectors; bfloat16 comes as the even and the odd ones, a shift or a mask
- * apart. */
+/* Returns 2 * WIDE numbers of a row of `dim` as two vectors. For bfloat16, these are the numbers with even and with odd
+ * indices, which a shift and a mask separate. */
 INLINE void fetch(const int level, const int kind, const char *from, ptrdiff_t dim, ptrdiff_t at, wide to[2]) {
     if (kind == INT8) {
         float scale = scale_of(from, dim, at);
@@ -122,7 +122,7 @@ INLINE float sum(wide x) {
 
 #if SHUFFLES
 #define MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-/* What four vectors add up to, still apart by quarters: lane 4 q + i is the sum of v[i] over quarter q. */
+/* Sums four vectors over quarters: lane 4 q + i of the result is the sum of quarter q of v[i]. */
 INLINE wide quarters(const wide v[4]) {
     wide two[2];
     for (int i = 0; i < 2; i++)
@@ -132,7 +132,7 @@ INLINE wide quarters(const wide v[4]) {
            MIX(two[0], two[1], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
 }
 
-/* The sums of sixteen vectors, of which quarters() has been taken four by four. */
+/* Returns the sums of sixteen vectors, given the results of quarters() for each four of them. */
 INLINE wide sums(const wide v[4]) {
     wide two[2];
     for (int i = 0; i < 2; i++)
@@ -159,7 +159,7 @@ INLINE wide exponential(wide x) {
     return p * (wide)power;
 }
 
-/* A float32 as bfloat16, to the nearest, ties to even. */
+/* Returns a float32 as bfloat16, rounded to nearest, ties to even. */
 static inline uint16_t to_brain(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
@@ -167,7 +167,7 @@ static inline uint16_t to_brain(float x) {
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-/* A float32 as float16, likewise: a sum with a number of the right size rounds the small ones (F. Giesen's way). */
+/* Returns a float32 as float16, rounded likewise. Adding a constant rounds small numbers (F. Giesen's method). */
 static inline uint16_t to_half(float x) {
     uint32_t bits, sign;
     memcpy(&bits, &x, 4);
@@ -183,7 +183,7 @@ static inline uint16_t to_half(float x) {
     return (uint16_t)(sign | (bits - 0x3f000000));
 }
 
-/* `dim` numbers as floats, in the order in which fetch() has numbers of kind `as`. */
+/* Converts `dim` numbers to floats, in the order in which fetch() returns numbers of kind `as`. */
 INLINE void widen(const int kind, const int as, const char *from, ptrdiff_t dim, float *to) {
     ptrdiff_t i = 0;
     for (wide two[2]; kind == as && i + 2 * WIDE <= dim; i += 2 * WIDE) {
@@ -194,7 +194,7 @@ INLINE void widen(const int kind, const int as, const char *from, ptrdiff_t dim,
     for (; i < dim; i += WIDE) store(to + i, fetch_one(0, kind, from, i));
 }
 
-/* A row of INT8 from `dim` numbers of another kind, to the bit as quantised.py has it. */
+/* Encodes `dim` numbers of another kind as a row of INT8, with exactly the bits that quantised.py writes. */
 static void encode(const int kind, const char *from, ptrdiff_t dim, char *to) {
     float number[GROUP];
     for (ptrdiff_t at = 0; at < dim; at += GROUP) {
@@ -205,7 +205,7 @@ static void encode(const int kind, const char *from, ptrdiff_t dim, char *to) {
         for (int i = 0; i < GROUP; i++) top = number[i] != number[i] ? NAN : top;
         scale = top / 127.0f;
         memcpy(&bits, &scale, 4);
-        bits = (bits & 0x7fffffff) + 0xffff; /* up to the next bfloat16 */
+        bits = (bits & 0x7fffffff) + 0xffff; /* rounded up to the next bfloat16 */
         uint16_t brain = (uint16_t)(bits >> 16);
         bits &= 0xffff0000;
         memcpy(&scale, &bits, 4);
@@ -217,7 +217,7 @@ static void encode(const int kind, const char *from, ptrdiff_t dim, char *to) {
     }
 }
 
-/* The way back from the order of kind `as`, into storage. */
+/* Reverses widen(): writes floats that are in the order of kind `as` into storage. */
 INLINE void narrow(const int kind, const int as, const float *from, ptrdiff_t dim, char *to) {
     if (kind == FLOAT32) {
         memcpy(to, from, 4 * dim);

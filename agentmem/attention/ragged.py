@@ -1,8 +1,12 @@
 """Compute attention of one row's queries over slots with β; KV heads may hold different numbers of slots.
 
-Queries are ``[Hq, q, d]``. A :class:`Run` holds consecutive KV heads with equal numbers of slots. *Fresh* keys and
-values ``[Hkv, q, d]`` belong to the same tokens as the queries and are attended to causally. Scores are summed in
-float32. There are several code paths, chosen by device, dtype and arguments; the tests compare them with a reference.
+A row is one sequence of a batch; its queries are ``[Hq, q, d]``. A :class:`Run` holds consecutive KV heads with equal
+numbers of slots. *Fresh* keys and values ``[Hkv, q, d]`` belong to the same tokens as the queries and are attended to
+causally. The attention that slots receive (their scores) is summed in float32.
+
+There are several code paths, chosen by device, dtype and arguments; the tests compare them with a reference. The
+*explicit* path computes the attention weights themselves, and can add them to scores. The *fused* path calls torch's
+flash kernel or compiled code, which never hold all weights.
 """
 
 from __future__ import annotations
@@ -49,8 +53,8 @@ _TILED_GROUP = 128  # the most query heads per KV head that chunk.c supports
 def fused_bytes(layer: LayerShape, tokens: int, slots: int, itemsize: int, rows: int = 1) -> int:
     """Return the most bytes that the fused path of :func:`attend` allocates besides its output.
 
-    The rows of a batch are computed one after the other, except in a decode step, where one compiled call may compute
-    all ``rows``.
+    ``rows`` is the number of sequences of a batch. They are computed one after the other, except in a decode step, in
+    which one compiled call may compute all of them.
     """
     chunk = _block_bytes(layer, layer.kv_heads, _tokens(layer.group, tokens), max(slots, tokens), itemsize)
     step = layer.query_heads * (layer.key_dim + layer.value_dim + 2) * itemsize + _kernel_bytes(
@@ -61,10 +65,10 @@ def fused_bytes(layer: LayerShape, tokens: int, slots: int, itemsize: int, rows:
 
 
 def _block_bytes(layer: LayerShape, heads: int, tokens: int, keys: int, itemsize: int) -> int:
-    """Return the most bytes that attention for one block of tokens allocates.
+    """Return the most bytes that :func:`_attend_block` allocates for one block of tokens.
 
-    These bytes hold the result merged so far, the result over the next part of the slots (at most ``SPAN`` slots, or
-    the block's own tokens), and the working memory to compute this part or to merge it.
+    These bytes hold the result over all parts so far, the result over the next part of the keys, and the working memory
+    to compute or merge that part. A part is at most ``SPAN`` slots, or the block's own tokens.
     """
     wide = max(FLOAT, itemsize)
     rows = heads * layer.group * tokens
@@ -78,7 +82,10 @@ def _block_bytes(layer: LayerShape, heads: int, tokens: int, keys: int, itemsize
 
 
 def _cast_bytes(layer: LayerShape, heads: int, keys: int, itemsize: int) -> int:
-    """Return the bytes of float32 copies of keys and values, 0 if they are stored as float32 or wider."""
+    """Return the bytes of the copies of keys and values in float32; 0 if they are stored as float32 or wider.
+
+    For quantised slots, these are the bytes of decoding them.
+    """
     if layer.quantised:
         return sum(
             quantised.decode_bytes(heads * keys, dim, max(FLOAT, itemsize)) for dim in (layer.key_dim, layer.value_dim)
@@ -125,17 +132,19 @@ def attend(
     Args:
         queries: post-RoPE queries of ``q`` tokens.
         runs: the slots. Runs with ``scores`` need ``explicit``.
-        fresh: keys and values of the queries' own tokens, attended to causally. With ``None`` every query sees every
-            slot, as in a decode step whose own slot was appended before.
+        fresh: keys and values of the queries' own tokens, attended to causally. With ``None`` every query attends to
+            every slot, as in a decode step whose own slot has already been appended.
         scale: factor on the attention logits.
-        window: the most tokens that a query sees, its own included; the slots are then the consecutive tokens before
-            the fresh ones. Without ``fresh`` the caller must have cut the slots to the window.
-        explicit: compute the weights explicitly. Devices other than the CPU and ``sinks`` always use this path.
+        window: the most tokens that a query attends to, its own token included. With ``fresh``, the slots must then be
+            the consecutive tokens before the fresh tokens. Without ``fresh``, the caller must have cut the slots to the
+            window.
+        explicit: use the explicit path even if a fused path is possible. Devices other than the CPU and calls with
+            ``sinks`` always use the explicit path.
         sinks: ``[Hq]``, an additional logit of each query head that only increases the denominator of its softmax.
 
     Returns:
-        The output ``[Hq, q, dv]``, and the attention that the fresh keys received, ``[Hkv, q]`` float32: from the
-        explicit path with ``fresh``, otherwise ``None``.
+        The output ``[Hq, q, dv]``, and the attention ``[Hkv, q]`` (float32) that each fresh key received. The latter is
+        ``None`` without ``fresh``, and on all paths but the explicit path.
     """
     if not explicit and sinks is None:
         if fresh is None and queries.shape[1] == 1:
@@ -159,19 +168,19 @@ def _fused(queries: torch.Tensor, runs: Sequence[Run], fresh: Fresh | None, scal
         return _step(queries, runs, scale)
     width = _width(runs, fresh)
     grouped = queries.view(heads, group, tokens, -1)
-    output = queries.new_empty(tokens, heads, group, width).permute(1, 2, 0, 3)  # as the model goes on with it
+    output = queries.new_empty(tokens, heads, group, width).permute(1, 2, 0, 3)  # in the layout that the model reads
     for block in blocks(tokens, _tokens(group, tokens)):
         output[:, :, block] = _attend_block(grouped[:, :, block], runs, fresh, scale, block)[0]
     return output.flatten(0, 1)
 
 
 def _width(runs: Sequence[Run], fresh: Fresh | None) -> int:
-    """Return the number of elements of a value."""
+    """Return the number of elements of one value, ``dv``."""
     return runs[0].value_dim if fresh is None else int(fresh.values.shape[-1])
 
 
 def _step(queries: torch.Tensor, runs: Sequence[Run], scale: float) -> torch.Tensor:
-    """Attend with one token's queries ``[Hq, 1, d]``, one kernel call per run, which reads its slots once."""
+    """Attend with one token's queries ``[Hq, 1, d]``; one kernel call per run reads each of its slots only once."""
     group = queries.shape[0] // sum(run.heads for run in runs)
     rows = (queries[run.first * group : (run.first + run.heads) * group].view(run.heads, group, 1, -1) for run in runs)
     outputs = [_flash_rows(each, run, scale)[0] for each, run in zip(rows, runs, strict=True)]
@@ -180,12 +189,12 @@ def _step(queries: torch.Tensor, runs: Sequence[Run], scale: float) -> torch.Ten
 
 
 def _tokens(group: int, tokens: int) -> int:
-    """Return the number of tokens in one block."""
+    """Return how many of ``tokens`` tokens to compute in one block, with ``group`` query heads per KV head."""
     return min(TOKENS, ROWS // group or 1, tokens)
 
 
 def _compiled(queries: torch.Tensor, runs: Sequence[Run]) -> bool:
-    """Check whether the compiled code can run this decode step: it supports the form, and rows are contiguous."""
+    """Return whether ``decode.c`` supports this decode step, by its dtype, dims and memory layout."""
     form = _form(queries, runs)
     dim, width, dtype = form.key_dim, form.value_dim, form.dtype
     if form.quantised:
@@ -204,7 +213,7 @@ def _form(queries: torch.Tensor, runs: Sequence[Run]) -> decode.Form:
 
 
 def _plain(run: Run, dim: int, width: int, dtype: torch.dtype) -> bool:
-    """Check that a run has the memory layout that ``decode.c``, which reads raw addresses, relies on."""
+    """Return whether a run has the dtypes and the memory layout that ``decode.c`` needs, which reads raw addresses."""
     keys, values, bias = run.keys, run.values, run.bias
     return (
         keys.dtype == values.dtype == dtype
@@ -229,7 +238,7 @@ def _decode_step(queries: torch.Tensor, runs: Sequence[Run], scale: float) -> to
 
 
 def _heads(run: Run) -> Iterator[tuple[int, int, int, int]]:
-    """Yield for each head of a run the addresses of keys, values and β (0 if there is no β), and its slots."""
+    """Yield for each head of a run the addresses of keys, values and β (0 without β), and the number of slots."""
     size = run.keys.element_size()
     for head in range(run.heads):
         bias = 0 if run.bias is None else run.bias.data_ptr() + head * run.bias.stride(0) * FLOAT
@@ -238,7 +247,11 @@ def _heads(run: Run) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _addresses(run: Run) -> tuple[int, int, int, int, int, int, int, int, int]:
-    """Describe a run to the compiled code: first head, sizes, addresses (0 if there is no β) and strides of heads."""
+    """Return the description of a run for ``chunk.c``.
+
+    It consists of the first head, the numbers of heads and slots, the addresses of keys, values and β (0 without β),
+    and their strides over heads.
+    """
     keys, values, bias = run.keys, run.values, run.bias
     heads, slots, _ = keys.shape
     place, stride = (0, 0) if bias is None else (bias.data_ptr(), bias.stride(0))
@@ -256,9 +269,10 @@ def _addresses(run: Run) -> tuple[int, int, int, int, int, int, int, int, int]:
 
 
 def _tiles(queries: torch.Tensor, runs: Sequence[Run], fresh: Fresh | None) -> bool:
-    """Check whether the compiled code in ``chunk.c`` can compute attention with these tensors.
+    """Return whether ``chunk.c`` can compute attention with these tensors.
 
-    It needs bfloat16 tensors with contiguous rows on a CPU with AMX, and at most 128 query heads per KV head.
+    The compiled code needs bfloat16 tensors with contiguous rows on a CPU with AMX, and at most 128 query heads per KV
+    head.
     """
     if not TILED or queries.dtype != torch.bfloat16 or queries.device.type != "cpu":
         return False
@@ -268,7 +282,7 @@ def _tiles(queries: torch.Tensor, runs: Sequence[Run], fresh: Fresh | None) -> b
 
 
 def _rows(source: Run | Fresh) -> bool:
-    """Check that keys and values have the memory layout that ``chunk.c``, which reads raw addresses, relies on."""
+    """Return whether keys and values have the dtype and layout that ``chunk.c`` needs, which reads raw addresses."""
     keys, values, bias = source.keys, source.values, getattr(source, "bias", None)
     return (
         keys.dtype == values.dtype == torch.bfloat16
@@ -281,11 +295,11 @@ def _rows(source: Run | Fresh) -> bool:
 def _chunk_step(
     queries: torch.Tensor, runs: Sequence[Run], fresh: Fresh | None, scale: float, window: int | None
 ) -> torch.Tensor:
-    """Attend in compiled code with queries ``[Hq, q, d]`` of several tokens over all runs and, causally, fresh keys."""
+    """Attend with queries ``[Hq, q, d]`` of several tokens over all runs and, causally, fresh keys in ``chunk.c``."""
     query_heads, tokens, dim = queries.shape
     heads = sum(run.heads for run in runs) if fresh is None else fresh.keys.shape[0]
     width, threads = (runs[0] if fresh is None else fresh).values.shape[-1], torch.get_num_threads()
-    output = queries.new_empty(tokens, query_heads, width).transpose(0, 1)  # as the model goes on with it
+    output = queries.new_empty(tokens, query_heads, width).transpose(0, 1)  # in the layout that the model reads
     scratch = torch.empty(threads * _chunk.scratch_bytes(dim, width), dtype=torch.uint8)
     sources = [(*_addresses(run), run.keys.stride(1), run.values.stride(1), False) for run in runs]
     if fresh is not None:
@@ -316,7 +330,8 @@ def _attend_block(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend with the queries ``[h, group, b, d]`` of a block of tokens over all runs and fresh keys.
 
-    Attention is computed in parts, which are merged by their attention mass.
+    ``block`` is the range of these tokens among the fresh tokens. Attention is computed over parts of the keys, and the
+    results are averaged with their attention masses (sums of exponentials of logits) as weights.
 
     Returns:
         The output ``[h, group, b, dv]`` and the log-sum-exp ``[h, group, b]`` of the logits, both at least float32.
@@ -335,20 +350,26 @@ def _attend_block(
 
 
 def _spans(run: Run) -> Iterator[Run]:
-    """Yield the slots of a run: all at once, or at most :data:`SPAN` at a time if they must be converted."""
+    """Yield a run in parts of at most :data:`SPAN` slots if keys and values must be converted, otherwise as a whole."""
     for span in blocks(run.slots, SPAN if run.copied else max(1, run.slots)):
         yield run.part(span)
 
 
 def _merge(output: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:
-    """Merge a part into the result so far, in place, each weighted by its attention mass."""
+    """Merge the attention over one part of the keys into ``output`` and ``lse``, the result so far, in place.
+
+    ``lse`` and ``part_lse`` are log-sum-exps of logits, the logarithms of the weights of the two results.
+    """
     share = (part_lse - lse).sigmoid_().unsqueeze(-1)
     output.lerp_(part, share)
     torch.logaddexp(lse, part_lse, out=lse)
 
 
 def _flash_rows(grouped: torch.Tensor, run: Run, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend with ``grouped [h, group, b, d]`` over a run's slots; a group's queries are rows of one kernel head."""
+    """Attend with ``grouped [h, group, b, d]`` over a run's slots, and return the output and the log-sum-exp.
+
+    All queries of a group are passed to the kernel as tokens of one head, so that it reads keys and values only once.
+    """
     heads, group, tokens, _ = grouped.shape
     run = run.wide(grouped.dtype)
     output, lse = _flash(
@@ -365,7 +386,10 @@ def _flash_rows(grouped: torch.Tensor, run: Run, scale: float) -> tuple[torch.Te
 def _flash_own(
     grouped: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend with ``grouped [h, group, b, d]`` causally over the keys ``[h, b, d]`` of the same tokens."""
+    """Attend with ``grouped [h, group, b, d]`` causally over the keys ``[h, b, d]`` of the same tokens.
+
+    Return the output and the log-sum-exp.
+    """
     shared = (each.unsqueeze(1).expand(-1, grouped.shape[1], -1, -1) for each in (keys, values))
     output, lse = _flash(grouped, *shared, 0.0, True, scale=scale)  # noqa: FBT003  # takes no keyword
     return output, lse
@@ -414,7 +438,11 @@ def _weights(
     start: int,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return the attention weights ``[h, group * b, n + stop]`` float32 of the queries ``start .. start + b``."""
+    """Return the attention weights ``[h, group * b, n + stop]`` (float32) of a block of ``b`` tokens.
+
+    The tokens are ``start .. start + b`` of the fresh tokens. The ``n`` slots of the run come first, then the first
+    ``stop = start + b`` fresh keys (none without ``fresh``).
+    """
     size, count = queries.shape[1], run.slots
     stop = 0 if fresh is None else start + size
     grouped = queries.reshape(run.heads, -1, queries.shape[-1]).float()
@@ -441,7 +469,7 @@ def _weights(
 def local(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend with ``queries [group, n, d]`` over one head's slots alone: ``keys [T, d]``, ``values [T, dv]``.
+    """Attend with ``queries [group, n, d]`` over given slots of one head: ``keys [T, d]`` and ``values [T, dv]``.
 
     ``bias [T]`` float32 is β.
 
@@ -466,7 +494,11 @@ def _local(queries: torch.Tensor, run: Run, scale: float) -> tuple[torch.Tensor,
 
 
 def local_bytes(layer: LayerShape, queries: int, before: int, after: int, itemsize: int, *, fused: bool) -> int:
-    """Return the bytes of comparing :func:`local` before and after a compaction, replacement slots included."""
+    """Return the most bytes that comparing :func:`local` of one head before and after a compaction allocates.
+
+    ``queries`` queries attend to ``before`` and to ``after`` slots. The bytes of the ``after`` slots are included.
+    ``fused`` states whether :func:`local` uses the fused path.
+    """
     outputs = 4 * layer.group * queries * (layer.value_dim * (itemsize + 4) + 8)
     slots = after * (layer.key_dim + layer.value_dim) * (itemsize + 4) + after * 12
     if fused:

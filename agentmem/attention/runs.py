@@ -1,4 +1,4 @@
-"""Define the two sources of keys and values in attention: runs of stored slots, and the queries' own tokens."""
+"""The two sources of keys and values in attention: stored slots (:class:`Run`), and new tokens (:class:`Fresh`)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ FLOAT = 4
 
 @dataclass(slots=True)
 class Run:
-    """The slots of the ``h`` consecutive KV heads from ``first`` on, which all hold the same number ``n`` of slots.
+    """The slots of ``h`` consecutive KV heads, beginning with head ``first``, that hold ``n`` slots each.
 
-    ``keys [h, n, d]`` and ``values [h, n, dv]``, or uint8 ``[h, n, row_bytes]`` if they are quantised. ``bias [h, n]``
-    float32 holds β and is ``None`` while no slot has one. ``scores [h, n]`` float32, if given, is increased by the
-    attention that each slot receives.
+    ``keys`` are ``[h, n, d]`` and ``values`` are ``[h, n, dv]``; both are uint8 ``[h, n, row_bytes]`` if quantised.
+    ``bias [h, n]`` float32 holds β and is ``None`` while no slot has a β. If ``scores [h, n]`` float32 is given,
+    attention adds to it the attention that each slot receives.
     """
 
     first: int
@@ -31,21 +31,24 @@ class Run:
 
     @property
     def value_dim(self) -> int:
-        """Return the number of elements of a value, also if values are quantised."""
+        """The number of elements of a value, before quantisation if values are quantised."""
         return int(self.values.shape[2]) if self.quantised is None else self.quantised[1]
 
     @property
     def copied(self) -> bool:
-        """Return whether keys and values are narrower than float32, so that the kernel needs a converted copy."""
+        """True if keys and values are narrower than float32, so that torch's kernel needs a converted copy."""
         return self.keys.dtype.itemsize < FLOAT
 
     def part(self, span: slice) -> Run:
-        """Return a view of some of the slots, without scores."""
+        """Return a view of the slots in ``span`` of every head, without scores."""
         bias = None if self.bias is None else self.bias[:, span]
         return Run(self.first, self.keys[:, span], self.values[:, span], bias, None, self.quantised)
 
     def wide(self, dtype: torch.dtype = torch.float32) -> Run:
-        """Return the run without scores, its keys and values decoded or converted to at least float32."""
+        """Return the run without scores, with keys and values that are at least float32.
+
+        Quantised keys and values are decoded to ``dtype``; others are converted if they are narrower than float32.
+        """
         if self.quantised is None:
             return Run(self.first, wide(self.keys), wide(self.values), self.bias)
         keys, values = (
@@ -56,23 +59,23 @@ class Run:
 
     @property
     def heads(self) -> int:
-        """Return the number of KV heads in the run."""
+        """The number of KV heads in the run."""
         return int(self.keys.shape[0])
 
     @property
     def slots(self) -> int:
-        """Return the number of slots per head."""
+        """The number of slots per head."""
         return int(self.keys.shape[1])
 
 
 @dataclass(frozen=True, slots=True)
 class Fresh:
-    """Keys ``[Hkv, q, d]`` and values ``[Hkv, q, dv]`` of the queries' own tokens, not yet stored in slots."""
+    """The keys ``[Hkv, q, d]`` and values ``[Hkv, q, dv]`` of the queries' own tokens, not yet stored in slots."""
 
     keys: torch.Tensor
     values: torch.Tensor
 
 
 def wide(numbers: torch.Tensor) -> torch.Tensor:
-    """Convert to float32; leave wider dtypes as they are."""
+    """Return ``numbers`` converted to float32, or unchanged if their dtype is wider."""
     return numbers.to(torch.promote_types(numbers.dtype, torch.float32))

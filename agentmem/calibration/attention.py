@@ -1,7 +1,7 @@
 """Compute the shares of heads from attention scores.
 
-The slots that receive most attention are chosen over all heads together. A head's share is the number of its slots
-among them, divided by the mean number per head. The method needs no gradient.
+The slots that receive most attention are chosen over all heads together. A head's *share* is the number of its chosen
+slots, divided by the mean number per head. The method needs no gradient.
 
 Sources: arXiv:2602.16284 for the scores of "highest attention" (rms); Ada-KV, arXiv:2407.11550, for the allocation over
 all heads.
@@ -25,7 +25,7 @@ _ROWS = 256
 
 
 def window_shares(window: Window, layers: Sequence[int]) -> list[float]:
-    """Return the share of every head of ``layers``, layer by layer, as a multiple of an equal share."""
+    """Return the share of every head of ``layers``, layer by layer; the mean of all shares is 1."""
     scores = []
     for layer in layers:
         segment = window.segment(layer)
@@ -36,7 +36,7 @@ def window_shares(window: Window, layers: Sequence[int]) -> list[float]:
 
 
 def rms_weights(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
-    """Return the root mean square over ``queries [group, n, d]`` of the attention weight on each key, ``[T]`` float32.
+    """Return each key's root mean square attention weight over all ``queries [group, n, d]``, ``[T]`` float32.
 
     The softmax is taken over the given ``keys [T, d]`` alone.
     """

@@ -1,9 +1,10 @@
 """Estimate the error curves of all heads at once by Fisher information, from gradients.
 
-An error curve has the errors of one head at several fractions of kept slots. Compacting a head changes its attention
-output; a small change d of the output at a position changes the next-token distributions by KL ≈ ½ E (g · d)². Here g
-is the gradient of -log p(y) with respect to the attention output, and the next token y is drawn from the model itself;
-the expectation is the Fisher information of the output. Changes at different positions are assumed to be uncorrelated.
+An *error curve* has the errors of one head at several fractions of kept slots. Compacting a head changes its attention
+output. A small change d of the output at a position changes the next-token distributions by KL ≈ ½ E (g · d)². Here g
+is the gradient of -log p(y) with respect to the attention output, and the next token y is drawn from the model's own
+distribution p. E (g gᵀ) is the Fisher information of the output. Changes at different positions are assumed to be
+uncorrelated.
 
 Sources: the curves replace the measured sensitivity curves of arXiv:2602.16284, nonuniform head budgets. The estimate
 of a pruning's error by Fisher information is that of arXiv:1801.05787.
@@ -68,8 +69,9 @@ def _gradients(window: Window, layers: Sequence[int]) -> list[torch.Tensor]:
 def _losses(asked: AttentionCall, past: AttentionCall, gradients: torch.Tensor, heads: int) -> torch.Tensor:
     """Return the estimated KL per token, ½ E (g · d)², of compacting each KV head alone, ``[heads]``.
 
-    ``past`` has the keys, values and β of the compacted heads, and ``asked`` is the uncompacted attention call. g are
-    ``gradients``, and d is the change of the attention output; g · d is summed over the head's query heads.
+    ``past`` has the context's keys, values and β with every head compacted. ``asked`` is the attention call of the
+    tokens after the context, without compaction. g are ``gradients``, and d is the change of the attention output;
+    g · d is summed over the query heads of a KV head.
     """
     output = attended(asked.queries, asked.keys, asked.values, past, asked.scale, sinks=asked.sinks)
     change = (output - asked.output).float()

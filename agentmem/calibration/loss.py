@@ -1,7 +1,7 @@
 """Measure the error curve of one head: its errors at several fractions of kept slots.
 
-An error is measured by compacting the head, leaving all other heads as they are, and computing the KL over the tokens
-that follow. The method is exact, but slow.
+To measure an error, the head is compacted, all other heads stay as they are, and the KL is computed over the tokens
+that follow the context. The method is exact, but slow.
 
 Source: arXiv:2602.16284, sensitivity curves of nonuniform head budgets.
 """
@@ -34,7 +34,7 @@ def head_curve(window: Window, layer: int, head: int, compactor: Compactor) -> l
         past = list(window.context.layers)
         past[layer] = window.compact(segment, compactor, slots)
         logits = window.read_ahead(past).logits
-        assert logits is not None  # noqa: S101  # the same
+        assert logits is not None  # noqa: S101  # the window asks for them
         found = logits.float().log_softmax(dim=-1)
         kl = torch.nn.functional.kl_div(found, reference, reduction="batchmean", log_target=True)
         errors.append(max(0.0, float(kl)))

@@ -1,7 +1,7 @@
 """Divide each calibration method into units of work, measure a unit, and combine the results of all units.
 
-A *share* is the number of slots that a head gets, as a multiple of an equal share. An *error curve* has the errors of
-one head, in nats per token, if it keeps each of the fractions ``terms.fractions`` of its slots.
+A head's *share* is its number of slots divided by the mean number of slots per head. A head's *error curve* has its
+errors, in nats per token, one for each fraction ``terms.fractions`` of its slots that it may keep.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Work(ABC):
         self._open: tuple[int, Window] | None = None
 
     def window(self, index: int) -> Window:
-        """Return the window of this index; the window that was open before is freed."""
+        """Return window ``index``, and free the window that was returned before if it is a different one."""
         if self._open is None or self._open[0] != index:
             self._open = None  # freed before the next window is read
             self._open = (index, Window(self.reader, self.windows[index], self.terms))
@@ -72,7 +72,7 @@ class Attention(Work):
 
 
 class Curved(Work):
-    """Base of the methods that find error curves; the resulting shares are those that lower the sum of errors most."""
+    """Base of the methods that find error curves and compute from them the shares with the smallest sum of errors."""
 
     def __init__(
         self, reader: Reader, ids: torch.Tensor, terms: Terms, heads: Mapping[int, int], compactor: Compactor

@@ -22,7 +22,8 @@ REMEDY = "choose another place with --out"
 class Partial:
     """Store the result of each unit of work; every process writes its own file and reads the files of all processes.
 
-    ``key`` identifies everything that a result depends on; files with another key are ignored.
+    ``out`` is the path of the table that the calibration will write. ``key`` is a digest of everything that a result
+    depends on; files with another key are ignored. ``rank`` is the number of this process; ``own`` holds its results.
     """
 
     out: Path
@@ -40,7 +41,7 @@ class Partial:
         return sorted(self.out.parent.glob(f"{self.out.name}.partial-*"))
 
     def load(self) -> dict[str, Any]:
-        """Return the results of all processes whose files have the key ``key``, by unit of work."""
+        """Return the results of all processes by unit of work; files with another key are ignored."""
         found: dict[str, Any] = {}
         for path in self.files():
             try:

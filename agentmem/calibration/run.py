@@ -88,7 +88,7 @@ def calibrate(
 
 @dataclass(frozen=True, slots=True)
 class Team:
-    """Identify this process by its number (rank) among the processes that share the work."""
+    """The processes that share the work: ``rank`` is the number of this process, ``size`` the number of processes."""
 
     rank: int = 0
     size: int = 1
@@ -97,7 +97,7 @@ class Team:
 
     @classmethod
     def joined(cls) -> Team:
-        """Join the processes that were launched together; a single process does not need accelerate."""
+        """Return the team of all processes that were launched together; a single process does not need accelerate."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
         from accelerate import PartialState

@@ -1,4 +1,8 @@
-"""Compute the shares of heads from the worth of their slots; a share is a multiple of an equal share."""
+"""Compute the shares of heads from the worth of their slots.
+
+A head's *share* is its number of slots divided by the mean number of slots per head. The *worth* of a slot is its
+attention score, or the decrease of the head's error by this slot.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +20,10 @@ _TINY = 1e-12
 
 
 def top_shares(worth: Sequence[torch.Tensor], ratios: Sequence[float]) -> list[float]:
-    """Return the share of each head as a multiple of an equal share, averaged over ``ratios``.
+    """Return the share of each head, averaged over ``ratios``.
 
-    ``worth[h]``, of shape ``[T]``, is the worth of every slot of head h. At each ratio, the fraction of all slots to
-    keep, the slots of the greatest worth over all heads are kept; a head's share is the number of its slots among them,
+    ``worth[h]``, of shape ``[T]``, is the worth of every slot of head h. A ratio is a fraction of all slots to keep. At
+    each ratio, the slots of the greatest worth over all heads are kept. A head's share is its number of kept slots,
     divided by the mean number per head. Among slots of equal worth, those of the earlier head are kept first.
     """
     owner = torch.cat([torch.full((len(slots),), head) for head, slots in enumerate(worth)])
@@ -34,11 +38,11 @@ def top_shares(worth: Sequence[torch.Tensor], ratios: Sequence[float]) -> list[f
 def slot_gains(fractions: Sequence[float], errors: Sequence[float], slots: int) -> torch.Tensor:
     """Return by how much each further slot lowers a head's error, ``[slots]`` float64, in descending order.
 
-    ``errors`` were measured with the ``fractions`` of the head's slots kept. Between two fractions the error is
-    interpolated geometrically; below the first fraction, the curve through the first two is extended; from the last
-    fraction on, the error falls linearly to 0 at fraction 1. The lower convex hull of this curve is used, because
-    allocating slots by gain then gives the least sum of errors, to which the greedy exchange of arXiv:2602.16284
-    converges.
+    ``errors[i]`` was measured with the fraction ``fractions[i]`` of the head's slots kept. Between two fractions the
+    error is interpolated geometrically. Below the first fraction, the curve through the first two points is extended;
+    from the last fraction on, the error falls linearly to 0 at fraction 1. The lower convex hull of this curve is used.
+    Slots that are allocated by these gains then give the smallest sum of errors, to which the greedy exchange of
+    arXiv:2602.16284 converges.
     """
     points = [(count, _error(fractions, errors, count / slots)) for count in range(slots + 1)]
     hull: list[tuple[int, float]] = []
@@ -51,7 +55,7 @@ def slot_gains(fractions: Sequence[float], errors: Sequence[float], slots: int) 
 
 
 def _error(fractions: Sequence[float], errors: Sequence[float], fraction: float) -> float:
-    """Interpolate the error at ``fraction`` between the measured points."""
+    """Return the error at ``fraction``, interpolated or extended as :func:`slot_gains` describes."""
     known = [math.log(max(error, _TINY)) for error in errors]
     if fraction >= fractions[-1]:
         return math.exp(known[-1]) * (1 - fraction) / (1 - fractions[-1])

@@ -1,4 +1,4 @@
-"""Write the file of a calibration: shares, error curves, and the settings and command to repeat it."""
+"""Write the table of a calibration: shares, error curves, and the settings and command to repeat the calibration."""
 
 from __future__ import annotations
 
@@ -39,8 +39,9 @@ class Origin:
 class Found:
     """Hold the outcome of a calibration.
 
-    ``shares [heads]`` are multiples of an equal share. ``errors [heads][fractions]`` are the error curves in nats per
-    token, one error per kept fraction; they are empty if the method measures none.
+    ``shares [heads]`` are the heads' numbers of slots, divided by their mean. ``errors [heads][fractions]`` are the
+    error curves in nats per token, with one error per fraction of kept slots; they are empty if the method finds no
+    errors.
     """
 
     shares: Sequence[float]
@@ -48,7 +49,7 @@ class Found:
 
 
 def as_table(model: ModelIdentity, terms: Terms, origin: Origin, found: Found) -> dict[str, Any]:
-    """Return the content of the table; shares are rounded to 4 decimal places, errors to 3 significant digits."""
+    """Return the table as JSON values; shares are rounded to 4 decimal places, errors to 3 significant digits."""
     settings = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(terms).items()}
     settings.pop("method")  # it has a key of its own
     table: dict[str, Any] = {

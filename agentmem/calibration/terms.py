@@ -66,7 +66,7 @@ class Terms:
 
     @property
     def segment(self) -> int:
-        """Return the number of slots of a head that can be compacted."""
+        """Return the number of slots of a head's segment."""
         return self.context - self.keep_first - self.keep_recent
 
     @property

@@ -1,6 +1,7 @@
 """Read a window of a text with the model, and compact heads of the window's context.
 
-A window is a context and the tokens that come next. The context is read twice; the second reading is its replay.
+A window is a context and the tokens that follow it. A *reading* is the record of one forward: the attention calls of
+all layers, and the logits if requested. The context is read twice; the second reading is called the replay.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def cut(ids: torch.Tensor, terms: Terms) -> list[torch.Tensor]:
 
 @dataclass
 class Window:
-    """Hold one window of a text; each reading of the window by the model is made when first needed and then kept."""
+    """Hold one window of a text; each reading of it is made when it is first needed, and then kept."""
 
     reader: Reader
     ids: torch.Tensor
@@ -48,7 +49,7 @@ class Window:
 
     @cached_property
     def context(self) -> Reading:
-        """Return the reading of the context."""
+        """Return the reading of the context, without compaction."""
         return self.reader.read(self.ids[: self.terms.context])
 
     @cached_property
@@ -59,12 +60,12 @@ class Window:
 
     @cached_property
     def ahead(self) -> Reading:
-        """Return the reading of the tokens that come next, with gradients for every layer's attention output."""
+        """Return the reading of the tokens after the uncompacted context, with the autograd graph."""
         return self.read_ahead(self.context.layers, gradient=True)
 
     @cached_property
     def untouched(self) -> Reading:
-        """Return the reading of the tokens that come next, without gradients."""
+        """Return the reading of the tokens after the uncompacted context, without an autograd graph."""
         return self.read_ahead(self.context.layers)
 
     def read_ahead(self, past: Sequence[AttentionCall], *, gradient: bool = False) -> Reading:
@@ -78,7 +79,7 @@ class Window:
 
     @property
     def span(self) -> slice:
-        """Return the range of the context's tokens that is the segment."""
+        """Return the range of the context's tokens that form the segment."""
         return slice(self.terms.keep_first, self.terms.context - self.terms.keep_recent)
 
     def segment(self, layer: int, *, scores: bool = False) -> Segment:
@@ -103,11 +104,11 @@ class Window:
         )
 
     def kept(self, fraction: float) -> int:
-        """Return the number of slots that is ``fraction`` of a head's segment, at least 1."""
+        """Return ``fraction`` as a number of slots of a head's segment, rounded, at least 1."""
         return max(1, round(fraction * self.terms.segment))
 
     def compact(self, segment: Segment, compactor: Compactor, slots: Sequence[int]) -> AttentionCall:
-        """Return the layer's keys and values of the context with every head compacted to its number in ``slots``.
+        """Compact head ``h`` of a layer's segment to ``slots[h]`` slots; return the context's new keys, values and β.
 
         Raises:
             PolicyContractBroken: the compactor returned an invalid result.
@@ -118,9 +119,9 @@ class Window:
         return self.compacted(segment.layer, compaction)
 
     def compacted(self, layer: int, compaction: Compaction) -> AttentionCall:
-        """Return a layer's keys, values and β of the context after ``compaction``.
+        """Return the context's keys, values and β of a layer after ``compaction``.
 
-        Dropped slots stay in place, with a β of -inf.
+        Dropped slots stay in place, with a β of -inf, so that no query attends to them.
         """
         context, span = self.context.layers[layer], self.span
         keys, values = context.keys.clone(), context.values.clone()

@@ -28,9 +28,9 @@ _SHOWN = 80
 
 
 class Refusing(TyperGroup):
-    """Turns an AgentmemError into one line on stderr and exit code 1, and Ctrl-C into exit code 130.
+    """Command group that turns an AgentmemError into one line on stderr and exit code 1.
 
-    Neither prints a traceback.
+    Ctrl-C ends a command with exit code 130. In both cases, no traceback is printed.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

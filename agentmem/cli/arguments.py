@@ -10,7 +10,7 @@ from agentmem import specs
 from agentmem.settings import SlotDtype
 
 LEAST_TEMPERATURE = 1e-30
-"""Smallest temperature above 0: the logits of any model stay finite in float32 when they are divided by this number."""
+"""Smallest accepted temperature above 0: dividing the logits of any model by it gives finite float32 numbers."""
 
 
 def _check_temperature(value: float) -> float:
@@ -57,8 +57,8 @@ ProbeTokens = Annotated[
 def parse_target(text: str) -> int | float | str:
     """Convert a target to the type that the settings expect.
 
-    ``"256"`` becomes an int (slots) and ``"0.5"`` a float (a fraction); any other text, such as ``"12MiB"``, stays a
-    text of bytes.
+    ``"256"`` becomes an int (slots) and ``"0.5"`` a float (a fraction); any other text, such as ``"12MiB"``, is
+    returned unchanged, and the settings parse it as a number of bytes.
     """
     return specs.number(text)
 

@@ -91,7 +91,10 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int | None) -> t
 
 
 def _command(model: str | None, text: Path | None, tokens: int | None, offset: int, out: Path, terms: Terms) -> str:
-    """Return the command line with all options that differ from their defaults; paths are reduced to file names."""
+    """Return the command that makes the table again; the table records this command.
+
+    The command has all options that differ from their defaults; paths are reduced to file names.
+    """
     words = ["agentmem", "calibrate", "--method", terms.method]
     given = {"model": model, "text": text and text.name, "tokens": tokens, "offset": offset or None}
     usual = Terms()

@@ -53,12 +53,14 @@ def table(title: str | None, columns: Sequence[str], lines: Iterable[Sequence[st
 
 
 def show(made: Table, *, on: Console = OUT) -> None:
-    """Print a table; in a pipe or a file, every column has its full width."""
+    """Print a table; if the output is a pipe or a file, no column is narrowed to fit a terminal."""
     (on if on.is_terminal else Console(file=on.file, width=_UNLIMITED, highlight=False)).print(made)
 
 
 def write_json(value: object, target: str, option: str) -> None:
-    """Write ``value`` as JSON to a file, or to stdout if ``target`` is ``-``.
+    """Write ``value`` as JSON to the file ``target``, or to stdout if ``target`` is ``-``.
+
+    An error names the command-line option ``option``.
 
     Raises:
         SettingsRefused: the file cannot be written.
@@ -80,6 +82,8 @@ def write_json(value: object, target: str, option: str) -> None:
 def require_writable(path: Path, option: str) -> None:
     """Check before a long computation that its result can be written to ``path``.
 
+    An error names the command-line option ``option``.
+
     Raises:
         SettingsRefused: the file cannot be written.
 
@@ -96,6 +100,8 @@ def require_writable(path: Path, option: str) -> None:
 
 def require_folder(path: Path, option: str) -> None:
     """Check that files can be written into the folder ``path``; create the folder if it is missing.
+
+    An error names the command-line option ``option``.
 
     Raises:
         SettingsRefused: the folder cannot be created or written into.

@@ -22,13 +22,13 @@ _REFRESH = 6
 
 
 class Display:
-    """Streams text to stdout and shows a progress line if stderr is a terminal.
+    """Display of a generation: streams text to stdout, and shows a progress line if stderr is a terminal.
 
-    With ``streaming=False`` no text is written to stdout, which then belongs to JSON.
+    With ``streaming=False`` no text is written to stdout, which the command then uses for JSON.
     """
 
     def __init__(self, *, streaming: bool, cap_bytes: int | None, max_new_tokens: int) -> None:
-        """Prepare the display; nothing is shown before its ``with`` block begins."""
+        """Prepare the display; nothing is shown before the display's ``with`` block begins."""
         self.streaming, self.cap_bytes, self.max_new_tokens = streaming, cap_bytes, max_new_tokens
         self.tokens = self.read = self.used = self.compactions = 0
         self._first: float | None = None
@@ -77,7 +77,7 @@ class Display:
         self.tokens += 1
 
     def event(self, event: CompactionReport | RebaseReport | UsageLike) -> None:
-        """Update the progress line from an event of the memory; this method is meant as a subscriber of the memory."""
+        """Update the progress line from an event of the memory; pass this method to ``memory.subscribe``."""
         if isinstance(event, CompactionReport):
             self.compactions += 1
         elif not isinstance(event, RebaseReport):

@@ -16,7 +16,7 @@ _LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
 
 
 class _ConsoleHandler(logging.Handler):
-    """Prints log records through the console, so that a live progress line stays below them."""
+    """Log handler that prints records through the console, so that a live progress line stays below the records."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record."""
@@ -24,7 +24,10 @@ class _ConsoleHandler(logging.Handler):
 
 
 def _printable_values(_logger: object, _name: str, values: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    """Replace control characters in a record's values, which may quote a model, before the renderer adds colours."""
+    """Replace control characters in the values of a log record, which may quote the text of a model.
+
+    This processor must run before the renderer adds colours.
+    """
     return {name: printable(value) if isinstance(value, str) else value for name, value in values.items()}
 
 
@@ -81,7 +84,7 @@ def log_requests() -> None:
 
 
 def _quiet_transformers(verbosity: int) -> None:
-    """Turn off the progress bars and advice of transformers, which address its callers, not users of agentmem."""
+    """Turn off the progress bars and advice of transformers, which are not meant for users of the command line."""
     loud = verbosity >= len(_LEVELS) - 1
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity(logging.WARNING if loud else logging.ERROR)

@@ -1,4 +1,7 @@
-"""The budgets of one compaction: survey the layers if the policy needs it, ask the policy, check its answer."""
+"""Allocate the budgets of one compaction: survey the layers if needed, call the policy's budgets, check the result.
+
+To *survey* a layer is to score its slots or to measure error curves of its heads, before any layer is compacted.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ FLOOR = 1
 
 
 class BudgetAllocator:
-    """Allocate a number of slots to every layer and head of one job, before any layer is compacted."""
+    """Allocate a number of slots to every KV head of one compaction, before any layer is compacted."""
 
     def __init__(
         self,
@@ -35,19 +38,19 @@ class BudgetAllocator:
         ledger: Ledger,
         segment: Callable[[int, tuple[Reference, ...]], Segment],
     ) -> None:
-        """Prepare the allocation.
+        """Prepare the allocation; allocate nothing yet.
 
-        ``held`` maps each compactable layer to the slots in its heads' segments. ``segment`` returns the segment of a
-        layer with the given reference queries.
+        ``held`` maps each layer to be compacted to the number of slots in each head's segment. ``segment`` is
+        a function that returns the segment of a layer with the given reference queries.
         """
         self.job, self.held, self.ledger, self.segment = job, held, ledger, segment
 
     def allocate(
         self, references: References, stage: Callable[[], AbstractContextManager[None]] = nullcontext
     ) -> tuple[tuple[int, ...], ...]:
-        """Return the segment slots of each head, one tuple per layer of the model (empty for a sliding layer).
+        """Return how many segment slots each head may keep, one tuple per layer (empty for a sliding layer).
 
-        ``stage`` returns a context manager that is entered around the survey, to measure its time.
+        ``stage`` returns a context manager that measures the time of the survey.
 
         Raises:
             PolicyContractBroken: the policy's budgets violate the invariants of their contract.
@@ -64,7 +67,7 @@ class BudgetAllocator:
         return self._by_layer(allocated)
 
     def equal(self) -> Slots:
-        """Return equal budgets for all heads, used if the policy's own budgets failed."""
+        """Return equal budgets for all heads, in the form of :meth:`allocate`; used if the policy's budgets failed."""
         return self._by_layer(equal_shares(self._request(())))
 
     def _request(self, surveys: tuple[Survey, ...]) -> BudgetRequest:
@@ -86,7 +89,11 @@ class BudgetAllocator:
         return tuple(surveys[index] for index in sorted(surveys))
 
     def _survey(self, layer: int, references: Sequence[Reference]) -> Survey:
-        """Survey one layer: scores from all queries, and error curves on the held-out queries, as the budgets need."""
+        """Survey one layer: compute scores, error curves or both, as the policy's budgets need.
+
+        Scores are computed from all reference queries. For the curves, the compactor gets the queries that are not held
+        out, and errors are measured on the held-out ones.
+        """
         survey = Survey(layer)
         if self._budgets.needs_survey:
             survey = self._compactor.survey(self.segment(layer, tuple(references)))
@@ -108,14 +115,14 @@ class BudgetAllocator:
         return self.job.policy.budgets
 
 
-# ---- what is asked, and what must hold of the answer
+# ---- the request to the budgets, and the checks of their result
 
 
 def make_request(plan: Plan, held: Slots, each: int, most: int, surveys: tuple[Survey, ...]) -> BudgetRequest:
-    """Return the request for budgets for layers whose heads' segments hold ``held`` slots.
+    """Make the request for :meth:`agentmem.contracts.Budgets.allocate`.
 
-    ``each`` is the average number of slots per head to allocate, and ``most`` the largest average that adaptive budgets
-    may allocate.
+    ``held`` has the number of slots in each head's segment, by layer. ``each`` is the average number of slots per head
+    to allocate, and ``most`` the largest average that adaptive budgets may allocate.
     """
     heads = sum(map(len, held))
     widest = max(map(len, held), default=0)
@@ -131,7 +138,7 @@ def make_request(plan: Plan, held: Slots, each: int, most: int, surveys: tuple[S
 
 
 def equal_shares(request: BudgetRequest) -> Slots:
-    """Return equal budgets for all heads; the part of a share that a head cannot use goes to the other heads."""
+    """Return equal budgets for all heads; a head that holds fewer slots leaves its rest to the other heads."""
     heads = [
         (min(held, request.ceiling), at, head) for at, row in enumerate(request.held) for head, held in enumerate(row)
     ]
@@ -144,7 +151,7 @@ def equal_shares(request: BudgetRequest) -> Slots:
 
 
 def check_budgets(policy: str, budgets: Budgets, request: BudgetRequest, allocated: Slots) -> None:
-    """Check the invariants of :class:`agentmem.contracts.Budgets`.
+    """Check that the slots in ``allocated`` satisfy the invariants of :class:`agentmem.contracts.Budgets`.
 
     Raises:
         PolicyContractBroken: an invariant is violated; the message names the policy, the invariant and the value.

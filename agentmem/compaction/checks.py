@@ -1,4 +1,4 @@
-"""Check the invariants of :class:`agentmem.contracts.Compactor` before every commit."""
+"""Check the result of a compactor before it replaces the slots of a layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from agentmem.errors import PolicyContractBroken
 
 
 def validate(compaction: Compaction, segment: Segment, slots: Sequence[int], *, policy: str) -> None:
-    """Check a compaction before it is committed. This allocates at most one byte per kept slot of one head.
+    """Check that a compactor's result satisfies the invariants of :class:`agentmem.contracts.Compactor`.
+
+    ``slots`` has the number of slots that each head must have. The check allocates at most one byte per kept slot of
+    one head.
 
     Raises:
         PolicyContractBroken: an invariant is violated; the message names the policy, the layer, the head, the invariant

@@ -1,4 +1,9 @@
-"""Errors on held-out reference queries, which the fit has not seen: by layer, and by span of the transcript."""
+"""Measure the errors of a compaction on held-out reference queries, by layer and by span of the transcript.
+
+A compactor that fits its result to the reference queries does not see the held-out ones. Two errors are measured on
+each head: the error of the attention output over the segment alone (the local output), and the error of the log-mass,
+which is the log of the sum of ``exp(logit)`` over the segment.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +25,17 @@ if TYPE_CHECKING:
     from agentmem.contracts import Compaction, Compactor, HeadCompaction, HeadSegment, Segment
 
 Errors = tuple[float | None, float | None]
-"""The error of the output and the error of the log-mass on held-out queries."""
+"""The error of the local output and the error of the log-mass; both are ``None`` if they were not measured."""
 WORST_SPANS = 3
 CURVE_FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
 """Budgets at which error curves are measured, as fractions of the largest budget of a head."""
 
 
 def split_references(references: Sequence[Reference]) -> tuple[tuple[Reference, ...], tuple[Reference, ...]]:
-    """Split references into held-out and fitting queries, as views; the oldest eighth of each part is held out."""
+    """Split references: return views of the first eighth of each (held-out queries), and views of the rest.
+
+    A reference of fewer than 8 tokens has no held-out queries.
+    """
     held = tuple(_cut(each, 0, each.tokens // HELD_OUT) for each in references if each.tokens >= HELD_OUT)
     return held, tuple(_cut(each, each.tokens // HELD_OUT, each.tokens) for each in references)
 
@@ -43,13 +51,13 @@ Rounded = Callable[[torch.Tensor], torch.Tensor]
 
 
 def _as_fitted(rows: torch.Tensor) -> torch.Tensor:
-    """Return the rows unchanged, for slots that are not quantised."""
+    """Return fitted keys or values unchanged, as a store without quantisation returns them."""
     return rows
 
 
 @dataclass
 class _Tally:
-    """Sums over heads: squared output errors, squared outputs, absolute log-mass errors, and the number of heads."""
+    """Sums over heads: squared output errors, squared outputs, mean log-mass errors, and the number of heads."""
 
     missed: float = 0.0
     total: float = 0.0
@@ -64,13 +72,13 @@ class _Tally:
 
     @property
     def errors(self) -> tuple[float, float]:
-        """The relative L2 error of the local output, and the mean absolute error of the log-mass."""
+        """Return the relative L2 error of the local output and the mean absolute error of the log-mass."""
         return (self.missed / self.total) ** 0.5 if self.total else 0.0, self.mass / max(1, self.count)
 
 
 @dataclass
 class HeldOut:
-    """Collects held-out errors over the layers of one compaction."""
+    """Collect the held-out errors of one compaction, layer by layer."""
 
     spans: dict[tuple[int, int], _Tally] = field(default_factory=dict)
 
@@ -90,7 +98,7 @@ class HeldOut:
         return layer.errors if layer.count else (None, None)
 
     def worst_spans(self) -> tuple[SpanError, ...]:
-        """Return the spans with the largest output errors, worst first; empty if errors cover fewer than 2 spans."""
+        """Return the 3 spans with the largest output errors, worst first; empty if fewer than 2 were measured."""
         if len(self.spans) < 2:  # noqa: PLR2004  # one span has nothing to be compared with
             return ()
         ranked = sorted(self.spans.items(), key=lambda item: -item[1].errors[0])
@@ -115,9 +123,9 @@ def _head_errors(
     scale: float,
     rounded: Rounded = _as_fitted,
 ) -> _Tally:
-    """Return the errors of one KV head, the ``place[0]``-th of ``place[1]`` heads.
+    """Compare one KV head's attention before and after a fit, and return the sums of its errors.
 
-    The head's own queries are the ``place[0]``-th of ``place[1]`` equal groups of ``queries [Hq, n, d]``.
+    ``place`` is the index of the head and the number of KV heads. ``queries [Hq, n, d]`` has the queries of all heads.
     """
     group = queries.shape[0] // place[1]
     asked = queries[place[0] * group : (place[0] + 1) * group]
@@ -135,7 +143,7 @@ def _head_errors(
 
 
 def error_curves(compactor: Compactor, segment: Segment, held: Sequence[Reference], most: int) -> tuple[Curve, ...]:
-    """Return one error curve per head: compact the layer to several sizes up to ``most`` slots, committing none."""
+    """Return one error curve per head: compact the layer to several sizes up to ``most`` slots; change no memory."""
     sizes = [max(1, int(most * fraction)) for fraction in CURVE_FRACTIONS]
     rows: list[list[tuple[int, float, float]]] = [[] for _ in segment.heads]
     for size in dict.fromkeys(sizes):
@@ -147,9 +155,9 @@ def error_curves(compactor: Compactor, segment: Segment, held: Sequence[Referenc
 def _points(
     compactor: Compactor, segment: Segment, held: Sequence[Reference], size: int
 ) -> list[tuple[int, float, float]]:
-    """Compact a layer to ``size`` slots per head, and return the slots and the errors of each head.
+    """Compact a layer to ``size`` slots per head; return the slots, output error and log-mass error of each head.
 
-    This is a separate function so that one compaction is freed before the next one is computed.
+    This is a separate function so that the result of one compaction is freed before the next compaction.
     """
     slots = [min(size, head.slots) for head in segment.heads]
     compaction = compactor.compact(segment, slots)
@@ -164,7 +172,7 @@ def _points(
 
 
 def _curve(points: Sequence[tuple[int, float, float]], held: int) -> Curve:
-    """Return the curve of ascending, distinct sizes; keeping all ``held`` slots has error 0."""
+    """Return the curve through the measured points and the point of error 0 at ``held`` slots, sorted by size."""
     by_size = {size: (output, mass) for size, output, mass in points} | {held: (0.0, 0.0)}
     sizes = sorted(by_size)
     return Curve(tuple(sizes), tuple(by_size[size][0] for size in sizes), tuple(by_size[size][1] for size in sizes))

@@ -1,4 +1,4 @@
-"""The reference queries of one compaction: those of a probe, which runs in a transient forward, and stored ones."""
+"""Obtain the reference queries of one compaction from a probe (a transient forward) and from stored queries."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class References:
         self.probe = Probe((), ())
 
     def prepare(self) -> None:
-        """Choose the probe's tokens; for the source ``self-study`` the model writes them."""
+        """Choose the probe's tokens; the model itself writes those of a ``self-study`` part."""
         memory, sequence = self.memory, self.sequence
         queries, turn = self.queries, sequence.compactions
         if not queries.probing:
@@ -63,8 +63,8 @@ class References:
     def each(self, layers: Sequence[int], visit: Visit, before: Callable[[], None] = lambda: None) -> None:
         """Call ``visit(layer, references)`` for the layers in order, during the probe's forward if there is a probe.
 
-        ``before`` is called before random queries are drawn for a layer. If it raises, the sequence's generator has not
-        advanced for this layer.
+        ``before()`` is called before each ``visit``. If ``before`` raises, no random queries have been drawn for this
+        layer, so a later attempt draws the same random queries.
         """
         if not self.probe.ids:
             for layer in layers:
@@ -81,11 +81,11 @@ class References:
         self.run(on_layer)
 
     def run(self, visit: Callable[[int, torch.Tensor], None]) -> None:
-        """Run the probe's tokens at the next positions; call ``visit(layer, queries)`` before each layer attends."""
+        """Run the probe at the sequence's next positions; call ``visit(layer, queries)`` before each layer attends."""
         self.forwards.run(self.probe.ids, self.sequence.next_position, Transient(self.memory, self.sequence, visit))
 
     def _visit(self, layer: int, probed: tuple[Reference, ...], visit: Visit) -> None:
-        """Call ``visit`` with the probed and the stored queries; random queries are freed after the call."""
+        """Call ``visit`` with a layer's probed and stored queries; free its random queries after the call."""
         plan, sequence = self.job.plan, self.sequence
         with self.memory.ledger.borrow(plan.draw_bytes, "random queries"):
             samples = (sample.reference(sequence.generator, plan.drawn_tokens) for sample in sequence.samples[layer])

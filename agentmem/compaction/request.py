@@ -1,4 +1,7 @@
-"""The request for a compaction, and the job made from it: which slots, which policy, how many to leave. No tensors."""
+"""Define the request for a compaction, and make the compaction's job from it.
+
+A job states the policy, the slots to compact and the number of slots to leave. Requests and jobs hold no tensors.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +28,9 @@ class Request:
         slots: the average number of segment slots per head to leave; ``None`` means the plan's target.
         start: the first token of the segment; tokens of the prefix and compacted tokens are skipped. ``None`` means
             everything after the prefix.
-        focus: the ids of a text that must stay recallable.
-        policy: the policy of the memory to compact with; ``None`` means the memory's own policy.
-        text: the ids that the segment holds now, if these are not the transcript.
+        focus: the token ids of a text that must stay recallable.
+        policy: the policy to compact with, one that the memory was opened with; ``None`` means the memory's own policy.
+        text: if a summary has replaced the segment, the token ids of the summary and the recent window; else empty.
 
     """
 
@@ -42,7 +45,10 @@ USUAL = Request()
 
 
 def make_job(sequence: TokenSequence, request: Request, policy: Policy, plan: Plan, layers: Sequence[int]) -> Job:
-    """Return the job for a request, with ``layers`` as the layers to compact; pins must have been promoted before."""
+    """Return the job for a request to compact ``layers``.
+
+    Pinned slots must have been moved to the front before (:func:`agentmem.memory.pinning.promote`).
+    """
     front = sequence.front(plan.prefix)
     recent = min(plan.recent, sequence.seen - min(plan.prefix, sequence.seen))
     usual = request.start is None

@@ -1,11 +1,12 @@
-"""Compact one sequence once.
+"""Run one compaction of one sequence.
 
 A compaction first allocates a budget of slots to every head. It then fits, checks and commits the replacement slots of
 each layer. At the end it gives every head *headroom*: the same number of free slots for new tokens.
 
 A commit replaces the store of one layer. The sequence decodes correctly after any number of commits, and an interrupted
-compaction resumes with the layers that are not compacted yet. If layers fail, they are tried once more; after a second
-failure they are evicted to their budgets, or the failure is raised. The report states what happened.
+compaction resumes with the layers that are not compacted yet. If layers fail, they are tried once more. After a second
+failure, they are evicted to their budgets (their oldest slots are dropped), or the failure is raised. The report states
+what happened.
 """
 
 from __future__ import annotations
@@ -51,9 +52,10 @@ class SequenceCompaction:
     """Compact one sequence of a memory to its target, and turn the freed bytes into free slots (headroom)."""
 
     def __init__(self, memory: Memory, forwards: Forwards, sequence: TokenSequence, request: Request = USUAL) -> None:
-        """Promote pins and prepare the job; if the sequence has an unfinished compaction, resume its job instead.
+        """Prepare the compaction; compact nothing yet.
 
-        Nothing is compacted yet.
+        Pinned slots are moved to the front. If the sequence has an unfinished compaction, its job is resumed instead of
+        making a job from ``request``.
         """
         self.memory, self.sequence, self.plan = memory, sequence, memory.plan_of(request.policy or memory.policy)
         self.forwards, self.request = forwards, request
@@ -72,7 +74,7 @@ class SequenceCompaction:
 
     @property
     def worthwhile(self) -> bool:
-        """True if a compaction is unfinished, or the segments hold more slots than the job is to leave."""
+        """Return true if a compaction is unfinished, or if the segments hold more slots than this one would leave."""
         held = [slots for index, store in self.sequence.full() for slots in self.job.held(index, store)]
         compacts = self.job.policy.compactor is not None
         return self.sequence.job is not None or (compacts and sum(held) > self.job.each * len(held))
@@ -122,7 +124,7 @@ class SequenceCompaction:
         )
 
     def _rewrite(self) -> None:
-        """If the policy asks for it, replace the segment by a summary; if that fails, compact without a summary."""
+        """Replace the segment by a summary if the policy asks for one; if that fails, compact without a summary."""
         rewrite, language = self.job.policy.rewrite, self.memory.language
         if rewrite is None or language is None or not self.job.whole or self.sequence.job is not None:
             return
@@ -139,15 +141,19 @@ class SequenceCompaction:
         self.references = References(self.memory, self.forwards, self.sequence, self.job)
 
     def _summary(self) -> SummaryReport | None:
-        """Return and clear the pending summary, so that it is reported exactly once, even after an interrupt."""
+        """Take the report on the summary out of the sequence and return it; ``None`` if there is no new summary.
+
+        The report waits in the sequence so that it is returned exactly once, even after an interrupt.
+        """
         found = self.sequence.state.summary
         self.sequence.change(summary=None)
         return found
 
     def _prepared(self) -> bool:
-        """Choose the probe's text and allocate the budgets; return whether this succeeded within two attempts.
+        """Choose the probe's text and allocate the budgets; return true if this succeeded within two attempts.
 
-        If it did not, the layers get equal budgets, to which they are evicted.
+        After two failures, set equal budgets for eviction and return false if ``on_failure`` is ``evict``; otherwise
+        raise CompactionFailed.
         """
         for attempt in range(ATTEMPTS):
             try:
@@ -170,9 +176,10 @@ class SequenceCompaction:
         return False
 
     def _begin(self, budgets: Slots) -> None:
-        """Store the job with its budgets in the sequence; only tokens of the recent window count as intact from now on.
+        """Begin the compaction: store the job with its budgets in the sequence, and mark older tokens as compacted.
 
-        This begins the compaction: after an interrupt it is resumed until it is finished.
+        After an interrupt, the stored job is resumed until it is finished. Only the tokens of the recent window still
+        count as intact (never compacted).
         """
         self.job = replace(self.job, budgets=budgets)
         self.sequence.change(job=self.job, intact=self.sequence.seen - self.job.recent)
@@ -234,9 +241,9 @@ class SequenceCompaction:
             self._commit(layer, store, compaction, errors)
 
     def _fit_bytes(self, layer: int, store: LayerStore, references: Sequence[Reference]) -> int:
-        """Return the temporary bytes for fitting this segment, at least the planned ones.
+        """Return the temporary bytes to reserve for fitting one layer: as many as planned, or more if needed.
 
-        Heads that hold more slots than an equal share may need more bytes than planned.
+        More are needed if a head holds many more slots than an equal share.
         """
         shape = self.memory.shape.layers[layer]
         segment = SegmentShape(
@@ -315,7 +322,7 @@ class SequenceCompaction:
     def _headroom(self) -> int:
         """Return the number of free slots that every head gets once all layers are compacted to their budgets.
 
-        It is the largest number at which the slots take no more resident bytes (R) than the plan's capacity.
+        It is the largest number with which the slots take no more resident bytes (R) than the plan's capacity.
         """
         price = kept = 0
         for index, store in self.sequence.full():
@@ -326,7 +333,7 @@ class SequenceCompaction:
         return (self.plan.capacity * price - kept) // price
 
     def _give_headroom(self) -> None:
-        """Give free slots (headroom) to layers that got none at their commit, and mark the compaction as finished."""
+        """Give every layer its free slots (headroom) unless its commit did, and mark the compaction as finished."""
         headroom = self._headroom()
         for index, store in self.sequence.full():
             settle(self.sequence, store)  # layers without a commit lack positions, and the tail is reset below

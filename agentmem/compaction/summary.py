@@ -1,4 +1,7 @@
-"""Summaries: the model writes a summary in scratch slots, and the slots of the summary replace the segment.
+"""Let the model summarise the segment, and replace the segment's slots by the slots of the summary.
+
+The summary is written in scratch slots: slots that the plan keeps free for texts that the model writes during a
+compaction. A second forward over the summary's tokens then makes the slots that replace the segment.
 
 Source: arXiv:2602.16284 summarises before compaction, offline; this module does it during generation.
 """
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
     from agentmem.memory.store import LayerStore
 
 NO_REPEAT = 8
-"""No run of so many tokens is written twice in a summary; otherwise greedy decoding could repeat itself without end."""
+"""A summary never contains a run of this many tokens twice; otherwise greedy decoding could repeat itself endlessly."""
 VARIETY = 0.4
 """The least ratio of distinct tokens to all tokens in a summary."""
 _ENDS = (".", "!", "?", "\n", "\u3002", "\uff01", "\uff1f")  # full-width ones too
@@ -41,7 +44,7 @@ class SummaryRefused(Exception):  # internal: the compaction then goes on withou
 
 
 class Rewriting:
-    """Replace the segment of one job by a summary of the segment."""
+    """Replace the segment of one compaction by a summary that the model writes."""
 
     def __init__(
         self,
@@ -57,10 +60,10 @@ class Rewriting:
         self.memory, self.sequence, self.job, self.rewrite, self.language = memory, sequence, job, rewrite, language
 
     def run(self) -> Request:
-        """Let the model write a summary, find positions for it, and put its slots in place of the segment.
+        """Let the model write a summary, choose free positions, and put the summary's slots in place of the segment.
 
         Returns:
-            The request for the compaction that must follow, which compacts the slots of the summary.
+            The request for the compaction of the summary's slots, which must follow.
 
         Raises:
             SummaryRefused: the summary is empty, too long or repetitive, or no positions are free; nothing was changed.
@@ -94,7 +97,12 @@ class Rewriting:
         return instruction
 
     def _written(self, instruction: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the summary that the model wrote, cut to whole sentences if the model did not end it."""
+        """Let the model write the summary and return its ids, cut to whole sentences if the model did not end it.
+
+        Raises:
+            SummaryRefused: the summary is too short, empty or repetitive.
+
+        """
         plan = self.job.plan
         most = len(instruction) + min(
             plan.scratch - MAX_REQUEST, plan.chunk - len(self.language.write(self.rewrite.lead))
@@ -122,7 +130,7 @@ class Rewriting:
         return "".join(self.language.read(ids))
 
     def _stores(self) -> list[tuple[int, LayerStore]]:
-        """Return the layers to compact and their stores, after writing the positions of all slots into the stores."""
+        """Return the layers to compact and their stores; first write the positions of all slots into the stores."""
         stores = self.sequence.full()
         for _, store in stores:
             settle(self.sequence, store)
@@ -136,8 +144,12 @@ class Rewriting:
     def _place(self, count: int) -> int:
         """Return the first of ``count`` consecutive free positions before the recent window.
 
-        The positions of the uncompacted slots at the front (prefix and promoted tokens) are not free. Re-basing can
-        move promoted slots differently in each head, so the positions of all heads are checked.
+        The positions of the slots at the front (prefix and pinned slots) are not free. Re-basing can move pinned slots
+        differently in each head, so the positions of all heads are checked.
+
+        Raises:
+            SummaryRefused: there are no such positions.
+
         """
         found: set[int] = set()
         stop = self.sequence.next_position
@@ -158,8 +170,8 @@ class Rewriting:
     def _adopt(self, ids: tuple[int, ...], position: int) -> None:
         """Replace the segments by the slots of the summary, layer by layer.
 
-        If an interrupt or an error stops this halfway, the sequence is left with an unfinished compaction to equal
-        budgets.
+        If an interrupt or an error stops this halfway, the sequence keeps an unfinished compaction with equal budgets.
+        If no layer was replaced before the stop, the sequence is unchanged.
         """
         memory, sequence, before = self.memory, self.sequence, self._stores()
         positions = torch.arange(position, position + len(ids), dtype=torch.int32)

@@ -1,4 +1,7 @@
-"""Let the model write texts for its own memory in scratch slots: questions, facts and summaries."""
+"""Let the model write texts for its own memory: questions, facts and summaries.
+
+The tokens of such a text take scratch slots: slots that the plan keeps free for this purpose.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +26,11 @@ def write(
     *,
     no_repeat: int = 0,
 ) -> tuple[int, ...]:
-    """Return an instruction and the text that the model writes greedily after it, together at most ``most`` tokens.
+    """Let the model continue an instruction greedily; return the ids of both, together at most ``most``.
 
-    The tokens take scratch slots at the sequence's next positions; these slots are dropped afterwards. The text ends
-    early at a token that ends a text. If ``no_repeat`` is not 0, no run of ``no_repeat`` tokens is written twice.
+    The tokens take scratch slots at the sequence's next positions; these slots are dropped afterwards. Writing stops
+    early after an end token (``Language.ends``). If ``no_repeat`` is not 0, no run of ``no_repeat`` tokens is written
+    twice.
     """
     ends = () if memory.language is None else memory.language.ends
     step, written, fed = Scratch(memory, sequence), list(instruction), 0
@@ -45,7 +49,7 @@ def write(
 
 
 def repeats(written: Sequence[int], length: int) -> list[int]:
-    """Return the ids which, written next, would repeat a run of ``length`` tokens that the text already contains.
+    """Return the ids that, as the next token, would complete a run of ``length`` tokens that ``written`` contains.
 
     The list is empty if ``length`` is 0.
     """

@@ -1,4 +1,4 @@
-"""The engine makes room in a memory, compacts, re-bases and commits. The scheduler feeds several memories at once."""
+"""The engine of a memory, which runs forwards and compacts, and the scheduler, which feeds several memories at once."""
 
 from agentmem.engine.engine import Engine, in_turn
 from agentmem.engine.feeding import Want, feed

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 
 class Engine:
-    """Run one memory with the forwards of one model."""
+    """The engine of one memory: it runs the forwards of one model, and compacts and re-bases the sequences."""
 
     def __init__(self, memory: Memory, forwards: Forwards) -> None:
-        """Keep the memory and the model's forwards; run nothing yet."""
+        """Create the engine of ``memory``, which will run the model through ``forwards``; run nothing yet."""
         self.memory, self.forwards = memory, forwards
         self._pending: Append | None = None
 
@@ -40,7 +40,7 @@ class Engine:
 
     @property
     def most_tokens(self) -> int:
-        """The most tokens that one forward may have: ``chunk``, or fewer if a sliding layer has less room."""
+        """The most tokens of one forward: ``chunk``, or fewer if the store of a sliding layer has no room for them."""
         chunk = self.memory.plan.chunk
         windows = [layer.window for layer in self.memory.shape.layers if layer.window]
         return min([chunk, *(window_slots(window, chunk) - window + 1 for window in windows)])
@@ -48,10 +48,10 @@ class Engine:
     def piece(self, arriving: Sequence[Sequence[bool]], limit: int) -> int:
         """Return how many columns of a batch fit before any sequence needs a compaction, at most ``limit``.
 
-        ``arriving`` has one row per sequence, which is true in each column that holds a token (not padding). Sequences
-        that are full already are compacted first, so the result is at least 1. Because a batch is cut exactly at the
-        column in which a sequence fills up, the moments of compaction depend only on the tokens, not on how the caller
-        has cut the prompt.
+        ``arriving`` has one row per sequence: true for each column that holds a token, false for padding. Sequences
+        that are already full are compacted first, so the result is at least 1. A batch is cut exactly at the column in
+        which a sequence becomes full. The times of compactions therefore depend only on the tokens, and not on how the
+        caller has cut the prompt into forwards.
         """
         sequences = self.memory.sequences
         for sequence, valid in zip(sequences, arriving, strict=True):
@@ -63,7 +63,9 @@ class Engine:
         )
 
     def begin(self, arriving: Sequence[Arriving]) -> Append:
-        """Make room for all arriving tokens, then start a forward that keeps them.
+        """Make room for all arriving tokens, and return the object through which a forward appends them.
+
+        Run the model with this object, then call :meth:`commit`. ``arriving`` has one item per sequence.
 
         Raises:
             MemoryClosed: the memory was closed.
@@ -80,29 +82,29 @@ class Engine:
         return self._pending
 
     def commit(self) -> None:
-        """Record that the forward that was begun has succeeded: its tokens now count as consumed."""
+        """Record the tokens of the current forward as consumed; call this after the forward has succeeded."""
         if self._pending is not None:
             self._pending.commit()
             self._pending = None
             self.memory.publish_usage()
 
     def abandon(self) -> None:
-        """Drop a forward that was begun and never committed, whether an interrupt or an error ended it.
+        """Drop the forward that was begun but not committed, together with its slots, if there is such a forward.
 
-        Every operation that starts something new calls this method first. Afterwards no forward is in progress, and the
-        ledger counts no temporary bytes for a forward.
+        An interrupt or an error may have ended that forward. Every operation that starts something new calls this
+        method first. Afterwards no forward is in progress, and the ledger counts no temporary bytes.
         """
         self._pending = None
         self.memory.take_back()
 
     def peek(self, ids: Sequence[int], index: int) -> torch.Tensor:
-        """Return the logits ``[n, V]`` after each of ``ids``, as if they followed sequence ``index``.
+        """Return the logits ``[n, V]`` after each of the ``n`` ids, as if the ids followed sequence ``index``.
 
-        The slots of ``ids`` are not kept.
+        The ids are run in one forward, whose slots are not kept.
 
         Raises:
             MemoryClosed: the memory was closed.
-            SettingsRefused: ``ids`` is empty, or the sequence has read nothing.
+            SettingsRefused: ``ids`` is empty, or the sequence does not exist or has read nothing.
             MemoryCapExceeded: there are more ids than ``chunk``; the plan counts temporary bytes for ``chunk`` tokens.
 
         """
@@ -130,12 +132,13 @@ class Engine:
         return self.memory.policy.compactor is not None and self.memory.settings.mode == "auto"
 
     def make_room(self, sequence: TokenSequence, tokens: int) -> None:
-        """Make room for ``tokens`` more: compact the sequence if it is full, then re-base it if positions run out.
+        """Make room for ``tokens`` more tokens: compact a full sequence, then re-base it if its positions run out.
 
         Compaction comes first, because re-basing moves slots into the gaps that compactions leave.
 
         Raises:
-            MemoryCapExceeded: the policy never compacts, compaction is not automatic, or ``tokens`` is too large.
+            MemoryCapExceeded: a full sequence cannot be compacted (the policy never compacts, or compaction is not
+                automatic), or ``tokens`` is too large even after a compaction.
             CompactionFailed: see :class:`agentmem.compaction.run.SequenceCompaction`.
 
         """
@@ -143,7 +146,7 @@ class Engine:
         self._keep_in_reach(sequence, tokens)
 
     def finish(self, sequence: TokenSequence) -> None:
-        """Drop an interrupted forward of a sequence, and finish its interrupted compaction and re-basing.
+        """Drop an interrupted forward, and finish the sequence's interrupted compaction and re-basing, if any.
 
         Raises:
             CompactionFailed: see :class:`agentmem.compaction.run.SequenceCompaction`.
@@ -169,12 +172,12 @@ class Engine:
             )
 
     def _keep_in_reach(self, sequence: TokenSequence, tokens: int) -> None:
-        """Re-base a sequence if ``tokens`` more (of a forward or a probe) would exceed the model's positions.
+        """Re-base a sequence if ``tokens`` more tokens (of a forward or a probe) would exceed the model's positions.
 
-        A re-basing that was interrupted is finished, too.
+        An interrupted re-basing is finished in any case.
 
         Raises:
-            MemoryCapExceeded: even after the re-basing, ``tokens`` more exceed the model's positions.
+            MemoryCapExceeded: ``tokens`` more tokens exceed the model's positions even after the re-basing.
 
         """
         memory, positions = self.memory, self.memory.positions
@@ -194,7 +197,8 @@ class Engine:
     def compact(self, sequence: TokenSequence, request: Request = USUAL) -> CompactionReport | None:
         """Compact one sequence now and return the report, or ``None`` if there is nothing to reclaim.
 
-        An interrupted compaction is finished first; if nothing is left to reclaim after it, its report is returned.
+        An interrupted compaction is finished first. If nothing is left to reclaim after that, the report of the
+        finished compaction is returned.
 
         Raises:
             SettingsRefused: ``mode="off"``.
@@ -209,7 +213,9 @@ class Engine:
         return report
 
     def prepare(self, sequence: TokenSequence, request: Request = USUAL) -> SequenceCompaction | None:
-        """Return a compaction of a sequence for :meth:`run`, or ``None`` if there is nothing to reclaim.
+        """Prepare a compaction of a sequence and return it for :meth:`run`; ``None`` if there is nothing to reclaim.
+
+        If the sequence has an interrupted compaction, the result continues that one and ignores ``request``.
 
         Raises:
             SettingsRefused: ``mode="off"``.
@@ -227,7 +233,7 @@ class Engine:
         return compaction if compaction.worthwhile else None
 
     def run(self, compaction: SequenceCompaction) -> CompactionReport:
-        """Run a compaction that :meth:`prepare` returned; record and return its report.
+        """Run a compaction that :meth:`prepare` returned; record its report and return it.
 
         Raises:
             CompactionFailed: see :class:`agentmem.compaction.run.SequenceCompaction`.
@@ -241,16 +247,16 @@ class Engine:
 
 
 def in_turn(sequence: TokenSequence, request: Request) -> tuple[Request, ...]:
-    """Return the requests to run for ``request``.
+    """Return the requests to pass to :meth:`Engine.prepare`, one after the other, to fulfil ``request``.
 
-    If the sequence has an unfinished compaction, :data:`USUAL` comes first: the engine then finishes that compaction
-    with its original request.
+    This is ``request`` alone, unless the sequence has an unfinished compaction. In that case :data:`USUAL` comes first:
+    with it, the engine finishes that compaction as originally requested.
     """
     return (USUAL, request) if sequence.job is not None and request is not USUAL else (request,)
 
 
 def _full(memory: Memory, sequence: TokenSequence, tokens: int) -> str:
-    """Return the error message: why a sequence cannot take more tokens, and what would help."""
+    """Return the error message that states why a sequence cannot take ``tokens`` more tokens, and what would help."""
     mode, plan = memory.settings.mode, memory.plan
     why = f"mode={mode!r} does not compact by itself"
     if memory.policy.compactor is None:
@@ -264,7 +270,7 @@ def _full(memory: Memory, sequence: TokenSequence, tokens: int) -> str:
 
 
 def _columns(valid: Sequence[bool], room: int, limit: int) -> int:
-    """Return the length, at most ``limit``, of the longest start of ``valid`` with at most ``room`` true entries."""
+    """Return the largest ``n``, at most ``limit``, for which ``valid[:n]`` has at most ``room`` true entries."""
     count = 0
     for column, present in enumerate(valid[:limit]):
         count += present

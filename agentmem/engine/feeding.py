@@ -1,4 +1,7 @@
-"""Run one forward over the next tokens of several turns, with a separate result for each turn."""
+"""Run one forward over the next tokens of several turns, with a separate result for each turn.
+
+A turn is one use of a session: its memory reads a prompt, and the model may write a reply.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +22,15 @@ if TYPE_CHECKING:
 
 
 def ambient() -> tuple[object, ...]:
-    """Return the part of torch's thread state that affects a forward.
+    """Return the settings of torch in the current thread that affect a forward.
 
-    Only turns with equal values are fed together.
+    Turns are fed in one forward only if these values are equal.
     """
     return (torch_state(), torch.get_num_threads(), torch.is_inference_mode_enabled())
 
 
 class Outcome(NamedTuple):
-    """The result of a :class:`Want`: the number of fed tokens and the ``logits [V]`` after the last, or an error."""
+    """The result of a :class:`Want`: the number of fed tokens and the ``logits [V]`` after them, or an error."""
 
     fed: int = 0
     logits: torch.Tensor | None = None
@@ -53,14 +56,17 @@ class Want:
     priority: int = 0
     """Wants with higher priority are fed first."""
     most: int = 1 << 30
-    """The most tokens that a forward which feeds this want together with others may have in total."""
+    """The most tokens in total that a forward may have if it feeds this want together with others."""
     alone: bool = False
     """True if this want must be fed in a forward of its own."""
     ambient: tuple[object, ...] = field(default_factory=ambient)
     wake: Callable[[], None] = _nobody
-    """Called, from any thread, when the outcome is set or when the turn should check whether to run a forward."""
+    """A callback that wakes the turn, because its outcome is set or because it may be time for a forward.
+
+    The callback may be called from any thread.
+    """
     passed: int = 0
-    """The number of forwards that fed other wants while this one waited."""
+    """The number of forwards that fed other wants while this want waited."""
     outcome: Outcome | None = None
 
     @property
@@ -69,10 +75,12 @@ class Want:
         return self.outcome is not None
 
     def result(self) -> tuple[int, torch.Tensor]:
-        """Return how many of the first tokens were fed, and the logits ``[V]`` after the last of these.
+        """Return how many tokens were fed, counted from the first, and the logits ``[V]`` after the last fed token.
+
+        Call this only after the outcome has been set.
 
         Raises:
-            AgentmemError: the forward of these tokens raised it. Errors of other types are raised again, too.
+            AgentmemError: the forward of these tokens failed with this error. Errors of other types are raised, too.
 
         """
         outcome = self.outcome or Outcome()
@@ -83,7 +91,7 @@ class Want:
 
 
 class _Part(NamedTuple):
-    """A want and its :class:`Append`, which has begun."""
+    """A want in a forward, with the :class:`Append` that keeps its tokens."""
 
     want: Want
     append: Append
@@ -95,10 +103,10 @@ class _Part(NamedTuple):
 
 
 def feed(shares: Sequence[tuple[Want, int]]) -> None:
-    """Run one forward over the first tokens of each want, and set the outcomes; ``shares`` gives the token counts.
+    """Feed the first tokens of several wants in one forward, and set the outcome of each want.
 
-    If a want cannot begin or fails, its outcome is the error, and the other wants are not affected. If an interrupt
-    ends the call, wants are left without an outcome and can be fed again.
+    ``shares`` lists the wants and how many tokens of each to feed. If a want fails, its outcome is the error, and the
+    other wants are not affected. Wants that are left without an outcome by an interrupt can be fed again.
     """
     holds: list[object] = []  # the ownership of the memories; emptied at the end, because a traceback may keep the list
     try:
@@ -110,14 +118,18 @@ def feed(shares: Sequence[tuple[Want, int]]) -> None:
 
 
 def _begun(want: Want, count: int, holds: list[object]) -> _Part | None:
-    """Make room for a want's tokens and begin; on failure, set the error as the want's outcome and return ``None``."""
+    """Make room for a want's first ``count`` tokens, and return the part of the forward that feeds them.
+
+    The thread's ownership of the memory is added to ``holds``. On failure, set the error as the want's outcome and
+    return ``None``.
+    """
     engine, sequence = want.engine, want.engine.memory.sequences[0]
     try:
         holds.append(engine.memory.owner.take())
         start = sequence.next_position + sequence.shift  # the caller's count of positions
         ids = want.ids[:count]
         append = engine.begin([Arriving(ids, range(start, start + len(ids)), slice(None))])
-    except Exception as error:  # noqa: BLE001  # it becomes the outcome of this want only
+    except Exception as error:  # noqa: BLE001  # the error becomes the outcome of this want only
         want.outcome = Outcome(error=error)
         return None
     append.columns = len(ids)
@@ -127,7 +139,7 @@ def _begun(want: Want, count: int, holds: list[object]) -> _Part | None:
 def _run(parts: Sequence[_Part]) -> None:
     try:
         logits = _forward(parts)
-    except Exception as error:  # noqa: BLE001  # it becomes the outcome of the part that failed
+    except Exception as error:  # noqa: BLE001  # the error becomes the outcome of the part that failed
         for part in parts:
             part.want.engine.abandon()
         if len(parts) == 1:
@@ -141,7 +153,7 @@ def _run(parts: Sequence[_Part]) -> None:
 
 
 def _forward(parts: Sequence[_Part]) -> torch.Tensor:
-    """Run the parts in one forward and return the logits ``[n, V]`` after the last token of each."""
+    """Run the ``n`` parts in one forward, and return the logits ``[n, V]`` after the last token of each part."""
     ids: list[int] = []
     positions: list[int] = []
     ends: list[int] = []

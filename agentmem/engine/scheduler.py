@@ -1,17 +1,19 @@
-"""The scheduler decides which turns of one model are fed next, several of them in one forward.
+"""The scheduler of one model: it decides which turns are fed next, several of them in one forward.
 
-The scheduler has no thread of its own. Every waiting turn checks whether it is time for a forward. The first turn that
-finds that it is time takes the model's lock and runs a forward for all chosen turns
-(:func:`agentmem.engine.feeding.feed`); the other turns then find their outcomes.
+A turn is one use of a session, whose memory reads a prompt and may generate a reply. The scheduler has no thread of its
+own: every waiting turn checks whether it is time for a forward. The first turn to find that it is time takes the
+model's lock and runs a forward for all chosen turns (:func:`agentmem.engine.feeding.feed`). The other turns then find
+their outcomes.
 
-Order: first turns that were passed over :data:`PATIENCE` times, then turns of higher priority, then single tokens
-(replies) before longer texts, then the order of requests. A forward takes tokens in this order, up to the smallest
-limit (``most``) of the waiting turns. If only one turn waits, or if the first turn must be fed alone, a forward takes
-all tokens of that turn.
+Turns are ordered by these rules; each rule decides only between turns that are equal by the rules before it. Turns
+that were passed over :data:`PATIENCE` times come first. Higher priority comes first. Single tokens (replies) come
+before longer texts. Earlier requests come first. A forward takes tokens in this order, up to the smallest limit
+(``most``) of the waiting turns. If only one turn waits, or if the first turn must be fed alone, a forward takes all
+tokens of that turn.
 
 A forward first waits for the turns that the last forward fed and for turns that have just begun, so that turns of equal
-speed stay together. It stops waiting when no turn has come for :data:`LINGER` seconds or for the fraction :data:`SHARE`
-of the last forward's time, whichever is longer.
+speed stay together. The wait ends when no turn has come for a certain time: :data:`LINGER` seconds, or the fraction
+:data:`SHARE` of the last forward's time if that is longer.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from agentmem.engine.feeding import Want
 
 LINGER = 0.004
-"""The least number of seconds, counted from the last arrival, for which a forward waits for expected turns."""
+"""The least number of seconds for which a forward waits for expected turns after the last turn has come."""
 SHARE = 0.1
 """The fraction of the last forward's time for which a forward waits, if this is longer than :data:`LINGER`."""
 PATIENCE = 4
@@ -38,7 +40,7 @@ PATIENCE = 4
 
 
 class Forward(NamedTuple):
-    """The figures of one forward: its time, and how many sequences and tokens it fed."""
+    """The duration of one forward, and how many sequences and tokens it fed."""
 
     seconds: float
     sequences: int
@@ -61,13 +63,13 @@ class Figures(NamedTuple):
 
 
 class Scheduler:
-    """The turns of one model that wait to be fed.
+    """The scheduler of one model, which keeps the waiting turns and feeds several of them in one forward.
 
-    A thread holds ``lock`` while it runs the model or changes memories.
+    Hold ``lock`` while you run the model or change memories.
     """
 
     def __init__(self) -> None:
-        """Begin with no waiting turns."""
+        """Create a scheduler without waiting turns."""
         self.lock = threading.RLock()
         self.recent: deque[Forward] = deque(maxlen=64)
         """The newest forwards."""
@@ -81,19 +83,19 @@ class Scheduler:
         self._came = 0.0
 
     def expect(self, turn: object) -> None:
-        """Note that a turn has begun and will soon submit tokens: the next forward waits for it for a moment."""
+        """Note that a turn has begun and will soon submit tokens, so that the next forward waits briefly for it."""
         with self._changed:
             self._expected.add(turn)
             self._came = time.monotonic()
 
     def submit(self, want: Want) -> None:
-        """Add a want to the waiting ones; the caller must then wait for its outcome, or withdraw it."""
+        """Add a want to the waiting wants; the caller must then wait for its outcome, or withdraw the want."""
         with self._changed:
             self._waiting.append(want)
             self._arrived(want.turn)
 
     def withdraw(self, want: Want) -> None:
-        """Wait until no forward is running, then remove a want, so that its tokens are not fed any more."""
+        """Wait until no forward runs, then remove a want from the waiting wants, so that its tokens are not fed."""
         with self.lock, self._changed, suppress(ValueError):
             self._waiting.remove(want)
 
@@ -106,7 +108,7 @@ class Scheduler:
         _wake(waiting)
 
     def serve(self, want: Want) -> None:
-        """Submit a want and wait for its outcome; run forwards for all waiting turns whenever it is time."""
+        """Submit a want and return when its outcome is set; meanwhile run forwards for all turns when it is time."""
         self.submit(want)
         while not want.done:
             pause = self.pause()
@@ -118,7 +120,7 @@ class Scheduler:
                 self.step(want)
 
     def pause(self) -> float:
-        """Return how many seconds the next forward should wait for expected turns; 0 if it is time to run it."""
+        """Return how many more seconds the next forward should wait for expected turns; 0 if it is time to run it."""
         with self._changed:
             if not self._expected:
                 return 0.0
@@ -126,7 +128,10 @@ class Scheduler:
             return max(0.0, self._came + linger - time.monotonic())
 
     def step(self, want: Want) -> None:
-        """Take the lock and run a forward on this thread, unless the want has its outcome or it is not yet time."""
+        """Run a forward for the waiting turns on this thread, unless the want has an outcome or it is not yet time.
+
+        The thread first waits for the lock, which other threads hold while they run forwards.
+        """
         with self.lock:
             if want.done or self.pause() > 0:
                 return
@@ -138,7 +143,7 @@ class Scheduler:
                 self._ended(shares, began)
 
     def paused(self, seconds: float) -> None:
-        """Note that a compaction made all turns wait for ``seconds``."""
+        """Record for the statistics that a compaction made all turns wait for ``seconds``."""
         with self._changed:
             self._pauses.append(seconds)
 
@@ -158,9 +163,9 @@ class Scheduler:
     # ---- choosing
 
     def _chosen(self, own: Want) -> list[tuple[Want, int]]:
-        """Return the wants that the next forward feeds, and how many tokens of each.
+        """Return the wants that the next forward feeds, with the number of tokens to feed of each.
 
-        All of them have the same ambient state (see :func:`agentmem.engine.feeding.ambient`) as ``own``.
+        Only wants with the thread settings of ``own`` are chosen; see :func:`agentmem.engine.feeding.ambient`.
         """
         with self._changed:
             self._expected = set()  # turns that have not come by now are not waited for again
@@ -178,7 +183,7 @@ class Scheduler:
         return chosen
 
     def _ended(self, shares: Iterable[tuple[Want, int]], began: float) -> None:
-        """Record a finished forward; the turns that it fed are expected to submit more tokens."""
+        """Record a finished forward, remove the wants that have outcomes, and expect the fed turns to come again."""
         fed = [(want, count) for want, count in shares if want.done]
         now = time.monotonic()
         with self._changed:
@@ -202,7 +207,7 @@ class Scheduler:
     # ---- forked processes
 
     def forget(self) -> None:
-        """Drop all waiting turns; called in a forked child process, where they belong to the parent."""
+        """Drop all waiting turns; called in a forked child process, because the turns belong to the parent process."""
         self._changed = threading.Condition()
         self._waiting, self._expected = [], set()
 

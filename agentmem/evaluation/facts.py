@@ -1,7 +1,7 @@
-"""Make up facts that a memory should keep, plant them in real text, and ask for them at its end.
+"""Make documents with planted facts, and the questions that ask for these facts at the end of a document.
 
-A document is a window of the text with one fact at each depth, placed after the next end of a sentence. The documents
-depend only on the text, the tokenizer and the :class:`Quiz`, so the same three always give the same documents.
+A document is a window of a real text into which one invented fact is inserted at each depth (a fraction of the
+document), after the next end of a sentence. Text, tokenizer and :class:`Quiz` determine the documents completely.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 Format = Literal["codes", "names", "lists"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 DEPTHS = (0.05, 0.25, 0.45, 0.7)
-"""Default depths of facts.
+"""Default depths at which facts are planted, as fractions of the document.
 
 In a document of 1,710 tokens with 512 slots that are halved each time, facts at these depths pass through 5, 4, 3 and 1
 compactions, and the policy ``window`` has dropped all of them at the end.
 """
 _SENTENCE = 48
-"""The most tokens that a fact is moved towards the end of the text, so that it follows the end of a sentence."""
+"""The most tokens between a fact's planned place and the end of a sentence after which the fact is inserted."""
 _ENDS = (".", "!", "?")
 
 
 class Quiz(Frozen):
-    """Settings of the documents, and of the facts that are planted in them and asked for."""
+    """Settings of the documents and of the facts planted in them."""
 
     tokens: int = Field(default=1710, ge=1)
     """Tokens of every document, facts included."""
@@ -62,16 +62,16 @@ class Quiz(Frozen):
 
     @property
     def documents(self) -> int:
-        """Return the number of documents needed for ``facts`` facts."""
+        """Return the number of documents needed to plant at least ``facts`` facts, one per depth and document."""
         return -(-self.facts // len(self.depths))
 
 
 @dataclass(frozen=True)
 class Fact:
-    """Hold the texts of one fact: a statement, a question and its answer.
+    """The texts of one fact.
 
-    ``statement`` is planted in the document. ``question`` ends with the beginning of a sentence that ``answer``
-    completes.
+    ``statement`` is planted in the document. ``question`` asks for the fact and ends with the beginning of the
+    answering sentence, which ``answer`` completes.
     """
 
     statement: str
@@ -81,9 +81,10 @@ class Fact:
 
 @dataclass(frozen=True)
 class Planted:
-    """Describe a fact in its document, where it takes the tokens ``start .. stop``.
+    """A fact that was planted in a document, where its statement takes the tokens from ``start`` up to ``stop``.
 
-    ``asked`` holds the ids of the question followed by those of its answer; ``answer`` counts the ids of the answer.
+    ``depth`` is the planned beginning of the statement, as a fraction of the document. ``asked`` has the ids of the
+    question followed by those of the answer, and ``answer`` is the number of ids in the answer.
     """
 
     format: Format
@@ -96,7 +97,7 @@ class Planted:
 
 @dataclass(frozen=True, eq=False)
 class Document:
-    """Hold a document: ``ids [tokens]`` int64, and the facts planted in them, in order."""
+    """A document with planted facts: its number, its ``ids [tokens]`` int64, and the facts in the order of the text."""
 
     index: int
     ids: torch.Tensor
@@ -158,10 +159,10 @@ _MAKERS: dict[Format, tuple[Callable[[Random, str], Fact], tuple[str, ...]]] = {
 
 
 def facts(quiz: Quiz, document: int) -> list[tuple[Format, Fact]]:
-    """Make the facts of one document, one per depth.
+    """Make the facts of the document with the number ``document``: one fact and its format for each depth.
 
-    Formats take turns over depths and documents, so that each format is used at every depth if there are enough
-    documents. Two facts of the same format have different subjects unless there are more facts than subjects.
+    The formats alternate over depths and documents, so that each format is used at every depth if there are enough
+    documents. Facts of one format in the document have different subjects as long as there are enough subjects.
     """
     random = Random(f"{quiz.seed}/{document}")  # noqa: S311  # a quiz, no secret
     subjects = {name: random.sample(_MAKERS[name][1], len(_MAKERS[name][1])) for name in FORMATS}
@@ -179,10 +180,10 @@ def facts(quiz: Quiz, document: int) -> list[tuple[Format, Fact]]:
 def documents(
     tokenizer: PreTrainedTokenizerBase, text: str, quiz: Quiz, *, offset: int = 0, keep_first: int = 0
 ) -> tuple[Document, ...]:
-    """Make documents from successive windows of ``text``, beginning at character ``offset``.
+    """Make the documents of a quiz from successive windows of ``text``, beginning at character ``offset``.
 
-    The windows overlap if the text is too short for all documents. ``keep_first`` is the size of the prefix that is
-    never compacted, in tokens.
+    The windows overlap if the text is too short. ``keep_first`` is the number of tokens in the prefix, which is never
+    compacted and must therefore contain no fact.
 
     Raises:
         SettingsRefused: the text is shorter than one document, or a fact would lie in the prefix or past the end.
@@ -227,9 +228,9 @@ def _document(tokenizer: PreTrainedTokenizerBase, index: int, source: Sequence[i
 
 
 def _question(tokenizer: PreTrainedTokenizerBase, fact: Fact) -> tuple[tuple[int, ...], int]:
-    """Return the ids of question and answer together, and the number of ids at the end that belong to the answer.
+    """Return the ids of the question followed by its answer, and the number of ids in the answer.
 
-    The answer begins at the first id that differs from the ids of the question alone.
+    Both texts are encoded together. The answer begins where the ids first differ from those of the question alone.
     """
     alone, whole = _encode(tokenizer, fact.question), _encode(tokenizer, fact.question + fact.answer)
     shared = next((at for at, (one, other) in enumerate(zip(alone, whole, strict=False)) if one != other), len(alone))
@@ -241,7 +242,7 @@ def _ends_sentence(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> bo
 
 
 def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return a list of the token that the tokenizer puts before every text; the list is empty if it puts none."""
+    """Return the beginning-of-text id as a list; the list is empty if the tokenizer adds no such id to texts."""
     first = tokenizer("", verbose=False)["input_ids"][:1]
     return list(first) if first and first[0] == tokenizer.bos_token_id else []
 

@@ -1,8 +1,9 @@
-"""Measure fidelity: stream a text through capped memory by teacher forcing and compare with full memory.
+"""Measure fidelity: how much the logits with a capped memory differ from those with full memory on the same text.
 
-Every policy reads the same tokens under the same :class:`Terms`, either at equal slots per KV head or at equal bytes,
-workspace included. The text is read in pieces that end when the memory is full, so that compactions happen exactly
-then. Measurements are kept on disk, so that a comparison that was killed can be resumed.
+The text is teacher-forced: the model reads the true tokens, whatever it predicts. All policies read the same tokens
+with the same settings (:class:`Terms`), limited either to equal slots per KV head or to equal bytes, temporary bytes
+included. The text is read in pieces that end when the memory is full, which is when compactions happen. Each
+measurement is saved on disk, so that an interrupted comparison can be resumed.
 """
 
 from __future__ import annotations
@@ -29,13 +30,16 @@ if TYPE_CHECKING:
     from agentmem.contracts import Policy
 
 GROUP = 8
-"""Compactions in one group of :class:`Drift`."""
+"""The number of compactions over which one :class:`Drift` averages."""
 LEAST_DRIFT = 2 * GROUP
 """The least number of compactions for which drift is reported."""
 
 
 class Measurement(Spent):
-    """Hold the measures of one policy at every position of one passage; see :class:`Divergence` for the measures."""
+    """The measured results of one policy on one passage, with one number per position for each measure.
+
+    :class:`Divergence` explains the measures.
+    """
 
     policy: str
     equal: Equal
@@ -46,7 +50,10 @@ class Measurement(Spent):
 
 
 class Drift(Frozen):
-    """Hold the mean KL over the ``positions`` positions that were read after ``first`` to ``last`` compactions."""
+    """The mean KL over a group of positions: those that were read after ``first`` to ``last`` compactions.
+
+    ``positions`` is the number of positions in the group.
+    """
 
     first: int
     last: int
@@ -55,9 +62,10 @@ class Drift(Frozen):
 
 
 class FidelityRow(Frozen):
-    """Hold one line of the fidelity table, for one policy on one passage.
+    """One line of the fidelity table: the scores of one policy on one passage.
 
-    KL is in nats. The scores are over the ``positions`` positions from the first compaction of any policy on.
+    KL is in nats. Scores are over the ``positions`` last positions of the passage, those from the first compaction of
+    any policy on.
     """
 
     policy: str
@@ -80,18 +88,18 @@ class FidelityRow(Frozen):
     positions: int
     capacity: int
     kl_by_compaction: Annotated[tuple[float, ...], FailFast()]
-    """Mean KL of the positions read after 0, 1, 2, … compactions; entry 0 is the KL before the first one."""
+    """Mean KL of the positions read after 0, 1, 2, … compactions; entry 0 is the KL before the first compaction."""
     drift: Annotated[tuple[Drift, ...], FailFast()]
     """Mean KL in groups of eight compactions, beginning with the first; empty if there were fewer than sixteen."""
 
     @property
     def seconds_each(self) -> float:
-        """Return the seconds per compaction; 0 if there was none."""
+        """Return the mean seconds per compaction; 0 if there was no compaction."""
         return self.compact_seconds / max(1, self.num_compactions)
 
 
 class Medians(Frozen):
-    """Hold one policy's medians over ``windows`` passages, in the fields of :class:`FidelityRow`."""
+    """The medians of one policy's rows over ``windows`` passages; :class:`FidelityRow` explains the fields."""
 
     policy: str
     equal: Equal
@@ -114,10 +122,12 @@ def measure(
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Measurement:
-    """Stream ``ids [tokens + 1]`` through capped memory and compare its logits with those of ``full [tokens, V]``.
+    """Read ``ids [tokens + 1]`` into a capped memory, and compare the logits with full memory's, ``full [tokens, V]``.
+
+    The last id is only predicted. ``progress`` is called with the number of tokens read so far.
 
     Raises:
-        AgentmemError: the terms do not fit the model, or the policy cannot serve them.
+        AgentmemError: the settings in ``terms`` do not fit the model or the policy.
 
     """
     divergence = Divergence()
@@ -148,11 +158,12 @@ def stream(
     fresh: bool = False,
     progress: Callable[[str, int], None] = lambda _name, _tokens: None,
 ) -> Iterator[Measurement]:
-    """Yield one :class:`Measurement` per policy, in order; each is saved in ``cache_dir`` before it is yielded.
+    """Measure every policy on the passage ``ids [tokens + 1]``; yield the measurements in the order of ``policies``.
 
-    A measurement that was saved with the same model, passage, settings and code is loaded instead, unless ``fresh`` is
-    true. ``progress`` is called with the policy's name and the number of tokens done; while full memory is computed,
-    the name is "full memory".
+    Each measurement is saved in ``cache_dir`` before it is yielded. A measurement saved earlier is loaded instead of
+    being made again if model, passage, settings and code are the same, unless ``fresh`` is true. ``progress`` is called
+    with the policy's name and the number of tokens done, and with the name "full memory" while the logits of full
+    memory are computed.
 
     Raises:
         AgentmemError: see :func:`measure`; measurements that were saved before stay on disk.
@@ -174,11 +185,11 @@ def stream(
 
 
 def rows(measurements: Sequence[Measurement], *, offset: int = 0) -> tuple[FidelityRow, ...]:
-    """Return the table of one passage, one row per measurement.
+    """Return the fidelity table of one passage, which begins at character ``offset``: one row per measurement.
 
-    All policies with the same kind of limit are scored on the same positions: those from the first compaction of any
-    of them on. Earlier positions are left out because the memory is still complete there. If no policy had to compact,
-    all positions count.
+    All policies with the same kind of limit (slots or bytes) are scored on the same positions: those from the first
+    compaction of any of these policies on. Before that compaction, all memories are still complete. If no policy
+    compacted, all positions count.
     """
     crossed = [each for each in measurements if each.capacity < len(each.kl)]
     first = {
@@ -224,7 +235,7 @@ def _drift(kl: np.ndarray, counts: np.ndarray) -> tuple[Drift, ...]:
 
 
 def medians(found: Sequence[FidelityRow]) -> tuple[Medians, ...]:
-    """Return medians over the measured passages, one line per (equal, policy) in order of appearance."""
+    """Return the medians over all passages, one entry per kind of limit and policy, in order of first appearance."""
     groups: dict[tuple[Equal, str], list[FidelityRow]] = {}
     for row in found:
         groups.setdefault((row.equal, row.policy), []).append(row)
@@ -244,7 +255,7 @@ def _medians(group: Sequence[FidelityRow]) -> Medians:
 
 
 def _median_drift(drifts: Sequence[Sequence[Drift]]) -> tuple[Drift, ...]:
-    """Return the median over passages of each drift group that every passage has."""
+    """Return the median KL over passages for each group of compactions, up to the last group that all passages have."""
     return tuple(
         same[0].model_copy(update={"kl_mean": median(each.kl_mean for each in same)})
         for same in zip(*drifts, strict=False)

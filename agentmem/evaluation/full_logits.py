@@ -1,8 +1,8 @@
-"""Compute the logits of full memory once with the stock cache, keep them on disk, and map the file into memory.
+"""Compute the logits of full memory once, with transformers' own cache, and keep them in a memory-mapped file.
 
-The logits are stored as float32. A half-precision log-probability of a rare token is off by up to 1 %, an error that
-would hide KLs as small as 1e-9, which a memory without compactions has. For a vocabulary of 49,152 tokens, 3,072
-positions take 604 MB.
+The logits are stored as float32. Rounding to half precision would change the log-probability of a rare token by up to
+1 %, far more than the KL of a memory without compactions, which is about 1e-9. With a vocabulary of 49,152 tokens,
+3,072 positions take 604 MB.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _PIECE = 256
-"""Tokens in one forward; fixed, so that the stored logits depend on no setting of the user."""
+"""Tokens in one forward. This number is fixed, so that no setting of the user affects the stored logits."""
 _SAMPLE = 4096
-"""About how many numbers of each weight enter the digest, evenly spread over the weight."""
+"""About how many elements of each weight are hashed, evenly spread over the weight."""
 
 
 def model_digest(model: PreTrainedModel) -> str:
-    """Return a digest of the model's configuration and weights.
+    """Return a SHA-256 hash of a model's configuration and weights, in hexadecimal digits.
 
-    Each weight contributes its name, shape, dtype and an evenly spread sample of its numbers.
+    Of each weight, the name, shape, dtype and an evenly spread sample of its elements are hashed.
     """
     digest = hashlib.sha256(model.config.to_json_string(use_diff=False).encode())
     for name, weight in model.state_dict().items():
@@ -49,9 +49,10 @@ def model_digest(model: PreTrainedModel) -> str:
 
 
 def passage_key(model: PreTrainedModel, ids: torch.Tensor, digest: str | None = None) -> str:
-    """Return a key of 24 hexadecimal digits for the model, the passage and the versions of torch and transformers.
+    """Return a key of 24 hexadecimal digits under which results on the passage ``ids`` are saved.
 
-    Pass ``digest``, the model's :func:`model_digest`, to compute it only once for several passages.
+    The key depends on the model, its dtype and device, the ids, and the versions of torch and transformers. For several
+    passages, compute the model's :func:`model_digest` once and pass it as ``digest``.
     """
     facts = {
         "model": digest or model_digest(model),
@@ -73,13 +74,14 @@ def full_logits(
     fresh: bool = False,
     progress: Callable[[int], None] = lambda _: None,
 ) -> torch.Tensor:
-    """Return full memory's logits ``[tokens, V]`` float32 after each of ``ids [tokens + 1]`` except the last.
+    """Return the logits of full memory after each of ``ids [tokens + 1]`` except the last: ``[tokens, V]`` float32.
 
-    They are computed unless ``folder`` holds a file of them already. With ``first``, only the logits from that
-    position on are computed and returned, ``[tokens - first, V]``.
+    If ``folder`` already holds the logits, they are loaded instead of computed, unless ``fresh`` is true. With
+    ``first``, the result has only the logits from that position on, ``[tokens - first, V]``. ``progress`` is called
+    with the number of tokens read so far.
 
     Raises:
-        AgentmemError: the folder cannot be written, or the disk is too small; the message gives the bytes needed.
+        AgentmemError: the folder cannot be written, or has too little free space; the message has the bytes needed.
 
     """
     tokens, vocabulary = len(ids) - 1 - first, _vocabulary(model, ids)
@@ -103,7 +105,10 @@ def full_logits(
 def _compute(
     model: PreTrainedModel, ids: torch.Tensor, first: int, path: Path, progress: Callable[[int], None]
 ) -> None:
-    """Compute the logits into a partial file and rename it to ``path``, so that ``path`` is always complete."""
+    """Compute the logits from position ``first`` on and write them to ``path``.
+
+    The logits are written to another file that is renamed at the end, so that the file at ``path`` is always complete.
+    """
     partial = path.with_suffix(".partial")
     cache = DynamicCache(config=model.config)
     with partial.open("wb") as file, torch.no_grad():
@@ -118,7 +123,7 @@ def _compute(
 
 
 def _vocabulary(model: PreTrainedModel, ids: torch.Tensor) -> int:
-    """Return the width of the logits, which may differ from the configured vocabulary after a resize."""
+    """Return the number of logits per position, which may differ from ``vocab_size`` in the config; run one token."""
     with torch.no_grad():
         return int(model(input_ids=ids[:1].unsqueeze(0).to(model.device), use_cache=False).logits.shape[-1])
 

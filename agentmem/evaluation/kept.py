@@ -1,4 +1,4 @@
-"""Keep measurements on disk as JSON files, which are found again only with the same settings and code."""
+"""Save measurements as JSON files under keys that change with the settings and with the code."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _MAX_BYTES = 64 << 20
 Kept = TypeVar("Kept", bound=BaseModel)
 _DRAWING = frozenset({"pictures.py", "plots.py"})
 _BESIDE = ("calibration", "cli", "evaluation/ablation", "evaluation/tasks", "policies", "sessions")
-"""Packages whose code a measurement does not run; :func:`settings_key` adds the sources of the measured policy."""
+"""Folders whose code does not affect a measurement, apart from the sources of the measured policy."""
 
 
 def settings_key(policy: Policy | str, *terms: BaseModel) -> str:
-    """Return a key of 24 hexadecimal digits for a policy, its options, the settings ``terms``, and the code that runs.
+    """Return a key of 24 hexadecimal digits under which the result of a measurement is saved.
 
-    ``terms`` are any settings that the result depends on, such as those of the memory. ``policy`` may also be the name
-    of a baseline that needs no policy.
+    The key is a hash of the policy with its options, of ``terms``, which are all settings that the result depends on,
+    and of the source code that the measurement runs. ``policy`` is the name of a baseline if no policy is measured.
     """
     parts, sources = [policy if isinstance(policy, str) else policy.name], set(_core())
     if not isinstance(policy, str):
@@ -51,7 +51,7 @@ def code_digest(folder: str) -> str:
 
 
 def load(kind: type[Kept], path: Path) -> Kept | None:
-    """Load the value saved at ``path``; return ``None`` if the file is missing or is no valid ``kind``."""
+    """Load a value of the class ``kind`` from ``path``; return ``None`` if the file is missing or not valid."""
     try:
         found = parsed(read_plain(path, _MAX_BYTES), _MAX_BYTES, strict=False)
         return kind.model_validate(found)
@@ -60,7 +60,7 @@ def load(kind: type[Kept], path: Path) -> Kept | None:
 
 
 def save(value: BaseModel, path: Path) -> None:
-    """Write ``value`` to ``path`` so that an interruption never leaves an incomplete file there.
+    """Write ``value`` to ``path`` as JSON; an interruption never leaves an incomplete file at ``path``.
 
     Raises:
         AgentmemError: the file cannot be written.
@@ -79,14 +79,17 @@ def _state(part: object) -> str:
 
 
 def _core() -> set[Path]:
-    """Return the sources of agentmem that measurements run: all except those in :data:`_BESIDE` and drawing modules."""
+    """Return the source files that every measurement runs: agentmem without drawing modules and :data:`_BESIDE`."""
     package = Path(__file__).parents[1]
     beside = {package / name for name in _BESIDE}
     return {path for path in package.rglob("*.py") if path.name not in _DRAWING and beside.isdisjoint(path.parents)}
 
 
 def _policy_sources(policy: Policy) -> set[Path]:
-    """Return the sources of the packages that define the policy's parts, or of modules that are in no package."""
+    """Return the source files that define a policy's compactor and budgets.
+
+    These are all sources of the outermost package that contains the class, or its module alone if it is in no package.
+    """
     found: set[Path] = set()
     for part in (policy.compactor, policy.budgets):
         module = sys.modules.get(type(part).__module__)
@@ -98,10 +101,9 @@ def _policy_sources(policy: Policy) -> set[Path]:
 
 
 def _depth(package: str) -> int:
-    """Return the number of steps from a package's own folder up to the folder of its outermost package.
+    """Return the depth of a package below its outermost package, such as 2 for ``tools.kv.policies`` below ``tools``.
 
-    ``tools.kv.policies`` gives 2, because its outermost package is ``tools``. Packages inside ``agentmem`` count from
-    the level below it: ``agentmem.policies.compactors`` gives 1, because its outermost package is ``policies``.
+    In agentmem, packages directly below ``agentmem`` count as outermost: ``agentmem.policies.compactors`` gives 1.
     """
     return package.removeprefix("agentmem.").count(".")
 

@@ -1,4 +1,4 @@
-"""Compare two streams of next-token distributions position by position, in float64."""
+"""Compare the next-token distributions of capped and full memory at every position of a text, in float64."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from agentmem.contracts import blocks
 from agentmem.errors import AgentmemError
 
 _BLOCK = 64
-"""Positions compared at a time, so that the float64 numbers in use stay a few blocks of [64, vocabulary]."""
+"""The number of positions compared at a time; it limits the float64 tensors to ``[64, vocabulary]`` each."""
 
 
 @dataclass
 class Divergence:
-    """Collect the measures of capped against full memory at every position; pieces are appended in order."""
+    """The measures that compare capped with full memory: lists with one entry per position.
+
+    Call :meth:`add` with the logits of successive pieces of a text; each call appends to the lists.
+    """
 
     kl: list[float] = field(default_factory=list)
     """KL(full ‖ capped) in nats."""
@@ -29,9 +32,9 @@ class Divergence:
     """Compactions that had happened when the position was read."""
 
     def add(self, full: torch.Tensor, capped: torch.Tensor, targets: torch.Tensor, compactions: int) -> None:
-        """Compare the logits ``full [c, V]`` and ``capped [c, V]`` of consecutive positions.
+        """Append the measures of the next ``c`` positions, computed from ``full [c, V]`` and ``capped [c, V]`` logits.
 
-        ``targets [c]`` are the true next tokens; ``compactions`` is the number of compactions so far.
+        ``targets [c]`` are the true next tokens; ``compactions`` is the number of compactions before these positions.
 
         Raises:
             AgentmemError: a logit is not finite; the message names the position.

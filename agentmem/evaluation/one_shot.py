@@ -1,9 +1,10 @@
 """Measure a single compaction: read a document, compact it once, and teacher-force its continuation.
 
 This is the main setting of arXiv:2602.16284. The compaction keeps a fraction of the document's slots, and no other
-compaction follows. The logits over the continuation are compared with those of full memory. Two baselines are measured
-beside the policies: ``no-context`` reads the continuation without the document, and ``truncation`` reads it after only
-the last tokens of the document, as many tokens as the policies keep slots.
+compaction follows. The logits over the continuation are compared with those of full memory.
+
+Two baselines are also measured: ``no-context`` reads the continuation without the document, and ``truncation`` reads
+only the last tokens of the document before it, as many tokens as the policies keep slots.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ if TYPE_CHECKING:
 
 NO_CONTEXT, TRUNCATION = "no-context", "truncation"
 KEEP_FIRST, KEEP_RECENT = 4, 8
-"""Defaults of keep_first and keep_recent here; both fit into 1/100 of the slots of a document of 1,300 tokens."""
+"""Defaults of ``keep_first`` and ``keep_recent``, small enough for 1/100 of a document of 1,300 tokens."""
 
 
 class Shot(Frozen):
-    """Settings of the compaction and of the continuation."""
+    """Settings of a measurement: the length of the continuation, and the ratios at which the document is compacted."""
 
     continuation: int = Field(default=256, ge=1)
     """Tokens that are teacher-forced; all tokens before them are the document."""
@@ -53,7 +54,7 @@ class Shot(Frozen):
 
 
 class OneShotRow(Frozen):
-    """Hold the measured results of one policy or baseline at one ratio, on one passage.
+    """The measured results of one policy or baseline at one ratio, on one passage.
 
     KL is in nats, over the ``positions`` positions of the continuation.
     """
@@ -67,7 +68,7 @@ class OneShotRow(Frozen):
     document: int
     """Tokens of the document."""
     slots: int
-    """Slots per KV head after the compaction; for ``truncation``, the tokens of the document that are read."""
+    """Slots per KV head that the compaction should leave; for ``truncation``, the number of document tokens read."""
     positions: int
     kl_mean: float
     kl_p95: float
@@ -87,7 +88,7 @@ class OneShotRow(Frozen):
 
 
 class Medians(Frozen):
-    """Hold one policy's medians at one ratio over ``windows`` passages; fields are those of :class:`OneShotRow`."""
+    """The medians of one policy at one ratio over ``windows`` passages; :class:`OneShotRow` explains the fields."""
 
     policy: str
     ratio: int | None
@@ -102,9 +103,9 @@ class Medians(Frozen):
 
 
 class _Place(Frozen):
-    """Settings of a case (see :class:`_Case`) that the case's ``terms``, the settings of its memory, do not contain.
+    """Numbers that, together with the policy and the memory's settings, determine the result of a :class:`_Case`.
 
-    They become part of the key under which the case's result is saved on disk.
+    They are part of the key under which the result is saved: the tokens of the document, and the slots to keep.
     """
 
     document: int
@@ -112,7 +113,7 @@ class _Place(Frozen):
 
 
 class _Run(NamedTuple):
-    """Hold the result of measuring one case."""
+    """The raw result of measuring one :class:`_Case`; ``held`` and the bytes are 0 for a baseline."""
 
     divergence: Divergence
     held: int = 0
@@ -122,9 +123,10 @@ class _Run(NamedTuple):
 
 
 class _Case(NamedTuple):
-    """Describe one measurement to make: of a policy, or of a baseline, which is given by its name.
+    """One measurement to be made: a policy or a baseline (given by its name) at one ratio.
 
-    ``terms`` are the settings of the memory. For a policy, their ``target`` is ``slots``, the number of slots to keep.
+    ``slots`` is the number of slots to keep, and ``terms`` are the settings of the memory. For a policy,
+    ``terms.target`` equals ``slots``.
     """
 
     policy: Policy | str
@@ -138,11 +140,11 @@ class _Case(NamedTuple):
 
 
 def cases(policies: Sequence[str], terms: Terms, shot: Shot, tokens: int) -> list[_Case]:
-    """Return the cases to measure on a passage of ``tokens`` tokens, in order; settings are checked before any work.
+    """Return the measurements to be made on a passage of ``tokens`` tokens, in order, after checking the settings.
 
     Raises:
-        SettingsRefused: no document is left, a ratio leaves fewer slots than prefix + recent window + 1, or a policy is
-            unknown.
+        SettingsRefused: the continuation takes the whole passage, a ratio leaves fewer slots than prefix + recent
+            window + 1, or a policy is unknown.
 
     """
     document = tokens - shot.continuation
@@ -182,13 +184,15 @@ def stream(
     fresh: bool = False,
     progress: Callable[[str, int], None] = lambda _name, _tokens: None,
 ) -> Iterator[OneShotRow]:
-    """Yield the rows for ``ids [tokens + 1]``, ratio by ratio; each is saved in ``cache_dir`` before it is yielded.
+    """Measure baselines and policies on the passage ``ids [tokens + 1]``, and yield their rows, ratio by ratio.
 
-    A row that was saved with the same model, passage, settings and code is loaded instead, unless ``fresh`` is true.
+    Each row is saved in ``cache_dir`` before it is yielded. A row saved earlier is loaded instead of being measured
+    again if model, passage, settings and code are the same, unless ``fresh`` is true. ``progress`` is called with the
+    name of the measurement and the number of tokens done. ``offset`` is only copied into the rows.
 
     Raises:
-        AgentmemError: see :func:`cases`; or a policy cannot work with the settings in ``terms``. Rows that were saved
-            before stay on disk.
+        AgentmemError: :func:`cases` refuses the settings, or a policy cannot work with those in ``terms``. Rows that
+            were saved before stay on disk.
 
     """
     asked = cases(policies, terms, shot, len(ids) - 1)
@@ -245,7 +249,7 @@ def _measure(
 
 
 def _anew(model: PreTrainedModel, ids: torch.Tensor, full: torch.Tensor) -> _Run:
-    """Read ``ids`` from position 0 without any cache, and compare the last positions with ``full``."""
+    """Measure a baseline: run the model on ``ids`` in one forward, and compare the last positions with ``full``."""
     divergence, began = Divergence(), time.perf_counter()
     with torch.no_grad():
         piece = ids[:-1].unsqueeze(0).to(model.device)
@@ -264,7 +268,7 @@ def _compacted(
     tokenizer: PreTrainedTokenizerBase | None,
     progress: Callable[[int], None],
 ) -> _Run:
-    """Read the document, compact it once, read the continuation, and compare it with ``full``."""
+    """Measure a policy: read the document, compact once, read the continuation and compare its logits to ``full``."""
     divergence, document = Divergence(), len(ids) - 1 - len(full)
     roomy = _beside_scratch(terms, model, policy)
     with roomy.memory(model, policy, tokenizer, mode="manual", min_reclaim=1) as memory:
@@ -282,7 +286,10 @@ def _compacted(
 
 
 def _beside_scratch(terms: Terms, model: PreTrainedModel, policy: Policy) -> Terms:
-    """Return the terms with more slots, so that the document fits beside the slots that the policy keeps free."""
+    """Return ``terms`` with as many more slots as the policy reserves for texts that it lets the model write.
+
+    The document then fits into the memory without a compaction.
+    """
     slots, more = terms.slots or 0, terms
     while (plan := more.plan(model, policy, min_reclaim=1)).capacity - plan.scratch < slots:
         more = terms.model_copy(update={"slots": slots + plan.scratch})
@@ -290,7 +297,7 @@ def _beside_scratch(terms: Terms, model: PreTrainedModel, policy: Policy) -> Ter
 
 
 def medians(found: Sequence[OneShotRow]) -> tuple[Medians, ...]:
-    """Return medians over the measured passages, one line per (ratio, policy) in order of appearance."""
+    """Return the medians over all passages, one entry per ratio and policy, in order of first appearance."""
     groups: dict[tuple[int | None, str], list[OneShotRow]] = {}
     for row in found:
         groups.setdefault((row.ratio, row.policy), []).append(row)

@@ -1,4 +1,4 @@
-"""Read the text that an evaluation streams: a file, or the pages that ship with the package."""
+"""Read and tokenize the text that an evaluation feeds to the model: a file, or the pages shipped with the package."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def read_text(path: Path) -> str:
 
 
 def passage(tokenizer: PreTrainedTokenizerBase, text: str, *, offset: int, tokens: int) -> torch.Tensor:
-    """Tokenize ``text`` from character ``offset`` on and return the first ids, ``[tokens + 1]`` int64.
+    """Tokenize ``text`` from character ``offset`` on and return its first ``tokens + 1`` ids, ``[tokens + 1]`` int64.
 
-    The model reads the first ``tokens`` ids; the last id is only predicted.
+    Evaluations feed all ids except the last, which is only predicted.
 
     Raises:
         SettingsRefused: the text has too few tokens after the offset, or ``tokens`` or ``offset`` is out of range.

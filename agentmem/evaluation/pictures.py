@@ -1,7 +1,7 @@
 """Draw the figures of evaluations: KL against compactions, KL against ratio, recall by depth, and recall against KL.
 
-Only Matplotlib's object interface is used, as in :mod:`agentmem.reporting.plots`. Importing this module needs
-matplotlib; importing the other modules of ``agentmem.evaluation``, outside ``ablation``, does not.
+This module needs matplotlib, of which it uses only the object interface (no ``pyplot``). Of the other evaluation
+modules, only those in ``ablation`` need matplotlib.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def save(figures: Mapping[str, Figure], folder: Path) -> tuple[Path, ...]:
 
 
 def drift_figure(rows: Sequence[FidelityRow]) -> Figure:
-    """Plot KL against the number of compactions so far: one line per policy, the mean over passages."""
+    """Plot mean KL against the number of compactions so far, with one line per policy; KL is averaged over passages."""
     figure, (axes,) = _axes(1)
     for index, (label, found) in enumerate(_by_label(rows).items()):
         counts = range(1, min(row.num_compactions for row in found) + 1)
@@ -92,7 +92,7 @@ def drift_figure(rows: Sequence[FidelityRow]) -> Figure:
 
 
 def one_shot_figure(rows: Sequence[OneShotRow]) -> Figure:
-    """Plot KL against the ratio of a single compaction: one line per policy, the mean over passages."""
+    """Plot mean KL against the compaction ratio, with one line per policy; KL is averaged over passages."""
     figure, (axes,) = _axes(1)
     by_policy: dict[str, dict[int, list[float]]] = {}
     for row in rows:
@@ -118,7 +118,10 @@ def one_shot_figure(rows: Sequence[OneShotRow]) -> Figure:
 
 
 def recall_figure(rows: Sequence[RecallRow]) -> Figure:
-    """Plot the share of exact answers and the log-probability of the right answer by depth, one line per policy."""
+    """Plot recall against the depth of facts, with one line per policy.
+
+    One panel shows the share of exact answers, the other the mean log-probability of the right answers.
+    """
     figure, panels = _axes(2)
     for index, row in enumerate(rows):
         end = row.policy in (FULL, WINDOW)
@@ -138,12 +141,10 @@ def recall_figure(rows: Sequence[RecallRow]) -> Figure:
 
 
 def trade_figure(recalled: Sequence[RecallRow], fidelity: Sequence[FidelityRow]) -> Figure:
-    """Plot recovered log-probability against KL, one labelled point per policy that both evaluations measured.
-
-    KL is the mean over passages.
+    """Plot the ``recovered`` score of recall against mean KL, with one point per policy that both evaluations measured.
 
     Raises:
-        SettingsRefused: no policy with a recovered score is in both.
+        SettingsRefused: no policy with a ``recovered`` score is in both ``recalled`` and ``fidelity``.
 
     """
     recovered = {(row.equal, row.policy): row.recovered for row in recalled if row.recovered is not None}

@@ -1,13 +1,13 @@
-"""Measure recall: plant facts in real text, stream the text through capped memory, and ask for each fact.
+"""Measure recall: read documents with planted facts into a capped memory, and ask for each fact at the end.
 
-Every policy reads the same documents with the same settings of its memory (:class:`Terms`; see
-:mod:`agentmem.evaluation.fidelity`). At the end of a document, each question is run together with its right answer in a
-transient forward, which leaves the memory unchanged, so questions do not see each other. An answer is exact if each of
-its tokens is the most likely one after the right tokens before it; greedy decoding would then write this answer.
+Every policy reads the same documents with the same settings of its memory (:class:`Terms`). After a document, each
+question is run with its right answer in a forward that leaves the memory unchanged, so questions do not affect each
+other. An answer counts as exact if each of its tokens is the most likely token after the right tokens before it. Greedy
+decoding would then write this answer.
 
-Two more memories are always measured: ``window`` keeps nothing of the tokens that it dropped, and ``full`` keeps all
-tokens. A policy is placed between them by recovered = (policy − window) / (full − window), where each term is a mean
-log-probability of the right answers.
+Two reference memories are always measured as well: ``window``, which drops old tokens completely, and ``full``, which
+keeps all tokens. The score ``recovered`` = (policy − window) / (full − window) places a policy between them, where each
+term is the mean log-probability of the right answers.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 FULL, WINDOW = "full", "window"
 LEAST_GAP = 0.1
-"""Nats by which full memory must be better than window; below, the recovered share is not computed."""
+"""Nats by which full memory must be better than window for ``recovered`` to be computed."""
 _FULL_CHUNK = 256
-"""Chunk of full memory; it is fixed, so that one measurement of full memory serves comparisons of all settings."""
+"""``chunk`` of full memory, fixed so that one measurement of full memory can be used with all settings of policies."""
 
 
 class Answer(Frozen):
-    """Hold the answer to the question about one fact."""
+    """The model's answer to the question about one fact."""
 
     format: Format
     depth: float
@@ -47,7 +47,7 @@ class Answer(Frozen):
     start: int
     """Token at which the fact begins."""
     compactions: int
-    """Compactions at which the whole fact was already older than the recent window."""
+    """Number of compactions that could change the fact: those at which all of it was older than the recent window."""
     log_prob: float
     """Log-probability of the right answer, summed over its ``tokens`` tokens, in nats."""
     tokens: int
@@ -55,7 +55,7 @@ class Answer(Frozen):
 
 
 class Recalled(Spent):
-    """Hold one policy's answers about one document."""
+    """The answers of one policy about one document, with the slots, bytes and seconds that reading it took."""
 
     policy: str
     document: int
@@ -64,7 +64,7 @@ class Recalled(Spent):
 
 
 class Score(Frozen):
-    """Hold the scores of a group of facts."""
+    """The scores of one policy over a group of facts."""
 
     facts: int
     exact: float
@@ -74,14 +74,14 @@ class Score(Frozen):
     log_prob_per_token: float
     """Log-probability of the right answers divided by the number of their tokens, in nats."""
     recovered: float | None
-    """(policy − window) / (full − window) of ``log_prob`` over the same facts: 0 equals window, 1 full memory.
+    """(policy − window) / (full − window) of ``log_prob`` over the same facts: 0 equals window, 1 equals full memory.
 
-    ``None`` if full memory is not more than 0.1 nats better than window.
+    ``None`` if full memory is at most 0.1 nats better than window.
     """
 
 
 class RecallRow(Score):
-    """Hold the scores of one policy over all facts, and over groups of facts: one line of the recall table."""
+    """One line of the recall table: the scores of one policy over all facts, and over groups of facts."""
 
     policy: str
     """Name or spec of the policy as the caller gave it; the table always contains ``full`` and ``window``."""
@@ -92,7 +92,7 @@ class RecallRow(Score):
     by_format: dict[str, Score]
     """Scores by the format of the facts."""
     by_compactions: dict[str, Score]
-    """Scores by the number of compactions at which the fact was already older than the recent window."""
+    """Scores by the number of compactions that could change the fact; see :attr:`Answer.compactions`."""
     num_compactions: int
     """The most compactions in one document."""
     capacity: int
@@ -101,12 +101,12 @@ class RecallRow(Score):
     """The greatest peak of the documents, resident and temporary bytes together."""
     seconds: float
     compact_seconds: float
-    """Time spent compacting; like ``seconds``, summed over the documents and without the questions."""
+    """Seconds spent compacting. Like ``seconds``, this is a sum over the documents and does not count the questions."""
     total_compactions: int
 
     @property
     def seconds_each(self) -> float:
-        """Return the seconds per compaction; 0 if there was none."""
+        """Return the mean seconds per compaction; 0 if there was no compaction."""
         return self.compact_seconds / max(1, self.total_compactions)
 
 
@@ -122,7 +122,9 @@ def measure(
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Recalled:
-    """Stream a document through capped memory and ask for its facts.
+    """Read a document into a capped memory, ask for its facts, and return the answers.
+
+    ``progress`` is called with the number of tokens read so far.
 
     Raises:
         AgentmemError: the settings in ``terms`` do not fit the model or the policy, or a question is longer than
@@ -169,11 +171,11 @@ def stream(
     fresh: bool = False,
     progress: Callable[[str, int], None] = lambda _name, _tokens: None,
 ) -> Iterator[Recalled]:
-    """Yield one :class:`Recalled` per policy and document: full memory first, then window, then the other policies.
+    """Measure every policy on every document, and yield the results: full memory first, then window, then ``policies``.
 
-    Each result is saved in ``cache_dir`` before it is yielded. A result that was saved with the same model, document,
-    settings and code is loaded instead, unless ``fresh`` is true. ``progress`` is called with the policy's name and
-    the number of tokens done so far.
+    Each result is saved in ``cache_dir`` before it is yielded. A result saved earlier is loaded instead of being
+    measured again if model, document, settings and code are the same, unless ``fresh`` is true. ``progress`` is called
+    with the policy's name and the number of tokens that the policy has read so far.
 
     Raises:
         AgentmemError: see :func:`measure`; results that were saved before stay on disk.
@@ -203,13 +205,13 @@ def _tell(progress: Callable[[str, int], None], name: str, before: int, tokens: 
 
 
 def full_terms(documents: Sequence[Document]) -> Terms:
-    """Return settings for a memory that holds the longest document as a whole and is never compacted."""
+    """Return the settings of full memory: enough slots for the longest document, so that nothing is compacted."""
     longest = max(len(document.ids) for document in documents)
     return Terms(slots=longest + _FULL_CHUNK, keep_first=0, keep_recent=0, chunk=_FULL_CHUNK)
 
 
 def _everything(document: Document) -> torch.Tensor:
-    """Return the document's ids and the places and questions of its facts as one tensor, from which a key is made."""
+    """Return everything that identifies a document, its ids and facts, as one tensor from which a key can be made."""
     planted = [(fact.start, fact.stop, fact.answer, *fact.asked) for fact in document.facts]
     return torch.cat([document.ids, *(torch.tensor([len(numbers), *numbers]) for numbers in planted)])
 
@@ -218,10 +220,10 @@ def _everything(document: Document) -> torch.Tensor:
 
 
 def rows(found: Sequence[Recalled], equal: Equal, documents: int) -> tuple[RecallRow, ...]:
-    """Return the lines of the recall table of one comparison, one line per policy.
+    """Return the recall table for the results found so far, one line per policy.
 
-    A policy is left out until it has been measured on all ``documents`` documents. No line is returned until full
-    memory and window have been measured on all of them.
+    ``documents`` is the number of documents. A policy that was not yet measured on all documents is left out. Without
+    complete results of full memory and window, the table is empty.
     """
     by_policy: dict[str, dict[int, Recalled]] = {}
     for each in found:

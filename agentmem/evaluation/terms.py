@@ -1,4 +1,4 @@
-"""Define the settings of a memory that all policies of one comparison share, and read tokens into such a memory."""
+"""Define the memory settings that all policies in a comparison share, and read tokens into a memory with them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _ROOMY = 1 << 50
 
 
 class Frozen(BaseModel):
-    """Base of the immutable models of evaluations: their settings and results."""
+    """Base class of the evaluations' settings and results: immutable pydantic models without unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -51,9 +51,9 @@ class Frozen(BaseModel):
 
 
 class Terms(Frozen):
-    """Settings of a memory that all policies of one comparison share.
+    """Memory settings that all policies in one comparison share.
 
-    The limit is either ``slots`` per KV head, or ``cap_bytes`` for the whole memory, workspace included.
+    The limit is either ``slots`` per KV head, or ``cap_bytes`` for resident and temporary bytes together.
     """
 
     slots: int | None = Field(default=None, ge=1)
@@ -64,9 +64,9 @@ class Terms(Frozen):
     chunk: int = Field(default=1024, ge=1)
     slot_dtype: SlotDtype = "auto"
     probe: str | None = None
-    """Mixture of reference queries, such as ``replay+spread:0.5``, for every policy that uses reference queries.
+    """Sources of reference queries, such as ``replay+spread:0.5``, for every policy that uses reference queries.
 
-    With ``None``, each policy uses its own mixture.
+    With ``None``, each policy uses its own sources.
     """
     probe_tokens: int | None = Field(default=None, ge=1)
     """Number of reference tokens of every policy that uses reference queries.
@@ -84,11 +84,13 @@ class Terms(Frozen):
 
     @property
     def equal(self) -> Equal:
-        """Return the kind of limit that is equal for all policies."""
+        """Return the kind of limit that all policies share: ``slots`` (per KV head) or ``bytes``."""
         return "bytes" if self.slots is None else "slots"
 
     def policy(self, spec: str) -> Policy:
-        """Make the policy of that name or spec; its reference queries, if it uses any, are set by these terms.
+        """Make a policy from its name or spec, with these settings for its reference queries.
+
+        ``probe`` and ``probe_tokens``, if they are set, replace the policy's own settings.
 
         Raises:
             SettingsRefused: see :func:`agentmem.plugins.policy`.
@@ -104,7 +106,10 @@ class Terms(Frozen):
     def memory(
         self, model: PreTrainedModel, policy: Policy, tokenizer: PreTrainedTokenizerBase | None, **settings: Any
     ) -> AbstractContextManager[CappedCache]:
-        """Open a memory with these terms as settings; ``settings`` are further arguments of :func:`agentmem.capped`."""
+        """Return a context manager that opens a memory with these settings for ``model``.
+
+        ``settings`` are further arguments of :func:`agentmem.capped`.
+        """
         return capped(
             model, cap=self.cap_bytes or _ROOMY, policy=policy, tokenizer=tokenizer, **self._settings(), **settings
         )
@@ -130,7 +135,7 @@ class Moment(Frozen):
 
 
 class Compacted(Frozen):
-    """Describe one compaction that happened while a text was read."""
+    """The record of one compaction that happened while a text was read."""
 
     tokens: int
     """Tokens read before the compaction."""
@@ -138,32 +143,32 @@ class Compacted(Frozen):
     peak: int
     """Peak of resident and temporary bytes during the compaction."""
     output_error: float | None
-    """Relative L2 error on held-out reference queries, mean over layers; ``None`` without such queries."""
+    """Relative L2 error of attention on held-out reference queries, mean over layers; ``None`` without such queries."""
 
 
 class Spent(Frozen):
-    """Hold the slots, bytes and seconds that reading a text into one memory took."""
+    """The slots, bytes and seconds that reading a text into one memory took."""
 
     capacity: int
-    """Tokens that fit into an empty memory, and so the first position that needs a compaction."""
+    """Number of tokens that fit into an empty memory; one more token needs a compaction."""
     held: int
     """The most slots held after a forward, as the mean over layers and KV heads."""
     bytes: int
     """Peak of resident and temporary bytes."""
     seconds: float
-    """Seconds of forwards and compactions; the evaluation of their output is not counted."""
+    """Seconds of forwards and compactions, without the comparison of their logits."""
     compact_seconds: float
     """The part of ``seconds`` that was spent compacting."""
     moments: tuple[Moment, ...] = ()
     """State of the memory after every forward."""
     compacted: tuple[Compacted, ...] = ()
     heads: tuple[tuple[int, ...], ...] = ()
-    """Slots by compacted layer and KV head right after the last compaction; empty if there was none."""
+    """Slots by compacted layer and KV head, right after the last compaction; empty without compactions."""
 
 
 @dataclass
 class Reader:
-    """Read tokens into a memory and record the slots, bytes and seconds that this takes."""
+    """A reader that feeds tokens into a memory, and records the slots, bytes and seconds that this takes."""
 
     model: PreTrainedModel
     memory: CappedCache
@@ -173,10 +178,10 @@ class Reader:
     _heads: tuple[tuple[int, ...], ...] = field(default=(), repr=False)
 
     def read(self, ids: torch.Tensor, *, every: bool = True) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Read ``ids [n]`` in pieces that end when the memory is full.
+        """Read ``ids [n]`` into the memory, in pieces that end when the memory is full.
 
-        Yields each piece's place in ``ids`` and its logits, ``[piece, V]``; unless ``every`` is true, only the logits
-        of the piece's last token, ``[1, V]``.
+        Yields for each piece its slice of ``ids`` and its logits ``[piece, V]``. With ``every=False``, only the logits
+        of the piece's last token are computed, ``[1, V]``.
         """
         position = 0
         while position < len(ids):
@@ -199,7 +204,10 @@ class Reader:
 
     @property
     def capacity(self) -> int:
-        """Return the tokens that fit into an empty memory, without the slots that the policy keeps free for itself."""
+        """Return the number of tokens that fit into an empty memory.
+
+        Slots that the policy reserves for texts that it lets the model write are not counted.
+        """
         return self.memory.plan.capacity - self.memory.plan.scratch
 
     @property
@@ -211,7 +219,7 @@ class Reader:
         return round(slots / sum(layer.kv_heads for layer in self.memory.memory.shape.layers))
 
     def compact(self) -> None:
-        """Compact the memory now and record the time."""
+        """Compact the memory now, and add the time and the new state of the memory to the records."""
         began = time.perf_counter()
         self.memory.compact()
         self.seconds += time.perf_counter() - began

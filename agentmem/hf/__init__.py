@@ -1,10 +1,11 @@
 """Connect memories to Hugging Face models.
 
-No other folder uses the internals of transformers' caches, attention, masks and hooks.
+Only this folder uses the internals of transformers' caches, attention, masks and hooks.
 
-A model is *attached* while at least one capped block uses it: its config names agentmem's attention implementation,
-hooks watch its forwards, and ``generate`` checks its arguments first. These changes concern the one model instance, and
-the end of its last block undoes them. Forwards that use no memory reach the original functions.
+A model is *attached* while at least one capped block (``with agentmem.capped(model, …)``) is open for it. Its config
+then names agentmem's attention implementation, hooks run around its forwards, and its ``generate`` checks the arguments
+first. Only this model instance is changed, and the end of its last block undoes the changes. Forwards that use no
+memory still call the original functions.
 """
 
 from agentmem.hf.attach import attach, detach, detach_later, scope

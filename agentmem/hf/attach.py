@@ -1,4 +1,7 @@
-"""Attach memories to a model, by hooks, a renamed attention implementation and a checking ``generate``; detach them."""
+"""Attach memories to a model and detach them again.
+
+Attaching adds hooks to the model, replaces its attention implementation, and makes ``generate`` check its arguments.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +35,14 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class _Attachment:
-    """The changes to one model while at least one memory is attached to it, and the functions that undo them."""
+    """The changes made to one model while memories are attached to it, with the functions that undo the changes."""
 
     model: PreTrainedModel
     users: int = 0
     undo: list[Callable[[], None]] = field(default_factory=list)
 
     def install(self) -> None:
-        """Rename the attention implementation, register the hooks, and make ``generate`` check its arguments first."""
+        """Register the hooks, set agentmem's attention implementation, and make ``generate`` check its arguments."""
         decoder = self.model.get_decoder()
         self.undo.append(rename(decoder.config))
         split = functools.partial(self._split, inspect.signature(self.model.forward))
@@ -94,7 +97,11 @@ class _Attachment:
     def _split(
         self, signature: inspect.Signature, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Feed all pieces of a long prompt but the last before the forward, which then gets the last piece only."""
+        """Cut a long prompt into pieces that fit the memory, and run the decoder on all pieces except the last.
+
+        This is a forward pre-hook of the model. It returns the arguments of the last piece, on which the forward then
+        runs, or ``None`` if the prompt is not cut.
+        """
         inputs = named(signature, args, kwargs)
         cache = inputs.get("past_key_values")
         if not isinstance(cache, CappedCache):
@@ -119,7 +126,11 @@ class _Attachment:
     def _enter(
         self, signature: inspect.Signature, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Make room before a decoder's forward, and record in a frame which memory the forward uses."""
+        """Prepare a forward of the decoder: make room in its memory, and open a :class:`Frame` that names the memory.
+
+        This is a forward pre-hook of the decoder. It returns new arguments if re-based rows need other positions, and
+        ``None`` otherwise.
+        """
         frame = Frame(FRAME.get())
         FRAME.set(frame)  # first, because _leave runs even if the following lines raise
         inputs = named(signature, args, kwargs)
@@ -141,10 +152,10 @@ class _Attachment:
         return None
 
     def _in_scope(self) -> CappedCache | None:
-        """Return the memory for a ``generate`` without ``past_key_values``; ``None`` outside every block of the model.
+        """Return the memory for a ``generate`` without ``past_key_values``; ``None`` outside the model's capped blocks.
 
         Raises:
-            CapBypassed: several blocks cap the model in this context.
+            CapBypassed: several capped blocks of the model are open in this context.
 
         """
         found = self._open_here()
@@ -156,9 +167,9 @@ class _Attachment:
         return found[0] if found else None
 
     def _open_here(self) -> list[CappedCache]:
-        """Return the open memories of this model whose blocks enclose this context.
+        """Return the open memories of this model whose capped blocks enclose the running code.
 
-        Closed memories are left out, because an asyncio task may run longer than the block in which it began.
+        Closed memories are left out, because an asyncio task may outlive the block in which it was started.
         """
         caches = (cache for cache in SCOPE.get() if isinstance(cache, CappedCache))
         return [cache for cache in caches if cache.model is self.model and not cache.memory.closed]
@@ -172,7 +183,10 @@ class _Attachment:
 
 
 def _leave_out_of_copies(module: Any, hooks: set[int]) -> Callable[[], None]:
-    """Hide our hooks and ``generate`` from ``copy.deepcopy`` and ``pickle``; return a function that undoes this."""
+    """Make copies and pickles of ``module`` leave out agentmem's hooks and ``generate``.
+
+    ``hooks`` are the ids of agentmem's hooks. The returned function makes the module copy and pickle as before.
+    """
 
     def reduce(protocol: Any) -> tuple[Any, ...]:
         own: Any = type(module)
@@ -194,7 +208,10 @@ def _leave_out_of_copies(module: Any, hooks: set[int]) -> Callable[[], None]:
 
 
 def _cut(inputs: dict[str, Any], start: int, stop: int, columns: int) -> dict[str, Any]:
-    """Return the arguments for columns ``start .. stop`` of a forward; ``columns`` were seen before the forward."""
+    """Return the arguments of a forward that gets only the columns from ``start`` up to ``stop`` of ``inputs``.
+
+    ``columns`` is the number of columns that the memory has seen before; the piece's attention mask covers them too.
+    """
     piece: dict[str, Any] = {"past_key_values": inputs["past_key_values"], "use_cache": True}
     for name in ("input_ids", "inputs_embeds"):
         if inputs.get(name) is not None:
@@ -209,7 +226,10 @@ def _cut(inputs: dict[str, Any], start: int, stop: int, columns: int) -> dict[st
 
 
 def _leave(module: torch.nn.Module, args: tuple[Any, ...], output: object) -> None:  # noqa: ARG001  # torch's signature
-    """Commit a forward after it ended, or roll it back if it raised (then ``output`` is ``None``)."""
+    """End a forward: commit its tokens to the memory, or discard them if the forward raised.
+
+    This is a forward hook, which torch also calls after an error, with ``None`` as ``output``.
+    """
     frame = FRAME.get()
     if frame is None:
         return
@@ -229,7 +249,10 @@ def _leave(module: torch.nn.Module, args: tuple[Any, ...], output: object) -> No
 
 @contextmanager
 def scope(cache: CappedCache) -> Iterator[None]:
-    """Make ``cache`` its model's default in the block; forwards that would create another cache raise CapBypassed."""
+    """Make ``cache`` the default ``past_key_values`` of its model's ``generate`` in the block.
+
+    In the block, forwards of this model that would create a cache of their own raise CapBypassed.
+    """
     token = SCOPE.set((*SCOPE.get(), cache))
     try:
         with own_frame():
@@ -241,11 +264,11 @@ def scope(cache: CappedCache) -> Iterator[None]:
 _ATTACHMENTS: WeakKeyDictionary[PreTrainedModel, _Attachment] = WeakKeyDictionary()
 _LOCK = threading.Lock()
 _DROPPED: deque[PreTrainedModel] = deque()
-"""Models to detach, one entry for each owner that was garbage-collected before it was closed."""
+"""Models still to be detached, one entry for each capped block that was garbage-collected without being closed."""
 
 
 def attach(model: PreTrainedModel, memory: Memory) -> CappedCache:
-    """Connect a memory to a model; every call needs one later call of :func:`detach`."""
+    """Connect a memory to a model and return its cache; for every call, :func:`detach` must be called once later."""
     with _LOCK:
         attachment = _ATTACHMENTS.setdefault(model, _Attachment(model))
         if attachment.users == 0:
@@ -256,16 +279,16 @@ def attach(model: PreTrainedModel, memory: Memory) -> CappedCache:
 
 
 def detach(model: PreTrainedModel) -> None:
-    """Undo one :func:`attach`; undoing the last one restores the model."""
+    """Undo one call of :func:`attach`; once all calls are undone, the model is as before."""
     with _LOCK:
         _undo(model)
     _detach_dropped()
 
 
 def detach_later(model: PreTrainedModel) -> None:
-    """Undo one :func:`attach` for an owner that is garbage-collected, without waiting for the lock.
+    """Undo one call of :func:`attach` from within garbage collection, without waiting for the lock.
 
-    The collector may run in a thread that holds the lock. The model is then detached as soon as the lock is free.
+    The collector may run in a thread that holds the lock; the model is then detached once the lock is free.
     """
     _DROPPED.append(model)
     _detach_dropped()

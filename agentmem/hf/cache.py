@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class _Layer(CacheLayerMixin):
-    """Present one layer of a memory to transformers. It holds no keys or values itself."""
+    """One layer of a cache as transformers expects it; the keys and values are in the memory's slots, not here."""
 
     is_croppable = False
 
@@ -40,7 +40,7 @@ class _Layer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the new keys and values unchanged; the attention call that gets them appends them to the memory."""
+        """Return the new keys and values unchanged; agentmem's attention function appends them to the memory later."""
         frame = FRAME.get()
         if frame is None or frame.step is None:
             if isinstance(self.owner, CappedCache):
@@ -49,15 +49,18 @@ class _Layer(CacheLayerMixin):
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the number of columns that a forward of ``query_length`` columns sees, and their offset 0."""
+        """Return the size of the attention mask's key axis, and 0, the offset of its first column.
+
+        The size is the number of columns fed so far plus the ``query_length`` new columns.
+        """
         return self.owner.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Return the number of columns fed so far: for each row of the batch, its tokens and pads together."""
+        """Return the number of columns of ``input_ids`` fed so far, pads and compacted tokens included."""
         return self.owner.get_seq_length()
 
     def get_max_length(self) -> int:
-        """Return -1, no maximum length, because compaction makes room."""
+        """Return -1, which tells transformers that there is no maximum length; compaction makes room when needed."""
         return -1
 
 
@@ -75,46 +78,47 @@ class TransientCache(Cache):
         self.step = step
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002  # transformers' signature
-        """Return 0, because such a forward counts no earlier columns; its positions are passed explicitly."""
+        """Return 0: these forwards get their positions as an argument, so no earlier columns need to be counted."""
         return 0
 
 
 class CappedCache(Cache):
-    """A memory under a hard cap, in the form of a transformers cache to be passed as ``past_key_values``.
+    """A memory under a hard cap, as a transformers cache: pass it to the model as ``past_key_values``.
 
-    ``get_seq_length()`` counts the columns of all ``input_ids`` fed so far, including pads and compacted tokens, so
-    that ``generate`` never feeds a token twice. Beam search, cropping and recording of past states are refused.
+    ``get_seq_length()`` counts all columns of ``input_ids`` fed so far, pads and compacted tokens included, so that
+    ``generate`` never feeds a token twice. Operations that reorder, repeat, select or remove stored tokens are refused;
+    beam search, contrastive search and assisted decoding need them.
     """
 
     def __init__(self, engine: Engine, model: PreTrainedModel) -> None:
-        """Wrap the memory of ``engine``, opened for ``model``; :func:`attach` makes these objects."""
+        """Wrap the memory of ``engine``, which was opened for ``model``; only :func:`attach` calls this."""
         super().__init__(layers=[_Layer(self, layer.window) for layer in engine.memory.shape.layers])
         self.engine, self.model = engine, model
 
     @property
     def memory(self) -> Memory:
-        """Return the memory itself."""
+        """Return the wrapped memory, which holds the slots, the plan and the ledger."""
         return self.engine.memory
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Refuse to be copied by ``copy`` or pickled."""
+        """Raise CopyRefused, because a memory cannot be copied by ``copy`` or pickled."""
         raise CopyRefused.of(self)
 
     # what happened
 
     @property
     def columns(self) -> int:
-        """Return the number of columns fed so far: for each row of the batch, its tokens and pads together."""
+        """Return the number of columns of ``input_ids`` fed so far, pads and compacted tokens included."""
         return self.memory.progress.consumed.columns
 
     @property
     def plan(self) -> Plan:
-        """Return the plan that was made for the cap."""
+        """Return the plan of the memory: how the cap is divided into slots and temporary bytes."""
         return self.memory.plan
 
     @property
     def compactions(self) -> tuple[CompactionReport, ...]:
-        """Return one report per compaction so far."""
+        """Return the reports of all compactions so far, oldest first."""
         return tuple(self.memory.compactions)
 
     def report(self) -> RunReport:
@@ -122,15 +126,18 @@ class CappedCache(Cache):
         return self.memory.report()
 
     def usage(self) -> Usage:
-        """Return the current bytes and slots of the memory, summed over rows."""
+        """Return the memory's current tokens, slots and bytes, each summed over the rows."""
         return self.memory.usage()
 
     def subscribe(self, callback: Callable[[Event], None]) -> None:
-        """Call ``callback`` with a Usage after every forward, and with a report after every compaction."""
+        """Call ``callback`` with every later event of the memory.
+
+        The event is a Usage after each forward, and a report after each compaction or re-basing.
+        """
         self.memory.subscribe(callback)
 
     def room(self, row: int = 0) -> int:
-        """Return the number of tokens that a row can still append before it has to be compacted."""
+        """Return how many more tokens row ``row`` can append before it must be compacted; 0 if the row is full."""
         return (
             self.memory.sequences[row].room
             if self.memory.sequences
@@ -140,12 +147,15 @@ class CappedCache(Cache):
     def compact(
         self, *, slots: int | None = None, focus: Sequence[int] = (), policy: str | None = None
     ) -> tuple[CompactionReport, ...]:
-        """Compact every row down to the target now; rows below the target are left alone.
+        """Compact every row to its target now; return one report per compacted row.
+
+        Rows that hold no more slots than the target are not compacted.
 
         Args:
-            slots: slots per head to keep between prefix and recent window, instead of the target.
-            focus: ids of a text that must stay recallable.
-            policy: name of one of the policies that the memory was opened with; the default is its main policy.
+            slots: the average number of slots per KV head to keep between prefix and recent window, instead of the
+                target.
+            focus: the ids of a text that must stay recallable.
+            policy: the name of one of the policies that the memory was opened with; the default is its main policy.
 
         Raises:
             SettingsRefused: the mode is ``"off"``, or the memory was not opened with that policy.
@@ -159,26 +169,29 @@ class CappedCache(Cache):
         return tuple(report for report in reports if report is not None)
 
     def peek(self, ids: Sequence[int], row: int = 0) -> torch.Tensor:
-        """Return the logits ``[n, V]`` of ``ids`` as a continuation of a row, without changing the memory.
+        """Return the model's logits for ``ids`` as if they followed row ``row``, without changing the memory.
 
-        The logits are the model's own, in its dtype; line *i* predicts the id after ``ids[i]``. No slot, score, stored
-        query, id or random state changes. As in every forward, the scratch of attention counts as temporary bytes (T),
-        and the rest is the model's own activations (A).
+        The result is ``[n, V]`` in the model's dtype; line ``i`` predicts the id after ``ids[i]``. Slots, scores,
+        stored queries, ids and the random state stay as they are. As in every forward, the buffers of attention count
+        as temporary bytes (T), and everything else is the model's own activations (A).
 
         Raises:
             MemoryClosed: the memory's block has ended.
             SettingsRefused: ``ids`` is empty, or the row has read nothing yet.
-            MemoryCapExceeded: ``ids`` is longer than ``chunk``; the plan has reserved scratch for no more.
+            MemoryCapExceeded: ``ids`` is longer than ``chunk``, the number of tokens that the plan has room for.
 
         """
         return self.engine.peek(ids, row)
 
     def transcript(self, row: int = 0) -> list[int]:
-        """Return the ids that a row has consumed, in order, without pads."""
+        """Return all ids that row ``row`` has read so far, in order, without pads; compacted tokens are included."""
         return list(self.memory.sequences[row].ids) if self.memory.sequences else []
 
     def padded_transcripts(self) -> torch.Tensor:
-        """Return the consumed ids of all rows, ``[rows, columns]``, left-padded with 0: the result of a stopped run."""
+        """Return the ids that each row has read so far, ``[rows, longest]``, left-padded with 0.
+
+        This is what ``generate`` returns for a run that was stopped early.
+        """
         longest = max((each.seen for each in self.memory.sequences), default=0)
         return torch.tensor([[0] * (longest - each.seen) + list(each.ids) for each in self.memory.sequences])
 
@@ -195,7 +208,7 @@ class CappedCache(Cache):
         return self.columns
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse to remove tokens, as assisted decoding would.
+        """Refuse to remove the last tokens, which assisted decoding asks for.
 
         Raises:
             UnsupportedGeneration: always.
@@ -206,27 +219,27 @@ class CappedCache(Cache):
         )
 
     def activate_past_recording(self) -> None:
-        """Refuse to record past states, which assisted decoding needs in order to remove tokens."""
+        """Refuse to keep past states, which assisted decoding needs to remove tokens; raise UnsupportedGeneration."""
         self.crop(0)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Refuse to reorder rows, as beam search would."""
+        """Refuse to reorder rows, which beam search asks for; raise UnsupportedGeneration."""
         raise UnsupportedGeneration(f"beam search reorders rows (beam_idx {list(beam_idx.shape)}); use num_beams=1")
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Refuse to repeat rows, as contrastive search would."""
+        """Refuse to repeat rows, which contrastive search asks for; raise UnsupportedGeneration."""
         raise UnsupportedGeneration(
             f"repeating every row {repeats} times in mid-run is not handled; batch the prompt instead"
         )
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Refuse to select rows, as contrastive search would."""
+        """Refuse to select rows, which contrastive search asks for; raise UnsupportedGeneration."""
         raise UnsupportedGeneration(
             f"selecting rows in mid-run ({list(indices.shape)}) is not handled; open a new memory"
         )
 
     def reset(self) -> None:
-        """Refuse to be reset, because a memory serves one conversation."""
+        """Refuse to be emptied, because a memory serves one conversation; raise UnsupportedGeneration."""
         raise UnsupportedGeneration("reset() is not handled; open a new memory with agentmem.capped(...)")
 
     @property
@@ -251,7 +264,10 @@ class CappedCache(Cache):
         refuse_training(model)
 
     def refuse_pads_at_the_end(self, valid: Sequence[Sequence[bool]]) -> None:
-        """Refuse rows that end with pads, because their next token would be predicted from a pad.
+        """Refuse right-padded rows, because their next token would be predicted from a pad.
+
+        ``valid`` has one list per row, which is true in each column that holds a token. Rows of nothing but pads are
+        allowed before the first token.
 
         Raises:
             UnsupportedGeneration: a row ends with a pad; the message names the first such row.
@@ -266,12 +282,14 @@ class CappedCache(Cache):
                 )
 
     def begin(self, inputs: dict[str, Any]) -> Append:
-        """Begin a forward with these arguments in the memory.
+        """Make room for the tokens of a forward and return the step that appends them to the memory.
+
+        ``inputs`` are the arguments of the decoder's forward by name.
 
         Raises:
-            MemoryCapExceeded: the forward has more tokens than the plan has reserved scratch for.
-            UnsupportedGeneration: :func:`mask_columns` refuses the mask, or the forward has embeddings alone although
-                the policy's probe needs ids.
+            MemoryCapExceeded: the forward has more tokens than the plan allows in one forward.
+            UnsupportedGeneration: :func:`mask_columns` refuses the mask, or the forward has ``inputs_embeds`` without
+                ids although the policy's probe needs ids.
 
         """
         count, most = size(inputs)[1], self.engine.most_tokens
@@ -300,7 +318,10 @@ class CappedCache(Cache):
         return [_present(ids[row], positions[row], valid) for row, valid in enumerate(mask)]
 
     def moved(self, inputs: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the arguments with positions shifted for re-based rows, or ``None`` if no row was re-based."""
+        """Return a forward's arguments with the position ids of re-based rows moved down.
+
+        ``None`` means that no row was re-based, so the arguments can be used as they are.
+        """
         if not any(each.shift for each in self.memory.sequences):
             return None
         rows, count = size(inputs)
@@ -325,17 +346,20 @@ class CappedCache(Cache):
 
 
 def size(inputs: dict[str, Any]) -> tuple[int, int]:
-    """Return the numbers of rows and columns of a forward."""
+    """Return the numbers of rows and columns of a forward's ``input_ids`` or ``inputs_embeds``."""
     given = inputs.get("input_ids")
     shape = (given if given is not None else inputs["inputs_embeds"]).shape
     return int(shape[0]), int(shape[1])
 
 
 def mask_columns(inputs: dict[str, Any], columns: int, count: int) -> list[list[bool]] | None:
-    """Return for each row which of a forward's ``count`` columns hold tokens; ``None`` if there is no mask.
+    """Return for each row which of a forward's ``count`` new columns hold tokens, not pads.
+
+    ``None`` means that the forward has no attention mask, so every column holds a token.
 
     Raises:
-        UnsupportedGeneration: the mask is not 2-D, or does not cover the ``columns`` seen before and the new ones.
+        UnsupportedGeneration: the mask is not 2-D, or does not have ``columns + count`` columns, where ``columns`` were
+            fed before this forward.
 
     """
     mask = inputs.get("attention_mask")
@@ -352,7 +376,7 @@ def mask_columns(inputs: dict[str, Any], columns: int, count: int) -> list[list[
 
 
 def _present(ids: list[int], positions: list[int], valid: list[bool]) -> Arriving:
-    """Return the tokens of one row without pads."""
+    """Return the tokens of one row, leaving out the columns in which ``valid`` is false (pads)."""
     if all(valid):
         return Arriving(ids, positions, slice(None))
     columns = [column for column, present in enumerate(valid) if present]

@@ -1,7 +1,7 @@
 """Run a model over a text and record the inputs and output of every attention call, for calibration and checks.
 
-No cache of transformers is used. The caller keeps the keys and values of a context, may change them, and passes them
-back when later tokens are read. The model is unchanged afterwards.
+These forwards use no cache of transformers. To continue a text, the caller passes the recorded keys and values of its
+beginning as ``past``, changed if wanted. The model is as before at the end.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 class AttentionCall:
     """One recorded attention call of one layer: ``queries [Hq, n, d]``, ``keys [H, n, d]``, ``values [H, n, dv]``.
 
-    Queries and keys are post-RoPE, in the model's dtype. ``output [Hq, n, dv]`` is the result of the call. If ``bias
-    [H, n]`` float32 is given, it is added to the logits of these keys when later tokens are read against them; -inf
-    hides a key. ``sinks [Hq]``, if the model has them, are an extra logit of each query head without a value.
+    Queries and keys have RoPE applied and are in the model's dtype. ``output [Hq, n, dv]`` is the result of the call.
+    ``bias [H, n]`` float32 is added to the logits of these keys if the record is passed as ``past``; -inf hides a key.
+    ``sinks [Hq]`` are attention sinks, one extra logit per query head without a value, or ``None`` if the model has
+    none.
     """
 
     queries: torch.Tensor
@@ -49,7 +50,7 @@ class Reading:
 
 
 class Reader:
-    """Run a model over tokens and record its attention calls; made by :func:`reading`."""
+    """A model whose attention calls are recorded while it reads tokens; :func:`reading` makes objects of this class."""
 
     def __init__(self, model: PreTrainedModel, windows: Sequence[int | None]) -> None:
         self.model, self.windows = model, tuple(windows)
@@ -63,10 +64,11 @@ class Reader:
         logits: bool = False,
         gradient: bool = False,
     ) -> Reading:
-        """Run the model over ``ids [n]`` at positions ``start, start + 1, …``, which also attend to keys in ``past``.
+        """Run the model over ``ids [n]`` at positions ``start, start + 1, …`` and return the recorded calls.
 
-        With ``gradient``, gradients of the logits with respect to every layer's ``output`` can be computed; ``past`` is
-        constant.
+        ``past`` has one record per layer, to whose keys and values the tokens also attend. With ``logits``, the result
+        contains logits. With ``gradient``, they can be differentiated with respect to every layer's ``output``, but not
+        with respect to ``past``.
         """
         step = _Watch(past, self.windows, gradient=gradient)
         inputs: dict[str, Any] = {
@@ -85,7 +87,7 @@ class Reader:
 
 
 class _Watch:
-    """Compute every layer's attention as the model would, and record the call."""
+    """A :class:`agentmem.hf.forward_context.Step` that computes attention as the model would and records each call."""
 
     def __init__(self, past: Sequence[AttentionCall], windows: Sequence[int | None], *, gradient: bool) -> None:
         self.past, self.windows, self.gradient = past, windows, gradient
@@ -119,7 +121,11 @@ def attended(
     window: int | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute causal attention of ``queries [Hq, n, d]`` over ``past`` and ``keys``; return ``[Hq, n, dv]``."""
+    """Compute causal attention of ``queries [Hq, n, d]`` over the keys of ``past`` followed by ``keys [H, n, d]``.
+
+    ``values`` are ``[H, n, dv]`` and the result is ``[Hq, n, dv]``. ``window`` is the layer's sliding window; ``None``
+    is full attention.
+    """
     count, dtype, before = queries.shape[1], queries.dtype, 0
     bias = None
     if past is not None:
@@ -145,7 +151,7 @@ def attended(
 
 
 def _visible(count: int, before: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """Return a boolean mask ``[n, before + n]``: the keys that each of the ``n`` newest tokens sees."""
+    """Return a mask ``[count, before + count]``, true for the keys that each of the ``count`` newest tokens sees."""
     key, query = (
         torch.arange(before + count, device=device),
         torch.arange(before, before + count, device=device)[:, None],
@@ -156,9 +162,10 @@ def _visible(count: int, before: int, window: int | None, device: torch.device) 
 
 @contextmanager
 def reading(model: PreTrainedModel, windows: Sequence[int | None]) -> Iterator[Reader]:
-    """Yield a :class:`Reader` of a causal model, given the sliding window of each layer (``None`` for full attention).
+    """Yield a :class:`Reader` of a causal model.
 
-    In the block the model computes no gradients of its weights; afterwards it is as before.
+    ``windows`` has the sliding window of each layer; ``None`` is full attention. In the block, the model's weights
+    require no gradients; the end of the block restores the model.
     """
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     undo = rename(model.get_decoder().config)

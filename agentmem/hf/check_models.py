@@ -1,4 +1,4 @@
-"""Build tiny random models for self-checks, with the class and the kinds of layers of a given model."""
+"""Build tiny random models for self-checks; each has the class of a given model and all of its kinds of layers."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ _SIZES: Mapping[str, int] = {
     **dict.fromkeys(("moe_num_shared_experts", "num_shared_experts", "moe_layer_start_index"), 1),
     **dict.fromkeys(("sliding_window", "attention_chunk_size"), WINDOW),
 }
-"""The most that these sizes of a config may be in a tiny model."""
+"""Fields of a config that are sizes, each with the largest value that it has in a tiny model."""
 _TOWER: Mapping[str, int] = {
     **_SIZES,
     **dict.fromkeys(("num_hidden_layers", "depth", "num_layers", "encoder_layers"), 1),
     **dict.fromkeys(("num_attention_heads", "num_heads"), HEADS),
     **dict.fromkeys(("out_hidden_size", "embed_dim"), HIDDEN),
 }
-"""The most that these sizes may be in parts that are built but never run, such as vision towers."""
+"""Largest values of sizes in parts of a tiny model that are built but never run, such as vision towers."""
 
 
 def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return a config of the same class with few small layers, at least one of each kind, in the original order."""
+    """Return a config of the same class for a tiny model: a few small layers, among them every kind of the original."""
     made: Any = copy.deepcopy(config)
     text = made.get_text_config(decoder=True)
     if text is not made:
@@ -70,7 +70,7 @@ def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _around(config: Any, text: Any) -> PreTrainedConfig:
-    """Return a tiny config of a multimodal model: its text model and the parts for other inputs are all tiny."""
+    """Return a tiny copy of a multimodal model's config: ``text``, its text model, and all other parts are tiny."""
     fields = config.to_dict()
     for name in type(config).sub_configs:
         part = getattr(config, name, None)
@@ -83,14 +83,14 @@ def _around(config: Any, text: Any) -> PreTrainedConfig:
 
 
 def _tower(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return small fields for a part that is built but never run."""
+    """Return the config fields of a part that is built but never run, with all sizes reduced."""
     return fields | {
         name: min(size, fields[name]) for name, size in _TOWER.items() if isinstance(fields.get(name), int)
     }
 
 
 def _heads(config: Any, fields: Mapping[str, Any]) -> dict[str, int]:
-    """Return the numbers of query and KV heads; query heads share KV heads if they do so in the original."""
+    """Return a tiny model's head counts as config fields; query heads share KV heads only if the original's do."""
     names = config.attribute_map
     asked, held = names.get("num_attention_heads", "num_attention_heads"), "num_key_value_heads"
     heads, stored = config.num_attention_heads, fields.get(held)
@@ -100,7 +100,10 @@ def _heads(config: Any, fields: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _layers(config: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return fields that keep only the first layers: as few as contain every kind, but at least 2 and at most 8."""
+    """Return config fields that keep only the model's first layers.
+
+    These are as few layers as contain every kind of layer, but at least 2 and at most 8.
+    """
     name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     total = config.num_hidden_layers
     lists = {key: each for key, each in fields.items() if isinstance(each, (list, tuple)) and len(each) == total > 1}
@@ -111,7 +114,7 @@ def _layers(config: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return RoPE parameters whose lists fit the small heads."""
+    """Return the RoPE parameters with lists, such as ``long_factor``, cut to the length that tiny heads need."""
     return {name: _fitting(name, value) for name, value in parameters.items()}
 
 
@@ -124,14 +127,17 @@ def _fitting(name: str, value: Any) -> Any:
 
 
 def tiny_model(kind: Any, config: PreTrainedConfig, *, seed: int = 0) -> Any:
-    """Build a seeded float32 model of the class ``kind`` on the CPU without changing the global random state."""
+    """Build a tiny float32 model of the class ``kind`` on the CPU, with random weights made from ``seed``.
+
+    ``config`` is that of the original model. The global random state is not changed.
+    """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
         return kind._from_config(tiny_config(config), dtype=torch.float32, attn_implementation="eager").eval()  # noqa: SLF001
 
 
 def causal_class(config: PreTrainedConfig) -> Any:
-    """Return the class of transformers' causal language model for a config.
+    """Return transformers' class of causal (or image-text-to-text) language models for a config.
 
     Raises:
         UnsupportedModel: transformers has no such class.

@@ -25,7 +25,10 @@ _OURS = ("input_ids", "inputs", "past_key_values", "attention_mask", "position_i
 
 @dataclass(slots=True)
 class Decoding:
-    """The state of decoding one reply. ``ids [1, n]`` starts with the ``length`` ids so far; the rest is unused."""
+    """The state of decoding one reply: the ids so far, and transformers' objects that process and end it.
+
+    ``ids [1, n]`` is a buffer; its first ``length`` ids are in use.
+    """
 
     processors: LogitsProcessorList
     criteria: StoppingCriteriaList
@@ -39,29 +42,31 @@ class Decoding:
         return self.ids[:, : self.length]
 
     def add(self, token: int) -> None:
-        """Append one id."""
+        """Append the id ``token``; the buffer is doubled if it is full."""
         if self.length == self.ids.shape[1]:
             self.ids = torch.cat((self.ids, torch.empty_like(self.ids)), 1)
         self.ids[0, self.length] = token
         self.length += 1
 
     def stops(self, scores: torch.Tensor) -> bool:
-        """Check whether a stopping criterion ends the reply at the last token; ``scores [1, V]``."""
+        """Check whether a stopping criterion ends the reply now; ``scores [1, V]`` are those of its last token."""
         done: torch.Tensor = self.criteria(self.so_far, scores)
         return bool(done.any())
 
     @property
     def ends(self) -> frozenset[int]:
-        """Return the ids that end a reply."""
+        """Return the end-of-text ids of the generation config, which end a reply."""
         found = self.config.eos_token_id
         return frozenset(found if isinstance(found, list) else () if found is None else (int(found),))
 
 
 def prepare(view: CappedCache, ids: Sequence[int], tokenizer: Any, options: dict[str, Any]) -> Decoding:
-    """Let transformers turn options of ``generate`` into a :class:`Decoding` that begins with ``ids``; run no forward.
+    """Make a :class:`Decoding` that begins with ``ids`` from the options of ``generate``; no forward is run.
+
+    Transformers itself turns the options into logits processors and stopping criteria.
 
     Raises:
-        UnsupportedGeneration: an option is one that the session sets itself, or that a capped memory cannot serve.
+        UnsupportedGeneration: the session sets an option itself, or a capped memory cannot serve an option.
 
     """
     _check(options)
@@ -112,7 +117,10 @@ def _check(options: dict[str, Any]) -> None:
 
 
 def _stop_strings(options: dict[str, Any]) -> Any:
-    """Remove the stop strings from the options and return them; transformers handles them in its own loop only."""
+    """Remove the stop strings from the options and return them; ``None`` if there are none.
+
+    agentmem handles these strings itself, because transformers handles stop strings only in its own decoding loop.
+    """
     found, config = options.pop("stop_strings", None), options.get("generation_config")
     if config is not None and config.stop_strings:
         options["generation_config"] = own = copy.deepcopy(config)

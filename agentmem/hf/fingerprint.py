@@ -23,14 +23,15 @@ _SIZES = (
     "vocab_size",
 )
 _SAMPLE = 64
-"""Elements sampled from each weight at even distances, about this many."""
+"""About how many elements of each weight are sampled, at even distances."""
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Hash the sizes of a causal model and an even sample of its decoder's weights to 64 hexadecimal digits.
+    """Return a SHA-256 hash, 64 hexadecimal digits, of a model's sizes and a sample of its decoder's weights.
 
-    Weights are rounded to bfloat16 first, so a float32 checkpoint has the same fingerprint when loaded in bfloat16. The
-    dtype, the device and the folder do not matter; the values of weights on the ``meta`` device are left out.
+    The sampled elements are rounded to bfloat16 first, so a float32 checkpoint has the same fingerprint when loaded in
+    bfloat16. The dtype, the device and the model's folder do not matter. Of weights on the ``meta`` device, only names
+    and shapes are hashed.
     """
     digest = hashlib.sha256(sizes(model.config.get_text_config(decoder=True)))
     for said in sampled(model.get_decoder().named_parameters()):
@@ -39,12 +40,15 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def sizes(config: PreTrainedConfig) -> bytes:
-    """Write the sizes of a model, such as its number of layers, as bytes to be hashed."""
+    """Return the sizes in a model's config, such as its number of layers, as bytes to be hashed."""
     return repr([(name, getattr(config, name, None)) for name in _SIZES]).encode()
 
 
 def sampled(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[bytes]:
-    """Yield for each weight its name and shape, and, unless it is on ``meta``, an even sample in bfloat16."""
+    """Yield bytes to be hashed: for each weight its name and shape, then a sample of its elements in bfloat16.
+
+    Weights on the ``meta`` device have no elements to sample.
+    """
     for name, weight in weights:
         yield f"{name} {tuple(weight.shape)}".encode()
         if not weight.is_meta and weight.numel():

@@ -1,4 +1,7 @@
-"""Track the running forward, so that an attention call finds its memory or else calls the original function."""
+"""Record in a context variable which memory the running forward uses, so that attention calls find it.
+
+Attention calls of a forward without a memory go to the model's original attention function.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Step(Protocol):
-    """An object that computes the attention of each layer in a forward."""
+    """An object that computes the attention of every layer during one forward, in place of the model's own function."""
 
     def attend(
         self,
@@ -36,29 +39,36 @@ class Step(Protocol):
         scale: float,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend with ``queries [B, Hq, q, d]``; return ``[B, q, Hq, dv]``.
+        """Compute one layer's attention for ``queries [B, Hq, q, d]``; return ``[B, q, Hq, dv]``.
 
-        ``sinks [Hq]`` are extra logits of the query heads, without keys and values.
+        ``sinks [Hq]`` are attention sinks: one extra logit per query head, without a key or value.
         """
 
 
 @dataclass(slots=True)
 class Frame:
-    """A running forward of an attached model; ``step`` is ``None`` if the forward uses no memory."""
+    """The state of one running forward of an attached model.
+
+    ``outer`` is the forward that encloses this one, if any. ``step`` computes the attention; ``None`` leaves it to the
+    model.
+    """
 
     outer: Frame | None
     step: Step | None = None
     engine: Engine | None = None
     """The engine of the memory to which the forward appends its tokens."""
     hold: Hold | None = None
-    """Keeps the memory owned by the forward's thread while the forward runs."""
+    """A hold that makes the forward's thread the owner of the memory while the forward runs."""
     attended: int = 0
-    """The number of attention calls that used this frame so far, one per layer."""
+    """The number of layers whose attention ``step`` has computed so far."""
 
 
 FRAME: ContextVar[Frame | None] = ContextVar("agentmem_frame", default=None)
 SCOPE: ContextVar[tuple[Cache, ...]] = ContextVar("agentmem_scope", default=())
-"""The memories of the capped blocks around this context; forwards that would create another cache are refused."""
+"""The memories of the capped blocks that enclose the running code.
+
+Forwards of their models that would create another cache are refused.
+"""
 
 
 def _attention(original: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
@@ -91,7 +101,7 @@ def _attention(original: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor 
 
 
 def _sinks(frame: Frame, layer: int, given: torch.Tensor | None) -> torch.Tensor | None:
-    """Return the attention sinks ``[Hq]``; raise if the plan has not reserved scratch for sinks."""
+    """Return the sinks ``given`` by the model; raise UnsupportedModel if the memory was planned without sinks."""
     if given is not None and frame.engine is not None and not frame.engine.memory.shape.layers[layer].sinks:
         raise UnsupportedModel(
             f"layer {layer} passes attention sinks (s_aux), of which its self-check knew nothing; open the memory with "
@@ -139,9 +149,10 @@ def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _register(original: str) -> str:
-    """Register our attention and mask functions in front of ``original``; return their name.
+    """Register agentmem's attention and mask functions with transformers, and return their common name.
 
-    Without a mask function under the same name, forwards that are not ours would silently get no mask.
+    In forwards without a memory, both call the functions of the implementation ``original``. Without a mask function of
+    this name, transformers would silently pass no mask to these forwards.
     """
     name = f"agentmem_{original}"
     if name not in AttentionInterface._global_mapping:  # noqa: SLF001
@@ -152,7 +163,7 @@ def _register(original: str) -> str:
 
 
 class _Renamed(str):
-    """Our name of an attention implementation, which copies and pickles as the original name."""
+    """agentmem's name for an attention implementation, a string that is copied and pickled as the original name."""
 
     __slots__ = ("original",)
     original: str
@@ -164,18 +175,19 @@ class _Renamed(str):
         return made
 
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
-        """Copy and pickle as the original name."""
+        """Make ``copy`` and ``pickle`` replace this string by the original name."""
         return str, (self.original,)
 
 
 _RENAMED: dict[int, list[str]] = {}
-"""The original attention name by ``id(config)``, repeated once for every attached model that uses the config."""
+"""For each renamed config, by its ``id``: the original name, once for every call of :func:`rename` not yet undone."""
 
 
 def rename(config: PreTrainedConfig) -> Callable[[], None]:
-    """Rename the attention of a config to ours; return a function that undoes this.
+    """Make a config name agentmem's attention implementation; return a function that undoes this.
 
-    Several models may share the config. The last call of such a function restores the name, in any order of calls.
+    Several models may share one config, so it may be renamed several times. The original name is restored when all
+    returned functions have been called, in any order.
     """
     originals = _RENAMED.setdefault(id(config), [])
     originals.append(originals[0] if originals else config._attn_implementation)  # noqa: SLF001  # the only name it has
@@ -191,10 +203,10 @@ def rename(config: PreTrainedConfig) -> Callable[[], None]:
 
 
 def require_all(attended: int, layers: int) -> None:
-    """Check that every layer of a forward called the memory.
+    """Check that all ``layers`` layers of a forward used the memory; ``attended`` of them did.
 
     Raises:
-        UnsupportedModel: some layers did not; the message has their number.
+        UnsupportedModel: the two numbers differ, because the attention implementation was changed meanwhile.
 
     """
     if attended != layers:
@@ -206,7 +218,10 @@ def require_all(attended: int, layers: int) -> None:
 
 @contextmanager
 def own_frame() -> Iterator[None]:
-    """Restore the current frame at the end of the block, since torch's hooks do not run after an interrupt."""
+    """Restore the current :class:`Frame` at the end of the block.
+
+    After an interrupt, such as Ctrl-C, torch does not run the hooks that would close the frames opened in the block.
+    """
     frame = FRAME.get()
     try:
         yield

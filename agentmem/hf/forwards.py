@@ -1,4 +1,7 @@
-"""Run the model forwards that memories need: packed sequences, probes, replays, summaries and questions."""
+"""Run model forwards on behalf of memories.
+
+These are forwards over packed sequences, and those that compactions need: probes, replays, summaries and questions.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class ModelForwards:
-    """Implement :class:`agentmem.memory.forwards.Forwards` for an attached model."""
+    """The forwards of one attached model; implements :class:`agentmem.memory.forwards.Forwards`."""
 
     def __init__(self, model: PreTrainedModel, shape: ModelShape) -> None:
         """Store the model and the windows of its layers; run nothing."""
@@ -43,12 +46,13 @@ class ModelForwards:
         return logits
 
     def packed(self, ids: Sequence[int], positions: Sequence[int], ends: Sequence[int], step: Packed) -> torch.Tensor:
-        """Run the whole model over ids of several sequences in one row; return logits ``[n, V]`` at indices ``ends``.
+        """Run the whole model once over several sequences, whose ids are concatenated to one row.
 
-        All layers except attention must compute each token independently of its neighbours.
+        ``positions`` are those of each id in its own sequence. The result has the logits ``[n, V]`` after the ids at
+        the indices ``ends``. Only attention may mix tokens in this model; see :func:`agentmem.hf.packs`.
 
         Raises:
-            UnsupportedModel: some layer did not call the memories.
+            UnsupportedModel: some layer did not use the memories' attention.
 
         """
         if len(ids) > len(ends):  # not at every token, because it visits every module

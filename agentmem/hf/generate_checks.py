@@ -32,7 +32,10 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "output_attentions": (bool, "attention weights are never materialised; leave it out"),
     "custom_generate": (lambda value: isinstance(value, str), "a repository's loop manages caches; pass a callable"),
 }
-"""Arguments of ``generate`` with a test that refuses values other than ``None``, and the end of the error message."""
+"""Arguments of ``generate`` that may be refused, each with a test and the remedy for the error message.
+
+The test is called with the value, which is not ``None``, and returns True if the value is refused.
+"""
 
 FORWARD = frozenset(
     (
@@ -50,14 +53,17 @@ FORWARD = frozenset(
         "num_items_in_batch",
     )
 )
-"""Arguments of a forward that are allowed: the pieces of a prompt get them too, or they concern the output alone."""
+"""Allowed arguments of a forward: those that each piece of a long prompt gets too, and those of the output alone."""
 
 DEFAULT_NEW_TOKENS = 20
 """The number of tokens that ``generate`` generates if no length is set."""
 
 
 def chosen(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge the options of ``generate``: arguments override ``generation_config``, which overrides the model's own."""
+    """Return the options of a call of ``generate`` with the arguments ``given``, except options that are ``None``.
+
+    Arguments override those in ``generation_config``, which override those in the model's own config.
+    """
     config = given.get("generation_config")
     options: dict[str, Any] = {}
     for source in (vars(model.generation_config), {} if config is None else vars(config), given):
@@ -66,7 +72,10 @@ def chosen(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def returned(model: Any, given: Mapping[str, Any], sequences: torch.Tensor) -> Any:
-    """Wrap the ids ``[rows, columns]`` of a run that ended early in the form that ``generate`` would return."""
+    """Return the ids ``[rows, columns]`` of a run that ended early as ``generate`` would return them.
+
+    This is a tensor, or an output object if ``return_dict_in_generate`` is set.
+    """
     ids = sequences.to(model.device)
     rich = chosen(model, given).get("return_dict_in_generate", False)
     if not rich:
@@ -75,11 +84,11 @@ def returned(model: Any, given: Mapping[str, Any], sequences: torch.Tensor) -> A
 
 
 def check_generate(cache: CappedCache, model: Any, given: Mapping[str, Any]) -> None:
-    """Refuse a call of ``generate`` that a capped memory cannot serve; ``given`` maps names to arguments.
+    """Check that a capped memory can serve a call of ``generate``, whose arguments ``given`` has by name.
 
     Raises:
-        UnsupportedGeneration: :data:`REFUSED` or :func:`check_adapters` refuses an argument, or a Phi-3 run may become
-            so long that the model switches its RoPE factors.
+        UnsupportedGeneration: :data:`REFUSED` or :func:`check_adapters` refuses an argument, or the model is a Phi-3
+            that may reach the length at which it changes its RoPE frequencies.
         PromptMismatch: the prompt does not extend the tokens that the memory has seen.
 
     """
@@ -101,12 +110,13 @@ def check_generate(cache: CappedCache, model: Any, given: Mapping[str, Any]) -> 
 
 
 def check_forward(inputs: Mapping[str, Any]) -> None:
-    """Refuse arguments of a forward that the pieces of a long prompt and the probes would not get.
+    """Check that a forward has only arguments that a capped memory can handle; ``inputs`` has them by name.
 
-    ``inputs`` maps names to arguments; ``None`` and ``False`` are never refused.
+    Other arguments would be lost when a long prompt is cut into pieces and when a probe is run. The values ``None`` and
+    ``False`` are always allowed.
 
     Raises:
-        UnsupportedGeneration: an argument is not in :data:`FORWARD`; the message names the first.
+        UnsupportedGeneration: an argument is not in :data:`FORWARD`; the message names the first such argument.
 
     """
     for name, value in inputs.items():
@@ -118,7 +128,10 @@ def check_forward(inputs: Mapping[str, Any]) -> None:
 
 
 def check_adapters(model: torch.nn.Module) -> None:
-    """Refuse PEFT's ``adapter_names``, a different adapter for each row, which hooks pass directly to the layers.
+    """Check that the running forward does not use PEFT's ``adapter_names``, by which each row has its own adapter.
+
+    Probes and replays run a single row, but would get the adapter names of all rows. PEFT passes the names by hooks of
+    the layers, so this function looks at the hooks.
 
     Raises:
         UnsupportedGeneration: ``adapter_names`` was passed to PEFT's ``generate`` or forward.
@@ -134,7 +147,10 @@ def check_adapters(model: torch.nn.Module) -> None:
 
 
 def _only_new(cache: CappedCache, options: Mapping[str, Any], prompt: torch.Tensor) -> bool:
-    """Check whether the prompt holds new tokens alone: then the mask covers all earlier columns as well.
+    """Return True if the prompt consists of new tokens only, False if it is the whole conversation.
+
+    The attention mask decides: if it also covers the earlier columns, the prompt has only new tokens. Without a mask,
+    the prompt is the whole conversation.
 
     Raises:
         UnsupportedGeneration: the mask is not 2-D.
@@ -158,7 +174,14 @@ def _only_new(cache: CappedCache, options: Mapping[str, Any], prompt: torch.Tens
 def _check_extends(
     cache: CappedCache, prompt: torch.Tensor, ids: torch.Tensor | None, options: Mapping[str, Any]
 ) -> None:
-    """Check that a later prompt begins with the whole conversation so far; embeddings are not compared."""
+    """Check that a prompt given to a memory in use begins with the whole conversation so far.
+
+    ``ids`` are the prompt's ids; ``None`` means that the prompt consists of embeddings, which are not compared.
+
+    Raises:
+        PromptMismatch: the prompt has another number of rows, adds no column, or differs from the earlier ids.
+
+    """
     rows, count, copies = cache.memory.sequences, int(prompt.shape[1]), options.get("num_return_sequences", 1)
     if not rows:
         return
@@ -185,7 +208,14 @@ def _check_extends(
 
 
 def _check_rope_switch(cache: CappedCache, model: Any, prompt: int, earlier: int, options: Mapping[str, Any]) -> None:
-    """Refuse Phi-3 runs longer than ``original_max_position_embeddings``, where Phi-3 would drop the cache."""
+    """Refuse runs of Phi-3 that may exceed ``original_max_position_embeddings``, where Phi-3 discards its cache.
+
+    ``prompt`` and ``earlier`` are the numbers of columns in the prompt and before it.
+
+    Raises:
+        UnsupportedGeneration: the run may become too long; the message has the number of ids it may reach.
+
+    """
     text = model.config.get_text_config(decoder=True)
     limit = getattr(text, "original_max_position_embeddings", None)
     if text.model_type != "phi3" or limit is None:

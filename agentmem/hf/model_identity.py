@@ -1,8 +1,8 @@
-"""Describe everything of a model that its keys depend on, so that a snapshot is loaded into no other model.
+"""Describe everything in a model that its keys and values depend on, so that a snapshot is refused by other models.
 
-The description has named parts; two models must agree in all of them. Most parts are read from the modules, because the
-config may have been changed after the model was built. A part is a short readable text; a digest is appended if the
-text is cut or incomplete.
+The description has named parts. A snapshot can be loaded only if all parts of the two models are equal. Most parts are
+read from the model's modules, because its config may have been changed after the model was built. A part is a short
+readable text, followed by a digest if the text was cut or does not contain everything.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ MAX_PART: Final = 200
 """The most characters of one part."""
 _BLOCK = 1 << 20
 _CHANGING = ("dynamic", "longrope")
-"""Kinds of RoPE whose frequencies change with the length of the text; modules also keep the original ones."""
+"""RoPE types whose frequencies change with the length of the text; their modules also keep the original frequencies."""
 
 
 def model_identity(model: PreTrainedModel) -> dict[str, str]:
-    """Return the parts of a model's identity by name; the parts that differ most often come first.
+    """Return the parts of a model's description by name, those that most often differ between models first.
 
     - ``dtype``: the dtype of the slots.
     - ``rope``: the parameters and frequencies of RoPE.
@@ -54,10 +54,11 @@ def model_identity(model: PreTrainedModel) -> dict[str, str]:
 
 
 def weights(model: PreTrainedModel) -> str:
-    """Hash all weights of the decoder except adapters to 64 hexadecimal digits; weights on ``meta`` count as empty.
+    """Return a SHA-256 hash, 64 hexadecimal digits, of all weights of the decoder except adapters.
 
-    Each tensor enters by the exact sum of its elements' bfloat16 bit patterns, taken as integers. Every element is read
-    once, in blocks of 2**20; a million elements take about 2 ms on one core.
+    Each tensor contributes its name, its shape, and a sum over all elements: the elements are rounded to bfloat16 and
+    their bit patterns are added as 16-bit integers. Tensors on the ``meta`` device contribute the sum 0. A million
+    elements take about 2 ms on one core.
     """
     digest = hashlib.sha256()
     for name, weight in _plain(model.get_decoder()):
@@ -72,7 +73,11 @@ def _bits(block: torch.Tensor) -> int:
 
 
 def _part(text: str, beside: bytes = b"") -> str:
-    """Return ``text``, or if it is too long or has bytes ``beside``, its beginning with a digest of both."""
+    """Return the text of one part, at most 200 characters.
+
+    A digest of ``text`` and ``beside`` is appended if the text is empty or too long, or if there are bytes ``beside``
+    the text that also belong to the part.
+    """
     if not beside and 0 < len(text) <= MAX_PART:
         return text
     digest = hashlib.sha256(text.encode() + beside).hexdigest()[:16]
@@ -82,7 +87,7 @@ def _part(text: str, beside: bytes = b"") -> str:
 
 
 def _counted(values: Iterable[str]) -> str:
-    """Join values with commas in order; runs of equal values are written as ``count x value``."""
+    """Join values with commas, in order; write equal neighbours as one entry, such as ``3 x 4096``."""
     runs = ((value, len(list(same))) for value, same in groupby(values))
     return ", ".join(value if count == 1 else f"{count} x {value}" for value, count in runs) or "none"
 
@@ -140,7 +145,7 @@ def _tuned(decoder: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _plain(decoder: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the weights of the model without adapters, by the names that they would have without adapters."""
+    """Yield each weight that is no adapter, with the name that it has in a model without adapters."""
     added = tuple(f"{name}.{layer}." for name, module in _tuned(decoder) for layer in module.adapter_layer_names)
     for name, weight in decoder.named_parameters():
         if not name.startswith(added) if added else True:
@@ -148,7 +153,10 @@ def _plain(decoder: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _adapters(decoder: Any) -> str:
-    """Name the active adapters, with a digest of their weights and scalings; merged adapters are left out."""
+    """Return the names of the active adapters with a digest of their weights and scalings; ``none`` without adapters.
+
+    Merged adapters are left out, because they are part of the model's own weights.
+    """
     names, digest = set(), hashlib.sha256()
     for path, module in _tuned(decoder):
         if module.disable_adapters or getattr(module, "merged", False):
@@ -161,7 +169,7 @@ def _adapters(decoder: Any) -> str:
 
 
 def _of_adapter(module: Any, active: str) -> Iterator[bytes]:
-    """Yield bytes that describe an adapter's weights and scaling in one module, if it has any there."""
+    """Yield bytes to be hashed: the weights and scaling that the adapter ``active`` has in one module, if any."""
     marks = tuple(f"{layer}.{active}" for layer in module.adapter_layer_names)
     for name, weight in module.named_parameters():
         if any(name == mark or name.startswith(f"{mark}.") for mark in marks):

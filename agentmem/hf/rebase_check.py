@@ -1,8 +1,8 @@
-"""Check that re-basing may rotate a model's stored keys as :class:`agentmem.memory.rotation.Rotation` does.
+"""Check that re-basing can move a model's stored keys by rotating them (:class:`agentmem.memory.rotation.Rotation`).
 
-A single token attends to itself alone, so the inputs of its layers do not depend on its position. Its keys and queries
-at two positions must therefore differ only by the rotation between these positions. Models that rotate other pairs of
-dimensions, have layers without RoPE, or scale queries by position fail the check.
+The check runs a single token at two positions. The token attends only to itself, so its hidden states do not depend on
+the position, and its keys and queries at the two positions must differ only by the rotation between them. Models that
+rotate other pairs of dimensions, have layers without RoPE, or scale queries by position fail the check.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ _FROM, _TO = 3, 40
 
 
 def check_rebase(model: Any) -> None:
-    """Check a model, or a config alone, with a tiny random model of the same class that is built on the CPU.
+    """Check that the stored keys of a model can be rotated; ``model`` is a model or its config.
+
+    A tiny random model of the same class is built on the CPU and run instead of the given model.
 
     Raises:
         UnsupportedModel: keys or queries are not rotated as expected; the message names the layer.
@@ -45,14 +47,17 @@ def check_rebase(model: Any) -> None:
 
 
 def _asked(model: Any, shape: ModelShape, position: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Run one token at ``position``; return its keys ``[H, d]`` and queries ``[Hq, d]`` in each layer."""
+    """Run a single token at ``position``; return for each layer its keys ``[H, d]`` and queries ``[Hq, d]``."""
     with reading(model, [layer.window for layer in shape.layers]) as reader:
         layers = reader.read(torch.tensor([5]), start=position).layers
     return [(each.keys[:, 0].clone(), each.queries[:, 0].clone()) for each in layers]
 
 
 def _require(family: str, layer: int, name: str, found: torch.Tensor, wanted: torch.Tensor, rotation: Rotation) -> None:
-    """Raise unless ``found`` at ``_FROM``, rotated in place to ``_TO``, equals ``wanted``."""
+    """Raise UnsupportedModel unless rotating ``found`` from position ``_FROM`` to ``_TO`` gives ``wanted``.
+
+    ``found`` is changed in place.
+    """
     still = _apart(found, wanted) <= LIMIT
     heads = found.shape[0]
     at = torch.full((heads,), _FROM, dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""Read what re-basing needs of a model's rotary embeddings: the frequencies, and whether they are constant."""
+"""Read a model's RoPE frequencies for re-basing, and check whether they are constant."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def refuse_rebase(config: PreTrainedConfig) -> None:
     """Refuse a model whose stored keys cannot be moved to other positions exactly.
 
     Raises:
-        UnsupportedModel: some layers have another ``rope_type``, or no RoPE; the message names layers and type.
+        UnsupportedModel: some layers have no RoPE, or a ``rope_type`` that is not in :data:`FIXED`; the message names
+            the layers and the type.
 
     """
     text = config.get_text_config(decoder=True)
@@ -40,7 +41,10 @@ def refuse_rebase(config: PreTrainedConfig) -> None:
 
 
 def follows_positions(config: PreTrainedConfig) -> bool:
-    """Check whether the RoPE frequencies of some layer depend on the largest position of all rows in a forward."""
+    """Return True if the RoPE frequencies of some layer change with the largest position in a forward.
+
+    Then the keys of one row depend on the positions of the other rows in the batch.
+    """
     parts = _parts(config.get_text_config(decoder=True)).values()
     return any((parameters or {}).get("rope_type") in FOLLOWING for parameters in parts)
 
@@ -54,7 +58,10 @@ def _why(kind: str | None) -> str:
 
 
 def _parts(text: PreTrainedConfig) -> Mapping[str, Mapping[str, Any] | None]:
-    """Return the RoPE parameters by a name of their layers: one entry for all, or one per layer type in use."""
+    """Return the RoPE parameters of a config: one entry per layer type in use, or one entry for all layers.
+
+    The keys are names for error messages, such as ``the layers`` or ``sliding_attention layers``.
+    """
     parameters = getattr(text, "rope_parameters", None) or {}
     types = sorted(set(getattr(text, "layer_types", None) or ()))
     if "rope_type" in parameters or not types:
@@ -63,14 +70,20 @@ def _parts(text: PreTrainedConfig) -> Mapping[str, Mapping[str, Any] | None]:
 
 
 def positions(model: PreTrainedModel, limit: int) -> Positions:
-    """Return the positions of a model, ``limit`` of them, for re-basing. Raises the errors of :func:`rotations`."""
+    """Return what re-basing needs: ``limit``, the number of positions, and the rotation of each layer's keys.
+
+    Raises:
+        UnsupportedModel: see :func:`rotations`.
+
+    """
     return Positions(limit, rotations(model))
 
 
 def rotations(model: PreTrainedModel) -> tuple[Rotation, ...]:
-    """Return the rotation of each layer's keys, with the frequencies that the model's rotary module holds now.
+    """Return for each layer how its keys rotate with the position.
 
-    A model that was cast to another dtype as a whole uses rounded frequencies; the rotations use the same.
+    The frequencies are those that the model's rotary module holds now. If the model was cast to another dtype, it uses
+    rounded frequencies, and so do the rotations.
 
     Raises:
         UnsupportedModel: :func:`refuse_rebase` refuses the model, or the decoder's ``rotary_emb`` lacks the expected

@@ -1,9 +1,9 @@
-"""Check whether a model's family can be capped, by comparing a tiny random model of its class with stock transformers.
+"""Check whether a family of models (a ``model_type``) can be capped, with a tiny random model of its class.
 
-Below the cap the logits must equal those of stock transformers. After a compaction every slot must hold the key of its
-position, and the logits must equal those of an oracle that attends to the same slots. Families in
-:data:`agentmem.hf.support.COVERED` are tested by the package's own tests; other families are checked once per process,
-before their first use.
+As long as nothing was compacted, the tiny model's logits must equal those of unchanged ("stock") transformers. After a
+compaction, each slot must hold the key of its position, and the logits must equal those of a reference computation that
+attends to the same slots. The package's own tests cover the families in :data:`agentmem.hf.support.COVERED`; others are
+checked before their first use, once per process.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from agentmem.planning.model_shape import ModelShape
 
 SECONDS = 30.0
-"""The most seconds of a self-check, after which the family is refused; most checks take less than one second."""
+"""The most seconds that a self-check may take; the family is refused after that. Most take less than one second."""
 LIMIT = 1e-4
-"""The greatest allowed difference of float32 logits, relative to the largest absolute logit or 1, whichever is more.
+"""The greatest allowed difference between float32 logits, relative to the larger of 1 and the largest absolute logit.
 
 Rounding alone gives about a hundredth of this."""
 _TOKENS, _SLOTS = 56, 32
@@ -51,20 +51,26 @@ _ROOMY: dict[str, Any] = {"cap": 1 << 28, "chunk": 16, "keep_first": 4, "keep_re
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One finished check: ``difference`` from the expected result, ``None`` if the check measures no difference."""
+    """The result of one step of a self-check.
+
+    ``difference`` is the relative difference from the expected result; ``None`` if the step compares no numbers.
+    """
 
     name: str
     difference: float | None = None
 
     @property
     def passed(self) -> bool:
-        """Return whether the difference is small enough to be due to rounding."""
+        """Return True if the difference is at most :data:`LIMIT`, so small that rounding can cause it."""
         return self.difference is None or self.difference <= LIMIT
 
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """The result of a self-check of a model family. ``reason`` is why the family is refused, ``None`` if it passed."""
+    """The result of the self-check of one model family: ``checks`` are the steps that were finished.
+
+    ``reason`` is the reason why the family is refused; ``None`` if the family passed.
+    """
 
     family: str
     checks: tuple[Check, ...]
@@ -73,19 +79,19 @@ class CheckReport:
 
     @property
     def passed(self) -> bool:
-        """Return whether models of this family can be capped."""
+        """Return True if models of this family can be capped."""
         return self.reason is None
 
     @property
     def sinks(self) -> bool:
-        """Return whether models of this family have attention sinks."""
+        """Return True if models of this family have attention sinks, as the self-check has seen."""
         return any(each.name == _SINKS for each in self.checks)
 
 
 def check(model: Any) -> CheckReport:
-    """Check the family of a model, or of its config alone, with a tiny random model of the same class.
+    """Run the self-check for the family of ``model``, which is a model or its config, and return a report.
 
-    The given model is not run, and the global random state is not changed.
+    A tiny random model of the same class is run, not the given model. The global random state is not changed.
     """
     began, config, found = time.monotonic(), getattr(model, "config", model), list[Check]()
     reason = None
@@ -113,17 +119,14 @@ def _require_passed(check: Check, seconds: float) -> None:
 
 
 _REPORTS: dict[str, CheckReport] = {}
-"""Reports by kind of check, class of the model and config."""
+"""The reports of this process, by a key made of the kind of check, the model's class and its config."""
 _LOCK = threading.Lock()
 
 
 def require_checked(model: Any) -> bool:
-    """Refuse a model or config if its self-check fails; families that the package's tests cover are not checked.
+    """Refuse a model or config whose family fails the self-check; return True if the model has attention sinks.
 
-    Results are kept for the process.
-
-    Returns:
-        Whether the model has attention sinks, which a config does not tell.
+    Families that the package's tests cover are not checked. The results of checks are kept for the process.
 
     Raises:
         UnsupportedModel: the self-check failed; the message has the reason.
@@ -142,10 +145,10 @@ def require_checked(model: Any) -> bool:
 
 
 def require_turning(model: Any) -> None:
-    """Refuse to re-base a model whose stored keys cannot be rotated exactly. Results are kept for the process.
+    """Check that a model's stored keys can be rotated exactly, as re-basing needs; keep the result for the process.
 
     Raises:
-        UnsupportedModel: the keys cannot be rotated exactly; the message names the layer or the RoPE.
+        UnsupportedModel: the keys cannot be rotated exactly; the message names the layer, or the ``rope_type``.
 
     """
     report = _kept(model, model.config, "re-base", _turning)
@@ -154,10 +157,10 @@ def require_turning(model: Any) -> None:
 
 
 def packs(model: Any) -> bool:
-    """Check whether one forward can take several sequences packed into one row, each at its own positions.
+    """Return True if one forward can run several sequences concatenated to one row, each at its own positions.
 
-    This is impossible if the positions of one sequence affect the computation of another, or if layers mix neighbouring
-    tokens. Families that the package's tests do not cover are checked once per process.
+    This is impossible if the positions of one sequence affect the computation of another, or if a layer other than
+    attention mixes neighbouring tokens. Families that the package's tests do not cover are checked once per process.
     """
     config = model.config
     if follows_positions(config) or "position_ids" not in inspect.signature(model.forward).parameters:
@@ -168,9 +171,9 @@ def packs(model: Any) -> bool:
 
 
 def check_packing(model: Any) -> CheckReport:
-    """Compare the logits of two sequences packed into shared forwards with those of stock forwards of each alone.
+    """Check that two sequences packed into shared forwards get the same logits as in stock forwards of each alone.
 
-    A tiny model of the same class is run; the given model is not.
+    If they do, the report's ``passed`` is true. A tiny model of the same class is run, not the given model.
     """
     family = model.config.model_type
     try:
@@ -246,7 +249,7 @@ def _plain() -> Iterator[None]:
 
 
 class _Witness:
-    """Answer attention calls with zeros and record the shapes of their arguments."""
+    """A stand-in for attention that records the shapes of its arguments and returns zeros."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, tuple[int, ...]]] = []
@@ -269,7 +272,7 @@ class _Witness:
 
 
 def _as_called(model: Any, shape: ModelShape) -> ModelShape:
-    """Run the model to check its attention calls; return its shape, with sinks if the calls pass any.
+    """Check the attention calls of a model by running it; return its shape, with sinks if the calls pass sinks.
 
     Raises:
         UnsupportedModel: some layer does not call attention exactly once through transformers' AttentionInterface, or
@@ -350,9 +353,9 @@ def _below_the_cap(model: Any, shape: ModelShape, ids: torch.Tensor) -> Iterator
 def _logits(
     model: Any, ids: torch.Tensor, cuts: Sequence[int], cache: Any = None, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Return the logits ``[rows, columns, V]`` of ids that are fed in pieces of ``cuts`` columns.
+    """Feed ``ids [rows, columns]`` in pieces, and return the logits ``[rows, columns, V]``.
 
-    Without ``cache`` the ids must be one piece.
+    ``cuts`` has the number of columns of each piece; without ``cache`` there must be a single piece.
     """
     given = torch.ones_like(ids) if mask is None else mask
     places = (given.cumsum(-1) - 1).clamp_(min=0)
@@ -369,7 +372,7 @@ def _logits(
 
 
 def _apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Return the greatest difference, relative to the largest absolute value of ``wanted`` or 1, whichever is more."""
+    """Return the greatest difference, relative to the larger of 1 and the largest absolute value in ``wanted``."""
     return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1))
 
 
@@ -396,14 +399,17 @@ def _after_a_compaction(model: Any, shape: ModelShape, ids: torch.Tensor) -> Ite
 
 @dataclass(frozen=True, slots=True)
 class _Slots:
-    """The slots of one layer, tensors ``[H, n, …]``; layers with a sliding window have no positions."""
+    """A copy of one layer's slots: keys, values and β ``[H, n, …]`` in ``asked``, and positions ``[H, n]``.
+
+    ``positions`` is ``None`` for a layer with a sliding window.
+    """
 
     asked: AttentionCall
     positions: torch.Tensor | None
 
 
 def _slots(memory: CappedCache, shape: ModelShape) -> list[_Slots]:
-    """Return a copy of the slots of every layer."""
+    """Return a copy of the slots of every layer; the memory has one sequence."""
     (sequence,) = memory.memory.sequences
     memory.engine.finish(sequence)
     _, tensors = take(memory.memory)
@@ -420,7 +426,11 @@ def _slots(memory: CappedCache, shape: ModelShape) -> list[_Slots]:
 
 
 def _misplaced(slots: Sequence[_Slots], stock: Sequence[AttentionCall], shape: ModelShape) -> float:
-    """Return the greatest difference of the slots' keys from the keys of stock attention calls at their positions."""
+    """Return the greatest relative difference between the slots' keys and the keys of stock transformers.
+
+    ``stock`` has the attention call of each layer over the whole text. Each slot is compared with the key at the slot's
+    position; in layers with a sliding window, the last keys are compared.
+    """
     worst = 0.0
     for each, whole, layer in zip(slots, stock, shape.layers, strict=True):
         keys = whole.keys

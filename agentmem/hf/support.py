@@ -1,4 +1,4 @@
-"""Refuse models that cannot be capped, and read the shape of the others from their configs."""
+"""Refuse models that cannot be capped, and read the shapes (heads and dims) of the others from their configs."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ COVERED = frozenset(
         "youtu",
     )
 )
-"""Values of ``config.model_type`` that the tests' table of families covers; others are checked at first use."""
+"""Values of ``config.model_type`` that the package's tests cover; others get a self-check at their first use."""
 SINKS = frozenset(("gpt_oss", "granite_swa"))
 """Values of ``config.model_type`` in :data:`COVERED` whose attention has sinks."""
 
@@ -103,7 +103,7 @@ _STATES = {
 
 
 def text_model(model: object) -> PreTrainedModel:
-    """Return the causal language model itself: of a PEFT model the base model, of any other the model as it is.
+    """Return the causal language model to attach to: the base model of a PEFT model, or ``model`` itself.
 
     Raises:
         UnsupportedModel: the model is no transformers causal language model, is compiled or in training mode, or has a
@@ -141,10 +141,10 @@ def _refuse_compiled(model: Any) -> None:
 
 
 def refuse_training(model: Any) -> None:
-    """Refuse a forward in training mode.
+    """Check before a forward that the model has not been put into training mode since its memory was opened.
 
     Raises:
-        UnsupportedModel: the model is in training mode: ``model.train()`` was called after the memory was opened.
+        UnsupportedModel: the model is in training mode.
 
     """
     if model.training:
@@ -160,7 +160,10 @@ def _is_compiled(module: Any) -> bool:
 
 
 def input_device(model: Any) -> torch.device:
-    """Return the device for a model's ids: where accelerate runs the embeddings, or else the embeddings' device."""
+    """Return the device to which the ids for a model must be moved.
+
+    This is where accelerate runs the embeddings if it dispatched the model, and otherwise the embeddings' own device.
+    """
     embeddings = model.get_input_embeddings()
     hook = getattr(embeddings, "_hf_hook", None)
     devices = [getattr(each, "execution_device", None) for each in (hook, *getattr(hook, "hooks", ()))]
@@ -175,7 +178,7 @@ def check_tokenizer(tokenizer: object) -> None:
     """Check that an object is a tokenizer.
 
     Raises:
-        SettingsRefused: the object is no tokenizer; it may be the name of one.
+        SettingsRefused: the object is no tokenizer, but for example a tokenizer's name.
 
     """
     if not callable(tokenizer) or not hasattr(tokenizer, "get_vocab") or not hasattr(tokenizer, "decode"):
@@ -205,10 +208,13 @@ def check_tool(tool: object) -> None:
 
 
 def describe(config: PreTrainedConfig, *, itemsize: int, fused: bool = True) -> ModelShape:
-    """Read the shape of a model from its config; ``fused`` tells whether its device has a fused attention path.
+    """Read the shape of a model from its config: the heads, dims and window of each layer, and the model's sizes.
+
+    ``itemsize`` is the number of bytes per element; ``fused`` is true if attention has a fused path on the model's
+    device.
 
     Raises:
-        UnsupportedModel: the model has a part that is not handled; the message names it.
+        UnsupportedModel: the model has a part that cannot be capped; the message names the part.
 
     """
     if not hasattr(config, "get_text_config"):
@@ -253,7 +259,12 @@ def _refuse_changes(config: PreTrainedConfig, text: Any) -> None:
 
 
 def _kinds(text: Any) -> tuple[Sequence[Any], Sequence[int | None]]:
-    """Return the config and the sliding window of every layer."""
+    """Return the configs and the sliding windows of all layers; a window of ``None`` is full attention.
+
+    Raises:
+        UnsupportedModel: some layer has neither full nor sliding-window attention.
+
+    """
     configs = list(getattr(text, "per_layer_config", None) or [text] * text.num_hidden_layers)
     try:
         layers = DynamicCache(config=text).layers
@@ -267,7 +278,7 @@ def _kinds(text: Any) -> tuple[Sequence[Any], Sequence[int | None]]:
 
 
 def _layer(config: Any, window: int | None) -> LayerShape:
-    """Return the heads and dims of one layer."""
+    """Return the shape of one layer: its KV and query heads, the dims of keys and values, and its window."""
     heads, held = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     if getattr(config, "kv_lora_rank", None) and getattr(config, "qk_rope_head_dim", None):
         # MLA: transformers caches the keys and values of every head, not their common latent
@@ -294,7 +305,14 @@ def _window(layer: object, kind: str, index: int) -> int | None:
 
 
 def refuse_probe(config: PreTrainedConfig, policy: str) -> None:
-    """Refuse a policy's probe if the model has RoPE of type ``dynamic``, under which a probe would not be exact."""
+    """Refuse to probe a model whose RoPE has the type ``dynamic``.
+
+    The frequencies of such RoPE change with the largest position in a forward, so a probe would not be exact.
+
+    Raises:
+        UnsupportedModel: the model has such RoPE; the message names ``policy``, whose probe is refused.
+
+    """
     text = config.get_text_config(decoder=True)
     kinds = getattr(text, "rope_parameters", None) or {}
     nested = [kinds] if "rope_type" in kinds else [kind for kind in kinds.values() if isinstance(kind, dict)]
@@ -306,7 +324,14 @@ def refuse_probe(config: PreTrainedConfig, policy: str) -> None:
 
 
 def refuse_scratch(shape: ModelShape, policy: str) -> None:
-    """Refuse a policy that lets a model with sliding windows write texts: slots that left a window are lost."""
+    """Refuse a policy that lets a model with sliding windows write texts during a compaction.
+
+    The text's slots would have to be removed again, but slots that they pushed out of a window are lost.
+
+    Raises:
+        UnsupportedModel: the model has layers with a sliding window.
+
+    """
     if len(shape.compactable) < len(shape.layers):
         raise UnsupportedModel(
             f"{shape.name} has sliding-window layers, so what the model writes for "
@@ -316,6 +341,6 @@ def refuse_scratch(shape: ModelShape, policy: str) -> None:
 
 
 def end_ids(model: PreTrainedModel) -> tuple[int, ...]:
-    """Return the ids that end a text, from the model's generation config."""
+    """Return the end-of-text ids in the model's generation config; empty if there are none."""
     found = getattr(model.generation_config, "eos_token_id", None)
     return tuple(found) if isinstance(found, list) else () if found is None else (int(found),)

@@ -1,10 +1,9 @@
-"""Pass the ids and the mask of a multimodal model on to the text model inside it; only text is supported.
+"""Pass the ids and the mask given to a multimodal model on to its text model; only text is supported.
 
-The multimodal model is called the *outer model* here. It embeds the ids and builds attention masks itself, so that its
-text model receives embeddings instead of the ids, and no 2-D mask. A memory needs both: the ids because a probe runs
-them again, and the 2-D mask because it marks pads. Hooks store the inputs of the outer model's forward in its
-:class:`Frame` and add the ids and the mask to the text model's forward. The outer model is kept from building a
-4-D mask; see :class:`Told`.
+Here the multimodal model is called the *outer model*. It embeds the ids and builds attention masks itself, so its text
+model gets neither ids nor a 2-D mask. A memory needs both: a probe runs the ids again, and the 2-D mask marks pads. A
+hook therefore stores the inputs of the outer model's forward in its :class:`Frame`, from where ids and mask are taken
+when the text model runs. While they are stored, the outer model builds no 4-D mask; see :class:`Told`.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ _TYPES = ("token_type_ids", "mm_token_type_ids")
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """The inputs of the outer model's forward, from which the text model's forward takes the ids and the 2-D mask.
+    """The inputs of the outer model's forward, kept so that the text model's forward can take ids and 2-D mask from it.
 
-    They are stored as the ``step`` of the outer forward's :class:`Frame`. While a frame has a ``step``, the model
-    builds no 4-D attention mask, because the memory computes attention without one.
+    The object is stored as the ``step`` of the outer forward's :class:`Frame`. A frame with a ``step`` makes
+    agentmem's mask function return no mask, because a memory computes attention without a 4-D mask.
     """
 
     inputs: Mapping[str, Any]
@@ -51,7 +50,7 @@ class Told:
 
 
 class Around:
-    """The two forward hooks of the outer model: one runs before a long prompt is cut into pieces, the other after."""
+    """The forward pre-hooks of the outer model; a long prompt is cut into pieces between ``enter`` and ``tell``."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.signature = inspect.signature(model.forward)
@@ -60,7 +59,11 @@ class Around:
     def enter(
         self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Open a frame for the outer forward, and drop inputs that only state that all tokens are text."""
+        """Open a :class:`Frame` for the outer forward.
+
+        Returns the arguments without those that only state that all tokens are text, or ``None`` if the forward uses no
+        memory of agentmem.
+        """
         outer = FRAME.get()
         FRAME.set(Frame(outer))
         inputs = named(self.signature, args, kwargs)
@@ -71,10 +74,10 @@ class Around:
     def tell(
         self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Store the inputs in the frame for the text model's forward; add position ids if the caller gave none.
+        """Store the outer forward's inputs in its frame, where the text model's forward finds them.
 
-        Some models would otherwise derive the positions from values that an earlier forward stored; if a prompt was
-        cut into pieces, these values may belong to another batch.
+        Returns the inputs, with position ids added if the caller gave none. Without position ids, some models compute
+        the positions from values that an earlier forward stored, which may belong to another batch.
         """
         frame, inputs = FRAME.get(), named(self.signature, args, kwargs)
         if frame is None or not _ours(inputs):
@@ -99,7 +102,11 @@ def _ours(inputs: Mapping[str, Any]) -> bool:
 
 
 def with_wrapper_inputs(frame: Frame | None, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Return the inputs of a text model's forward, with ids and mask of the outer forward if there is one."""
+    """Return the inputs of a text model's forward, completed with the ids and the 2-D mask of the outer forward.
+
+    ``frame`` is the frame of the outer forward; ``None`` if there is none. Position ids with several equal axes, as
+    multimodal RoPE has them, are reduced to one axis.
+    """
     places = inputs.get("position_ids")
     if places is not None and places.ndim > 2:  # noqa: PLR2004  # for text, all axes of a multimodal RoPE have equal positions
         inputs = {**inputs, "position_ids": places[0]}
@@ -110,7 +117,7 @@ def with_wrapper_inputs(frame: Frame | None, inputs: dict[str, Any]) -> dict[str
 
 
 def named(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call by name."""
+    """Return all arguments of a call by name, given the ``signature`` of the called function."""
     if not args:
         return kwargs
     given = dict(signature.bind_partial(*args, **kwargs).arguments)

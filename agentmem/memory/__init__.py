@@ -1,1 +1,1 @@
-"""Keys and values under the cap: sequences, their stores, and the ledger of bytes. No model code."""
+"""The memory that holds keys and values under the cap: sequences, stores and the ledger of bytes. No model code."""

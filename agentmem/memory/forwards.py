@@ -1,7 +1,9 @@
-"""The ways in which a forward uses a memory: :class:`Append` keeps its tokens, :class:`Transient` does not.
+"""The objects through which a forward of the model uses a memory, one class for each kind of forward.
 
-:class:`Packed`, :class:`Scratch` and :class:`Adopt` serve special forwards. Each layer of the model calls ``attend``
-once per forward, with the model's own queries, keys and values (RoPE applied).
+:class:`Append` keeps the forward's tokens, and :class:`Transient` does not. :class:`Packed` feeds several memories at
+once. During compactions, :class:`Scratch` serves texts that the model writes, and :class:`Adopt` puts a summary in the
+place of a segment. Each layer of the model calls ``attend`` once per forward, with the model's own queries, keys and
+values (RoPE applied).
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 class Arriving(NamedTuple):
     """The tokens of one forward that belong to one sequence: their ids, positions, and columns in the batch.
 
-    Positions are those that the caller counts; re-basing does not change them.
+    ``positions`` are the caller's own count of positions, which re-basing does not lower.
     """
 
     ids: Sequence[int]
@@ -41,19 +43,22 @@ class Arriving(NamedTuple):
 
 
 class Forwards(Protocol):
-    """Runs the forwards of one model; in each layer, the model calls ``step.attend`` instead of its own attention."""
+    """The forwards of one model; in each layer, the model calls ``step.attend`` instead of its own attention."""
 
     def run(self, ids: Sequence[int], start: int, step: Adopt | Transient) -> None:
         """Run the decoder, without logits, over ``ids`` at the positions ``start, start + 1, …``."""
 
     def next_logits(self, ids: Sequence[int], start: int, step: Scratch) -> torch.Tensor:
-        """Run the whole model as :meth:`run` does; return the logits ``[V]`` of the next id."""
+        """Run the whole model over ``ids``, as :meth:`run` does; return the logits ``[V]`` after the last id."""
 
     def logits(self, ids: Sequence[int], start: int, step: Transient) -> torch.Tensor:
-        """Run the whole model as :meth:`run` does; return the logits ``[n, V]`` after every id."""
+        """Run the whole model over ``ids``, as :meth:`run` does; return the logits ``[n, V]`` after each id."""
 
     def packed(self, ids: Sequence[int], positions: Sequence[int], ends: Sequence[int], step: Packed) -> torch.Tensor:
-        """Run the whole model over ids of several sequences; return the logits ``[n, V]`` after the ids at ``ends``."""
+        """Run the whole model over ids of several sequences, one sequence after the other.
+
+        Return the logits ``[n, V]`` after the ids whose indices are listed in ``ends``.
+        """
 
 
 class Append:
@@ -76,7 +81,7 @@ class Append:
         scale: float,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Append the tokens' slots and attend: ``queries [B, Hq, q, d]`` → ``[B, q, Hq, dv]``."""
+        """Append the tokens' slots in one layer and attend: ``queries [B, Hq, q, d]`` → output ``[B, q, Hq, dv]``."""
         memory = self.memory
         if self.whole and queries.shape[2] == 1:
             asked, key, value = _tokens(queries, keys, values)
@@ -103,7 +108,7 @@ class Append:
             _warn_of_positions(sequence, position, memory.shape.positions)
 
     def _consumed(self, past: Consumed) -> Consumed:
-        """Return what the sequences have consumed after this forward, given what they had consumed before."""
+        """Return the :class:`Consumed` that includes this forward's tokens; ``past`` is the value before them."""
         counts = [len(each.ids) for each in self.arriving]
         prompt, new = (sum(counts), 0) if max(counts) > 1 else (0, sum(counts))
         ends = zip(self.arriving, past.positions, strict=True)
@@ -122,20 +127,20 @@ def _warn_of_positions(sequence: TokenSequence, before: int, limit: int | None) 
 
 
 class Packed:
-    """One forward over tokens of several memories, each of which has one sequence; the tokens are kept.
+    """One forward over tokens of several memories that have one sequence each; the tokens are kept.
 
-    The :class:`Append` of each memory commits that memory's tokens. A token attends to the slots of its own memory and,
-    causally, to the tokens of its own memory in this forward.
+    To commit the tokens, call ``commit`` of each memory's :class:`Append`. A token attends to the slots of its own
+    memory and, causally, to this forward's tokens of that memory.
     """
 
     def __init__(self, appends: Sequence[Append]) -> None:
         """Prepare the forward; the caller must have made room for the tokens.
 
-        The tokens are concatenated in the order of ``appends``. All parts of a single token before the first longer
-        part are attended together in one call.
+        The tokens are concatenated in the order of ``appends``. Put memories with a single token first: those before
+        the first memory with more tokens share one attention call per layer.
         """
         self.attended = 0
-        """The number of layers that have attended so far."""
+        """The number of layers whose attention has begun."""
         counts = [len(arriving.ids) for append in appends for arriving in append.arriving]
         parts = [(append.memory, append.memory.sequences[0]) for append in appends]
         singles = next((at for at, count in enumerate(counts) if count > 1), len(counts))
@@ -152,7 +157,7 @@ class Packed:
         scale: float,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Append the tokens' slots and attend: ``queries [1, Hq, q, d]`` → ``[1, q, Hq, dv]``."""
+        """Append the tokens' slots in one layer and attend: ``queries [1, Hq, q, d]`` → output ``[1, q, Hq, dv]``."""
         self.attended += 1
         output = queries.new_empty(1, queries.shape[2], queries.shape[1], values.shape[-1])
         if self._singles:
@@ -166,10 +171,10 @@ class Packed:
 
 
 class Scratch:
-    """Forwards of one sequence whose slots are kept only until :meth:`rollback`.
+    """Forwards over one sequence that append slots only until :meth:`rollback`.
 
-    Compactions use them to let the model write questions, facts and summaries.
-    The slots are those that the plan keeps free as scratch. Scores, query samples and consumed tokens do not change.
+    Compactions use such forwards to let the model write questions, facts and summaries. They fill the slots that the
+    plan keeps free for this purpose (``scratch``). Scores, query samples and consumed tokens do not change.
     """
 
     def __init__(self, memory: Memory, sequence: TokenSequence) -> None:
@@ -185,7 +190,7 @@ class Scratch:
         scale: float,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Append scratch slots and attend: ``queries [1, Hq, q, d]`` → ``[1, q, Hq, dv]``."""
+        """Append scratch slots in one layer and attend: ``queries [1, Hq, q, d]`` → output ``[1, q, Hq, dv]``."""
         if queries.shape[2] == 1:
             parts, (asked, key, value) = [(self.memory, self.sequence)], _tokens(queries, keys, values)
             return append_each(parts, layer, asked, key, value, scale, sinks, scratch=True).unsqueeze(1)
@@ -195,16 +200,16 @@ class Scratch:
         return output.transpose(0, 1).contiguous().unsqueeze(0)
 
     def rollback(self) -> None:
-        """Drop all slots that were appended."""
+        """Drop all slots that these forwards have appended."""
         self.sequence.take_back()
 
 
 class Adopt:
-    """A forward over a summary, whose slots replace the segment, layer by layer.
+    """A forward over a summary, in which the slots of the summary replace the segment, layer by layer.
 
     The summary's tokens attend to the uncompacted slots at the front (prefix and promoted tokens) and, causally, to
-    themselves. A layer's store is replaced after the layer has attended, so the sequence decodes correctly after any
-    number of layers.
+    each other. Each layer's store is replaced as a whole after the layer has attended. The sequence therefore stays
+    usable if the forward ends early.
     """
 
     def __init__(
@@ -212,8 +217,8 @@ class Adopt:
     ) -> None:
         """Prepare the forward.
 
-        ``begins`` are the first slots of the segments, by layer and head. ``positions [n]`` (int32) are the positions
-        of the new slots.
+        ``begins[layer][head]`` is the index of the segment's first slot in a head, and ``recent`` is the number of
+        slots after the segment. ``positions [n]`` (int32) are the positions of the new slots.
         """
         self.memory, self.sequence, self.begins, self.recent, self.positions = (
             memory,
@@ -232,9 +237,9 @@ class Adopt:
         scale: float,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend, then replace the layer's segment: ``queries [1, Hq, n, d]`` → ``[1, n, Hq, dv]``."""
+        """Attend in one layer, then replace its segment: ``queries [1, Hq, n, d]`` → output ``[1, n, Hq, dv]``."""
         memory, store = self.memory, self.sequence.stores[layer]
-        assert store is not None  # noqa: S101  # a sequence that is rewritten holds something in every layer
+        assert store is not None  # noqa: S101  # a sequence that is rewritten has a store in every layer
         memory.boundary()
         memory.ledger.touch(memory.plan.forward_bytes, "attention of a summary")
         queries, keys, values = _as_stored(store, queries, keys, values)
@@ -270,7 +275,7 @@ class Transient:
         scale: float,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend without appending: ``queries [1, Hq, q, d]`` → ``[1, q, Hq, dv]``."""
+        """Attend in one layer without appending: ``queries [1, Hq, q, d]`` → output ``[1, q, Hq, dv]``."""
         self.visit(layer, queries[0])
         shape = self.memory.shape.layers[layer]
         store = self.sequence.stores[layer]
@@ -293,15 +298,16 @@ def append_each(
     *,
     scratch: bool = False,
 ) -> torch.Tensor:
-    """Append one token's slots in one layer to each of n sequences, then attend; a sequence sees only its own slots.
+    """Append one token in one layer to each of ``n`` sequences, and return the attention of these tokens.
 
-    ``queries [n, Hq, d]``, ``keys [n, Hkv, d]``, ``values [n, Hkv, dv]`` → ``[n, Hq, dv]``. The sequences must be
-    different; they may belong to several memories of one model. One compiled call serves all sequences that it
-    supports. ``scratch`` slots are neither scored nor sampled, because they will be dropped.
+    ``queries [n, Hq, d]``, ``keys [n, Hkv, d]``, ``values [n, Hkv, dv]`` → output ``[n, Hq, dv]``. A token attends only
+    to the slots of its own sequence. The sequences must be distinct; they may belong to several memories of one model.
+    One compiled call serves all sequences that it supports. With ``scratch``, the slots will be dropped later:
+    attention does not change their scores, and queries are not sampled.
 
     Raises:
-        MemoryCapExceeded: a store must grow and does not fit. After this or any other error, some sequences hold the
-            token and others do not, until :meth:`agentmem.memory.memory.Memory.take_back` is called.
+        MemoryCapExceeded: a store must grow and does not fit under the cap. After this or any other error, call
+            :meth:`agentmem.memory.memory.Memory.take_back`, because only some of the sequences may hold the token.
 
     """
     output = queries.new_empty(queries.shape[0], queries.shape[1], values.shape[2])
@@ -334,9 +340,9 @@ def _tokens(*tensors: torch.Tensor) -> Iterator[torch.Tensor]:
 def _served(
     memory: Memory, sequence: TokenSequence, layer: int, like: torch.Tensor, form: decode.Form | None, *, scratch: bool
 ) -> tuple[LayerStore, decode.Layout] | None:
-    """Return the layer's store, with room for one more slot, and its layout for the compiled decode step.
+    """Make room for one more slot in a layer; return the store and its layout for the compiled decode step.
 
-    Return ``None`` if compiled code cannot serve the store or if slots must be scored.
+    Return ``None`` if the compiled code does not support the store, or if this forward must add to scores.
     """
     if form is None or _scored(memory, layer, scratch=scratch):
         return None
@@ -359,9 +365,9 @@ def append_one(
     *,
     scratch: bool = False,
 ) -> torch.Tensor:
-    """Append slots of one sequence in one layer and attend: ``queries [Hq, q, d]`` → ``[Hq, q, dv]``.
+    """Append tokens to one sequence in one layer and attend: ``queries [Hq, q, d]`` → output ``[Hq, q, dv]``.
 
-    ``scratch`` slots are neither scored nor sampled, because they will be dropped.
+    With ``scratch``, the slots will be dropped later: scores do not change, and queries are not sampled.
     """
     shape, count = memory.shape.layers[layer], keys.shape[1]
     memory.scales[layer] = scale
@@ -386,20 +392,23 @@ def append_one(
 
 
 def _scored(memory: Memory, layer: int, *, scratch: bool) -> bool:
-    """Check whether this forward adds the attention that slots receive to their scores.
+    """Return whether a forward adds to the scores of a layer's slots the attention that the slots receive.
 
-    Forwards of scratch slots do not, and sliding layers have no scores.
+    It does so if the policy asks for such scores, except in scratch forwards and in sliding layers.
     """
     return memory.policy.scores == "received" and memory.shape.layers[layer].window is None and not scratch
 
 
 def _as_stored(store: LayerStore, *tensors: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield the tensors in the dtype of the store, which the first keys have set; autocast may have changed since."""
+    """Yield the tensors, converted to the store's dtype if they differ.
+
+    The first keys have set that dtype; later tensors differ if autocast has been switched since.
+    """
     return (tensor.to(store.spec.dtype) for tensor in tensors)
 
 
 def _roomy(memory: Memory, sequence: TokenSequence, layer: int, like: torch.Tensor, count: int) -> LayerStore:
-    """Return the store of a layer; build, slide or grow it first if it lacks room for ``count`` more slots."""
+    """Return a layer's store with room for ``count`` more slots; build, slide or grow the store first if needed."""
     store, window = sequence.stores[layer], memory.shape.layers[layer].window
     limit = memory.plan.capacity if window is None else window_slots(window, memory.plan.chunk)
     if store is not None and window is not None and store.lengths[0] + count > limit:
@@ -420,7 +429,10 @@ def _roomy(memory: Memory, sequence: TokenSequence, layer: int, like: torch.Tens
 
 @torch.no_grad()
 def _sample(memory: Memory, sequence: TokenSequence, layer: int, queries: torch.Tensor) -> None:
-    """Offer ``queries [Hq, q, d]`` to the sequence's query samples; sliding layers have no samples."""
+    """Offer ``queries [Hq, q, d]`` to a layer's samples of stored queries; create the samples at the first call.
+
+    Sliding layers have no samples.
+    """
     if memory.shape.layers[layer].window is not None:
         return
     if not sequence.samples[layer]:

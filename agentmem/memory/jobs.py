@@ -1,4 +1,4 @@
-"""Plain values that describe an unfinished compaction or re-basing of a sequence."""
+"""The plain values that describe an unfinished compaction or re-basing of a sequence."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Slots = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """The parameters of one compaction of one sequence; a compaction that was interrupted resumes with the same job.
+    """The parameters of one compaction of one sequence; an interrupted compaction resumes with its job.
 
-    ``begins[layer][head]`` is the first slot of a head's segment, which ends ``recent`` slots before the end of the
-    head; the tuple of a sliding layer is empty. ``each`` is the average number of segment slots per head to leave.
-    ``most`` is the largest average that adaptive budgets may leave.
+    ``begins[layer][head]`` is the index of the first slot of a head's segment; the tuple of a sliding layer is empty.
+    The last ``recent`` slots of a head do not belong to its segment. The compaction leaves on average ``each`` slots
+    in a head's segment, or up to ``most`` if budgets are adaptive.
     """
 
     policy: Policy
@@ -36,23 +36,24 @@ class Job:
     whole: bool = True
     """True if the segment is everything between the prefix and the recent window."""
     budgets: Slots = ()
-    """The slots to leave of each segment, by layer and head; empty until the compaction begins by allocating them."""
+    """The number of slots to leave in each segment, by layer and head; empty until the compaction has chosen them."""
 
     def held(self, layer: int, store: LayerStore) -> tuple[int, ...]:
-        """Return the current number of slots in each head's segment."""
+        """Return the number of slots that each head's segment has in ``store``, the store of ``layer``."""
         pairs = zip(store.lengths, self.begins[layer], strict=True)
         return tuple(max(0, length - begin - self.recent) for length, begin in pairs)
 
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """An unfinished re-basing, which moves the recent block from position ``start`` to position ``end``.
+    """An unfinished re-basing, which moves the slots of the recent window from position ``start`` to ``end``.
 
-    ``gap`` is the smallest gap over all heads; see :func:`agentmem.memory.rotation.widest_gap`.
+    ``gap`` is for the report: the smallest of the gaps that :func:`agentmem.memory.rotation.widest_gap` gives for the
+    heads.
     """
 
     start: int
     end: int
     gap: int
     turned: set[int] = field(default_factory=set)
-    """Layers whose stored queries have been rotated already."""
+    """The layers whose stored queries have already been rotated."""

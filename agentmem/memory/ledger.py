@@ -13,16 +13,16 @@ if TYPE_CHECKING:
 
 
 class Ledger:
-    """Counts of resident bytes (R) and temporary bytes (T) under one cap. The ledger holds no tensors.
+    """The counts of resident bytes (R) and temporary bytes (T) under one cap. The ledger holds no tensors.
 
-    A *holder* is an object, such as the store of a layer, that holds resident bytes under an entry of its own; R is the
-    sum of all entries. One dict operation adds or removes an entry, so that after an interrupt an entry is present or
-    absent, never partial. An interrupt can leave temporary bytes counted that are no longer in use, or the entry of a
-    holder that is no longer in use; :meth:`recover` removes both.
+    A *holder* is an object that holds resident bytes, such as the store of a layer. Each holder has one entry, and R is
+    the sum of all entries. One dict operation adds or removes an entry, so an interrupt never leaves a partial entry.
+    After an interrupt, the ledger may still count temporary bytes or a holder that no longer exist; :meth:`recover`
+    removes both.
     """
 
     def __init__(self, cap: int) -> None:
-        """Open an empty ledger with a cap of ``cap`` bytes."""
+        """Create an empty ledger with a cap of ``cap`` bytes."""
         self.cap = cap
         self.transient = 0
         self.peak = 0
@@ -33,7 +33,7 @@ class Ledger:
 
     @property
     def resident(self) -> int:
-        """Resident bytes (R): the sum over all holders."""
+        """The resident bytes (R) of all holders together."""
         return sum(self._held.values())
 
     def hold(self, holder: object, count: int, what: str) -> None:
@@ -51,7 +51,7 @@ class Ledger:
         self._held.pop(id(holder), None)
 
     def recover(self, holders: Iterable[object]) -> None:
-        """Set temporary bytes to 0 and remove all entries but those of ``holders``, in case an interrupt left others.
+        """Remove counts that an interrupt left: all temporary bytes, and the entries of all but the given holders.
 
         Call this method before a forward or compaction begins, when no temporary bytes are in use.
         """
@@ -60,7 +60,9 @@ class Ledger:
             self._held = {holder: count for holder, count in self._held.items() if holder in kept}
 
     def touch(self, count: int, what: str) -> None:
-        """Count ``count`` temporary bytes that are freed before anything else is allocated.
+        """Check that ``count`` temporary bytes fit, and include them in the peak, but do not keep them counted.
+
+        Use this for bytes that are freed before anything else is allocated; otherwise use :meth:`borrow`.
 
         Raises:
             MemoryCapExceeded: resident plus temporary bytes would exceed the cap.
@@ -89,7 +91,10 @@ class Ledger:
 
     @contextmanager
     def outside(self) -> Iterator[None]:
-        """Do not count temporary bytes inside the ``with`` block (for an oracle); resident bytes still count."""
+        """Ignore temporary bytes inside the ``with`` block; resident bytes still count.
+
+        This is for policies whose reference queries come from an oracle, whose memory the cap does not bound.
+        """
         self._outside = True
         try:
             yield
@@ -98,9 +103,9 @@ class Ledger:
 
     @contextmanager
     def watch(self) -> Iterator[list[int]]:
-        """Measure the peak of resident plus temporary bytes in the ``with`` block.
+        """Measure the peak of resident plus temporary bytes (R + T) in the ``with`` block.
 
-        The peak is appended to the yielded list when the block ends.
+        The block receives an empty list, to which the peak in bytes is appended when the block ends.
         """
         outer, self._mark = self._mark, self.resident + self.transient
         result: list[int] = []

@@ -43,13 +43,13 @@ class Usage(NamedTuple):
 
 
 WHOLE_REPORTS = 128
-"""How many of the newest compaction reports keep their figures for each layer; older reports lose them."""
+"""How many of the newest compaction reports keep their figures for each layer; older reports lose these figures."""
 
 Event = CompactionReport | RebaseReport | Usage
 
 
 class Memory:
-    """The slots of all sequences under one cap.
+    """The slots of all sequences under one cap, with the sequences' tokens, the policies' plans and the reports.
 
     Raises:
         CapTooSmall: at construction or when sequences are bound; the message names a cap that is large enough.
@@ -68,15 +68,15 @@ class Memory:
         device: torch.device | None = None,
         positions: Positions | None = None,
     ) -> None:
-        """Plan for one sequence; :meth:`bind` plans again if there are more.
+        """Make the plans for one sequence; :meth:`bind` makes new plans if there are more sequences.
 
         Args:
             shape: the sizes of the model.
             settings: cap, prefix, recent window and the other settings of a user.
             policy: the policy that compacts unless a single compaction asks for another one.
             extra_policies: the other policies that a single compaction may ask for.
-            words: the token ids of each policy's own texts, by the policy's name.
-            language: reads and writes tokens; needed for patterns and summaries.
+            words: the token ids of the texts that a policy itself supplies, by the policy's name.
+            language: converts between text and token ids; needed for patterns and summaries.
             device: the device on which the model computes; the CPU if it is ``None``.
             positions: how many positions the model has and how keys rotate with them; ``None`` means no re-basing.
 
@@ -93,7 +93,7 @@ class Memory:
         """The logit scale that the model last used in each layer."""
         self.rebases: list[RebaseReport] = []
         self.boundary: Callable[[], None] = unwatched
-        """Called before each layer of a compaction; an exception that it raises interrupts the compaction there."""
+        """A function that is called before each layer of a compaction; if it raises, the compaction is interrupted."""
         self.stopped: str | None = None
         self._closed = False
         self._subscribers: list[Callable[[Event], None]] = []
@@ -102,7 +102,7 @@ class Memory:
         self.owner = Owner()
 
     def empty(self) -> Memory:
-        """Return another memory with the same settings, which has read no tokens."""
+        """Return a new memory without tokens that has the model, policies and settings of this memory."""
         return Memory(
             self.shape,
             self.settings,
@@ -117,11 +117,11 @@ class Memory:
     # ---- sequences and room
 
     def bind(self, rows: int) -> None:
-        """Fix the number of sequences at the first forward and share the cap among them.
+        """Create ``rows`` empty sequences, which share the cap. Later calls only check that ``rows`` is unchanged.
 
         Raises:
             CapTooSmall: the cap is too small for this number of sequences.
-            UnsupportedGeneration: the memory already holds another number of sequences.
+            UnsupportedGeneration: the memory already has a different number of sequences.
 
         """
         if self.sequences:
@@ -141,11 +141,11 @@ class Memory:
         self.sequences = [TokenSequence(index, layers, room, seed, self.progress) for index in range(rows)]
 
     def plan_of(self, policy: Policy) -> Plan:
-        """Return the plan of one of the memory's policies."""
+        """Return the plan for compactions by ``policy``, one of the memory's policies."""
         return self.plan if policy is self.policy else self._plans[self.extra_policies.index(policy)]
 
     def named(self, name: str) -> Policy:
-        """Return the policy called ``name`` from those that the memory was opened with.
+        """Return the policy called ``name``, one of the policies that the memory was opened with.
 
         Raises:
             SettingsRefused: the memory has no policy of this name.
@@ -160,7 +160,7 @@ class Memory:
         return found[name]
 
     def marks(self, sequence: TokenSequence, pattern: str) -> list[tuple[int, int]]:
-        """Return the token spans of a sequence's transcript that match a policy's pattern."""
+        """Return the token spans of a sequence whose text matches ``pattern``; none if the pattern is empty."""
         if not pattern or self.language is None:
             return []
         if pattern not in sequence.marks:
@@ -197,7 +197,7 @@ class Memory:
         )
 
     def report(self) -> RunReport:
-        """Return a report of everything that the memory has done so far."""
+        """Return a report of the memory so far: tokens, slots and bytes, and its compactions and re-basings."""
         return RunReport(
             model=self.shape.name,
             policy=self.policy.name,
@@ -217,11 +217,14 @@ class Memory:
         )
 
     def subscribe(self, callback: Callable[[Event], None]) -> None:
-        """Call ``callback`` with a :class:`Usage` after every forward, and with every compaction or re-basing."""
+        """Call ``callback`` from now on: with a :class:`Usage` after every forward, and with every report.
+
+        Every compaction and every re-basing makes a report.
+        """
         self._subscribers.append(callback)
 
     def record(self, report: CompactionReport) -> None:
-        """Keep a compaction's report; only the newest reports keep their figures for each layer."""
+        """Add a compaction's report; only the newest :data:`WHOLE_REPORTS` keep their figures for each layer."""
         self.compactions.append(report)
         if len(self.compactions) > WHOLE_REPORTS:
             self.compactions[-1 - WHOLE_REPORTS] = self.compactions[-1 - WHOLE_REPORTS].brief()
@@ -245,11 +248,11 @@ class Memory:
 
     @property
     def used(self) -> bool:
-        """True if a forward ever reached the memory."""
+        """True if a first forward has fixed the number of sequences; see :meth:`bind`."""
         return bool(self.sequences)
 
     def open_or_raise(self) -> None:
-        """Raise if the memory is closed.
+        """Raise an error if the memory is closed.
 
         Raises:
             MemoryClosed: the block that owned the memory has ended.

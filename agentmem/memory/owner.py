@@ -9,7 +9,7 @@ from agentmem.errors import UnsupportedGeneration
 
 
 class Hold:
-    """A thread's ownership of a memory; it ends when no reference to this object is left."""
+    """A thread's ownership of a memory, which ends when no reference to this object is left."""
 
     def __init__(self) -> None:
         """Make the current thread the owner."""
@@ -17,18 +17,20 @@ class Hold:
 
 
 class Owner:
-    """Records which thread runs a memory now.
+    """The record of which thread may run a memory now.
 
-    Ownership ends when the :class:`Hold` is garbage-collected, so an interrupt cannot leave a memory owned.
+    Ownership ends when the owner's :class:`Hold` is garbage-collected, so an interrupt cannot leave a memory owned.
     """
 
     def __init__(self) -> None:
-        """Begin without an owner."""
+        """Create a record without an owner."""
         self._guard = threading.RLock()
         self._hold: ref[Hold] | None = None
 
     def take(self) -> Hold:
-        """Make the current thread the owner for as long as it keeps the result; an owner may call this again.
+        """Make the current thread the owner, for as long as it keeps the returned object.
+
+        The owner may call this method again and gets the same object.
 
         Raises:
             UnsupportedGeneration: another thread owns the memory.

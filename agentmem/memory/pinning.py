@@ -1,10 +1,10 @@
 """Pinning: move the slots of pinned tokens to the front of every store, after the prefix, where they stay uncompacted.
 
-Moving them there is called promotion. Each store records which tokens are promoted in it. To promote, a store is
-replaced by a new store in which the promoted tokens are those that are pinned now and have left the recent window; the
-slots of unpinned tokens go back among the other slots, sorted by position. Attention does not depend on the order of
-slots, so a sequence also decodes correctly if only some of its stores have been replaced. The next promotion finishes
-one that was interrupted.
+This move is called promotion. Each store records its promoted tokens. A promotion replaces a store by a new store whose
+promoted tokens are exactly the tokens that are pinned now and have left the recent window. The slots of tokens that are
+no longer pinned return to the other slots, in the order of their positions. Attention does not depend on the order of
+slots, so a sequence is usable even if a promotion was interrupted after some of the stores. The next promotion replaces
+the remaining stores.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ REQUEST_SHARE = 4
 def pin(memory: Memory, sequence: TokenSequence, start: int, stop: int, *, coming: int = 0) -> None:
     """Pin the tokens ``start .. stop`` of a sequence: they are not compacted until they are unpinned.
 
-    The prefix is never compacted, pinned or not. The range may include up to ``coming`` tokens that the sequence has
-    not read yet.
+    The prefix is never compacted, pinned or not. ``coming`` is the number of tokens that the sequence is about to read;
+    the range may include these.
 
     Raises:
-        SettingsRefused: some of the tokens have been compacted, or are neither read nor among the ``coming`` tokens.
+        SettingsRefused: some of the tokens have been compacted, or lie beyond the ``coming`` tokens.
         CapTooSmall: with these pins a compaction could no longer reach its target.
 
     """
@@ -56,10 +56,10 @@ def pin(memory: Memory, sequence: TokenSequence, start: int, stop: int, *, comin
 def unpin(sequence: TokenSequence, start: int, stop: int, *, coming: int = 0) -> None:
     """Unpin the tokens ``start .. stop`` of a sequence; tokens in this range that are not pinned are ignored.
 
-    The range may include up to ``coming`` tokens that the sequence has not read yet.
+    ``coming`` is the number of tokens that the sequence is about to read; the range may include these.
 
     Raises:
-        SettingsRefused: some of the tokens are neither read nor among the ``coming`` tokens.
+        SettingsRefused: some of the tokens lie beyond the ``coming`` tokens.
 
     """
     _check_known(sequence, "unpin", start, stop, coming)
@@ -74,13 +74,13 @@ def _check_known(sequence: TokenSequence, call: str, start: int, stop: int, comi
 
 
 def whole(memory: Memory, sequence: TokenSequence, spans: Spans) -> bool:
-    """Check that every head still has the original slot of every token in ``spans``."""
+    """Return whether no token in ``spans`` has been compacted, so that every head has the token's original slot."""
     behind = [part for low, high in spans for part in within(((memory.plan.prefix, sequence.intact),), low, high)]
     return not any(without(tuple(behind), store.promoted) for _, store in sequence.full())
 
 
 def pin_coming(memory: Memory, sequence: TokenSequence, spans: Sequence[tuple[int, int]]) -> None:
-    """Pin tokens, read or not yet read, that have not been compacted.
+    """Pin tokens that the sequence has read or will read; none of them may have been compacted.
 
     Raises:
         CapTooSmall: with these pins a compaction could no longer reach its target; nothing was changed.
@@ -99,31 +99,31 @@ def pin_coming(memory: Memory, sequence: TokenSequence, spans: Sequence[tuple[in
 
 
 def pin_request(memory: Memory, sequence: TokenSequence, spans: Spans) -> bool:
-    """Replace the pin of the previous request by a pin of the newest one; return whether the new request is pinned.
+    """Unpin the previous user request and pin the newest, whose tokens are ``spans``; return whether it is pinned now.
 
-    A request is pinned only if none of it has been compacted and it has at most :func:`most_requested` tokens that are
-    not pinned otherwise.
+    A request is pinned only if none of its tokens has been compacted and it is small enough: :func:`request_size` must
+    be at most :func:`most_requested`.
     """
     put(memory, sequence, replace(sequence.pins, request=spans if whole(memory, sequence, spans) else ()))
     return sequence.pins.request == spans
 
 
 def put(memory: Memory, sequence: TokenSequence, pins: Pins) -> None:
-    """Replace the pins of a sequence by ``pins``, but drop their request if it is too large."""
+    """Replace the pins of a sequence by ``pins``, but leave out the request if it exceeds :func:`most_requested`."""
     fits = request_size(memory, pins) <= most_requested(memory, pins)
     sequence.pins = pins if fits else replace(pins, request=())
 
 
 def request_size(memory: Memory, pins: Pins) -> int:
-    """Return how many tokens of the request are neither in the prefix nor pinned otherwise."""
+    """Return how many tokens of the request in ``pins`` are neither in the prefix nor pinned otherwise."""
     return _behind(without(pins.request, pins.spans), memory.plan.prefix)
 
 
 def most_requested(memory: Memory, pins: Pins) -> int:
-    """Return the most tokens that a pinned request may have.
+    """Return the most tokens that a pinned request may have beyond the prefix and other pins.
 
-    This is ``1 / REQUEST_SHARE`` of the slots per head that a compaction leaves, not counting the prefix, other pins
-    and the recent window.
+    This is ``1 / REQUEST_SHARE`` of the slots per head that a compaction leaves, after the slots of the prefix, the
+    other pins and the recent window have been subtracted.
     """
     plan = memory.plan
     return max(0, plan.target - plan.prefix - _behind(pins.spans, plan.prefix) - plan.recent) // REQUEST_SHARE
@@ -133,13 +133,14 @@ def _behind(spans: Spans, prefix: int) -> int:
     return size(within(spans, prefix, 1 << 60))
 
 
-# ---- where their slots are
+# ---- the slots of pinned tokens
 
 
 def promote(memory: Memory, sequence: TokenSequence) -> None:
-    """Promote exactly the pinned tokens that have left the recent window; finish a promotion that was interrupted.
+    """Promote exactly the pinned tokens that have left the recent window, in every store where this is not yet done.
 
-    While a store is replaced, the old store and the new store both exist; the plan has counted their bytes.
+    Do nothing while a compaction is unfinished. While a store is replaced, the old and the new store both exist; the
+    plan has counted their bytes.
     """
     if sequence.job is not None:
         return  # a compaction promotes before it begins
@@ -153,7 +154,7 @@ def promote(memory: Memory, sequence: TokenSequence) -> None:
 
 
 def _order(store: LayerStore, head: int, prefix: int, wanted: Spans) -> Spans:
-    """Return the spans of a head's slots in the order that promotes exactly the ``wanted`` tokens."""
+    """Return the spans of a head's slots in their new order, in which exactly the ``wanted`` tokens are promoted."""
 
     def slots(tokens: Spans) -> Spans:
         return tuple(_slots(store, head, prefix, start, stop) for start, stop in tokens)
@@ -172,7 +173,7 @@ def _order(store: LayerStore, head: int, prefix: int, wanted: Spans) -> Spans:
 def _slots(store: LayerStore, head: int, prefix: int, start: int, stop: int) -> tuple[int, int]:
     """Return the span of a head's slots that hold the tokens ``start .. stop``.
 
-    Either all or none of these tokens are promoted. If none are, each of them still has its own slot.
+    The caller makes sure that these tokens are either all promoted, or all not promoted and never compacted.
     """
     if within(store.promoted, start, stop):
         first = prefix + size(within(store.promoted, 0, start))
@@ -183,9 +184,10 @@ def _slots(store: LayerStore, head: int, prefix: int, start: int, stop: int) -> 
 
 
 def _returning(store: LayerStore, head: int, front: int, leaving: Spans) -> Iterator[tuple[int, tuple[int, int]]]:
-    """Yield where the slots ``leaving`` the front must be inserted so that positions stay ascending.
+    """Yield where to insert the slots that leave the front, so that the positions after the front stay ascending.
 
-    Each item is a slot index, at least ``front``, and the span of slots to insert before that slot.
+    ``leaving`` are the spans of these slots, and ``front`` is the number of slots at the front. Each item is a slot
+    index, at least ``front``, and the span of slots to insert before that slot.
     """
     if leaving:
         positions = store.part(head, 0, 0).positions.tolist()
@@ -197,6 +199,9 @@ def _returning(store: LayerStore, head: int, front: int, leaving: Spans) -> Iter
 
 
 def settle(sequence: TokenSequence, store: LayerStore) -> None:
-    """Write the positions of the slots appended since the last compaction into a store."""
+    """Write into a store the positions of the slots that were appended since the last compaction.
+
+    Until then only the sequence has these positions.
+    """
     tail = sequence.tail[:]  # a copy: an array cannot grow while a traceback keeps a view of its buffer
     store.settle(torch.frombuffer(tail, dtype=torch.int32) if tail else torch.empty(0))

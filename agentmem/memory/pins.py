@@ -1,8 +1,8 @@
 """Pins: tokens of one sequence, besides its prefix, that are not compacted until they are unpinned.
 
-The first compaction after pinned tokens have left the recent window *promotes* them: it moves their slots to the front
-of every store, directly after the prefix, so that the segment stays contiguous. The slots of unpinned tokens stay at
-the front until the next compaction, which first moves them back; see :mod:`agentmem.memory.pinning`.
+A compaction first *promotes* the pinned tokens that have left the recent window: it moves their slots to the front of
+every store, directly after the prefix, so that the segment stays contiguous. After tokens are unpinned, their slots
+stay at the front until the next compaction moves them back; see :mod:`agentmem.memory.pinning`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Spans = tuple[tuple[int, int], ...]
 
 
 def joined(*groups: Iterable[tuple[int, int]]) -> Spans:
-    """Return the union of all spans of all groups; spans that touch are merged."""
+    """Return the union of all spans of all groups; spans that touch or overlap are merged."""
     merged: list[tuple[int, int]] = []
     for low, high in sorted(span for group in groups for span in group):
         if merged and low <= merged[-1][1]:
@@ -29,13 +29,13 @@ def joined(*groups: Iterable[tuple[int, int]]) -> Spans:
 
 
 def within(spans: Spans, start: int, stop: int) -> Spans:
-    """Return the parts of the spans that lie inside ``start .. stop``."""
+    """Return the parts of ``spans`` that lie inside ``start .. stop``."""
     cut = ((max(low, start), min(high, stop)) for low, high in spans)
     return tuple((low, high) for low, high in cut if low < high)
 
 
 def without(spans: Spans, others: Spans) -> Spans:
-    """Return the parts of ``spans`` that are not in ``others``."""
+    """Return the parts of ``spans`` that lie outside all spans of ``others``."""
     left: list[tuple[int, int]] = []
     for low, high in spans:
         start = low
@@ -66,7 +66,7 @@ class Pins:
         return joined(self.spans, self.request)
 
     def holds(self, start: int, stop: int) -> bool:
-        """Check that ``start .. stop`` is not empty and that all of its tokens are in :attr:`spans`."""
+        """Return whether ``start .. stop`` is not empty and all of its tokens are in :attr:`spans`."""
         return start < stop and not without(((start, stop),), self.spans)
 
     def count(self, start: int, stop: int) -> int:

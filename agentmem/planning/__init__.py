@@ -1,1 +1,1 @@
-"""Plan a memory: the bytes that a capacity in slots needs, and the largest capacity under a cap. No tensors."""
+"""Plan a memory: compute the bytes that a capacity in slots needs, and the largest capacity under a cap. No tensors."""

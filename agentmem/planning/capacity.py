@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def make_plan(shape: ModelShape, settings: Settings, policy: Policy, rows: int = 1) -> Plan:
-    """Return the plan with the largest capacity that fits under the cap; see :func:`make_plans`."""
+    """Return the plan of a memory with one policy and the largest capacity under the cap; see :func:`make_plans`."""
     return make_plans(shape, settings, (policy,), rows)[0]
 
 
@@ -28,13 +28,14 @@ def make_plans(shape: ModelShape, settings: Settings, policies: Sequence[Policy]
     """Return one plan for each policy of a memory, all with the same capacity.
 
     This capacity is the largest at which the resident plus temporary bytes (R + T) of every policy fit under the cap.
-    The first policy is the memory's own; single compactions may ask for the others.
+    The first policy is the memory's own; single compactions may ask for the others. ``rows`` is the number of
+    sequences.
 
     Raises:
-        CapTooSmall: prefix, recent, the smallest budget and the workspace do not fit; the message names a cap that is
-            large enough.
+        CapTooSmall: the cap is too small even for the prefix, the recent window, the smallest budget and the temporary
+            bytes; the message names a cap that is large enough.
         SettingsRefused: the settings contradict each other at any cap, a policy's budgets were made for another model,
-            or a later policy needs data that a memory under the first policy does not keep.
+            or a later policy needs data that a memory with the first policy does not keep.
 
     """
     for policy in policies:
@@ -57,21 +58,24 @@ def make_plans(shape: ModelShape, settings: Settings, policies: Sequence[Policy]
 def _pricing(
     shape: ModelShape, settings: Settings, policies: Sequence[Policy], rows: int, *, frugal: bool = False
 ) -> Callable[[int], tuple[Plan, ...]]:
-    """Return a function from a capacity to the plans at that capacity, whether or not they fit under the cap."""
+    """Return a function that maps a capacity to the policies' plans, whether or not these fit under the cap.
+
+    With ``frugal`` the plans store as few queries as possible.
+    """
     planners = [Planner(shape, settings, policy, rows, frugal=frugal) for policy in policies]
     return cache(lambda capacity: tuple(planner.at(capacity) for planner in planners))
 
 
 def _needed(plans: Sequence[Plan]) -> int:
-    """Return the bytes needed (R + T): the resident bytes of the first plan plus the largest workspace of any plan."""
+    """Return the bytes needed (R + T): resident bytes of the first plan, plus the most temporary bytes of any plan."""
     return plans[0].resident_bytes + max(plan.workspace_bytes for plan in plans)
 
 
 def _reach(shape: ModelShape, settings: Settings, policy: Policy) -> int:
-    """Return the most positions that a full row and the probe after it may take.
+    """Return the most positions that a full row (sequence) and a probe after it may take together.
 
     There is a limit only if rows are both compacted and re-based. Re-basing moves slots down into the gaps that
-    compactions leave, so a row must fill up, and be compacted, before its positions are used up.
+    compactions leave. A row must therefore become full, and be compacted, before its positions are used up.
     """
     if not settings.rebase or policy.compactor is None or shape.positions is None:
         return UNBOUNDED
@@ -79,12 +83,19 @@ def _reach(shape: ModelShape, settings: Settings, policy: Policy) -> int:
 
 
 def _span(plans: Sequence[Plan]) -> int:
-    """Return the number of positions of a full row and the longest probe after it."""
+    """Return how many positions a full row (sequence) and the longest probe of any policy after it take together."""
     return plans[0].capacity + max(plan.probe_tokens for plan in plans)
 
 
 def _check_beside(first: Policy, plan: Plan, other: Policy, others: Plan) -> None:
-    """Raise if the policy ``other`` needs data that a memory under the policy ``first`` does not keep."""
+    """Check that a memory with the policy ``first`` keeps all data that the policy ``other`` needs.
+
+    ``plan`` and ``others`` are the plans of the two policies.
+
+    Raises:
+        SettingsRefused: the memory does not keep scores, stored queries or free slots that ``other`` needs.
+
+    """
     lacks = None
     if other.scores not in ("none", first.scores):
         lacks = f"scores that are {other.scores}"
@@ -143,7 +154,10 @@ def _check_max_slots(least: int, settings: Settings) -> None:
 
 
 def _largest(least: int, settings: Settings, reach: int, at: Callable[[int], Sequence[Plan]]) -> int:
-    """Find the largest capacity that fits, by bisection: needed bytes and positions never fall as capacity rises."""
+    """Return the largest capacity, at least ``least``, whose bytes fit under the cap and whose positions fit ``reach``.
+
+    The search is a bisection, because a larger capacity never needs fewer bytes or positions.
+    """
     low, high = least, settings.max_slots or max(least, settings.cap)
     while low < high:
         middle = (low + high + 1) // 2
@@ -155,7 +169,12 @@ def _largest(least: int, settings: Settings, reach: int, at: Callable[[int], Seq
 
 
 def _least_capacity(shape: ModelShape, settings: Settings, policies: Sequence[Policy], rows: int) -> int:
-    """Return the least capacity at which a compaction leaves slots for a budget and frees ``min_reclaim`` slots."""
+    """Return the least capacity at which a compaction leaves slots for a budget and frees ``min_reclaim`` slots.
+
+    Raises:
+        SettingsRefused: no capacity allows this, or ``target`` is not valid.
+
+    """
     pinned = settings.keep_first + settings.keep_recent + MIN_BUDGET
     if isinstance(settings.target, float) and not 0 < settings.target < 1:
         raise SettingsRefused(f"target: {settings.target} is no fraction between 0 and 1; write 0.5 for halving")

@@ -1,4 +1,4 @@
-"""The sizes of a model that a memory needs to know: integers only, no tensors and no model."""
+"""The sizes of a model that a memory needs to know. Integers only: no tensors, and no code of a model."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ BIAS_BYTES = 4
 POSITION_BYTES = 4
 SCORE_BYTES = 4
 MIN_SPARE = 16
-"""The least number of positions that stay free if rows are re-based."""
+"""The least number of positions that a re-basing leaves free."""
 
 
 def spare_positions(positions: int) -> int:
-    """Return how many positions stay free, so that a nearly full row is not re-based again and again."""
+    """Return how many of a model's positions a re-basing leaves free, so that it is not soon needed again."""
     return max(MIN_SPARE, positions // 8)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerShape:
-    """One attention layer. ``window`` is its sliding window in tokens, ``None`` for full attention.
+    """The sizes of one attention layer.
 
-    ``sinks`` is true if each query head has an attention sink: one more logit in the softmax denominator, which the
-    fused attention paths cannot add.
+    ``window`` is its sliding window in tokens, ``None`` for full attention. ``sinks`` is true if each query head has an
+    attention sink: one more logit in the softmax denominator, which the fused attention paths cannot add.
     """
 
     kv_heads: int
@@ -37,7 +37,7 @@ class LayerShape:
     window: int | None = None
     sinks: bool = False
     slot_dtype: SlotDtype = "auto"
-    """The storage of keys and values in slots: the model's dtype (``auto``), or quantised."""
+    """How slots store keys and values: in the model's dtype (``auto``) or quantised."""
 
     @property
     def quantised(self) -> bool:
@@ -45,20 +45,20 @@ class LayerShape:
         return self.slot_dtype != "auto"
 
     def row_bytes(self, itemsize: int) -> tuple[int, int]:
-        """Return the bytes of a slot's key and of its value if a number of the model takes ``itemsize`` bytes."""
+        """Return the bytes of a slot's key and of its value; ``itemsize`` is the bytes of a number in the model."""
         if self.quantised:
             return quantised.row_bytes(self.key_dim), quantised.row_bytes(self.value_dim)
         return self.key_dim * itemsize, self.value_dim * itemsize
 
     @property
     def group(self) -> int:
-        """Number of query heads per KV head."""
+        """The number of query heads per KV head."""
         return self.query_heads // self.kv_heads
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """The layers of a model, the bytes of one number (``itemsize``), and the sizes that its activations depend on."""
+    """The sizes of a model: its layers, the bytes of one number (``itemsize``), and what its activations depend on."""
 
     name: str
     layers: tuple[LayerShape, ...]
@@ -67,9 +67,9 @@ class ModelShape:
     intermediate: int
     vocabulary: int
     fused: bool = True
-    """True if attention has a fused path on the model's device (the CPU has); if not, the logits are materialised."""
+    """True if the model's device (such as the CPU) has a fused attention path; if not, attention stores all logits."""
     fingerprint: str | None = None
-    """Distinguishes models of one architecture by their weights; ``None`` if the weights are not loaded."""
+    """A value that differs between models with different weights; ``None`` if the weights are not loaded."""
     positions: int | None = None
     """The number of positions that the model was made for; ``None`` if its config does not state it."""
 
@@ -82,19 +82,19 @@ class ModelShape:
         return replace(self, layers=tuple(replace(layer, slot_dtype=slot_dtype) for layer in self.layers))
 
     def slot_bytes(self, layer: LayerShape, *, scores: bool) -> int:
-        """Return the bytes of one slot: key, value, β, position, and a score if ``scores``."""
+        """Return the bytes of one slot: key, value, β, position, and a score if ``scores`` is true."""
         return sum(layer.row_bytes(self.itemsize)) + BIAS_BYTES + POSITION_BYTES + (SCORE_BYTES if scores else 0)
 
     @property
     def compactable(self) -> tuple[int, ...]:
-        """The indices of the layers that a policy compacts: those with full attention."""
+        """The indices of the layers that policies compact: the layers with full attention."""
         return tuple(index for index, layer in enumerate(self.layers) if layer.window is None)
 
     def activation_bytes(self, tokens: int) -> int:
-        """Estimate the model's own activations (A): the bytes its modules allocate in a forward of ``tokens`` tokens.
+        """Return an estimate of the model's own activations (A) in bytes, for a forward of ``tokens`` tokens.
 
-        A decoder layer allocates most in its MLP (residual, normed input, gate, up and their product) or in its
-        attention. The logits of the last token and their float32 copy are added.
+        A decoder layer allocates most either in its MLP (residual, normed input, gate, up and their product) or in its
+        attention; the larger of the two is counted. The logits of the last token and their float32 copy are added.
         """
         widest = 3 * self.intermediate + 3 * self.hidden
         attention = max(2 * (layer.query_heads + layer.kv_heads) * layer.key_dim for layer in self.layers)

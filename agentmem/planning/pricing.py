@@ -1,8 +1,9 @@
 """Compute the bytes that a capacity in slots needs, as a plan of one memory. Integers only, no tensors.
 
-Resident bytes (R) are those of the storages of all rows when these are full. Temporary bytes (T) are the most that
-agentmem allocates in addition at any moment. A plan fits if ``R + T ≤ cap``. The model's own activations (A) are the
-bytes that its modules allocate in one forward; a plan states them, but they are outside the cap.
+A row is one sequence. Resident bytes (R) are the bytes of all stores and stored queries when all rows are full.
+Temporary bytes (T) are the most that agentmem allocates in addition at any moment. A plan fits if ``R + T ≤ cap``. The
+model's own activations (A) are the bytes that its modules allocate in one forward. A plan states them, but the cap does
+not include them.
 """
 
 from __future__ import annotations
@@ -27,35 +28,36 @@ if TYPE_CHECKING:
     from agentmem.settings import Settings
 
 MIN_BUDGET = 1
-"""The smallest budget, in slots of a head's segment, that a plan accepts."""
+"""The smallest budget that a plan accepts, in slots of a head's segment."""
 MAX_PROBE = 1024
 STUDY_SHARE = 8
-"""Self-study texts that the model writes may take ``1 / STUDY_SHARE`` of the capacity in slots."""
+"""Texts that the model writes for reference queries (self-study) may take ``1 / STUDY_SHARE`` of the capacity."""
 SUMMARY_SHARE = 6
-"""A summary may take ``1 / SUMMARY_SHARE`` of the capacity in slots, unless the policy sets a number of tokens."""
+"""A summary may take ``1 / SUMMARY_SHARE`` of the capacity in slots, unless the policy sets its number of tokens."""
 MAX_REQUEST = 96
 """The most tokens of the instruction that asks for a summary."""
 PROBE_REACH = 4
-"""Reference tokens per slot of the capacity, up to ``MAX_PROBE``; with fewer, repeated compaction loses quality."""
+"""Reference tokens per slot of the capacity, up to ``MAX_PROBE`` in total; fewer tokens lower the quality."""
 HELD_OUT = 8
-"""One of every ``HELD_OUT`` reference tokens is held out from the fit."""
+"""One of every ``HELD_OUT`` reference tokens is not used in the fit, but to measure its error."""
 UNBOUNDED = 1 << 40
-"""The capacity of a model whose layers all have sliding windows, which never fill up."""
+"""The capacity for a model whose layers all have sliding windows, because such a memory never becomes full."""
 STORED_SHARE = 10
-"""Stored queries may take ``1 / STORED_SHARE`` of the cap in bytes, unless the policy sets a number of tokens."""
+"""Stored queries may take ``1 / STORED_SHARE`` of the cap in bytes, unless the policy sets their number of tokens."""
 MAX_STORED = 512
 HYSTERESIS = 4
-"""An adaptive compaction frees at least ``1 / HYSTERESIS`` of the capacity, so that the next one is not soon."""
+"""An adaptive compaction frees at least ``1 / HYSTERESIS`` of the capacity, so that the next compaction is not soon."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The plan of a memory under one cap: its sizes in slots and tokens, and the bytes of each use.
 
-    ``capacity``, ``target`` and ``limit`` are average slots per KV head and row, prefix and recent window included:
-    ``capacity`` is what a full row holds, ``target`` is what a compaction leaves, and ``limit`` is the most that an
-    adaptive compaction may leave. ``most_budget`` is the most slots that any head's segment may keep. ``layer_ceiling``
-    is the most that all heads of one layer may keep together, as a multiple of their equal share.
+    ``capacity``, ``target`` and ``limit`` are average numbers of slots per KV head and row, prefix and recent window
+    included. A full row holds ``capacity`` slots, a compaction leaves ``target`` slots, and an adaptive compaction may
+    leave up to ``limit`` slots. ``most_budget`` is the most slots that the segment of a single head may keep.
+    ``layer_ceiling`` is the most slots that the heads of one layer may keep together, as a multiple of their equal
+    share.
     """
 
     policy: str
@@ -80,23 +82,23 @@ class Plan:
     draw_bytes: int
     fit_bytes: int
     copy_bytes: int
-    """Bytes of the decoded copies of a segment's quantised keys and values, which a fit reads."""
+    """Temporary bytes of the decoded copies of a segment's quantised keys and values, which a fit reads."""
     check_bytes: int
     survey_bytes: int
-    """Bytes of the scores of all layers, which budgets compare."""
+    """Temporary bytes of the scores of all layers, which are compared to choose the heads' budgets."""
     forward_bytes: int
     move_bytes: int
     rebase_bytes: int
-    """Bytes of turning a layer's keys while its new store exists; 0 without re-basing."""
+    """Temporary bytes of rotating a layer's keys in its new store, without that store; 0 without re-basing."""
     activation_bytes: int
 
     @property
     def workspace_bytes(self) -> int:
-        """Temporary bytes (T): the most that a compaction, a re-basing or a forward needs; they never overlap.
+        """The temporary bytes (T): the most that a compaction, a re-basing or a forward needs.
 
-        In a compaction the new store of a commit exists together with the result of the fit.
+        These three never overlap. In a compaction, a layer's new store exists together with the result of the fit.
         """
-        beside = max(self.move_bytes, self.survey_bytes)  # no store is moved while layers are surveyed
+        beside = max(self.move_bytes, self.survey_bytes)  # no new store is built while the survey's scores exist
         fitting = self.draw_bytes + self.fit_bytes + self.copy_bytes + self.check_bytes + beside
         return max(fitting, self.move_bytes + self.rebase_bytes, self.forward_bytes)
 
@@ -106,7 +108,7 @@ class Plan:
         return f"{self.capacity} per head, {self.target} after a compaction, {self.rows} row(s)"
 
     def table(self) -> list[tuple[str, int | None, str]]:
-        """Return the plan as a table for display: rows of name, bytes and meaning."""
+        """Return the plan as the rows of a table for display: name, bytes and meaning."""
         return [
             ("cap", self.cap_bytes, "hard limit over R + T"),
             ("R: slots", self.resident_bytes - self.stored_bytes, self._slots_text()),
@@ -124,7 +126,7 @@ class Plan:
 
 
 class Planner:
-    """Compute plans at given capacities.
+    """A calculator of the plan of one policy at any capacity.
 
     With ``frugal`` the plans store as few queries as possible, instead of as many as a share of the cap allows.
     """
@@ -135,7 +137,7 @@ class Planner:
         self.shape, self.settings, self.policy, self.rows, self.frugal = shape, settings, policy, rows, frugal
 
     def at(self, capacity: int) -> Plan:
-        """Return the plan at one capacity, whether or not it fits under the cap."""
+        """Return the plan at ``capacity`` slots per head, whether or not it fits under the cap."""
         settings, policy = self.settings, self.policy
         target = self._target(capacity)
         limit = self._limit(capacity, target)
@@ -179,7 +181,7 @@ class Planner:
         )
 
     def compacted(self, capacity: int) -> tuple[int, int]:
-        """Return the slots per head that a compaction of a full row leaves, and the slots per head that it frees."""
+        """Return how many slots per head a compaction of a full row leaves, and how many it frees, on average."""
         target = self._target(capacity)
         return target, capacity - self._scratch(self._references(capacity)[0], capacity) - target
 
@@ -192,14 +194,14 @@ class Planner:
         return 1.0 if self.policy.budgets is None else self.policy.budgets.layer_ceiling
 
     def _limit(self, capacity: int, target: int) -> int:
-        """Return the most slots per head that a compaction may leave on average."""
+        """Return the most slots per head that a compaction may leave, as an average over all heads."""
         if self.policy.budgets is None or not self.policy.budgets.adaptive:
             return target
         free = max(self.settings.min_reclaim, capacity // HYSTERESIS)
         return max(target, capacity - self._scratch(self._references(capacity)[0], capacity) - free)
 
     def _fullest(self, capacity: int, limit: int, most: int) -> int:
-        """Return the slots of the fullest head of a full row: its budget, plus the free slots that every head gets."""
+        """Return the most slots that a head of a full row can hold: prefix, budget, recent window and new tokens."""
         if self.policy.budgets is None or self._head_ceiling == 1:
             return capacity
         pinned = self.settings.keep_first + self.settings.keep_recent
@@ -207,7 +209,7 @@ class Planner:
         return pinned + most + max(0, capacity - least) + 1
 
     def _move(self, layer: LayerShape, capacity: int, limit: int, most: int) -> int:
-        """Return the bytes of building a layer's largest new store while the old store still exists."""
+        """Return the temporary bytes of a layer's largest new store, which is built before the old store is freed."""
         encoding = encoding_bytes(layer, capacity)
         if layer.window is not None or self._head_ceiling == 1:
             return encoding + self._store_bytes(layer, capacity)
@@ -218,16 +220,15 @@ class Planner:
         return encoding + (layer.kv_heads * headroom + kept) * self._slot_bytes(layer)
 
     def _rebase(self, capacity: int, limit: int, most: int) -> int:
-        """Return the temporary bytes of re-basing one layer, for the layer that needs most.
+        """Return the temporary bytes of re-basing the layer that needs most, without its new store.
 
-        Re-basing finds the largest distance between the positions of neighbouring slots that still fits, and rotates
-        the layer's keys to the new positions.
+        These bytes are for computing the new positions and for rotating the keys.
         """
         fullest, itemsize = self._fullest(capacity, limit, most), self.shape.itemsize
         return max(layer_scratch(layer, self.slots(layer, fullest), itemsize) for layer in self.shape.layers)
 
     def slots(self, layer: LayerShape, capacity: int) -> int:
-        """Return the slots per head of one layer's full store."""
+        """Return how many slots per head the full store of a layer has; sliding layers do not use ``capacity``."""
         return capacity if layer.window is None else window_slots(layer.window, self.settings.chunk)
 
     def _target(self, capacity: int) -> int:
@@ -244,7 +245,7 @@ class Planner:
         return parse_bytes(target, "target") // max(1, per_slot)
 
     def _references(self, capacity: int) -> tuple[int, tuple[int, ...], int]:
-        """Return the tokens of the probe, the stored tokens of each stored part, and the tokens drawn at random."""
+        """Return the numbers of reference tokens: of the probe, of each stored part, and drawn at random."""
         queries = self.policy.queries
         total = queries.tokens or min(PROBE_REACH * capacity, MAX_PROBE)
         share = sum(map(queries.share, queries.probing))
@@ -254,11 +255,11 @@ class Planner:
         return probe, stored, drawn
 
     def _scratch(self, probe: int, capacity: int) -> int:
-        """Return the slots for an instruction and for the text that the model writes after it."""
+        """Return how many slots per head to keep free for an instruction and the text that the model then writes."""
         return max(self._study(probe, capacity), self._summary(capacity))
 
     def _summary(self, capacity: int) -> int:
-        """Return the slots for a summary and for the instruction that asks for the summary."""
+        """Return how many slots a summary and the instruction that asks for it take; 0 if the policy makes none."""
         rewrite = self.policy.rewrite
         if rewrite is None:
             return 0
@@ -326,7 +327,10 @@ class Planner:
         return compared + rounding_bytes(layer, kept, itemsize)
 
     def _survey(self, slots: int) -> int:
-        """Return the bytes of one float32 score per slot of every layer, and of one head's mask to compare them."""
+        """Return the temporary bytes of comparing the slots of all layers, to choose the heads' budgets.
+
+        These are one float32 score per slot of every layer, and one boolean per slot of one head.
+        """
         if self.policy.budgets is None or not self.policy.budgets.needs_survey:
             return 0
         heads = sum(layer.kv_heads for layer in self.shape.layers if layer.window is None)
@@ -347,7 +351,10 @@ class Planner:
 
 
 def copy_bytes(layer: LayerShape, slots: int, itemsize: int) -> int:
-    """Return the bytes of the decoded slots of all heads of a quantised layer, and of decoding those of one head."""
+    """Return the bytes of decoded copies of a layer's slots, ``slots`` per head, including the bytes of decoding them.
+
+    The heads are decoded one after the other. The result is 0 if the layer is not quantised.
+    """
     if not layer.quantised:
         return 0
     copies = layer.kv_heads * slots * (layer.key_dim + layer.value_dim) * itemsize
@@ -355,7 +362,7 @@ def copy_bytes(layer: LayerShape, slots: int, itemsize: int) -> int:
 
 
 def rounding_bytes(layer: LayerShape, slots: int, itemsize: int) -> int:
-    """Return the bytes of rounding one head's fitted keys and values to what quantised slots can hold."""
+    """Return the bytes of rounding one head's fitted keys and values as quantised slots do; 0 if not quantised."""
     if not layer.quantised:
         return 0
     dims, block = (layer.key_dim, layer.value_dim), min(slots, quantised.BLOCK)
@@ -364,7 +371,7 @@ def rounding_bytes(layer: LayerShape, slots: int, itemsize: int) -> int:
 
 
 def encoding_bytes(layer: LayerShape, rows: int) -> int:
-    """Return the bytes of encoding ``rows`` keys or values, one block of tokens of all heads at a time."""
+    """Return the bytes of encoding ``rows`` keys or values of a layer, one block at a time; 0 if not quantised."""
     if not layer.quantised:
         return 0
     block = min(rows, layer.kv_heads * quantised.BLOCK)
@@ -372,16 +379,18 @@ def encoding_bytes(layer: LayerShape, rows: int) -> int:
 
 
 def window_slots(window: int, chunk: int) -> int:
-    """Return the slots per head of a sliding layer: those that a query can see, plus slack so that it slides rarely."""
+    """Return the slots per head of a sliding layer's store.
+
+    These are the slots that a query can attend to, plus some more, so that the store need not slide for every token.
+    """
     return window - 1 + max(1, min(chunk, window))
 
 
 def grown(needed: int, limit: int) -> int:
-    """Return the capacity to allocate for ``needed`` slots.
+    """Return the capacity to allocate for a store that must hold ``needed`` slots per head and may hold ``limit``.
 
-    The capacity is ``limit``, halved (and rounded up) for as long as the half is at least ``needed``. Each growth of a
-    store therefore about doubles its capacity, and the old store is about half as large as the new store; the planned
-    temporary bytes (T) have room for both.
+    The capacity is ``limit``, halved (and rounded up) for as long as the half is at least ``needed``. A growing store
+    therefore about doubles its capacity each time. The planned bytes (R + T) have room for the old and the new store.
     """
     capacity = limit
     while capacity > 1 and -(-capacity // 2) >= needed:

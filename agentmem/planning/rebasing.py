@@ -1,4 +1,4 @@
-"""The temporary bytes that :mod:`agentmem.memory.rotation` allocates. Integers only, no tensors."""
+"""Compute the temporary bytes that :mod:`agentmem.memory.rotation` allocates. Integers only, no tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from agentmem.planning.model_shape import LayerShape
 
 BLOCK = quantised.BLOCK
-"""How many slots have their keys rotated at once; the temporary bytes are proportional to this number."""
+"""The number of keys that are rotated at once; the temporary bytes of a rotation are proportional to this number."""
 
 
 def layer_scratch(layer: LayerShape, slots: int, itemsize: int) -> int:
@@ -29,9 +29,10 @@ def _turned(layer: LayerShape, slots: int, itemsize: int) -> int:
 def shift_scratch(slots: int, width: int, itemsize: int, *, block: int = BLOCK) -> int:
     """Return the most bytes that ``shift_keys`` allocates for ``slots`` keys with ``itemsize`` bytes per number.
 
-    Each slot needs its indices. Each pair of dims needs the larger of two sums: two float64 angles and one float32
-    angle; or the cosine, the sine, both halves of the key and a rotated half in the dtype of the computation, plus that
-    half rounded to the dtype of the keys.
+    ``width`` is the number of dims that rotate. Each slot needs its indices. Each pair of dims needs the bytes of one
+    of two steps, whichever needs more. The first step computes two float64 angles and one float32 angle. The second
+    step computes five numbers in the dtype of the computation (the cosine, the sine, both numbers of the pair and a
+    rotated number), and rounds the rotated number to the dtype of the keys.
     """
     turn = max(itemsize, 4)
     pair = max(8 + 8 + 4, 5 * turn + (itemsize if itemsize < turn else 0))
@@ -39,5 +40,5 @@ def shift_scratch(slots: int, width: int, itemsize: int, *, block: int = BLOCK) 
 
 
 def map_scratch(slots: int) -> int:
-    """Return the most bytes that ``widest_gap`` or ``rebased`` allocates for a head of ``slots`` slots."""
+    """Return the most bytes that ``widest_gap`` or ``rebased`` allocates for a head with ``slots`` slots."""
     return 20 * slots + 64

@@ -1,1 +1,1 @@
-"""Obtain reference queries from a probe, from stored samples, and for the tokens that a pattern matches."""
+"""Obtain reference queries from a probe or from stored samples, and find the tokens whose queries weigh more."""

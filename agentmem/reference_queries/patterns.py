@@ -17,7 +17,10 @@ SECONDS: Final = 2.0
 
 
 class Marks:
-    """Find the spans of one row's transcript that match a pattern; each call decodes only the tokens that are new."""
+    """Find the spans of one row's transcript that match a pattern.
+
+    The transcript may only grow; each search decodes only the tokens that were added since the last search.
+    """
 
     def __init__(self, pattern: str, read: Callable[[Sequence[int]], list[str]]) -> None:
         """Compile ``pattern``; ``read`` decodes a list of token ids to one text per id."""
@@ -26,7 +29,7 @@ class Marks:
         self._ends: list[int] = []
 
     def spans(self, transcript: Sequence[int]) -> list[tuple[int, int]]:
-        """Return the token spans ``start .. stop`` of all matches, in ascending order and without overlap.
+        """Return the token spans ``(start, stop)`` of all matches, in ascending order and without overlap.
 
         Each span includes the token before the match, because the query of that token predicts the match's first
         token. Spans that overlap or touch are merged into one.
@@ -54,7 +57,7 @@ class Marks:
         return found
 
     def _matches(self) -> list[tuple[int, int]]:
-        """Return the character spans of all non-empty matches; other threads run during the search.
+        """Return the character spans of all non-empty matches; other threads can run during the search.
 
         Raises:
             SettingsRefused: the search took longer than :data:`SECONDS`.

@@ -1,4 +1,4 @@
-"""Choose the tokens that a probe, a transient forward, runs to obtain reference queries, and label their sources."""
+"""Choose the tokens of a probe (the transient forward that gives reference queries), and record their sources."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ Words = dict["Source", tuple[tuple[int, ...], ...]]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Describe the tokens ``start .. stop`` of a probe, which give the queries of one source.
+    """A piece of a probe: the tokens ``start`` to ``stop - 1``, whose queries have the same source and weight.
 
-    ``span`` is the part of the transcript that these tokens repeat; ``None`` if they repeat none.
+    ``span`` is the range ``(start, stop)`` of the transcript that these tokens repeat; ``None`` if they repeat none.
     """
 
     start: int
@@ -43,13 +43,13 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Hold the token ids of one transient forward, and its pieces in order."""
+    """The token ids of one transient forward, and the pieces into which they are divided, in order."""
 
     ids: tuple[int, ...]
     pieces: tuple[Piece, ...]
 
     def references(self, queries: torch.Tensor) -> tuple[Reference, ...]:
-        """Return one reference per piece, each a view of one layer's ``queries [Hq, q, d]``."""
+        """Return one reference per piece, each a view of ``queries [Hq, q, d]``, one layer's queries of the probe."""
         return tuple(
             Reference(queries[:, piece.start : piece.stop], piece.weight, piece.source, piece.span)
             for piece in self.pieces
@@ -68,7 +68,10 @@ class _Stretch:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """Hold the transcript that pieces are cut from, the marked spans in it, and the weight of marked tokens."""
+    """Hold the transcript that pieces are cut from, and the arguments of :func:`make_probe` that set the cuts.
+
+    ``mark_weight`` is the factor by which the queries of marked tokens weigh more.
+    """
 
     transcript: Sequence[int]
     prefix: int
@@ -78,7 +81,7 @@ class _Source:
     start: int
 
     def stretch(self, part: Part, start: int, stop: int) -> list[_Stretch]:
-        """Return the tokens ``start .. stop``, cut into stretches where marked spans begin and end."""
+        """Return the transcript's tokens ``start`` to ``stop - 1``, cut where marked spans begin and end."""
         cuts = {start, stop} | {cut for mark in self.marks for cut in mark if start < cut < stop}
         return [self._stretch(part, low, high) for low, high in pairwise(sorted(cuts))]
 
@@ -99,18 +102,18 @@ def make_probe(
     start: int = 0,
     marks: Sequence[tuple[int, int]] = (),
 ) -> Probe:
-    """Make the probe of at most ``tokens`` tokens that ``queries`` asks for; only ``transcript`` may be longer.
+    """Make the probe that ``queries`` asks for, of at most ``tokens`` tokens.
 
-    The probe begins with the texts and ends with the newest tokens of the transcript, so that the newest tokens attend
-    to all other pieces.
+    A part with the source ``transcript`` may exceed that number, because it runs the whole transcript. The probe begins
+    with texts and ends with the newest tokens of the transcript, so that the newest tokens attend to all other pieces.
 
     Args:
         transcript: the token ids that transcript pieces are cut from.
         queries: the mixture of parts.
-        tokens: the budget, which the parts divide by their shares.
-        words: the token ids of the text of each source that has one.
-        prefix: ``spread`` leaves out this many first tokens, which are never compacted. It also leaves out the newest
-            tokens, which ``replay`` or ``repeat`` run again.
+        tokens: the number of tokens, which the parts divide by their shares.
+        words: the token ids of the text (or instruction) of each source that has a text.
+        prefix: the number of first tokens, which are never compacted and which ``spread`` leaves out. ``spread`` also
+            leaves out the newest tokens that ``replay`` or ``repeat`` run again.
         turn: the number of compactions so far; it moves the spans of ``spread``.
         start: no token of the transcript before this one is run.
         marks: spans of the transcript that a pattern matches; ``spread`` prefers them, and their queries weigh more.
@@ -137,7 +140,10 @@ _NEWEST = ("repeat", "replay")
 
 
 def _sizes(queries: Queries, tokens: int, words: Mapping[Source, Sequence[int]], seen: int) -> list[tuple[Part, int]]:
-    """Return the tokens of every probing part; tokens that a text does not use go to the parts without a text."""
+    """Return the parts that need a forward, each with its number of tokens.
+
+    If the text of ``focus`` or ``self-study`` has fewer tokens than the part's share, the other parts get the rest.
+    """
     sizes = _shared(tokens, queries.probing)
     others = [part for part in queries.probing if part.source not in _TEXTS]
     for text in _TEXTS:
@@ -164,7 +170,7 @@ def _recent(part: Part, size: int, source: _Source, instructions: tuple[int, ...
 
 
 def _spread(part: Part, size: int, source: _Source, newest: int) -> list[_Stretch]:
-    """Return stretches of marked spans, for at most half of the tokens, and of evenly spread spans for the rest."""
+    """Return the tokens of marked spans, at most half of ``size``, and of evenly spread spans for the rest."""
     stop = len(source.transcript) - newest
     marked = _marked(source, stop, size // 2)
     spans = spread_spans(source.prefix, stop, size - sum(high - low for low, high in marked), source.turn)
@@ -174,9 +180,9 @@ def _spread(part: Part, size: int, source: _Source, newest: int) -> list[_Stretc
 
 
 def _marked(source: _Source, stop: int, tokens: int) -> list[tuple[int, int]]:
-    """Choose marked spans before ``stop``, each with its lead, of at most ``tokens`` tokens in total.
+    """Choose marked spans before ``stop``, each with up to ``LEAD`` tokens before it, of at most ``tokens`` in total.
 
-    The first span that is tried changes with the turn.
+    Which span is tried first depends on the turn, so that successive compactions choose different spans.
     """
     found: list[tuple[int, int]] = []
     for low, high in source.marks:
@@ -195,11 +201,11 @@ def _marked(source: _Source, stop: int, tokens: int) -> list[tuple[int, int]]:
 
 
 def spread_spans(first: int, stop: int, tokens: int, turn: int) -> list[tuple[int, int]]:
-    """Return evenly spread spans of ``first .. stop`` with at most ``tokens`` tokens in total.
+    """Return evenly spread spans of the range ``first`` to ``stop - 1``, of at most ``tokens`` tokens in total.
 
-    The range is divided into strata of equal length, and one span is taken from each; a range of at most ``tokens``
-    tokens is returned whole. The place within the strata moves with ``turn`` by the golden ratio, so that successive
-    compactions reach every part of the range.
+    The range is divided into parts of equal length, and one span is taken from each; a range of at most ``tokens``
+    tokens is returned whole. The place of the span within its part moves with ``turn`` by the golden ratio, so that
+    successive compactions reach all tokens of the range.
     """
     length = max(0, stop - first)
     if length <= tokens:

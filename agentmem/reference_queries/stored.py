@@ -1,4 +1,4 @@
-"""Store samples of the model's own queries; their bytes are bounded and count as resident bytes (R)."""
+"""Store samples of the queries of the model's own forwards; their bytes are bounded and count as resident bytes (R)."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from agentmem.queries import Part
 
 NORMS = 16
-"""Newest tokens whose queries a ``random`` part keeps, to give its random directions the same norms."""
+"""The number of newest tokens whose queries a ``random`` part stores, for the norms of its random queries."""
 
 
 class QuerySample:
-    """Keep a sample of one layer's own queries, ``[Hq, n, d]``, in a buffer of fixed size.
+    """Keep queries of one layer from the model's own forwards, ``[Hq, size, d]``, in a buffer of fixed size.
 
-    The sources ``live`` and ``random`` keep the queries of the newest n tokens in a ring; ``random`` uses only their
-    norms. The source ``context`` keeps the query of every ``stride``-th token seen so far; when the buffer is full,
-    every other query is dropped and the stride doubles.
+    The sources ``live`` and ``random`` keep the queries of the newest ``size`` tokens in a ring; ``random`` uses only
+    their norms. The source ``context`` keeps the query of every ``stride``-th token seen so far. When its buffer is
+    full, every other query is dropped and the stride doubles.
     """
 
     def __init__(self, part: Part, layer: LayerShape, size: int, like: torch.Tensor, ledger: Ledger) -> None:
@@ -52,17 +52,18 @@ class QuerySample:
         return int(self.queries.untyped_storage().nbytes())
 
     def tokens(self, seen: int) -> torch.Tensor:
-        """Return the tokens whose queries are kept, ``[filled]`` int32, after ``seen`` tokens were offered."""
+        """Return the numbers of the tokens whose queries are kept after ``seen`` tokens, ``[filled]`` int32."""
         if self.part.source == "context":
             return torch.arange(self.filled, dtype=torch.int32) * self.stride
         places = torch.arange(self.filled, dtype=torch.int32)
         return seen - 1 - (seen - 1 - places) % self.size
 
     def offer(self, queries: torch.Tensor, first: int) -> None:
-        """Copy what belongs into the sample from ``queries [Hq, q, d]`` of tokens ``first, first + 1, …``.
+        """Store those of the given queries that the sample keeps.
 
-        Nothing is allocated. A token's place in the buffer depends on the token's number alone. If a forward was
-        undone and its tokens are offered again, the new queries therefore overwrite the old ones.
+        ``queries [Hq, q, d]`` are those of the tokens ``first, first + 1, …``. Nothing is allocated. A token's place in
+        the buffer depends on the token's number alone. If a forward was undone and its tokens are offered again, the
+        new queries therefore overwrite the old queries.
         """
         offered = self._offer_strided if self.part.source == "context" else self._offer_newest
         offered(queries, first)
@@ -104,8 +105,8 @@ class QuerySample:
     def reference(self, generator: torch.Generator, tokens: int) -> Reference | None:
         """Return the sample as reference queries; ``None`` while it is empty.
 
-        The reference is a view of the kept queries. For the source ``random`` it is a new tensor of ``tokens`` random
-        queries with the norms of the kept ones.
+        The reference has a view of the kept queries. For the source ``random`` it has a new tensor of ``tokens`` random
+        queries per head with the norms of the kept queries.
         """
         if not self.filled:
             return None

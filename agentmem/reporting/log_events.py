@@ -1,4 +1,4 @@
-"""Define every log event with its name and fields; the library emits them and never configures logging."""
+"""Define one function for each log event of the library; the library never configures logging."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LOG = structlog.wrap_logger(
 
 
 def memory_planned(*, cap_bytes: int, capacity: int, rows: int, policy: str) -> None:
-    """Log ``memory_planned``: the plan for a cap is made, and its ``capacity`` in slots is known."""
+    """Log ``memory_planned``: the plan for a cap was made; ``capacity`` is in slots per KV head and row."""
     _LOG.info("memory_planned", cap_bytes=cap_bytes, capacity=capacity, rows=rows, policy=policy)
 
 
@@ -67,9 +67,9 @@ def positions_passed(*, row: int, tokens_seen: int, positions: int) -> None:
 
 
 def request_not_pinned(*, session: str, tokens: int, most: int) -> None:
-    """Log ``request_not_pinned``: a reply begins, but its request could not be pinned and may be compacted meanwhile.
+    """Log ``request_not_pinned``: a reply begins whose request is not pinned, so it may be compacted during the reply.
 
-    The request has been compacted already, or its ``tokens`` exceed the ``most`` that may be pinned.
+    The request has been compacted already, or it has more tokens than may be pinned (``most``).
     """
     _LOG.info("request_not_pinned", session=session, tokens=tokens, most=most)
 

@@ -20,9 +20,10 @@ class LayerReport(_Report):
     slots_before: int
     slots_after: int
     output_error: float | None
-    """Relative L2 error of the segment's local attention output; ``None`` without reference queries."""
+    """Relative L2 error of the attention output over the segment alone; ``None`` without reference queries."""
     log_mass_error: float | None
-    """Mean absolute error of the log of the segment's attention mass; ``None`` without reference queries."""
+    """Mean absolute error of the log-mass: the log of the sum of ``exp(logit)`` over the segment; ``None`` without
+    reference queries."""
     bias_min: float
     bias_max: float
     condition: float
@@ -31,7 +32,7 @@ class LayerReport(_Report):
 
 
 class SpanError(_Report):
-    """Give the errors of the held-out queries of the transcript's tokens ``start .. stop``, over all layers."""
+    """Describe the errors, over all layers, on held-out queries of the transcript's tokens ``start .. stop``."""
 
     start: int
     stop: int
@@ -40,14 +41,15 @@ class SpanError(_Report):
 
 
 class SummaryReport(_Report):
-    """Describe a summary that the model wrote, and that replaced a segment before the segment was compacted."""
+    """Describe a summary, written by the model, that replaced a segment before the compaction."""
 
     text: str
     tokens: int
-    """Tokens of the summary and its lead. Each takes one slot per head until the compactor runs."""
+    """Tokens of the summary and of the text before it (``Rewrite.lead``). Each token takes one slot per head until the
+    summary is compacted."""
     start: int
     stop: int
-    """The summary stands for the tokens ``start .. stop`` of the transcript."""
+    """The summary replaced the tokens ``start .. stop`` of the transcript."""
     position: int
     """Position of the summary's first slot."""
     slots_before: int
@@ -69,20 +71,22 @@ class CompactionReport(_Report):
     bytes_before: int
     bytes_after: int
     bytes_peak: int
-    """Allocated bytes of the whole memory, resident and temporary, before, after and at the peak of the compaction."""
+    """Bytes of the whole memory: resident bytes (R) before and after the compaction, and the peak of resident plus
+    temporary bytes (R + T) during the compaction."""
     queries: str = "none"
     """The sources of the reference queries."""
     outside_cap: bool = False
-    """True if the reference queries came from an oracle whose memory the cap does not bound."""
+    """True if reference queries came from a ``transcript`` probe, whose bytes do not count under the cap."""
     probe_tokens: int
     """Tokens of the transient forward that computed reference queries."""
     seconds: float
     seconds_by_stage: dict[str, float]
     """Seconds by the name of the stage.
 
-    ``probe`` is the transient forward, measured as the time that the other stages leave over; ``probe text`` chooses
-    the tokens that it reads; ``check`` measures held-out errors; the others are ``fit``, ``commit`` and ``headroom``.
-    ``survey`` (only for budgets that compare heads) and ``summary`` (only if one was asked for) may be missing.
+    ``probe text`` is the choice of the probe's tokens. ``probe`` is the probe's forward: all seconds that the other
+    stages do not take. ``fit`` runs the compactor, ``check`` measures held-out errors, ``commit`` replaces slots, and
+    ``headroom`` adds free slots. ``survey`` is missing unless the budgets compare heads; ``summary`` is missing unless
+    the policy asks for a summary.
     """
     layers: Annotated[tuple[LayerReport, ...], FailFast()]
     faults: Annotated[tuple[str, ...], FailFast()] = ()
@@ -90,7 +94,7 @@ class CompactionReport(_Report):
     summary: SummaryReport | None = None
     """The summary that replaced the segment; ``None`` if the policy asked for none or the summary was rejected."""
     worst_spans: tuple[SpanError, ...] = ()
-    """The spans with the greatest errors, among the spans whose queries were held out."""
+    """The spans of the transcript with the greatest errors, among those that have held-out queries; worst first."""
 
     def brief(self) -> CompactionReport:
         """Return a copy of this report without its ``layers`` and ``worst_spans``."""
@@ -117,11 +121,12 @@ class RebaseReport(_Report):
     position_after: int
     """Position of the next token after the re-basing."""
     gap: int
-    """Greatest distance in positions that neighbouring slots kept; the least such value over all heads."""
+    """The limit on the distance between the positions of neighbouring slots. Larger distances shrank to this limit."""
     kl: float | None
-    """KL(before ‖ after) in nats per token of the next-token distributions when the newest tokens are read again.
+    """KL(before ‖ after) in nats per token, between the next-token distributions before and after the re-basing.
 
-    ``None`` if the token ids are not known, or if this re-basing finished one that was interrupted.
+    To compute the distributions, the newest tokens are run again. The value is ``None`` if the token ids are not known,
+    or if this re-basing finished an interrupted one.
     """
     seconds: float
 
@@ -143,7 +148,7 @@ class RunReport(_Report):
     num_prompt_tokens: int
     """Tokens consumed in forwards of more than one token, summed over rows."""
     num_new_tokens: int
-    """Tokens consumed one at a time, summed over rows; the next turn consumes a turn's last sampled token."""
+    """Tokens consumed one at a time, summed over rows. A turn's last sampled token is consumed by the next turn."""
     seconds_compacting: float
     stopped: str | None = None
     """Reason why generation was stopped early; ``None`` if it was not."""

@@ -60,7 +60,7 @@ class UsagePoint:
 class Trace:
     """Hold the events of one run in order.
 
-    Subscribe a trace to a memory to record its events, or get a recorded trace from :func:`read_trace`.
+    Record a memory's events with ``memory.subscribe(trace)``, or read a recorded trace with :func:`read_trace`.
     """
 
     cap_bytes: int | None = None
@@ -80,13 +80,15 @@ class Trace:
             self.points.append(UsagePoint(elapsed, *(int(getattr(event, name)) for name in _USAGE_FIELDS)))
 
     def compacted(self, report: CompactionReport) -> None:
-        """Record one compaction, at the number of tokens seen after the last forward."""
+        """Record one compaction, with the number of tokens that all rows had seen after the last forward."""
         self.compactions.append(report)
         self.compacted_at.append(self.points[-1].tokens_seen if self.points else report.tokens_seen)
 
 
 class TraceWriter:
-    """Write each event to ``path`` when it happens; a file that exists is overwritten.
+    """Write a memory's events to the file ``path``, each when it happens; an existing file is overwritten.
+
+    Record the events with ``memory.subscribe(writer)``.
 
     Raises:
         SettingsRefused: the file cannot be written.
@@ -137,7 +139,7 @@ class TraceWriter:
 
 
 def read_trace(path: Path) -> Trace:
-    """Read the events of a trace file; a last line that was cut off is left out.
+    """Read the events of a trace file; a last line that was cut off is ignored.
 
     Raises:
         SettingsRefused: the file cannot be read, or a complete line is no trace event.

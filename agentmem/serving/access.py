@@ -1,4 +1,4 @@
-"""ASGI middleware that logs and counts every request, also refused ones, without the contents of any body."""
+"""ASGI middleware that logs and counts every request, including refused ones, but never logs a body."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from agentmem.serving.gate import Application, Receive, Scope, Send
 from agentmem.serving.metrics import Metrics
 
 _OWNER = 8
-"""Digits of the owner's key digest that the log shows."""
+"""Number of digits of the owner's key digest that the log shows."""
 _PATH = 200
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 NO_STATUS = 499
@@ -19,14 +19,14 @@ NO_STATUS = 499
 
 
 class Access:
-    """The outermost middleware: counts and logs each HTTP request when it ends."""
+    """The outermost middleware, which counts and logs each HTTP request when the request ends."""
 
     def __init__(self, app: Application, metrics: Metrics) -> None:
-        """Wrap ``app``; requests are counted in ``metrics``."""
+        """Wrap the application ``app``, and count its requests in ``metrics``."""
         self.app, self.metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, then count and log its status, duration and bytes."""
+        """Pass a request to the application; then count it, and log its status, duration and bytes."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -53,7 +53,7 @@ class Access:
 
 
 class _Seen:
-    """Wraps ``receive`` and ``send`` of a request to note its status and the bytes of both bodies."""
+    """Wrapper of one request's ``receive`` and ``send`` that notes the HTTP status and the bytes of both bodies."""
 
     def __init__(self, receive: Receive, send: Send) -> None:
         self._receive, self._send = receive, send

@@ -23,7 +23,10 @@ from agentmem.serving.server import Server
 
 
 def create_app(server: Server) -> FastAPI:
-    """Make the ASGI application. Its shutdown calls ``server.close()``; the caller closes the runtime."""
+    """Return the ASGI application with all routes of ``server``.
+
+    When the application shuts down, it calls ``server.close()``. The caller must close the runtime afterwards.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

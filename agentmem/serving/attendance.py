@@ -1,4 +1,4 @@
-"""Functions that run a turn for one HTTP request and end the turn when the client disconnects."""
+"""Functions that run a turn (a request to the model) for one HTTP request, until its end or until the client leaves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from agentmem.serving.server import Server
 from agentmem.serving.turns import Request, Turn
 
 GRACE = 10.0
-"""Seconds during which the HTTP status waits for the first piece.
+"""Seconds for which a streamed request waits for its turn's first piece before the HTTP status is sent.
 
 An error within this time becomes an HTTP status; a later error becomes an event of the stream.
 """
@@ -24,11 +24,11 @@ CLIENT_LEFT = 499
 
 @asynccontextmanager
 async def turn_of(server: Server, request: Request) -> AsyncIterator[Turn]:
-    """Run a turn, and end it when the block ends.
+    """Start a turn, yield it, and end it when the ``async with`` block ends.
 
     Raises:
-        RequestRefused: status 503, the server is shutting down; status 400, the reply cannot be held to the requested
-            form.
+        RequestRefused: status 503 if the server is shutting down; status 400 if the reply cannot be constrained to
+            the requested form.
 
     """
     if server.closing:
@@ -45,7 +45,9 @@ async def turn_of(server: Server, request: Request) -> AsyncIterator[Turn]:
 
 
 async def ended(server: Server, request: Request, http: HttpRequest) -> tuple[list[Piece], Ended]:
-    """Run a turn to its end and return all its pieces and the last one; end it early if the client disconnects.
+    """Run a turn to its end; return the list of all its pieces, and the last piece again.
+
+    If the client disconnects first, the turn is stopped.
 
     Raises:
         AgentmemError: the turn failed, or the client disconnected.
@@ -78,12 +80,13 @@ async def _left(http: HttpRequest) -> None:
 
 
 async def begun(server: Server, request: Request) -> tuple[AsyncGenerator[Piece], Begun | None]:
-    """Start a turn; return an iterator over its pieces, and :class:`Begun` if it came within :data:`GRACE` seconds.
+    """Start a turn, and wait up to :data:`GRACE` seconds for its first piece, a :class:`Begun`.
 
-    The caller closes the iterator, which ends the turn. A ``Begun`` that is returned is not yielded again.
+    Return an iterator over the pieces, and the ``Begun`` piece if it came in time, else ``None``. The iterator does not
+    yield a returned ``Begun`` again. The caller must close the iterator, which ends the turn.
 
     Raises:
-        AgentmemError: the turn failed within these seconds.
+        AgentmemError: the turn failed within :data:`GRACE` seconds.
 
     """
     pieces = _pieces(server, request)
@@ -108,7 +111,7 @@ async def _pieces(server: Server, request: Request) -> AsyncGenerator[Piece]:
 
 
 async def _resumed(first: asyncio.Future[Piece], rest: AsyncGenerator[Piece]) -> AsyncGenerator[Piece]:
-    """Yield the first piece when it comes, then the rest."""
+    """Wait for the first piece of a turn and yield it, then yield the remaining pieces."""
     try:
         yield await first
         async for piece in rest:

@@ -49,11 +49,11 @@ class CompletionRequest(Parameters):
     stream_options: StreamOptions | None = None
 
     def asks(self, owner: str, tokenizer: Any) -> turns.Request:
-        """Convert the body to a request to the model.
+        """Convert the body to the request of a turn that reads the prompt as raw token ids.
 
         Raises:
             RequestRefused: there is no prompt or more than one, or a field cannot be served.
-            UnknownPolicy, SettingsRefused: there is no such policy.
+            UnknownPolicy, SettingsRefused: the policy does not exist, or its options are wrong.
 
         """
         prompt = self.prompt
@@ -79,10 +79,10 @@ def _ids(prompt: str | list[Any], tokenizer: Any) -> list[int]:
 
 
 class CompletionAnswer:
-    """Builds the JSON objects of one completion, whole or in chunks with a common id."""
+    """Builder of the JSON of one completion: one whole object, or stream chunks with a common id."""
 
     def __init__(self, model: str, *, usage: bool = False) -> None:
-        """Begin an answer under a new id; with ``usage`` a stream ends with a chunk of token counts."""
+        """Begin an answer with a new id; if ``usage`` is true, a stream ends with a chunk of token counts."""
         self._head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
@@ -92,17 +92,17 @@ class CompletionAnswer:
         self._usage = usage
 
     def whole(self, end: Ended) -> dict[str, Any]:
-        """Return the whole completion."""
+        """Return the completion of a turn that has ended, as one object."""
         return {**self.piece(end.text, end), "usage": end.usage.chat(), "agentmem": end.facts}
 
     def piece(self, text: str, end: Ended | None = None) -> dict[str, Any]:
-        """Return an object with a piece of the text, and with the finish reason if ``end`` is given."""
+        """Return the object for a piece of the text; it includes the finish reason if ``end`` is given."""
         reason = None if end is None else "stop" if end.reason == "stop" else "length"
         choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
         return {**self._head, "choices": [choice]}
 
     def last(self, end: Ended) -> list[dict[str, Any]]:
-        """Return the last chunks: the finish reason, then the token counts if asked for."""
+        """Return the chunks that follow the text: the finish reason, then token counts if asked for."""
         chunks = [self.piece("", end) | {"agentmem": end.facts}]
         return [*chunks, {**self._head, "choices": [], "usage": end.usage.chat()}] if self._usage else chunks
 
@@ -127,7 +127,10 @@ def router(server: Server) -> APIRouter:
 
 
 async def _chunks(answer: CompletionAnswer, pieces: AsyncGenerator[Piece]) -> AsyncGenerator[bytes]:
-    """Yield the events of the stream; an error is sent as an event before ``[DONE]``."""
+    """Yield the server-sent events of a streamed completion, up to ``[DONE]``.
+
+    If the turn fails, an event with the error precedes ``[DONE]``.
+    """
     async with aclosing(pieces):
         try:
             async for piece in pieces:

@@ -13,7 +13,7 @@ HEAD_SECONDS = 15.0
 
 
 class Impatient(H11Protocol):
-    """uvicorn's h11 protocol with a time limit for the heads of requests; uvicorn itself limits only their bytes."""
+    """uvicorn's h11 protocol with a time limit for the head of each request; uvicorn limits only the head's size."""
 
     _waiting: asyncio.TimerHandle | None = None
 
@@ -23,7 +23,7 @@ class Impatient(H11Protocol):
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        """Stop the timer when the head of a request is complete."""
+        """Process received data, and stop the timer when the head of a request is complete."""
         super().data_received(data)
         self._watch()
 
@@ -33,7 +33,7 @@ class Impatient(H11Protocol):
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the timer."""
+        """Stop the timer when the connection is closed."""
         super().connection_lost(exc)
         self._forget()
 
@@ -60,6 +60,6 @@ class Impatient(H11Protocol):
 
 
 def allow_many() -> None:
-    """Raise the limit of open files and connections of this process to the most that its user may set."""
+    """Raise this process's limit of open files, and so of connections, to the operating system's hard limit."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

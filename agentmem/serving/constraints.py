@@ -1,7 +1,7 @@
-"""Constrained replies, which must be a tool call or JSON that fits a schema, by means of the package llguidance.
+"""Constrained replies: the package llguidance forces a reply to be a tool call, or JSON that fits a schema.
 
-A grammar is made from the schemas of a request and checked before the turn begins. During the reply it decides which
-tokens are allowed next.
+A grammar is made from the schemas of a request, and checked before the turn begins. While the reply is decoded, the
+grammar decides which tokens are allowed next.
 """
 
 from __future__ import annotations
@@ -19,25 +19,29 @@ if TYPE_CHECKING:
     from agentmem.serving.tools import Function
 
 _PLAIN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""White space of JSON as models write it. If more were allowed, a small model could write white space without end."""
+"""White space that the JSON of a reply may have, as models usually write it.
+
+If more white space were allowed, a small model could write white space without end.
+"""
 
 
 _NONE = {"type": "object", "properties": {}}
-"""Schema for a tool that comes without a schema."""
+"""Schema for the arguments of a tool whose request gives no schema: an object without properties."""
 
 
 class Constraints:
-    """Makes grammars for one tokenizer. llguidance analyses the tokenizer when the first grammar is made."""
+    """Maker of grammars for one tokenizer. llguidance analyses the tokenizer when the first grammar is made."""
 
     def __init__(self, tokenizer: Any, writes: ToolFormat | None) -> None:
-        """Take a tokenizer, and in ``writes`` the format in which the model writes tool calls."""
+        """Set the tokenizer, and ``writes``, the format in which the model writes tool calls, if known."""
         self._tokenizer, self._format = tokenizer, writes
         self._tokens: Any = None
 
     def of(self, forced: Sequence[Function], schema: Mapping[str, Any] | None, param: str) -> str | None:
-        """Return the grammar for a reply that must call one of ``forced`` or fit ``schema``; ``None`` without either.
+        """Return the grammar that a reply must follow, or ``None`` if the reply is not constrained.
 
-        ``param`` names the field of the request in errors about the schema.
+        If there are ``forced`` tools, the reply must call one of them. Otherwise, if there is a ``schema``, the reply
+        must be JSON that fits the schema. Errors about the schema name the request's field ``param``.
 
         Raises:
             RequestRefused: see :meth:`of_calls` and :meth:`of_schema`.
@@ -48,10 +52,11 @@ class Constraints:
         return None if schema is None else self.of_schema(schema, param)
 
     def of_calls(self, tools: Sequence[Function], param: str = "tool_choice") -> str:
-        """Return a grammar for exactly one call of one of the tools.
+        """Return a grammar that allows exactly one call of one of ``tools``.
 
         Raises:
-            RequestRefused: the chat template has no known format of calls, or llguidance does not support a schema.
+            RequestRefused: the format in which the model writes tool calls is unknown, or llguidance does not support
+                the schema of a tool.
 
         """
         if self._format is None:
@@ -66,7 +71,7 @@ class Constraints:
         return self._checked("\n".join([start, *rules]), param)
 
     def of_schema(self, schema: Mapping[str, Any], param: str) -> str:
-        """Return a grammar for JSON that fits a schema.
+        """Return a grammar that allows only JSON that fits ``schema``.
 
         Raises:
             RequestRefused: the schema is invalid, or llguidance does not support it.
@@ -75,7 +80,7 @@ class Constraints:
         return self._checked(f"start: {_json(schema)}", param)
 
     def follow(self, grammar: str) -> Following:
-        """Return a logits processor that holds one reply to the grammar."""
+        """Return a logits processor that constrains one reply to the grammar."""
         from llguidance import LLMatcher
 
         return Following(LLMatcher(self._known(), LLMatcher.grammar_from_lark(grammar)))
@@ -92,7 +97,7 @@ class Constraints:
         return grammar
 
     def _written(self, text: str) -> str:
-        """Return the grammar expression for a literal text, with special tokens written as token ids."""
+        """Return the grammar expression for a literal text; special tokens in the text are written as token ids."""
         tokenizer = self._tokenizer
         special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         found = next((mark for mark in special if mark in text), None)
@@ -138,9 +143,9 @@ def _json(schema: Mapping[str, Any]) -> str:
 
 
 def _closed(schema: Any) -> Any:
-    """Copy a schema so that its objects allow only the properties that they name.
+    """Return a copy of a schema in which objects may have only the properties that the schema names.
 
-    Objects that set ``additionalProperties`` or ``patternProperties`` themselves keep these settings.
+    An object schema that sets ``additionalProperties`` or ``patternProperties`` itself keeps its setting.
     """
     if not isinstance(schema, dict):
         return schema

@@ -1,4 +1,4 @@
-"""The conversations that a server holds: the choice of one for a request, and of those to forget."""
+"""The conversations that a server holds, and the choice of conversations to continue and to forget."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 @dataclass(slots=True, eq=False)
 class Conversation:
-    """One held conversation.
+    """A conversation that the server holds.
 
-    ``session`` is ``None`` before the first turn, and while the memory is only on disk in ``folder``.
+    ``session`` is ``None`` before the first turn, and while the memory exists only on disk in ``folder``.
     """
 
     id: str
@@ -34,9 +34,9 @@ class Conversation:
     """The ``prompt_cache_key`` that a request must have to continue this conversation."""
     recipe: Recipe
     history: list[str] = field(default_factory=list)
-    """Digests of all messages that the session read or wrote."""
+    """Digests of all messages that the session read or wrote, in order."""
     anchors: dict[str, int] = field(default_factory=dict)
-    """Number of history entries that each compaction item stands for, by the marker of the item."""
+    """Number of history entries that a compaction item stands for; the key is the item's marker."""
     session: Session | None = None
     folder: Path | None = None
     used: float = field(default_factory=time.time)
@@ -46,23 +46,26 @@ class Conversation:
     lead: str | None = None
     """Digest of the instructions that the conversation began with."""
     since_item: int = 0
-    """Tokens that the newest compaction item stands for."""
+    """Number of tokens that the newest compaction item stands for; 0 without an item."""
     open: bool = False
-    """Whether a reply was begun and has no token yet; then only a request without new messages can continue."""
+    """True if a reply was begun but has no token yet.
+
+    Then only a request without new messages can continue the conversation.
+    """
     busy: bool = False
     life: Life = field(default_factory=Life)
     """The history of the memory's size, for the dashboard."""
 
 
 class Conversations:
-    """All held conversations, by owner and id. Call all methods on the event loop's thread; none of them blocks."""
+    """All held conversations, by owner and id. Call the methods on the event loop's thread; no method blocks."""
 
     def __init__(self, most: int, quota_bytes: int, forget_after: float) -> None:
-        """Begin without conversations; for the limits see :class:`agentmem.serving.settings.ServerSettings`."""
+        """Begin without conversations; :class:`agentmem.serving.settings.ServerSettings` explains the limits."""
         self.most, self.quota_bytes, self.forget_after = most, quota_bytes, forget_after
         self._held: dict[tuple[str, str], Conversation] = {}
         self.replaced: list[Conversation] = []
-        """Conversations whose names new ones took; the reader of this list closes and removes them."""
+        """Conversations whose names new conversations took; :meth:`Server.sweep` closes them and empties this list."""
 
     def __iter__(self) -> Iterator[Conversation]:
         """Iterate over a copy of the list of all held conversations."""
@@ -82,14 +85,23 @@ class Conversations:
         label: str | None = None,
         any_recipe: bool = False,
     ) -> tuple[Conversation, int]:
-        """Choose the conversation for a request, mark it busy, and count the messages that it holds already.
+        """Choose or begin the conversation for a request, and mark the conversation as busy.
 
-        The conversation that holds the most of the ``wanted`` messages is chosen. If none holds any, a new one begins
-        and the number is 0. With ``any_recipe`` the conversation may have another recipe, and may begin with
-        instructions that the request leaves out.
+        Return the conversation, and how many of the ``wanted`` messages (their digests) it holds already. The
+        conversation that holds most of them is chosen. If no conversation can be continued, a new one begins and the
+        number is 0.
+
+        Args:
+            owner: The owner of the request.
+            recipe: The recipe that the conversation must have.
+            wanted: Digests of all messages of the request.
+            name: If given, only the conversation of this name can be continued, whatever its label.
+            label: Without a name, the label that the conversation must have.
+            any_recipe: Also accept a conversation that has another recipe, or that begins with instructions that the
+                request leaves out.
 
         Raises:
-            RequestRefused: ``name`` is not a valid name, or the conversation of that name is in mid-turn.
+            RequestRefused: ``name`` is not a valid name, or the conversation of that name is busy with another turn.
 
         """
         best: tuple[Conversation, int] | None = None
@@ -132,16 +144,19 @@ class Conversations:
         conversation.busy, conversation.used = False, time.time()
 
     def forget(self, conversation: Conversation) -> None:
-        """Remove a conversation from the held ones; the caller closes its session."""
+        """Remove a conversation from the held conversations; the caller must close the conversation's session."""
         if self._held.get((conversation.owner, conversation.id)) is conversation:
             del self._held[conversation.owner, conversation.id]
 
     def hold(self, conversation: Conversation) -> None:
-        """Add a conversation that was saved in a file."""
+        """Add a conversation that an earlier server saved on disk."""
         self._held[conversation.owner, conversation.id] = conversation
 
     def surplus(self) -> list[Conversation]:
-        """Return the conversations that exceed the limits of time, number or bytes, the longest idle first."""
+        """Return the idle conversations to forget, so that the limits of idle time, number and bytes are kept.
+
+        The conversation that was idle longest comes first.
+        """
         idle = sorted((each for each in self if not each.busy), key=lambda each: each.used)
         count, size, now = len(self), sum(each.bytes for each in self), time.time()
         found = []
@@ -165,8 +180,9 @@ class Like:
 def _continues(each: Conversation, like: Like, wanted: list[str], *, unled: bool = False) -> int | None:
     """Return how many of a request's messages a conversation holds, or ``None`` if the request cannot continue it.
 
-    ``wanted`` are the request's messages; ``like`` are properties that the conversation must share with the request.
-    With ``unled`` the conversation may begin with instructions that are not among the wanted messages.
+    ``wanted`` are the digests of the request's messages. ``like`` holds the properties that the conversation must share
+    with the request. With ``unled``, the conversation may begin with instructions that are not among the wanted
+    messages.
     """
     if each.busy or Like(each.owner, each.recipe, each.label) != like:
         return None

@@ -1,4 +1,4 @@
-"""A response of server-sent events that ends its turn when the client disconnects or reads too slowly."""
+"""An HTTP response of server-sent events, which ends early if the client disconnects or reads too slowly."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ PING = 15.0
 
 
 def event(data: Mapping[str, Any] | str, name: str | None = None) -> bytes:
-    """Return the bytes of one event whose data is JSON, or a word such as ``[DONE]``."""
+    """Return one server-sent event as bytes; ``data`` is an object to write as JSON, or a word such as ``[DONE]``."""
     text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     return (f"event: {name}\n" if name else "").encode() + f"data: {text}\n\n".encode()
 
 
 class EventStream(Response):
-    """A response of server-sent events. The iterator ``events`` is always closed before the response ends."""
+    """An HTTP response of server-sent events. The iterator ``events`` is always closed before the response ends."""
 
     media_type = "text/event-stream"
 
@@ -34,7 +34,7 @@ class EventStream(Response):
         self.raw_headers = [pair for pair in self.raw_headers if pair[0] != b"content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  # ASGI
-        """Send until the events end, the client disconnects, or the client reads too slowly."""
+        """Send the events until they end, the client disconnects, or the client reads too slowly."""
         leaving = asyncio.create_task(_left(receive))
         try:
             async with aclosing(self._events) as events:  # type: ignore[type-var]  # a generator
@@ -46,7 +46,7 @@ class EventStream(Response):
             leaving.cancel()
 
     async def _all(self, events: AsyncIterator[bytes], send: Send, leaving: asyncio.Task[None]) -> bool:
-        """Send all events; return ``False`` if the client disconnected before the last one."""
+        """Send all events; return ``False`` if the client disconnected before the last event."""
         coming = asyncio.ensure_future(anext(events, None))
         try:
             while True:

@@ -1,4 +1,4 @@
-"""The form that a request asks of a reply: text, any JSON object, or JSON that fits a given schema."""
+"""The form that a request demands of its reply: text, any JSON object, or JSON that fits a given schema."""
 
 from __future__ import annotations
 
@@ -27,13 +27,15 @@ class Form(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _flat(cls, given: Any) -> Any:
-        """Move the fields that a chat completion has under ``json_schema`` up one level, where a response has them."""
+        """Convert the chat format, which has the schema's fields under ``json_schema``, to the format of a response."""
         if isinstance(given, dict) and isinstance(given.get("json_schema"), dict):
             return {"type": given.get("type"), **given["json_schema"]}
         return given
 
     def wanted(self, param: str) -> dict[str, Any] | None:
-        """Return the schema that a reply must fit, or ``None`` for text; ``param`` names the field in errors.
+        """Return the JSON schema that a reply must fit, or ``None`` if the reply is text.
+
+        Errors name the request's field ``param``.
 
         Raises:
             RequestRefused: the schema is not a valid JSON schema.

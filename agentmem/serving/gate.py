@@ -1,4 +1,4 @@
-"""Checks of a request before any route: its API key, the number of requests at work, and the size of its body."""
+"""Checks of each request before its route: the API key, the number of running requests, and the size of the body."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN = frozenset({"/health", "/ready"})
-"""Routes that need no key, since they reveal no user's data."""
+"""Routes that need no API key, since they reveal no user's data."""
 
 
 class Gate:
-    """ASGI middleware that admits or refuses requests, and sets ``request.state.owner`` to the owner of the key."""
+    """ASGI middleware that admits or refuses requests, and notes the API key's owner in ``request.state.owner``."""
 
     def __init__(
         self, app: Application, settings: ServerSettings, keys: ApiKeys, also_open: frozenset[str] = frozenset()
     ) -> None:
-        """Wrap ``app``; the routes ``also_open`` need no key, like those of :data:`OPEN`."""
+        """Wrap the application ``app``; the routes in :data:`OPEN` and in ``also_open`` need no API key."""
         self.app, self.settings, self.keys = app, settings, keys
         self._open = OPEN | also_open
         self.requests = 0
         """Number of POST requests that are running or waiting."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Check a request, and pass it on or answer it with an error."""
+        """Check a request; pass it to the application if it is admitted, otherwise answer with an error."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -67,10 +67,10 @@ class Gate:
             self.requests -= 1
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
-        """Receive the whole body; ``None`` if the client disconnected first.
+        """Receive and return the whole body; return ``None`` if the client disconnected first.
 
         Raises:
-            RequestRefused: status 413, the body is too large; 408, it took too long to arrive.
+            RequestRefused: status 413 if the body is too large; status 408 if the body took too long to arrive.
 
         """
         most = self.settings.max_body_bytes
@@ -106,7 +106,7 @@ class Gate:
 
 
 def _again(body: bytes, receive: Receive) -> Receive:
-    """Return a ``receive`` callable that gives the body already read, and then the messages that follow."""
+    """Return a ``receive`` callable that first gives the body, which was read already, and then later messages."""
     given = False
 
     async def next_message() -> MutableMapping[str, Any]:

@@ -1,4 +1,4 @@
-"""The messages of a conversation as digests, which suffice to decide whether a request continues it."""
+"""Digests of a conversation's messages, which suffice to decide whether a request continues the conversation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DIGITS = 32
 
 
 def digest(message: Message) -> str:
-    """Return the digest of a message; the order of a call's arguments does not change it."""
+    """Return the digest of a message; the order of a tool call's arguments does not matter."""
     calls = [
         [call.get("id"), function.get("name"), function.get("arguments")]
         for call in message.tool_calls or ()
@@ -27,15 +27,20 @@ def digest(message: Message) -> str:
 
 
 def marker(item: str) -> str:
-    """Return the marker of the compaction item with id ``item``, used in place of the digests of its messages."""
+    """Return the marker that replaces, in a list of digests, the messages that a compaction item stands for.
+
+    ``item`` is the id of the compaction item.
+    """
     return f"item:{item}"
 
 
 def extends(held: Sequence[str], wanted: Sequence[str], anchors: dict[str, int]) -> int | None:
-    """Return how many of the ``wanted`` messages a conversation holds, or ``None`` if it holds any other message.
+    """Return how many entries of ``wanted`` a conversation holds, or ``None`` if the request does not continue it.
 
-    ``anchors`` maps the marker of a compaction item to the number of ``held`` messages that the item stands for. If
-    ``wanted`` begins with such a marker, the rest of ``wanted`` is compared with the ``held`` messages after these.
+    ``held`` are the digests of all messages of the conversation; ``wanted`` are those of the request. The request
+    continues the conversation if ``wanted`` begins with all of ``held``. The first entry of ``wanted`` may be a
+    compaction item's marker, which ``anchors`` maps to the number of ``held`` messages that the item stands for. The
+    other entries are then compared with the ``held`` messages after these.
     """
     if wanted and wanted[0] in anchors:
         rest, start = list(held[anchors[wanted[0]] :]), 1

@@ -1,7 +1,8 @@
-"""Compaction items: each is a saved memory, and an encrypted, authenticated token with the id of that memory.
+"""Compaction items: each is a memory saved on disk, and an encrypted token that contains the id of this memory.
 
-The token reveals nothing without the server's key. It can be used only with the API key, the model weights, the
-tokenizer and the chat template for which it was made. It has the Fernet format of the package ``cryptography``.
+The token is authenticated, and reveals nothing without the server's key. It can be used only with the API key, the
+model weights, the tokenizer and the chat template for which it was made. It has the Fernet format of the package
+``cryptography``.
 """
 
 from __future__ import annotations
@@ -40,19 +41,21 @@ class Item:
 
 
 class Items:
-    """Makes compaction items of sessions, and finds the memories of items by their tokens."""
+    """The compaction items of a server: makes an item from a session, and finds an item by its token."""
 
     def __init__(self, kept: Kept, keys: list[bytes], identity: Mapping[str, str], seconds: float) -> None:
-        """Set the place, the keys and the validity of items.
+        """Set where items are kept, the keys of their tokens, and how long items are valid.
 
-        The first of ``keys`` encrypts new tokens; all of them decrypt. ``identity`` is that of the runtime. An item is
-        valid for ``seconds``.
+        The first of ``keys`` encrypts new tokens; tokens made with any of the keys can be read. ``identity`` identifies
+        the runtime's model weights, tokenizer and chat template. An item is valid for ``seconds``.
         """
         self.kept, self._cipher, self._seconds = kept, MultiFernet([Fernet(key) for key in keys]), seconds
         self._identity = hashlib.sha256(json.dumps(dict(identity), sort_keys=True).encode()).hexdigest()
 
     def make(self, conversation: Conversation, session: Session) -> tuple[str, str]:
-        """Save the present memory of a session as an item; return its id and token. Waits for a forward that runs.
+        """Save the present memory of a session as an item; return the item's id and token.
+
+        A forward pass that is running is awaited first.
 
         Raises:
             AgentmemError: the memory cannot be written.
@@ -65,11 +68,11 @@ class Items:
         return name, self._cipher.encrypt(json.dumps(said).encode()).decode()
 
     def find(self, token: str, owner: str) -> Item:
-        """Find the item of a token, with its memory.
+        """Return the compaction item that a token names.
 
         Raises:
-            RequestRefused: status 400, the token is forged, damaged, expired or of another model; 403, it was made for
-                another API key; 404, its memory was deleted.
+            RequestRefused: status 400 if the token is forged, damaged, expired or of another model; status 403 if the
+                token was made for another API key; status 404 if the memory was deleted.
 
         """
         said = self._read(token)
@@ -112,7 +115,9 @@ def _refused(why: str, status: int, code: str) -> RequestRefused:
 
 
 def read_keys(path: Path) -> list[bytes]:
-    """Read the keys of a file, one per line, the newest first; create the file with one new key if it is missing.
+    """Read the item keys from a file, one per line, the newest first.
+
+    If the file is missing, it is created with one new key.
 
     Raises:
         SettingsRefused: the file cannot be read or created, or holds no valid keys.

@@ -1,4 +1,4 @@
-"""Memories on disk: those of conversations that the next server restores, and those of compaction items."""
+"""Memories on disk: those of conversations, which the next server restores, and those of compaction items."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _RECORD, _MEMORY = "record.json", "memory"
 _BEFORE = ".before-"
-"""Prefix of the old folder of a memory while the new folder takes its place."""
+"""Prefix that a memory's old folder has while a new folder replaces it."""
 
 
 class Record(BaseModel):
@@ -49,18 +49,18 @@ class Record(BaseModel):
 
     @classmethod
     def of(cls, conversation: Conversation) -> Record:
-        """Make the record of a conversation: everything except its memory."""
+        """Return the record of a conversation, which has everything except the memory."""
         names = ("id", "owner", "label", "anchors", "used", "bytes", "lead", "since_item", "open")
         own = {name: getattr(conversation, name) for name in names}
         return cls(**own, **asdict(conversation.recipe), history=tuple(conversation.history))
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe for the session of this record."""
+        """The recipe (the session's arguments) of the recorded conversation."""
         return Recipe(self.policy, self.settings, self.tools, self.options)
 
     def conversation(self, folder: Path) -> Conversation:
-        """Make the conversation of this record, with its memory in ``folder``."""
+        """Return the recorded conversation, whose memory is in ``folder``; no session is opened."""
         made = Conversation(self.id, self.owner, self.label, self.recipe, list(self.history), dict(self.anchors))
         made.folder, made.used, made.bytes = folder, self.used, self.bytes
         made.lead, made.since_item, made.open = self.lead, self.since_item, self.open
@@ -68,10 +68,10 @@ class Record(BaseModel):
 
 
 class Kept:
-    """Memories saved by name under one folder. Each is complete, or not there at all."""
+    """Memories that are saved by name in one folder. A memory is either saved completely or not at all."""
 
     def __init__(self, folder: Path) -> None:
-        """Create the folder, readable only by the user, and delete or undo what an earlier server left unfinished."""
+        """Create the folder, readable only by the user, and clean up writes that an earlier server left unfinished."""
         self.folder = folder
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for path in folder.glob(".making-*"):
@@ -80,10 +80,12 @@ class Kept:
             self._settle(path.name.removeprefix(_BEFORE))
 
     def keep(self, name: str, session: Session, record: Record) -> Path:
-        """Save a session under a name, replace the memory that had this name, and return the path of the memory.
+        """Save a session and its record under a name, and return the path of the saved memory.
+
+        An older memory of this name is replaced.
 
         Raises:
-            AgentmemError: the session cannot be written; the memory that had the name is still there.
+            AgentmemError: the session cannot be written; an older memory of this name is still there.
             RuntimeBusy: the runtime is busy; try again later.
 
         """
@@ -102,7 +104,10 @@ class Kept:
         return self.memory(name)
 
     def _settle(self, name: str) -> None:
-        """Delete the old folder of a memory if a new one took its place; otherwise give it its name back."""
+        """Finish or undo the replacement of a memory.
+
+        The old folder is deleted if the new folder is in place. Otherwise the old folder gets its name back.
+        """
         before = self.folder / f"{_BEFORE}{name}"
         if (self.folder / name).exists():
             shutil.rmtree(before, ignore_errors=True)
@@ -110,11 +115,11 @@ class Kept:
             before.rename(self.folder / name)
 
     def memory(self, name: str) -> Path:
-        """Return the path of the memory of that name."""
+        """Return the path of the memory with this name."""
         return self.folder / name / _MEMORY
 
     def record(self, name: str) -> Record | None:
-        """Read the record of the memory of that name; ``None`` if there is none or it cannot be read."""
+        """Return the record of the memory with this name, or ``None`` if no record can be read."""
         try:
             return Record.model_validate_json((self.folder / name / _RECORD).read_bytes())
         except FileNotFoundError:
@@ -124,7 +129,7 @@ class Kept:
             return None
 
     def drop(self, name: str) -> None:
-        """Delete the memory of that name, if there is one."""
+        """Delete the memory with this name, if there is such a memory."""
         shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def names(self) -> Iterator[str]:
@@ -132,9 +137,9 @@ class Kept:
         return (path.name for path in sorted(self.folder.iterdir()) if not path.name.startswith("."))
 
     def sweep(self, seconds: float, quota_bytes: int) -> None:
-        """Delete memories older than ``seconds``, and the oldest ones beyond ``quota_bytes``.
+        """Delete memories that are older than ``seconds``, and the oldest memories beyond ``quota_bytes`` in total.
 
-        The quota does not apply to the newest memory.
+        The quota never deletes the newest memory.
         """
         found = sorted(((_written(self.folder / name), name) for name in self.names()), reverse=True)
         size, now = 0, time.time()
@@ -145,7 +150,10 @@ class Kept:
 
 
 def conversation_name(conversation: Conversation) -> str:
-    """Return the folder name of a conversation: a digest, since ids come from clients and are unsafe as file names."""
+    """Return the folder name of a conversation: a digest of its owner and id.
+
+    Ids come from clients, and are therefore unsafe as file names.
+    """
     return hashlib.sha256(f"{conversation.owner}\n{conversation.id}".encode()).hexdigest()[:32]
 
 

@@ -1,4 +1,7 @@
-"""API keys, which identify the owner of a request; only digests are kept, and are compared in constant time."""
+"""API keys, which identify the owner of a request.
+
+Only the digests of the keys are kept. They are compared in constant time.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ class ApiKeys:
     """The keys that a server accepts. Owners are identified by the digests of their keys."""
 
     def __init__(self, keys: tuple[str, ...] = ()) -> None:
-        """Take the accepted keys; without any, every request has the owner :data:`LOCAL`.
+        """Set the accepted keys; if there are no keys, every request has the owner :data:`LOCAL`.
 
         Raises:
             SettingsRefused: a key is too short, contains white space, or is not ASCII.
@@ -53,11 +56,11 @@ class ApiKeys:
 
     @property
     def required(self) -> bool:
-        """Whether every request must carry a key."""
+        """True if every request must carry a key."""
         return bool(self._digests)
 
     def owner(self, authorization: str | None) -> str:
-        """Return the owner of a request from its ``Authorization`` header.
+        """Return the owner of a request, found by the key in its ``Authorization`` header.
 
         Raises:
             RequestRefused: status 401, the key is missing or not accepted.

@@ -1,4 +1,4 @@
-"""Running a server: its socket, its lock on the state folder, and the lines that users paste into a client."""
+"""Functions to run a server: check of API keys, lock on the state folder, socket, and example code for clients."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def check_keys(host: str, keys: ApiKeys) -> None:
 
 @contextmanager
 def alone(state: Path | None) -> Iterator[None]:
-    """Lock a state folder for one server while the block runs; ``None`` locks nothing.
+    """Lock a server's state folder while the block runs, so that no other server uses it; ``None`` locks nothing.
 
     Raises:
-        SettingsRefused: another server has locked the folder, or it cannot be written.
+        SettingsRefused: another server has locked the folder, or the folder cannot be written.
 
     """
     if state is None:
@@ -76,10 +76,10 @@ def alone(state: Path | None) -> Iterator[None]:
 
 @contextmanager
 def listening(host: str, port: int) -> Iterator[socket.socket]:
-    """Open a listening socket for the block; port 0 means any free port.
+    """Open a listening socket while the block runs; port 0 means any free port.
 
     Raises:
-        SettingsRefused: the socket cannot listen there.
+        SettingsRefused: the socket cannot listen on this host and port.
 
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -94,7 +94,7 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
 
 
 def read_template(name: str) -> str:
-    """Read a chat template: by its name if the package has one of that name, otherwise from a file.
+    """Return the text of a chat template: a template of this package by its name, otherwise the file at path ``name``.
 
     Raises:
         SettingsRefused: the file cannot be read, or is not UTF-8 text.
@@ -110,10 +110,12 @@ def read_template(name: str) -> str:
 
 
 def serve(server: Server, host: str, port: int, announce: Callable[[str], None]) -> None:
-    """Serve until the process gets SIGINT or SIGTERM; ``announce`` is called with the base URL first.
+    """Serve until the process receives SIGINT or SIGTERM.
+
+    Before the first request is accepted, ``announce`` is called with the base URL.
 
     Raises:
-        SettingsRefused: see :func:`check_keys`, :func:`listening`.
+        SettingsRefused: see :func:`check_keys` and :func:`listening`.
         CapTooSmall: the cap is too small for a conversation.
 
     """
@@ -135,14 +137,14 @@ def serve(server: Server, host: str, port: int, announce: Callable[[str], None])
 
 
 def base_url(made: socket.socket) -> str:
-    """Return the URL under which clients reach a listening socket, ending in ``/v1``."""
+    """Return the URL at which clients reach a listening socket; the URL ends in ``/v1``."""
     host, port = made.getsockname()[:2]
     shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  # the loopback address reaches it too
     return f"http://{f'[{shown}]' if ':' in shown else shown}:{port}/v1"
 
 
 def to_paste(url: str, model: str, *, keys: bool) -> str:
-    """Return the shell and Python lines that make an OpenAI client use this server."""
+    """Return lines for a shell and for Python that users paste to connect OpenAI's client to this server."""
     key = "YOUR-KEY" if keys else "none"
     return (
         f"    export OPENAI_BASE_URL={url} OPENAI_API_KEY={key}\n\n"

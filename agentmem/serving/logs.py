@@ -1,4 +1,4 @@
-"""The log messages of a server, without any text of conversations; the command line configures the logging."""
+"""The log messages of a server, which contain no text of conversations. The command line configures logging."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import structlog
 
 ACCESS = "agentmem.access"
-"""Name of the logger that gets one line for each request; all else goes to the logger ``agentmem.serving``."""
+"""Name of the logger for requests, one line each; all other messages go to the logger ``agentmem.serving``."""
 
 
 def _wrapped(name: str) -> structlog.stdlib.BoundLogger:
@@ -26,7 +26,8 @@ LOG, _ACCESS = _wrapped("agentmem.serving"), _wrapped(ACCESS)
 def request(*, owner: str, method: str, path: str, status: int, seconds: float, received: int, sent: int) -> None:
     """Log a request that was answered.
 
-    ``owner`` is the beginning of the owner's key digest; ``received`` and ``sent`` are the bytes of the two bodies.
+    ``owner`` is the beginning of the digest of the owner's API key. ``received`` and ``sent`` are the bytes of the
+    request's body and of the answer's body.
     """
     _ACCESS.info(
         "request",

@@ -67,7 +67,7 @@ class Metrics:
     """The metrics of one server: counters and histograms, and gauges of its present state."""
 
     def __init__(self, runtime: Runtime, conversations: Conversations, turns: Sized) -> None:
-        """Begin with empty counters; ``turns`` is the collection of requests to the model that run or wait."""
+        """Begin with empty counters; ``turns`` is the live collection of turns that run or wait."""
         self.registry = CollectorRegistry()
         self.registry.register(_Moment(runtime, conversations, turns))
         own = self.registry
@@ -99,7 +99,7 @@ class Metrics:
                 self._errors.observe(report.output_error)
 
     def reply(self, first: float, rest: float, tokens: int) -> None:
-        """Record a reply that ended.
+        """Record the speed of a reply that ended.
 
         ``first`` is the time from the request to the first token and ``rest`` the time after that, both in seconds;
         ``tokens`` counts all tokens of the reply.

@@ -1,4 +1,4 @@
-"""The fields of a request's body that several routes share, and errors for fields that a route does not support."""
+"""Fields that the request bodies of several routes share, and the refusal of fields that a route does not support."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Stop = Annotated[str, Field(min_length=1, max_length=500)]
 
 
 class Parameters(BaseModel):
-    """A request's body. Unknown fields are refused; unsupported fields are accepted only with a neutral value.
+    """Base of all request bodies. Unknown fields are refused; unsupported fields may only have a neutral value.
 
     Raises:
-        RequestRefused: during validation, with the name of the field.
+        RequestRefused: a field is refused; the error is raised during validation and names the field.
 
     """
 
@@ -31,7 +31,7 @@ class Parameters(BaseModel):
     )
     """Names of fields that are accepted and have no effect on the answer."""
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
-    """Unsupported fields, each with its neutral values, which ask for nothing and are therefore accepted."""
+    """Unsupported fields, each with the neutral values that are accepted, because they ask for nothing."""
 
     model: str
     stream: bool = False
@@ -90,10 +90,10 @@ def _check_neutral(name: str, value: object, allowed: tuple[Any, ...]) -> None:
 
 
 def stops(given: str | list[str] | None) -> tuple[str, ...]:
-    """Return the stop sequences as a tuple.
+    """Return the stop sequences of the field ``stop`` as a tuple.
 
     Raises:
-        RequestRefused: there are too many sequences, or one is empty.
+        RequestRefused: there are too many sequences, or a sequence is empty.
 
     """
     made = (given,) if isinstance(given, str) else tuple(given or ())

@@ -1,4 +1,4 @@
-"""The pieces that a turn sends to its route, and the numbers at the end of the turn."""
+"""The pieces in which a turn sends its results to the route that serves the request, and the turn's token counts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ End = Literal["stop", "length", "tool_calls", "deadline", "read"]
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """Sent when the turn has found its conversation and read all new messages."""
+    """The first piece of a turn, sent when the turn has found its conversation and read all new messages."""
 
     conversation: str
     """Id of the conversation."""
@@ -34,7 +34,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """Sent when a compaction item was made; ``token`` is its ``encrypted_content``."""
+    """The piece that reports a new compaction item; ``token`` is the item's ``encrypted_content``."""
 
     id: str
     token: str
@@ -60,14 +60,14 @@ class Usage:
     """Token counts of one turn."""
 
     prompt: int = 0
-    """Tokens of the whole conversation before the reply."""
+    """Number of tokens of the whole conversation before the reply."""
     cached: int = 0
-    """Those tokens of ``prompt`` that the memory had read before this turn."""
+    """Number of the ``prompt`` tokens that the memory held before this turn, and that were not read again."""
     reply: int = 0
-    """Tokens of the reply."""
+    """Number of tokens of the reply."""
 
     def chat(self) -> dict[str, Any]:
-        """Return the ``usage`` object of a chat completion."""
+        """Return the counts as the ``usage`` object of a chat completion."""
         return {
             "prompt_tokens": self.prompt,
             "completion_tokens": self.reply,
@@ -76,7 +76,7 @@ class Usage:
         }
 
     def responses(self) -> dict[str, Any]:
-        """Return the ``usage`` object of a response."""
+        """Return the counts as the ``usage`` object of a response."""
         return {
             "input_tokens": self.prompt,
             "input_tokens_details": {"cached_tokens": self.cached, "cache_write_tokens": self.prompt - self.cached},
@@ -88,7 +88,7 @@ class Usage:
 
 @dataclass(slots=True)
 class Log:
-    """The compactions of one turn."""
+    """The reports of all compactions of one turn."""
 
     reports: list[CompactionReport] = field(default_factory=list)
 
@@ -109,7 +109,7 @@ class Log:
 
 
 def compactions(reports: Sequence[CompactionReport]) -> list[dict[str, Any]]:
-    """Return compaction reports as the JSON objects of an answer, without the numbers of single layers."""
+    """Return compaction reports as JSON objects for an answer; the numbers of single layers are left out."""
     return [
         {
             "policy": report.policy,
@@ -128,5 +128,5 @@ def compactions(reports: Sequence[CompactionReport]) -> list[dict[str, Any]]:
 
 
 def _finite(value: float | None) -> float | None:
-    """Return a finite number unchanged, and ``None`` for others, which JSON cannot express."""
+    """Return a finite number unchanged, and ``None`` for NaN and infinity, which JSON cannot express."""
     return value if value is not None and math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""The arguments of a conversation's session: those that a request gives under ``agentmem``, and its tools."""
+"""Recipes: the arguments of a conversation's session, from a request's object ``agentmem`` and its tools."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from agentmem.sessions.chat.dialogue import Role
 
 
 class Extension(BaseModel):
-    """The object ``agentmem`` in a request's body. Missing fields have the values that the server was started with."""
+    """The object ``agentmem`` in a request's body. For a missing field, the server's own setting holds."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -23,16 +23,16 @@ class Extension(BaseModel):
     keep_first: int | None = Field(default=None, ge=0)
     keep_recent: int | None = Field(default=None, ge=0)
     target: float | int | None = Field(default=None, gt=0)
-    """Size of the memory after a compaction: a fraction, or the number of slots per KV head."""
+    """Size of the memory after a compaction: a fraction of its capacity, or a number of slots per KV head."""
     pin_roles: tuple[Role, ...] | None = None
-    """Messages of these roles are never compacted."""
+    """Roles whose messages are never compacted."""
     pin_names: tuple[str, ...] | None = None
     pin_request: Annotated[bool, Field(strict=True)] | None = None
-    """Whether the newest request is kept uncompacted until it is answered."""
+    """True to keep the newest request uncompacted until it is answered."""
     template_options: dict[str, JsonValue] | None = None
     """Variables for the chat template, such as ``enable_thinking``."""
     compact: Literal["after"] | None = None
-    """With ``"after"``, the new messages of this request are compacted right after they were read."""
+    """``"after"`` to compact the new messages of this request right after they were read."""
     focus: str = Field(default="", max_length=4000)
     """Text that the memory must still be able to recall after compactions during this request."""
 
@@ -42,21 +42,21 @@ _SETTINGS = ("keep_first", "keep_recent", "target", "pin_roles", "pin_names", "p
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """The arguments of a session. A request continues a conversation only if both have equal recipes."""
+    """The arguments of a session. A request can continue a conversation only if their recipes are equal."""
 
     policy: str | None = None
     settings: str = "{}"
-    """Settings as JSON text, like ``tools`` and ``options``, so that recipes can be compared and saved."""
+    """Settings as JSON text. ``tools`` and ``options`` are JSON text too, so that recipes can be compared and saved."""
     tools: str = "null"
     options: str = "null"
 
     @classmethod
     def of(cls, extension: Extension, tools: list[dict[str, Any]] | None) -> Recipe:
-        """Make the recipe that a request asks for.
+        """Return the recipe that a request asks for.
 
         Raises:
-            RequestRefused: the policy sets its own pattern.
-            UnknownPolicy, SettingsRefused: there is no such policy.
+            RequestRefused: the policy's options contain a search pattern.
+            UnknownPolicy, SettingsRefused: the policy does not exist, or its options are wrong.
 
         """
         check_policy(extension.policy)
@@ -73,7 +73,10 @@ class Recipe:
         }
 
     def made_policy(self) -> contracts.Policy | None:
-        """Make the policy without opening files that its options name; return ``None`` for the runtime's own policy."""
+        """Return a new instance of the policy, or ``None`` if the runtime's own policy holds.
+
+        Options that name a file are refused, so that a client cannot make the server open files.
+        """
         if self.policy is None:
             return None
         with contracts.without_files():
@@ -81,11 +84,11 @@ class Recipe:
 
 
 def check_policy(spec: str | None) -> None:
-    """Refuse a policy that is unknown, sets its own pattern, or opens a file.
+    """Refuse a policy that is unknown, or whose options contain a search pattern or name a file.
 
     Raises:
-        RequestRefused: the policy sets its own pattern, which the server would have to search for.
-        UnknownPolicy, SettingsRefused: there is no such policy, or its options name a file.
+        RequestRefused: the options contain a regular expression, with which the server would have to search.
+        UnknownPolicy, SettingsRefused: the policy does not exist, or its options are wrong or name a file.
 
     """
     if spec is None:

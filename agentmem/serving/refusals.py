@@ -1,4 +1,4 @@
-"""Conversion of errors to OpenAI's format: a status and one error object, never a traceback."""
+"""Conversion of errors to OpenAI's format: an HTTP status and one error object, never a traceback."""
 
 from __future__ import annotations
 
@@ -30,12 +30,15 @@ _STATUS: tuple[tuple[type[AgentmemError], int, str], ...] = (
     (errors.MemoryClosed, 503, "shutting_down"),
     (errors.CompactionFailed, 500, "compaction_failed"),
 )
-"""Status and code by error class; the first class that matches counts."""
+"""HTTP status and error code of each error class; the first class that an error belongs to decides."""
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 def refusal(error: BaseException, *, retry_after: int = 1) -> RequestRefused:
-    """Convert any error to the refusal that the client gets; log errors that are not expected."""
+    """Convert any error to the refusal that the client gets, and log unexpected errors.
+
+    ``retry_after`` is the number of seconds that a client is asked to wait after status 429.
+    """
     if isinstance(error, RequestRefused):
         return error
     for kind, status, code in _STATUS:
@@ -70,7 +73,7 @@ def shortened(text: str) -> str:
 
 
 def handle(app: FastAPI) -> None:
-    """Install handlers in an application that answer all errors in OpenAI's format."""
+    """Install error handlers in ``app``, so that it answers all errors in OpenAI's format."""
 
     @app.exception_handler(AgentmemError)
     async def refused(_: Request, error: AgentmemError) -> JSONResponse:
@@ -93,7 +96,7 @@ def handle(app: FastAPI) -> None:
 
 
 def _invalid(violations: Sequence[Any]) -> RequestRefused:
-    """Return the refusal of a body that is not JSON, or that lacks fields or has fields of the wrong type."""
+    """Return the refusal of a body that is not JSON, lacks fields, or has fields of the wrong type."""
     first = violations[0]
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", "")
@@ -109,7 +112,7 @@ def _invalid(violations: Sequence[Any]) -> RequestRefused:
 
 
 def place(loc: Sequence[str | int]) -> str:
-    """Write a location in a body as OpenAI does: ``messages[0].content``."""
+    """Return a location in a body as text in OpenAI's style, such as ``messages[0].content``."""
     text = ""
     for part in loc:
         if part == "body" and not text:

@@ -1,4 +1,4 @@
-"""The part of a reply's text that a client gets: without tool calls, and cut before the first stop sequence."""
+"""Filtering of a reply: the client gets the text without tool calls, and cut before the first stop sequence."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 
 class ReplyText:
-    """Filters the pieces of a reply as they are decoded.
+    """Filter of one reply, which takes the reply's text piece by piece and returns the text for the client.
 
-    Text that may be the beginning of a stop sequence or of a tool call is held back until more text decides.
+    Text that may be the beginning of a stop sequence or of a tool call is held back until later text decides.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class ReplyText:
         self._stop, self._format, self._accepts = tuple(stop), writes if accepts else None, accepts
         self._text, self._shown, self._call_at = "", 0, -1
         self.stopped = False
-        """Whether a stop sequence was found; the text ends before it."""
+        """True if a stop sequence was found; the text then ends before the sequence."""
         self.calls: list[ToolCall] = []
         """Tool calls of the reply; complete after :meth:`end`."""
         self.sent = ""
@@ -59,7 +59,7 @@ class ReplyText:
         return piece
 
     def _safe(self) -> int:
-        """Return the index up to which the text can be sent, whatever text follows."""
+        """Return the index up to which the text can be sent now, whatever text follows."""
         waiting = self._stop if not self.stopped else ()
         if self._format is not None:
             self._find_call()
@@ -81,7 +81,7 @@ class ReplyText:
 
 
 def _begun(text: str, word: str) -> int:
-    """Return the index at which an incomplete ``word`` begins at the end of ``text``, or ``len(text)`` if none does."""
+    """If ``text`` ends with an incomplete ``word``, return the index at which the word begins, else ``len(text)``."""
     for size in range(min(len(word) - 1, len(text)), 0, -1):
         if text.endswith(word[:size]):
             return len(text) - size

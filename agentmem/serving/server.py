@@ -1,4 +1,4 @@
-"""The state that all routes of a server share: a runtime, the conversations, and a thread for calls that block."""
+"""The state that all routes of a server share: the runtime, the conversations, and a thread for blocking calls."""
 
 from __future__ import annotations
 
@@ -29,34 +29,37 @@ from agentmem.serving.tool_calls import ToolFormat, tool_format
 
 T = TypeVar("T")
 _RETRY = 0.05
-"""Seconds after which a call that failed with ``RuntimeBusy`` is tried again."""
+"""Seconds after which a call that raised ``RuntimeBusy`` is tried again."""
 
 
 class Running(Protocol):
-    """Interface of a request to the model that is running or waiting."""
+    """The part of a turn's interface that the server uses; a turn is one request to the model."""
 
     task: asyncio.Task[Any]
     request: Any
 
     async def stop(self, why: RequestRefused | None = None) -> None:
-        """End the request within one forward; ``why`` is the error that its client gets."""
+        """End the turn after the running forward pass or blocking call; ``why`` is the error that the client gets."""
 
 
 class Server:
-    """The state that all routes share. Closing the server does not close its runtime."""
+    """The state that all routes share. Closing the server does not close the runtime."""
 
     def __init__(self, runtime: Runtime, settings: ServerSettings, keys: ApiKeys | None = None) -> None:
-        """Prepare the server without running the model; call :meth:`check` to find out whether a conversation fits."""
+        """Prepare the server without running the model.
+
+        Call :meth:`check` to find out whether the cap is large enough for a conversation.
+        """
         self.runtime, self.settings, self.keys = runtime, settings, keys or ApiKeys()
         self.conversations = Conversations(settings.max_conversations, settings.quota_bytes, settings.forget_after)
         self.formats: ToolFormat | None = tool_format(str(getattr(runtime.tokenizer, "chat_template", None) or ""))
         self.constraints = Constraints(runtime.tokenizer, self.formats)
         self.marks = self._marks()
-        """Text, by token id, of the special tokens that the tool format uses and that decoding omits."""
+        """Texts of the special tokens that the tool format uses and that decoding omits; the keys are token ids."""
         self.started = int(time.time())
         self.closing = False
         self.turns: set[Running] = set()
-        """Requests to the model that are running or waiting."""
+        """Turns that are running or waiting."""
         self.metrics = Metrics(runtime, self.conversations, self.turns)
         self.watch = Watch(settings.models, runtime, self.conversations, self.turns)
         self._passing = None if settings.state else tempfile.TemporaryDirectory(prefix="agentmem-serve-")
@@ -75,7 +78,7 @@ class Server:
         return {special[text]: text for text in (() if format_ is None else format_.markers) if text in special}
 
     def check(self) -> None:
-        """Open and close one session, so that an error that every conversation would meet is raised now.
+        """Open and close a session, so that an error that every conversation would cause is raised at once.
 
         Raises:
             CapTooSmall, SettingsRefused: see :meth:`agentmem.Runtime.session`.
@@ -101,12 +104,13 @@ class Server:
         return name
 
     async def blocking(self, call: Callable[[], T]) -> T:
-        """Run a call on the worker thread, and repeat it while it fails because the cap is leased out.
+        """Run ``call`` on the worker thread and return its result.
 
-        If the calling task is cancelled, the call still runs to its end before the cancellation is raised.
+        While ``call`` raises :class:`RuntimeBusy`, because running turns have leased the cap, the call is repeated.
+        If the calling task is cancelled, ``call`` still runs to its end before the cancellation is raised.
 
         Raises:
-            RuntimeBusy: the cap was still leased out after the runtime's ``wait`` seconds.
+            RuntimeBusy: the cap was still leased after the runtime's ``wait`` seconds.
 
         """
         until = time.monotonic() + self.runtime.wait
@@ -143,26 +147,28 @@ class Server:
         await self._run(free)
 
     async def sweep(self) -> None:
-        """Forget replaced conversations and those beyond the limits of idle time, number and bytes."""
+        """Forget conversations that were replaced or that exceed the limits of idle time, number and bytes."""
         replaced, self.conversations.replaced = self.conversations.replaced, []
         for each in (*replaced, *self.conversations.surplus()):
             if not each.busy:
                 await self.forget(each)
 
     def settle(self, conversation: Conversation) -> None:
-        """Note how many bytes a conversation holds after a turn, and mark it as no longer busy."""
+        """After a turn, note how many bytes the conversation holds, and mark the conversation as no longer busy."""
         if (session := conversation.session) is not None:
             conversation.bytes = session.stats.charged_bytes or conversation.bytes
             conversation.life.look(session)
         self.conversations.release(conversation)
 
     def open_session(self, conversation: Conversation) -> None:
-        """Load the session of a conversation from its folder, or open a new one. Waits for a forward that runs.
+        """Load the session of a conversation from its folder, or open a new session if there is no folder.
+
+        A forward pass that is running is awaited first.
 
         Raises:
             CapTooSmall, SettingsRefused: see :meth:`agentmem.Runtime.session`.
             SnapshotRefused: the memory in the folder is damaged, of another model, or too large.
-            RuntimeBusy: the cap has no room for the session now.
+            RuntimeBusy: the cap has no room for the session at present.
 
         """
         recipe, runtime = conversation.recipe, self.runtime
@@ -174,7 +180,10 @@ class Server:
             conversation.session = runtime.load(conversation.folder, policy=recipe.made_policy(), share=share, **given)
 
     def make_item(self, conversation: Conversation, session: Session) -> tuple[str, str]:
-        """Make a compaction item of a session, and delete items beyond the limits; see :meth:`Items.make`."""
+        """Make a compaction item of a session, delete items beyond the limits, and return the new item's id and token.
+
+        :meth:`Items.make` describes the errors.
+        """
         made = self.items.make(conversation, session)
         self.items.kept.sweep(self.settings.item_seconds, self.settings.quota_bytes)
         return made
@@ -182,16 +191,16 @@ class Server:
     # ---- beginning and end
 
     def restore(self) -> None:
-        """Register the conversations that an earlier server saved; each memory is loaded when it is first used."""
+        """Register the conversations that an earlier server saved; a memory is loaded when a turn first needs it."""
         for name in self.kept.names():
             record = self.kept.record(name)
             if record is not None:
                 self.conversations.hold(record.conversation(self.kept.memory(name)))
 
     async def close(self) -> None:
-        """End running turns, save all conversations if there is a state folder, and free everything.
+        """End running turns, save all conversations if there is a state folder, and close their sessions.
 
-        Closing twice does nothing.
+        A second call does nothing.
         """
         if self.closing:
             return

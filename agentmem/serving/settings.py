@@ -1,4 +1,4 @@
-"""The settings of a server that do not belong to its runtime."""
+"""The settings of a server, except those of its runtime."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ServerSettings(BaseModel):
     """Limits and file locations of a server. Times are in seconds, sizes in bytes.
 
     Raises:
-        SettingsRefused: by :meth:`of`, with the field, the value and the limit.
+        SettingsRefused: :meth:`of` got a wrong value; the error names the field, the value and the limit.
 
     """
 
@@ -27,14 +27,14 @@ class ServerSettings(BaseModel):
     models: tuple[str, ...] = Field(min_length=1)
     """Names of the one model that is served: its own name, then aliases for clients that expect another name."""
     state: Path | None = None
-    """Folder for conversations, responses, compaction items and their key, which the next server uses again.
+    """Folder for conversations, responses, compaction items and the items' key, which the next server uses again.
 
-    With ``None`` the server keeps nothing after its end.
+    With ``None``, nothing is kept after the server ends.
     """
     item_key_file: Path | None = None
     """File with the keys of compaction items.
 
-    The default is ``items.key`` in the ``state`` folder, or a temporary file without that folder.
+    The default is ``items.key`` in the ``state`` folder, or a temporary file if there is no ``state`` folder.
     """
     max_body_bytes: int = Field(default=4 << 20, ge=1)
     """Maximum size of a request's body in bytes."""
@@ -45,19 +45,22 @@ class ServerSettings(BaseModel):
     turn_seconds: float = Field(default=600.0, gt=0)
     """Maximum duration of one request to the model in seconds: reading, compacting and writing together."""
     max_requests: int = Field(default=64, ge=1)
-    """Maximum number of POST requests that run or wait at a time; others are answered with status 429."""
+    """Maximum number of POST requests that run or wait at a time; further requests get status 429."""
     retry_after: int = Field(default=2, ge=1)
     """Seconds that a client is asked to wait after status 429."""
     reply_tokens: int = Field(default=1024, ge=1)
     """Maximum number of tokens of a reply if the request sets no limit."""
     max_conversations: int = Field(default=256, ge=1)
-    """Maximum number of held conversations; beyond it, the conversation that was idle longest is forgotten."""
+    """Maximum number of held conversations; above this number, the longest idle conversation is forgotten."""
     forget_after: float = Field(default=24 * HOUR, gt=0)
     """Seconds without use after which a conversation is forgotten."""
     quota_bytes: int = Field(default=4 << 30, ge=0)
-    """Maximum bytes of all conversations together, in memory and on disk, and of all compaction items together."""
+    """Maximum bytes of all conversations together, in memory and on disk.
+
+    The same limit applies separately to all compaction items together.
+    """
     max_responses: int = Field(default=4096, ge=0)
-    """Maximum number of stored responses; beyond it, the oldest are deleted."""
+    """Maximum number of stored responses; above this number, the oldest are deleted."""
     item_seconds: float = Field(default=7 * 24 * HOUR, gt=0)
     """Seconds for which a compaction item or a stored response can be used."""
     shutdown_seconds: float = Field(default=10.0, ge=0)
@@ -70,7 +73,7 @@ class ServerSettings(BaseModel):
 
     @classmethod
     def of(cls, **values: object) -> Self:
-        """Build settings and report all violations in one :class:`SettingsRefused`."""
+        """Return settings with these values; a single :class:`SettingsRefused` reports all wrong values."""
         try:
             return cls(**values)
         except ValidationError as error:

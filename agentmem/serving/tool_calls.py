@@ -35,7 +35,7 @@ class ToolCall:
 Found = list[tuple[str, Any]]
 """Name and arguments of each parsed call."""
 Accepts = Callable[[str, dict[str, Any]], bool]
-"""Function of a name and arguments that checks whether the request has this tool and it takes these arguments."""
+"""Function that checks a call's name and arguments: the request has a tool of this name, which takes the arguments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +56,14 @@ class ToolFormat:
     markers: tuple[str, ...]
     """Texts of the format that may be special tokens, which decoding omits."""
     bare: bool = False
-    """Whether a reply may also begin with the JSON of a call, without an opener."""
+    """True if a reply may also begin with the JSON of a call, without an opener."""
     id_letters: int = 24
 
     def calls(self, text: str, accepts: Accepts) -> tuple[list[ToolCall], str] | None:
-        """Parse ``text``, a reply from its first opener on, and return its calls and the remaining text.
+        """Parse the tool calls in ``text``; return the calls and the remaining text.
 
-        Return ``None`` if any call is malformed or not accepted; the reply is then plain text.
+        ``text`` is the part of a reply that begins with its first opener. Return ``None`` if any call is malformed or
+        is refused by ``accepts``; the whole reply is then plain text.
         """
         try:
             found, rest = self.read(text)
@@ -143,7 +144,7 @@ MISTRAL = ToolFormat(
 
 
 def tool_format(template: str) -> ToolFormat | None:
-    """Return the tool call format that a chat template uses, judged by its source, or ``None`` if none is known."""
+    """Return the tool call format that the chat template's source text uses, or ``None`` if it uses no known format."""
     if "<tool_call>" in template:
         return HERMES
     if "[TOOL_CALLS]" in template:

@@ -1,4 +1,4 @@
-"""Tools of a request: their schemas, the choice of those shown to the model, and the check of their calls."""
+"""Tools of a request: their schemas, which of them the model sees or must call, and the check of calls."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from agentmem.errors import RequestRefused
 from agentmem.serving.tool_calls import Accepts
 
 _SEARCH = 0.05
-"""Maximum duration in seconds of one search for a pattern from a client's schema."""
+"""Maximum duration in seconds of one search for a regular expression from a client's schema."""
 
 
 def _pattern(_: Any, pattern: str, value: object, __: Any) -> Iterator[ValidationError]:
@@ -28,11 +28,14 @@ def _pattern(_: Any, pattern: str, value: object, __: Any) -> Iterator[Validatio
 
 
 _Validator = extend(Draft202012Validator, {"pattern": _pattern})
-"""Validator of JSON schemas that limits the time of each pattern search, so that no pattern can block the server."""
+"""Validator of JSON schemas with a time limit for each pattern search, so that no pattern can block the server."""
 
 
 class Function(BaseModel):
-    """A function that the model may call. With ``strict``, calls with arguments that do not fit its schema are text."""
+    """A function that the model may call.
+
+    If ``strict`` is true, a call whose arguments do not fit the schema is treated as text.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -72,7 +75,7 @@ class Function(BaseModel):
         return self
 
     def takes(self, arguments: dict[str, Any]) -> bool:
-        """Check whether a call may have these arguments."""
+        """Check whether a call may have these arguments; only a ``strict`` function refuses any."""
         if not self.strict or self.parameters is None:
             return True
         # An empty registry fetches nothing: a schema that refers to another document accepts no arguments.
@@ -83,7 +86,7 @@ class Function(BaseModel):
 
 
 def accepting(tools: Sequence[Function]) -> Accepts | None:
-    """Return a function that checks the name and arguments of a call against ``tools``; ``None`` without tools."""
+    """Return a function that checks a call's name and arguments against ``tools``; return ``None`` without tools."""
     by_name = {tool.name: tool for tool in tools}
 
     def accepts(name: str, arguments: dict[str, Any]) -> bool:
@@ -94,7 +97,7 @@ def accepting(tools: Sequence[Function]) -> Accepts | None:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The tools that follow from a request's ``tool_choice``."""
+    """The tools that the model sees or must call, according to a request's ``tool_choice``."""
 
     shown: tuple[Function, ...]
     """Tools that the model sees in its prompt."""
@@ -103,14 +106,13 @@ class Choice:
 
 
 def chosen(tools: Sequence[Function], choice: Any, *, parallel: bool = True) -> Choice:
-    """Return the tools that the model sees and the tools of which it must call one, by a request's ``tool_choice``.
+    """Decide which tools the model sees, and which of them the reply must call.
 
-    ``tools`` are the tools of the request, ``choice`` is its ``tool_choice``, and ``parallel`` is its
-    ``parallel_tool_calls``.
+    ``tools``, ``choice`` and ``parallel`` are the request's ``tools``, ``tool_choice`` and ``parallel_tool_calls``.
 
     Raises:
-        RequestRefused: ``choice`` is unknown or names no tool of the request; or ``parallel`` is false although the
-            model is free to write several calls.
+        RequestRefused: ``choice`` is unknown or names no tool of the request; or ``parallel`` is false although
+            ``choice`` lets the model write several calls.
 
     """
     shown = tuple(tools)
@@ -137,7 +139,7 @@ def chosen(tools: Sequence[Function], choice: Any, *, parallel: bool = True) -> 
 
 
 def _named(choice: Any) -> str | None:
-    """Return the name in a ``tool_choice`` object of either route, or ``None`` if there is none."""
+    """Return the tool name in a ``tool_choice`` object of either route, or ``None`` if ``choice`` has no such name."""
     if not isinstance(choice, dict) or choice.get("type") != "function":
         return None
     found = choice.get("function", choice)

@@ -1,6 +1,6 @@
-"""One request to the model: find its conversation, read the new messages, compact if asked to, and write a reply.
+"""Turns: a turn finds the conversation of a request, reads the new messages, compacts if asked to, and writes a reply.
 
-A turn runs in its own task and queues its pieces, so a slow client does not prolong the lease of the turn.
+A turn runs in its own task and queues its pieces, so that a slow client does not prolong the lease of the turn.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 _PIECE = 256
-"""Token ids of a raw prompt that one call reads; the turn can be cancelled between two calls."""
+"""Number of token ids of a raw prompt that are read at a time; the turn can be cancelled after each such read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,22 +64,22 @@ class Request:
     name: str | None = None
     label: str | None = None
     accepts: Accepts | None = None
-    """Function that checks whether a parsed tool call is valid for this request; with ``None`` calls stay text."""
+    """Function that checks whether a tool call is valid for this request; with ``None``, calls are treated as text."""
     after: bool = False
-    """Whether the new messages are compacted right after they were read."""
+    """True to compact the new messages right after they were read."""
     focus: str = ""
     item: Item | None = None
-    """Compaction item whose memory comes before the messages; ``recipe`` is then that of the item."""
+    """Compaction item whose memory comes before the messages; ``recipe`` is then the item's recipe."""
     lead: str | None = None
     """Digest of the message with the request's instructions."""
     any_recipe: bool = False
-    """Whether a held conversation may be continued although its recipe differs."""
+    """True to allow that the turn continues a conversation with another recipe."""
     compact: bool = False
-    """Whether the whole conversation is compacted after reading and saved as a compaction item."""
+    """True to compact the whole conversation after reading, and to save it as a compaction item."""
     threshold: int | None = None
-    """Number of tokens since the newest compaction item at which the turn does the same as with ``compact``."""
+    """Number of tokens since the newest compaction item at which the turn compacts as if ``compact`` were true."""
     write: bool = True
-    """Whether the model writes a reply."""
+    """True if the model shall write a reply."""
     raw: Sequence[int] | None = None
     """Token ids to read instead of messages; the conversation of such a turn is forgotten at its end."""
     forced: Sequence[Function] = ()
@@ -119,7 +119,10 @@ class Turn:
                 return
 
     async def stop(self, why: RequestRefused | None = None) -> None:
-        """End the turn within one forward if it still runs; :meth:`pieces` then raises ``why``."""
+        """End the turn if it still runs; :meth:`pieces` then raises ``why``, by default an error with status 503.
+
+        A forward pass or a blocking call that is running ends first.
+        """
         self._why = why or self._why
         self.task.cancel()
         await asyncio.wait([self.task])
@@ -135,7 +138,7 @@ class Turn:
 
     async def _turn(self) -> None:
         conversation: Conversation | None = None
-        while conversation is None:  # each conversation that cannot go on is forgotten, so this loop ends
+        while conversation is None:  # a conversation that cannot be continued is forgotten, so this loop ends
             with suppress(_Anew):
                 conversation = await self._read()
         try:
@@ -155,7 +158,7 @@ class Turn:
         """Find or begin the conversation, mark it busy, and read all new messages.
 
         Raises:
-            _Anew: a held conversation could not go on and was forgotten; try again, which may begin a new one.
+            _Anew: the chosen conversation could not be continued and was forgotten; call this method again.
 
         """
         request = self.request
@@ -186,7 +189,7 @@ class Turn:
         return conversation
 
     def _begin(self, conversation: Conversation) -> int:
-        """Set up a new conversation, and return the number of request entries that it holds: 1 with an item, else 0."""
+        """Prepare a new conversation; return how many wanted entries it holds: 1 with a compaction item, else 0."""
         conversation.lead = self.request.lead
         if (item := self.request.item) is None:
             return 0
@@ -201,7 +204,7 @@ class Turn:
         return conversation.session
 
     async def _extend(self, conversation: Conversation, session: Session, held: int, wanted: list[str]) -> None:
-        """Read the messages that the conversation does not hold yet, or the raw token ids."""
+        """Read the raw token ids of the request, or the messages that the conversation does not hold yet."""
         for start in range(0, len(self.request.raw or ()), _PIECE):
             self._left()
             read = partial(session.read, (self.request.raw or ())[start : start + _PIECE])
@@ -219,10 +222,10 @@ class Turn:
                 conversation.open = False
 
     def _left(self) -> float:
-        """Return the seconds that the turn has left.
+        """Return the seconds that are left of the turn's time limit.
 
         Raises:
-            RequestRefused: status 504, the time is over.
+            RequestRefused: status 504: the time limit has passed.
 
         """
         left = self._until - time.monotonic()
@@ -237,7 +240,7 @@ class Turn:
     # ---- compacting
 
     async def _compact(self, conversation: Conversation) -> None:
-        """Compact the conversation and save it as an item, if the request asks for it or its threshold is reached."""
+        """If requested, or if the threshold is reached, compact the conversation and save it as a compaction item."""
         session, request, server = conversation.session, self.request, self._server
         assert session is not None  # noqa: S101  # it was read
         due = request.threshold is not None and session.stats.tokens - conversation.since_item >= request.threshold
@@ -285,7 +288,7 @@ class Turn:
         self._pieces.put_nowait(Ended(reason, text.sent, tuple(text.calls), self._usage, facts))
 
     async def _write(self, session: Session, text: ReplyText, conversation: Conversation) -> End:
-        """Decode until the reply ends or a stop sequence comes, and return the reason of the end."""
+        """Decode until the reply ends or a stop sequence comes, queue its text, and return the reason for the end."""
         marks = self._server.marks if self.request.accepts else {}
         sampling = self.request.sampling
         options = sampling.options()
@@ -326,7 +329,7 @@ class Turn:
 
 
 class _Anew(Exception):
-    """A held conversation could not go on with the request and was forgotten."""
+    """Raised if the chosen conversation could not be continued and was forgotten."""
 
 
 def _said(text: ReplyText) -> Message:

@@ -1,7 +1,7 @@
-"""Turns for asyncio. This module runs their steps on the model's own thread, waits for leases and handles cancellation.
+"""Turns under asyncio, which wait for their leases, run on a thread of the model, and can be cancelled.
 
-The event loop is never blocked: every step of a turn (a forward, or a compaction) runs on the one thread of its model.
-A turn goes on only after the consumer has taken all events so far, so events do not pile up for a slow consumer.
+The event loop is never blocked: each model has one thread, on which every step of a turn (a forward, or a compaction)
+runs. A turn goes on only after the consumer has taken all events so far, so events do not pile up for a slow consumer.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ GUARD = threading.Lock()
 
 
 def _thread(model: Any) -> ThreadPoolExecutor:
-    """Return the executor of the single thread on which a model computes for all event loops."""
+    """Return the executor with the one thread on which a model computes for all event loops; make it if necessary."""
     with GUARD:
         if model not in THREADS:
             THREADS[model] = ThreadPoolExecutor(1, thread_name_prefix="agentmem-model")
@@ -43,9 +43,9 @@ def _thread(model: Any) -> ThreadPoolExecutor:
 
 
 async def _run(session: Conversation, call: Callable[[], T], cancel: Callable[[], None] = lambda: None) -> T:
-    """Run a call on the model's thread.
+    """Run ``call`` on the model's thread and return its result.
 
-    If the task is cancelled, call ``cancel`` and wait for the running call to end before raising.
+    If the task is cancelled meanwhile, call ``cancel`` and wait until ``call`` has ended; then raise CancelledError.
     """
     future = _submitted(session, call)
     try:
@@ -57,9 +57,9 @@ async def _run(session: Conversation, call: Callable[[], T], cancel: Callable[[]
 
 
 def _submitted(session: Conversation, call: Callable[[], T]) -> asyncio.Future[T]:
-    """Submit a call to the model's thread, to be run with the caller's number of torch threads.
+    """Submit a call to the model's thread and return its future.
 
-    Memory plans are made for that number of threads.
+    The call runs with the caller's number of torch threads, since memory plans are made for this number.
     """
     threads = torch.get_num_threads()
 
@@ -72,7 +72,10 @@ def _submitted(session: Conversation, call: Callable[[], T]) -> asyncio.Future[T
 
 
 async def _ended(future: asyncio.Future[Any]) -> None:
-    """Wait until a call on the model's thread has ended, even if the task is cancelled meanwhile."""
+    """Wait until a call on the model's thread has ended, even if the waiting task is cancelled.
+
+    The cancellation is raised after the call has ended.
+    """
     cancelled: asyncio.CancelledError | None = None
     while not future.done():
         try:
@@ -88,7 +91,10 @@ async def _ended(future: asyncio.Future[Any]) -> None:
 
 
 class _Place:
-    """A turn's place in its runtime's queue for leases. Any thread may call it to make the turn try again."""
+    """The entry of a turn in its runtime's queue for leases.
+
+    Any thread may call the entry to make the turn try again to get its lease.
+    """
 
     def __init__(self) -> None:
         self.loop, self.event = asyncio.get_running_loop(), asyncio.Event()
@@ -100,9 +106,10 @@ class _Place:
 
 
 async def admitted(session: Conversation, turn: object, until: float | None = None) -> None:
-    """Wait for the session's lease; turns get their leases in the order in which they began to wait.
+    """Wait until the session has its lease for ``turn``, an object that identifies the turn.
 
-    ``until`` is a time on the monotonic clock.
+    Turns get their leases in the order in which they began to wait. ``until`` is the turn's deadline on the monotonic
+    clock, if it has a deadline.
 
     Raises:
         RuntimeBusy: ``runtime.wait`` seconds have passed, ``until`` was reached, or ``runtime.max_waiting`` turns
@@ -126,9 +133,14 @@ async def admitted(session: Conversation, turn: object, until: float | None = No
 
 
 async def _served(session: Conversation, turn: object, place: _Place, until: float) -> None:
-    """Try for the lease each time the session is the first in the queue, until it is granted.
+    """Try to get the lease whenever the turn is the first of the queue; return when the lease is granted.
 
-    A try that has begun is always finished, even at the deadline ``until``.
+    ``until`` is a time on the event loop's clock. An attempt that has begun is finished even if this time is reached.
+
+    Raises:
+        TimeoutError: ``until`` was reached.
+        RuntimeBusy: too many turns wait before this turn.
+
     """
     runtime = session.runtime
     while True:
@@ -148,9 +160,10 @@ async def _served(session: Conversation, turn: object, place: _Place, until: flo
 
 
 def _refuse_late(runtime: Host) -> None:
-    """Refuse the turns beyond the first ``max_waiting`` in the queue.
+    """Refuse all turns of the queue except the first ``max_waiting``.
 
-    No turn is refused while the first one has not tried, since it may get its lease at once.
+    If the first turn of the queue has not yet tried to get its lease, no turn is refused: the first turn may get its
+    lease at once and leave the queue.
     """
     places: list[Any] = list(runtime.waiters)
     if places and places[0].tried:
@@ -160,7 +173,10 @@ def _refuse_late(runtime: Host) -> None:
 
 
 async def _try(session: Conversation, turn: object) -> bool:
-    """Try to get the lease and return whether it was granted; if the task is cancelled meanwhile, give it back."""
+    """Try to get the lease and return whether it was granted.
+
+    If the task is cancelled meanwhile, a granted lease is given back.
+    """
     granted = False
 
     def ask() -> bool:
@@ -201,10 +217,10 @@ async def _driven(
 
 
 async def _fed(session: Conversation, want: Want) -> None:
-    """Wait until the ids that a turn wants have been fed.
+    """Wait until the ids of ``want`` have been fed to the model.
 
-    When it is time for a forward and no other turn has started one, this turn has the model's thread run a forward
-    that feeds all waiting turns.
+    A forward that another turn started may feed these ids. If a forward is due and no other turn has started it, this
+    turn starts it on the model's thread. Every forward feeds all waiting turns.
     """
     scheduler, loop, woken = session.runtime.scheduler, asyncio.get_running_loop(), asyncio.Event()
 
@@ -226,7 +242,10 @@ async def _fed(session: Conversation, want: Want) -> None:
 
 
 async def _closed(session: Conversation, steps: Steps, begun: object) -> None:
-    """Close the steps of a turn and end the turn, even if its task is being cancelled."""
+    """Close the steps of a turn and end the turn, even if its task is being cancelled.
+
+    ``begun`` is the object that identifies the turn.
+    """
 
     def close() -> None:
         try:
@@ -250,6 +269,6 @@ def stream(session: Conversation, options: dict[str, Any]) -> AsyncGenerator[Eve
 async def reports(
     session: Conversation, make: Callable[[], turn.Steps], deadline: float | None
 ) -> tuple[CompactionReport, ...]:
-    """Run a turn to its end and return the reports of its compactions."""
+    """Run the turn that ``make`` returns to its end, and return the reports of its compactions."""
     async with aclosing(_driven(session, make, deadline)) as events:
         return tuple([event.report async for event in events if isinstance(event, CompactionFinished)])

@@ -1,8 +1,8 @@
 """Changes of a session that take several statements and are undone as a whole if an interrupt or error cuts them short.
 
-The old state is stored first, in one assignment, and cleared last, in one assignment. If a stored state is found later,
-the change did not finish and the old state is restored. Restoring twice gives the same result as restoring once, so it
-can be repeated if an interrupt cuts it short.
+Before a change, the old state is stored in the session in one assignment. After the change, it is cleared in one
+assignment. If a later turn finds a stored state, the change did not finish, and the old state is restored. If an
+interrupt cuts the restoring short, it is repeated; restoring twice gives the same result as restoring once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from agentmem.sessions.conversation import Before, Conversation
 
 
 def _before(session: Conversation) -> Before:
-    """Return the current state of a session; a closed session has no memory."""
+    """Return those parts of a session's current state that :func:`put_back` restores."""
     reply, memory = session.reply, session.holding.memory
     sequence = None if memory is None else memory.sequences[0]
     return Before(
@@ -32,9 +32,9 @@ def _before(session: Conversation) -> Before:
 
 @contextmanager
 def changing(session: Conversation) -> Iterator[None]:
-    """Undo all statements of the ``with`` block if one of them fails or an interrupt comes.
+    """Return a context manager that undoes the whole ``with`` block if it raises or an interrupt comes.
 
-    The block must not run a forward, and must not remove any id except the newest.
+    The block must not run a forward. It may remove the newest id of the session, but no older ids.
     """
     try:
         session.before = _before(session)
@@ -46,7 +46,7 @@ def changing(session: Conversation) -> Iterator[None]:
 
 
 def put_back(session: Conversation) -> None:
-    """Undo an unfinished change of the session, if there is one."""
+    """Undo a change that :func:`changing` began and that did not finish, if there is one."""
     before = session.before
     if before is None:
         return

@@ -15,7 +15,7 @@ from agentmem.sessions.conversation import Conversation, Interrupted
 def compacting(
     session: Conversation, focus: str, target: float | None, policy: str | None, *, force: bool
 ) -> turn.Steps:
-    """Read the pending ids, compact, and yield the steps; see :meth:`agentmem.sessions.session.Session.compact`."""
+    """Read the pending ids, then compact; yield the steps. See :meth:`agentmem.sessions.session.Session.compact`."""
     try:
         yield from turn.read(session)
         sequence = session.memory.sequences[0]
@@ -46,7 +46,11 @@ def request_of(session: Conversation, focus: str, policy: str | None) -> Request
 
 
 def _slots_of(session: Conversation, target: float) -> int:
-    """Return the slots per head that a compaction of the whole segment leaves between prefix and recent window."""
+    """Convert a target to the number of slots per head to leave between prefix and recent window.
+
+    ``target`` is this number already if it is an integer; otherwise it is a fraction of the slots held there now.
+    Promoted pins count as a part of the prefix.
+    """
     if isinstance(target, int):
         return target
     memory, sequence = session.memory, session.memory.sequences[0]

@@ -1,4 +1,4 @@
-"""The state of one conversation, on which turns work: what was read and written, and where the memory is."""
+"""The state of one conversation: its ids, messages, open reply and memory. Turns change this state."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ T = TypeVar("T")
 
 
 class Interrupted(BaseException):
-    """Signal, at a point where a turn can stop, that the turn must end now.
+    """Exception that ends a turn early because it was cancelled or its deadline has passed.
 
-    This is not an error. It derives from BaseException, so that code which catches the errors of a policy does not
-    catch it.
+    The exception is raised between two steps of the turn. Since it is not an error, it derives from BaseException:
+    code that catches the errors of a policy lets it pass.
     """
 
     def __init__(self, reason: Reason) -> None:
-        """Keep the reason, which is ``cancelled`` or ``deadline``."""
+        """Store the reason, which is ``cancelled`` or ``deadline``."""
         super().__init__(reason)
         self.reason: Reason = reason
 
@@ -61,7 +61,7 @@ class Watch:
     cancelled: bool = False
 
     def check(self) -> None:
-        """Raise if the turn must end now.
+        """Check whether the turn may go on.
 
         Raises:
             Interrupted: the turn was cancelled or its deadline has passed; the exception has the reason.
@@ -86,9 +86,9 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Before:
-    """The parts of a session's state before a change, from which the change can be undone.
+    """The state of a session before a change, stored so that the change can be undone.
 
-    Lists that only grow are recorded by their lengths.
+    For lists that only grow, only their lengths are stored.
     """
 
     dialogue: Dialogue
@@ -110,10 +110,13 @@ class Before:
 
 
 class Place(Protocol):
-    """A turn's place in the queue for leases. Any thread may call it to make the turn try again."""
+    """The entry of a turn in the queue for leases.
+
+    Any thread may call the entry to make the turn try again to get its lease.
+    """
 
     tried: bool
-    """True if the turn has tried to get its lease without success and waits."""
+    """True if the turn has tried at least once to get its lease, without success."""
 
     def __call__(self) -> None: ...  # noqa: D102
 
@@ -133,7 +136,7 @@ class Host(Protocol):
         """True if the model can be fed several sequences in one forward."""
 
     guard: Any
-    """Lock around the lists of sessions and holdings; it is only held for an instant."""
+    """Lock for the lists of sessions and holdings; it is held only briefly."""
     leases: Leases
     identity: Identity
     defaults: dict[str, Any]
@@ -200,7 +203,7 @@ class Conversation:
 
     @property
     def memory(self) -> Memory:
-        """The memory; raises MemoryClosed while it is on disk and after the session was closed."""
+        """The memory; raises MemoryClosed while the memory is on disk and after the session was closed."""
         return self._here(self.holding.memory)
 
     @property
@@ -224,13 +227,16 @@ class Conversation:
         return list(self.ids[self.holding.seen :])
 
     def want(self, ids: Sequence[int]) -> Want:
-        """Return a request to feed these ids next; a turn yields it to the code that drives the turn."""
+        """Return a request to feed these ids next.
+
+        The turn yields this request to the code that drives the turn.
+        """
         runtime = self.runtime
         priority, most, alone = self.settings.priority, runtime.max_batch_tokens, not runtime.packs
         return Want(self.engine, ids, self, priority, most, alone)
 
     def compacted(self, report: CompactionReport) -> None:
-        """Record a finished compaction: its pause, the entry of its summary, and the call of the hook."""
+        """Record a finished compaction: note its duration, add an entry if it made a summary, and call the hook."""
         self.runtime.scheduler.paused(report.seconds)
         if report.summary is not None:
             made = report.summary
@@ -239,6 +245,6 @@ class Conversation:
         self.hooks.compacted(report)
 
     def new_rebases(self) -> list[RebaseReport]:
-        """Return the reports of re-basings since the last call."""
+        """Return the reports of the re-basings since the last call of this method."""
         reported, self._reported_rebases = self._reported_rebases, len(self.memory.rebases)
         return self.memory.rebases[reported:]

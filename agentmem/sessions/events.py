@@ -19,21 +19,24 @@ class _Event(BaseModel):
 
 
 class TokenEvent(_Event):
-    """The model chose a token."""
+    """The event that the model has chosen a token."""
 
     type: Literal["token"] = "token"  # a token of text
     id: int
 
 
 class TextEvent(_Event):
-    """A piece of the reply's text was written; all pieces of a turn joined are the text written in that turn."""
+    """The event that a piece of the reply's text was written.
+
+    The joined pieces of a turn are all the text that was written in this turn.
+    """
 
     type: Literal["text"] = "text"
     text: str
 
 
 class CompactionStarted(_Event):
-    """The memory is about to be compacted."""
+    """The event that a compaction of the memory begins."""
 
     type: Literal["compaction_started"] = "compaction_started"
     policy: str
@@ -44,21 +47,21 @@ class CompactionStarted(_Event):
 
 
 class CompactionFinished(_Event):
-    """The memory was compacted."""
+    """The event that a compaction of the memory has ended."""
 
     type: Literal["compaction_finished"] = "compaction_finished"
     report: CompactionReport
 
 
 class Rebased(_Event):
-    """The memory was re-based: its slots moved to lower positions."""
+    """The event that the memory was re-based: its slots moved to lower positions."""
 
     type: Literal["rebased"] = "rebased"
     report: RebaseReport
 
 
 class TurnFinished(_Event):
-    """The turn ended without an error."""
+    """The event that a turn has ended without an error."""
 
     type: Literal["turn_finished"] = "turn_finished"
     reason: Reason
@@ -68,9 +71,9 @@ class TurnFinished(_Event):
 
 
 class TurnFailed(_Event):
-    """The turn ended with an error; the session is still valid.
+    """The event that a turn has ended with an error; the session is still valid.
 
-    Only :meth:`Session.stream` yields this event; then it raises the error.
+    Only :meth:`Session.stream` yields this event, right before it raises the error.
     """
 
     type: Literal["turn_failed"] = "turn_failed"

@@ -1,7 +1,7 @@
 """Handlers for ``os.fork``.
 
-In the child process only the forking thread exists. Therefore locks are held across the fork, and the threads, queues
-and spilled files of the parent are replaced or given up in the child.
+In the child process only the forking thread exists. Therefore the forking thread holds all locks during the fork. The
+child then gives up the threads and queues of the parent, and links or copies the files of memories on disk.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _TAKEN: list[Any] = []
 def _before() -> None:
     """Take all locks before a fork.
 
-    Otherwise the child could see memories in the middle of a change, or locks that no thread of it will release.
+    Otherwise memories could be in the middle of a change in the child, or locks could be held by threads that do not
+    exist in the child.
     """
     runtimes = list(RUNTIMES)
     for lock in [*(each.scheduler.lock for each in runtimes), *(each.guard for each in runtimes), aio.GUARD]:
@@ -37,7 +38,7 @@ def _after() -> None:
 
 
 def _in_child() -> None:
-    """Give up the models' threads and the waiting turns, which belong to the parent, and copy memories on disk."""
+    """Give up the parent's threads and waiting turns, and link or copy the files of memories on disk."""
     aio.THREADS.clear()
     for runtime in list(RUNTIMES):
         runtime.waiters.clear()

@@ -14,16 +14,22 @@ if TYPE_CHECKING:
 
 
 class HookCalls:
-    """The hooks of one session, with the effect of the last answer."""
+    """The hooks of one session, and whether ``before_compact`` may be asked again after its last answer."""
 
     def __init__(self, before: BeforeCompact | None, after: AfterCompact | None, soft: float) -> None:
-        """Keep the hooks; ``before`` is called early once at most the fraction ``soft`` of the capacity is free."""
+        """Store the two hooks.
+
+        ``before`` is called early, before the memory is full, if at most the fraction ``soft`` of its capacity is free.
+        """
         self.before, self.after, self.soft = before, after, soft
         self._not_before = 0
         self._vetoed = False
 
     def early(self, memory: Memory) -> bool:
-        """Return True if the memory is nearly full, so that the hook must be asked now."""
+        """Return True if the memory is nearly full and the hook must be asked now.
+
+        After a veto or a postponement, the result is False for a while although the memory is nearly full.
+        """
         sequence = memory.sequences[0]
         if self.before is None or self._vetoed or sequence.seen < self._not_before:
             return False
@@ -32,10 +38,10 @@ class HookCalls:
     def before_compaction(self, session: str, memory: Memory, *, full: bool) -> Request | None:
         """Ask the hook and return the compaction to run, or ``None`` to run none for now.
 
-        ``session`` is the session's name, ``full`` tells the hook that the memory cannot take another token.
+        ``session`` is the session's name, and ``full`` is true if the memory cannot take another token.
 
         Raises:
-            SettingsRefused: the hook's answer is none of the allowed ones.
+            SettingsRefused: the hook's answer is not allowed.
 
         """
         if self.before is None:
@@ -61,7 +67,7 @@ class HookCalls:
         return Request(policy=memory.named(answer))
 
     def postpone(self, memory: Memory) -> None:
-        """Do not ask the hook early again before the memory has consumed ``min_reclaim`` more tokens."""
+        """Prevent early calls of the hook until the memory has consumed ``min_reclaim`` (a setting) more tokens."""
         self._not_before = memory.sequences[0].seen + max(1, memory.settings.min_reclaim)
 
     def compacted(self, report: CompactionReport) -> None:

@@ -16,7 +16,7 @@ class CompactionContext:
 
     session: str
     full: bool
-    """True if the memory cannot take another token. The answers ``postpone`` and ``veto`` then end the turn."""
+    """True if the memory cannot take another token. In this case the answers ``postpone`` and ``veto`` end the turn."""
     tokens_seen: int
     held_slots: int
     room: int

@@ -1,4 +1,4 @@
-"""The turns of a session in which it reads messages and texts or writes a reply, with their pins and compactions."""
+"""The turns of a session that read messages or texts or write replies, with their pins and compactions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 
 def messages(session: Conversation, given: Sequence[Message], how: How) -> turn.Steps:
-    """Read messages through the chat template; an open reply is closed first, as it is."""
+    """Read messages through the chat template and yield the steps of the turn.
+
+    An open reply is closed first, even if it is incomplete.
+    """
     closed = _closed(session)
     dialogue, delta = template(session).append(closed, *given)
     check_known(session, "append", delta.ids)
@@ -44,7 +47,10 @@ def messages(session: Conversation, given: Sequence[Message], how: How) -> turn.
 
 
 def text(session: Conversation, given: str | Sequence[int], how: How) -> turn.Steps:
-    """Read a text or ids without the chat template; an open reply is closed first, as it is."""
+    """Read a text or ids without the chat template, and yield the steps of the turn.
+
+    An open reply is closed first, even if it is incomplete.
+    """
     ids = _ids(session, given)
     start = len(session.ids)
     after = _after(session, len(ids), how)
@@ -81,9 +87,9 @@ def template(session: Conversation) -> ChatTemplate:
 
 
 def begin_reply(session: Conversation, options: dict[str, Any]) -> Decoding:
-    """Open a reply, unless a reply is open already, and let transformers prepare its decoding from the options.
+    """Open a reply if no reply is open, and return its decoding, which transformers prepares from the options.
 
-    Both errors leave the session as it was.
+    If an error is raised, the session is unchanged.
 
     Raises:
         SettingsRefused: there are no new ids for the model to reply to.
@@ -119,7 +125,7 @@ def _check_new(session: Conversation) -> None:
 
 
 def say(session: Conversation, text: str) -> None:
-    """Add a text to the reply; it replaces the end token if the model has written one; see :meth:`Session.say`."""
+    """Add a text to the reply, in place of the reply's end token if it has one; see :meth:`Session.say`."""
     ids = tokens(session, "say", text)
     with changing(session):
         open_reply(session)
@@ -134,7 +140,7 @@ def say(session: Conversation, text: str) -> None:
 
 
 def open_reply(session: Conversation) -> None:
-    """Open a reply, unless a reply is open already."""
+    """Open a reply if no reply is open: append the generation prompt to the ids, and pin the newest request."""
     if session.reply is None:
         if session.template is not None and session.dialogue.messages:
             dialogue, delta = session.template.open_reply(session.dialogue)
@@ -149,7 +155,10 @@ def open_reply(session: Conversation) -> None:
 
 
 def close_reply(session: Conversation) -> None:
-    """Close the open reply as it is, if there is one, and record it in the dialogue and the entries."""
+    """Close the open reply, if there is one, even if it is incomplete.
+
+    The reply is recorded in the dialogue and the entries, and the newest request is unpinned.
+    """
     session.dialogue = _closed(session)
     if (entry := reply_entry(session)) is not None:
         session.entries.append(entry)
@@ -159,7 +168,7 @@ def close_reply(session: Conversation) -> None:
 
 
 def _closed(session: Conversation) -> Dialogue:
-    """Return the dialogue with the open reply recorded as a message.
+    """Return the dialogue with the open reply, if there is one, recorded as a message.
 
     An end token that does not belong to the chat template counts as text of the reply.
     """
@@ -173,7 +182,7 @@ def _closed(session: Conversation) -> Dialogue:
 
 
 def reply_entry(session: Conversation) -> Entry | None:
-    """Return the transcript entry of the open reply, or ``None`` if no reply is open or the open one has no ids."""
+    """Return the transcript entry of the open reply, or ``None`` if no reply is open or the reply has no ids yet."""
     if session.reply is None or session.reply_start == len(session.ids):
         return None
     return Entry(kind="reply", role="assistant", start=session.reply_start, stop=len(session.ids))
@@ -209,10 +218,10 @@ def _take(session: Conversation, delta: Delta) -> None:
 
 
 def _pin(session: Conversation, delta: Delta, fed: int, *, pin: bool) -> None:
-    """Pin the parts of a delta that the caller or the settings want pinned; the delta is about to be read.
+    """Pin messages of a delta that is about to be read: all if ``pin`` is true, else those that the settings select.
 
-    Markup that closes one of the ``fed`` earlier messages is not pinned, so that a session with no room for further
-    pins can go on.
+    ``fed`` is the number of messages fed earlier. Markup in the delta that closes one of these earlier messages is not
+    pinned, so that a session with no room for further pins can go on.
 
     Raises:
         CapTooSmall: the pins do not fit; nothing was changed.

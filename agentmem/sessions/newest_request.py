@@ -1,8 +1,8 @@
 """The newest request of a conversation, which is pinned until it is answered (:attr:`SessionSettings.pin_request`).
 
 The request is the user's last message, with the user's messages right before it. It is pinned when the session takes
-it, pinned anew each time another message is taken before the reply and when the reply is opened, and unpinned when the
-reply is closed.
+the message. It is pinned anew when another message is taken before the reply, and when the reply is opened. It is
+unpinned when the reply is closed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ def hold_request(session: Conversation, *, wanted: bool = True) -> bool:
 
 
 def release_request(session: Conversation) -> None:
-    """Unpin the newest request and leave all other pins. Do nothing if the session has no memory, as after closing."""
+    """Unpin the newest request; all other pins stay.
+
+    Do nothing if the session's memory is on disk or closed.
+    """
     memory = session.holding.memory
     if memory is not None:
         sequence = memory.sequences[0]
@@ -59,9 +62,10 @@ def report_request(session: Conversation) -> None:
 
 
 def _requests(session: Conversation) -> tuple[Spans, ...]:
-    """Return the spans to try to pin, in this order: those of the whole newest request, then of its last message.
+    """Return the choices of tokens to pin: first the whole newest request, then only its last message.
 
-    Without a request the spans are empty.
+    If the transcript does not have one entry for each message of the request, the whole request is the only choice.
+    If there is no request, the spans are empty.
     """
     entries = [entry for entry in session.entries if entry.kind != "summary"]
     spans = [(entry.start, entry.stop) for entry in _last_of_user(entries)]
@@ -72,6 +76,6 @@ def _requests(session: Conversation) -> tuple[Spans, ...]:
 
 
 def _last_of_user(given: Sequence[Written]) -> list[Written]:
-    """Return the last item with the role user and the user's items right before it, the last one first."""
+    """Return the last item with the role user and the user's items right before it, in reverse order."""
     newest = dropwhile(lambda each: each.role != "user", reversed(given))
     return list(takewhile(lambda each: each.role == "user", newest))

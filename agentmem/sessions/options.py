@@ -1,4 +1,4 @@
-"""The options with which a message or a text is read, checked before anything else is done."""
+"""The options for reading a message or a text, which are checked before anything is read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,12 @@ class How:
     deadline: float | None = None
 
     def __post_init__(self) -> None:
-        """Raise SettingsRefused for options that no session could carry out."""
+        """Check the options as far as this is possible without a session.
+
+        Raises:
+            SettingsRefused: two options contradict one another, or a value cannot work.
+
+        """
         check_flag("pin", self.pin)
         check_text("focus", self.focus)
         if self.policy is not None:

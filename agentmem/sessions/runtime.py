@@ -51,13 +51,17 @@ _SCHEDULERS: WeakKeyDictionary[Any, Scheduler] = WeakKeyDictionary()
 
 
 class Runtime:
-    """Serve sessions of one model under one cap, which limits the bytes that all of them hold and work with.
+    """A runtime for many sessions of one model; one cap limits the bytes that all their memories hold and work with.
 
-    A session has a *lease*, its share of the cap, which is charged while one of its turns runs. When another session
-    needs the bytes, idle memories are preempted in stages: first they give up their free room (nothing is lost), then
-    they are compacted further (with the loss of their policy), then they are moved to disk (nothing is lost). The
-    next turn of a session restores its memory. The model runs one forward at a time, and each forward feeds all turns
-    that wait for one (:mod:`agentmem.engine.scheduler`).
+    :meth:`session` begins a session. While a turn of the session runs, the session has a *lease*: a share of the cap,
+    which is reserved for its memory.
+
+    If a turn needs bytes that memories of idle sessions hold, these memories are preempted in stages. ``trim``: they
+    give up their free room, and nothing is lost. ``compact``: they are compacted further, with the loss of their
+    policy. ``disk``: they are moved to disk, and nothing is lost. The next turn of a session restores its memory.
+
+    The model runs one forward at a time, and each forward feeds all turns that wait for a forward
+    (:mod:`agentmem.engine.scheduler`).
     """
 
     def __init__(
@@ -81,7 +85,7 @@ class Runtime:
             tokenizer: the model's tokenizer; messages with roles need a tokenizer with a chat template.
             cap: the cap in bytes, as an integer or a text such as ``"64MiB"``.
             policy: the policy of sessions that are made without one.
-            pressure: the stages by which idle memories are preempted, in order; leave out a stage to forbid it.
+            pressure: the stages by which idle memories are preempted, in order; a stage that is left out is never used.
             spill: the folder in which the runtime makes a private folder for idle memories; by default
                 ``agentmem-USER`` in the system's temporary folder.
             wait: seconds that a turn under asyncio waits for its lease.
@@ -115,10 +119,10 @@ class Runtime:
         """The scheduler's lock is held while the model computes or memories move. Threads of event loops never wait
         for that lock."""
         self.guard = threading.RLock()
-        """Lock around the lists of sessions and holdings; it is only held for an instant."""
+        """Lock for the lists of sessions and holdings; it is held only briefly."""
         self.waiters: deque[Place] = deque()
-        """Queue of the turns that wait for a lease, first come first served. Calling an entry makes that turn try
-        again."""
+        """Queue of the turns that wait for a lease, first come first served. Calling an entry makes the turn try again
+        to get its lease."""
         self.identity = Identity(self.model, tokenizer)
         self._spill = Spill(None if spill is None else local_path(spill))
         self.turns, self._names = count(1), count(1)
@@ -145,7 +149,7 @@ class Runtime:
 
         Args:
             policy: name or spec of a policy, or a policy object; by default the runtime's policy.
-            name: the session's name in reports and errors; by default a numbered one.
+            name: the session's name in reports and errors; by default ``session-`` and a number.
             extra_policies: further policies that hooks and calls of ``compact`` may choose.
             tools: JSON schemas or functions, for the chat template; they are pinned with the system prompt.
             template_options: variables of the chat template.
@@ -167,7 +171,7 @@ class Runtime:
         chosen = SessionSettings.of(**own)
         lease = chosen.lease(self.cap)
         policies = [plugins.policy(self.policy if policy is None else policy), *plugins.beside(extra_policies)]
-        named = tuple(map(Named.of, policies))  # while they are fresh
+        named = tuple(map(Named.of, policies))  # before any use, which could change their digests
         try:
             memory = open_memory(self.model, lease, policies[0], self.tokenizer, inner, policies[1:])
         except CapTooSmall as error:
@@ -180,7 +184,7 @@ class Runtime:
         with self.guard:
             self._open_or_raise()
             holding = Holding(self.model, memory, lease)
-            holding.named, holding.stage = named, "trim"  # it holds nothing yet, and is charged for that
+            holding.named, holding.stage = named, "trim"  # so that only the bytes that it holds are charged
             session = Session(self, name or f"session-{next(self._names)}", chosen, holding, template, hooks)
             self.leases.holdings.append(holding)
             self.sessions.append(session)
@@ -200,7 +204,7 @@ class Runtime:
         return made
 
     def speak(self, session: Session, memory: Memory) -> None:
-        """Make the memory's requests for summaries go through the session's chat template."""
+        """Make the memory ask the model for summaries through the session's chat template, if there is one."""
         language = memory.language
         if language is None or session.template is None:
             return
@@ -212,7 +216,7 @@ class Runtime:
         memory.language = Language(language.read, language.write, ask, tuple(template.end_ids))
 
     def fork(self, session: Session, name: str | None = None) -> Session:
-        """Return a new session with the same past as ``session``; see :meth:`Session.fork`."""
+        """Return a new session that continues from the present state of ``session``; see :meth:`Session.fork`."""
         check_name(name)
         with self.guard:
             _not_busy(session)
@@ -243,11 +247,11 @@ class Runtime:
 
         Args:
             session: the session, which must be idle.
-            brief: the block is a short call, which does not queue behind turns that wait for a lease.
-            leased: the block needs the session's lease.
+            brief: True if the block is a short call, which does not queue behind turns that wait for a lease.
+            leased: True if the block needs the session's lease.
 
         Raises:
-            RuntimeBusy: there is no room for the lease.
+            RuntimeBusy: the cap has no room for the lease now.
 
         """
         turn = object()
@@ -273,7 +277,7 @@ class Runtime:
             RuntimeBusy: running turns hold the bytes, or other turns already wait for a lease.
 
         """
-        places = list(self.waiters)  # a first waiter that has not tried yet may find room at once: it blocks nobody
+        places = list(self.waiters)  # if the first has not tried yet, it may get its lease at once and blocks nobody
         waiting = len(places) if places and places[0].tried and not brief else 0
         if waiting or not self.try_admit(session, turn):
             active = sum(each.busy for each in list(self.sessions))
@@ -292,7 +296,13 @@ class Runtime:
             return admitted
 
     def begin(self, session: Session, turn: object) -> None:
-        """Mark a session as busy with ``turn``: until the turn ends, no other turn of it and no fork can begin."""
+        """Mark a session as busy with ``turn``: until :meth:`end`, no other turn of this session and no fork can begin.
+
+        Raises:
+            MemoryClosed: the runtime or the session was closed.
+            SettingsRefused: another turn of the session is running.
+
+        """
         with self.guard:
             self._open_or_raise()
             _not_busy(session)
@@ -300,9 +310,9 @@ class Runtime:
         put_back(session)
 
     def end(self, session: Session, turn: object) -> None:
-        """End a turn, if it ever began, so that the session is idle again.
+        """End a turn, so that the session is idle again, and wake the first turn that waits for a lease.
 
-        This method never waits. Ending a turn twice does nothing.
+        This method never waits. It changes nothing in the session if the turn never began or has already ended.
         """
         try:
             memory = session.holding.memory
@@ -343,14 +353,14 @@ class Runtime:
     ) -> Session:
         """Load a session that was saved with this model and tokenizer; it continues as if it had never stopped.
 
-        ``settings`` replace the saved ones; a ``seed`` restarts the sampling. Tools, template options and hooks are
-        not saved: give them again. Also give ``policy`` and ``extra_policies`` again if they were policy objects that
-        a name or spec cannot rebuild.
+        ``settings`` replace the saved settings; a ``seed`` among them restarts the sampling. Tools, template options
+        and hooks are not saved: give them again. Also give ``policy`` and ``extra_policies`` again if they were policy
+        objects that a name or spec cannot rebuild.
 
         Raises:
             SnapshotRefused: the snapshot is of another model, damaged, hostile, or larger than the session's share.
-            SettingsRefused: an argument could never work.
-            RuntimeBusy: there is no room for the session now.
+            SettingsRefused: an argument is invalid.
+            RuntimeBusy: the cap has no room for the session's lease now.
 
         """
         check_making(name, tools, template_options, before_compact=before_compact, after_compact=after_compact)
@@ -384,7 +394,7 @@ class Runtime:
             wake()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Refuse ``copy`` and ``pickle``."""
+        """Raise CopyRefused, since a runtime can be neither copied nor pickled."""
         raise CopyRefused.of(self)
 
     def __enter__(self) -> Self:
@@ -397,7 +407,7 @@ class Runtime:
 
     @property
     def stats(self) -> RuntimeStats:
-        """Figures of this runtime at this moment."""
+        """Current statistics of this runtime: bytes, numbers of sessions and turns, and speed."""
         with self.guard:
             busy = [session.busy for session in self.sessions]
             here = [session.holding.memory is not None for session in self.sessions]

@@ -63,16 +63,16 @@ class Session(Conversation):
             name: name of the participant who speaks, or of the tool in a tool's message.
             tool_calls: tool calls of an assistant's message; the arguments of each call are a dict or a JSON text.
             tool_call_id: id of the call that a tool's message answers.
-            pin: never compact this message.
+            pin: exclude this message from compaction until it is unpinned.
             compact: ``"after"`` compacts the message right after it was read, with the message's own queries.
-            target: how much of the message that compaction leaves, as a fraction or in slots per head; the default is
-                a quarter.
-            focus: a text that must stay recallable after that compaction.
-            policy: name of the session's policy that runs that compaction. A policy with adaptive budgets, such as
-                ``am-halving[budgets=adaptive[output_error=0.1]]``, ignores ``target`` and leaves as much as its error
-                limits require.
-            deadline: seconds after which reading stops. The next turn reads the rest, and ``compact="after"`` no
-                longer applies to that rest.
+            target: how much of the message ``compact="after"`` leaves: a fraction, or slots per head. The default is
+                0.25.
+            focus: a text that must stay recallable after this compaction.
+            policy: name of the policy of the session that runs this compaction. A policy with adaptive budgets, such
+                as ``am-halving[budgets=adaptive[output_error=0.1]]``, ignores ``target`` and leaves as much as its
+                error limits require.
+            deadline: seconds after which reading stops. The next turn reads the rest of the message and does not apply
+                ``compact="after"`` to this rest.
 
         Raises:
             SettingsRefused: the template cannot take the message, or the pins do not fit; nothing was changed.
@@ -239,9 +239,10 @@ class Session(Conversation):
         return self._drive(lambda: ingestion.messages(self, made, how), how.deadline)
 
     def say(self, text: str) -> None:
-        """Add a text to the reply as if the model had written the text; the next forward reads it.
+        """Add a text to the open reply as if the model had written the text; the next turn reads the text.
 
-        If the model has already ended a reply that was kept open, the text replaces the end token.
+        If no reply is open, a reply is opened. If the model has already ended a reply that was kept open, the text
+        replaces the end token.
 
         Raises:
             SettingsRefused: the chat template cannot begin a reply at this point.
@@ -275,18 +276,18 @@ class Session(Conversation):
     ) -> CompactionReport | None:
         """Compact now and return the report, or ``None`` if there is nothing to reclaim.
 
-        With ``force=False`` nothing is compacted while the memory still has room. Pinned tokens are not compacted; the
-        newest request is pinned until it is answered (setting ``pin_request``).
+        Pinned tokens are not compacted. The newest request is pinned until it is answered (setting ``pin_request``).
 
         Args:
-            force: compact even if there is still room.
+            force: compact whether or not the memory is nearly full. With ``False`` the memory is compacted only if at
+                most the fraction ``soft`` (a session setting) of its capacity is free.
             focus: a text that must stay recallable.
-            target: what is left between prefix and recent window: a fraction of the segment, or slots per head.
-            policy: name of the session's policy that runs this compaction.
+            target: how much to leave between prefix and recent window: a fraction of the segment, or slots per head.
+            policy: name of the policy of the session that runs this compaction.
 
         Raises:
             SettingsRefused: ``mode="off"``, an unknown policy, or a focus with a policy that has no probe.
-            CompactionFailed: the compaction failed and ``on_failure="raise"`` is set.
+            CompactionFailed: the compaction failed and ``on_failure`` is not ``"evict"``.
 
         """
         How(compact="after", target=target, focus=focus, policy=policy)
@@ -326,8 +327,8 @@ class Session(Conversation):
     def unpin(self, start: int, stop: int) -> None:
         """Allow the tokens ``start .. stop`` of the transcript to be compacted again.
 
-        It does not matter whether a call or a setting pinned them. Tokens in that range that are not pinned stay as
-        they are. Slots move only at the next compaction; until then the tokens can be pinned again.
+        It does not matter whether a call or a setting pinned the tokens. Tokens in this range that are not pinned are
+        ignored. Until the next compaction, the tokens can be pinned again.
 
         Raises:
             SettingsRefused: the transcript does not have some of these tokens.
@@ -341,9 +342,9 @@ class Session(Conversation):
     # ---- branches and files
 
     def fork(self, name: str | None = None) -> Session:
-        """Return a new session with the same past as this one.
+        """Return a new session that has read and written the same as this session and continues independently.
 
-        The two sessions share one memory until either of them begins a turn, which gives that session its own copy.
+        The two sessions share one memory. The first of them that begins a turn gets its own copy of the memory.
 
         Raises:
             SettingsRefused: a turn of this session is running.
@@ -363,11 +364,11 @@ class Session(Conversation):
         self.runtime.save(self, url)
 
     def close(self) -> None:
-        """Free the memory; closing twice does nothing."""
+        """Close the session and free its memory; closing twice does nothing."""
         self.runtime.forget(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Refuse ``copy`` and ``pickle``."""
+        """Raise CopyRefused, since a session can be neither copied nor pickled; use :meth:`fork` or :meth:`save`."""
         raise CopyRefused.of(self)
 
     def __enter__(self) -> Self:
@@ -378,7 +379,7 @@ class Session(Conversation):
         """Close the session."""
         self.close()
 
-    # ---- what there is
+    # ---- transcript and statistics
 
     @property
     def transcript(self) -> Transcript:
@@ -389,7 +390,7 @@ class Session(Conversation):
 
     @property
     def stats(self) -> SessionStats:
-        """Figures of this session at this moment."""
+        """Current statistics of this session, such as its state, tokens, slots and bytes."""
         return SessionStats.of(self)
 
 

@@ -1,4 +1,4 @@
-"""Figures of a session or of a runtime at one moment."""
+"""Statistics of a session or of a runtime at one moment."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ State = Literal["active", "idle", "on disk", "closed"]
 
 
 class SessionStats(BaseModel):
-    """Figures of one session at one moment. Byte counts are those of the allocated tensors."""
+    """Statistics of one session at one moment. Byte counts are those of the allocated tensors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -50,7 +50,7 @@ class SessionStats(BaseModel):
 
     @classmethod
     def of(cls, session: Conversation) -> Self:
-        """Collect the figures of a session."""
+        """Collect the statistics of a session."""
         holding, memory = session.holding, session.holding.memory  # read once: another thread may move it to disk
         state: State = "active" if session.busy else "idle"
         if memory is None:
@@ -79,7 +79,7 @@ class SessionStats(BaseModel):
 
 
 class RuntimeStats(BaseModel):
-    """Figures of a runtime at one moment."""
+    """Statistics of a runtime at one moment."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

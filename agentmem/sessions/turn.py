@@ -1,6 +1,7 @@
-"""One turn of a session, run one forward at a time: read, compact when necessary, write.
+"""The steps of one turn of a session: reading ids, compacting when necessary, and writing a reply.
 
-The session is valid after every step.
+A turn is a generator, which yields events and, before each forward, a request to feed ids. The session is valid
+whenever the generator yields, so the turn can end at any of these points.
 """
 
 from __future__ import annotations
@@ -45,19 +46,19 @@ LEAST_SPAN = 16
 
 @dataclass(slots=True)
 class After:
-    """Order to compact a text right after it was read."""
+    """The options of a compaction that runs right after a text was read, and the place of this text."""
 
     start: int
     """Index of the first token of the text."""
     tokens: int
     """Number of tokens of the text."""
     target: float | int
-    """Amount to leave of the text: a fraction, or slots per head."""
+    """How much of the text the compaction leaves: a fraction, or slots per head."""
     focus: tuple[int, ...] = ()
     policy: Policy | None = None
 
     def request(self, start: int, tokens: int) -> Request:
-        """Return the request to compact the ``tokens`` tokens from ``start`` on, which are a part of the text."""
+        """Return the request to compact a part of the text: ``tokens`` tokens, the first of which is ``start``."""
         share = self.target if isinstance(self.target, float) else self.target / max(1, self.tokens)
         return Request(max(1, math.ceil(share * tokens)), start, self.focus, self.policy)
 
@@ -65,11 +66,11 @@ class After:
 def read(
     session: Conversation, after: After | None = None, *, leave: int = 1
 ) -> Generator[Step, None, torch.Tensor | None]:
-    """Feed the pending ids except the last ``leave`` ones, and yield the events of compactions.
+    """Feed the pending ids except the last ``leave`` of them; yield requests to feed ids, and events of compactions.
 
     Between turns the last id always stays pending: the first forward of a reply needs an id, and not every chat
-    template has a generation prompt. With ``leave=0`` all ids are fed and the logits after the last one are returned;
-    the caller must then commit the last forward after it has used the logits.
+    template has a generation prompt. With ``leave=0`` all ids are fed, and the logits after the last id are returned.
+    In this case the caller must commit the last forward after using the logits.
     """
     memory = session.memory
     while (count := len(waiting := session.pending) - leave) > 0:
@@ -89,14 +90,14 @@ def read(
 
 
 def rebased(session: Conversation) -> Steps:
-    """Yield an event for each re-basing since the last call."""
+    """Yield an event for each re-basing that has not been reported yet."""
     yield from (Rebased(report=report) for report in session.new_rebases())
 
 
 def _piece(memory: Memory, after: After | None) -> int:
-    """Return the most tokens of one forward.
+    """Return the most tokens that one forward may feed.
 
-    If the text is compacted right after it was read, a forward has at most as many tokens as the policy's probe.
+    If the text is compacted right after it was read, this is at most the number of tokens of the policy's probe.
     """
     most = memory.plan.chunk
     if after is None:
@@ -106,9 +107,9 @@ def _piece(memory: Memory, after: After | None) -> int:
 
 
 def _compact_span(session: Conversation, after: After, *, last: bool) -> Steps:
-    """Compact the tokens of a text that have left the recent window and are not pinned, if there are enough of them.
+    """Compact those tokens of a text that have left the recent window and are not pinned.
 
-    ``last`` is true when the whole text has been read.
+    Nothing is compacted while there are only few such tokens. ``last`` is true if the whole text has been read.
     """
     sequence = session.memory.sequences[0]
     start = sequence.compactable(after.start, session.memory.plan.prefix)
@@ -119,7 +120,9 @@ def _compact_span(session: Conversation, after: After, *, last: bool) -> Steps:
 
 
 def make_room(session: Conversation) -> Steps:
-    """Compact if the sequence is full, or if it is nearly full and the session's hook answers that it may be compacted.
+    """Compact if the sequence is full or nearly full, and the session's hook allows it.
+
+    Without a hook, a full sequence is compacted, but not one that is only nearly full.
 
     Raises:
         TurnEnded: the sequence is full, and the hook refused the compaction.
@@ -147,7 +150,7 @@ def make_room(session: Conversation) -> Steps:
 
 
 def compact(session: Conversation, request: Request, *, forced: bool) -> Generator[Step, None, CompactionReport | None]:
-    """Compact now and return the report, or ``None`` if there was nothing to reclaim."""
+    """Compact now and yield the events; return the report, or ``None`` if there was nothing to reclaim."""
     engine, sequence = session.engine, session.memory.sequences[0]
     report: CompactionReport | None = None
     for each in in_turn(sequence, request):
@@ -169,9 +172,10 @@ def compact(session: Conversation, request: Request, *, forced: bool) -> Generat
 
 
 def write(session: Conversation, reply: Reply, decoding: Decoding, *, keep_open: bool) -> Steps:
-    """Decode until the reply ends; each token is added to ``reply`` immediately, so that a failing turn loses none.
+    """Have the model write until the reply ends, and yield the steps.
 
-    A character that is incomplete at the end is shown as it is, unless the reply is kept open.
+    Each token is added to ``reply`` immediately, so that no token is lost if the turn fails. If the last character is
+    incomplete, its text is added as the tokenizer decodes it, unless the reply is kept open.
     """
     pieces, rest = TextPieces(session.tokenizer, reply.ids), ""
     try:
@@ -190,7 +194,7 @@ def _decode(session: Conversation, reply: Reply, decoding: Decoding, pieces: Tex
     reason: Reason | None = None
     while reason is None:
         logits = yield from read(session, leave=0)
-        assert logits is not None  # noqa: S101  # there is always something to read
+        assert logits is not None  # noqa: S101  # at least one id is pending
         token, scores = _take(session, decoding, reply, logits)
         text = "" if token in decoding.ends else pieces.push(token)
         reply.text += text
@@ -204,9 +208,9 @@ def _decode(session: Conversation, reply: Reply, decoding: Decoding, pieces: Tex
 
 
 def _take(session: Conversation, decoding: Decoding, reply: Reply, logits: torch.Tensor) -> tuple[int, torch.Tensor]:
-    """Choose the next token, append it to the conversation, and then commit the forward whose logits chose it.
+    """Choose the next token from ``logits``, append it to the conversation, then commit the forward of the logits.
 
-    In this order an early end always leaves at least one pending id, which the next turn can feed.
+    Because of this order, a turn that ends early leaves at least one pending id, which the next turn can feed.
     """
     token, scores = choose(decoding, logits, session.generator)
     decoding.add(token)
@@ -222,7 +226,7 @@ def _take(session: Conversation, decoding: Decoding, reply: Reply, logits: torch
 
 
 def pin_reply(session: Conversation, start: int) -> None:
-    """Pin the ids from ``start`` on, which the model wrote, if the setting ``pin_roles`` has the role assistant.
+    """Pin the ids from ``start`` on, which the model wrote, if the setting ``pin_roles`` contains ``assistant``.
 
     Raises:
         CapTooSmall: with these pins a compaction could no longer reach its target.
@@ -246,5 +250,5 @@ def _ended(decoding: Decoding, token: int, scores: torch.Tensor) -> Reason | Non
 
 
 def finished(reply: Reply) -> TurnFinished:
-    """Return the last event of a turn."""
+    """Return the event that ends a turn with this reply."""
     return TurnFinished(reason=reply.reason, text=reply.text, tokens=len(reply.ids))

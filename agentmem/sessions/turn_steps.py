@@ -1,4 +1,4 @@
-"""The driver of a turn: it runs the turn step by step under the model's lock and ends it properly in all cases."""
+"""The driver of a turn, which runs the turn step by step under the model's lock and ends it in every case."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ if TYPE_CHECKING:
 
 
 class Steps:
-    """Run the turn of a session that has its lease. :meth:`close` must be called before the runtime ends the turn."""
+    """The driver of one turn of a session that has its lease.
+
+    :meth:`close` must be called before the runtime ends the turn.
+    """
 
     def __init__(self, session: Conversation, steps: turn.Steps, deadline: float | None) -> None:
-        """Prepare the turn without running any step; ``deadline`` is a time on the monotonic clock."""
+        """Prepare to run ``steps`` without running any; ``deadline`` is a time on the monotonic clock."""
         self._session, self._steps = session, steps
         self.over = False
         self.want: Want | None = None
@@ -30,9 +33,9 @@ class Steps:
         session.runtime.scheduler.expect(session)
 
     def tick(self) -> Event | None:
-        """Run the turn up to its next event, which is returned, and through at most one compaction.
+        """Run the turn up to its next event and return this event; at most one compaction runs on the way.
 
-        Return ``None`` if ids must be fed first (see :attr:`want`) or the turn is :attr:`over`.
+        Return ``None`` if ids must be fed first (see :attr:`want`) or if the turn is :attr:`over`.
         """
         with self._session.runtime.scheduler.lock, own_frame():
             try:
@@ -44,7 +47,10 @@ class Steps:
         return None if isinstance(step, Want) else step
 
     def step(self) -> Event | None:
-        """Return the next event and run the forwards needed to reach it; return ``None`` when the turn is over."""
+        """Run the turn, including its forwards, up to its next event and return this event.
+
+        Return ``None`` if the turn is over.
+        """
         while not self.over:
             event = self.tick()
             if event is not None:
@@ -54,9 +60,9 @@ class Steps:
         return None
 
     def events(self) -> list[Event]:
-        """Return the events up to the next forward or compaction.
+        """Run the turn up to its next forward or compaction and return the events on the way.
 
-        An error that occurs after some of these events is raised by the next call, so that the events are not lost.
+        If an error occurs after some of these events, they are returned and the next call raises the error.
         """
         found: list[Event] = []
         if self._error is not None:
@@ -81,7 +87,10 @@ class Steps:
         self._session.watch.cancelled = True
 
     def close(self) -> None:
-        """End the turn where it is; a forward that is feeding it is finished first. Closing twice does nothing."""
+        """End the turn at its present step, after any forward that feeds it has finished.
+
+        Closing twice does nothing.
+        """
         scheduler = self._session.runtime.scheduler
         with scheduler.lock, own_frame():
             if self.want is not None:

@@ -1,1 +1,1 @@
-"""Read files and JSON from outside within fixed limits, and write error messages of limited length about them."""
+"""Read files and JSON from untrusted sources within fixed limits, and write error messages of limited length."""

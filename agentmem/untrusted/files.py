@@ -1,4 +1,4 @@
-"""Read files from outside, if they are regular files and not too large."""
+"""Read files from untrusted sources, provided that they are regular files and not too large."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 
 
 def read_plain(path: str | Path, most: int) -> bytes:
-    """Read a regular file of at most ``most`` bytes; devices, which may be endless, and pipes are refused.
+    """Return the content of a regular file of at most ``most`` bytes.
 
     Raises:
-        OSError: the file cannot be read, is no regular file, or is larger.
+        OSError: the file cannot be read, has more than ``most`` bytes, or is no regular file (but a device or a pipe,
+            which may be endless).
 
     """
     about = Path(path).stat()

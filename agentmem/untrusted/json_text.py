@@ -1,4 +1,4 @@
-"""Parse JSON from outside, after checking limits on its bytes, its nesting depth and the number of its values."""
+"""Parse JSON from untrusted sources, after checking its bytes, its nesting depth and the number of its values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_KEYS: Final = 1 << 15
 
 
 def parsed(raw: bytes, max_bytes: int, *, strict: bool = True) -> dict[str, Any]:
-    """Parse ``raw`` with :func:`json_value`; raise ValueError unless the result is an object."""
+    """Parse a JSON object with :func:`json_value`; raise ValueError if ``raw`` has another kind of value."""
     found = json_value(raw, max_bytes, strict=strict)
     if not isinstance(found, dict):
         raise ValueError(f"JSON of type {type(found).__name__}; an object is expected")  # noqa: TRY004  # bytes are wrong
@@ -29,7 +29,7 @@ def parsed(raw: bytes, max_bytes: int, *, strict: bool = True) -> dict[str, Any]
 
 
 def json_value(raw: bytes, max_bytes: int, *, strict: bool = True) -> Any:
-    """Parse the JSON text in ``raw``. With ``strict``, repeated keys and NaN or infinite numbers are refused.
+    """Parse the JSON text in ``raw``. With ``strict``, repeated keys, NaN and infinite numbers are refused.
 
     Raises:
         ValueError: ``raw`` is no JSON, exceeds a limit, or is refused by ``strict``.
@@ -50,7 +50,7 @@ def tuples(found: Any) -> Any:
 
 
 def _check(raw: bytes, max_bytes: int) -> None:
-    """Refuse JSON whose parsing would take too much memory, without parsing it.
+    """Check the limits on a JSON text before it is parsed, because parsing could take too much memory.
 
     Raises:
         ValueError: a limit is exceeded; the message has the value and the limit.
@@ -82,7 +82,7 @@ def _check_depth(brackets: bytes) -> None:
 
 
 def _few_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build an object; limit its keys, because a validator may make an error for each of them."""
+    """Build an object from pairs; refuse too many keys, because a validator may make an error for each key."""
     if len(pairs) > MAX_KEYS:
         raise ValueError(f"JSON with an object of {len(pairs)} keys; the limit is {MAX_KEYS}")
     return dict(pairs)

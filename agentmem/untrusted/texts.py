@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 MAX_MESSAGE: Final = 2000
 """The most characters of an error message."""
 _END: Final = 500
-"""How many characters are kept from the end of a message that is too long, where the remedy is."""
+"""The number of characters kept from the end of a message that is too long; the remedy is there."""
 _LISTED: Final = 4
 _DESCRIBED: Final = 1000
-"""The most violations of one validation that are described; if there are more, only their number is."""
+"""The most violations of one validation for which some are described; beyond this, only their number is stated."""
 _COMPARED: Final = 40
 """The most characters of a wrong name that are compared with the known names."""
 _SHORT = Repr()
@@ -42,7 +42,7 @@ def shown(value: object) -> str:
 
 
 def did_you_mean(wrong: str, known: Iterable[str], most: int = 1) -> str:
-    """Return ``did you mean 'x'? `` with up to ``most`` similar known names, ignoring case, or an empty text."""
+    """Return ``did you mean 'x'? `` with up to ``most`` known names that are similar, or an empty text if none is."""
     lower = {name.lower(): name for name in known}
     near = difflib.get_close_matches(wrong[:_COMPARED].lower(), lower, n=most, cutoff=0.5)
     return f"did you mean {' or '.join(repr(lower[name]) for name in near)}? " if near else ""
@@ -51,7 +51,8 @@ def did_you_mean(wrong: str, known: Iterable[str], most: int = 1) -> str:
 def faults(error: ValidationError, given: object = None) -> str:
     """Describe the first few errors of a pydantic validation: place, error, and the value at that place in ``given``.
 
-    Validate parsed JSON, not a JSON text: for each error in a text, pydantic keeps a copy of the surrounding values.
+    Callers should validate parsed JSON instead of a JSON text: for each error in a text, pydantic copies the
+    surrounding values.
     """
     count = error.error_count()
     if count > _DESCRIBED:

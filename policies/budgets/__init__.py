@@ -1,1 +1,1 @@
-"""Head budgets: how many slots each head of each layer keeps."""
+"""Head budgets: classes that decide how many slots each KV head of each layer keeps."""

@@ -1,8 +1,9 @@
 """Adaptive budgets: give every head as many slots as an error target needs, instead of allocating a fixed total.
 
-Every head's errors on held-out queries are measured at several slot counts, and each head gets the fewest slots at
-which both errors are within their targets. If the sum exceeds what a compaction may leave, both targets are multiplied
-by one factor for all heads.
+Before the allocation, every head is compacted to several numbers of slots, and two errors are measured on reference
+queries that the fits did not use: the error of the attention output, and the error of the log of the attention mass
+(the sum of ``exp(logit)`` over the segment's slots). Each head then gets the fewest slots at which both errors are
+within their targets. If these slots are too many, the targets of all heads are multiplied by one factor.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from agentmem.policies.budgets.water_filling import Demand, allocate
 
 @dataclass(frozen=True)
 class Adaptive(Budgets):
-    """Allocates slots by error curves: a head's errors for several numbers of kept slots (see :class:`Curve`).
+    """Allocates slots by each head's error curve: its errors for several numbers of kept slots (see :class:`Curve`).
 
-    A larger error target never allocates more slots. The memory always keeps a part of its capacity free, whatever the
-    errors, so that compactions do not follow each other closely. An easy text is compacted further than the memory's
-    ``target`` asks, a hard text less.
+    A larger error target never allocates more slots. A compaction can leave fewer slots than the memory's ``target``
+    asks for (an easy text) or more slots (a hard text). It never leaves more than ``request.limit``, so that
+    compactions do not follow each other closely.
     """
 
     output_error: float = 0.25
-    """Target for the relative L2 error of a head's local attention output."""
+    """Target for the relative L2 error of a head's attention output over the segment alone."""
     log_mass_error: float = 0.2
     """Target for the mean absolute error of the log of the segment's attention mass, in nats."""
     head_ceiling: float = 2.0
@@ -34,7 +35,7 @@ class Adaptive(Budgets):
     adaptive = True
 
     def __post_init__(self) -> None:
-        """Refuse targets that are not finite numbers above 0."""
+        """Raise ValueError if an error target is not a finite number above 0."""
         for name in ("output_error", "log_mass_error"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}: {getattr(self, name)!r} is no error target; give a number above 0")
@@ -42,8 +43,8 @@ class Adaptive(Budgets):
     def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
         """Allocate to each head the fewest slots at which both of its errors are within their targets.
 
-        If these slots are more than ``request.limit``, both targets are multiplied by the smallest number at which the
-        slots are not more.
+        If these are more than ``request.limit`` slots in total, both targets of all heads are multiplied by the
+        smallest factor with which at most ``request.limit`` slots are allocated.
         """
         if len(request.surveys) != len(request.held):
             raise ValueError(
@@ -59,7 +60,7 @@ class Adaptive(Budgets):
         return allocate(replace(request, total=min(request.limit, wanted)), demands)
 
     def _demand(self, curve: Curve) -> Demand:
-        """Return a function from a multiple of the targets to the slots that keep both errors within it."""
+        """Return a function from a factor to the fewest slots whose errors are within the targets times this factor."""
 
         def slots(multiple: float) -> int:
             if math.isinf(multiple):  # every error is within an infinite target

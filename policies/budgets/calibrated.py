@@ -1,4 +1,7 @@
-"""Calibrated budgets: one table of head shares per model, which applies at every compaction ratio.
+"""Calibrated budgets: slots in proportion to a table of head shares that was made for the model.
+
+A head's *share* is a multiple of an equal share, which is the number of slots of a head if all heads get equally many.
+The same table is used however many slots a compaction leaves.
 
 Source: arXiv:2602.16284, nonuniform head budgets: "one ratio-agnostic table per model".
 """
@@ -12,9 +15,10 @@ from agentmem.policies.budgets.water_filling import allocate, proportional
 
 
 class Calibrated(Tabled):
-    """Allocates slots in proportion to a table's shares; once a table is chosen, its largest shares are the ceilings.
+    """Allocates slots in proportion to the shares in a table.
 
-    Neither ceiling exceeds the option ``head_ceiling`` or ``layer_ceiling``, respectively.
+    Once a table is chosen, its largest share of a head becomes ``head_ceiling``, unless the option ``head_ceiling`` is
+    smaller. In the same way, its largest mean share of a layer's heads becomes ``layer_ceiling``.
     """
 
     def ceilings(self, table: HeadTable) -> tuple[float, float]:

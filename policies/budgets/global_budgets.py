@@ -1,6 +1,6 @@
-"""Global budgets: keep the slots with the highest scores among all heads and layers.
+"""Global budgets: keep the slots with the highest scores among the slots of all heads and layers.
 
-Source: Ada-KV, arXiv:2407.11550, which compares scores within a layer; here they are compared over all layers.
+Source: Ada-KV, arXiv:2407.11550, which compares scores within a layer; here scores are compared over all layers.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from agentmem.policies.budgets.water_filling import Demand, allocate
 
 @dataclass(frozen=True)
 class Global(Budgets):
-    """Gives a head one slot for each of its scores that is among the highest of all heads, and at least the floor.
+    """Gives each head as many slots as it has scores among the highest of all heads, but at least a minimum.
 
-    Scores are compared as the compactor's survey returns them. Of heads with equal scores, the earlier head gets the
-    slot.
+    ``floor`` sets the minimum. :meth:`Compactor.survey` returns one score per slot; the scores of all heads are
+    compared without any scaling. If heads have equal scores, the earlier head gets the slot.
     """
 
     floor: float = 0.5
-    """Number of slots that every head gets at least, as a fraction of an equal share."""
+    """Fewest slots of a head, as a fraction of an equal share (the slots of a head if all heads get equally many)."""
     head_ceiling: float = 4.0
     layer_ceiling: float = 2.0
     needs_survey = True
 
     def __post_init__(self) -> None:
-        """Refuse settings that cannot work."""
+        """Raise ValueError if a setting is unknown or out of range."""
         if not 0 <= self.floor <= 1:
             raise ValueError(f"floor: {self.floor!r} is no fraction of an equal share; give 0 to 1")
         for name in ("head_ceiling", "layer_ceiling"):
@@ -36,7 +36,7 @@ class Global(Budgets):
                 raise ValueError(f"{name}: {getattr(self, name)!r} equal shares cannot be allocated; give 1 or more")
 
     def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
-        """Lower a common score threshold until the scores at or above it use up all slots."""
+        """Lower one threshold for all heads until as many scores are at or above it as there are slots to allocate."""
         if len(request.surveys) != len(request.held):
             raise ValueError(
                 f"{len(request.surveys)} surveys for {len(request.held)} layers: global budgets compare the scores of "

@@ -1,6 +1,7 @@
-"""Tables of head shares and error curves: reading files of ``agentmem calibrate``, and finding the table of a model.
+"""Read tables of head shares and error curves, as ``agentmem calibrate`` writes them, and find a model's table.
 
-The package's own tables are in ``tables/``; a user names another table by its path.
+A head's *share* is its number of slots divided by the mean number of slots per head. Its *error curve* has its errors
+at several fractions of kept slots. The package's own tables are in ``tables/``; a user names another table by its path.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ Rows = tuple[tuple[float, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class HeadTable:
-    """The calibration of one model; ``shares`` and ``errors`` are indexed by compacted layer and KV head.
+    """A table of one model; ``shares`` and ``errors`` are indexed by layer (of those that are compacted) and KV head.
 
-    The unit of ``shares`` is an equal share, so that their mean is 1. ``errors[layer][head][i]`` is the loss, in nats,
-    of keeping the fraction ``fractions[i]`` of that head's slots and all slots of every other head. A calibration
-    method that measures no loss leaves ``fractions`` and ``errors`` empty.
+    The mean of the shares is 1. ``errors[layer][head][i]`` is the KL, in nats per token, of keeping the fraction
+    ``fractions[i]`` of that head's slots and all slots of every other head. ``fractions`` and ``errors`` are empty if
+    the calibration method finds no errors.
     """
 
     source: str
@@ -46,12 +47,12 @@ class HeadTable:
 
     @property
     def head_ceiling(self) -> float:
-        """The largest share of a head."""
+        """Return the largest share of a head."""
         return max(map(max, self.shares))
 
     @property
     def layer_ceiling(self) -> float:
-        """The largest mean share of a layer's heads."""
+        """Return the largest mean share of a layer's heads."""
         return max(sum(layer) / len(layer) for layer in self.shares)
 
 
@@ -78,11 +79,11 @@ def shipped_tables() -> tuple[HeadTable, ...]:
 
 
 def fitting(tables: Iterable[HeadTable], model: ModelIdentity, *, any_weights: bool = False) -> HeadTable:
-    """Return the first of the tables that was made for that model.
+    """Return the first of ``tables`` that fits ``model``.
 
-    A table fits if its KV heads and its fingerprint of the weights equal the model's. Only the KV heads are compared if
-    the model's weights are not loaded (no fingerprint), or with ``any_weights``, by which a fine-tuned model may use
-    the table of its base model.
+    A table fits if its KV heads and its fingerprint of the weights equal the model's. The fingerprint is ignored in two
+    cases: if the model has none because its weights are not loaded, and with ``any_weights``, which lets a fine-tuned
+    model use the table of its base model.
 
     Raises:
         ValueError: no table fits; the message names the model, the tables and the remedy.

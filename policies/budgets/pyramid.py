@@ -1,7 +1,7 @@
 """Pyramid budgets: slots decrease linearly from the first layer to the last; heads of a layer get equally many.
 
-Source: PyramidKV, arXiv:2406.02069, section 4 (``steepness`` is the paper's β). PyramidInfer, arXiv:2405.12532, has the
-same idea.
+Source: PyramidKV, arXiv:2406.02069, section 4 (its β is ``steepness`` here). PyramidInfer, arXiv:2405.12532, also gives
+higher layers fewer slots.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from agentmem.policies.budgets.water_filling import allocate, proportional
 
 
 class Pyramid(Budgets):
-    """Gives the last layer's heads ``1 / steepness`` equal shares, and the first layer's ``2 - 1 / steepness``.
+    """Gives heads of the first layer ``2 - 1 / steepness`` and of the last ``1 / steepness`` times the mean slots.
 
-    A steepness of 1 makes uniform budgets. As the steepness grows, the first layer tends to two equal shares and the
-    last layer to none.
+    With a steepness of 1, all heads get equally many slots. As the steepness grows, heads of the first layer tend to
+    twice the mean number of slots, and heads of the last layer to none.
     """
 
     def __init__(self, steepness: float = 2.0) -> None:
@@ -24,7 +24,7 @@ class Pyramid(Budgets):
         self.head_ceiling = self.layer_ceiling = 2 - 1 / steepness
 
     def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
-        """Allocate slots in proportion to shares that fall linearly with the layer's index."""
+        """Allocate slots in proportion to shares that fall linearly from the first layer to the last."""
         last, rise = max(1, len(request.held) - 1), 1 - 1 / self.steepness
         shares = [1 + rise * (1 - 2 * layer / last) for layer in range(len(request.held))]
         return allocate(

@@ -1,4 +1,4 @@
-"""Names of the head budgets, for policies whose user may choose them."""
+"""The names of the head budgets, for policies whose option ``budgets`` selects them by name."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ NAMES: dict[str, Callable[..., Budgets]] = {
 def by_name(name: str, **options: Any) -> Budgets:
     """Make head budgets from a name or a spec such as ``"calibrated[floor=0.5,table=mine.json]"``.
 
-    ``options`` are further options of the budgets.
+    ``options`` are added to the options in the spec, and override them.
 
     Raises:
         ValueError: the spec cannot be read, the name or an option is unknown (the message suggests the nearest), or a
-            value cannot work.
+            value is out of range.
 
     """
     spec = specs.parsed(name, "budgets")

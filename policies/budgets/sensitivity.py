@@ -1,10 +1,13 @@
-"""Sensitivity budgets: slots go to the heads where they lower the predicted loss most, by a table of error curves.
+"""Sensitivity budgets: slots go to the heads in which they lower the predicted loss most.
 
-Source: arXiv:2602.16284, nonuniform head budgets. The paper exchanges slots greedily between heads, from a uniform
-start, by a sensitivity curve per head and with a maximum per head. Here the curves are made convex first. For convex
-curves the exchange ends at the allocation with the smallest sum of errors, and giving each slot to the head with the
-largest gain leads to that allocation directly. The paper averages its result over several compaction ratios; here every
-compaction evaluates the curves at its own ratio.
+The prediction comes from a table made for the model, with an *error curve* for every head: the head's errors at several
+fractions of kept slots.
+
+Source: arXiv:2602.16284, nonuniform head budgets. The paper starts from equally many slots per head, and exchanges
+slots greedily between heads by a sensitivity curve per head, up to a maximum per head. Here the curves are made convex
+first. For convex curves the exchange ends at the allocation with the smallest sum of errors. Giving each slot to the
+head whose error it lowers most leads to that allocation directly. The paper averages its result over several compaction
+ratios; here every compaction evaluates the curves at its own ratio.
 """
 
 from __future__ import annotations
@@ -28,8 +31,9 @@ Point = tuple[float, float]
 class Sensitivity(Tabled):
     """Allocates slots so that the sum of the predicted errors is smallest; needs a table with error curves.
 
-    The fraction that a head keeps is its slots divided by the *mean* number of slots that heads hold now. If it were
-    divided by the head's own slots, a head with few slots from the last compaction would seem to lose little.
+    A curve gives a head's error at a fraction of kept slots. This fraction is the number of slots that the head would
+    keep, divided by the *mean* number of slots that heads hold now. Division by the head's own number of slots would be
+    wrong: a head to which the last compaction left few slots would then seem to lose little.
     """
 
     def lacks(self, table: HeadTable) -> str:
@@ -51,9 +55,10 @@ class Sensitivity(Tabled):
 
 
 def _demand(fractions: Sequence[float], errors: Sequence[float], slots: float) -> Demand:
-    """Return the demand of a head: the number of slots each of which lowers the error by at least the price.
+    """Return a function from a threshold to the number of slots that each lower the error by at least the threshold.
 
-    At a price of 0 or less the demand is unlimited.
+    ``slots`` is the number of slots at fraction 1. At a threshold of 0 or less the function returns a number beyond all
+    limits.
     """
     hull = lower_hull(filled_in(fractions, errors))
     gains = [(low[1] - high[1]) / ((high[0] - low[0]) * max(1.0, slots)) for low, high in pairwise(hull)]
@@ -63,7 +68,7 @@ def _demand(fractions: Sequence[float], errors: Sequence[float], slots: float) -
 
 
 def filled_in(fractions: Sequence[float], errors: Sequence[float]) -> list[Point]:
-    """Return the curve from fraction 0 to fraction 1, with interpolated points between the measured points.
+    """Return measured and interpolated points (fraction, error) of the error curve, from fraction 0 to fraction 1.
 
     Errors are interpolated geometrically. At fraction 1 the error is 0. The error at fraction 0 is extrapolated from
     the first two measured points.
@@ -80,7 +85,7 @@ def filled_in(fractions: Sequence[float], errors: Sequence[float]) -> list[Point
 
 
 def lower_hull(points: Sequence[Point]) -> list[Point]:
-    """Return the corners of the largest convex curve below the points, which come in ascending order."""
+    """Return the corners of the largest convex curve that lies nowhere above ``points``, whose fractions ascend."""
     hull: list[Point] = []
     for point in points:
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):

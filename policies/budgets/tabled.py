@@ -1,4 +1,4 @@
-"""The common base of budgets that follow a table of head shares: it chooses the table that fits the model."""
+"""The base class of budgets that follow a table of head shares; it chooses the table that was made for the model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from agentmem.contracts import BudgetRequest, Budgets, ModelIdentity
 from agentmem.policies.budgets.head_table import HeadTable, fitting, read_table, shipped_tables
 
 HEAD_CEILING = 4.0
-"""Default maximum of one head's share, as a multiple of an equal share (the share of a head if all heads get as many).
+"""Default maximum of one head's share, as a multiple of an equal share (the slots of a head if all get equally many).
 
 Larger shares of a table are cut. The plan sizes every head's workspace for this maximum."""
 LAYER_CEILING = 2.0
@@ -16,15 +16,15 @@ LAYER_CEILING = 2.0
 
 
 class Tabled(Budgets):
-    """Follows the table of a given file, or the package's own table of the model that :meth:`check` receives.
+    """Follows a table of head shares: that of the file ``table``, or one of the package's tables if no file is given.
 
-    ``floor`` is the fraction of an equal share that every head gets at least. ``any_weights`` accepts a table made for
-    other weights with equal KV heads, such as those of a fine-tune's base model. ``head_ceiling`` and
-    ``layer_ceiling`` are the largest share of a head and the largest mean share of a layer's heads, as multiples of an
-    equal share.
+    Without a file, :meth:`check` chooses the table. All shares are multiples of an equal share, the number of slots of
+    a head if all heads get equally many. ``floor`` is the smallest share of a head, ``head_ceiling`` the largest, and
+    ``layer_ceiling`` the largest mean share of a layer's heads. ``any_weights`` accepts a table made for a model with
+    other weights but equal KV heads, such as the base model of a fine-tuned model.
 
     Raises:
-        ValueError: the file is not a table or lacks what these budgets need, or an option's value cannot work.
+        ValueError: the file is not a table or lacks what these budgets need, or an option is out of range.
 
     """
 
@@ -55,14 +55,14 @@ class Tabled(Budgets):
             raise ValueError(lacking)
         self._choose(self._tables[0])
 
-    def lacks(self, table: HeadTable) -> str:  # noqa: ARG002  # those that need nothing but shares ask nothing
-        """Return a message on what the table lacks for these budgets, or an empty string if nothing is missing."""
+    def lacks(self, table: HeadTable) -> str:  # noqa: ARG002  # every table has shares
+        """Return a message if the table lacks something that these budgets need, else an empty string."""
         return ""
 
-    def ceilings(self, table: HeadTable) -> tuple[float, float]:  # noqa: ARG002  # the same
-        """Return the most slots that the table can give to one head, and to a layer as the mean of its heads.
+    def ceilings(self, table: HeadTable) -> tuple[float, float]:  # noqa: ARG002  # subclasses use the table
+        """Return the largest share that the table can give to a head, and the largest mean share of a layer's heads.
 
-        Both are multiples of an equal share, which is the number of slots of a head if all heads get as many.
+        Both are multiples of an equal share, the number of slots of a head if all heads get equally many.
         """
         return self._most
 
@@ -72,10 +72,10 @@ class Tabled(Budgets):
         self.head_ceiling, self.layer_ceiling = (max(1.0, min(pair)) for pair in zip(asked, self._most, strict=True))
 
     def check(self, model: ModelIdentity) -> None:
-        """Choose the model's table.
+        """Choose the table that was made for ``model``; the plan calls this method before any allocation.
 
         Raises:
-            ValueError: no table fits the model, or these budgets serve another model already.
+            ValueError: no table fits the model, or these budgets already follow the table of another model.
 
         """
         served = self._model
@@ -88,10 +88,10 @@ class Tabled(Budgets):
         self._model = model if known else served
 
     def table_for(self, request: BudgetRequest) -> HeadTable:
-        """Return the chosen table after a check that its KV heads are those of the request.
+        """Check that the chosen table has the KV heads of the request, and return the table.
 
         Raises:
-            ValueError: the heads differ, or no table was chosen yet.
+            ValueError: the KV heads differ, or no table was chosen yet.
 
         """
         heads = tuple(map(len, request.held))

@@ -1,4 +1,4 @@
-"""Uniform budgets: equal slots for every head of every layer."""
+"""Uniform budgets: equally many slots for every head of every layer."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from agentmem.policies.budgets.water_filling import allocate, proportional
 
 
 class Uniform(Budgets):
-    """Allocates equal slots; a head that holds fewer slots keeps them all, and the other heads share the surplus.
+    """Allocates equally many slots; a head that holds fewer keeps them all, and the other heads share the rest.
 
-    Invariants, besides those of :class:`Budgets`: the slots of two heads that could both keep more differ by at most
-    one; a head that keeps all its slots has at most one slot more than a head that does not. ``request.floor`` needs no
-    special treatment, because no allocation of an equal total gives the smallest head more slots.
+    Invariants, besides those of :class:`Budgets`: two heads that both lose slots get numbers of slots that differ by at
+    most one; a head that keeps all its slots gets at most one slot more than a head that loses some. ``request.floor``
+    needs no special treatment: no other allocation of the same total has a larger smallest number of slots.
     """
 
     def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:

@@ -1,9 +1,9 @@
-"""The algorithm by which all head budgets allocate integer numbers of slots: demand at a falling price.
+"""The algorithm by which all head budgets allocate integer numbers of slots: a threshold falls until all are allocated.
 
-Every head has a demand function: the number of slots that it takes at a price. The price falls until all slots are
-allocated. The meaning of a price depends on the budgets: an attention score, the error that one more slot removes, or
-the inverse of a share. The slots that a head holds, its floor and its ceiling limit the head; ``layer_ceiling`` limits
-the sum over the heads of a layer.
+The threshold is called the *price*. Every head has a *demand*: a function from the price to the number of slots that
+the head takes, which never rises with the price. The meaning of a price depends on the budgets: an attention score, the
+error that one more slot removes, or a number that is inversely proportional to the slots. The slots that a head holds,
+its floor and its ceiling limit the head; ``layer_ceiling`` limits the sum over the heads of a layer.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator, Sequence
 from agentmem.contracts import BudgetRequest
 
 Demand = Callable[[float], int]
-"""Function from a price ≥ 0 to the number of slots that a head takes. It never rises with the price, and always returns
-the same number for the same price."""
+"""Function from a price ≥ 0 to the number of slots that a head takes. The number never rises with the price, and
+depends on nothing else."""
 _INFINITY_BITS = 0x7FF0 << 48
 
 
 def proportional(share: float) -> Demand:
-    """Return a demand that allocates slots in proportion to ``share``, rounded by Webster's divisor method.
+    """Return a demand that takes slots in proportion to ``share``, rounded by Webster's divisor method.
 
     A head with a share of 0 takes slots only after all other heads have reached their limits.
     """
@@ -31,16 +31,17 @@ def proportional(share: float) -> Demand:
 def allocate(
     request: BudgetRequest, demands: Sequence[Sequence[Demand]], fraction: float = 0.0
 ) -> tuple[tuple[int, ...], ...]:
-    """Allocate ``request.total`` slots to heads with these demands.
+    """Allocate ``request.total`` slots to heads with the demands ``demands[layer][head]``; return the slots per head.
 
-    The fraction ``fraction`` of the total is allocated equally first, as a floor besides ``request.floor``. If the
-    floors together exceed the total, they are filled as far as possible, the head with the fewest slots first.
+    Every head has a floor, the larger of two numbers: ``request.floor``, and the slots that the head gets if
+    ``fraction * request.total`` slots are allocated equally. If all floors together exceed the total, slots are given
+    one by one to the head with the fewest, up to its floor.
 
-    Invariants: those of :class:`agentmem.contracts.Budgets`; a larger total (all else equal) takes a slot from no head;
-    every head gets its floor if the total and the ceilings allow it.
+    Invariants: those of :class:`agentmem.contracts.Budgets`; if the total grows and nothing else changes, no head gets
+    fewer slots; every head gets its floor if the total and the ceilings allow it.
 
-    A larger total takes nothing away for this reason: one slot more raises at most one head's floor by one, and for
-    given floors a head's slots depend on the price alone, which falls as the total grows.
+    The second invariant has two reasons. One more slot in the total raises at most one floor, by one. For given floors
+    a head's slots depend on the price alone, which falls as the total grows.
     """
     limits = [[min(held, request.ceiling) for held in layer] for layer in request.held]
     level = [[proportional(1.0)] * len(layer) for layer in limits]
@@ -61,7 +62,10 @@ def _fill(
     total: int,
     layer_ceiling: int,
 ) -> list[list[int]]:
-    """Allocate at the lowest price whose demand fits into ``total``; give the remaining slots to the heads in order."""
+    """Allocate slots at the lowest price at which all heads together take at most ``total`` slots.
+
+    The remaining slots go, in the order of the heads, to heads that take more at the next lower price.
+    """
 
     def layers(price: float) -> Iterator[list[int]]:
         for row in zip(demands, floors, limits, strict=True):
@@ -86,10 +90,10 @@ def _fill(
 
 
 def _clearing(wanted: Callable[[float], int], total: int) -> tuple[float, float]:
-    """Return two adjacent floats: a price whose demand fits into the total, and the next lower one, which does not fit.
+    """Return the lowest price at which ``wanted`` is at most ``total``, and the next lower float.
 
-    Non-negative floats are ordered as their bit patterns are, so a bisection of the bits ends after at most 63 steps.
-    If the demand fits at a price of 0, both prices are 0.
+    If ``wanted`` is at most ``total`` at a price of 0, both prices are 0. Non-negative floats have the same order as
+    their bit patterns, so a bisection of the bits ends after at most 63 steps.
     """
     if wanted(0.0) <= total:
         return 0.0, 0.0

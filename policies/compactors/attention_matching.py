@@ -1,8 +1,11 @@
 """Attention Matching: choose the slots that stay, fit their β to the attention mass, then their values to the output.
 
+A query's attention *mass* is the sum of ``exp(logit)`` over the segment's slots. A slot's *importance* is a statistic
+of its attention weights over all reference queries.
+
 Source: "Fast KV Compaction via Attention Matching", arXiv:2602.16284. This module adds three things: both fits are
-anchored at the kept slots' own β and values, β is carried from one compaction to the next, and with ``carry`` above 0
-a slot's importance is carried too.
+pulled towards the kept slots' own β and values; β is carried from one compaction to the next; a slot's importance is
+carried, too, if ``carry`` is above 0.
 """
 
 from __future__ import annotations
@@ -43,11 +46,12 @@ _SMALL = 1024
 
 @dataclass(frozen=True)
 class AttentionMatching(Compactor):
-    """Replaces each head's segment by selected slots of it with fitted β and values.
+    """Keeps selected slots of each head's segment, with β and values fitted to the reference queries.
 
-    For T slots, t kept slots and N queries, the working memory of a call is one block of queries (``block_bytes``), one
-    t x t matrix and a few rows per slot; no N x T matrix is made. Arithmetic is float32 whatever the model's dtype: on
-    real segments, a float64 Gram matrix left the first four digits of every error unchanged.
+    Let T be the number of slots, t that of kept slots and N that of queries. A call needs memory for one block of
+    queries (``block_bytes``), one t x t matrix, the keys and values in float32 and a few numbers per slot and query. No
+    N x T matrix is made. A pursuit selector needs a T x T matrix, too. Arithmetic is float32 whatever the model's
+    dtype: on real segments, a float64 Gram matrix left the first four digits of every error unchanged.
     """
 
     needs_queries = True
@@ -65,24 +69,25 @@ class AttentionMatching(Compactor):
     """Strength of the pull of the values towards the kept slots' own, relative to the mean diagonal of the Gram
     matrix."""
     beta_bound: float = 3.0
-    """One compaction changes β by at most this much; the total is not bounded."""
+    """Largest change of a slot's β in one compaction; the change over several compactions is not bounded."""
     steps: int = 2
     """Number of projected-gradient steps after the clamped least-squares start."""
     value_bound: float = 2.0
-    """Largest distance between a slot's fitted and own value, in lengths of the segment's longest value."""
+    """Largest distance between a slot's fitted and own value, as a multiple of the segment's longest value."""
     values: Values = "fitted"
     """Treatment of the kept slots' values: "fitted" fits them, "own" leaves them as they are. The setting "own" with
     ``mass="none"`` is plain eviction."""
     refine: int = 0
     """Number of gradient steps on keys, β and values after the fits; 0 leaves the keys as they are."""
     carry: float = 0.0
-    """Part of its importance that a slot keeps from one compaction to the next. A slot's score is the larger of its
-    present importance and ``carry`` times its previous score. 0 forgets; a value above 0 needs a score column."""
+    """Fraction of a slot's score that is carried to the next compaction. The score is the larger of the slot's present
+    importance and ``carry`` times its previous score. 0 carries nothing; above 0, the memory stores every slot's
+    score."""
     block_bytes: int = 2**19
     """Size in bytes of one block of queries with its weights; a block has at least 32 rows, even if that is larger."""
 
     def __post_init__(self) -> None:
-        """Refuse settings that cannot work."""
+        """Raise ValueError if a setting is unknown or out of range."""
         for name, kind in (("score", Score), ("mass", Mass), ("values", Values)):
             if getattr(self, name) not in get_args(kind):
                 known = ", ".join(get_args(kind))
@@ -132,7 +137,7 @@ class AttentionMatching(Compactor):
         return found
 
     def compact(self, segment: Segment, slots: Sequence[int]) -> Compaction:
-        """Compact one head after the other. A head whose budget covers all its slots is left as it is."""
+        """Compact one head after the other; a head whose budget covers all its slots is left as it is."""
         heads: list[HeadCompaction] = []
         condition, fallbacks = 1.0, []
         seed = hash((segment.generator.initial_seed(), segment.layer))
@@ -156,7 +161,11 @@ class AttentionMatching(Compactor):
     def _fit(
         self, head: HeadSegment, attention: LocalAttention, found: Importance, selection: Selection
     ) -> tuple[HeadCompaction, Solution[torch.Tensor], Solution[torch.Tensor] | None]:
-        """Fit β, then the values, in two passes over the queries; then refine both and the keys if that is set."""
+        """Fit the selected slots' β, then their values; with ``refine`` above 0, refine keys, β and values.
+
+        The two fits take two passes over the queries. Return the head's compaction, the solution of the β fit, and that
+        of the value fit (``None`` without a value fit).
+        """
         kept = selection.kept
         plain = attention.over(attention.keys[kept], head.bias[kept])
         mass = self._fit_mass(plain, found, selection)
@@ -201,15 +210,15 @@ class AttentionMatching(Compactor):
         return LocalAttention(queries, head.keys.float(), head.bias, segment.scale, rows).weighted(segment.weights)
 
     def _rows(self, row_bytes: int, queries: int) -> int:
-        """Return the number of queries per block."""
+        """Return the number of queries per block, if one query takes ``row_bytes`` bytes."""
         return min(queries, max(_LEAST_ROWS, self.block_bytes // row_bytes))
 
 
 def _row_bytes(slots: int, key_dim: int, value_dim: int) -> int:
-    """Return the bytes of one query in a block.
+    """Return the bytes that each query of a block takes.
 
-    They cover its float32 copy and that of the previous block, its weights over the slots, its output and a few
-    numbers.
+    These hold the query in float32, one query of the previous block, the query's weights over the slots, its output,
+    and a few numbers.
     """
     return _FLOAT * (slots + 2 * key_dim + value_dim + 4)
 

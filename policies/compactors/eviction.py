@@ -1,9 +1,9 @@
-"""Eviction: the common part of all policies that score every slot and keep the best slots unchanged.
+"""Eviction: the common part of all policies that score every slot and keep the slots with the highest scores unchanged.
 
 The papers of these policies drop one token per step, or compress a prompt once. Here many slots are dropped at once
-when the memory fills, and every KV head chooses its own. The memory's ``keep_first`` and ``keep_recent`` set the sinks
-and the recent tokens. These lie outside the segment: they are neither scored nor dropped, and attention weights are
-relative to the segment alone.
+when the memory fills, and every KV head chooses its own slots. The memory's ``keep_first`` and ``keep_recent`` set the
+numbers of sinks and recent tokens. These tokens lie outside the segment: they are neither scored nor dropped, and
+attention weights are relative to the segment alone.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _SMALL = 1024
 
 
 class Eviction(Compactor):
-    """Keeps unchanged the slots with the highest scores; of equally scored slots it keeps the newer.
+    """Keeps unchanged the slots with the highest scores; of slots with equal scores, the newer stays.
 
-    Invariants, besides those of :class:`Compactor`: scores are finite and at least 0, so that budgets can compare them
-    with prices (see ``water_filling``); a head whose budget covers all its slots keeps them all unchanged.
+    Invariants, besides those of :class:`Compactor`: scores are finite and at least 0, because budgets compare them with
+    thresholds of at least 0; a head whose budget covers all its slots keeps them all unchanged.
     """
 
     fits = False
@@ -49,22 +49,25 @@ class Eviction(Compactor):
         """Return an upper bound of the bytes that one call of :meth:`score` allocates, its result included."""
 
     def workspace(self, shape: SegmentShape) -> int:
-        """Return the bytes of one head's scoring or ranking plus those of all heads' kept indices or scores."""
+        """Return an upper bound of the bytes that one :meth:`compact` or :meth:`survey` allocates.
+
+        The bound covers one head's scoring or ranking, whichever takes more, and the indices or scores of all heads.
+        """
         results = shape.heads * max(shape.budget * _INDEX, shape.slots * FLOAT)
         return max(self.scratch(shape), shape.slots * RANKING) + results + _SMALL
 
     def survey(self, segment: Segment) -> Survey:
-        """Return the scores by which :meth:`compact` would choose slots."""
+        """Return the scores of all slots, by which :meth:`compact` would choose."""
         pairs = enumerate(segment.heads)
         scores = (self.score(segment, index) if head.slots else head.bias.clone() for index, head in pairs)
         return Survey(segment.layer, tuple(scores))
 
     def compact(self, segment: Segment, slots: Sequence[int]) -> Compaction:
-        """Keep the ``slots[h]`` best slots of every head ``h``."""
+        """Keep the ``slots[h]`` slots with the highest scores of every KV head ``h``."""
         return Compaction(tuple(self.keep(segment, index, count) for index, count in enumerate(slots)))
 
     def keep(self, segment: Segment, index: int, count: int) -> HeadCompaction:
-        """Keep the ``count`` best slots of KV head ``index``."""
+        """Keep the ``count`` slots with the highest scores of KV head ``index``."""
         head = segment.heads[index]
         if count == 0 or count >= head.slots:
             return HeadCompaction(torch.arange(count, device=head.keys.device))
@@ -73,7 +76,10 @@ class Eviction(Compactor):
 
 @dataclass(frozen=True)
 class Observation(Eviction):
-    """An eviction by the attention of reference queries, visited in blocks; no queries x slots matrix is made."""
+    """Base class of evictions that score slots by the attention of reference queries.
+
+    The queries are visited in blocks, so that no queries x slots matrix is made.
+    """
 
     needs_queries = True
 
@@ -81,7 +87,7 @@ class Observation(Eviction):
     """Size in bytes of one block of queries with its weights; a block has at least 32 rows, even if that is larger."""
 
     def attention(self, segment: Segment, index: int) -> LocalAttention:
-        """Return the attention of all reference queries over the slots of KV head ``index``, with their old β."""
+        """Return the attention of all reference queries over the slots of KV head ``index``, whose logits include β."""
         head, queries = segment.heads[index], segment.queries(index)
         longest = max(part.shape[1] for part in queries)
         if longest == 0:
@@ -91,10 +97,11 @@ class Observation(Eviction):
         return LocalAttention(queries, keys, head.bias, segment.scale, min(rows, longest)).weighted(segment.weights)
 
     def attention_bytes(self, shape: SegmentShape, *, copies: int = 1, then: int = 0) -> int:
-        """Return the bytes of :meth:`attention`, of a few numbers per slot and query, and of the larger of two phases.
+        """Return an upper bound of the bytes of scoring by :meth:`attention`, for :meth:`scratch`.
 
-        The first phase is a block of queries with ``copies`` copies of its weights. The second phase takes ``then``
-        bytes, after the block is freed.
+        The bound covers the keys in float32, a few numbers per slot and query, and the larger of two phases. The first
+        phase holds ``copies`` blocks of queries with their weights. The second begins after these blocks are freed, and
+        takes ``then`` bytes.
         """
         row = _row_bytes(shape.slots, shape.key_dim)
         block = min(shape.queries * row, max(_LEAST_ROWS * row, self.block_bytes))
@@ -104,9 +111,10 @@ class Observation(Eviction):
 
 
 def _row_bytes(slots: int, key_dim: int) -> int:
-    """Return the bytes of one query in a block.
+    """Return the bytes that each query of a block takes.
 
-    They cover its float32 copy and that of the previous block, its weights over the slots and a few numbers.
+    These hold the query in float32, one query of the previous block, the query's weights over the slots, and a few
+    numbers.
     """
     return FLOAT * (slots + 2 * key_dim + 4)
 
@@ -114,9 +122,10 @@ def _row_bytes(slots: int, key_dim: int) -> int:
 def largest_of_group(
     attention: LocalAttention, weights: Sequence[float], view: Callable[[torch.Tensor], torch.Tensor]
 ) -> Iterator[tuple[float, torch.Tensor]]:
-    """Yield, per block of reference tokens, their weight and the maximum of ``view(block) [B, T]`` over query heads.
+    """Yield, for each block of B reference tokens, its weight and the maximum ``[B, T]`` of ``view`` over query heads.
 
-    The maximum is taken over all query heads of the KV head's group.
+    ``view`` maps the block's queries ``[B, d]`` of one query head to numbers ``[B, T]``. The maximum is elementwise
+    over the query heads of the KV head. ``weights`` has one weight for each part of the reference queries.
     """
     for part, weight in zip(attention.queries, weights, strict=True):
         for tokens in blocks(part.shape[1], attention.rows):
@@ -140,7 +149,7 @@ def pooled(scores: torch.Tensor, kernel: int, pool: Pool) -> torch.Tensor:
 
 
 def check_pooling(kernel: int, pool: str = "max") -> None:
-    """Refuse a pooling that :func:`pooled` cannot do.
+    """Check the arguments ``kernel`` and ``pool`` of :func:`pooled`.
 
     Raises:
         ValueError: ``kernel`` is not odd and positive, or ``pool`` is unknown.
@@ -153,7 +162,7 @@ def check_pooling(kernel: int, pool: str = "max") -> None:
 
 
 def check_window(window: int) -> None:
-    """Refuse an observation window without a token.
+    """Check the option ``window``, the number of newest tokens whose queries score the slots.
 
     Raises:
         ValueError: ``window`` is not a whole number of at least 1.
@@ -164,10 +173,10 @@ def check_window(window: int) -> None:
 
 
 def check_share(name: str, value: float) -> None:
-    """Refuse a share outside 0 … 1.
+    """Check that ``value``, the value of the option ``name``, lies in 0 … 1.
 
     Raises:
-        ValueError: ``value`` is outside.
+        ValueError: ``value`` is outside 0 … 1.
 
     """
     if not 0 <= value <= 1:

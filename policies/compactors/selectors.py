@@ -1,9 +1,9 @@
-"""Selectors choose the slots of a head that stay; they are separate classes, so that an ablation can vary them alone.
+"""The selectors of Attention Matching: classes that choose which slots of a head stay.
 
-``highest`` chooses the slots that receive most attention and judges each slot by itself. ``omp`` (orthogonal matching
-pursuit) repeatedly adds slots that restore the attention mass that the slots chosen so far do not restore; it fits the
-mass better, but drops slots that few queries attend to. ``omp-needles`` combines the two:
-highest attention chooses half of the slots, and pursuit chooses the other half.
+``highest`` chooses the slots that receive most attention, and judges each slot by itself. ``omp`` (orthogonal matching
+pursuit) adds slots step by step; each step adds the slots that best restore the attention mass still missing. It fits
+the mass better than ``highest``, but drops slots that few queries attend to. ``omp-needles`` combines both: half of the
+slots are chosen as by ``highest``, the other half by pursuit.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _SORT = 28
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The slots ``kept [t]`` int64, ascending, and the β fit ``mass`` if the selector has fitted β itself.
+    """The choice of a selector: the indices ``kept [t]`` int64, ascending, of the slots that stay.
 
-    ``mass`` is as :func:`fit_mass` returns it, or ``None``.
+    ``mass`` is the solution of the β fit, as :func:`fit_mass` returns it, or ``None`` if the selector fits no β.
     """
 
     kept: torch.Tensor
@@ -51,21 +51,21 @@ class Selector(ABC):
 
     @abstractmethod
     def workspace(self, shape: SegmentShape, rows: int) -> int:
-        """Return an upper bound of the bytes that one call allocates, for blocks of ``rows`` queries."""
+        """Return an upper bound of the bytes that one :meth:`select` allocates, for blocks of ``rows`` queries."""
 
 
 @dataclass(frozen=True)
 class Highest(Selector):
-    """Chooses the slots of the highest importance, pooled over ``kernel`` neighbouring slots if that is above 1."""
+    """Chooses the most important slots; a ``kernel`` above 1 max-pools importance over that many neighbouring slots."""
 
     kernel: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse a kernel that cannot pool."""
+        """Raise ValueError if ``kernel`` is not odd and positive."""
         check_pooling(self.kernel)
 
     def select(self, attention: LocalAttention, found: Importance, count: int, seed: int, bound: float) -> Selection:
-        """Choose the ``count`` most important slots; of equally important slots the newer."""
+        """Choose the ``count`` most important slots; of equally important slots, the newer is chosen."""
         del attention, seed, bound
         return Selection(top(found.scores if self.kernel == 1 else pooled(found.scores, self.kernel, "max"), count))
 
@@ -77,9 +77,9 @@ class Highest(Selector):
 
 @dataclass(frozen=True)
 class Pursue(Selector):
-    """Chooses slots by orthogonal matching pursuit of the attention mass; the pursuit's weights are the fit of β.
+    """Chooses slots by orthogonal matching pursuit of the attention mass, which also fits their β.
 
-    ``needles`` is the fraction of the slots that highest attention chooses first.
+    ``needles`` is the fraction of the slots that are chosen by importance before the pursuit.
     """
 
     schedule: Schedule = FAST
@@ -87,12 +87,12 @@ class Pursue(Selector):
     ridge: float = 1e-4
 
     def __post_init__(self) -> None:
-        """Refuse ``needles`` outside 0 … 1."""
+        """Raise ValueError if ``needles`` is outside 0 … 1."""
         if not 0 <= self.needles <= 1:
             raise ValueError(f"needles: {self.needles!r} is no fraction of the slots; give 0 to 1")
 
     def select(self, attention: LocalAttention, found: Importance, count: int, seed: int, bound: float) -> Selection:
-        """Choose the needles by importance, then the slots that best restore the rest of the mass."""
+        """Choose the fraction ``needles`` of the slots by importance, then the other slots by pursuit."""
         del seed
         keep = top(found.scores, int(count * self.needles)) if self.needles else None
         result = pursue(
@@ -140,7 +140,7 @@ SELECTORS: dict[str, Callable[[], Selector]] = {
 
 
 def selector(name: str) -> Selector:
-    """Return the selector of that name.
+    """Return a new selector by its name in :data:`SELECTORS`.
 
     Raises:
         ValueError: the name is unknown.

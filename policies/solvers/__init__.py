@@ -2,10 +2,10 @@
 
 | file | algorithm |
 | --- | --- |
-| ``solution.py`` | no algorithm, but the result type of all fits and choices |
+| ``solution.py`` | the result type of all other files |
 | ``attention.py`` | attention of blocks of queries over one head's segment alone |
 | ``selection.py`` | importance of slots over all queries, and the choice of the most important slots |
-| ``pursuit.py`` | orthogonal matching pursuit: slots and weights that together restore the attention mass |
+| ``pursuit.py`` | orthogonal matching pursuit: choice of slots, and weights that restore the attention mass |
 | ``lots.py`` | random numbers for slots |
 | ``redundancy.py`` | similarity of every key to the other keys |
 | ``merging.py`` | merging of slots whose keys are similar |

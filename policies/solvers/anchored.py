@@ -9,7 +9,7 @@ The problem is to find the x that minimises ``|A x - y|² + r |x - a|²``, with
 
 The module solves ``(AᵀA + r I) (x - a) = Aᵀ (y - A a)``. The unknown ``x - a`` is called the *shift*, and the right
 side ``Aᵀ (y - A a)`` is called the *pull*. The pull is computed from the residual at the anchor, which keeps float32
-accurate. An unknown without evidence (a zero column of A) has shift 0.
+accurate. An unknown whose column of A is zero has shift 0.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Anchored:
     def gain(self, pull: torch.Tensor, shift: torch.Tensor) -> float:
         """Return the decrease of the squared error: ``|A a - y|² - |A x - y|²`` for the anchor a and ``x = a + shift``.
 
-        The result is negative if ``shift`` makes the error larger. ``pull`` is that of :meth:`shift`; it is
-        overwritten.
+        The result is negative if ``shift`` makes the error larger. ``pull [t, k]`` is the right side of the normal
+        equations; it is overwritten.
         """
         lowered = 2 * pull.mul_(shift).sum()
         added = (self.factor.mT @ shift).square_().sum()
@@ -83,8 +83,8 @@ class Anchored:
 def add_gram(gram: torch.Tensor, block: torch.Tensor) -> None:
     """Add ``blockᵀ block`` of ``block [B, t]`` to the upper triangle of ``gram [t, t]``.
 
-    :func:`factored` reads the upper triangle alone. The product is computed in strips, so that little of the lower
-    triangle is computed; the entries there are meaningless.
+    The product is computed in strips, so that little of the lower triangle is computed. The entries of the lower
+    triangle are meaningless; :func:`factored` does not read them.
     """
     for start in range(0, len(gram), _STRIP):
         stop = min(start + _STRIP, len(gram))
@@ -92,11 +92,11 @@ def add_gram(gram: torch.Tensor, block: torch.Tensor) -> None:
 
 
 def factored(gram: torch.Tensor, ridge: float) -> Anchored | None:
-    """Factor ``gram + ridge * mean(diag gram) * I`` by Cholesky, in the storage of ``gram [t, t]``, which is ``AᵀA``.
+    """Factor ``gram + ridge * mean(diag gram) * I`` by Cholesky, where ``gram [t, t]`` is ``AᵀA``.
 
-    Only the upper triangle of ``gram`` is read. Return ``None`` if rounding makes the factorisation fail
-    (near-duplicate columns with a tiny ridge) or if ``gram`` is not finite. A ``gram`` of zeros gets a ridge of 1: it
-    holds no evidence, and every shift is 0.
+    The factor overwrites ``gram``, of which only the upper triangle is read. Return ``None`` if rounding makes the
+    factorisation fail (near-duplicate columns with a tiny ridge) or if ``gram`` is not finite. A ``gram`` of zeros gets
+    a ridge of 1, so that every shift is 0.
     """
     diagonal = gram.diagonal()
     absolute = ridge * float(diagonal.mean()) or 1.0

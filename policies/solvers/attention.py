@@ -31,11 +31,11 @@ class LocalAttention:
 
     @property
     def count(self) -> int:
-        """N, the number of query vectors: the query heads of the group times the tokens of all parts."""
+        """Return N, the number of query vectors: the query heads of the group times the tokens of all parts."""
         return sum(part.shape[0] * part.shape[1] for part in self.queries)
 
     def weighted(self, weights: Sequence[float]) -> LocalAttention:
-        """Return a copy of this object with one weight in ``weights`` for all queries of each part."""
+        """Return a copy in which all queries of a part have the same weight; ``weights`` has one weight per part."""
         if len(set(weights)) <= 1:  # equal weights change no fit
             return replace(self, roots=None)
         roots = self.bias.new_empty(self.count)
@@ -47,7 +47,7 @@ class LocalAttention:
         return replace(self, roots=roots)
 
     def over(self, keys: torch.Tensor, bias: torch.Tensor) -> LocalAttention:
-        """Return the attention of the same queries over other slots, which ``keys`` and ``bias`` give."""
+        """Return the attention of the same queries over other slots, those with the given ``keys`` and ``bias``."""
         return replace(self, keys=keys, bias=bias)
 
     def blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -59,17 +59,21 @@ class LocalAttention:
                 row += len(block)
 
     def scaled(self, matrix: torch.Tensor, rows: slice) -> torch.Tensor:
-        """Multiply each row of ``matrix [B, k]`` in place by the root of its query's weight; return ``matrix``."""
+        """Multiply each row of ``matrix [B, k]`` in place by the root of its query's weight, and return ``matrix``.
+
+        ``rows`` is the range of these B queries among all N queries.
+        """
         return matrix if self.roots is None else matrix.mul_(self.roots[rows, None])
 
     def logits(self, block: torch.Tensor) -> torch.Tensor:
-        """Return the logits of a block of queries, a new tensor ``[B, T]`` float32."""
+        """Return the attention logits of a block of queries, as a new tensor ``[B, T]`` float32."""
         return torch.addmm(self.bias, block, self.keys.T, alpha=self.scale)
 
     def weights(self, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return attention weights ``[B, T]``, whose rows sum to 1, and the log of each row's mass ``[B]``, float32.
+        """Return the block's attention weights ``[B, T]`` and the log of each query's mass ``[B]``, both float32.
 
-        The row maximum is subtracted from the logits first, so that finite logits of any size give finite weights.
+        A query's weights sum to 1; its mass is the sum of ``exp(logit)`` over the slots. The largest logit of each
+        query is subtracted first, so that finite logits of any size give finite weights.
         """
         logits = self.logits(block)
         peak = logits.amax(dim=-1, keepdim=True)

@@ -1,7 +1,7 @@
 """The β fit: find weights of the kept slots that restore every query's attention mass over the segment.
 
-The *mass* of a query over some slots is the sum of ``exp(logit)`` over these slots. Φ ``[N, t]`` has one row per query
-and one column per kept slot; an entry is the mass of this slot for this query, divided by the query's mass over the
+The *mass* of a query over some slots is the sum of ``exp(logit)`` over these slots. The matrix Φ ``[N, t]`` has one row
+per query and one column per kept slot. An entry is the query's mass over this one slot, divided by its mass over the
 whole segment. The fit finds one weight per kept slot, w ``[t]``, so that ``Φ w ≈ 1`` for every query. A weight w is
 applied by adding ``log w`` to the slot's β. Without a fit, w = 1 for every slot; this is the anchor of the fit (see
 :mod:`.anchored`), and ``w - 1`` is the shift.
@@ -24,20 +24,20 @@ def fit_mass(
 ) -> Solution[torch.Tensor]:
     """Fit weights w of the kept slots so that ``Φ w ≈ 1``: every query's mass over the segment is restored.
 
-    Φ has each kept slot's mass relative to that of the segment (see the module's docstring). The value is ``log w [t]``
-    float32: the *update* of β, to be added to the kept slots' old β. If the fit is not better than w = 1 (an unchanged
-    β) on the fitting queries, the update is 0.
+    Φ has each kept slot's mass relative to that of the segment (see the module's docstring). The value of the returned
+    solution is ``log w [t]`` float32, which is to be added to the kept slots' old β. If the fit is not better than
+    w = 1 (an unchanged β) on the fitting queries, the value is 0.
 
     ``kept`` attends over the kept slots with their old β; ``log_mass [N]`` is each query's log mass over all slots.
     The fit minimises ``|Φ w - 1|² + ridge * mean(diag ΦᵀΦ) * |w - 1|²`` for w within ``e^-bound .. e^bound``. It clamps
-    the least-squares solution, then takes ``steps`` projected-gradient steps whose step size is one over the largest
-    eigenvalue. (With one over the largest *diagonal* entry, the steps diverge as soon as columns overlap.)
+    the least-squares solution, then takes ``steps`` projected-gradient steps. The step size is one over the largest
+    eigenvalue; with one over the largest *diagonal* entry, the steps diverge as soon as columns overlap.
     ``steps=None`` solves the problem exactly.
 
     Invariants: a slot that no query attends to keeps w = 1; the old β remains part of the new β, since Φ contains it;
     an accepted fit has a smaller squared mass error on the fitting queries than w = 1.
 
-    Source: arXiv:2602.16284, mass matching, which has no anchor, and takes 2 steps with a bound of 3.
+    Source: arXiv:2602.16284, mass matching. It has no term ``|w - 1|²``, and takes 2 steps with a bound of 3.
     """
     if steps is None:
         return _exact(kept, log_mass, ridge=ridge, bound=bound)
@@ -57,7 +57,7 @@ def fit_mass(
 
 
 def _exact(kept: LocalAttention, log_mass: torch.Tensor, *, ridge: float, bound: float) -> Solution[torch.Tensor]:
-    """Return what :func:`fit_mass` returns, with the exact minimum, found by :func:`bounded_least_squares`."""
+    """Find the exact minimum of the β fit by :func:`bounded_least_squares`; return it as :func:`fit_mass` does."""
     residual = kept.bias.new_zeros(len(kept.bias), 1)
     gram = _gram(kept, log_mass, residual)
     gram.triu_().add_(gram.triu(1).mT)
@@ -74,8 +74,7 @@ def _exact(kept: LocalAttention, log_mass: torch.Tensor, *, ridge: float, bound:
 def _gram(kept: LocalAttention, log_mass: torch.Tensor, pull: torch.Tensor) -> torch.Tensor:
     """Return ``ΦᵀΦ [t, t]``, summed over blocks of queries; only its upper triangle is valid.
 
-    The pull of the normal equations at the anchor w = 1, which is ``Φᵀ (1 - Φ 1)``, is added to ``pull [t, 1]`` in
-    place.
+    Add ``Φᵀ (1 - Φ 1)`` to ``pull [t, 1]`` in place. This is the right side of the normal equations for the shift.
     """
     gram = kept.keys.new_zeros(len(pull), len(pull))
     for rows, block in kept.blocks():

@@ -1,4 +1,4 @@
-"""Merging: slots with nearly equal keys become one slot; its β is raised so that it weighs as much as all of them."""
+"""Merging: slots with nearly equal keys become one slot, whose β is raised so that it weighs as much as all of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ _SMALL = 4096
 
 
 class Merged(NamedTuple):
-    """The slots ``kept [t]`` int64, ascending, with their new total β ``bias [t]`` and ``values [t, dv]``, float32."""
+    """The result of a merging: the indices ``kept [t]`` int64, ascending, of the slots that stay.
+
+    ``bias [t]`` is their new total β, and ``values [t, dv]`` are their new values, both float32.
+    """
 
     kept: torch.Tensor
     bias: torch.Tensor
@@ -40,11 +43,12 @@ def merge(
     """Merge the most similar slots, then drop the least important slots, until ``count`` slots are left.
 
     A slot is merged into ("joins") the most similar of all slots that are more important than itself; the most similar
-    pair is merged first. A slot that other slots have joined does not join another slot. The slots merged into one slot
-    form a group with it. A group keeps the key of its most important slot, its leader.
-    The group's value is the weighted mean of all its values, and the leader's β grows by the log of the group's weight
-    over the leader's weight. Stats: ``merged`` counts the slots that were merged into a kept slot, and ``evicted``
-    those that were dropped.
+    pair is merged first. A slot that other slots have joined does not join another slot; it is the *leader* of a group,
+    which consists of the leader and the slots that joined it.
+
+    A group keeps the key of its leader. Its value is the weighted mean of all its values. The leader's β grows by the
+    log of the group's weight divided by the leader's weight. The stat ``merged`` counts the slots that were merged into
+    a kept slot, and ``evicted`` those that were dropped.
 
     Args:
         keys: ``[T, d]`` float32.
@@ -54,18 +58,18 @@ def merge(
         count: number of slots that stay; all slots stay if there are no more than this.
         threshold: the smallest cosine between two keys at which their slots may merge.
         log_weights: ``[T]``, the log weight of each slot, e.g. the log of the mean attention that it receives; ``None``
-            takes β, which is exact if the keys of a group are equal.
+            uses β as the log weight, which is exact if the keys of a group are equal.
         rest: treatment of the least important groups if too few slots are similar: "evict" drops these slots together
             with those that joined them, "nearest" lets them join the nearest slot that stays.
         rows: number of slots that are compared with all others at a time.
 
-    Invariants: exactly ``min(count, T)`` slots stay; unless ``rest="nearest"``, no slot joins one with which its cosine
-    is below ``threshold``; if the keys of each group are equal and ``log_weights`` is ``None``, every query's mass and
-    output are unchanged except for the part of evicted slots. The working memory is :func:`merging_bytes`.
+    Invariants: exactly ``min(count, T)`` slots stay. With ``rest="evict"``, no slot joins a slot with which its cosine
+    is below ``threshold``. If ``log_weights`` is ``None`` and the keys of each group are equal, every query's mass and
+    output lack only the part of evicted slots. The working memory is :func:`merging_bytes`.
 
-    Source: the cosine threshold between evicting and merging into the nearest, D2O, arXiv:2406.13035; the retained key
-    and values averaged by attention, WeightedKV, arXiv:2503.01330; the log of the size in the logit, "Token Merging",
-    arXiv:2210.09461.
+    Sources: D2O, arXiv:2406.13035 (a cosine threshold decides between merging into the most similar slot and eviction);
+    WeightedKV, arXiv:2503.01330 (the key stays as it is, values are averaged by attention); "Token Merging",
+    arXiv:2210.09461 (the logit grows by the log of the group's size).
 
     Raises:
         ValueError: ``rest`` is unknown.
@@ -101,11 +105,11 @@ def merging_bytes(slots: int, rows: int, key_dim: int, value_dim: int) -> int:
 
 
 class _Forest:
-    """Records of each slot whether it is still a slot of its own, was merged into another slot, or was evicted.
+    """The state of every slot during a merging: alive (a slot of its own), merged into another slot, or evicted.
 
-    Slots are indexed in order of falling importance. ``alive [T]`` is true for slots that are still slots of their own.
-    ``parent [T]`` is the slot's own index while it is alive, the index of the slot that it was merged into, or -1 once
-    it is evicted. ``units [T, d]`` are the keys at length 1.
+    Slots are indexed in order of falling importance. ``alive [T]`` is true for slots that are alive. ``parent [T]`` is
+    the slot's own index while it is alive, the index of the slot that it was merged into, or -1 after its eviction.
+    ``units [T, d]`` are the keys, scaled to length 1.
     """
 
     def __init__(self, units: torch.Tensor, rows: int) -> None:
@@ -138,11 +142,11 @@ class _Forest:
             self.alive[slot] = False
 
     def _nearest(self) -> list[tuple[float, int]]:
-        """Return, for every slot, its cosine with the most similar of the more important slots, and that slot's index.
+        """Return, for every slot, the most similar of all more important slots, as a pair (cosine, index).
 
-        All pairs are compared. On real keys, the alternative of buckets by random hyperplanes (4 tables of 8 bits,
-        which miss 15 % of the nearest slots above a cosine of 0.9) is slower up to 4,096 slots. At 8,192 slots it is
-        twice as fast, but comparing all pairs takes only 0.13 s there.
+        All pairs are compared. The alternative is buckets by random hyperplanes. On real keys, 4 tables of 8 bits miss
+        15 % of the nearest slots above a cosine of 0.9, and are slower up to 4,096 slots. At 8,192 slots they are twice
+        as fast, but there comparing all pairs takes only 0.13 s.
         """
         found: list[tuple[float, int]] = []
         for start in range(0, len(self.units), self.rows):
@@ -162,7 +166,7 @@ class _Forest:
     def drop(self, stay: torch.Tensor, leave: torch.Tensor, *, adopt: bool) -> None:
         """Evict the slots ``leave`` together with all slots that were merged into them.
 
-        With ``adopt``, these slots are not evicted: each slot of ``leave``, with the slots merged into it, is merged
+        With ``adopt``, nothing is evicted: each slot of ``leave``, together with the slots merged into it, is merged
         into the slot of ``stay`` with which it has the largest cosine.
         """
         self.alive[leave] = False
@@ -182,7 +186,7 @@ def _pooled(
     members = (parents >= 0).nonzero().squeeze(-1)
     group = place[parents[members]]
     log_weights = log_weights[members]
-    # Relative to the heaviest of each group, so that weights of any size neither overflow nor vanish together.
+    # Weights relative to the largest of their group neither overflow nor all become 0.
     peak = log_weights.new_full((len(kept),), -math.inf).scatter_reduce_(0, group, log_weights, "amax")
     weights = (log_weights - peak[group]).exp_()
     mass = torch.zeros_like(peak).index_add_(0, group, weights)

@@ -1,15 +1,19 @@
 """Exact least squares within bounds, by block principal pivoting on the normal equations.
 
-The problem is to find the x with ``low <= x <= high`` that minimises ``|A x - y|² + r |x - a|²``. A is the matrix of
-the fit (one row per query, one column per unknown), y the target that A x should approximate, a the anchor (a known
-point that x stays near), and r the ridge (the weight of the distance from the anchor). Only ``AᵀA``, called ``gram``,
-``Aᵀy``, passed as ``pull``, the anchor and the ridge are needed.
+The problem is to find the x with ``low <= x <= high`` that minimises ``|A x - y|² + r |x - a|²``, with
 
-Each pivot solves for the free unknowns while the others are at their bounds, then exchanges at once all unknowns that
-break the conditions of Karush, Kuhn and Tucker (KKT): free ones go to a bound, bound ones become free. If that makes no
-progress, only the last of these unknowns is exchanged per pivot, which terminates for every positive definite matrix.
-The inverse Cholesky factor of the free unknowns is kept between pivots and updated from the first changed unknown on,
-so that a solver that adds a few unknowns at a time computes only their rows.
+- A, the matrix of the fit: one row per query, one column per unknown;
+- y, the target that A x should approximate;
+- a, the *anchor*: the known point that x stays near;
+- r, the *ridge*: the weight of the distance from the anchor.
+
+The solver does not need A and y themselves, only ``AᵀA`` (the argument ``gram``) and ``Aᵀy`` (the argument ``pull``).
+
+Each pivot has two steps. First it solves for the *free* unknowns, while the others are held at a bound. Then it
+exchanges all unknowns that break a condition of Karush, Kuhn and Tucker (KKT): free unknowns go to a bound, and
+unknowns at a bound become free. If several pivots make no progress, only the last of these unknowns is exchanged per
+pivot, which terminates for every positive definite matrix. The inverse Cholesky factor of the free unknowns is kept
+between pivots, and updated from the first changed unknown on. To add a few unknowns, only their rows are computed.
 
 Source: Portugal, Júdice and Vicente, "A comparison of block pivoting and interior point algorithms for linear least
 squares problems with nonnegative variables", Mathematics of Computation 63 (1994), with two bounds here.
@@ -54,10 +58,12 @@ class Factor:
     order: torch.Tensor
 
     def become(self, free: torch.Tensor) -> None:
-        """Factor the part of the unknowns in the mask ``free [T]``, reusing the rows before the first removed unknown.
+        """Change the free unknowns to those in the mask ``free [T]``, and update the factor.
+
+        The factor's rows before the first removed unknown are reused.
 
         Raises:
-            IllConditioned: that part is not positive definite within rounding.
+            IllConditioned: the matrix of the free unknowns is not positive definite within rounding.
 
         """
         stays = free[self.order]
@@ -86,13 +92,13 @@ class Factor:
         self.order = torch.cat((self.order, panel))
 
     def solve(self, right: torch.Tensor) -> torch.Tensor:
-        """Solve for the free unknowns, in ``order``, with the right side ``[n]``."""
+        """Return the values of the free unknowns for the right side ``right [n]``; both are in ``order``."""
         inverse = self.inverse[: len(right), : len(right)]
         solution: torch.Tensor = inverse.mT @ (inverse @ right)
         return solution
 
     def condition(self) -> float:
-        """Estimate the condition number of the free unknowns' part by power steps; the estimate is a lower bound."""
+        """Estimate the condition number of the factored matrix by power steps; the estimate is a lower bound."""
         order = self.order
         if not len(order):
             return 1.0
@@ -112,9 +118,9 @@ class Factor:
 class Pivoting:
     """One bounded problem with the state of its pivoting; unknowns may enter and leave between solves.
 
-    ``pull [T]`` float64 is the right side of the normal equations, ``Aᵀy + r a``, here with the ridge. ``state [T]``
-    int8 holds ``LOW``, ``FREE``, ``HIGH`` or ``ABSENT`` for each unknown. ``solution`` x and ``gradient`` (half the
-    gradient, ``(AᵀA + r I) x - pull``) are those of the last pivot.
+    ``pull [T]`` float64 is the right side of the normal equations, ``Aᵀy + r a``. ``state [T]`` int8 holds ``LOW``,
+    ``FREE``, ``HIGH`` or ``ABSENT`` for each unknown. ``solution`` x and ``gradient`` (half the gradient,
+    ``(AᵀA + r I) x - pull``) are those of the last pivot.
     """
 
     factor: Factor
@@ -127,13 +133,13 @@ class Pivoting:
     pivots: int = 0
 
     def __post_init__(self) -> None:
-        """Begin with every unknown absent."""
+        """Mark every unknown as absent."""
         self.state = torch.full_like(self.pull, ABSENT, dtype=torch.int8)
         self.solution = torch.zeros_like(self.pull)
         self.gradient = self.pull.neg()
 
     def solve(self, most: int) -> bool:
-        """Pivot until no KKT condition is broken, at most ``most`` times; return True if none is broken.
+        """Pivot until no KKT condition is broken, at most ``most`` times; return whether that was reached.
 
         Raises:
             IllConditioned: rounding made the factor of the free unknowns fail.
@@ -173,7 +179,7 @@ class Pivoting:
         order, solution = self.factor.order, self.solution.zero_()
         low, high = self.state == LOW, self.state == HIGH
         right = self.pull
-        if bool((low | high).any()):  # mostly no unknown is at a bound, which saves a matrix product
+        if bool((low | high).any()):  # usually no unknown is at a bound, and a matrix product is saved
             solution[low], solution[high] = self.low, self.high
             right = self._gradient(solution).neg_()
         solution[order] = self.factor.solve(right[order])
@@ -212,7 +218,7 @@ def pivoting(
     ridge: float,
     capacity: int,
 ) -> Pivoting:
-    """Make a bounded problem of ``gram``, ``AᵀA [T, T]``, and ``pull``, ``Aᵀy [T]``, in which every unknown is absent.
+    """Make a bounded problem in which every unknown is absent; ``gram`` is ``AᵀA [T, T]`` and ``pull`` ``Aᵀy [T]``.
 
     ``ridge`` is added to the diagonal of ``gram`` as it is, not as a fraction of the mean diagonal entry. At most
     ``capacity`` unknowns may be free at a time.
@@ -223,7 +229,7 @@ def pivoting(
 
 
 def pivoting_bytes(unknowns: int, capacity: int) -> int:
-    """Return an upper bound of the bytes that a :func:`pivoting` of ``unknowns`` allocates, without its ``gram``."""
+    """Return an upper bound of the bytes of a problem that :func:`pivoting` makes and solves, without its ``gram``."""
     panel = min(_PANEL, capacity)
     panels = _DOUBLE * panel * (3 * capacity + 5 * panel)
     return _DOUBLE * capacity * capacity + panels + unknowns * _BYTES_PER_UNKNOWN + _SMALL
@@ -241,24 +247,28 @@ def bounded_least_squares(
 ) -> Solution[torch.Tensor]:
     """Find the x within ``[low, high]`` that minimises ``|A x - y|² + ridge * mean(diag AᵀA) * |x - anchor|²``.
 
-    A is the matrix of the fit and y its target; both are given only by ``AᵀA`` and ``Aᵀy``. The value is ``x [t]``
-    float64; the outcome is ``SOLVED`` if no KKT condition is broken by more than rounding. The stat ``pivots`` counts
-    the pivots. The stat ``violation`` is the largest violation of a KKT condition, as a fraction of the largest entry
-    of ``Aᵀy + r a``, the right side of the normal equations with ridge r and anchor a. The stat ``free`` counts the
-    unknowns strictly between their bounds. No condition number is estimated.
+    A is the matrix of the fit and y its target; only ``AᵀA`` and ``Aᵀy`` are passed. The value of the returned solution
+    is ``x [t]`` float64. The outcome is ``SOLVED`` if no KKT condition is broken by more than rounding. No condition
+    number is estimated. The stats are
+
+    - ``pivots``: the number of pivots;
+    - ``violation``: the largest violation of a KKT condition, as a fraction of the largest entry of ``Aᵀy + r a``, the
+      right side of the normal equations with ridge r and anchor a;
+    - ``free``: the number of unknowns strictly between their bounds.
 
     Args:
         gram: ``AᵀA [t, t]``, float32 or float64; it is not written.
         pull: ``Aᵀy [t]``, float32 or float64; it is not written.
         low: the smallest value that any unknown may have.
         high: the largest value that any unknown may have.
-        anchor: the value of an unknown without evidence, if the bounds allow it.
+        anchor: the value that the unknowns stay near; an unknown whose column of A is zero gets this value, if the
+            bounds allow it.
         ridge: weight of the distance from the anchor; it is raised 100-fold, up to three times, if rounding makes the
             factorisation fail.
         most: largest number of pivots; after these the last point is clamped and returned as ``STOPPED``.
 
-    Invariants: the result lies within the bounds; a solved result meets the KKT conditions, so that no better one
-    exists; a matrix of zeros gives the anchor. The working memory is :func:`pivoting_bytes` of (t, t).
+    Invariants: the result lies within the bounds; a ``SOLVED`` result meets the KKT conditions, so that no better
+    result exists; a matrix of zeros gives the anchor. The working memory is :func:`pivoting_bytes` of (t, t).
 
     The result equals that of ``scipy.optimize.lsq_linear(A, y, (low, high))`` with the ridge as further rows of A.
 

@@ -1,16 +1,17 @@
 """Orthogonal matching pursuit: find slots, and weights for them, that together restore every query's attention mass.
 
-Highest attention judges each slot by itself, so it keeps both of two equal slots. Pursuit chooses slots by the mass
-that the slots chosen so far do not restore.
+A choice by attention weights judges each slot by itself, so it keeps both of two equal slots. Pursuit chooses the slots
+that best restore the mass that is still missing.
 
-Φ ``[N, T]`` has one row per query and one column per slot; an entry is the slot's mass for this query, divided by the
-query's mass over the whole segment. w has one weight per slot, and is 0 for slots that are not chosen. The pursuit
-makes ``Φ w`` as near to 1 as it can for all queries.
+The *mass* of a query over some slots is the sum of ``exp(logit)`` over these slots. The matrix Φ ``[N, T]`` has one row
+per query and one column per slot. An entry is the query's mass over this one slot, divided by its mass over the whole
+segment. w has one weight per slot, which is 0 for slots that are not chosen. The pursuit makes ``Φ w`` as near to 1 as
+it can for all queries.
 
-It works on the Gram matrix ``ΦᵀΦ``, so that the cost of a step is proportional to slots x chosen slots, not to queries
-x slots. A Gram matrix squares the condition number. Three measures make that harmless: the ridge is anchored at w = 1,
-the weights are within bounds at every step (an unbounded fit that is clamped afterwards leaves a residual that selects
-the wrong slots), and the factor is float64. The Gram matrix itself is summed and kept in float32.
+The pursuit works on the Gram matrix ``ΦᵀΦ``, so that the cost of a step is proportional to slots x chosen slots, not to
+queries x slots. A Gram matrix squares the condition number. Three measures make that harmless: a ridge pulls the
+weights towards 1, the weights are within bounds at every step, and the factor is float64. (An unbounded fit that is
+clamped afterwards leaves a residual that selects the wrong slots.) The Gram matrix itself is float32.
 """
 
 from __future__ import annotations
@@ -45,10 +46,11 @@ _BYTES_PER_SLOT = 80
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The number of slots chosen between two fits of the weights: at least ``choose * refit_every``.
+    """The number of slots that a pursuit chooses between two fits of the weights.
 
-    Between fits the residual does not change, so ``refit_every`` steps of ``choose`` slots equal one step of their
-    product. ``growth`` is the smallest number of new slots as a fraction of the slots chosen already.
+    It is the larger of ``choose * refit_every`` and the fraction ``growth`` of the slots chosen so far. The paper
+    chooses ``choose`` slots per step, and fits every ``refit_every`` steps. The residual does not change between fits,
+    so these steps are taken as one.
     """
 
     choose: int = 4
@@ -56,12 +58,12 @@ class Schedule:
     growth: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse a schedule that never ends."""
+        """Raise ValueError if the schedule would choose no slots."""
         if self.choose < 1 or self.refit_every < 1 or not 0 <= self.growth < math.inf:
             raise ValueError(f"{self} would choose nothing; give choose and refit_every of at least 1, growth of 0 up")
 
     def batch(self, chosen: int) -> int:
-        """Return how many slots to choose next when ``chosen`` slots are chosen already."""
+        """Return the number of slots to choose before the next fit, after ``chosen`` slots were chosen."""
         return max(self.choose * self.refit_every, int(self.growth * chosen))
 
 
@@ -71,7 +73,10 @@ PROGRESSIVE = Schedule(1, 1, 1 / 8)
 
 
 class Pursued(NamedTuple):
-    """The slots ``kept [t]`` int64, ascending, and ``log_weights [t]`` float32, the *update* to add to their old β."""
+    """The result of a pursuit: the indices ``kept [t]`` int64, ascending, of the chosen slots, and their weights.
+
+    ``log_weights [t]`` float32 are to be added to the slots' old β.
+    """
 
     kept: torch.Tensor
     log_weights: torch.Tensor
@@ -92,12 +97,12 @@ def pursue(
 
     Φ ``[N, T]`` is each slot's attention mass relative to that of the whole segment. The pursuit lowers
     ``|Φ w - 1|² + ridge * mean(diag ΦᵀΦ) * |w - 1|²`` over weights w that are within ``e^-bound .. e^bound`` for
-    ``count`` slots and 0 for all other slots. It repeats two steps: add the slots whose weights lower the error
-    most steeply, then refit all weights exactly.
+    ``count`` slots and 0 for all other slots. It repeats two steps: it adds the slots whose weights lower the
+    error most steeply, then refits all weights exactly.
 
-    If the fit is not better than w = 1 (an unchanged β) on the chosen slots, it is refused, and the update is 0. The
-    stat ``error`` is the root mean square of ``Φ w - 1`` over the queries (float32 sums make it inexact below 3e-4).
-    The stat ``fits`` counts the fits, and ``replaced`` the slots that were dropped for a weight at the cutoff.
+    If the fit is not better than w = 1 (an unchanged β) on the chosen slots, it is refused, and all log weights are 0.
+    The stat ``error`` is the root mean square of ``Φ w - 1`` over the queries (float32 sums make it inexact below
+    3e-4). The stat ``fits`` counts the fits, and ``replaced`` the slots that were dropped because of the cutoff.
 
     Args:
         slots: attends over the slots to choose from, with their old β: a whole segment, or a part of it.
@@ -110,12 +115,13 @@ def pursue(
             ``None`` replaces none.
         keep: indices of slots that are chosen first and never dropped.
 
-    Invariants: of equally good slots the later (newer) is chosen first; a chosen slot without evidence has weight 1; an
+    Invariants: of equally good slots the newer is chosen first; a chosen slot that no query attends to has weight 1; an
     accepted fit has a smaller squared mass error on the fitting queries than w = 1 on the chosen slots. The working
     memory is :func:`pursuit_bytes`.
 
     Source: arXiv:2602.16284, section 3.3 and appendix C (OMP; the fast variant chooses 4 slots per step and refits the
-    weights every second step; cutoff -7). The paper has no anchor, and clamps the weights after an unbounded fit.
+    weights every second step; cutoff -7). The paper has no term ``|w - 1|²``, and clamps the weights after an unbounded
+    fit.
 
     Raises:
         ValueError: ``keep`` has more slots than ``count``.
@@ -162,11 +168,11 @@ def pursuit_bytes(slots: int, kept: int, rows: int, key_dim: int) -> int:
 
 
 def relative_gram(slots: LocalAttention, log_mass: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Return ``ΦᵀΦ [T, T]`` float32, ``Φᵀ1 [T]`` float64 and the sum of the queries' weights, ``|1|²``.
+    """Return ``ΦᵀΦ [T, T]`` float32, ``Φᵀ1 [T]`` float64 and ``|1|²``, the sum of the queries' weights.
 
-    Φ ``[N, T]`` has each slot's mass for each query relative to the mass of the whole segment, and 1 is the target: N
-    ones. Every row of Φ and of the target is multiplied by the root of its query's weight. The three results are summed
-    over blocks of queries, so that Φ itself is never stored.
+    Φ ``[N, T]`` has each slot's mass for each query, relative to the query's mass over the whole segment. 1 is a vector
+    of N ones, which Φ w should approximate. Every row of Φ and of this vector is multiplied by the root of its query's
+    weight. The three results are summed over blocks of queries, so that Φ itself is never stored.
     """
     count = len(slots.keys)
     gram = slots.keys.new_zeros(count, count)
@@ -187,7 +193,7 @@ def relative_gram(slots: LocalAttention, log_mass: torch.Tensor) -> tuple[torch.
 
 
 class _Chase:
-    """Carries out a pursuit; ``problem`` is the fit of the weights, in which slots that are not chosen are absent."""
+    """The state of a pursuit; ``problem`` is the fit of the weights, in which slots that are not chosen are absent."""
 
     def __init__(self, problem: Pivoting, count: int, schedule: Schedule) -> None:
         self.problem, self.count, self.schedule = problem, count, schedule
@@ -203,7 +209,7 @@ class _Chase:
             self._fit()
 
     def fill(self) -> None:
-        """Add the slots whose weights lower the error most steeply and refit, until ``count`` slots are chosen."""
+        """Add the slots whose weights lower the error most steeply, and refit, until ``count`` are chosen."""
         state = self.problem.state
         while missing := self.count - int((state != ABSENT).sum()):
             new = min(missing, self.schedule.batch(self.count - missing))
@@ -211,7 +217,7 @@ class _Chase:
             self._fit()
 
     def _steepest(self, count: int) -> torch.Tensor:
-        """Return the ``count`` slots along whose weights the error falls most steeply.
+        """Return the ``count`` unchosen slots whose weights lower the error most steeply when raised from 0.
 
         Of slots that are equal within rounding, the newer ones are returned.
         """
@@ -244,7 +250,7 @@ class _Chase:
         self.fits += 1
 
     def result(self, pull: torch.Tensor, total: float) -> Solution[Pursued]:
-        """Return the chosen slots with their weights, or with unchanged β if the weights are no better."""
+        """Return the chosen slots with their log weights, which are 0 if the fit is not better than an unchanged β."""
         problem, gram = self.problem, self.problem.factor.gram
         chosen = problem.state != ABSENT
         kept = chosen.nonzero().squeeze(-1)
@@ -264,6 +270,6 @@ class _Chase:
 def _squared(gram: torch.Tensor, pull: torch.Tensor, weights: torch.Tensor) -> float:
     """Return the squared mass error ``|Φ w - 1|²`` of ``weights`` w, minus the constant ``|1|²``.
 
-    ``gram`` is ``ΦᵀΦ`` and ``pull`` is ``Φᵀ1``. Differences between two results are differences of the squared error.
+    ``gram`` is ``ΦᵀΦ`` and ``pull`` is ``Φᵀ1``. The constant cancels when two results are compared.
     """
     return float(weights @ ((gram @ weights.to(gram.dtype)).double() - 2 * pull))

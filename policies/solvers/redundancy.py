@@ -12,14 +12,14 @@ _LEAST_ROWS = 32
 def redundancy(keys: torch.Tensor, *, threshold: float, spared: int, block_bytes: int) -> torch.Tensor:
     """Return the redundancy of each of ``keys [T, d]``, ``[T]`` float32; the redundancies of all keys sum to 1.
 
-    The redundancy is the softmax, over all keys, of a key's mean cosine with the other keys. Before the means are
-    taken, the newest of similar keys are spared: for every key i, among the keys whose cosine with i is above
-    ``threshold``, the ``spared`` last ones have their cosine with i replaced by 0. Of several equal keys, the last are
-    therefore the least redundant. Keys are visited in blocks of ``block_bytes`` bytes, at least 32 keys at a time; no
-    T x T matrix is made.
+    A key's redundancy is its mean cosine with the other keys, after a softmax over all keys. Before the means are
+    taken, the newest of similar keys are spared: for every key i, find the keys whose cosine with i is above
+    ``threshold``, and replace the cosine of the ``spared`` newest by 0. Of several equal keys, the newest are therefore
+    the least redundant. Keys are visited in blocks of ``block_bytes`` bytes, at least 32 keys at a time; no T x T
+    matrix is made.
 
-    Source: R-KV, arXiv:2505.24133, section 3.3. Equation 6 leaves open over which index of the cosine matrix the mean
-    runs. As in the paper's code, the mean of a key j runs over the rows i, and keys are spared within each row i.
+    Source: R-KV, arXiv:2505.24133, section 3.3. Its equation 6 does not say over which index of the cosine matrix the
+    mean runs. As in the paper's code, the mean of a key j runs over the rows i, and keys are spared within each row i.
     """
     unit = keys / keys.norm(dim=-1, keepdim=True).add_(_EPSILON)
     total = keys.new_zeros(len(keys))
@@ -46,5 +46,5 @@ def redundancy_bytes(slots: int, key_dim: int, block_bytes: int) -> int:
 
 
 def _row_bytes(slots: int) -> int:
-    """Return the bytes per key of a block: cosines, the mask and the indices of large cosines, and a few numbers."""
+    """Return the bytes that each key of a block takes: cosines, a mask and indices of large ones, and a few numbers."""
     return slots * (2 * _FLOAT + 1) + 12 * _FLOAT

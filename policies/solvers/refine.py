@@ -1,8 +1,8 @@
 """Gradient refinement: take a few bounded steps on keys, β and values of the kept slots together.
 
-The closed-form fits do not change the kept keys. Changing the keys too lowers both errors further, but takes several
-passes over the queries. The gradient is computed by explicit formulas, so that no autograd graph of queries x slots is
-kept.
+The closed-form fits of β and values do not change the kept keys. Changing the keys too lowers the errors of attention
+mass and output further, but takes several passes over the queries. The gradient is computed by explicit formulas, so
+that no autograd graph of queries x slots is kept.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from agentmem.policies.solvers.solution import Outcome, Solution
 _FADING = (0.8, 0.95)
 """Decay rates per step of Adam's mean gradient and mean squared gradient; small, because there are few steps."""
 _FLOOR = 0.3
-"""Entries of the gradient below this fraction of the root mean square take shorter steps, so that rounding moves no
-slot."""
+"""Entries of the gradient below this fraction of the gradient's root mean square take shorter steps, so that rounding
+errors do not move slots."""
 _LONGER, _SHORTER = 1.3, 0.3
 _FLOAT = 4
 _SMALL = 4096
 
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Keys ``[t, d]``, β ``[t, 1]`` and values ``[t, dv]``, or other tensors for these three, such as gradients."""
+"""Keys ``[t, d]``, β ``[t, 1]`` and values ``[t, dv]``, or three tensors that belong to them, such as gradients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,18 +62,19 @@ def refine(
     reach: Reach = NEAR,
     mass_weight: float = 1.0,
 ) -> Solution[Refined]:
-    """Lower the mean over all queries of ``|o' - o|² / mean |o|² + mass_weight (log m' - log m)²``.
+    """Change keys, β and values of the kept slots by gradient steps that lower the errors of output and mass.
 
-    o and m are a query's output and mass over the whole segment, o' and m' those over the kept slots. Both softmaxes
-    are local to the segment, and every query counts with its weight. The steps are those of Adam. A step that does not
-    lower the objective is undone, and the next step is shorter. If no step lowers the objective, the start is returned
-    with the outcome ``REFUSED``. The stats ``before`` and ``after`` are the values of the objective.
+    The objective is the mean over all queries of ``|o' - o|² / mean |o|² + mass_weight (log m' - log m)²``. o and m are
+    a query's output and mass over the whole segment, o' and m' those over the kept slots. Both softmaxes are taken over
+    the segment alone, and every query counts with its weight. The steps are those of Adam. A step that does not lower
+    the objective is undone, and the next step is shorter. If no step lowers the objective, the start is returned with
+    the outcome ``REFUSED``. The stats ``before`` and ``after`` are the objective at the start and at the result.
 
     Args:
         whole: attends over all slots.
-        kept: the same queries over the kept slots with their fitted β: the start.
-        values: ``[T, dv]`` float32, of all slots.
-        fitted: ``[t, dv]`` float32, of the kept slots: the start.
+        kept: attends over the kept slots, with the same queries; its keys and fitted β are the start.
+        values: ``[T, dv]`` float32, the values of all slots.
+        fitted: ``[t, dv]`` float32, the fitted values of the kept slots, which are the start.
         steps: number of steps tried; each takes one pass over the queries, after two passes at the start.
         rate: length of the first step, as a fraction of the reach.
         reach: the largest changes allowed from the start.
@@ -133,7 +134,7 @@ class _Objective:
         self.mass_weight = mass_weight / self.total
 
     def _counts(self, rows: slice) -> torch.Tensor:
-        """Return the weight of each query of a block, ``[B]``."""
+        """Return the weights ``[B]`` of the queries ``rows``."""
         ones = torch.ones_like(self.log_mass[rows, None])
         return self.whole.scaled(ones, rows).square_().squeeze(-1)
 
@@ -164,7 +165,7 @@ class _Objective:
 
 
 class _Walk:
-    """Takes Adam steps from the best point found so far, at most ``limits`` away from the start.
+    """The state of a search by Adam steps from the best point so far, at most ``limits`` away from the start.
 
     A step that lowers the objective makes the next steps longer; a step that does not lower it is undone, and the next
     steps are shorter.
@@ -176,7 +177,7 @@ class _Walk:
         self.forget()
 
     def forget(self) -> None:
-        """Discard the averages of earlier gradients."""
+        """Reset Adam's averages of earlier gradients."""
         self.mean: list[torch.Tensor | None] = [None] * len(self.start)
         self.square: list[torch.Tensor | None] = [None] * len(self.start)
         self.taken = 0

@@ -14,7 +14,7 @@ Score = Literal["rms", "max", "mean"]
 
 @dataclass(frozen=True, slots=True)
 class Importance:
-    """The importance of each slot, ``scores [T]``, and the log of each query's mass, ``log_mass [N]``; both float32.
+    """The importance ``scores [T]`` of each slot, and the log of each query's mass, ``log_mass [N]``; both float32.
 
     The mass of a query is the sum of ``exp(logit)`` over all slots of the segment.
     """
@@ -24,9 +24,9 @@ class Importance:
 
 
 def importance(attention: LocalAttention, score: Score = "rms") -> Importance:
-    """Compute each slot's root mean square, maximum or mean attention weight over all queries.
+    """Compute each slot's root mean square ("rms"), maximum or mean attention weight over all queries.
 
-    Source: arXiv:2602.16284, "highest attention" (rms works best there).
+    Source: arXiv:2602.16284, "highest attention"; the paper finds that rms works best.
 
     Invariants: scores lie in [0, 1]; the size of the blocks changes the scores by rounding only; a constant added to
     every logit of a query changes nothing; a query of weight 2 counts like two queries of weight 1, except for the

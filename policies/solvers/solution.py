@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 class Outcome(Enum):
-    """The way in which a solver ended; the text of a member names the problem and, if there is one, a remedy."""
+    """The way in which a solver ended; the text of a member names the problem and the remedy, if any."""
 
     SOLVED = "solved"
     STOPPED = "stopped at the limit of steps before it converged; raise the ridge"
@@ -37,5 +37,5 @@ class Solution(Generic[T]):
 
     @property
     def accepted(self) -> bool:
-        """True if the value is a fit, False if the value is the start because no better fit was found."""
+        """Return True if the value is a fit, False if the value is the unchanged start because no fit was better."""
         return self.outcome in {Outcome.SOLVED, Outcome.STOPPED}

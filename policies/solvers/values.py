@@ -27,18 +27,20 @@ def fit_values(
 ) -> Solution[torch.Tensor]:
     """Fit values C so that ``X C ≈ Y``: X has the weights over the kept slots, Y the outputs over the whole segment.
 
-    ``values [T, dv]`` and ``anchor [t, dv]`` (the kept slots' own values) are float32. The fit minimises
-    ``|X C - Y|² + ridge * mean(diag XᵀX) * |C - anchor|²``, then cuts every slot's shift from its own value to at most
-    ``bound`` times the length of the segment's longest value.
+    ``whole`` attends over all slots, ``kept`` over the kept slots with their new β. ``values [T, dv]`` and
+    ``anchor [t, dv]`` (the kept slots' own values) are float32. The fit minimises
+    ``|X C - Y|² + ridge * mean(diag XᵀX) * |C - anchor|²``. Then every slot's shift from its own value is shortened to
+    at most ``bound`` times the length of the segment's longest value.
 
-    The value is ``C [t, dv]`` float32, or the anchor if the fit is not better; the stat ``bounded`` counts the slots
-    whose shift was cut to the bound.
+    The value of the returned solution is ``C [t, dv]`` float32, or the anchor if the fit is not better. The stat
+    ``bounded`` counts the slots whose shift was shortened.
 
-    Invariants: a slot without evidence keeps its value; fewer queries than slots, one query, equal queries and
+    Invariants: a slot that no query attends to keeps its value; fewer queries than slots, one query, equal queries and
     duplicate keys give finite values; an accepted fit has a smaller squared output error on the fitting queries than
     the anchor.
 
-    Source: arXiv:2602.16284, output matching, which has no anchor. Both softmaxes are local to the segment.
+    Source: arXiv:2602.16284, output matching. It has no term ``|C - anchor|²``. Both softmaxes are taken over the
+    segment alone.
     """
     for firmer in FIRMER_RIDGES:
         pull = torch.zeros_like(anchor)
@@ -65,8 +67,7 @@ def _gram(
 ) -> torch.Tensor:
     """Return ``XᵀX [t, t]``, summed over blocks of queries; only its upper triangle is valid.
 
-    The pull of the normal equations at the anchor, which is ``Xᵀ (Y - X anchor)``, is added to ``pull [t, dv]`` in
-    place.
+    Add ``Xᵀ (Y - X anchor)`` to ``pull [t, dv]`` in place. It is the right side of the normal equations for the shift.
     """
     gram = anchor.new_zeros(len(anchor), len(anchor))
     for rows, block in whole.blocks():

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One slash command.
+    """A slash command of the chat.
 
-    ``run`` receives the conversation and the text after the command's name. If it returns False, the chat ends.
+    ``run`` receives the conversation and the text after the command's name. If ``run`` returns False, the chat ends.
     """
 
     usage: str

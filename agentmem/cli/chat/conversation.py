@@ -49,7 +49,8 @@ class Conversation:
     def turn(self, text: str) -> None:
         """Append the user's message, stream the reply, then show the state of the memory.
 
-        The first Ctrl-C ends the reply after the running forward pass or layer; a second Ctrl-C ends it at once.
+        The first Ctrl-C ends the reply after the running forward pass, or during a compaction after the running layer.
+        A second Ctrl-C ends the reply at once.
 
         Raises:
             AgentmemError: the turn could not begin or continue; the session stays valid.
@@ -77,7 +78,7 @@ class Conversation:
         note(self.bar() + _ending(ended, time.perf_counter() - started))
 
     def _follow(self, events: Generator[Event, None, None], display: Display, stop: Stop) -> TurnFinished | None:
-        """Show events as they come; return the event that finished the turn, if it came."""
+        """Show events as they come; return the event that finished the turn, or ``None`` if the turn did not finish."""
         finished: TurnFinished | None = None
         with closing(events):  # ends the turn, whatever happens
             for event in events:
@@ -119,15 +120,18 @@ def _ending(ended: TurnFinished | None, seconds: float) -> str:
 
 
 class Stop:
-    """Handles Ctrl-C during a turn of a session."""
+    """Handler of Ctrl-C during a turn of a session."""
 
     def __init__(self, session: Session) -> None:
-        """Begin without a request to stop."""
+        """Begin with ``wanted`` false: no stop was requested yet."""
         self._session = session
         self.wanted = False
 
     def pass_on(self) -> None:
-        """Cancel the running turn if a stop is wanted; the turn may have begun after the signal."""
+        """Cancel the running turn if a stop was requested.
+
+        Call this method during the turn as well, because Ctrl-C may have come before the turn began.
+        """
         if self.wanted:
             self._session.watch.cancelled = True
 
@@ -141,9 +145,10 @@ class Stop:
 
 @contextmanager
 def stopping(session: Session) -> Iterator[Stop]:
-    """Handle Ctrl-C while the block runs: the first ends the turn at its next boundary, the second at once.
+    """Handle Ctrl-C while the block runs: the first ends the turn soon, the second at once.
 
-    Outside the main thread, signals are not handled.
+    After the first Ctrl-C, the running forward pass, or the running layer of a compaction, is still finished. Outside
+    the main thread, signals are not handled.
     """
     stop = Stop(session)
     if threading.current_thread() is not threading.main_thread():

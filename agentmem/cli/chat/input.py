@@ -11,13 +11,13 @@ from agentmem.errors import SettingsRefused
 
 
 def read_lines(prompt: Callable[[], str]) -> Iterator[str]:
-    """Yield all non-empty lines, stripped, until the input ends.
+    """Yield all non-empty lines, without surrounding white space, until the input ends.
 
     At a terminal's prompt, Ctrl-C discards the line typed so far.
 
     Raises:
         SettingsRefused: the input is not UTF-8.
-        KeyboardInterrupt: Ctrl-C while a pipe is read.
+        KeyboardInterrupt: Ctrl-C was pressed while a pipe was read.
 
     """
     interactive = sys.stdin.isatty()

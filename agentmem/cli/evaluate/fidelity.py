@@ -114,12 +114,12 @@ def fidelity(
 
 
 def _shot(wanted: bool, ratios: str | None, continuation: int | None, others: dict[str, object]) -> Shot | None:  # noqa: FBT001  # a command's flag
-    """Return the one-shot settings if ``--one-shot`` was given (``wanted``), else ``None``.
+    """Return the one-shot settings if ``--one-shot`` was given (``wanted`` is true), else ``None``.
 
-    ``others`` are the options that have a meaning only without ``--one-shot``.
+    ``others`` holds the options that have a meaning only without ``--one-shot``, by name.
 
     Raises:
-        SettingsRefused: an option was given that has no meaning together with this choice, or a ratio cannot work.
+        SettingsRefused: an option was given that has no meaning with, or without, ``--one-shot``; or a value is wrong.
 
     """
     own = {"--ratios": ratios, "--continuation": continuation}
@@ -222,7 +222,7 @@ def _show_medians(found: Sequence[Medians], delivery: Delivery) -> None:
 
 
 def _show_drift(found: Sequence[Medians], delivery: Delivery) -> None:
-    """Print a table with one column per group of compactions that any policy has."""
+    """Print the KL by number of compactions so far: a row for each policy, a column for each range of numbers."""
     groups = sorted({(group.first, group.last) for each in found for group in each.drift})
     lines = []
     for each in found:

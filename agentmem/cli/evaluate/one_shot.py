@@ -12,7 +12,7 @@ from agentmem.evaluation.one_shot import Medians, medians
 
 
 def compare(work: Work, passages: dict[int, torch.Tensor], terms: Terms, shot: Shot) -> None:
-    """Measure every passage and deliver the results; after an error or Ctrl-C, deliver those measured before."""
+    """Measure every passage and deliver the results; after an error or Ctrl-C, deliver the results measured so far."""
     done: list[OneShotRow] = []
     tokens = len(next(iter(passages.values()))) - 1
     cases = one_shot.cases(work.specs, terms, shot, tokens)

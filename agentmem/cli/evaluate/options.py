@@ -72,12 +72,15 @@ def numbers(text: str, option: str, kind: Callable[[str], Number]) -> tuple[Numb
 
 
 def words(path: Path | None) -> str:
-    """Return the text to stream: that of the file, or the default text of the package."""
+    """Return the text to stream: the text of the file ``path``, or the package's default text if ``path`` is None."""
     return evaluation.default_text() if path is None else evaluation.read_text(path)
 
 
 def comparisons(common: Terms, slots: int | None, cap: str | None) -> list[Terms]:
-    """Return the terms of each comparison: at equal slots, at equal bytes, or both; by default at 512 slots."""
+    """Return the terms (settings) of each comparison: at equal slots, at equal bytes, or both.
+
+    If neither ``slots`` nor ``cap`` is given, the only comparison is at :data:`DEFAULT_SLOTS` slots.
+    """
     found = []
     if slots is not None or cap is None:
         found.append(common.model_copy(update={"slots": slots or DEFAULT_SLOTS}))
@@ -87,7 +90,10 @@ def comparisons(common: Terms, slots: int | None, cap: str | None) -> list[Terms
 
 
 def chosen(policies: str, terms: Terms) -> list[str]:
-    """Return the specs of ``--policies``; every policy is made once, so that a bad spec is refused before loading."""
+    """Return the specs (policy names with their options) that the option ``--policies`` lists.
+
+    Every policy is made once, so that a wrong spec is refused before the model is loaded.
+    """
     found = plugins.listed(policies)
     for spec in found:
         terms.policy(spec)
@@ -114,14 +120,14 @@ class Delivery:
             require_folder(self.plot, "--plot")
 
     def rows(self, rows: Sequence[Frozen]) -> None:
-        """Write the rows as JSON if the user asked for that."""
+        """Write the rows as JSON if the user gave ``--json``."""
         if self.json_path is not None:
             write_json([row.model_dump(mode="json") for row in rows], self.json_path, "--json")
 
     def table(
         self, title: str, columns: Sequence[str], lines: Iterable[Sequence[str]], *, left: Sequence[int] = (0,)
     ) -> None:
-        """Print a table under its title, to stderr if JSON goes to stdout."""
+        """Print a table with its title to stdout, or to stderr if JSON goes to stdout."""
         console = ERR if self.json_path == STDOUT else OUT
         console.print(title, markup=False, soft_wrap=True)
         show(table(None, columns, lines, left=left), on=console)
@@ -145,7 +151,7 @@ class Work:
     delivery: Delivery
 
     def check_plans(self, limits: Iterable[Terms], specs: Iterable[str] | None = None) -> None:
-        """Plan every policy under every limit, so that refusals come before the first measurement, not minutes later.
+        """Plan every policy under every limit, so that impossible combinations are refused before any measurement.
 
         Raises:
             SettingsRefused: a policy cannot serve the terms on this model.
@@ -157,19 +163,22 @@ class Work:
                 terms.plan(self.model, terms.policy(spec))
 
     def note_missing(self, done: int, wanted: int) -> None:
-        """Print the number of measured rows if some are missing."""
+        """Print how many rows were measured, if some rows are missing."""
         if done < wanted:
             note(f"{done} of {wanted} rows were measured; the same command goes on there")
 
 
 def kept_in(cache_dir: Path | None, name: str) -> Path:
-    """Return the folder for finished measurements: ``cache_dir``, or the folder ``name`` in the user's cache."""
+    """Return the folder for finished measurements: ``cache_dir``, or by default ``name`` in agentmem's cache folder."""
     return cache_dir or models.cache_home() / name
 
 
 @contextmanager
 def bars(total: int, suffix: str = "") -> Iterator[Callable[[str, int], None]]:
-    """Yield a function that shows progress as one bar per name on a terminal, and shows nothing elsewhere."""
+    """Yield a function that shows progress on a terminal, one bar per name; elsewhere the function shows nothing.
+
+    The function takes a name and the number of units done, of ``total``.
+    """
     description = TextColumn("{task.description}", markup=False)  # a policy's options stand in brackets
     columns = (description, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     tasks: dict[str, TaskID] = {}

@@ -188,7 +188,10 @@ def _show_rows(found: Sequence[RecallRow], delivery: Delivery) -> None:
 
 
 def _show_groups(title: str, groups: dict[str, dict[str, Score]], delivery: Delivery) -> None:
-    """Print the recovered fraction and the exact answers of every group (depth, format or compactions) by policy."""
+    """Print a row for each policy with the recovered fraction and the exact answers of each group of facts.
+
+    ``title`` names how facts are grouped: by depth, by format, or by compactions.
+    """
     keys = list(dict.fromkeys(key for group in groups.values() for key in group))
     keys.sort(key=lambda key: (0, float(key), "") if key[0].isdigit() else (1, 0.0, key))
     lines = [

@@ -95,13 +95,13 @@ def run(
 
 
 def _refuse_early(cap: str, policy: str, options: dict[str, object], settings: dict[str, object]) -> None:
-    """Check the policy and the settings without a model, before the model is loaded, which takes seconds."""
+    """Check the policy and the settings before the model is loaded, because loading takes seconds."""
     plugins.policy(policy, **options)
     Settings.of(cap=cap, **settings)
 
 
 def _deliver(outcome: Outcome, json_path: str | None, trace: Path | None, plot: Path | None) -> None:
-    """Write all results, also those of a run that ended early; then raise the error that ended the run, if any."""
+    """Write all results, even if the run ended early; then raise the error that ended the run, if any."""
     written: list[tuple[str, Path | str]] = []
     failure = outcome.error
     if plot is not None:

@@ -75,7 +75,10 @@ class Job:
             return Outcome(generated, memory.report(), trace, int(self.prompt.shape[1]), error)
 
     def compare(self, capped_run: Outcome) -> FullRun:
-        """Generate with full memory (a stock cache of transformers) from this prompt, seed and sampling."""
+        """Generate with full memory from the same prompt, seed and sampling, and compare with ``capped_run``.
+
+        Full memory is a stock cache of transformers.
+        """
         generated, cache = Generated(), DynamicCache(config=self.model.config)
         display = self._display(None)
         generate(self.model, self.tokenizer, self.prompt, self.sampling, display, generated, past_key_values=cache)

@@ -61,15 +61,15 @@ class Generated:
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens per second of the whole run, including the prompt and the compactions."""
+        """New tokens per second; the time includes reading the prompt and all compactions."""
         return len(self.ids) / self.seconds if self.seconds else 0.0
 
 
 class Interrupt:
-    """Handles Ctrl-C: the first ends generation after the running token, the second at once."""
+    """Handler of Ctrl-C: the first Ctrl-C ends generation after the present token, the second at once."""
 
     def __init__(self) -> None:
-        """Begin without an interrupt."""
+        """Begin with ``wanted`` false: Ctrl-C was not pressed yet."""
         self.wanted = False
 
     @contextmanager
@@ -100,7 +100,7 @@ class _Ends(StoppingCriteria):
 
 
 class _Finite(LogitsProcessor):
-    """Raises an error if logits are NaN; greedy decoding would choose the first token and go on."""
+    """Logits processor that raises an error if logits are NaN, because greedy decoding would go on with token 0."""
 
     def __init__(self, prompt_tokens: int) -> None:
         self.prompt_tokens = prompt_tokens
@@ -116,7 +116,10 @@ class _Finite(LogitsProcessor):
 
 
 class _Stream(BaseStreamer):
-    """Decodes tokens as they come, without decoding the whole text again and without showing half a character."""
+    """Streamer that decodes and shows new tokens as they come.
+
+    It decodes only a few earlier tokens again, and never shows a part of a character.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, generated: Generated, display: Display) -> None:
         self.tokenizer, self.generated, self.display = tokenizer, generated, display
@@ -124,7 +127,7 @@ class _Stream(BaseStreamer):
         self.prompt = True
 
     def put(self, value: torch.Tensor) -> None:
-        """Take new token ids and show their text; the first call, which brings the prompt, is ignored."""
+        """Take new token ids and show their text; the first call is ignored, because it brings the prompt."""
         if self.prompt:
             self.prompt = False
             return
@@ -133,7 +136,7 @@ class _Stream(BaseStreamer):
         self._show(final=False)
 
     def end(self) -> None:
-        """Show the text held back so far."""
+        """Show the text that was held back because its last character was incomplete."""
         self._show(final=True)
 
     def _show(self, *, final: bool) -> None:
@@ -159,9 +162,10 @@ def generate(
     generated: Generated,
     **arguments: Any,
 ) -> None:
-    """Generate and store the results in ``generated``, also if an error ends the call; the error is raised then.
+    """Generate text, show it on ``display``, and store the results in ``generated``.
 
-    ``prompt`` is ``[1, n]``; ``arguments`` are passed to ``model.generate``. Ctrl-C is recorded, not raised.
+    ``prompt`` is ``[1, n]``; ``arguments`` are passed to ``model.generate``. If an error ends the call, the results so
+    far are stored before the error is raised. Ctrl-C only sets ``generated.finish``; no exception is raised.
     """
     torch.manual_seed(sampling.seed)
     interrupt, stream = Interrupt(), _Stream(tokenizer, generated, display)

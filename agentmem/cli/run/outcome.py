@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class FullRun:
     """The comparison run with full memory.
 
-    ``bytes`` is the size of its cache at the end. ``common`` counts the tokens from the start that equal those of the
-    capped run.
+    ``bytes`` is the size of the full KV cache at the end, in bytes. ``common`` is the number of new tokens before the
+    first difference from the capped run.
     """
 
     generated: Generated
@@ -52,7 +52,7 @@ class Outcome:
         return any(run.finish == "interrupted" for run in runs)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the run report with the text, the times and the token counts of this run added."""
+        """Return the report of the memory as JSON data, with the text, times and token counts of this run added."""
         found: dict[str, Any] = self.report.model_dump(mode="json")
         found |= {
             "num_prompt_tokens": self.num_prompt_tokens,
@@ -78,7 +78,7 @@ class Outcome:
         return found
 
     def table(self, paths: Sequence[tuple[str, Path | str]]) -> Table:
-        """Return a table of two columns for people; ``paths`` are the kinds and paths of the files written."""
+        """Return a table of two columns for people to read; ``paths`` are the kinds and paths of the files written."""
         report, generated = self.report, self.generated
         share = report.peak_bytes / report.cap_bytes
         lines = [

@@ -16,9 +16,10 @@ STDIN = STDOUT
 
 
 def read_prompt(text: str | None, file: str | None, positional: str | None) -> str:
-    """Return the prompt's text.
+    """Return the prompt: the text of ``--prompt``, the contents of a file, or stdin.
 
-    ``-`` as any of the three arguments reads stdin as UTF-8, and so does a pipe if no prompt is given.
+    If one of the three arguments is ``-``, the prompt is read from stdin as UTF-8. If no argument is given and stdin is
+    a pipe, the prompt is read from the pipe.
 
     Raises:
         typer.BadParameter: no prompt is given, or more than one.
@@ -42,11 +43,11 @@ def read_prompt(text: str | None, file: str | None, positional: str | None) -> s
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, *, raw: bool) -> torch.Tensor:
     """Return the token ids ``[1, n]`` of the prompt.
 
-    The prompt becomes the user's turn in the model's chat format. With ``raw``, or without a chat template, it is
-    tokenised unchanged.
+    The prompt becomes a user's message in the model's chat format. With ``raw``, or if the tokenizer has no chat
+    template, the prompt is tokenised unchanged.
 
     Raises:
-        SettingsRefused: the tokenizer makes no token of the prompt.
+        SettingsRefused: the tokenizer turns the prompt into no tokens.
 
     """
     if not raw and tokenizer.chat_template is None:

@@ -1,23 +1,24 @@
 """Run ablations: read a grid of policies, caps and settings from one file, measure it, and report the results.
 
-An *instrument* is a kind of measurement: fidelity, recall or a task. A *cell* is one combination of the grid, measured
-by one instrument.
+An *instrument* is a kind of measurement: fidelity, recall or a task. A *cell* is one combination of the grid's
+settings, measured by one instrument. A *row* is the result of a cell. A *line* of a table pools the rows that differ
+only in text and seed.
 
-| file | what |
+| file | contents |
 | --- | --- |
 | ``config.py`` | the configuration of an ablation |
 | ``source.py`` | reading the configuration from YAML; errors name line and field |
-| ``grid.py`` | the cells of the grid, in order; a cell is one instrument with one combination of settings |
-| ``bench.py`` | keys and measurements of the cells of one loaded model |
-| ``rows.py`` | results on disk, one line (a row) per finished cell |
-| ``run.py`` | a whole ablation, resumable, on one process or several |
-| ``scores.py`` | the scores of cells, one for each unit, such as a fact or a sample |
+| ``grid.py`` | the list of all cells |
+| ``bench.py`` | measuring the cells of one loaded model |
+| ``rows.py`` | the rows, which are kept on disk |
+| ``run.py`` | a whole ablation, which can be resumed, in one process or several |
+| ``scores.py`` | the scores of a cell, one for each unit, such as a fact or a sample |
 | ``intervals.py`` | bootstrap confidence intervals |
-| ``lines.py`` | the lines of the tables, which pool cells that differ only in text and seed |
-| ``tables.py`` | tables as CSV and Markdown |
+| ``lines.py`` | the lines of the tables |
+| ``tables.py`` | the tables as CSV and Markdown |
 | ``figures.py``, ``report.py`` | the HTML report |
 
-The package needs the extra ``eval``.
+This subpackage needs the optional dependencies ``eval``.
 """
 
 from agentmem.evaluation.ablation.config import Ablation

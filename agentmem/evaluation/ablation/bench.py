@@ -1,4 +1,7 @@
-"""Measure the cells of an ablation on one loaded model, and compute the keys that identify the cells' results."""
+"""Measure the cells of an ablation on one loaded model, and compute the keys under which results are saved.
+
+A cell is one combination of the grid's settings, measured by one instrument (fidelity, recall or a task).
+"""
 
 from __future__ import annotations
 
@@ -36,13 +39,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Bench:
-    """Hold one loaded model with the texts and folders that are needed to measure its cells."""
+    """One loaded model, with everything that is needed to measure the cells of this model."""
 
     ablation: Ablation
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     digest: str
-    """Digest of the model's configuration and weights."""
+    """Hash of the model's configuration and weights; see :func:`agentmem.evaluation.full_logits.model_digest`."""
     texts: dict[Text, str]
     folder: Path
     """Folder to which relative paths of models and data files are relative."""
@@ -55,7 +58,9 @@ class Bench:
     def open(
         cls, ablation: Ablation, name: str, texts: dict[Text, str], folder: Path, cache_dir: Path, out: Path
     ) -> Self:
-        """Load the model ``name`` and return a bench that holds it.
+        """Load the model ``name`` and return a bench for it.
+
+        A name that begins with ``./`` or ``../`` is a folder relative to ``folder``.
 
         Raises:
             ModelUnavailable: the model cannot be loaded.
@@ -82,7 +87,7 @@ class Bench:
         return _sha256(json.dumps(facts, sort_keys=True))[:24]
 
     def row(self, cell: Cell) -> Row:
-        """Measure a cell and return its row (result); ``refused`` has the message if agentmem raises an error."""
+        """Measure a cell and return its row (result); if agentmem raises an error, ``Row.refused`` has the message."""
         key, provenance = self.key(cell), self._provenance(cell)
         settings = self.ablation.instruments.chosen[cell.instrument]
         try:
@@ -149,9 +154,9 @@ class Bench:
 
 @cache
 def commit() -> str | None:
-    """Return the commit of the checkout that agentmem runs from, followed by ``+`` if tracked files were changed.
+    """Return the git commit of the running agentmem, followed by ``+`` if tracked files were changed since.
 
-    ``None`` if agentmem does not run from a checkout, or git is not available.
+    The result is ``None`` if agentmem does not run from a git checkout, or git is not available.
     """
     folder = Path(__file__).parent
     try:

@@ -1,8 +1,8 @@
 """Define the configuration of an ablation; its fields are the keys of the YAML file.
 
-An ablation measures a grid: every combination of the listed models, texts, policies, limits and other settings. Each
-combination is measured by every chosen *instrument*, a kind of measurement: fidelity, recall or a task. One combination
-with one instrument is a *cell*.
+An ablation measures a grid: every combination of the listed models, texts, policies, limits and other settings. An
+*instrument* is a kind of measurement: fidelity, recall or a task. Every combination is measured by each chosen
+instrument. One combination with one instrument is a *cell*.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _text(value: Any) -> Any:
 
 
 class Text(Frozen):
-    """A text to stream: a UTF-8 file, or the shipped pages, from the character ``offset`` on."""
+    """A text that models read: a UTF-8 file or the pages that ship with the package, from character ``offset`` on."""
 
     name: str = ""
     path: Path | None = None
@@ -66,7 +66,7 @@ class Text(Frozen):
 
     @property
     def label(self) -> str:
-        """Return the name of the text in tables."""
+        """Return the name by which tables show the text, such as ``pages`` or ``novel.txt@5000`` (with its offset)."""
         name = self.name or (PAGES if self.path is None else self.path.name)
         return f"{name}@{self.offset}" if self.offset else name
 
@@ -80,7 +80,7 @@ class Fidelity(Frozen):
 class Recall(Frozen):
     """Settings of the instrument that measures the recall of planted facts; see :mod:`agentmem.evaluation.recall`.
 
-    The facts are made from the seed of the measured cell, one combination of the grid.
+    The seed of each cell determines the facts.
     """
 
     tokens: int = Field(default=1710, ge=1)
@@ -94,14 +94,14 @@ class Recall(Frozen):
         return self
 
     def quiz(self, seed: int) -> Quiz:
-        """Return the settings of the facts that are planted if the cell has the seed ``seed``."""
+        """Return the settings of the documents and facts for cells with the seed ``seed``."""
         return Quiz(tokens=self.tokens, facts=self.facts, depths=self.depths, formats=self.formats, seed=seed)
 
 
 class TaskArguments(Frozen):
-    """Name a task of :mod:`agentmem.evaluation.tasks` and its arguments.
+    """The name of a task in :mod:`agentmem.evaluation.tasks` and the arguments given to it.
 
-    If the arguments have no ``seed``, the task uses the seed of the measured cell, one combination of the grid.
+    If ``seed`` is not among the arguments, the task uses the seed of the cell.
     """
 
     name: str
@@ -121,9 +121,9 @@ def _tasks(tasks: dict[str, dict[str, JsonValue]]) -> dict[str, dict[str, JsonVa
 
 
 class Instruments(Frozen):
-    """Instruments (kinds of measurement) that every combination of the grid is measured by; at least one is chosen.
+    """The chosen instruments (kinds of measurement), at least one, with their settings.
 
-    An instrument is chosen by giving its settings; ``fidelity: {}`` chooses fidelity with its default settings.
+    Giving an instrument's settings chooses it; ``fidelity: {}`` chooses fidelity with its default settings.
     """
 
     fidelity: Fidelity | None = None
@@ -139,7 +139,7 @@ class Instruments(Frozen):
 
     @property
     def chosen(self) -> dict[str, Frozen]:
-        """Return the settings of the chosen instruments by name, in a fixed order."""
+        """Return the settings of the chosen instruments by name: fidelity first, then recall, then the tasks."""
         own = {"fidelity": self.fidelity, "recall": self.recall}
         tasks = {name: TaskArguments(name=name, arguments=given) for name, given in self.tasks.items()}
         return {name: settings for name, settings in (own | tasks).items() if settings is not None}
@@ -153,9 +153,10 @@ Spec = Annotated[str, AfterValidator(_spec)]
 
 
 class Ablation(Frozen):
-    """Configuration of an ablation; each combination of one entry of every list is measured by each instrument.
+    """The configuration of an ablation.
 
-    A single value may be given in place of a list of one.
+    Every combination of one entry from each list is measured by every chosen instrument. Instead of a list of one
+    value, the value alone may be given.
     """
 
     title: str = Field(default="Ablation", max_length=200)
@@ -168,17 +169,17 @@ class Ablation(Frozen):
     device: Annotated[str, Field(max_length=100)] = "cpu"
     """Device of the models; ``cuda`` gives every process of ``accelerate launch`` its own GPU."""
     threads: Annotated[int, Field(ge=1)] | None = None
-    """Number of torch's threads; ``None`` leaves it as it is.
+    """Number of torch's threads; ``None`` does not change the number.
 
-    The workspace depends on the number of threads, and therefore the number of slots under a cap does too. Set the same
-    number on all machines whose results are compared.
+    The temporary bytes depend on the number of threads, and so does the number of slots under a cap. To compare results
+    from several machines, set the same number on each.
     """
     policies: Annotated[tuple[Spec, ...], *Several, Field(min_length=1)]
-    """Names or specs of policies; the spec ``am-halving[selector=omp-fast]`` is a policy with one option changed."""
+    """Names of policies, or specs such as ``am-halving[selector=omp-fast]``: a name with changed options."""
     baseline: str | None = None
     """Policy that each other policy is compared with; ``None`` chooses the first policy."""
     caps: Annotated[tuple[Bytes, ...], *Several] = ()
-    """Hard limits in bytes, workspace included."""
+    """Caps: limits of resident and temporary bytes together."""
     slots: Annotated[tuple[Slots, ...], *Several] = ()
     """Limits in slots per KV head without a limit in bytes; ``caps`` and ``slots`` may both be given."""
     keep_first: Annotated[tuple[Tokens, ...], *Several, Field(min_length=1)] = (16,)
@@ -202,11 +203,11 @@ class Ablation(Frozen):
 
     @property
     def compared_with(self) -> str:
-        """Return the policy that the others are compared with."""
+        """Return the baseline: the policy with which all others are compared."""
         return self.baseline or self.policies[0]
 
 
 def limits(ablation: Ablation) -> Iterable[tuple[int | None, int | None]]:
-    """Yield every limit of a memory as (slots, bytes), of which one is ``None``."""
+    """Yield every limit of the grid as a pair (slots, bytes), one of which is ``None``."""
     yield from ((slots, None) for slots in ablation.slots)
     yield from ((None, cap) for cap in ablation.caps)

@@ -1,7 +1,6 @@
-"""Draw the figures of an ablation as self-contained SVG texts, which load no fonts, styles or addresses.
+"""Draw the figures of an ablation as SVG texts that load nothing from elsewhere, such as fonts or styles.
 
-Every policy has the same colour and marker in all figures. Only Matplotlib's object interface is used, as in
-:mod:`agentmem.reporting.plots`.
+Every policy has the same colour and marker in all figures. Only Matplotlib's object interface is used, not ``pyplot``.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ _HEAT_MAPS = 4
 
 @dataclass(frozen=True)
 class Picture:
-    """Hold one figure: its name, its SVG, and its caption."""
+    """One figure as SVG, with its name and caption."""
 
     name: str
     svg: str
@@ -49,7 +48,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Palette:
-    """Assign a colour and a marker to every policy."""
+    """The assignment of a colour and a marker to every policy, by its place in ``policies``."""
 
     policies: tuple[str, ...]
 
@@ -62,7 +61,7 @@ class Palette:
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> Palette:
-        """Make a palette of the policies of ``rows``, in the order of the grid."""
+        """Make a palette for the policies of ``rows`` (results of cells), in the order of their first appearance."""
         return cls(tuple(dict.fromkeys(row.cell.policy for row in rows if row.cell.policy != FULL)))
 
 
@@ -132,9 +131,10 @@ def _points(axes: Axes, lines: Sequence[Line], *, label: str | None, style: dict
 
 
 def _tightest(found: Sequence[Row]) -> list[Row]:
-    """Choose the fidelity results (rows) of one setting; the chosen rows differ only in their policies.
+    """Return the fidelity results of one setting, to be shown in figures: rows that differ only in their policies.
 
-    The setting with the most rows is chosen; if several have as many, the one with the most compactions.
+    Only results with compactions are considered. The setting with the most rows is chosen, and among settings with
+    equally many rows, the setting with the most compactions.
     """
     groups: dict[object, list[Row]] = {}
     for row in found:
@@ -147,7 +147,7 @@ def _tightest(found: Sequence[Row]) -> list[Row]:
 
 
 def _run(row: Row) -> Measurement:
-    """Return the run of a fidelity result; each such row has exactly one run."""
+    """Return the single measurement of a fidelity row."""
     (run,) = (run for run in row.runs if isinstance(run, Measurement))
     return run
 
@@ -197,7 +197,7 @@ def _saw_tooth(group: Sequence[Row], palette: Palette) -> Picture:
 
 
 def _tooth(run: Measurement) -> tuple[list[int], list[float]]:
-    """Return tokens and used MiB, the points of a line to draw; each compaction is a vertical drop at its token."""
+    """Return the points of a line that shows used MiB by tokens read, with a vertical drop at each compaction."""
     tokens, used = [0], [0.0]
     falls = {each.tokens for each in run.compacted}
     for moment in run.moments:
@@ -239,7 +239,10 @@ def _costs(lines: Sequence[Line], palette: Palette) -> Picture | None:
 
 
 def _heat_map(group: Sequence[Row]) -> Picture | None:
-    """Draw slots by layer and head for the policies with unequal budgets; ``None`` if there are none."""
+    """Draw the slots of each layer and KV head, for each policy whose budgets differ between heads.
+
+    The result is ``None`` if there is no such policy. At most four policies are drawn.
+    """
     unequal = [row for row in group if len({slots for layer in _run(row).heads for slots in layer}) > 1]
     shown = unequal[:_HEAT_MAPS]
     if not shown:
@@ -291,9 +294,9 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 
 def _svg(figure: Figure) -> str:
-    """Return the figure as one ``<svg>`` element for an HTML page.
+    """Return the figure as one ``<svg>`` element that can be put into an HTML page.
 
-    Prolog, metadata and namespaces are removed, because they contain addresses.
+    The XML prolog, metadata and namespaces are removed, because they contain web addresses.
     """
     target = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))

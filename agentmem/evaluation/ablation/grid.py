@@ -1,4 +1,4 @@
-"""List the cells of an ablation: every combination of an instrument and settings that is measured, in order."""
+"""List the cells of an ablation, which are all combinations of settings and instruments to be measured."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class Cell(Frozen):
-    """Describe one measurement of the grid: one instrument with one combination of model, text, policy and settings.
+    """One measurement of the grid: an instrument (fidelity, recall or a task) with one combination of settings.
 
-    For full memory, ``slots`` and ``cap_bytes`` are ``None``.
+    A cell has a limit either in ``slots`` or in ``cap_bytes``; for full memory, both are ``None``.
     """
 
     instrument: str
@@ -50,7 +50,7 @@ class Cell(Frozen):
 
     @property
     def source(self) -> str:
-        """Return the name of the cell's text in tables; for a task, the task's name."""
+        """Return the name by which tables show the cell's text, or the name of the task if the instrument is a task."""
         return self.instrument if self.text is None else self.text.label
 
     @property
@@ -62,14 +62,14 @@ class Cell(Frozen):
 
 
 _PLAIN = {"target": 0.5, "slot_dtype": "auto"}
-"""Settings of full memory's cells, which have no effect because full memory is never compacted."""
+"""Values of required fields in the cells of full memory; they have no effect without compactions."""
 
 
 def cells(ablation: Ablation) -> tuple[Cell, ...]:
-    """Return every cell of the ablation's grid, grouped by model, then by instrument, text and seed.
+    """Return all cells of an ablation, grouped by model, then by instrument, text and seed.
 
-    Cells of full memory are added for recall and tasks, and cells of the policy ``window`` for recall, because the
-    scores of the other policies are compared with theirs. (Fidelity compares each policy with full memory itself.)
+    For comparison, recall and tasks also get cells of full memory, and recall gets cells of the policy ``window``.
+    Fidelity needs none, because each of its measurements compares a policy with full memory.
 
     Raises:
         SettingsRefused: the grid has more than 100,000 cells.
@@ -91,7 +91,7 @@ def _cells(ablation: Ablation) -> Iterator[Cell]:
 
 
 def _at(ablation: Ablation, **same: Any) -> Iterator[Cell]:
-    """Yield the cells of one instrument, model, text and seed."""
+    """Yield the cells that have the instrument, model, text, seed and chunk given in ``same``."""
     policies = ablation.policies
     if same["instrument"] != "fidelity":
         yield Cell(**same, slots=None, cap_bytes=None, policy=FULL, keep_first=0, keep_recent=0, **_PLAIN)

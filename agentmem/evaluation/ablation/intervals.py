@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 _LEAST = 2
 """The least number of units for which an interval is computed."""
 _EQUAL = 1e-12
-"""Relative spread up to which values count as equal, because rounding alone can cause it."""
+"""Largest spread of values that count as equal, relative to the largest value; rounding can cause such a spread."""
 
 
 class Interval(Frozen):
-    """Hold a mean over ``units`` units, such as facts, and its confidence interval.
+    """A mean over ``units`` units, such as facts or samples, with its confidence interval.
 
     ``low`` and ``high`` are the ends of the interval; both are ``None`` if there is only one unit.
     """
@@ -31,15 +31,15 @@ class Interval(Frozen):
 
     @property
     def excludes_zero(self) -> bool:
-        """Return True if zero lies outside the interval."""
+        """Return True if zero lies outside the interval; False if there is no interval."""
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
 
 def of_mean(values: Sequence[float], *, confidence: float, resamples: int) -> Interval:
     """Return the mean of ``values`` and its bias-corrected and accelerated (BCa) bootstrap interval.
 
-    The method resamples ``values`` with replacement, takes the mean of each resample, and returns the quantiles of
-    these means at the levels that BCa gives. The random numbers are the same at every call, so that a report that is
+    The values are resampled with replacement ``resamples`` times. The interval's ends are quantiles of the resamples'
+    means, at levels that BCa computes from ``confidence``. Every call uses the same random numbers, so that a report
     made again has the same intervals.
     Source: Efron, "Better Bootstrap Confidence Intervals", JASA 82 (1987).
     """
@@ -62,10 +62,10 @@ def of_mean(values: Sequence[float], *, confidence: float, resamples: int) -> In
 
 
 def of_difference(ours: Sequence[float], theirs: Sequence[float], *, confidence: float, resamples: int) -> Interval:
-    """Return the mean of the differences ``ours - theirs`` and its confidence interval.
+    """Return the mean of the differences ``ours - theirs`` and its bootstrap interval; see :func:`of_mean`.
 
-    ``ours`` and ``theirs`` have the scores of the same units in the same order. What makes a unit hard for both, such
-    as a difficult passage, cancels out in the difference.
+    ``ours`` and ``theirs`` have the scores of the same units in the same order. A unit that is equally hard for both,
+    such as a difficult passage, then does not widen the interval.
     """
     paired = [one - other for one, other in zip(ours, theirs, strict=True)]
     return of_mean(paired, confidence=confidence, resamples=resamples)

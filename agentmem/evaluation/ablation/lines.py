@@ -1,4 +1,4 @@
-"""Pool the results of cells that differ only in text and seed into one line of a table, with confidence intervals."""
+"""Make the lines of the tables; each line pools the results of cells that differ only in text and seed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Line(Frozen):
-    """Hold the results of one policy at one limit and setting, pooled over all texts and seeds: one line of a table."""
+    """One line of a table: the results of one policy at one limit and setting, pooled over all texts and seeds."""
 
     instrument: str
     model: str
@@ -39,7 +39,7 @@ class Line(Frozen):
     cells: int
     """Number of cells that were measured, one per text and seed."""
     refused: tuple[str, ...] = ()
-    """Reasons why the other cells could not be measured; a reason that several cells share is listed once."""
+    """Reasons why further cells of this line could not be measured, each listed once."""
     score: Interval | None = None
     difference: Interval | None = None
     """Mean over the units of the score minus the baseline's score; ``None`` for the baseline itself and full memory."""
@@ -59,7 +59,10 @@ class Line(Frozen):
 
 
 def lines(ablation: Ablation, rows: Sequence[Row]) -> tuple[Line, ...]:
-    """Return one line per policy and setting; a setting is everything in a cell except its policy, text and seed."""
+    """Make the lines of all tables from ``rows``, the results of cells: one line per policy and setting.
+
+    Two cells have the same setting if they differ only in policy, text and seed.
+    """
     scores = {each.row.key: each for each in scored(rows)}
     groups: dict[tuple[Hashable, str], list[Row]] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""Make the report, one self-contained HTML file with tables, figures, settings and the origin of every number."""
+"""Make the report of an ablation: one self-contained HTML file with tables, figures, settings and provenance."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ _FACTS = ("agentmem", "commit", "torch", "transformers", "python", "device", "dt
 
 
 def as_html(ablation: Ablation, rows: Sequence[Row], lines: Sequence[Line], *, source: str, command: str) -> str:
-    """Return the report as HTML; ``source`` is the configuration's text, and ``command`` repeats the run."""
+    """Return the report of an ablation as HTML.
+
+    ``rows`` are the results of cells, and ``lines`` the lines of the tables. ``source`` is the YAML text of the
+    configuration, and ``command`` is the shell command that repeats the run; both are shown in the report.
+    """
     template = resources.files("agentmem.evaluation.ablation").joinpath("report.html.jinja").read_text("utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(template).render(
@@ -44,9 +48,9 @@ def as_html(ablation: Ablation, rows: Sequence[Row], lines: Sequence[Line], *, s
 
 
 def _inline(picture: Picture) -> str:
-    """Return the SVG with ids that no other figure of the page has; matplotlib uses the same ids in every figure.
+    """Return a figure's SVG with unique element ids, because Matplotlib uses the same ids in all figures.
 
-    The SVG can be put into a page without escaping: texts are drawn as paths, so it contains no text of the user.
+    The SVG may be inserted without escaping, because Matplotlib draws all texts as paths.
     """
     mark = hashlib.sha256(picture.name.encode()).hexdigest()[:6]
     named = picture.svg.replace('id="', f'id="{mark}-')

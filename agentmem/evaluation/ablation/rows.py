@@ -1,9 +1,8 @@
-"""Keep the results of cells (measurements of an ablation) on disk, one JSON line per finished cell.
+"""Keep the results of an ablation's cells on disk, one JSON line per finished cell.
 
-The result of one cell is called a *row*. A line is written and synchronised to disk before the next cell begins. Every
-process appends to a file of its own (``rows-0.jsonl``, ``rows-1.jsonl`` and so on) and reads the files of all
-processes. A process that is killed while it writes leaves at most one incomplete line, which is dropped; the line's
-cell is measured again.
+The result of one cell is called a *row*. Each row is written and synchronised to disk before the next cell is measured.
+Every process appends to a file of its own (``rows-0.jsonl``, ``rows-1.jsonl`` and so on) and reads the files of all
+processes. If a process is killed while it writes, the incomplete last line is dropped and its cell is measured again.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ Run = Measurement | Recalled | Attempt
 
 
 class Provenance(Frozen):
-    """Record the software, model, text and device with which a cell was measured."""
+    """The software versions, model, text and device with which a cell was measured."""
 
     agentmem: str
     torch: str
     transformers: str
     python: str
     commit: str | None
-    """Commit of the checkout that agentmem runs from, followed by ``+`` if files were changed; ``None`` without one."""
+    """Git commit of agentmem, followed by ``+`` if files were changed since; ``None`` if it is not known."""
     model_sha256: str
     """Digest of configuration and weights; see :func:`agentmem.evaluation.full_logits.model_digest`."""
     text_sha256: str | None
@@ -48,7 +47,7 @@ class Provenance(Frozen):
 
 
 class Row(Frozen):
-    """Hold the result of one finished cell: its runs, or the reason why it could not be measured."""
+    """The result of one finished cell: its measurements, or the reason why the cell could not be measured."""
 
     key: str
     """Digest of everything that the result depends on, including agentmem's own code."""
@@ -59,11 +58,11 @@ class Row(Frozen):
     runs: tuple[Run, ...] = ()
     """Measurements of the cell: one for fidelity, one per document for recall, one per sample and epoch for a task."""
     memories: int = 0
-    """Number of memories that were opened; several questions about one shared context use the same memory."""
+    """Number of memories that were opened; questions about a shared context use one memory together."""
     peak_bytes: int = 0
     """Greatest peak of any run: resident and temporary bytes together."""
     compactions: int = 0
-    """Number of compactions, summed over the runs, as are ``seconds``, ``compact_seconds`` and ``tokens``."""
+    """Number of compactions; like the fields below, a sum over the runs."""
     seconds: float = 0.0
     compact_seconds: float = 0.0
     tokens: int = 0
@@ -71,7 +70,7 @@ class Row(Frozen):
 
     @classmethod
     def measured(cls, key: str, cell: Cell, provenance: Provenance, runs: Iterable[Run]) -> Self:
-        """Make the row of a measured cell from its runs."""
+        """Make the row of a cell from ``runs``, its measurements, and add up their bytes, seconds and tokens."""
         runs = tuple(runs)
         return cls(
             key=key,
@@ -102,7 +101,7 @@ def _tokens(run: Run) -> int:
 
 
 def read_rows(folder: Path) -> dict[str, Row]:
-    """Return the rows that all processes wrote, by key; lines that are not valid rows of this version are ignored."""
+    """Return all rows in ``folder``, by key; lines that this version of agentmem cannot read are ignored."""
     found: dict[str, Row] = {}
     for path in sorted(folder.glob("rows-*.jsonl")):
         for row in _rows(path):
@@ -123,9 +122,10 @@ def _rows(path: Path) -> Iterator[Row]:
 
 
 class RowFile:
-    """Open the file that one process appends rows to; only one process may have it open at a time.
+    """The file to which one process, with the number ``rank``, appends its rows.
 
-    It is a context manager; the errors below are raised when its context is entered.
+    Use the object as a context manager. Entering the context locks the file against other processes and raises the
+    errors below.
 
     Raises:
         SettingsRefused: another process has the file open.

@@ -1,4 +1,7 @@
-"""Measure every cell of an ablation, resumably, on one process or several."""
+"""Measure every cell of an ablation, in one process or several; an interrupted run can be resumed.
+
+A cell is one combination of the grid's settings, measured by one instrument. Its result is called a row.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +32,11 @@ def run(
     again: bool = False,
     progress: Progress = lambda _done, _all, _next: None,
 ) -> tuple[Row, ...]:
-    """Measure the cells that have no row (result) in ``out`` yet, and return the rows of all cells, in grid order.
+    """Measure the cells that have no row in the folder ``out`` yet; return the rows of all cells, in grid order.
 
-    Relative paths of texts and models are relative to ``folder``; logits of full memory are kept in ``cache_dir``. The
-    processes of ``accelerate launch`` share the cells. If a cell cannot be measured, its row has the reason; with
-    ``again``, such cells are tried again.
+    Relative paths of texts and models start from ``folder``. Logits of full memory are kept in ``cache_dir``. Several
+    processes of ``accelerate launch`` divide the cells among them. The row of a cell that cannot be measured has the
+    reason; with ``again``, such cells are measured again.
 
     Raises:
         SettingsRefused: a text cannot be read, or another run writes into ``out``.
@@ -83,7 +86,7 @@ def _make(out: Path) -> None:
 
 
 def _benches(ablation: Ablation, folder: Path, cache_dir: Path, out: Path) -> Iterator[tuple[Bench, Cell]]:
-    """Yield every cell with the bench that holds its model; models are loaded one after the other."""
+    """Yield every cell with the bench that measures it; each model is loaded when its first cell is reached."""
     texts = {text: _words(text, folder) for text in ablation.texts}
     for name, group in groupby(cells(ablation), key=lambda cell: cell.model):
         bench = Bench.open(ablation, name, texts, folder, cache_dir, out)

@@ -1,8 +1,9 @@
 """Compute a score for every unit of a measured cell, so that two policies can be compared unit by unit.
 
-A unit is the smallest part of a measurement that has a score of its own. It is one fact for recall, and one sample in
-one epoch for a task. For fidelity it is a block of at most 32 neighbouring positions, scored by its mean KL, because
-single positions depend on each other. The bootstrap intervals are computed by resampling units.
+A cell is one combination of an ablation's settings, measured by one instrument. A *unit* is the smallest part of a
+measurement that has a score of its own. For recall, a unit is one fact; for a task, one sample in one epoch. For
+fidelity, a unit is a block of at most 32 neighbouring positions with its mean KL, because neighbouring positions are
+not independent. Bootstrap intervals resample the units.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ BLOCK = 32
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """Describe the main score of an instrument (fidelity, recall or a task), and how tables show it."""
+    """A description of the main score of an instrument (fidelity, recall or a task) for the tables."""
 
     name: str
     unit: str
     lower_is_better: bool
     digits: int
     columns: tuple[str, ...]
-    """Names of further figures, in the order of a table's columns."""
+    """Names of further numbers that tables show, in the order of the columns."""
 
 
 MEASURES: dict[str, Measure] = {
@@ -49,7 +50,7 @@ def measure_of(instrument: str) -> Measure:
 
 @dataclass(frozen=True)
 class Scored:
-    """Hold the row of a measured cell, the score of each unit, and further figures (one number per name)."""
+    """The result of a measured cell with its scores: the score of each unit, and further numbers by name."""
 
     row: Row
     units: dict[Hashable, float] = field(default_factory=dict)
@@ -57,10 +58,10 @@ class Scored:
 
 
 def scored(rows: Sequence[Row]) -> tuple[Scored, ...]:
-    """Return the rows of measured cells with their scores; the rows of refused cells are left out.
+    """Compute the scores of all rows (results of cells); rows of cells that could not be measured are left out.
 
-    Rows that differ only in their policy are scored together: fidelity on the same positions, recall between the same
-    results of window and full memory.
+    Rows that differ only in their policy are scored together: in fidelity on the same positions, in recall with the
+    same results of window and full memory as references.
     """
     groups: dict[Hashable, list[Row]] = {}
     for row in rows:

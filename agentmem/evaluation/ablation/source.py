@@ -21,7 +21,7 @@ _SHOWN = 80
 
 
 def read_config(path: Path) -> Ablation:
-    """Read the ablation that a YAML file describes.
+    """Read the configuration of an ablation from a YAML file.
 
     Raises:
         SettingsRefused: the file cannot be read, is no YAML, or has an invalid field; the message names line and field.
@@ -34,7 +34,7 @@ def read_config(path: Path) -> Ablation:
 
 
 def parse(text: str, name: str) -> Ablation:
-    """Read the ablation that the YAML ``text`` describes; error messages begin with ``name``.
+    """Read the configuration of an ablation from YAML; ``name`` is the file name for error messages.
 
     Raises:
         SettingsRefused: see :func:`read_config`.
@@ -83,9 +83,10 @@ def _short(value: object) -> str:
 
 
 def _place(root: yaml.Node, location: Sequence[int | str]) -> tuple[int, str]:
-    """Return the line, counted from 1, and the name of the field that a validation error is about.
+    """Return the line in the YAML text, counted from 1, and the name of the field that has a validation error.
 
-    If the text has no node at the error's location (a missing field), the line is that of the nearest enclosing node.
+    ``location`` is pydantic's location of the error. For a missing field, the line is that of the node that should
+    contain the field.
     """
     node, line, field = root, root.start_mark.line + 1, ""
     for step in location:
@@ -103,7 +104,7 @@ def _place(root: yaml.Node, location: Sequence[int | str]) -> tuple[int, str]:
 
 
 def _refuse_twins(node: yaml.Node, name: str, seen: frozenset[int] = frozenset()) -> None:
-    """Check that no mapping has a key twice, because YAML would silently drop the first value.
+    """Check that no mapping in the YAML text has the same key twice; YAML would silently drop the first value.
 
     Raises:
         SettingsRefused: a mapping has a key twice, or a YAML anchor contains itself.

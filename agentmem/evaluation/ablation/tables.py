@@ -1,4 +1,7 @@
-"""Make the tables of an ablation: CSV with one line per cell, Markdown and HTML with texts and seeds pooled."""
+"""Make the tables of an ablation.
+
+The CSV table has one line per cell. The tables for Markdown and HTML pool cells that differ only in text and seed.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ _ROW = ("refused", "peak_bytes", "compactions", "seconds", "compact_seconds", "t
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """Return CSV with one line for each of ``rows``: settings, scores, bytes, seconds, and provenance of its cell."""
+    """Return all results as CSV, one line per cell with its settings, scores, bytes, seconds and provenance."""
     found = {each.row.key: each for each in scored(rows)}
     measures = [name for measure in (*MEASURES.values(), TASK) for name in (measure.name, *measure.columns)]
     provenance = list(type(rows[0].provenance).model_fields) if rows else []
@@ -61,7 +64,7 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """Hold one table; the first ``texts`` columns contain texts, the others numbers."""
+    """One table of formatted cells; the first ``texts`` columns contain texts, all others numbers."""
 
     title: str
     note: str
@@ -73,7 +76,7 @@ class Table:
 
 
 def tables(ablation: Ablation, lines: Sequence[Line]) -> tuple[Table, ...]:
-    """Return one table per instrument and model."""
+    """Return the tables that show ``lines``: one table per instrument and model."""
     groups: dict[tuple[str, str], list[Line]] = {}
     for line in lines:
         groups.setdefault((line.instrument, line.model), []).append(line)
@@ -148,7 +151,10 @@ def refusals(lines: Sequence[Line]) -> tuple[str, ...]:
 
 
 def as_markdown(ablation: Ablation, lines: Sequence[Line]) -> str:
-    """Return all tables as Markdown with the best score at every limit in bold, and why cells were not measured."""
+    """Return all tables as one Markdown text, with the best score at every limit in bold.
+
+    The reasons why cells could not be measured follow the tables.
+    """
     parts = [f"# {ablation.title}\n"]
     for table in tables(ablation, lines):
         rule = ["---"] * table.texts + ["---:"] * (len(table.columns) - table.texts)

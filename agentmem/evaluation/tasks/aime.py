@@ -1,16 +1,19 @@
-r"""Define the task ``aime``: competition problems, with compactions in the middle of reasoning.
+r"""Define the task ``aime``: competition problems, whose long reasoning is compacted while it is generated.
 
-The protocol is that of the online experiment of "Fast KV Compaction via Attention Matching", arXiv:2602.16284. Its
-parts are set as follows:
+The protocol is that of the online experiment in "Fast KV Compaction via Attention Matching", arXiv:2602.16284. These
+arguments of ``inspect eval`` set up the memory as in the paper:
 
-- physical size in slots or bytes, halved each time it fills: ``-M slots=2048 -M target=0.5`` (or ``cap``);
-- at most N compactions: ``-M max_compactions=6``; reasoning ends when the memory is full again after the last one;
-- only the last 20 tokens are protected, and the prompt is compacted too: ``-M keep_first=0 -M keep_recent=20``;
-- uniform budgets, highest attention, β in [−3, 3], 2 projected-gradient steps, queries from repeating the text:
-  ``-M "policy=am-halving[probe=repeat]"``;
-- if reasoning did not end, an answer is forced: "I need to respond with the answer.", the mark of the end of reasoning
-  and "Final Answer:" are appended, and 16 tokens are generated, all within the physical size;
-- samples are drawn with temperature 0.6 and top-p 0.95 in several epochs; the tokens generated are reported.
+- ``-M slots=2048 -M target=0.5`` (or ``cap``): the memory has 2048 slots, and each compaction halves a full memory.
+- ``-M max_compactions=6``: there are at most 6 compactions. When the memory is full again after the last one,
+  reasoning ends.
+- ``-M keep_first=0 -M keep_recent=20``: only the last 20 tokens are protected; the prompt is compacted too.
+- ``-M "policy=am-halving[probe=repeat]"``: uniform budgets, keys with the highest attention, β in [−3, 3], 2
+  projected-gradient steps, and reference queries from repeating the text.
+
+The task itself does the rest. If the model did not end its reasoning, an answer is forced: "I need to respond with the
+answer.", the mark that ends reasoning, and "Final Answer:" are appended, and 16 tokens are generated. All of this fits
+into the memory's size. Samples are drawn with temperature 0.6 and top-p 0.95 in several epochs, and the number of
+generated tokens is reported.
 
 Data files have one JSON object per line with ``problem``, ``answer`` (an integer from 0 to 999) and optionally ``id``.
 """
@@ -56,16 +59,18 @@ def aime(
     end_of_thinking: str = "</think>",
     seed: int = 0,
 ) -> Task:
-    """Define problems whose answer is an integer, to reason about under the cap in the model's arguments.
+    """Return the task: problems with integer answers, on which the model reasons with a capped memory.
+
+    The cap is given by the arguments of the model; see :mod:`agentmem.evaluation.tasks.provider`.
 
     Args:
         data: a file of problems; without a file, two easy problems are made from ``seed``.
-        problems: how many of the problems are used, from the first on; ``None``: all.
-        epochs: samples of each problem.
-        max_tokens: the most tokens of reasoning, whatever the cap; the paper calls this the effective size.
+        problems: number of problems to use, from the first on; ``None`` uses all.
+        epochs: number of times that each problem is answered.
+        max_tokens: the most tokens of reasoning, independent of the cap; the paper calls this the effective size.
         temperature: sampling temperature; 0 is greedy.
-        top_p: probability mass of the nucleus that tokens are sampled from.
-        end_of_thinking: the text with which the model ends its reasoning; without it an answer is forced.
+        top_p: probability mass of the most likely tokens, from which tokens are sampled.
+        end_of_thinking: the text with which the model ends its reasoning; if a reply lacks it, an answer is forced.
         seed: random seed of the sampling, and of the problems that are made.
 
     """
@@ -103,7 +108,7 @@ def made(seed: int) -> list[Problem]:
 
 @scorer(metrics=[accuracy(), stderr()])
 def integer() -> Scorer:
-    """Score a reply as right if the integer that :func:`answered` finds in it equals the target."""
+    """Return the scorer, which marks a reply right if the integer found by :func:`answered` equals the target."""
 
     async def score(state: TaskState, target: Target) -> Score:
         said = answered(state.output.completion)
@@ -113,10 +118,10 @@ def integer() -> Scorer:
 
 
 def answered(text: str) -> int | None:
-    """Return the integer that a reply gives as its answer; ``None`` if there is none.
+    """Return the integer that a reply gives as its answer; ``None`` if it gives none.
 
-    The answer is the last boxed integer. After "Final Answer:", only the text behind it counts, and the first integer
-    there is taken if none is boxed.
+    The answer is the last integer in a LaTeX box. If the reply contains "Final Answer:", only the text after these
+    words is searched, and without a box its first integer is the answer.
     """
     _, mark, last = text.rpartition("Final Answer:")
     boxed = _BOXED.findall(last if mark else text) or (_NUMBER.findall(last)[:1] if mark else [])

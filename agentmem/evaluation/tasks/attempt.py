@@ -1,4 +1,4 @@
-"""Define the record of one scored answer of a task, with the bytes, seconds and tokens that it took."""
+"""Define the record of one scored answer in a task, with the bytes, seconds and tokens that the answer took."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from agentmem.evaluation.terms import Frozen
 
 
 class Attempt(Frozen):
-    """Hold the score of one sample in one epoch, and the bytes, seconds and tokens of its answer."""
+    """The score of one sample in one epoch, with the bytes, seconds and tokens that the answer took."""
 
     sample: str
     epoch: int
     score: float
     """1 for right, 0 for wrong, or a number between them for partly right."""
     fresh: bool
-    """True if a memory was opened for this sample; later questions about a shared context use the open memory."""
+    """True if a memory was opened for this sample; False if it used the open memory of a shared context."""
     compactions: int
     """Compactions of the sample's memory so far."""
     bytes: int

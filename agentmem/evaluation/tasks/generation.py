@@ -1,4 +1,4 @@
-"""Generate replies of a model whose KV memory is capped, and record the bytes, seconds and tokens that they took."""
+"""Generate a model's replies with a capped memory, and record the bytes, seconds and tokens that each reply took."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ Stop = Literal["end", "tokens", "budget"]
 
 
 class Forced(Frozen):
-    """Describe how an answer is forced if the model did not end its reasoning by itself."""
+    """Settings of forcing an answer from a model that did not end its reasoning by itself."""
 
     text: str
     """Text that is appended to the reply before the answer is generated."""
     end: str = ""
-    """Text such as ``</think>``; if the reply already contains it, no answer is forced."""
+    """Text that ends the reasoning, such as ``</think>``; if the reply contains this text, no answer is forced."""
     tokens: int = Field(default=16, ge=1)
     """The most tokens of the forced answer, which is decoded greedily."""
 
 
 class Sampling(Frozen):
-    """Settings of how tokens are chosen; a temperature of 0 is greedy."""
+    """Settings of decoding; with a temperature of 0, decoding is greedy."""
 
     max_tokens: int = Field(default=256, ge=1)
     temperature: float = Field(default=0.0, ge=0)
@@ -46,15 +46,19 @@ class Sampling(Frozen):
     """Number of most likely tokens to sample from; 0 is all tokens."""
     seed: int = 0
     stop: tuple[str, ...] = ()
-    """Generation ends after the first of these texts."""
+    """Texts that end the reply as soon as it contains one of them."""
 
 
 class Reply(Frozen):
-    """Hold the text of a reply, and the bytes, seconds and tokens that it took."""
+    """The text of a reply, with the bytes, seconds and tokens that the reply took."""
 
     text: str
     stop: Stop
-    """Why generation ended: ``end``, by itself; ``tokens``, at ``max_tokens``; ``budget``, no compaction was left."""
+    """Why generation ended.
+
+    ``end``: the model or a stop text ended the reply. ``tokens``: the reply has ``max_tokens`` tokens. ``budget``: the
+    memory was full and no further compaction was allowed.
+    """
     forced: bool
     """True if an answer was forced."""
     tokens_read: int
@@ -62,7 +66,7 @@ class Reply(Frozen):
     tokens_generated: int
     """Tokens that the model generated, including a forced answer but not the text appended before it."""
     fresh: bool
-    """True if a memory was opened for this reply."""
+    """True if a memory was opened for this reply; False if it used the open memory of a shared context."""
     compactions: int
     """Compactions of the reply's memory so far."""
     peak_bytes: int
@@ -71,15 +75,15 @@ class Reply(Frozen):
     compact_seconds: float
     """Seconds spent compacting; like ``seconds``, counted for this reply alone."""
     capacity: int
-    """Slots per KV head that the memory holds."""
+    """Slots per KV head that a full memory holds."""
 
 
 @dataclass
 class Writer:
-    """Write replies under one set of terms; terms of ``None`` are full memory.
+    """A generator of replies with memories that all have the settings ``terms``; ``None`` means full memory.
 
-    A context that several questions share is read once, and its memory stays open until a question has another
-    context. Each question is answered by transient forwards, which leave the memory unchanged.
+    :meth:`reply` opens a new memory for each prompt. :meth:`answer` is for questions that share a context: the context
+    is read once, and its memory stays open until a question has another context. Answering does not change this memory.
     """
 
     model: PreTrainedModel
@@ -89,25 +93,31 @@ class Writer:
     max_compactions: int | None = None
     _shared: _Shared | None = field(default=None, repr=False)
     _context: Context = field(default_factory=copy_context, repr=False)
-    """Context in which every memory is opened and closed, because asyncio tasks have contexts of their own."""
+    """Python context (of ``contextvars``) in which every memory is opened and closed.
+
+    Without this context, each asyncio task would do so in a context of its own.
+    """
 
     def reply(self, ids: Sequence[int], sampling: Sampling, forced: Forced | None = None) -> Reply:
-        """Read the prompt ``ids`` into a new memory and generate a reply; with ``forced``, force an answer if needed.
+        """Read the prompt ``ids`` into a new memory and generate a reply.
+
+        If ``forced`` is given and the model does not end its reasoning, an answer is forced.
 
         Raises:
-            AgentmemError: the terms do not fit the model, or generation failed.
+            AgentmemError: the settings in ``terms`` do not fit the model, or generation failed.
 
         """
         return self._context.run(self._reply, ids, sampling, forced)
 
     def answer(self, context: Sequence[int], question: Sequence[int], sampling: Sampling) -> Reply:
-        """Answer a question about a context that other questions share, by greedy decoding.
+        """Answer a question about a context greedily, without changing the memory of the context.
 
-        The memory of the context is left unchanged.
+        The context is read into a new memory, unless it is that of the previous question.
 
         Raises:
-            SettingsRefused: sampling is not greedy.
-            AgentmemError: the terms do not fit the model, or question and answer are longer than ``chunk``.
+            SettingsRefused: ``sampling`` is not greedy.
+            AgentmemError: the settings in ``terms`` do not fit the model, or question and answer together are longer
+                than ``chunk``.
 
         """
         if sampling.temperature:
@@ -155,7 +165,7 @@ class Writer:
         )
 
     def _open(self, context: Sequence[int]) -> _Shared:
-        """Read a context into a new memory that stays open."""
+        """Close the memory of the previous context, and read a context into a new memory that stays open."""
         self._close()
         stack = ExitStack()
         memory = stack.enter_context(self._memory(len(context)))
@@ -171,7 +181,10 @@ class Writer:
 
     @contextmanager
     def _memory(self, tokens: int) -> Iterator[CappedCache]:
-        """Open a new memory with the settings ``terms``; full memory has slots for ``tokens`` and one more chunk."""
+        """Open a new memory in the block, with the settings ``terms``.
+
+        If ``terms`` is ``None``, the memory has slots for ``tokens`` tokens and one more chunk, so it never compacts.
+        """
         terms, policy = self.terms, self.policy
         if terms is None:
             chunk = 256
@@ -243,7 +256,7 @@ class Writer:
 
 @dataclass
 class _Shared:
-    """Hold a context that was read, and its open memory."""
+    """The ids of a shared context, and the open memory into which they were read."""
 
     context: tuple[int, ...]
     memory: CappedCache
@@ -251,13 +264,17 @@ class _Shared:
 
 
 class _Budget(StoppingCriteria):
-    """Stop generation when only ``reserve`` free slots are left and no further compaction is allowed."""
+    """A stopping criterion for memories with a limited number of compactions.
+
+    Generation stops when ``most`` compactions have happened and only ``reserve`` free slots are left; ``None`` is no
+    limit. ``spent`` is true once generation was stopped.
+    """
 
     def __init__(self, memory: CappedCache, most: int | None, reserve: int) -> None:
         self.memory, self.most, self.reserve, self.spent = memory, most, reserve, False
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:  # noqa: ARG002  # transformers' signature
-        """Return for every sequence whether to stop; the token just chosen is not in the memory yet."""
+        """Return a boolean tensor ``[rows]``, true if generation must stop; the newest token still needs a slot."""
         done = self.most is not None and len(self.memory.compactions) >= self.most
         self.spent = self.spent or (done and self.memory.room() - 1 <= self.reserve)
         return torch.full((input_ids.shape[0],), self.spent, device=input_ids.device, dtype=torch.bool)

@@ -1,7 +1,7 @@
 """Define the task ``instructions``: a rule given at the start must still be obeyed after a long text.
 
-The rule, which names the word that every answer must be, stands before the text together with examples of its use. The
-questions come at the end, after many compactions, and do not repeat the rule.
+The rule demands that every answer be a certain word. The rule and examples of its use come before the text. The
+questions come after the text, and so after many compactions, and do not repeat the rule.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _QUESTIONS = ("What is the capital of France?", "What is frozen water called?", 
 
 @task(name=named("instructions"))
 def instructions(characters: int = 6000, rules: int = 4, examples: int = 6, seed: int = 0) -> Task:
-    """Define questions after a long text, whose answer must be the word that a rule before the text names.
+    """Return the task: questions after a long text, to be answered as a rule before the text demands.
 
     Args:
         characters: length of the text between rule and questions.
-        rules: number of different rules; each has a text of its own and three questions.
+        rules: number of different rules, at most 8; each rule has its own text and three questions.
         examples: number of examples that are given with the rule, from 0 to 6.
-        seed: random seed of the choice of the rules' words.
+        seed: random seed for choosing the words of the rules.
 
     """
     random, text = Random(seed), default_text()  # noqa: S311  # a quiz, no secret

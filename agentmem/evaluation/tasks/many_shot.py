@@ -1,8 +1,8 @@
 """Define the task ``many_shot``: in-context classification whose examples do not fit under the cap.
 
 Every word has an arbitrary label, which can be learned only from the examples. The examples come in blocks: the words
-of a block are shown several times, and then never again. A memory that keeps only the newest examples can answer only
-for the words of the last block.
+of a block are shown several times, and then never again. With a memory that keeps only the newest examples, a model
+knows only the labels of the last block.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _WORDS = (
 
 @task(name=named("many_shot"))
 def many_shot(words: int = 40, block: int = 10, rounds: int = 3, labels: int = 6, seed: int = 0) -> Task:
-    """Define questions for the labels of words that were shown as examples.
+    """Return the task: questions for the labels of words that were shown with their labels as examples.
 
     Args:
-        words: number of words that are shown and asked for.
-        block: number of words that are shown together, in another order each time.
-        rounds: number of times that each word is shown.
+        words: number of words; a question is asked about each.
+        block: number of words in a block.
+        rounds: number of times that the words of a block are shown, each time in another order.
         labels: number of different labels, from 2 to 6.
-        seed: random seed of the choice of words, labels and order.
+        seed: random seed for choosing the words, their labels and their order.
 
     """
     if not 1 <= words <= len(_WORDS) or not 2 <= labels <= len(_LABELS) or block < 1 or rounds < 1:  # noqa: PLR2004  # two labels, or there is nothing to tell

@@ -1,7 +1,7 @@
-r"""Define the task ``maths``: word problems with a number or an expression as answer, after any number of examples.
+r"""Define the task ``maths``: word problems, asked after examples with solutions; answers are numbers or expressions.
 
 Data files are in GSM8K's format (``question``, and ``answer`` with the result after ``####``) or in MATH's format
-(``problem``, and ``answer`` or a ``solution`` with ``\boxed{…}``). Answers are compared by math-verify.
+(``problem``, and ``answer`` or a ``solution`` with ``\boxed{…}``). The package math-verify compares the answers.
 """
 
 from __future__ import annotations
@@ -52,7 +52,11 @@ class Problem(Record):
 
     @property
     def result(self) -> str:
-        """Return the part after ``####``; without this mark, the answer, or the solution if there is no answer."""
+        """Return the result with which replies are compared.
+
+        This is the part of the answer after ``####``, or the whole answer if it has no such mark. If the record has no
+        answer, its solution is used.
+        """
         given = self.answer or self.solution
         return given.rpartition("####")[2].strip() if "####" in given else given
 
@@ -61,14 +65,14 @@ class Problem(Record):
 def maths(
     data: str | None = None, problems: int | None = 16, shots: int = 4, max_tokens: int = 200, seed: int = 0
 ) -> Task:
-    """Define word problems that are asked after worked examples.
+    """Return the task: word problems that are asked after examples with solutions.
 
     Args:
         data: a file in GSM8K's or MATH's format; without a file, problems about purchases are made from ``seed``.
-        problems: how many records after the examples are asked; ``None``: all.
-        shots: how many records, from the first on, are shown as examples; give enough to exceed the cap.
+        problems: number of problems to ask, taken from the records after the examples; ``None`` asks all.
+        shots: number of examples, taken from the first records; choose so many that they do not fit under the cap.
         max_tokens: the most tokens of an answer; question and answer must fit into the model's ``chunk``.
-        seed: random seed of the problems that are made.
+        seed: random seed of the problems made without a file.
 
     """
     found = made(seed) if data is None else read_records(data, Problem)
@@ -93,7 +97,7 @@ def _asked(each: Problem) -> str:
 
 
 def made(seed: int) -> list[Problem]:
-    """Make problems about purchases, each solved in one step, for trying the task without data."""
+    """Make 64 easy problems about purchases with the random seed ``seed``, for trying the task without a data file."""
     random, found = Random(seed), []  # noqa: S311  # a quiz, no secret
     for _ in range(_GIVEN):
         person, goods = random.choice(_PEOPLE), random.choice(_GOODS)
@@ -105,7 +109,7 @@ def made(seed: int) -> list[Problem]:
 
 @scorer(metrics=[accuracy(), stderr()])
 def equal() -> Scorer:
-    """Score a reply as right if math-verify finds its result equal to the target."""
+    """Return the scorer, which marks a reply right if math-verify finds its result equal to the target."""
 
     async def score(state: TaskState, target: Target) -> Score:
         said = state.output.completion.partition("\n\n")[0]

@@ -1,6 +1,6 @@
-"""Define the task ``needle``: facts are planted in real text and asked for at its end.
+"""Define the task ``needle``: facts are inserted into a real text, and questions after the text ask for the facts.
 
-The facts and questions are those of ``agentmem eval recall``.
+The facts and questions are made as for ``agentmem eval recall``; see :mod:`agentmem.evaluation.facts`.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from agentmem.evaluation.tasks.replies import named, question, reply, shared
 
 _ENDS = (". ", ".\n")
 _TOKENS = 12
-"""The most tokens of an answer; names are the longest answers."""
+"""The most tokens of an answer, enough for names, which are the longest answers."""
 
 
 @task(name=named("needle"))
 def needle(characters: int = 6000, documents: int = 4, seed: int = 0, text: str | None = None) -> Task:
-    """Define questions about facts at four depths of a document, asked after the document.
+    """Return the task: questions about facts at four depths of a document, asked after the document.
 
     Args:
-        characters: length of every document without its facts.
-        documents: number of documents, which are successive parts of the text with four facts each.
+        characters: number of characters in every document, without its facts.
+        documents: number of documents; they are successive parts of the text, with four facts each.
         seed: random seed of the facts.
-        text: a UTF-8 file; without a file, the pages that ship with the package are used.
+        text: path of a UTF-8 file; without it, the pages that ship with the package are used.
 
     """
     words = default_text() if text is None else read_text(Path(text))

@@ -1,12 +1,13 @@
-"""Define the inspect_ai provider ``agentmem/MODEL``: a model in this process whose KV memory is capped.
+"""Define the provider ``agentmem/MODEL`` for inspect_ai: a model in this process whose memory is capped.
 
     inspect eval agentmem/needle --model agentmem/default -M cap=24MiB -M policy=am-recall
 
 The model arguments are ``cap`` (bytes) or ``slots``, ``policy``, ``keep_first``, ``keep_recent``, ``target``,
 ``chunk``, ``slot_dtype``, ``max_compactions``, ``dtype``, ``device`` and ``seed``. Without ``cap`` and ``slots``, the
-model has full memory. The metadata of every sample's output has ``compactions``, ``peak_bytes``, tokens and seconds.
+model has full memory. The metadata of each output has the number of compactions, the peak in bytes, tokens and seconds.
 
-A task sets in ``extra_body`` of its configuration how its messages are read. See :class:`Reading` for the fields.
+A task can set how its messages are turned into a prompt, in ``extra_body`` of its ``GenerateConfig``; see
+:class:`Reading` for the fields.
 """
 
 from __future__ import annotations
@@ -42,14 +43,14 @@ _TERMS = ("slots", "keep_first", "keep_recent", "target", "chunk", "slot_dtype",
 
 
 class Reading(Frozen):
-    """Settings of how a task's messages are read."""
+    """Settings of how a task's messages are turned into a prompt and answered."""
 
     completion: bool = False
-    """The texts of the messages are concatenated without a chat template."""
+    """True if the texts of the messages are concatenated without a chat template."""
     shared: bool = False
-    """The last message is a question about the messages before it, which are read once for all questions."""
+    """True if the messages before the last are a shared context, which is read once for all questions about it."""
     forced: Forced | None = None
-    """How an answer is forced if the model did not end its reasoning; ``None``: none is forced."""
+    """Settings of forcing an answer if the model does not end its reasoning; ``None`` forces no answer."""
 
 
 class Arguments(Frozen):
@@ -69,7 +70,7 @@ class Arguments(Frozen):
     device: str | None = None
 
     def terms(self) -> Terms | None:
-        """Return the terms of every memory; ``None`` is full memory.
+        """Return the settings of every memory; ``None`` means full memory.
 
         Raises:
             SettingsRefused: both ``cap`` and ``slots`` are given, or a value is not valid.
@@ -84,7 +85,7 @@ class Arguments(Frozen):
 
 
 class CappedAPI(ModelAPI):
-    """Provide a model under a cap to inspect_ai; samples are run one after the other."""
+    """inspect_ai's interface to a model with a capped memory; samples are run one after the other."""
 
     def __init__(
         self,
@@ -129,9 +130,9 @@ class CappedAPI(ModelAPI):
         tool_choice: ToolChoice,  # noqa: ARG002  # the same
         config: GenerateConfig,
     ) -> ModelOutput:
-        """Generate one reply.
+        """Generate one reply to the messages ``input``; inspect_ai calls this for every sample.
 
-        The call blocks the event loop, because torch's threads and agentmem's plan belong to the calling thread.
+        The call blocks the event loop, because the reply must be generated in the calling thread.
         """
         if tools:
             raise SettingsRefused(f"{len(tools)} tools: the provider agentmem has none; run the task without them")
@@ -145,10 +146,10 @@ class CappedAPI(ModelAPI):
         return self._output(reply, self.writer)
 
     def _sampling(self, config: GenerateConfig, digest: str) -> Sampling:
-        """Return the sampling settings; the seed depends on the prompt and on how often it was asked before.
+        """Return the sampling settings for a prompt with the hash ``digest``.
 
-        Epochs, which ask the same prompt again, therefore have different random numbers, and repeating a run gives the
-        same ones.
+        The seed depends on the prompt and on the number of times that it was asked before. Therefore each epoch, which
+        asks the same prompts again, has other random numbers, but a repeated run has the same numbers.
         """
         epoch = self._asked[digest]
         self._asked[digest] += 1

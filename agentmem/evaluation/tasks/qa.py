@@ -1,7 +1,7 @@
-"""Define the task ``qa``: a long document is read once under the cap, then multiple-choice questions follow.
+"""Define the task ``qa``: multiple-choice questions about a long document that was read into a capped memory.
 
 Data files are in QuALITY's format: JSON objects, one per line or in a list, with ``article``, ``question``, ``options``
-(a list of texts) and ``gold_label`` (1 for the first option). An article is read once for all of its records.
+(a list of texts) and ``gold_label`` (1 for the first option). Each article is read once for all questions about it.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class Question(Record):
 
 @task(name=named("qa"))
 def qa(data: str | None = None, questions: int | None = None, seed: int = 0) -> Task:
-    """Define multiple-choice questions about long documents.
+    """Return the task: multiple-choice questions about long documents.
 
     Args:
         data: a file in QuALITY's format; without a file, an article about twelve journeys is made from ``seed``.
-        questions: how many of the questions are used, from the first on; ``None``: all.
-        seed: random seed of the article that is made up.
+        questions: number of questions to use, from the first on; ``None`` uses all.
+        seed: random seed of the article made without a file.
 
     """
     found = made(seed) if data is None else read_records(data, Question)
@@ -68,7 +68,7 @@ def _asked(each: Question) -> str:
 
 
 def made(seed: int) -> list[Question]:
-    """Make an article about people who travelled to cities, with one question per person: where they travelled."""
+    """Make an article about people who travelled to cities, and ask for each person's destination."""
     random = Random(seed)  # noqa: S311  # a quiz, no secret
     journeys = [(person, random.choice(_CITIES)) for person in random.sample(_PEOPLE, len(_PEOPLE))]
     article = " ".join(

@@ -19,7 +19,7 @@ _GZIP = b"\x1f\x8b"
 
 
 class Record(BaseModel):
-    """Base of the records of data files; fields that a task does not need are ignored."""
+    """Base class of the records in data files; fields that a task does not need are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -28,11 +28,11 @@ Kind = TypeVar("Kind", bound=Record)
 
 
 def read_records(path: str | Path, kind: type[Kind]) -> list[Kind]:
-    """Read the records of a file, in order, and check each as a ``kind``.
+    """Read all records of a data file, in order, and return them as objects of the class ``kind``.
 
     Raises:
-        SettingsRefused: the file cannot be read, has no record, or a record is not valid; the message names the line
-            or the entry.
+        SettingsRefused: the file cannot be read, has no record, or has an invalid record; the message names the line
+            or list entry of that record.
 
     """
     path = Path(path).expanduser()

@@ -1,4 +1,4 @@
-"""Export the provider ``agentmem/MODEL`` and the tasks, such as ``agentmem/needle``, to inspect_ai's entry point."""
+"""Import the provider ``agentmem/MODEL`` and all tasks, so that inspect_ai's entry point registers them."""
 
 from agentmem.evaluation.tasks.aime import aime
 from agentmem.evaluation.tasks.instructions import instructions

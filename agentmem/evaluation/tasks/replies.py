@@ -1,4 +1,7 @@
-"""Provide parts that tasks share: names, the solver, and the messages and settings of shared contexts."""
+"""Provide functions that several tasks use: names, the solver, and the messages and settings of shared contexts.
+
+A shared context is a text that is read once for several questions.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,17 @@ from inspect_ai.solver import Generate, Solver, TaskState, solver
 
 
 def named(name: str) -> str:
-    """Return the name to register a task by, so that inspect_ai finds the task as ``agentmem/NAME``.
+    """Return the name under which a task must be registered, so that inspect_ai finds the task as ``agentmem/NAME``.
 
-    Inspect puts the package's name before the task's name by itself, except in an editable installation of a
-    distribution whose name differs from the package's name.
+    inspect_ai itself adds ``agentmem/`` to the names in a normal installation, but not in an editable installation,
+    because the distribution has another name than the package.
     """
     return name if "site-packages" in __file__ else f"agentmem/{name}"
 
 
 @solver
 def reply() -> Solver:
-    """Generate one reply and store its compactions, peak bytes, tokens and seconds in the sample's metadata."""
+    """Return the solver, which generates a reply and stores its bytes, seconds and tokens in the sample's metadata."""
 
     async def solve(state: TaskState, generate: Generate) -> TaskState:
         state = await generate(state)
@@ -30,14 +33,14 @@ def reply() -> Solver:
 
 
 def question(context: str, text: str) -> list[ChatMessage]:
-    """Return the messages of one question: the context, which many questions share, and the question's text."""
+    """Return the messages of one question: the shared context, and ``text``, the question."""
     return [ChatMessageUser(content=context), ChatMessageUser(content=text)]
 
 
 def shared(max_tokens: int, *, stop: str | None = None) -> GenerateConfig:
-    """Return the settings for greedy answers to questions that share a context, without a chat template.
+    """Return the settings for answering questions about a shared context: greedily, and without a chat template.
 
-    The context is read once for all questions.
+    ``max_tokens`` is the most tokens of an answer, and ``stop`` a text that ends the answer.
     """
     body: dict[str, Any] = {"completion": True, "shared": True}
     return GenerateConfig(

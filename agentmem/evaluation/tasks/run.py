@@ -33,7 +33,7 @@ _SHOWN = 80
 
 
 def check(name: str, arguments: dict[str, Any]) -> None:
-    """Check the arguments of a task.
+    """Check that a task of this name exists and accepts these arguments.
 
     Raises:
         SettingsRefused: there is no such task, or an argument is unknown or has the wrong type.
@@ -68,10 +68,10 @@ def attempts(
     seed: int,
     logs: Path,
 ) -> tuple[Attempt, ...]:
-    """Run every sample of a task and return the scored answers.
+    """Run every sample of a task, and return its scored answers.
 
-    ``terms`` are the settings of the memory; ``None`` runs the task with full memory. Inspect's log is written into the
-    folder ``logs``.
+    ``loaded`` are the model and its tokenizer. ``terms`` are the settings of the memory; ``None`` means full memory.
+    inspect_ai writes its log into the folder ``logs``.
 
     Raises:
         AgentmemError: the task cannot be made, or a sample failed; the message is that of the first error.

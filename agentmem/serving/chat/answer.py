@@ -1,4 +1,4 @@
-"""The JSON objects of a chat completion, whole and in chunks, in the format that OpenAI's SDK reads."""
+"""The JSON of a chat completion in OpenAI's format: one whole object, or the chunks of a stream."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _REASONS = {"stop": "stop", "length": "length", "tool_calls": "tool_calls", "dea
 
 
 class ChatAnswer:
-    """Builds the JSON objects of one chat completion, whole or in chunks with a common id."""
+    """Builder of the JSON of one chat completion: one whole object, or stream chunks with a common id."""
 
     def __init__(self, model: str, *, usage: bool = False) -> None:
-        """Begin an answer under a new id; with ``usage`` a stream ends with a chunk of token counts."""
+        """Begin an answer with a new id; if ``usage`` is true, a stream ends with a chunk of token counts."""
         self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
         self._usage = usage
 
     def whole(self, ended: Ended) -> dict[str, Any]:
-        """Return the whole completion."""
+        """Return the completion of a turn that has ended, as one object."""
         message: dict[str, Any] = {"role": "assistant", "content": ended.text or None, "refusal": None}
         if ended.calls:
             message["tool_calls"] = [_call(call) for call in ended.calls]
@@ -42,11 +42,11 @@ class ChatAnswer:
         return self._chunk({"role": "assistant", "content": ""})
 
     def text(self, piece: Text) -> dict[str, Any]:
-        """Return the chunk for a piece of text."""
+        """Return the stream chunk for a piece of the reply's text."""
         return self._chunk({"content": piece.text})
 
     def last(self, ended: Ended) -> Iterator[dict[str, Any]]:
-        """Yield the last chunks: the tool calls, the finish reason, and the token counts if asked for."""
+        """Yield the chunks that follow the text: tool calls, the finish reason, and token counts if asked for."""
         for index, call in enumerate(ended.calls):
             yield self._chunk({"tool_calls": [{"index": index, **_call(call)}]})
         yield self._chunk({}, _REASONS[ended.reason]) | {"agentmem": ended.facts}

@@ -1,4 +1,4 @@
-"""The body of a chat completion request, and its conversion to a request to the model."""
+"""The body of a chat completion request, and its conversion to the request of a turn."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Tool(BaseModel):
-    """A function that the model may call."""
+    """An entry of the field ``tools``: a function that the model may call."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -29,7 +29,7 @@ class Tool(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    """Options of a stream. ``include_obfuscation`` is accepted and has no effect."""
+    """The field ``stream_options``. ``include_obfuscation`` is accepted and has no effect."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -72,11 +72,11 @@ class ChatRequest(Parameters):
     prompt_cache_key: Annotated[str, Field(max_length=512)] | None = None
 
     def asks(self, owner: str, name: str | None, settings: ServerSettings) -> Request:
-        """Convert the body to a request to the model, for the conversation ``name`` if one is given.
+        """Convert the body to the request of a turn; ``name`` is the name of the conversation, if the client gave any.
 
         Raises:
             RequestRefused: a field cannot be served; the error names the field.
-            UnknownPolicy, SettingsRefused: there is no such policy.
+            UnknownPolicy, SettingsRefused: the policy does not exist, or its options are wrong.
 
         """
         if self.stream_options is not None and not self.stream:
@@ -101,10 +101,10 @@ class ChatRequest(Parameters):
 
 
 def messages_of(given: list[dict[str, Any]]) -> list[Message]:
-    """Convert message objects of a request to the messages that sessions read.
+    """Convert the message objects of a request to the messages that sessions read.
 
     Raises:
-        RequestRefused: an object is not a valid message; the error gives the index of the first such object.
+        RequestRefused: an object is not a valid message; the error gives the index of the first invalid object.
 
     """
     made = []

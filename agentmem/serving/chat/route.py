@@ -17,7 +17,7 @@ from agentmem.serving.refusals import error_object, refusal
 from agentmem.serving.server import Server
 
 SESSION = "X-Agentmem-Session"
-"""HTTP header with the name of a conversation, in requests and in answers."""
+"""HTTP header that holds the name of a conversation, in requests and in answers."""
 
 
 def router(server: Server) -> APIRouter:
@@ -40,7 +40,10 @@ def router(server: Server) -> APIRouter:
 
 
 async def _chunks(answer: ChatAnswer, pieces: AsyncGenerator[Piece]) -> AsyncGenerator[bytes]:
-    """Yield the events of the stream; an error is sent as an event before ``[DONE]``."""
+    """Yield the server-sent events of a streamed completion, up to ``[DONE]``.
+
+    If the turn fails, an event with the error precedes ``[DONE]``.
+    """
     async with aclosing(pieces):
         try:
             yield event(answer.first())

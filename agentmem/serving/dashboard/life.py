@@ -1,4 +1,4 @@
-"""The history of one conversation's memory in numbers: its slots as a function of the tokens read and written."""
+"""The history of one conversation's memory: how its number of slots changed while tokens were read and written."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ if TYPE_CHECKING:
     from agentmem import CompactionReport, Session
 
 KEPT = 100
-"""Number of newest compactions that are kept."""
+"""Number of compactions that a history keeps: the newest ones."""
 
 
 @dataclass(slots=True)
 class Life:
-    """Numbers on one memory.
+    """History of one conversation's memory: its compactions, and its latest numbers of tokens and slots.
 
-    Threads of the session call :meth:`compacted`; only the event loop's thread calls the other methods.
+    The session's threads call :meth:`compacted`; only the event loop's thread calls the other methods.
     """
 
     compactions: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=KEPT))
-    """The newest compactions in the format of answers, each with its time ``at`` in seconds since 1970."""
+    """The newest compactions as JSON objects; ``at`` is the time of the compaction, in seconds since 1970."""
     state: str = "kept"
-    """State of the session; ``kept`` while there is no session, for example after a restart of the server."""
+    """State of the session; ``kept`` before the session is opened, for example after a restart of the server."""
     policy: str = ""
     tokens: int = 0
     slots: float = 0.0
@@ -38,14 +38,14 @@ class Life:
     heads: int = 0
     """Number of KV heads, summed over all layers."""
     began: tuple[int, float] | None = None
-    """Tokens and slots per head at the start of the line that is drawn; ``None`` before the first :meth:`look`."""
+    """First point of the line of :meth:`saw_tooth`; ``None`` before the first :meth:`look`."""
 
     def compacted(self, report: CompactionReport) -> None:
-        """Add a compaction that ended; may be called from any thread."""
+        """Add a compaction that has ended; this method may be called from any thread."""
         self.compactions.extend(each | {"at": round(time.time(), 3)} for each in compactions([report]))
 
     def look(self, session: Session | None) -> None:
-        """Update the numbers from a session. If it is on disk, tokens and slots stay as they were before."""
+        """Update the numbers from a session; while the session is on disk, tokens and slots stay unchanged."""
         if session is None:
             return
         stats, memory, whole = session.stats, session.holding.memory, session.holding.quiet
@@ -58,7 +58,10 @@ class Life:
             self.began = self.began or ((0, 0.0) if self.total == len(self.compactions) else (self.tokens, self.slots))
 
     def saw_tooth(self) -> list[tuple[int, float]]:
-        """Return the corners of the line of slots per head over tokens, as (tokens, slots) with the newest last."""
+        """Return the points of a line that shows the slots per head over the tokens, the newest point last.
+
+        Each point is (tokens, slots). A compaction adds two points: one before it and one after it.
+        """
         known = list(self.compactions)
         points = [] if self.began is None or len(known) == KEPT else [self.began]
         for each in known if self.heads else ():

@@ -1,4 +1,4 @@
-"""The routes of the dashboard: a page that loads nothing from other servers, and the numbers that it shows."""
+"""The routes of the dashboard: its page, which loads nothing from other servers, and the data that the page shows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PAGE = {
     "/dashboard/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 OPEN = frozenset(_PAGE)
-"""Routes that need no key, since they serve the same files to everyone."""
+"""Routes that need no API key, since they serve the same files to everyone."""
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -31,7 +31,7 @@ _HEADERS = {
 
 
 def router(server: Server) -> APIRouter:
-    """Return a router with ``/``, the files of that page, and ``/dashboard/state``."""
+    """Return a router with the page at ``/``, the page's files, and its data at ``/dashboard/state``."""
     made = APIRouter()
     for path, (name, kind) in _PAGE.items():
         _file(made, path, _content(name, keys=server.keys.required), kind)
@@ -45,7 +45,7 @@ def router(server: Server) -> APIRouter:
 
 
 def _content(name: str, *, keys: bool) -> bytes:
-    """Return a file of the page; with ``keys`` the page is set to ask for an API key."""
+    """Return the content of a file of the page; if ``keys`` is true, the page asks the user for an API key."""
     content = files(__package__).joinpath("page", name).read_bytes()
     return content.replace(b'data-key="no"', b'data-key="yes"') if keys else content
 

@@ -1,4 +1,7 @@
-"""The data of the dashboard: the server's state each second, and the memories of one owner's conversations."""
+"""The data of the dashboard: a record of the server's state for each second, and one owner's conversations.
+
+The records are called moments.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +20,15 @@ if TYPE_CHECKING:
     from agentmem.sessions import RuntimeStats
 
 SECONDS = 1.0
-"""Seconds between two moments; a moment is a record of the server's state."""
+"""Seconds between two moments (records of the server's state)."""
 MOMENTS = 300
-"""Number of newest moments that are kept."""
+"""Number of moments that are kept: the newest ones."""
 COMPACTIONS = 60
-"""Maximum number of compactions that the dashboard gets: the newest ones."""
+"""Maximum number of compactions that the dashboard shows: the newest ones."""
 CONVERSATIONS = 24
-"""Maximum number of conversations that the dashboard gets: those used last."""
+"""Maximum number of conversations that the dashboard shows: those used last."""
 PAUSE = 0.5
-"""Seconds for which an owner gets a cached state instead of a new one."""
+"""Seconds for which :meth:`Watch.state` returns an owner's previous data instead of new data."""
 _KINDS = ("running_bytes", "running_room_bytes", "idle_bytes", "idle_room_bytes")
 _QUEUE = ("active", "waiting")
 
@@ -37,10 +40,13 @@ class _Given:
 
 
 class Watch:
-    """Collects counts, sizes and times, but no text of conversations. Call all methods on the event loop's thread."""
+    """Collector of the dashboard's data: counts, sizes and times, but no text of conversations.
+
+    Call the methods on the event loop's thread.
+    """
 
     def __init__(self, models: Sequence[str], runtime: Runtime, conversations: Conversations, requests: Sized) -> None:
-        """Begin without moments; ``requests`` is the collection of requests to the model that run or wait."""
+        """Begin without moments; ``requests`` is the live collection of turns that run or wait."""
         self._models, self._runtime = list(models), runtime
         self._conversations, self._requests = conversations, requests
         self._moments: deque[dict[str, float]] = deque(maxlen=MOMENTS)
@@ -54,7 +60,7 @@ class Watch:
             await asyncio.sleep(SECONDS)
 
     def note(self) -> None:
-        """Record the present state of the runtime as one moment."""
+        """Record the runtime's present state as a new moment."""
         stats, now = self._runtime.stats, time.monotonic()
         before, self._before = self._before, (now, stats.fed_tokens)
         rate = 0.0 if before is None or now <= before[0] else (stats.fed_tokens - before[1]) / (now - before[0])
@@ -62,7 +68,10 @@ class Watch:
         self._moments.append({"at": round(time.time(), 2), "tokens_per_second": round(rate, 2), **moment})
 
     def state(self, owner: str) -> bytes:
-        """Return the state that ``owner`` may see, as JSON; it is made anew at most once in :data:`PAUSE` seconds."""
+        """Return the data that ``owner`` may see, as JSON.
+
+        The data is computed at most once in :data:`PAUSE` seconds; meanwhile the previous data is returned.
+        """
         given, now = self._given.get(owner), time.monotonic()
         if given is None or now - given.at >= PAUSE:
             made = json.dumps(self._state(owner), separators=(",", ":")).encode()
@@ -111,6 +120,6 @@ def _conversation(each: Conversation) -> dict[str, Any]:
 
 
 def _compactions(mine: Sequence[Conversation]) -> list[dict[str, Any]]:
-    """Return the newest compactions of the given conversations, in order of time."""
+    """Return the newest compactions of the given conversations, oldest first."""
     found = [each | {"conversation": one.id} for one in mine for each in list(one.life.compactions)]
     return sorted(found, key=lambda each: float(each["at"]))[-COMPACTIONS:]

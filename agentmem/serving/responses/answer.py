@@ -1,4 +1,4 @@
-"""The object of a response while it grows, and the events of its stream, in the order that OpenAI's SDK expects."""
+"""The object of a response while its turn runs, and the stream events in the order that OpenAI's SDK expects."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from agentmem.serving.responses.request import ResponseRequest
 from agentmem.serving.tool_calls import ToolCall
 
 CANCELLED = "cancelled"
-"""Code of the error with which a cancelled turn ends."""
+"""Error code with which a cancelled turn ends."""
 Event = dict[str, Any]
 Status = Literal["in_progress", "completed", "incomplete", "failed", "cancelled"]
 
 
 class ResponseAnswer:
-    """One response. Pass each piece of its turn to :meth:`events`, which yields the stream events for that piece."""
+    """A response, built from the pieces of its turn. Pass each piece to :meth:`events`, which yields stream events."""
 
     def __init__(self, model: str, body: ResponseRequest) -> None:
-        """Begin an empty response under a new id."""
+        """Begin an empty response with a new id."""
         self.id = f"resp_{secrets.token_hex(24)}"
         self.output: list[dict[str, Any]] = []
         self.status: Status = "in_progress"
@@ -32,16 +32,16 @@ class ResponseAnswer:
         self._text = ""
 
     def object(self) -> dict[str, Any]:
-        """Return the response object in its present state."""
+        """Return the response in its present state, as OpenAI's JSON object."""
         return {**self._fields, "object": "response", "status": self.status, "output": self.output, **self._end}
 
     def begin(self) -> Iterator[Event]:
-        """Yield the first events of the stream."""
+        """Yield the events with which the stream begins, before the first piece."""
         for kind in ("response.created", "response.in_progress"):
             yield self._event(kind, response=self.object())
 
     def events(self, piece: Piece) -> Iterator[Event]:
-        """Update the response with one piece, and yield the events for it."""
+        """Update the response with a piece of its turn, and yield the stream events for this piece."""
         if isinstance(piece, Text):
             yield from self._delta(piece.text)
         elif isinstance(piece, Made):
@@ -53,7 +53,7 @@ class ResponseAnswer:
             assert isinstance(piece, Begun)  # noqa: S101  # there is no other piece
 
     def failed(self, error: Exception) -> Iterator[Event]:
-        """Mark the response as failed or cancelled, and yield the events for that."""
+        """Mark the response as failed or cancelled, depending on ``error``, and yield the last events of the stream."""
         described = error_object(refusal(error))
         self.status = "failed"
         code = "rate_limit_exceeded" if described["code"] == "rate_limit_exceeded" else "server_error"
@@ -97,7 +97,7 @@ class ResponseAnswer:
     # ---- other items, and the end
 
     def _whole(self, item: dict[str, Any]) -> Iterator[Event]:
-        """Add an item that is complete at once, and yield its events."""
+        """Add an output item that is complete from the start, and yield its events."""
         yield self._event("response.output_item.added", output_index=len(self.output), item=item)
         yield self._event("response.output_item.done", output_index=len(self.output), item=item)
         self.output.append(item)
@@ -139,7 +139,7 @@ def _part(text: str) -> dict[str, Any]:
 
 
 def _echoed(body: ResponseRequest) -> dict[str, Any]:
-    """Return the fields of a response that repeat those of its request."""
+    """Return the fields of a response that repeat fields of its request."""
     tools = [
         {"type": "function", "name": tool.name, "description": tool.description, "parameters": tool.parameters}
         | {"strict": bool(tool.strict)}

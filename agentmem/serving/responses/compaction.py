@@ -1,4 +1,4 @@
-"""``POST /v1/responses/compact``: compact a conversation into one item, which stands for the model's memory of it."""
+"""``POST /v1/responses/compact``: compact a conversation, and return a compaction item that stands for its memory."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ def _item(made: Made) -> dict[str, Any]:
 
 
 def _user_messages(origin: Origin) -> list[dict[str, Any]]:
-    """Return the user's messages since the last compaction item, for people to read; the memory holds them as well."""
+    """Return the user's messages since the last compaction item as output items, for people to read.
+
+    The memory of the new compaction item contains these messages as well.
+    """
     return [
         {
             "id": f"msg_{secrets.token_hex(24)}",

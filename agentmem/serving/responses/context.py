@@ -1,4 +1,4 @@
-"""Conversion of the input items of a request to messages, which may follow a compaction item."""
+"""Conversion of a request's input items to a context: messages, possibly after a compaction item."""
 
 from __future__ import annotations
 
@@ -23,19 +23,22 @@ _ROLES = ("user", "assistant", "system", "developer")
 
 
 class Context(BaseModel):
-    """Everything before a reply: messages, which may follow a compaction item that stands for all earlier messages."""
+    """Everything before a reply: messages, possibly after a compaction item that stands for all earlier messages."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     token: str | None = None
-    """``encrypted_content`` of the newest compaction item, if there is one."""
+    """``encrypted_content`` of the newest compaction item, or ``None`` without an item."""
     messages: tuple[Message, ...] = ()
-    """Messages after that item."""
+    """Messages after the compaction item, or all messages without an item."""
     trigger: bool = False
-    """Whether the items end with a compaction trigger."""
+    """True if the input ends with a compaction trigger, which asks to compact the conversation instead of replying."""
 
     def then(self, other: Context) -> Context:
-        """Return the context that results if ``other`` follows this one."""
+        """Return this context continued by ``other``.
+
+        If ``other`` has a compaction item, the result is ``other``, because its item stands for all earlier messages.
+        """
         if other.token is not None:
             return other
         return Context(token=self.token, messages=self.messages + other.messages, trigger=other.trigger)
@@ -79,7 +82,10 @@ def _kind(item: object, at: int) -> str:
 
 
 def _with(messages: tuple[Message, ...], kind: str, item: Mapping[str, Any], at: int) -> tuple[Message, ...]:
-    """Add an item to the messages; a function call becomes part of an assistant message just before it."""
+    """Return ``messages`` with the input item at index ``at`` added.
+
+    A function call becomes part of the last message if that is an assistant's message.
+    """
     try:
         if kind == "message":
             role = item.get("role")
@@ -102,7 +108,7 @@ def _with(messages: tuple[Message, ...], kind: str, item: Mapping[str, Any], at:
 
 
 def _parts(content: Any) -> Any:
-    """Return content without the fields that the SDK's output items have besides text (annotations and logprobs)."""
+    """Return message content without ``annotations`` and ``logprobs``, which output items of OpenAI's SDK have."""
     if isinstance(content, str) or not isinstance(content, Sequence):
         return content
     extra = ("annotations", "logprobs")
@@ -122,7 +128,10 @@ def _refused(at: int, said: str, code: str = "invalid_request") -> RequestRefuse
 
 
 def listed(items: Items) -> list[dict[str, Any]]:
-    """Return input items as the API lists them: a text becomes a user's message, and each item has an id and a type."""
+    """Return input items in the form in which the API lists them.
+
+    A plain text becomes a user's message, and each item gets an id, a status and a type.
+    """
     if isinstance(items, str):
         items = [{"role": "user", "content": items}]
     made = []

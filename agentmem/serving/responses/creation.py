@@ -1,4 +1,4 @@
-"""Creating a response: from the pieces of its turn to the events of its stream and the stored object."""
+"""Creation of a response: the pieces of its turn become stream events and a stored object."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from agentmem.sessions import Message
 
 @dataclass(slots=True)
 class Creation:
-    """A response in creation. It turns the pieces of a turn into events, and stores the response when the turn ends."""
+    """A response whose turn runs: converts the turn's pieces to stream events, and stores the response at the end."""
 
     body: ResponseRequest
     origin: Origin
@@ -31,7 +31,7 @@ class Creation:
     """``encrypted_content`` of the compaction item that the turn made, if any."""
 
     def take(self, piece: Piece) -> list[Event]:
-        """Update the response with one piece of the turn, and return the events for it."""
+        """Update the response with a piece of the turn, and return the stream events for this piece."""
         events = list(self.answer.events(piece))
         if isinstance(piece, Made):
             self.made = piece.token
@@ -40,21 +40,21 @@ class Creation:
         return events
 
     def fail(self, error: Exception) -> list[Event]:
-        """Record that the turn failed, store the response, and return the events for that."""
+        """Record that the turn failed, store the response, and return the last events of the stream."""
         events = list(self.answer.failed(error))
         self.store()
         return events
 
     def leave(self) -> None:
-        """Store the response as cancelled if its reader left before the turn ended."""
+        """Store the response as cancelled if its stream is closed before the turn has ended."""
         if self.answer.status == "in_progress":
             self.answer.status = "cancelled"
             self.store()
 
     def store(self, end: Ended | None = None) -> None:
-        """Store the response in its present state, unless the request has ``store`` false.
+        """Store the response in its present state, unless the request forbids storing (``store`` is false).
 
-        ``end`` is the end of the turn; with a reply, that reply becomes part of the stored context.
+        ``end`` is the last piece of the turn, if the turn has ended. Its reply becomes part of the stored context.
         """
         if not self.body.store:
             return
@@ -71,7 +71,7 @@ class Creation:
 
 
 async def event_lines(creation: Creation, pieces: AsyncGenerator[Piece]) -> AsyncGenerator[bytes]:
-    """Yield the events of the stream as bytes; an error of the turn becomes the last events."""
+    """Yield the events of a streamed response as bytes; if the turn fails, the last events report the error."""
     async with aclosing(pieces):
         creation.store()
         for each in creation.answer.begin():
@@ -92,7 +92,7 @@ def _line(sent: Event) -> bytes:
 
 
 async def in_background(server: Server, request: turns.Request, creation: Creation) -> None:
-    """Run a turn without a waiting client; the response is stored when the turn ends or fails."""
+    """Run a turn for which no client waits; the response is stored when the turn ends or fails."""
     try:
         async with turn_of(server, request) as turn:
             async for piece in turn.pieces():

@@ -1,4 +1,4 @@
-"""Finding what a request continues: a stored response, a compaction item, or only its own input."""
+"""The search for the stored response or the compaction item that a request continues."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def origin_of(server: Server, stored: StoredResponses, body: Continued, http: Re
     """Find the stored response and the compaction item that a request continues, and combine them with its input.
 
     Raises:
-        RequestRefused: there is no such response or item for this API key, or the input is invalid.
+        RequestRefused: this API key has no such response or item, or the input is invalid.
 
     """
     owner, before = http.state.owner, Context()

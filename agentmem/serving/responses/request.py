@@ -1,4 +1,4 @@
-"""The bodies for ``/v1/responses`` and ``/v1/responses/compact``, and their conversion to requests to the model."""
+"""The bodies for ``/v1/responses`` and ``/v1/responses/compact``, and their conversion to the request of a turn."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Tool(Function):
-    """A function that the model may call, in the format of ``/v1/responses``."""
+    """An entry of the field ``tools``: a function that the model may call."""
 
     type: Literal["function"]
 
@@ -43,7 +43,7 @@ class Tool(Function):
 
 
 class ContextManagement(BaseModel):
-    """Setting of when a conversation is compacted automatically."""
+    """An entry of the field ``context_management``: when to compact the conversation automatically."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -62,7 +62,7 @@ class TextFormat(BaseModel):
 
 
 class Continued(Parameters):
-    """Fields that both routes accept."""
+    """The fields that ``/v1/responses`` and ``/v1/responses/compact`` share."""
 
     ignored: ClassVar[frozenset[str]] = Parameters.ignored | {"image"}
 
@@ -123,28 +123,28 @@ class ResponseRequest(Continued):
 
     @property
     def threshold(self) -> int | None:
-        """Tokens since the newest compaction item at which to compact; ``None`` to compact only on demand."""
+        """Number of tokens since the newest compaction item at which to compact; ``None`` to compact only on demand."""
         found = [each.compact_threshold for each in self.context_management if each.compact_threshold is not None]
         return min(found, default=None)
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The owner of a request, and what the request continues."""
+    """The owner of a request, and the conversation, context and compaction item that the request continues."""
 
     owner: str
     name: str | None
-    """Name of the conversation, from the request's header."""
+    """Name of the conversation from the header ``X-Agentmem-Session``, or ``None``."""
     context: Context
     item: Item | None
 
 
 def asks(body: ResponseRequest, origin: Origin, settings: ServerSettings) -> Request:
-    """Convert the body of a response request to a request to the model.
+    """Convert the body for ``/v1/responses`` to the request of a turn.
 
     Raises:
         RequestRefused: a field cannot be served; the error names the field.
-        UnknownPolicy, SettingsRefused: there is no such policy.
+        UnknownPolicy, SettingsRefused: the policy does not exist, or its options are wrong.
 
     """
     choice = chosen(body.tools, body.tool_choice, parallel=body.parallel_tool_calls)
@@ -173,7 +173,7 @@ def asks(body: ResponseRequest, origin: Origin, settings: ServerSettings) -> Req
 
 
 def asks_compaction(body: CompactRequest, origin: Origin) -> Request:
-    """Convert the body of a compaction request to a request to the model."""
+    """Convert the body for ``/v1/responses/compact`` to the request of a turn, which compacts and writes no reply."""
     messages, lead = led(origin, body.instructions)
     return Request(
         origin.owner,
@@ -191,9 +191,10 @@ def asks_compaction(body: CompactRequest, origin: Origin) -> Request:
 
 
 def led(origin: Origin, instructions: str | None) -> tuple[Sequence[Message], str | None]:
-    """Put the instructions before the messages, and return all messages and the digest of the instructions.
+    """Return the messages of a request with its instructions before them, and the digest of the instructions.
 
-    The instructions are left out if the memory of the compaction item already begins with them.
+    The instructions are left out of the messages if the compaction item's memory already begins with them. The digest
+    is ``None`` if there are no instructions.
 
     Raises:
         RequestRefused: there are no messages, no instructions and no compaction item.
@@ -211,7 +212,9 @@ def led(origin: Origin, instructions: str | None) -> tuple[Sequence[Message], st
 
 
 def item_recipe(asked: Recipe, item: Item) -> Recipe:
-    """Return the recipe of a compaction item for a request that continues the item.
+    """Return the recipe of the compaction item that a request continues; ``asked`` is the request's own recipe.
+
+    Both must have the same tools. The request may leave out all other fields of the recipe, or repeat all of them.
 
     Raises:
         RequestRefused: the request asks for another recipe.

@@ -22,7 +22,7 @@ from agentmem.serving.server import Server
 
 
 def router(server: Server, stored: StoredResponses) -> APIRouter:
-    """Return a router with the routes of ``server`` for responses."""
+    """Return a router with these routes for ``server``; responses are kept in ``stored``."""
     made = APIRouter()
     _creating(made, server, stored)
     _keeping(made, stored)
@@ -96,7 +96,10 @@ def _cancelling(made: APIRouter, server: Server, stored: StoredResponses) -> Non
 
 
 def _page(items: list[dict[str, Any]], limit: int, order: str, after: str | None) -> dict[str, Any]:
-    """Return one page of a list of items, in OpenAI's format of lists."""
+    """Return one page of ``items`` as OpenAI's list object.
+
+    The page has at most ``limit`` items in the given ``order``. It begins after the item with the id ``after``.
+    """
     ordered = items if order == "asc" else items[::-1]
     start = next((at + 1 for at, item in enumerate(ordered) if item["id"] == after), 0)
     page = ordered[start : start + limit]

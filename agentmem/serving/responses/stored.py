@@ -1,4 +1,4 @@
-"""Stored responses, each with its owner, input and context; in memory, and also in files if there is a folder."""
+"""Stored responses, each with its owner, input and context. They are held in memory, and also in files if wanted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from agentmem.serving.responses.context import Context
 
 
 class Stored(BaseModel):
-    """One stored response."""
+    """A stored response, with its owner and everything needed to continue it."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -26,7 +26,7 @@ class Stored(BaseModel):
     input: list[dict[str, Any]]
     """Input items of the request, as ``GET /v1/responses/{id}/input_items`` returns them."""
     context: Context
-    """Context for a request that continues this response."""
+    """Context of a request that continues this response: everything up to and including its reply."""
     at: float
     """Time of storing, in seconds since 1970."""
 
@@ -35,7 +35,10 @@ class StoredResponses:
     """All stored responses, by id. A response of another API key is treated as not found."""
 
     def __init__(self, most: int, seconds: float, folder: Path | None) -> None:
-        """Store at most ``most`` responses for ``seconds`` each; files in ``folder`` keep them for the next server."""
+        """Set the limits: at most ``most`` responses, each for at most ``seconds``.
+
+        If a ``folder`` is given, responses are also written there, and those of an earlier server are read from it.
+        """
         self.most, self.seconds, self.folder = most, seconds, folder
         self._held: OrderedDict[str, Stored] = OrderedDict()
         if folder is not None:
@@ -44,7 +47,7 @@ class StoredResponses:
                 self._read(path)
 
     def put(self, stored: Stored) -> None:
-        """Store a response in place of one with the same id, and delete the oldest beyond the limit."""
+        """Store a response, replace a response with the same id, and delete the oldest responses beyond the limit."""
         name = str(stored.response["id"])
         self._held[name] = stored
         if self.folder is not None:
@@ -56,10 +59,10 @@ class StoredResponses:
             self.drop(next(iter(self._held)))
 
     def get(self, name: str, owner: str, *, param: str = "response_id") -> Stored:
-        """Return the response with id ``name``; ``param`` names the field of the request in the error.
+        """Return the response with id ``name``; an error names the request's field ``param``.
 
         Raises:
-            RequestRefused: status 404, this owner has no such response, or it has expired.
+            RequestRefused: status 404: the owner has no such response, or the response has expired.
 
         """
         found = self._held.get(name)
@@ -76,7 +79,7 @@ class StoredResponses:
         return found
 
     def drop(self, name: str) -> None:
-        """Delete the response with id ``name``, if there is one."""
+        """Delete the response with id ``name``, if there is such a response."""
         self._held.pop(name, None)
         if self.folder is not None:
             self._path(name).unlink(missing_ok=True)

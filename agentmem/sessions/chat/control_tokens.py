@@ -1,10 +1,12 @@
-"""Tokenizing of rendered chats: control tokens of the template become tokens, those spelt in messages stay plain text.
+"""Tokenizing of rendered chats, in which a message cannot produce control tokens by containing their text.
 
-A delta is tokenized as a whole, as transformers does it, so that no boundary between markup and content changes a
-token. The exception is message content that contains the text of a control token, such as ``<|im_end|>`` in a tool's
-output. Before the template is rendered, a mark is put after the first character of that text; the rendered text is
-then cut at the mark and tokenized in two pieces. Neither piece contains the whole text of the control token, so the
-tokenizer cannot produce that token, and the words of the message stay unchanged.
+A delta (the new part of a rendered chat) is tokenized as a whole, as transformers does it. Therefore a boundary between
+markup and content does not change any token.
+
+The exception is a message that contains the text of a control token, such as ``<|im_end|>`` in a tool's output. Before
+the chat is rendered, a mark is inserted after the first character of this text. The rendered text is then cut at the
+mark, and the two pieces are tokenized separately. Neither piece contains the whole text of the control token, so the
+tokenizer reads it as plain text, and the words of the message stay unchanged.
 """
 
 from __future__ import annotations
@@ -29,15 +31,18 @@ def _pattern(texts: Iterable[str]) -> re.Pattern[str]:
 
 
 class Markup:
-    """The control tokens of one tokenizer and one template.
+    """The control tokens of one tokenizer and one template, and the encoding that respects them.
 
-    In every message, all special tokens of the tokenizer count as control tokens. In messages of users and tools, so do
-    the other added tokens that the template's source contains (``<tool_call>``, ``</think>``). Given messages of the
-    roles system and assistant may contain the latter as real tokens.
+    In every message, all special tokens of the tokenizer count as control tokens. In messages of users and tools, the
+    other added tokens that the template's source contains (``<tool_call>``, ``</think>``) count as control tokens, too.
+    Messages of the roles system and assistant may contain these other tokens as real tokens.
     """
 
     def __init__(self, tokenizer: Any, source: str, mark: str) -> None:
-        """Collect the control tokens; ``source`` is the template's source and ``mark`` a text that is in no message."""
+        """Collect the control tokens.
+
+        ``source`` is the template's source, and ``mark`` is a text that occurs in no message.
+        """
         self.tokenizer, self.mark = tokenizer, mark
         added = tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
@@ -45,9 +50,9 @@ class Markup:
         self._special, self._every = _pattern(special), _pattern(special | written)
 
     def neutral(self, value: Any, role: str) -> Any:
-        """Return ``value`` with a mark inside the text of every control token.
+        """Return ``value`` with a mark inside the text of every control token, so that this text stays plain text.
 
-        ``value`` is a text, or lists and dicts that contain texts.
+        ``value`` is a text, or a list or dict that contains texts. ``role`` is the role of the message it comes from.
 
         Raises:
             SettingsRefused: a text contains a control token of one character, which cannot be cut.
@@ -76,8 +81,11 @@ class Markup:
         return self.mark.join([*pieces, text[done:]])
 
     def common(self, *texts: str) -> int:
-        """Return the length of the common start of the texts, shortened if it would cut a control token of any text."""
-        first, last = min(texts), max(texts)  # every other text lies between them, and so does what it shares
+        """Return how many characters at the beginning are the same in all texts.
+
+        The number is reduced if the common beginning would end inside a control token of any of the texts.
+        """
+        first, last = min(texts), max(texts)  # in sorted order, the texts between these two share their beginning
         differing = (at for at, (one, other) in enumerate(zip(first, last, strict=False)) if one != other)
         size = next(differing, len(first))
         for _ in texts:  # stepping back in one text may land inside a token of another
@@ -87,14 +95,15 @@ class Markup:
         return size
 
     def words(self, text: str) -> bool:
-        """Return True if the text contains more than control tokens and white space."""
+        """Return True if the text contains anything besides control tokens and white space."""
         return bool(self._every.sub("", text).strip())
 
     def encode(self, text: str, bounds: Sequence[int] = (), before: str = "") -> tuple[tuple[int, ...], list[int]]:
-        """Return the ids of ``text``, and for each character place in ``bounds`` the index of the first id after it.
+        """Return the ids of ``text``, and for each bound (a character index) the index of the first id behind it.
 
-        ``bounds`` must ascend. A token that crosses a bound counts as after the bound. ``before`` is the text that the
-        memory holds just before ``text``: some tokenizers encode a word differently at the beginning of a text.
+        ``bounds`` must ascend. A token that crosses a bound counts as behind the bound. ``before`` is the text that the
+        memory holds just before ``text``. It is needed because some tokenizers encode a word differently at the
+        beginning of a text.
         """
         cuts = [found.span() for found in re.finditer(re.escape(self.mark), text)]
         if not self.tokenizer.is_fast:  # there are no offsets, so the text is cut at the bounds, too
@@ -112,7 +121,7 @@ class Markup:
     def _piece(self, text: str, context: str) -> tuple[list[int], list[int]]:
         """Return the ids of a text that follows ``context``, and the end offset of each id.
 
-        A tokenizer without offsets gives the length of the text for each id.
+        If the tokenizer does not give offsets, each end offset is the length of the text.
         """
         if not text:
             return [], []

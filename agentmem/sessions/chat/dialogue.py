@@ -1,6 +1,6 @@
-"""Immutable records of a conversation: its messages, which of them the model wrote, and which a memory was fed.
+"""Immutable records of a conversation's messages: which the model wrote, and which were fed to the memory.
 
-Nothing here holds the ids of the conversation or renders text. The memory holds the ids, and
+These records contain no ids, and nothing in this module renders text. The session holds the ids, and
 :class:`agentmem.sessions.chat.template.ChatTemplate` finds the ids that continue a dialogue.
 """
 
@@ -74,7 +74,7 @@ class Message(BaseModel):
 
     @classmethod
     def each(cls, given: Iterable[Message | Mapping[str, Any]]) -> list[Message]:
-        """Build a message from each item, which is a Message, a mapping of fields, or an SDK's message object.
+        """Return a message for each item, which is a Message, a mapping of fields, or an SDK's message object.
 
         Raises:
             SettingsRefused: ``given`` is not a list of messages, or a message is invalid.
@@ -98,10 +98,13 @@ class Message(BaseModel):
 
 
 class Dialogue(BaseModel):
-    """A conversation so far, as an immutable value: adding a message makes a new dialogue, so forks can share one.
+    """An immutable record of a conversation so far.
 
-    Invariants: ``fed ≤ len(messages)``; every generated message has the role assistant and an index below ``fed``; the
-    messages from ``fed`` on are system messages that wait, since the template writes them into the next message.
+    Adding a message makes a new dialogue, so forks can share a dialogue.
+
+    Invariants: ``fed ≤ len(messages)``. Every generated message has the role assistant and an index below ``fed``. The
+    messages from index ``fed`` on are system messages; they are not fed before the next message, since the template
+    writes them into that message.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -112,10 +115,10 @@ class Dialogue(BaseModel):
     fed: int = Field(default=0, ge=0)
     """Number of messages that the memory was fed. The last of them may still lack its closing markup or ``owed``."""
     owed: str = ""
-    """The last characters of the last given message that are not fed yet, since they depend on the next message. The
-    next delta begins with them or with their replacement."""
+    """Text at the end of the last given message that is not fed yet, since it depends on the next message. The next
+    delta begins with this text or with the text that the template writes instead."""
     open: bool = False
-    """True if the generation prompt was fed and the reply to it has not been closed."""
+    """True if a reply is open: its generation prompt was fed, and the reply has not been closed."""
     end: int | None = None
     """The end token of the last message, which the memory holds; ``None`` if the model did not write that message or
     the message was cut."""
@@ -139,9 +142,9 @@ class Dialogue(BaseModel):
 class Span:
     """The ids ``start .. stop`` of a delta that belong to one message: its content and the template's markup around it.
 
-    ``message`` is the index of the message in the dialogue. It is ``None`` for text that the template itself writes
-    before the first message, such as a default system prompt or a separate block of tools; that text has the role
-    system.
+    ``message`` is the index of the message in the dialogue. ``message`` is ``None`` for text that the template itself
+    writes before the first message, such as a default system prompt or a separate block of tools. Such text has the
+    role system.
     """
 
     role: Role

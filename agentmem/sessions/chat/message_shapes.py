@@ -48,7 +48,10 @@ def plain(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text(content: object) -> object:
-    """Return the joined text of a list of parts; return any other value unchanged, since Message checks it later."""
+    """Return the joined text of a list of content parts.
+
+    Any other value is returned unchanged, since :class:`.dialogue.Message` checks it later.
+    """
     if isinstance(content, str) or not isinstance(content, Sequence):
         return content
     return "".join(map(_part, content))
@@ -75,7 +78,10 @@ def _calls(calls: object) -> object:
 
 
 def _call(call: object) -> object:
-    """Return a call whose arguments are a dict, parsed if they are a JSON text; Message checks other shapes later."""
+    """Return a tool call with its arguments as a dict; arguments that are a JSON text are parsed.
+
+    Values that are not tool calls are returned unchanged, since :class:`.dialogue.Message` checks them later.
+    """
     call = call.model_dump(exclude_none=True) if isinstance(call, BaseModel) else call
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(call, Mapping) or not isinstance(function, Mapping):

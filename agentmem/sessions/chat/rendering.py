@@ -37,7 +37,10 @@ _SHOWN = 300
 
 
 class Renderer:
-    """One chat template with its tools and variables; ``markup`` handles its control tokens."""
+    """A chat template with its tools and variables, which renders conversations as text.
+
+    ``markup`` handles the control tokens of the template.
+    """
 
     def __init__(self, tokenizer: Any, tools: Sequence[Tool] | None, options: Mapping[str, Any] | None) -> None:
         """Find the tokenizer's template, and check that the template writes the tools.
@@ -84,9 +87,10 @@ class Renderer:
         )
 
     def chat(self, dialogue: Dialogue) -> Chat:
-        """Return the messages as the template reads them.
+        """Return the messages of a dialogue as the dicts that the template reads.
 
-        Control tokens in given messages are neutralised. Replies of the model stay as they are.
+        In given messages, the texts of control tokens are marked, so that they are tokenized as plain text. Replies of
+        the model stay as they are.
         """
         replies = set(dialogue.generated)
         return [self._plain(message, given=at not in replies) for at, message in enumerate(dialogue.messages)]
@@ -98,7 +102,9 @@ class Renderer:
         return plain
 
     def write(self, chat: Chat, *, opened: bool = False, tools: Sequence[Tool] | str | None = "own") -> str:
-        """Render the whole conversation; ``opened`` adds the generation prompt.
+        """Return the whole conversation as the template writes it; ``opened`` adds the generation prompt.
+
+        ``tools`` replace the renderer's own tools; ``None`` means no tools.
 
         Raises:
             SettingsRefused: the template refuses the conversation; the message quotes the template's error.
@@ -117,18 +123,23 @@ class Renderer:
         return str(text)
 
     def tail(self, chat: Chat, index: int, *, opened: bool = False) -> str | None:
-        """Return the text after the content of one message in the rendering, or ``None`` if it cannot be found."""
+        """Return the rendered text after the content of the message ``index``, or ``None`` if it cannot be found.
+
+        If the message has tool calls, this is the text after the name of the last call. ``opened`` adds the generation
+        prompt.
+        """
         return self._after(_marked(chat, index, self.sentinel), opened=opened)
 
     def reply_tail(self, chat: Chat, index: int, ends: Sequence[str], *, ended: bool, opened: bool) -> str | None:
         """Return the text to feed after a generated reply, or ``None`` if it cannot be found.
 
-        The text is the closing markup of the reply and everything after it. If ``ended`` is true, the model has already
-        written the end token, so the text begins after that token.
+        The text is the closing markup of the reply and everything that the template writes after it. ``ends`` are the
+        texts of the tokens that end a reply. If ``ended`` is true, the model has already written the end token, so the
+        text begins after this token. ``opened`` adds the generation prompt.
 
-        A reply with tool calls is rendered with a sentinel for the name of the last call; the reply ends at the first
-        of the texts ``ends`` after the sentinel. If the template does not write calls, or writes none of these texts
-        after them, the reply is rendered without its calls.
+        To find the end of a reply with tool calls, the reply is rendered with a sentinel as the name of the last call.
+        The reply ends at the first of the texts ``ends`` after the sentinel. If no such text is found, for example
+        because the template does not write calls, the reply is rendered without its calls.
         """
         reply = chat[index]
         if "tool_calls" in reply:
@@ -156,7 +167,7 @@ class Renderer:
         return pieces[1] if len(pieces) == 2 else None  # noqa: PLR2004  # exactly one sentinel
 
     def before(self, chat: Chat, index: int) -> str:
-        """Return the text before the content of the last message, whose index is ``index``; empty if it is unknown."""
+        """Return the rendered text before the content of the message ``index``, or an empty text if it is not found."""
         try:
             text, found, _ = self.write(_marked(chat, index, self.sentinel)).partition(self.sentinel)
         except SettingsRefused:
@@ -164,7 +175,7 @@ class Renderer:
         return text if found else ""
 
     def shows(self, chat: Chat, index: int, *, opened: bool = False) -> bool:
-        """Return True if the template writes the message with this index at all.
+        """Return True if the template writes the message ``index``; some templates drop some messages.
 
         Raises:
             SettingsRefused: the template refuses the conversation.
@@ -192,7 +203,10 @@ def _refusal(chat: Chat, error: Exception) -> SettingsRefused:
 
 
 def _marked(chat: Chat, index: int, sentinel: str) -> Chat:
-    """Return the chat with the sentinel in place of one message's content, or of the name of its last call."""
+    """Return the chat with the sentinel as the content of the message ``index``.
+
+    If the message has tool calls, the sentinel replaces the name of the last call instead.
+    """
     message = chat[index]
     if message.get("tool_calls"):
         *others, last = message["tool_calls"]

@@ -1,10 +1,11 @@
-"""Incremental chat templating: it finds the ids that continue a dialogue which a memory already holds.
+"""Incremental chat templating: finding the ids to feed for new messages, if the memory holds the earlier ones.
 
 The template renders whole conversations, but the memory needs only the new part. Usually this is the part of the new
-rendering after the text that was fed before. The template may now write that earlier text differently, because it
-strips old reasoning, trims text or moves a system message. Then the last fed message is rendered with a *sentinel*, a
-unique word, in place of its content, and the new part is the text after the sentinel. For a reply that the model wrote
-the sentinel is always used: the memory holds the reply's ids as sampled, and its text is never tokenized again.
+rendering after the text that was fed before. However, the template may now write the earlier text differently, because
+it strips old reasoning, trims text or moves a system message. In this case the last fed message is rendered with a
+*sentinel*, a unique word, in place of its content, and the new part is the text after the sentinel. After a reply of
+the model, the sentinel is always used: the memory holds the sampled ids of the reply, so its text is never tokenized
+again.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ __all__ = ["ChatTemplate", "Delta", "Dialogue", "Message", "Role", "Span", "Tool
 
 
 class ChatTemplate:
-    """Extend dialogues through a tokenizer's chat template. An object holds no conversation, so forks may share it.
+    """A tokenizer's chat template, which extends dialogues and gives the ids to feed for new messages.
 
-    Invariants: if the template separates messages by special tokens, the deltas of given messages joined are the ids
-    that transformers' ``apply_chat_template`` gives for the whole conversation; otherwise they decode to the same text.
-    Only the template adds a BOS token. A refusal changes nothing. Rendering takes time in proportion to the length of
-    the conversation.
+    An object of this class holds no conversation, so forks may share it.
+
+    Invariants: the joined deltas of given messages decode to the text that transformers' ``apply_chat_template`` gives
+    for the whole conversation. If the template separates messages by special tokens, the joined deltas also have the
+    same ids. Only the template adds a BOS token. A refusal changes nothing. Rendering takes time in proportion to the
+    length of the conversation.
     """
 
     def __init__(
@@ -39,7 +42,7 @@ class ChatTemplate:
         eos: int | Iterable[int] | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        """Check the template, and that the template writes the tools.
+        """Check that the tokenizer has a template and that this template writes the tools.
 
         Args:
             tokenizer: a tokenizer with a chat template.
@@ -67,11 +70,11 @@ class ChatTemplate:
         self._ends = sorted(filter(None, ends), key=len, reverse=True)
 
     def append(self, dialogue: Dialogue, *messages: Message | Mapping[str, Any]) -> tuple[Dialogue, Delta]:
-        """Add given messages; return the longer dialogue and the delta to feed.
+        """Add messages to a dialogue; return the longer dialogue and the delta (the ids to feed, with their spans).
 
-        Give the results of parallel tool calls in one call. If the template writes a system message into the message
-        after it, the system message is fed together with that later message. Text that depends on the next message,
-        such as the end of a group of tool results, is held back until the next message is known.
+        Add the results of parallel tool calls in one call. If the template writes a system message into the next
+        message, the system message is fed together with the next message. Text that depends on the next message, such
+        as the end of a group of tool results, is held back until the next message is known.
 
         Raises:
             SettingsRefused: the template refuses or drops a message, the template rewrites history although
@@ -99,7 +102,8 @@ class ChatTemplate:
         The delta may be empty if the template has no generation prompt.
 
         Raises:
-            SettingsRefused: there is no message to reply to, a reply is open already, or a reason of :meth:`append`.
+            SettingsRefused: there is no message to reply to, a reply is open already, or the template refuses or drops
+                a message or rewrites history, as in :meth:`append`.
 
         """
         self._require_closed(dialogue)
@@ -157,9 +161,9 @@ class ChatTemplate:
     def instruction(self, dialogue: Dialogue, text: str) -> tuple[int, ...]:
         """Return the ids that continue the dialogue with a user's message ``text`` and the generation prompt.
 
-        The dialogue itself is not changed. If a reply is open, the ids treat it as cut off where it stands. If the
-        template refuses the message (most refuse two user messages in a row), an empty reply of the assistant is put
-        before it.
+        The dialogue itself is not changed. If a reply is open, the ids begin with the markup that closes this reply. If
+        the template refuses the message (most refuse two user messages in a row), an empty reply of the assistant is
+        put before the message.
 
         Raises:
             SettingsRefused: the template refuses a user's message at this point.
@@ -186,9 +190,9 @@ class ChatTemplate:
         return follow(self._renderer, dialogue, chat, self._ends, opened=opened)
 
     def _delta(self, dialogue: Dialogue, chat: Chat, found: Continuation, text: str, *, opened: bool = False) -> Delta:
-        """Return the ids of ``text`` and the spans that cover them.
+        """Return the delta for ``text``: its ids and the spans that cover these ids.
 
-        ``text`` is ``found.text`` without the end that is held back.
+        ``text`` is ``found.text`` without the part at its end that is held back.
         """
         places = bounds(self._renderer, dialogue, chat, found, opened=opened)
         ids, firsts = self._markup.encode(text, [min(place, len(text)) for place, _ in places], found.before)
@@ -201,7 +205,7 @@ class ChatTemplate:
         """Return True if all messages are system messages that the template writes only into the message after them.
 
         Raises:
-            SettingsRefused: the template does not write them with a following message either.
+            SettingsRefused: the template drops one of the system messages even if a user's message follows.
 
         """
         if dialogue.fed or any(message["role"] != "system" for message in chat):

@@ -13,10 +13,13 @@ LOOK_BACK = 64
 
 
 class TextPieces:
-    """Decode ids as they come, without special tokens; the pieces joined are the text of all ids."""
+    """A decoder that gives the text of ids piece by piece as the ids arrive, without special tokens.
+
+    The joined pieces are the text of all ids.
+    """
 
     def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
-        """Begin after the ids ``before``, which serve as context; their own text is not returned again."""
+        """Begin after the ids ``before``, which are only context: their text is not returned."""
         self._tokenizer = tokenizer
         self._ids: list[int] = []
         self._shown = self._start = 0
@@ -24,7 +27,7 @@ class TextPieces:
             self.push(token)
 
     def push(self, token: int) -> str:
-        """Return the text that one more id adds; the text is empty while a character is not complete."""
+        """Add an id and return the new text; the text is empty as long as its last character is incomplete."""
         self._ids.append(token)
         before = self._decode(self._ids[self._start : self._shown])
         now = self._decode(self._ids[self._start :])

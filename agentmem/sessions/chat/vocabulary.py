@@ -28,7 +28,7 @@ def tokens(session: Conversation, field: str, text: str) -> list[int]:
 
 
 def check_known(session: Conversation, field: str, ids: Iterable[int]) -> None:
-    """Refuse ids for which the model has no embedding; a forward would fail or use a wrong embedding.
+    """Check that the model has an embedding for each id; a forward of other ids would fail or use a wrong embedding.
 
     Raises:
         SettingsRefused: some ids are unknown; the message names the first of them.

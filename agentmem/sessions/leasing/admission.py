@@ -1,8 +1,7 @@
-"""Accounting of one cap for many sessions: count the bytes charged to each session and choose idle memories to preempt.
+"""Accounting of one cap for many sessions: counting the bytes charged to each, and choosing idle memories to preempt.
 
-The bytes charged to a session are those that the runtime reserves for its memory under the cap.
-
-This module works with integers only, not with tensors.
+The bytes charged to a session are those that the runtime reserves for its memory under the cap. To preempt a memory
+means to take bytes from it while its sessions are idle. This module works with integers only, not with tensors.
 
 Fairness: leases are granted in the order in which they were asked for. While a turn waits for its lease, no later turn
 gets a lease before it, and a call that cannot wait is refused. A session keeps its lease until its turn is over. Idle
@@ -24,10 +23,13 @@ if TYPE_CHECKING:
 
 
 class Leases:
-    """Account of the bytes of one cap, which are charged to holdings."""
+    """Account of the bytes of one cap, which are charged to holdings (each is one memory with its sessions)."""
 
     def __init__(self, cap: int, pressure: Sequence[Stage]) -> None:
-        """Begin without holdings; ``pressure`` has the stages by which idle holdings are preempted, in order."""
+        """Begin without holdings.
+
+        ``pressure`` has the stages by which idle holdings are preempted, such as ``trim``, in order.
+        """
         self.cap, self.pressure = cap, tuple(pressure)
         self.holdings: list[Holding] = []
         self.faults: list[str] = []
@@ -35,10 +37,7 @@ class Leases:
 
     @property
     def charged(self) -> int:
-        """Bytes of the cap that are reserved now, summed over all holdings.
-
-        A holding is the memory of one session; :attr:`Holding.charged` says how many bytes are charged for it.
-        """
+        """Number of bytes of the cap that are charged now: the sum of :attr:`Holding.charged` over all holdings."""
         return sum(holding.charged for holding in list(self.holdings))
 
     @property
@@ -49,7 +48,8 @@ class Leases:
     def by_kind(self, running: set[int]) -> dict[str, int]:
         """Return the charged bytes by kind, under the field names of :class:`agentmem.sessions.RuntimeStats`.
 
-        ``running`` has the Python ids of the holdings whose sessions are in a turn.
+        The kinds are the bytes held, and the free room, of running and of idle memories. ``running`` has the Python
+        ids (``id()``) of those holdings whose sessions are in a turn.
         """
         found = dict.fromkeys(("running_bytes", "running_room_bytes", "idle_bytes", "idle_room_bytes"), 0)
         for holding in list(self.holdings):
@@ -62,14 +62,14 @@ class Leases:
     def free(
         self, needed: int, may_yield: Callable[[Holding], bool], preempt: Callable[[Holding, Stage], None]
     ) -> bool:
-        """Preempt idle holdings until ``needed`` bytes are free; return whether they are.
+        """Preempt idle holdings until ``needed`` bytes of the cap are free; return whether this succeeded.
 
         If the bytes of all idle holdings together would not suffice, no holding is preempted.
 
         Args:
             needed: number of bytes that must be free.
-            may_yield: returns True for a holding that may be preempted.
-            preempt: preempts a holding by a stage.
+            may_yield: function that returns True for a holding that may be preempted.
+            preempt: function that preempts a holding by a stage.
 
         """
         self.faults = []
@@ -106,8 +106,8 @@ class Leases:
 
     @property
     def stuck(self) -> str:
-        """The first reason why an idle holding could not be preempted at the last request for bytes, in brackets.
+        """The first reason why an idle holding could not be preempted at the last request for bytes.
 
-        The text is empty if there was no such reason.
+        The text is in brackets, for error messages. It is empty if there was no such reason.
         """
         return f" ({self.faults[0]})" if self.faults else ""

@@ -1,4 +1,4 @@
-"""The holding of sessions: one memory, in use, idle or on disk, and the bytes that are charged for it."""
+"""Holdings: each is one memory, in use, idle or on disk, with the bytes that the runtime charges for this memory."""
 
 from __future__ import annotations
 
@@ -38,10 +38,13 @@ _STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 class Holding:
-    """One memory of a model. Several sessions may share a holding as long as none of them begins a turn."""
+    """One memory of a model, which is attached to the model or stored on disk.
+
+    Several sessions, such as forks, may share a holding as long as none of them begins a turn.
+    """
 
     def __init__(self, model: Any, memory: Memory, lease: int) -> None:
-        """Hold a memory and attach it to the model; the memory must not be attached yet."""
+        """Attach a memory to the model; ``lease`` is the number of bytes charged while a session uses the memory."""
         self.model, self.lease = model, lease
         self.memory: Memory | None = None
         self.view: hf.CappedCache | None = None
@@ -82,7 +85,7 @@ class Holding:
 
     @property
     def peak(self) -> int:
-        """The most bytes that the memory ever held and worked with at one time."""
+        """The most bytes that the memory ever used at one time, resident and temporary bytes together."""
         return self._counts()[3]
 
     def _counts(self) -> tuple[int, int, int, int]:
@@ -99,9 +102,10 @@ class Holding:
 
     @property
     def charged(self) -> int:
-        """Bytes charged to the runtime's cap.
+        """Number of bytes of the runtime's cap that are charged for the memory.
 
-        These are the lease until the memory is preempted, then the bytes that it holds, and 0 while it is on disk.
+        This is the lease until the memory is preempted, then the bytes that the memory holds, and 0 while it is on
+        disk.
         """
         memory = self.memory
         if memory is None:
@@ -116,14 +120,20 @@ class Holding:
 
     @property
     def quiet(self) -> bool:
-        """True if the memory is not on disk and no operation in it is unfinished, so that saving it needs no room."""
+        """True if the memory can be saved without temporary bytes.
+
+        This is so if the memory is not on disk and has no unfinished compaction, re-basing or move of pinned slots.
+        """
         if self.memory is None:
             return False
         sequence = self.memory.sequences[0]
         return sequence.quiet and sequence.arranged
 
     def copied(self) -> Holding:
-        """Return a new holding with a copy of the memory; this holding keeps its own memory, also if it is on disk."""
+        """Return a new holding with a copy of the memory; if the memory is on disk, the copy is read from there.
+
+        This holding keeps its own memory.
+        """
         memory = self._read() if self.memory is None else copy(self.finished())
         other = Holding(self.model, memory, self.lease)
         other.named, other.identity = self.named, self.identity
@@ -132,11 +142,11 @@ class Holding:
     @property
     def engine(self) -> Engine:
         """The engine that feeds and compacts the memory, which must not be on disk."""
-        assert self.view is not None  # noqa: S101  # the caller has asked for it
+        assert self.view is not None  # noqa: S101  # the caller has made sure of this
         return self.view.engine
 
     def finished(self) -> Memory:
-        """Finish what has begun in the memory and return the memory, which must not be on disk.
+        """Finish an interrupted compaction or re-basing, and return the memory, which must not be on disk.
 
         Raises:
             CompactionFailed: a compaction had begun and cannot be finished.
@@ -156,17 +166,17 @@ class Holding:
         left: int = 0,
         ask: Callable[[], Request | None] = lambda: USUAL,
     ) -> list[CompactionReport]:
-        """Free bytes by a stage and return the reports of the compactions made for that.
+        """Free bytes of the idle memory by one stage, and return the reports of any compactions.
 
-        Nothing happens if the memory was already preempted by this stage or a later one. Therefore it is compacted
-        at most once before it is used again.
+        Nothing happens if the memory was already preempted by this stage or a later one. Therefore the memory is
+        compacted at most once before it is used again.
 
         Args:
             stage: the stage.
-            folder: returns the folder for idle memories on disk.
-            left: uncharged bytes of the cap. A memory that has given back its room is compacted only if the workspace
-                of a compaction fits into these bytes.
-            ask: returns the request for the compaction, or ``None`` to forbid the compaction.
+            folder: function that returns the folder for idle memories on disk.
+            left: uncharged bytes of the cap. A memory that has given back its room is compacted only if the temporary
+                bytes of a compaction fit into these bytes.
+            ask: function that returns the request for the compaction, or ``None`` to forbid the compaction.
 
         Raises:
             CompactionFailed: a compaction had begun and cannot be finished.
@@ -192,9 +202,11 @@ class Holding:
         return memory.compactions[before:]
 
     def _compact_further(self, memory: Memory, request: Request) -> None:
-        """Finish what has begun, then compact the segments to half their slots.
+        """Finish an interrupted compaction or re-basing, then compact the segments to half of their slots.
 
-        The memory gets no free room after the compaction, since the caller would give it back at once.
+        Nothing is compacted further if the memory does not compact by itself, if the request's policy has another
+        plan, or if too few slots would be left. After the compaction the memory gets no free room, since the caller
+        would take it back at once.
         """
         sequence, plan, cap = memory.sequences[0], memory.plan, memory.ledger.cap
         engine = self.engine
@@ -207,7 +219,7 @@ class Holding:
             if self.stage is not None:
                 self._working = plan.workspace_bytes
                 memory.ledger.cap = self.charged
-            promote(memory, sequence)  # as a compaction does first; then the slots of pins count as the front
+            promote(memory, sequence)  # so that the slots of pins count as part of the front
             pinned = sequence.front(plan.prefix) + plan.recent
             slots = (sequence.mean_slots() - pinned) // 2
             if slots >= MIN_BUDGET:
@@ -238,7 +250,10 @@ class Holding:
     # ---- coming back
 
     def wake(self) -> None:
-        """Read the memory from disk if necessary, and give it the room of its whole lease, which must be granted."""
+        """Read the memory from disk if necessary, and give it the free room of its whole lease.
+
+        The lease must have been granted before.
+        """
         if self.memory is None:
             self._attach(self._read())
             self._forget_disk()
@@ -247,10 +262,10 @@ class Holding:
         self.stage = None
 
     def inherit(self, folder: Callable[[], Path]) -> None:
-        """Make own links or copies of the files of a memory on disk, in a forked process.
+        """In a forked process, link or copy the files of a memory on disk into a folder of this process.
 
-        The parent will delete its files. If they cannot be linked or copied, the memory is lost for this process, and
-        the next turn raises an error.
+        This is necessary because the parent process deletes its own files at some time. If the files cannot be linked
+        or copied, the memory is lost for this process, and the next turn raises an error.
         """
         theirs, self._folder = self._folder, None
         if theirs is None:
@@ -267,7 +282,7 @@ class Holding:
         self._forget_disk()
 
     def _read(self) -> Memory:
-        assert self._folder is not None  # noqa: S101  # a memory that is not here is on disk
+        assert self._folder is not None  # noqa: S101  # without a memory in use, it is on disk
         memory = self._template.empty()
         read_sequence(memory, self._folder, identity=self.identity, dtype=self._dtype)
         return memory

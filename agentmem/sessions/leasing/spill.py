@@ -1,8 +1,8 @@
-"""The spill folder: each runtime has a private folder for its idle memories on disk.
+"""Spill folders: each runtime has a private folder for its idle memories on disk.
 
-Several processes may share the parent folder. A runtime locks the lock file in its private folder as long as it lives.
-The system frees the lock when the process dies, and the next runtime deletes all private folders whose lock is free. A
-forked process does not own its parent's folder: it makes a private folder of its own and deletes no other.
+The private folders of several processes may be in one shared folder. A runtime holds a lock on a file in its private
+folder until it is closed. If its process dies, the system frees the lock, and the next runtime deletes all private
+folders whose lock is free. A forked process makes a private folder of its own and does not delete its parent's folder.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ _OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
 class Spill:
     """The private folder of one runtime below a shared folder.
 
-    It is made when first needed and deleted by :meth:`close`, or at the latest when this object is garbage-collected.
+    The folder is made when it is first needed. It is deleted by :meth:`close`, or at the latest when this object is
+    garbage-collected.
     """
 
     def __init__(self, above: Path | None = None) -> None:
-        """Delete folders that dead runtimes have left in the shared folder ``above``, and make no folder yet.
+        """Delete the folders that dead runtimes have left in the shared folder ``above``; make no folder yet.
 
         The default for ``above`` is a folder of this user in the system's temporary folder. Nothing is deleted if the
         shared folder does not exist.
@@ -79,12 +80,12 @@ class Spill:
             owner.release()
 
     def _forget(self) -> None:
-        """Give up the folder without deleting it, in a forked process: it belongs to the parent process."""
+        """In a forked process, forget the folder without deleting it, since it belongs to the parent process."""
         self._path = self._owner = self._end = None
         self._process = os.getpid()
 
     def _check(self) -> None:
-        """Refuse a default shared folder that another user has made or can access.
+        """Check that the shared folder belongs to this user alone, if it is the default shared folder.
 
         Raises:
             OSError: the folder does not belong to this user alone.
@@ -111,7 +112,7 @@ def _delete(path: Path, process: int) -> None:
 
 
 def _sweep(above: Path) -> None:
-    """Delete the private folders whose lock is free, since their runtimes are gone."""
+    """Delete those private folders in ``above`` whose lock is free, since their runtimes are gone."""
     for path in above.glob(f"{_PREFIX}*"):
         if path.is_symlink() or not path.is_dir():
             continue

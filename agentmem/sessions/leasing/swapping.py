@@ -1,4 +1,4 @@
-"""Giving a session its lease: other memories are preempted, and the session's memory is restored or copied.
+"""Functions that give a session its lease: they preempt other memories, and restore or copy the session's memory.
 
 All functions run with the scheduler's lock held.
 """
@@ -44,7 +44,7 @@ def lend(runtime: Host, session: Conversation) -> bool:
     else:
         shared.wake()
     if not session.holding.seen:
-        session.holding.identity = runtime.identity.now()  # of the model that will compute its keys
+        session.holding.identity = runtime.identity.now()  # of the model that will compute the keys
     session.holding.used = next(runtime.turns)
     runtime.speak(session, session.memory)
     return True
@@ -86,7 +86,10 @@ def _sharing(runtime: Host, holding: Holding) -> list[Conversation]:
 
 @contextmanager
 def reporting_compactions(runtime: Host, holding: Holding) -> Iterator[None]:
-    """Report the compactions that happen in the ``with`` block to all sessions of a holding."""
+    """Return a context manager that reports compactions of a holding's memory to all sessions of the holding.
+
+    After the ``with`` block, the compactions made in the block are reported.
+    """
     memory, sharing = holding.memory, _sharing(runtime, holding)
     before = 0 if memory is None else len(memory.compactions)
     try:

@@ -1,4 +1,4 @@
-"""Saving and loading sessions. All of a snapshot is checked before any of it is used."""
+"""Saving and loading of sessions. Loading checks a whole snapshot before it uses any part of the snapshot."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def save(runtime: Host, session: Conversation, url: str | os.PathLike[str]) -> N
 
 
 def _made_of(session: Conversation, template: str) -> dict[str, Any]:
-    """Return the record of how a session was made, as the manifest stores it."""
+    """Return the record of how a session was made, as JSON values for the manifest."""
     settings = session.memory.settings.model_dump(mode="json")
     del settings["cap"]
     made = Made(
@@ -56,7 +56,7 @@ def _made_of(session: Conversation, template: str) -> dict[str, Any]:
 
 
 def _identity(runtime: Host, session: Conversation) -> dict[str, str]:
-    """Return the identity for the snapshot of a session.
+    """Return the identity that a snapshot of the session gets: fingerprints of model, tokenizer and chat template.
 
     Raises:
         AgentmemError: the model, tokenizer or chat template has changed since the session read its first token.
@@ -114,7 +114,7 @@ def _again(
     given: Given,
     settings: Mapping[str, Any],
 ) -> Any:
-    """Make an empty session with the policies, settings and template options of the saved one."""
+    """Make an empty session with the policies and settings of the saved session, except for those that are given."""
     policy = None if given.policy is None else plugins.policy(given.policy)
     extra_policies = None if given.extra_policies is None else plugins.beside(given.extra_policies)
     made.check_template(template_digest(given.tools, given.template_options), shown(url))
@@ -133,7 +133,9 @@ def _again(
 
 
 def _check_pattern(runtime: Host, made: Made, settings: Mapping[str, Any], url: str | os.PathLike[str]) -> None:
-    """Refuse a ``pin_pattern`` that comes from the snapshot alone, since it would be run on all messages read later.
+    """Refuse a ``pin_pattern`` (a regular expression) that only the snapshot has.
+
+    Such a pattern would be run on all messages that are read later, although nobody has confirmed it.
 
     Raises:
         SnapshotRefused: the snapshot has a ``pin_pattern`` that differs from the runtime's, and the caller gives none.
@@ -162,7 +164,7 @@ def _fill(runtime: Host, session: Conversation, url: str | os.PathLike[str], *, 
 
 
 def _check(session: Conversation, saved: SavedSequence, state: Saved) -> None:
-    """Check a session's state, both before it is written and before it is used.
+    """Check a session's state; this is called before the state is saved and before a saved state is used.
 
     Raises:
         ValueError: the state is invalid; see :meth:`agentmem.sessions.snapshots.session_state.Saved.check`.

@@ -1,4 +1,4 @@
-"""Writing and reading the files of a snapshot: tensors and a JSON state in one folder, verified before they are used.
+"""Writing and reading the files of a snapshot: tensors and a JSON state in one folder, verified when they are read.
 
 A snapshot has three files: ``state-*.json``, ``tensors-*.safetensors`` and ``manifest.json``. The manifest has the
 names, sizes and SHA-256 of the other two. A save writes two new data files beside the old ones, then renames the new
@@ -14,9 +14,9 @@ left behind.
   (:data:`LEFTOVER_SECONDS`) until a later save deletes them.
 
 The tensors are read only once: they are hashed while they are read into their final places, and returned only if the
-hash is right. A library that opens files by path would read them a second time, after a possible change.
-Checksums find damage but not forgery: anyone who can write to the folder can write a whole forged snapshot. Therefore
-:func:`read_snapshot` has the argument ``check``.
+hash is right. A library that opens files by path would read them a second time, and they could have changed since the
+check. Checksums find damage but not forgery: anyone who can write to the folder can write a whole forged snapshot.
+Therefore :func:`read_snapshot` has the argument ``check``.
 """
 
 from __future__ import annotations
@@ -81,15 +81,15 @@ def write_snapshot(
         tensors: tensors by their names, which are printable ASCII. They may have any dtype that safetensors has
             (except 4-bit ones), any device and any strides.
         state: a JSON value of dicts with string keys, lists, strings, integers, finite floats, booleans and None.
-        identity: fingerprints of the model and the like; only a reader that passes equal ones can read the snapshot.
-        settings: a value like ``state`` that is stored in the manifest, so that it can be read without the rest.
+        identity: fingerprints of the model, the tokenizer and so on. :func:`read_snapshot` must be given equal ones.
+        settings: a further JSON value, which is stored in the manifest and can be read without the data files.
 
     Raises:
-        AgentmemError: a value cannot be saved, or the files cannot be written; then the folder has either the old
-            snapshot or the new one, complete.
+        AgentmemError: a value cannot be saved, or the files cannot be written. In both cases the folder has either the
+            old snapshot or the new one, complete.
 
-    Memory needed: the state's JSON. Also, for one tensor at a time, a copy if the tensor is not on the CPU or not
-    contiguous, and two copies if neither.
+    Memory needed: the state's JSON. Also, for one tensor at a time, one copy if the tensor is not on the CPU or is not
+    contiguous, and two copies if both are true.
     """
     with _told(AgentmemError, url, _UNCHANGED):
         folder = open_folder(url)
@@ -157,9 +157,9 @@ def read_snapshot(
 def _save(
     folder: Folder, token: str, text: bytes, contents: Iterable[bytes | memoryview], about: Mapping[str, Any]
 ) -> Manifest:
-    """Write the data files and the manifest, then publish the manifest.
+    """Write the data files and the manifest under new names, then rename the manifest to its final name; return it.
 
-    If the save fails before it publishes, the new files are deleted.
+    If the save fails before the manifest is renamed, the new files are deleted.
     """
     state_name, tensor_name, scratch = (
         f"state-{token}.json",
@@ -216,7 +216,12 @@ def _octets(tensor: torch.Tensor) -> Iterator[memoryview]:
 
 
 def _state_text(state: Mapping[str, Any]) -> bytes:
-    """Return the state as JSON, after checking that a reader gets exactly this state back."""
+    """Return the state as JSON.
+
+    Raises:
+        ValueError: JSON cannot represent the state exactly.
+
+    """
     text = spelled(dict(state), sort_keys=False)
     if parsed(text, MAX_STATE_BYTES) != dict(state):
         raise ValueError(
@@ -226,7 +231,10 @@ def _state_text(state: Mapping[str, Any]) -> bytes:
 
 
 def _sweep(folder: Folder, kept: frozenset[str], outdated: frozenset[str]) -> None:
-    """Delete the outdated and left-over files that are not in ``kept``; a later save retries those that cannot go."""
+    """Delete the outdated files and those that unfinished saves have left, except the files in ``kept``.
+
+    A file that cannot be deleted now is tried again by the next save.
+    """
     with suppress(OSError):
         for name in folder.names():
             if name not in kept and DATA_NAME.fullmatch(name) and (name in outdated or _left_over(folder, name)):
@@ -281,11 +289,11 @@ def _load(
 
 
 def check_identity(where: str, manifest: Manifest, identity: Mapping[str, str]) -> None:
-    """Refuse a snapshot of another model, tokenizer or other part.
+    """Check that the fingerprints in a manifest are those in ``identity``; ``where`` is the snapshot's place.
 
     Raises:
-        SnapshotRefused: a fingerprint differs or exists on one side only; the message names one such part with both
-            fingerprints.
+        SnapshotRefused: a fingerprint differs or exists on one side only; the message names its part (such as the
+            tokenizer) and both fingerprints.
 
     """
     if (name := differing(identity, manifest.identity)) is not None:
@@ -321,13 +329,13 @@ def _read_tensor(reader: _Reader, name: str, spec: TensorSpec) -> torch.Tensor:
 
 
 class _Reader:
-    """A reader of a stream that hashes all bytes that it reads."""
+    """A reader of a stream of ``size`` bytes, which hashes all bytes that it reads."""
 
     def __init__(self, stream: BinaryIO, name: str, size: int) -> None:
         self._stream, self.name, self.size, self.digest = stream, name, size, hashlib.sha256()
 
     def fill(self, room: memoryview) -> None:
-        """Read exactly as many bytes as ``room`` has, into ``room``."""
+        """Fill ``room`` with the next bytes of the stream; raise ValueError if the stream ends before."""
         done = 0
         while done < len(room):
             block = self._stream.read(min(_BLOCK, len(room) - done))
@@ -346,9 +354,9 @@ class _Reader:
 
 @contextmanager
 def _verified(folder: Folder, spec: FileSpec, limit: int) -> Iterator[_Reader]:
-    """Open a data file and give its reader; check the size before the ``with`` block and the SHA-256 after it.
+    """Return a context manager that opens a data file and gives its reader; the block must read the whole file.
 
-    The block must read the whole file.
+    A ValueError is raised before the block if the file has a wrong size, and after the block if it has a wrong SHA-256.
     """
     with folder.read(spec.name) as (stream, size):
         if size != spec.size or size > limit:
@@ -361,7 +369,7 @@ def _verified(folder: Folder, spec: FileSpec, limit: int) -> Iterator[_Reader]:
 
 @contextmanager
 def _said_of(name: str) -> Iterator[None]:
-    """Put the name of the file before the message of a ValueError that the ``with`` block raises."""
+    """Return a context manager that puts the name of a file before the message of a ValueError of the block."""
     try:
         yield
     except ValidationError as error:
@@ -372,7 +380,10 @@ def _said_of(name: str) -> Iterator[None]:
 
 @contextmanager
 def _told(kind: type[AgentmemError], where: str | os.PathLike[str], remedy: str) -> Iterator[None]:
-    """Turn errors of files or of their content into an error of the type ``kind``; AgentmemErrors pass unchanged."""
+    """Return a context manager that turns errors of files or of their content into an error of the type ``kind``.
+
+    The message has the place of the snapshot and the remedy. An AgentmemError passes unchanged.
+    """
     try:
         yield
     except AgentmemError:
@@ -382,7 +393,7 @@ def _told(kind: type[AgentmemError], where: str | os.PathLike[str], remedy: str)
 
 
 def shown(url: str | os.PathLike[str]) -> str:
-    """Return a path or URL for error messages, without a password and cut to a limited length."""
+    """Return a path or URL as error messages show it: without a password, and with at most 300 characters."""
     text = re.sub("//[^/@]*@", "//", os.fspath(url)[:2000])
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 

@@ -36,15 +36,12 @@ class Folder(ABC):
     """
 
     def __init__(self, shown: str, *, exclusive: bool) -> None:
-        """Keep the properties of the folder.
-
-        ``shown`` is its name in messages; ``exclusive`` is true if :meth:`saving` keeps other savers out.
-        """
+        """Store the folder's name for error messages (``shown``), and whether :meth:`saving` keeps other savers out."""
         self.shown, self.exclusive = shown, exclusive
 
     @abstractmethod
     def saving(self) -> AbstractContextManager[None]:
-        """Return a context manager for a save: it makes the folder and, if ``exclusive``, keeps other savers out."""
+        """Return a context manager for a save, which makes the folder and, if ``exclusive``, keeps other savers out."""
 
     @abstractmethod
     def names(self) -> list[str]:
@@ -56,11 +53,11 @@ class Folder(ABC):
 
     @abstractmethod
     def write(self, name: str, blocks: Iterable[bytes | memoryview]) -> None:
-        """Write the blocks to a file ``name``, which is stored durably when this returns."""
+        """Write the blocks to a new file ``name`` and store the file durably."""
 
     @abstractmethod
     def publish(self, scratch: str, name: str) -> None:
-        """Rename the file ``scratch`` to ``name`` and replace an older file, after all earlier writes are stored."""
+        """Rename the file ``scratch`` to ``name``, in place of an older file; store all earlier writes before that."""
 
     @abstractmethod
     def remove(self, name: str) -> None:
@@ -76,7 +73,7 @@ class LocalFolder(Folder):
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Make the folder and hold its lock during the ``with`` block.
+        """Return a context manager that makes the folder and holds the folder's lock during the ``with`` block.
 
         If the process dies, the system frees the lock.
         """
@@ -100,7 +97,10 @@ class LocalFolder(Folder):
 
     @contextmanager
     def read(self, name: str) -> Iterator[tuple[BinaryIO, int]]:
-        """Open a regular file that is not a symbolic link and give its stream and its size in bytes."""
+        """Return a context manager that opens a file and gives its stream and its size in bytes.
+
+        Symbolic links and everything else that is not a regular file are refused.
+        """
         path = self.path / name
         if path.is_symlink():
             raise ValueError(f"{name} is a symbolic link; a snapshot holds plain files only")
@@ -132,7 +132,7 @@ class LocalFolder(Folder):
 class StoreFolder(Folder):
     """A folder in a store that fsspec can reach.
 
-    It has no lock, the store decides when to flush, and a rename may be carried out as a copy.
+    The folder has no lock, the store decides when to flush, and a rename may be carried out as a copy.
     """
 
     def __init__(self, store: AbstractFileSystem, root: str) -> None:
@@ -141,7 +141,7 @@ class StoreFolder(Folder):
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Create the folder when a save begins; saves by other processes are not kept out.
+        """Return a context manager that creates the folder; other savers are not kept out.
 
         In stores without real folders, such as most object stores, creating the folder does nothing.
         """
@@ -157,7 +157,7 @@ class StoreFolder(Folder):
 
     @contextmanager
     def read(self, name: str) -> Iterator[tuple[BinaryIO, int]]:
-        """Open an object and give its stream and its size in bytes according to the store."""
+        """Return a context manager that opens an object and gives its stream and the size that the store reports."""
         path = f"{self.root}/{name}"
         with _store_faults():
             self.store.invalidate_cache(self.root)
@@ -174,9 +174,9 @@ class StoreFolder(Folder):
                 file.write(block)
 
     def publish(self, scratch: str, name: str) -> None:
-        """Move the object.
+        """Rename the object ``scratch`` to ``name``.
 
-        Most object stores do this by a copy on their side, which appears as a whole, and a deletion.
+        Most object stores copy the object, which appears as a whole under its new name, and then delete the old one.
         """
         with _store_faults():
             self.store.mv(f"{self.root}/{scratch}", f"{self.root}/{name}")
@@ -188,7 +188,7 @@ class StoreFolder(Folder):
 
 
 def local_path(path: str | os.PathLike[str]) -> Path:
-    """Return the path with a leading ``~`` or ``~user`` expanded; the ``~user`` of an unknown user stays as it is."""
+    """Return the path with a leading ``~`` or ``~user`` expanded; ``~user`` is not expanded for an unknown user."""
     return Path(os.path.expanduser(path))  # noqa: PTH111  # Path.expanduser fails where there is no such user
 
 
@@ -214,7 +214,7 @@ def open_folder(url: str | os.PathLike[str]) -> Folder:
 
 
 def _sync(folder: Path) -> None:
-    """Flush the names in a folder to the disk if the system can do that."""
+    """Flush the file names in a folder to the disk, if the system can do that."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -230,7 +230,10 @@ def _sync(folder: Path) -> None:
 
 @contextmanager
 def _store_faults() -> Iterator[None]:
-    """Turn exceptions that are specific to a store into OSError; OSError and ValueError pass unchanged."""
+    """Return a context manager that turns exceptions specific to a store into OSError.
+
+    OSError and ValueError pass unchanged.
+    """
     try:
         yield
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
-"""The manifest of a snapshot, which lists its files and tensors, and the safetensors header that follows from it.
+"""The manifest of a snapshot, which lists the files and tensors, and the safetensors header for these tensors.
 
 A manifest can be written in only one way: as JSON with sorted keys and no spaces, together with the SHA-256 of that
-JSON. A file with other bytes is refused, even if it has the same content, so every flipped bit is noticed.
+JSON. A manifest file with other bytes is refused, even if the content is equal, so every flipped bit is noticed.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class TensorSpec(_Frozen):
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Self:
-        """Describe ``tensor``.
+        """Return the dtype and shape of ``tensor``.
 
         Raises:
             ValueError: the tensor is sparse, a meta tensor, or of a dtype that safetensors does not know.
@@ -192,18 +192,24 @@ class Manifest(_Frozen):
 
 
 def _check_count(name: str, found: object, most: int) -> None:
-    """Refuse a dict with too many keys early, since the later validation would report every key as an error."""
+    """Refuse a dict with more than ``most`` keys.
+
+    This comes before the validation of the content, which would report every key as an error.
+    """
     if isinstance(found, dict) and len(found) > most:
         raise ValueError(f"{name[:80]} has {len(found)} keys; the limit is {most}")
 
 
 def in_file_order(tensors: Mapping[str, TensorSpec]) -> list[tuple[str, TensorSpec]]:
-    """Return the tensors in file order: by falling size of their dtype, so that all are aligned, then by name."""
+    """Return the tensors in file order: those with larger elements first, so that all are aligned, then by name."""
     return sorted(tensors.items(), key=lambda item: (-item[1].torch_dtype.itemsize, item[0]))
 
 
 def header(tensors: Mapping[str, TensorSpec]) -> bytes:
-    """Return the only valid safetensors header for these tensors: its length, then JSON padded to 8 bytes."""
+    """Return the only safetensors header that is valid for these tensors.
+
+    The header is the length of the JSON text (8 bytes, little-endian), then this text, padded to a multiple of 8 bytes.
+    """
     entries, start = {}, 0
     for name, spec in in_file_order(tensors):
         stop = start + spec.nbytes

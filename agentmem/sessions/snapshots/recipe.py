@@ -1,4 +1,4 @@
-"""The record in a snapshot's manifest of how the session was made, from which the session can be made again."""
+"""The record in a snapshot's manifest of how the session was made; loading makes the session again from this record."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _DEPTH = 12
 
 
 class Named(BaseModel):
-    """A policy in a snapshot: its name, and a digest (64 hexadecimal digits) of the parts that it is made of."""
+    """A policy in a snapshot: its name, and a digest (64 hexadecimal digits) of all parts of the policy."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -40,9 +40,9 @@ class Named(BaseModel):
 
     @classmethod
     def of(cls, policy: Policy) -> Self:
-        """Record a policy, which must not have been used yet.
+        """Return the record of a policy, which must not have been used yet.
 
-        Some policies look up a table for the model at their first use and keep it, which would change the digest.
+        At their first use, some policies look up a table for the model and store it, which would change the digest.
         """
         return cls(name=policy.name, parts=_digest(_described(policy)))
 
@@ -50,8 +50,8 @@ class Named(BaseModel):
         """Make the policy again from its name and check that its digest is the recorded one.
 
         Raises:
-            SettingsRefused: no policy has this name, its parts differ from the recorded ones, or it brings a pattern
-                that the installed policy does not have.
+            SettingsRefused: no policy has this name, its parts differ from the recorded parts, or its name sets a
+                regular expression that the installed policy does not have.
 
         """
         try:
@@ -69,7 +69,10 @@ class Named(BaseModel):
 
 
 def _check_pattern(made: Policy) -> None:
-    """Refuse a policy whose pattern comes from the snapshot's spec and not from the installed policy of that name."""
+    """Refuse a policy with a regular expression that the spec in the snapshot sets.
+
+    The regular expression of the installed policy of that name is allowed.
+    """
     plain = plugins.policy(specs.plain_name(made.name))
     if made.queries.pattern not in ("", plain.queries.pattern):
         raise SettingsRefused(
@@ -78,7 +81,7 @@ def _check_pattern(made: Policy) -> None:
 
 
 class Made(BaseModel):
-    """The record of how a session was made."""
+    """The record of how a session was made: its name, policies, settings, and a digest of its tools and variables."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -109,7 +112,9 @@ class Made(BaseModel):
         return made
 
     def check_template(self, template: str, where: str) -> None:
-        """Refuse tools or template variables that differ from the recorded ones, whose text is in the memory.
+        """Check that the tools and template variables given now are the recorded ones, whose text the memory holds.
+
+        ``template`` is the digest of those given now, and ``where`` is the place of the snapshot.
 
         Raises:
             SnapshotRefused: the digest ``template`` differs from the recorded one.
@@ -126,13 +131,13 @@ class Made(BaseModel):
 
 
 def split(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split settings into those of the session and those of its memory, in this order."""
+    """Split settings into two dicts: first those of the session, then those of its memory."""
     own = {name: value for name, value in values.items() if name in SessionSettings.model_fields}
     return own, {name: value for name, value in values.items() if name not in own}
 
 
 def check_settings(values: Mapping[str, Any]) -> None:
-    """Refuse settings that cannot work under any cap.
+    """Check that settings of a session and its memory can work under some cap.
 
     Raises:
         SettingsRefused: a setting is unknown or invalid; the message names the field, the value and the limit.

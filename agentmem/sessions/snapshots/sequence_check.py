@@ -1,4 +1,4 @@
-"""Checks of whether a memory can go on from a sequence read from a snapshot: sizes before reading, values afterwards.
+"""Checks of a sequence in a snapshot, for a memory that is to continue it: of sizes before reading, then of values.
 
 Checksums find damage but not forged values. Later code relies on every invariant checked here: if one were broken, an
 index would be out of range, slots would not be accounted for, or positions would belong to no token. All checks raise
@@ -36,10 +36,10 @@ _DTYPES = {"bias": torch.float32, "positions": torch.int32, "scores": torch.floa
 
 
 def check_sizes(memory: Memory, saved: SavedSequence, kinds: Mapping[str, Kind], dtype: torch.dtype) -> None:
-    """Refuse a sequence that the memory cannot hold or whose counts contradict one another.
+    """Refuse a sequence that the memory cannot hold, or whose counts contradict one another.
 
-    This runs before any tensor is allocated. ``kinds`` has the dtype and shape of each tensor by its name; keys and
-    values must have been computed in ``dtype``.
+    This check comes before any tensor is allocated. ``kinds`` has the dtype and shape of each tensor by its name. Keys
+    and values must have been computed in ``dtype``.
     """
     shapes = memory.shape.layers
     _hold(len(saved.layers) == len(shapes), f"it has {len(saved.layers)} layers, the model has {len(shapes)}")
@@ -124,7 +124,7 @@ def _check_lengths(memory: Memory, saved: SavedSequence, index: int, layer: Save
 
 
 def _never_compacted(memory: Memory, saved: SavedSequence) -> int:
-    """Return the number of slots that every head must have.
+    """Return the number of slots that every head must have at least.
 
     These are the slots of the prefix, of promoted pins and of all other tokens that no compaction has reached.
     """
@@ -145,7 +145,7 @@ def _fullest(memory: Memory) -> int:
 
 
 def _check_samples(memory: Memory, saved: SavedSequence, index: int, layer: SavedLayer, shape: LayerShape) -> int:
-    """Refuse samples of stored queries with a wrong number of queries; return the bytes that the samples will take."""
+    """Check how many stored queries a layer's samples have, and return the bytes that the samples will take."""
     parts = memory.policy.queries.stored if shape.window is None else ()
     _hold(len(layer.samples) == len(parts), f"layer {index} has {len(layer.samples)} samples instead of {len(parts)}")
     for sample, part in zip(layer.samples, parts, strict=True):
@@ -204,7 +204,7 @@ def check_values(memory: Memory, saved: SavedSequence, tensors: Mapping[str, tor
         raise ValueError(f"its generator's state is none: {error}") from None
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.numel():
-            low, high = (float(end) for end in tensor.aminmax())  # NaN is handed on, and nothing is allocated
+            low, high = (float(end) for end in tensor.aminmax())  # aminmax passes NaN on and allocates nothing
             _hold(math.isfinite(low) and math.isfinite(high), f"{name} is not finite: from {low} to {high}")
     for index, (layer, shape) in enumerate(zip(saved.layers, memory.shape.layers, strict=True)):
         for head in range(0 if layer is None else shape.kv_heads):

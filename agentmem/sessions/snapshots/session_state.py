@@ -23,7 +23,7 @@ Count = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
 class Saved(BaseModel):
-    """The state of one session outside its memory."""
+    """The part of one session's state that its memory does not hold."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -38,10 +38,10 @@ class Saved(BaseModel):
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Self:
-        """Read the session's state from a snapshot's state.
+        """Read the session's state from the whole state in a snapshot.
 
         Raises:
-            ValueError: the snapshot's state has no session, or an invalid one.
+            ValueError: the snapshot's state has no session's state, or an invalid one.
 
         """
         try:
@@ -81,7 +81,7 @@ class Saved(BaseModel):
         self.generator()
 
     def generator(self) -> torch.Generator | None:
-        """Return a sampling generator in the saved state, or ``None`` if the session had no generator of its own.
+        """Return a generator for sampling in its saved state, or ``None`` if the session had no generator of its own.
 
         Raises:
             ValueError: the saved text is not the state of a generator.
@@ -111,7 +111,7 @@ def saved(session: Conversation) -> Saved:
 
 
 def restore(session: Conversation, state: Saved, consumed: Sequence[int]) -> None:
-    """Set an empty session to a saved state; ``consumed`` are the ids that the session's memory has consumed."""
+    """Give an empty session a saved state; ``consumed`` are the ids that the session's memory has consumed."""
     session.ids = array("q", (*consumed, *state.pending))
     session.dialogue, session.entries = state.dialogue, list(state.entries)
     if state.open_reply is not None:

@@ -34,11 +34,11 @@ cap, so they need a limit of their own."""
 class Identity:
     """Fingerprints of the model, its weights, the tokenizer and the chat template.
 
-    A runtime only reads snapshots with the same fingerprints, since the keys in a snapshot depend on these parts.
+    A runtime only reads snapshots with the fingerprints of its own parts, since the keys in a snapshot depend on them.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
-        """Compute the fingerprints of the weights and the vocabulary once: this is slow, and they should not change."""
+        """Compute the fingerprints of the weights and the vocabulary once: this is slow, and neither should change."""
         self._model, self._tokenizer = model, tokenizer
         vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
         self._read = {
@@ -47,10 +47,10 @@ class Identity:
         }
 
     def now(self) -> dict[str, str]:
-        """Return the current fingerprint of each part by the part's name.
+        """Return the fingerprint of each part by the part's name.
 
-        The fingerprints of the weights and the vocabulary are those computed at the start. For the other parts of the
-        model see :func:`agentmem.hf.model_identity.model_identity`.
+        The fingerprints of the weights and the vocabulary are those computed at the start. All others are computed now;
+        for those of the model see :func:`agentmem.hf.model_identity.model_identity`.
         """
         template = _digest(str(self._tokenizer.chat_template))
         return {**hf.model_identity(self._model), **self._read, "chat template": template}
@@ -61,15 +61,15 @@ def _digest(text: str) -> str:
 
 
 def take_sequence(memory: Memory, dtype: torch.dtype | None) -> tuple[SavedSequence, dict[str, torch.Tensor]]:
-    """Return the sequence of a memory as plain values and views of its tensors, after the checks of reading.
+    """Return the sequence of a memory as plain values, and views of its tensors, for a snapshot.
 
-    These are the checks that :func:`read_sequence` makes. ``dtype`` is the dtype with which the sequence will be read;
-    ``None`` stands for the dtype of its keys.
+    The sequence gets the checks that :func:`read_sequence` makes, so that the snapshot can be read again. ``dtype`` is
+    the dtype with which it will be read; ``None`` stands for the dtype of its keys. The sequence must have no
+    unfinished compaction or re-basing.
 
     Raises:
         AgentmemError: a snapshot of the sequence could not be read again, for example because a key is infinite; the
             memory stays as it is.
-        CompactionFailed: see :func:`agentmem.memory.state.take`.
 
     """
     saved, tensors = take(memory)
@@ -84,7 +84,7 @@ def take_sequence(memory: Memory, dtype: torch.dtype | None) -> tuple[SavedSeque
 
 @contextmanager
 def loadable() -> Iterator[None]:
-    """Turn a ValueError in the ``with`` block into an AgentmemError: the memory cannot be saved in a loadable form.
+    """Return a context manager for checks before a save; it turns a ValueError into an AgentmemError.
 
     Raises:
         AgentmemError: a check in the block raised ValueError.
@@ -110,11 +110,12 @@ def read_sequence(
     """Fill an empty memory with the sequence of a snapshot and return the snapshot's state.
 
     Args:
-        memory: the memory. Only the last step changes it, after all checks; that step can only fail for lack of room.
+        memory: the empty memory. It is changed only after all checks, by a step that can fail only for lack of room.
         url: path or URL of the snapshot.
         identity: the fingerprints that the snapshot must have.
         dtype: the dtype of keys and values.
-        check: called with the sequence and the state before any tensor is read; raises ValueError to refuse them.
+        check: a function that is called with the sequence and the state before any tensor is read; it raises
+            ValueError to refuse the snapshot.
 
     Raises:
         SnapshotRefused: the snapshot is of another model, damaged, hostile, or larger than the memory's cap.
@@ -137,7 +138,7 @@ def read_sequence(
 
 
 def _sequence_of(state: Mapping[str, Any]) -> SavedSequence:
-    """Return the sequence without its tensors from a snapshot's state.
+    """Read the saved sequence, without its tensors, from the state in a snapshot.
 
     Raises:
         ValueError: the state has no sequence, or an invalid one.
@@ -153,7 +154,7 @@ def _sequence_of(state: Mapping[str, Any]) -> SavedSequence:
 
 @contextmanager
 def refusing(url: str | os.PathLike[str], *errors: type[Exception], remedy: str = _OTHER) -> Iterator[None]:
-    """Turn the given errors in the ``with`` block into SnapshotRefused with the place of the snapshot.
+    """Return a context manager that turns the given errors into SnapshotRefused with the place of the snapshot.
 
     Raises:
         SnapshotRefused: the block raised one of ``errors``.

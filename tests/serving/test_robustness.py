@@ -98,7 +98,7 @@ async def test_a_connection_that_sends_no_request_is_closed(monkeypatch: pytest.
 
 
 async def test_a_call_is_waited_for_however_often_its_task_is_cancelled() -> None:
-    """A turn that is cancelled twice, by its client and by a server that ends, still leaves no call at work behind it."""
+    """A turn that is cancelled twice, by its client and by a server that ends, leaves no call at work."""
     of, begun, go_on, ended = serving.server(), threading.Event(), threading.Event(), threading.Event()
 
     def call() -> None:

@@ -98,7 +98,8 @@ class Holding:
     @property
     def pins(self) -> Pins:
         """The pins of the memory's sequence."""
-        return self._pins if self.memory is None else self.memory.sequences[0].pins
+        memory = self.memory  # read once, here and below: another thread may move the memory to disk in between
+        return self._pins if memory is None else memory.sequences[0].pins
 
     @property
     def charged(self) -> int:
@@ -124,9 +125,10 @@ class Holding:
 
         This is so if the memory is not on disk and has no unfinished compaction, re-basing or move of pinned slots.
         """
-        if self.memory is None:
+        memory = self.memory
+        if memory is None:
             return False
-        sequence = self.memory.sequences[0]
+        sequence = memory.sequences[0]
         return sequence.quiet and sequence.arranged
 
     def copied(self) -> Holding:

@@ -49,14 +49,14 @@ class Case:
         """The model."""
         return tiny_model(self.family, dtype=dtype, **SIZES, **self.config)  # type: ignore[arg-type]  # a family's name
 
-    def prepare(self, model: Any, policy: str) -> tuple[int, Use]:
+    def prepare(self, model: Any, policy: str, slot_dtype: str) -> tuple[int, Use]:
         """The cap in bytes, and what is measured.
 
         Raises:
             AgentmemError: the policy cannot be used with this model.
 
         """
-        settings = SETTINGS | self.settings
+        settings = SETTINGS | self.settings | {"slot_dtype": slot_dtype}
         if self.sessions is None:
             plan = agentmem.plan(model, cap=1 << 34, policy=policy, rows=len(self.lengths), **settings)
             cap = plan.resident_bytes + plan.workspace_bytes
@@ -129,7 +129,7 @@ CASES = {
 }
 
 
-def measure(case: Case, policy: str, dtype: torch.dtype) -> dict[str, int]:
+def measure(case: Case, policy: str, dtype: torch.dtype, slot_dtype: str = "auto") -> dict[str, int]:
     """Bytes of a cell: its cap, the peak beyond A, A, and what MKL's products packed into so far in this process.
 
     Raises:
@@ -138,7 +138,7 @@ def measure(case: Case, policy: str, dtype: torch.dtype) -> dict[str, int]:
 
     """
     model = case.model(dtype)
-    cap, use = case.prepare(model, policy)
+    cap, use = case.prepare(model, policy, slot_dtype)
     widths, ids = set[int](), case.batch()[0]
     model.get_decoder().layers[0].register_forward_pre_hook(lambda _, given: widths.add(given[0].shape[:2].numel()))
     if not use():

@@ -26,7 +26,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "float32+int8", "bfloat16+int8")
+"""The model's, with that of the slots after a plus sign where it is another."""
 THREADS = (1, 2, 4)
 SMALL = (("window",), ("bfloat16",), (1,))
 
@@ -110,10 +111,11 @@ def _cells(policy: str, dtype: str, threads: int) -> int:
     from benchmarks.allocation_cases import CASES, measure
 
     torch.set_num_threads(threads)
+    own, _, slots = dtype.partition("+")
     for name, case in CASES.items():
         cell: dict[str, Any] = {"name": f"{policy}, {dtype}, {threads} thread(s), {name}"}
         try:
-            cell |= measure(case, policy, getattr(torch, dtype))
+            cell |= measure(case, policy, getattr(torch, own), slots or "auto")
         except AgentmemError as error:
             cell["refused"] = str(error)
         print(json.dumps(cell), flush=True)

@@ -227,7 +227,7 @@ def open_memory(
     settings: Mapping[str, Any],
     extra_policies: Sequence[str | Policy] = (),
 ) -> Memory:
-    """Make a memory for a model, which the model does not use yet; arguments and errors are as in :func:`capped`."""
+    """Make a memory for a model without attaching it to the model; arguments and errors are as in :func:`capped`."""
     chosen = plugins.policy(policy)
     beside = plugins.beside(extra_policies)
     wished = Settings.of(cap=cap, **settings)

@@ -167,7 +167,10 @@ def _only(name: str) -> EntryPoint:
 
 
 def _make(point: EntryPoint, given: Mapping[str, object] = _NONE, written: Mapping[str, str] = _NONE) -> Policy:
-    """Make the policy of an entry point; ``given`` has options as values, ``written`` has options as a spec's texts."""
+    """Make the policy of an entry point.
+
+    ``given`` holds options as Python values; ``written`` holds options as the texts that a spec gives.
+    """
     factory = _load(point)
     options = {**written, **given}
     try:

@@ -47,7 +47,10 @@ class Spec:
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One term of a mixture: a name, its share relative to the other terms, and the weight of each of its elements."""
+    """One term of a mixture, such as ``a:3*0.5``: a name, a share and a weight.
+
+    The share is relative to the shares of the other terms. The weight applies to each query of the named source.
+    """
 
     name: str
     share: float = 1.0

@@ -30,7 +30,7 @@ from agentmem.policies.solvers.selection import top
 
 @dataclass(frozen=True)
 class GlobalScore(Observation):
-    """Keeps the slots with the largest ``λ * global score + (1 - λ) * (1 - redundancy)``."""
+    """Keeps the slots with the largest ``λ * global score + (1 - λ) * (1 - redundancy)``; λ is ``mix``."""
 
     scores = "carried"
 
@@ -51,17 +51,21 @@ class GlobalScore(Observation):
     def scratch(self, shape: SegmentShape) -> int:
         """Return the bytes of one scoring: of the attention or of the redundancy, whichever takes more.
 
-        The attention takes two blocks of weights: the maximum over query heads, and those of one query head.
+        While attention is computed, two blocks of weights exist: the maximum over the query heads so far, and the
+        weights of one query head.
         """
         repeated = redundancy_bytes(shape.slots, shape.key_dim, self.block_bytes)
         return self.attention_bytes(shape, copies=2, then=repeated) + 2 * shape.slots * FLOAT
 
     def workspace(self, shape: SegmentShape) -> int:
-        """Return an eviction's workspace plus the bytes of carried scores, for one head's slots and all kept slots."""
+        """Return an eviction's workspace plus the bytes of carried scores.
+
+        The carried scores are those of all slots of one head, and those of the kept slots of all heads.
+        """
         return super().workspace(shape) + (shape.slots + shape.heads * shape.budget) * FLOAT
 
     def score(self, segment: Segment, index: int) -> torch.Tensor:
-        """Return each slot's ``λ * global score + (1 - λ) * (1 - redundancy)``, in 0 … 1."""
+        """Return each slot's ``λ * global score + (1 - λ) * (1 - redundancy)``, in 0 … 1; λ is ``mix``."""
         attention = self.attention(segment, index)
         return self._mixed(attention, self._carried(segment, index, attention))
 
@@ -108,7 +112,8 @@ def g_kv(
 ) -> Policy:
     """Keep slots that the newest tokens attend to, or attended to at earlier compactions, unless their keys repeat.
 
-    ``window`` is the number of newest tokens whose queries count, and ``decay`` is α. The other options are fields of
+    ``window`` is the number of newest tokens whose queries count. ``decay`` is the factor by which one compaction
+    multiplies the scores of earlier compactions (the paper's α). The other options are fields of
     :class:`GlobalScore`, and ``budgets`` names the head budgets.
 
     Raises:

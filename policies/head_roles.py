@@ -58,10 +58,10 @@ class HeadRoles(Observation):
             raise ValueError(f"vector_slots: {self.vector_slots!r} make no semantic vector; give at least 1")
 
     def scratch(self, shape: SegmentShape) -> int:
-        """Return the bytes of one head's part of a survey, which takes more than :meth:`score` alone.
+        """Return the bytes that :meth:`survey` allocates for one head; :meth:`score` alone allocates fewer.
 
-        They are those of the attention, the pooled scores, the ranking, the ranked slots' values and the layer's
-        semantic vectors.
+        These bytes hold the attention, the pooled scores, the ranking, the ranked slots' values and the semantic
+        vectors of the layer.
         """
         value = shape.itemsize + (FLOAT if shape.itemsize < FLOAT else 0)
         values = min(self.vector_slots, shape.slots) * (shape.value_dim * value + 3 * FLOAT)
@@ -98,9 +98,10 @@ class HeadRoles(Observation):
 def heterogeneous(vectors: torch.Tensor, share: float) -> list[int]:
     """Return the indices of a layer's heterogeneous heads, given the semantic vectors ``[heads, dv]`` of all heads.
 
-    ``share`` is their fraction of the heads; it is rounded to at least one head. If only one head is heterogeneous, it
-    is the head farthest from the mean vector. Otherwise the nearest head is one of them, and the farthest heads are the
-    others. A layer of one or two heads has no heterogeneous heads, because two vectors are equally far from their mean.
+    ``share`` is the fraction of heads that are heterogeneous; their number is rounded, and is at least 1. If only one
+    head is heterogeneous, it is the head whose vector is farthest from the mean vector. If there are several, one is
+    the head nearest to the mean vector, and the others are the heads farthest from it. A layer of one or two heads has
+    no heterogeneous heads, because two vectors are equally far from their mean.
     """
     heads = len(vectors)
     if heads <= 2:  # noqa: PLR2004  # two vectors are equally far from their mean

@@ -31,7 +31,10 @@ from agentmem.policies.solvers.redundancy import redundancy, redundancy_bytes
 
 @dataclass(frozen=True)
 class NonRedundant(Observation):
-    """Keeps the slots with the largest ``λ * importance + (1 - λ) * (largest redundancy - redundancy)``."""
+    """Keeps the slots with the largest ``λ * importance + (1 - λ) * (largest redundancy - redundancy)``.
+
+    λ is ``mix``. The largest redundancy is the maximum over the slots of the head.
+    """
 
     mix: float = 0.1
     """λ, the weight of the importance; the redundancy has the weight 1 - λ."""
@@ -50,14 +53,17 @@ class NonRedundant(Observation):
     def scratch(self, shape: SegmentShape) -> int:
         """Return the bytes of one scoring: of the attention or of the redundancy, whichever takes more.
 
-        The attention takes two blocks of weights: the maximum over query heads, and those of one query head or the
-        pooled weights.
+        While attention is computed, two blocks exist: the maximum over the query heads, and either the numbers of one
+        query head or the pooled weights.
         """
         repeated = redundancy_bytes(shape.slots, shape.key_dim, self.block_bytes)
         return self.attention_bytes(shape, copies=2, then=repeated) + 2 * shape.slots * FLOAT
 
     def score(self, segment: Segment, index: int) -> torch.Tensor:
-        """Return the slots' scores by the paper's equation 7, plus ``(1 - λ) * largest redundancy`` of the head."""
+        """Return each slot's ``λ * importance - (1 - λ) * redundancy`` (the paper's equation 7), plus a constant.
+
+        The constant is ``1 - λ`` times the head's largest redundancy, so that no score is negative. λ is ``mix``.
+        """
         attention = self.attention(segment, index)
         scores, seen = attention.bias.new_zeros(len(attention.keys)), 0.0
         for weight, logits in largest_of_group(attention, segment.weights, attention.logits):
@@ -101,7 +107,8 @@ def r_kv(
 ) -> Policy:
     """Keep slots that the newest ``window`` tokens attend to, except those whose keys resemble other keys.
 
-    ``mix`` is λ. The other options are fields of :class:`NonRedundant`, and ``budgets`` names the head budgets.
+    ``mix`` is λ, the weight of the importance; the redundancy has the weight ``1 - mix``. The other options are fields
+    of :class:`NonRedundant`, and ``budgets`` names the head budgets.
 
     Raises:
         ValueError: an option's value is unknown or out of range.

@@ -1,6 +1,7 @@
-"""Run decode steps in compiled code: in one call, one token of each of several sequences attends to its slots.
+"""Run decode steps in compiled code: one call computes the attention of several sequences, for one token of each.
 
-Queries are ``[n, Hq, d]``, one row per sequence. A :class:`Layout` describes where a sequence's slots are in memory.
+Each token attends to the slots of its own sequence. Queries are ``[n, Hq, d]``, one row per sequence. A :class:`Layout`
+describes where a sequence's slots are in memory.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Form(NamedTuple):
 
 
 def form_of(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, quantised: bool = False) -> Form | None:
-    """Return the form of slots that store new ``keys [n, Hkv, d]`` and ``values [n, Hkv, dv]``.
+    """Return the :class:`Form` of slots that store new ``keys [n, Hkv, d]`` and ``values [n, Hkv, dv]``.
 
     Return ``None`` if :func:`attend_each` does not support these tensors or ``queries [n, Hq, d]``.
     """
@@ -103,7 +104,8 @@ def attend_each(
 ) -> None:
     """Attend with one token of each sequence, ``queries [n, Hq, d]``, and write contiguous ``output [n, Hq, dv]``.
 
-    All sequences have the same :class:`Form`, whose ``served`` is true. All tensors are on the CPU and have its dtype.
+    All sequences must have the same :class:`Form`, and its ``served`` must be true. All tensors must be on the CPU and
+    have the dtype of the form.
 
     Args:
         queries: one row per sequence.
@@ -153,7 +155,7 @@ def _together(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _place(rows: torch.Tensor | None) -> tuple[int, tuple[int, ...]]:
-    """Return the address of ``rows [n, h, d]`` and their strides over ``n`` and ``h``, in elements.
+    """Return the address of the tensor ``rows [n, h, d]`` and its strides over ``n`` and ``h``, in elements.
 
     If ``rows`` is ``None``, all these numbers are 0.
     """

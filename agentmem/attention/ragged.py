@@ -67,8 +67,9 @@ def fused_bytes(layer: LayerShape, tokens: int, slots: int, itemsize: int, rows:
 def _block_bytes(layer: LayerShape, heads: int, tokens: int, keys: int, itemsize: int) -> int:
     """Return the most bytes that :func:`_attend_block` allocates for one block of tokens.
 
-    These bytes hold the result over all parts so far, the result over the next part of the keys, and the working memory
-    to compute or merge that part. A part is at most ``SPAN`` slots, or the block's own tokens.
+    The keys are visited in parts; a part is at most ``SPAN`` slots, or the block's own tokens. The bytes hold the
+    result over all parts so far, the result over the next part, and the working memory to compute or merge the next
+    part.
     """
     wide = max(FLOAT, itemsize)
     rows = heads * layer.group * tokens
@@ -180,7 +181,7 @@ def _width(runs: Sequence[Run], fresh: Fresh | None) -> int:
 
 
 def _step(queries: torch.Tensor, runs: Sequence[Run], scale: float) -> torch.Tensor:
-    """Attend with one token's queries ``[Hq, 1, d]``; one kernel call per run reads each of its slots only once."""
+    """Attend with one token's queries ``[Hq, 1, d]``, by one kernel call per run, which reads each slot only once."""
     group = queries.shape[0] // sum(run.heads for run in runs)
     rows = (queries[run.first * group : (run.first + run.heads) * group].view(run.heads, group, 1, -1) for run in runs)
     outputs = [_flash_rows(each, run, scale)[0] for each, run in zip(rows, runs, strict=True)]
@@ -194,7 +195,7 @@ def _tokens(group: int, tokens: int) -> int:
 
 
 def _compiled(queries: torch.Tensor, runs: Sequence[Run]) -> bool:
-    """Return whether ``decode.c`` supports this decode step, by its dtype, dims and memory layout."""
+    """Return whether ``decode.c`` supports the dtype, the dims and the memory layout of this decode step."""
     form = _form(queries, runs)
     dim, width, dtype = form.key_dim, form.value_dim, form.dtype
     if form.quantised:
@@ -213,7 +214,7 @@ def _form(queries: torch.Tensor, runs: Sequence[Run]) -> decode.Form:
 
 
 def _plain(run: Run, dim: int, width: int, dtype: torch.dtype) -> bool:
-    """Return whether a run has the dtypes and the memory layout that ``decode.c`` needs, which reads raw addresses."""
+    """Return whether a run has the dtypes and the layout that ``decode.c`` needs to read the run by raw addresses."""
     keys, values, bias = run.keys, run.values, run.bias
     return (
         keys.dtype == values.dtype == dtype
@@ -227,7 +228,10 @@ def _plain(run: Run, dim: int, width: int, dtype: torch.dtype) -> bool:
 
 
 def _decode_step(queries: torch.Tensor, runs: Sequence[Run], scale: float) -> torch.Tensor:
-    """Attend with one token's queries ``[Hq, 1, d]`` over all runs, in head order, in one compiled call."""
+    """Attend with one token's queries ``[Hq, 1, d]`` over all runs in one compiled call.
+
+    The runs must be in the order of their heads.
+    """
     form = _form(queries, runs)
     output = queries.new_empty(1, queries.shape[0], form.value_dim)
     storages = [each for run in runs for each in (run.keys, run.values, run.bias)]
@@ -282,7 +286,7 @@ def _tiles(queries: torch.Tensor, runs: Sequence[Run], fresh: Fresh | None) -> b
 
 
 def _rows(source: Run | Fresh) -> bool:
-    """Return whether keys and values have the dtype and layout that ``chunk.c`` needs, which reads raw addresses."""
+    """Return whether keys, values and β have the dtypes and layout that ``chunk.c`` needs to read raw addresses."""
     keys, values, bias = source.keys, source.values, getattr(source, "bias", None)
     return (
         keys.dtype == values.dtype == torch.bfloat16
@@ -295,7 +299,10 @@ def _rows(source: Run | Fresh) -> bool:
 def _chunk_step(
     queries: torch.Tensor, runs: Sequence[Run], fresh: Fresh | None, scale: float, window: int | None
 ) -> torch.Tensor:
-    """Attend with queries ``[Hq, q, d]`` of several tokens over all runs and, causally, fresh keys in ``chunk.c``."""
+    """Attend in ``chunk.c`` with queries ``[Hq, q, d]`` of several tokens.
+
+    They attend to all slots of all runs, and causally to fresh keys.
+    """
     query_heads, tokens, dim = queries.shape
     heads = sum(run.heads for run in runs) if fresh is None else fresh.keys.shape[0]
     width, threads = (runs[0] if fresh is None else fresh).values.shape[-1], torch.get_num_threads()
@@ -494,9 +501,10 @@ def _local(queries: torch.Tensor, run: Run, scale: float) -> tuple[torch.Tensor,
 
 
 def local_bytes(layer: LayerShape, queries: int, before: int, after: int, itemsize: int, *, fused: bool) -> int:
-    """Return the most bytes that comparing :func:`local` of one head before and after a compaction allocates.
+    """Return the most bytes of a comparison of one head's attention before and after a compaction.
 
-    ``queries`` queries attend to ``before`` and to ``after`` slots. The bytes of the ``after`` slots are included.
+    The comparison calls :func:`local` twice with the same queries, ``queries`` of each query head: over the ``before``
+    slots that the head had, and over the ``after`` slots that it keeps. The bytes of the ``after`` slots are included.
     ``fused`` states whether :func:`local` uses the fused path.
     """
     outputs = 4 * layer.group * queries * (layer.value_dim * (itemsize + 4) + 8)

@@ -1,7 +1,7 @@
 """Measure how many slots each head of a model needs, and write a table for calibrated or sensitivity budgets.
 
 A head's *share* is the number of slots that the head should get, divided by the mean number of slots per head. Its
-*error curve* has the errors, in nats per token, if the head keeps only some fractions of its slots.
+*error curve* lists the head's errors, in nats per token, one for each of several fractions of slots that are kept.
 
 | file | content |
 | --- | --- |

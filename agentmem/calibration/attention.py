@@ -3,8 +3,8 @@
 The slots that receive most attention are chosen over all heads together. A head's *share* is the number of its chosen
 slots, divided by the mean number per head. The method needs no gradient.
 
-Sources: arXiv:2602.16284 for the scores of "highest attention" (rms); Ada-KV, arXiv:2407.11550, for the allocation over
-all heads.
+Sources: arXiv:2602.16284, method "highest attention", for the scores, which are root mean squares of attention weights;
+Ada-KV, arXiv:2407.11550, for the allocation over all heads.
 """
 
 from __future__ import annotations

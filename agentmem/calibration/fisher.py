@@ -3,11 +3,11 @@
 An *error curve* has the errors of one head at several fractions of kept slots. Compacting a head changes its attention
 output. A small change d of the output at a position changes the next-token distributions by KL ≈ ½ E (g · d)². Here g
 is the gradient of -log p(y) with respect to the attention output, and the next token y is drawn from the model's own
-distribution p. E (g gᵀ) is the Fisher information of the output. Changes at different positions are assumed to be
-uncorrelated.
+distribution p; E is the expectation over y. E (g gᵀ) is the Fisher information of the output. Changes at different
+positions are assumed to be uncorrelated.
 
-Sources: the curves replace the measured sensitivity curves of arXiv:2602.16284, nonuniform head budgets. The estimate
-of a pruning's error by Fisher information is that of arXiv:1801.05787.
+Sources: arXiv:2602.16284 measures sensitivity curves for nonuniform head budgets; the error curves estimated here
+replace them. arXiv:1801.05787 estimates the error of a pruning by Fisher information in the same way.
 """
 
 from __future__ import annotations
@@ -67,11 +67,12 @@ def _gradients(window: Window, layers: Sequence[int]) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def _losses(asked: AttentionCall, past: AttentionCall, gradients: torch.Tensor, heads: int) -> torch.Tensor:
-    """Return the estimated KL per token, ½ E (g · d)², of compacting each KV head alone, ``[heads]``.
+    """Return the estimated KL per token if one KV head alone is compacted, for each KV head, ``[heads]``.
 
     ``past`` has the context's keys, values and β with every head compacted. ``asked`` is the attention call of the
-    tokens after the context, without compaction. g are ``gradients``, and d is the change of the attention output;
-    g · d is summed over the query heads of a KV head.
+    tokens after the context, without compaction. The estimate is ½ E (g · d)². Here g are ``gradients``, d is the
+    change of the attention output by the compaction, and E is the mean over samples and tokens. g · d is summed over
+    the query heads of a KV head.
     """
     output = attended(asked.queries, asked.keys, asked.values, past, asked.scale, sinks=asked.sinks)
     change = (output - asked.output).float()

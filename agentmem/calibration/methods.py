@@ -1,7 +1,7 @@
 """Divide each calibration method into units of work, measure a unit, and combine the results of all units.
 
-A head's *share* is its number of slots divided by the mean number of slots per head. A head's *error curve* has its
-errors, in nats per token, one for each fraction ``terms.fractions`` of its slots that it may keep.
+A head's *share* is its number of slots divided by the mean number of slots per head. A head's *error curve* lists the
+head's errors, in nats per token, one for each fraction of kept slots in ``terms.fractions``.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ class Partial:
     """Store the result of each unit of work; every process writes its own file and reads the files of all processes.
 
     ``out`` is the path of the table that the calibration will write. ``key`` is a digest of everything that a result
-    depends on; files with another key are ignored. ``rank`` is the number of this process; ``own`` holds its results.
+    depends on; files with another key are ignored. ``rank`` is the number of this process, and ``own`` holds the
+    results of this process.
     """
 
     out: Path

@@ -40,9 +40,9 @@ def slot_gains(fractions: Sequence[float], errors: Sequence[float], slots: int) 
 
     ``errors[i]`` was measured with the fraction ``fractions[i]`` of the head's slots kept. Between two fractions the
     error is interpolated geometrically. Below the first fraction, the curve through the first two points is extended;
-    from the last fraction on, the error falls linearly to 0 at fraction 1. The lower convex hull of this curve is used.
-    Slots that are allocated by these gains then give the smallest sum of errors, to which the greedy exchange of
-    arXiv:2602.16284 converges.
+    from the last fraction on, the error falls linearly to 0 at fraction 1. The gains are taken from the lower convex
+    hull of this curve. If the slots with the greatest gains over all heads are kept, the sum of the heads' errors is
+    smallest. The greedy exchange of arXiv:2602.16284 converges to the same result.
     """
     points = [(count, _error(fractions, errors, count / slots)) for count in range(slots + 1)]
     hull: list[tuple[int, float]] = []

@@ -41,7 +41,7 @@ def cut(ids: torch.Tensor, terms: Terms) -> list[torch.Tensor]:
 
 @dataclass
 class Window:
-    """Hold one window of a text; each reading of it is made when it is first needed, and then kept."""
+    """Hold one window of a text; each reading of the window is made when first needed, and then kept."""
 
     reader: Reader
     ids: torch.Tensor

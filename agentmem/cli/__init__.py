@@ -1,4 +1,4 @@
-"""The entry point of the command line; if its packages are missing, it prints how to install them."""
+"""The entry point of the command line, which prints how to install the extra ``cli`` if a package is missing."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _REFRESH = 6
 class Display:
     """Display of a generation: streams text to stdout, and shows a progress line if stderr is a terminal.
 
-    With ``streaming=False`` no text is written to stdout, which the command then uses for JSON.
+    With ``streaming=False`` no text is written to stdout, because the command then writes JSON to stdout.
     """
 
     def __init__(self, *, streaming: bool, cap_bytes: int | None, max_new_tokens: int) -> None:

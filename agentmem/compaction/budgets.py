@@ -91,8 +91,8 @@ class BudgetAllocator:
     def _survey(self, layer: int, references: Sequence[Reference]) -> Survey:
         """Survey one layer: compute scores, error curves or both, as the policy's budgets need.
 
-        Scores are computed from all reference queries. For the curves, the compactor gets the queries that are not held
-        out, and errors are measured on the held-out ones.
+        Scores are computed from all reference queries. For the curves, some of the queries are held out: the compactor
+        gets the other queries, and errors are measured on the held-out queries.
         """
         survey = Survey(layer)
         if self._budgets.needs_survey:
@@ -138,7 +138,7 @@ def make_request(plan: Plan, held: Slots, each: int, most: int, surveys: tuple[S
 
 
 def equal_shares(request: BudgetRequest) -> Slots:
-    """Return equal budgets for all heads; a head that holds fewer slots leaves its rest to the other heads."""
+    """Return equal budgets for all heads, except that other heads get what a head with fewer slots cannot use."""
     heads = [
         (min(held, request.ceiling), at, head) for at, row in enumerate(request.held) for head, held in enumerate(row)
     ]
@@ -188,5 +188,9 @@ def _check_sum(policy: str, budgets: Budgets, request: BudgetRequest, given: int
 
 
 def most_slots(request: BudgetRequest) -> int:
-    """Return the largest sum of budgets that the held slots and the ceilings allow."""
+    """Return the largest sum of budgets that a request allows.
+
+    A head's budget may exceed neither its held slots nor ``ceiling``. The budgets of a layer may not exceed
+    ``layer_ceiling`` together.
+    """
     return sum(min(request.layer_ceiling, sum(min(held, request.ceiling) for held in heads)) for heads in request.held)

@@ -1,8 +1,8 @@
 """Measure the errors of a compaction on held-out reference queries, by layer and by span of the transcript.
 
-A compactor that fits its result to the reference queries does not see the held-out ones. Two errors are measured on
-each head: the error of the attention output over the segment alone (the local output), and the error of the log-mass,
-which is the log of the sum of ``exp(logit)`` over the segment.
+A compactor that fits its result to reference queries does not see the held-out queries. Two errors are measured on
+each head. The first is the error of the *local output*: the attention output over the segment alone. The second is the
+error of the *log-mass*: the log of the sum of ``exp(logit)`` over the segment.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ CURVE_FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
 
 
 def split_references(references: Sequence[Reference]) -> tuple[tuple[Reference, ...], tuple[Reference, ...]]:
-    """Split references: return views of the first eighth of each (held-out queries), and views of the rest.
+    """Split every reference into a first eighth, which is held out, and a rest; return views of both parts.
 
-    A reference of fewer than 8 tokens has no held-out queries.
+    The held-out parts come first in the result. A reference of fewer than 8 tokens has no held-out part.
     """
     held = tuple(_cut(each, 0, each.tokens // HELD_OUT) for each in references if each.tokens >= HELD_OUT)
     return held, tuple(_cut(each, each.tokens // HELD_OUT, each.tokens) for each in references)

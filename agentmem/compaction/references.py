@@ -35,7 +35,7 @@ class References:
         self.probe = Probe((), ())
 
     def prepare(self) -> None:
-        """Choose the probe's tokens; the model itself writes those of a ``self-study`` part."""
+        """Choose the probe's tokens; if the policy asks for ``self-study``, the model itself writes some of them."""
         memory, sequence = self.memory, self.sequence
         queries, turn = self.queries, sequence.compactions
         if not queries.probing:

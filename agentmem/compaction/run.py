@@ -74,7 +74,7 @@ class SequenceCompaction:
 
     @property
     def worthwhile(self) -> bool:
-        """Return true if a compaction is unfinished, or if the segments hold more slots than this one would leave."""
+        """Return true if a compaction is unfinished, or if this compaction would remove slots from the segments."""
         held = [slots for index, store in self.sequence.full() for slots in self.job.held(index, store)]
         compacts = self.job.policy.compactor is not None
         return self.sequence.job is not None or (compacts and sum(held) > self.job.each * len(held))
@@ -333,7 +333,7 @@ class SequenceCompaction:
         return (self.plan.capacity * price - kept) // price
 
     def _give_headroom(self) -> None:
-        """Give every layer its free slots (headroom) unless its commit did, and mark the compaction as finished."""
+        """Finish the compaction: give headroom (free slots) to each layer that did not get it with its commit."""
         headroom = self._headroom()
         for index, store in self.sequence.full():
             settle(self.sequence, store)  # layers without a commit lack positions, and the tail is reset below

@@ -26,11 +26,11 @@ def write(
     *,
     no_repeat: int = 0,
 ) -> tuple[int, ...]:
-    """Let the model continue an instruction greedily; return the ids of both, together at most ``most``.
+    """Let the model continue an instruction greedily; return the ids of the instruction and of the continuation.
 
     The tokens take scratch slots at the sequence's next positions; these slots are dropped afterwards. Writing stops
-    early after an end token (``Language.ends``). If ``no_repeat`` is not 0, no run of ``no_repeat`` tokens is written
-    twice.
+    when instruction and continuation together have ``most`` ids, or earlier after an end token (``Language.ends``). If
+    ``no_repeat`` is not 0, no run of ``no_repeat`` tokens is written twice.
     """
     ends = () if memory.language is None else memory.language.ends
     step, written, fed = Scratch(memory, sequence), list(instruction), 0
@@ -49,9 +49,9 @@ def write(
 
 
 def repeats(written: Sequence[int], length: int) -> list[int]:
-    """Return the ids that, as the next token, would complete a run of ``length`` tokens that ``written`` contains.
+    """Return the ids that must not be written next, because they would repeat a run of tokens in ``written``.
 
-    The list is empty if ``length`` is 0.
+    A run has ``length`` tokens. The list is empty if ``length`` is 0.
     """
     if length < 1 or len(written) < length:
         return []

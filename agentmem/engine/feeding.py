@@ -91,7 +91,7 @@ class Want:
 
 
 class _Part(NamedTuple):
-    """A want in a forward, with the :class:`Append` that keeps its tokens."""
+    """The part of a forward that feeds one :class:`Want`, with the :class:`Append` that keeps the fed tokens."""
 
     want: Want
     append: Append
@@ -120,8 +120,8 @@ def feed(shares: Sequence[tuple[Want, int]]) -> None:
 def _begun(want: Want, count: int, holds: list[object]) -> _Part | None:
     """Make room for a want's first ``count`` tokens, and return the part of the forward that feeds them.
 
-    The thread's ownership of the memory is added to ``holds``. On failure, set the error as the want's outcome and
-    return ``None``.
+    The current thread becomes the owner of the want's memory. The object that keeps this ownership is added to
+    ``holds``. On failure, set the error as the want's outcome and return ``None``.
     """
     engine, sequence = want.engine, want.engine.memory.sequences[0]
     try:

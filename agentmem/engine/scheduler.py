@@ -65,7 +65,8 @@ class Figures(NamedTuple):
 class Scheduler:
     """The scheduler of one model, which keeps the waiting turns and feeds several of them in one forward.
 
-    Hold ``lock`` while you run the model or change memories.
+    A turn submits its request to feed tokens as a :class:`Want`. Hold ``lock`` while you run the model or change
+    memories.
     """
 
     def __init__(self) -> None:
@@ -89,13 +90,13 @@ class Scheduler:
             self._came = time.monotonic()
 
     def submit(self, want: Want) -> None:
-        """Add a want to the waiting wants; the caller must then wait for its outcome, or withdraw the want."""
+        """Add ``want`` to the waiting requests; the caller must then wait for its outcome, or withdraw it."""
         with self._changed:
             self._waiting.append(want)
             self._arrived(want.turn)
 
     def withdraw(self, want: Want) -> None:
-        """Wait until no forward runs, then remove a want from the waiting wants, so that its tokens are not fed."""
+        """Wait until no forward runs, then remove ``want`` from the waiting requests, so that it is not fed."""
         with self.lock, self._changed, suppress(ValueError):
             self._waiting.remove(want)
 

@@ -1,7 +1,8 @@
 """Make documents with planted facts, and the questions that ask for these facts at the end of a document.
 
-A document is a window of a real text into which one invented fact is inserted at each depth (a fraction of the
-document), after the next end of a sentence. Text, tokenizer and :class:`Quiz` determine the documents completely.
+A document is a window of a real text, into which invented facts are inserted: one fact for each depth. A depth is a
+fraction of the document; the fact is inserted there, after the next end of a sentence. Text, tokenizer and
+:class:`Quiz` determine the documents completely.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Quiz(Frozen):
 
     @property
     def documents(self) -> int:
-        """Return the number of documents needed to plant at least ``facts`` facts, one per depth and document."""
+        """Return the number of documents needed for at least ``facts`` facts; each document has one fact per depth."""
         return -(-self.facts // len(self.depths))
 
 

@@ -1,9 +1,10 @@
 """Measure fidelity: how much the logits with a capped memory differ from those with full memory on the same text.
 
 The text is teacher-forced: the model reads the true tokens, whatever it predicts. All policies read the same tokens
-with the same settings (:class:`Terms`), limited either to equal slots per KV head or to equal bytes, temporary bytes
-included. The text is read in pieces that end when the memory is full, which is when compactions happen. Each
-measurement is saved on disk, so that an interrupted comparison can be resumed.
+with the same settings (:class:`Terms`). Their memories have the same limit, which is either a number of slots per KV
+head, or a number of bytes including temporary bytes. The text is read in pieces. A piece ends when the memory is full,
+and the next token makes the memory compact. Each measurement is saved on disk, so that an interrupted comparison can be
+resumed.
 """
 
 from __future__ import annotations
@@ -50,9 +51,10 @@ class Measurement(Spent):
 
 
 class Drift(Frozen):
-    """The mean KL over a group of positions: those that were read after ``first`` to ``last`` compactions.
+    """The mean KL over a group of positions.
 
-    ``positions`` is the number of positions in the group.
+    The group consists of ``positions`` positions. They were read when the memory had been compacted at least ``first``
+    and at most ``last`` times.
     """
 
     first: int
@@ -64,8 +66,8 @@ class Drift(Frozen):
 class FidelityRow(Frozen):
     """One line of the fidelity table: the scores of one policy on one passage.
 
-    KL is in nats. Scores are over the ``positions`` last positions of the passage, those from the first compaction of
-    any policy on.
+    KL is in nats. Scores are over the last ``positions`` positions of the passage. These
+    positions begin with the first compaction of any of the compared policies; see :func:`rows`.
     """
 
     policy: str
@@ -255,7 +257,10 @@ def _medians(group: Sequence[FidelityRow]) -> Medians:
 
 
 def _median_drift(drifts: Sequence[Sequence[Drift]]) -> tuple[Drift, ...]:
-    """Return the median KL over passages for each group of compactions, up to the last group that all passages have."""
+    """Return the median KL over passages for each group of positions, up to the last group that all passages have.
+
+    ``drifts`` has the groups of each passage; :class:`Drift` describes a group.
+    """
     return tuple(
         same[0].model_copy(update={"kl_mean": median(each.kl_mean for each in same)})
         for same in zip(*drifts, strict=False)

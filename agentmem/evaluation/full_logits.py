@@ -1,8 +1,8 @@
 """Compute the logits of full memory once, with transformers' own cache, and keep them in a memory-mapped file.
 
-The logits are stored as float32. Rounding to half precision would change the log-probability of a rare token by up to
-1 %, far more than the KL of a memory without compactions, which is about 1e-9. With a vocabulary of 49,152 tokens,
-3,072 positions take 604 MB.
+The logits are stored as float32, because half precision is too coarse: its rounding would change the log-probability of
+a rare token by up to 1 %. The KL of a memory without compactions, which must remain visible, is only about 1e-9. With a
+vocabulary of 49,152 tokens, 3,072 positions take 604 MB.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _compute(
 
 
 def _vocabulary(model: PreTrainedModel, ids: torch.Tensor) -> int:
-    """Return the number of logits per position, which may differ from ``vocab_size`` in the config; run one token."""
+    """Run the model on one token and return the number of its logits; the config's ``vocab_size`` may differ."""
     with torch.no_grad():
         return int(model(input_ids=ids[:1].unsqueeze(0).to(model.device), use_cache=False).logits.shape[-1])
 

@@ -29,8 +29,9 @@ _BESIDE = ("calibration", "cli", "evaluation/ablation", "evaluation/tasks", "pol
 def settings_key(policy: Policy | str, *terms: BaseModel) -> str:
     """Return a key of 24 hexadecimal digits under which the result of a measurement is saved.
 
-    The key is a hash of the policy with its options, of ``terms``, which are all settings that the result depends on,
-    and of the source code that the measurement runs. ``policy`` is the name of a baseline if no policy is measured.
+    The key is a hash of three things: the policy with its options, the settings ``terms``, and the source code that the
+    measurement runs. ``terms`` must contain all settings that the result depends on. If a baseline is measured instead
+    of a policy, ``policy`` is the baseline's name.
     """
     parts, sources = [policy if isinstance(policy, str) else policy.name], set(_core())
     if not isinstance(policy, str):
@@ -79,7 +80,10 @@ def _state(part: object) -> str:
 
 
 def _core() -> set[Path]:
-    """Return the source files that every measurement runs: agentmem without drawing modules and :data:`_BESIDE`."""
+    """Return the source files that every measurement runs.
+
+    These are all files of agentmem except the modules that draw and the folders in :data:`_BESIDE`.
+    """
     package = Path(__file__).parents[1]
     beside = {package / name for name in _BESIDE}
     return {path for path in package.rglob("*.py") if path.name not in _DRAWING and beside.isdisjoint(path.parents)}
@@ -88,7 +92,8 @@ def _core() -> set[Path]:
 def _policy_sources(policy: Policy) -> set[Path]:
     """Return the source files that define a policy's compactor and budgets.
 
-    These are all sources of the outermost package that contains the class, or its module alone if it is in no package.
+    For the class of the compactor and for that of the budgets, these are all files of the outermost package that
+    contains the class; see :func:`_depth`. For a class outside any package, the only file is the module of the class.
     """
     found: set[Path] = set()
     for part in (policy.compactor, policy.budgets):

@@ -3,8 +3,8 @@
 This is the main setting of arXiv:2602.16284. The compaction keeps a fraction of the document's slots, and no other
 compaction follows. The logits over the continuation are compared with those of full memory.
 
-Two baselines are also measured: ``no-context`` reads the continuation without the document, and ``truncation`` reads
-only the last tokens of the document before it, as many tokens as the policies keep slots.
+Two baselines are also measured. ``no-context`` reads the continuation without the document. ``truncation`` reads the
+end of the document and then the continuation; this end has as many tokens as the policies keep slots.
 """
 
 from __future__ import annotations
@@ -103,9 +103,10 @@ class Medians(Frozen):
 
 
 class _Place(Frozen):
-    """Numbers that, together with the policy and the memory's settings, determine the result of a :class:`_Case`.
+    """The number of tokens of the document, and the number of slots to keep.
 
-    They are part of the key under which the result is saved: the tokens of the document, and the slots to keep.
+    Both are part of the key under which the result of a :class:`_Case` is saved, beside the policy and the settings of
+    the memory.
     """
 
     document: int
@@ -191,8 +192,8 @@ def stream(
     name of the measurement and the number of tokens done. ``offset`` is only copied into the rows.
 
     Raises:
-        AgentmemError: :func:`cases` refuses the settings, or a policy cannot work with those in ``terms``. Rows that
-            were saved before stay on disk.
+        AgentmemError: :func:`cases` refuses the settings, or a policy cannot work with the settings in ``terms``. Rows
+            that were saved before stay on disk.
 
     """
     asked = cases(policies, terms, shot, len(ids) - 1)
@@ -286,9 +287,10 @@ def _compacted(
 
 
 def _beside_scratch(terms: Terms, model: PreTrainedModel, policy: Policy) -> Terms:
-    """Return ``terms`` with as many more slots as the policy reserves for texts that it lets the model write.
+    """Return ``terms`` with more slots, so that the document fits into the memory without a compaction.
 
-    The document then fits into the memory without a compaction.
+    A policy may let the model write texts and reserve slots for these texts. The number
+    of the reserved slots is added to ``terms.slots``.
     """
     slots, more = terms.slots or 0, terms
     while (plan := more.plan(model, policy, min_reclaim=1)).capacity - plan.scratch < slots:

@@ -2,12 +2,13 @@
 
 Every policy reads the same documents with the same settings of its memory (:class:`Terms`). After a document, each
 question is run with its right answer in a forward that leaves the memory unchanged, so questions do not affect each
-other. An answer counts as exact if each of its tokens is the most likely token after the right tokens before it. Greedy
-decoding would then write this answer.
+other. An answer counts as exact if, after the question, each token of the right answer is the most likely next token.
+Greedy decoding would then write this answer.
 
 Two reference memories are always measured as well: ``window``, which drops old tokens completely, and ``full``, which
-keeps all tokens. The score ``recovered`` = (policy − window) / (full − window) places a policy between them, where each
-term is the mean log-probability of the right answers.
+keeps all tokens. The score ``recovered`` = (policy − window) / (full − window) compares a policy with these references:
+0 equals window, and 1 equals full memory. Each name in the formula stands for the mean log-probability of the right
+answers with this memory.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Answer(Frozen):
 
 
 class Recalled(Spent):
-    """The answers of one policy about one document, with the slots, bytes and seconds that reading it took."""
+    """The answers of one policy about one document, with the slots, bytes and seconds of reading the document."""
 
     policy: str
     document: int

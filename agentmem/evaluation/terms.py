@@ -1,4 +1,4 @@
-"""Define the memory settings that all policies in a comparison share, and read tokens into a memory with them."""
+"""Define the memory settings that all policies in a comparison share, and a reader that feeds tokens into a memory."""
 
 from __future__ import annotations
 
@@ -88,9 +88,10 @@ class Terms(Frozen):
         return "bytes" if self.slots is None else "slots"
 
     def policy(self, spec: str) -> Policy:
-        """Make a policy from its name or spec, with these settings for its reference queries.
+        """Make a policy from its name, or from its spec (a name with options).
 
-        ``probe`` and ``probe_tokens``, if they are set, replace the policy's own settings.
+        ``probe`` and ``probe_tokens``, if they are set, replace the policy's own settings for its reference queries. A
+        policy without reference queries is not changed.
 
         Raises:
             SettingsRefused: see :func:`agentmem.plugins.policy`.
@@ -124,7 +125,7 @@ class Terms(Frozen):
 
 
 class Moment(Frozen):
-    """State of a memory after one forward; bytes are resident bytes (R) only."""
+    """State of a memory after one forward; temporary bytes are not included."""
 
     tokens: int
     """Tokens read so far."""

@@ -210,7 +210,8 @@ def _leave_out_of_copies(module: Any, hooks: set[int]) -> Callable[[], None]:
 def _cut(inputs: dict[str, Any], start: int, stop: int, columns: int) -> dict[str, Any]:
     """Return the arguments of a forward that gets only the columns from ``start`` up to ``stop`` of ``inputs``.
 
-    ``columns`` is the number of columns that the memory has seen before; the piece's attention mask covers them too.
+    ``columns`` is the number of columns that the memory has seen before. The returned attention mask covers these
+    columns and the new ones.
     """
     piece: dict[str, Any] = {"past_key_values": inputs["past_key_values"], "use_cache": True}
     for name in ("input_ids", "inputs_embeds"):

@@ -208,7 +208,7 @@ class CappedCache(Cache):
         return self.columns
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse to remove the last tokens, which assisted decoding asks for.
+        """Refuse to remove the last tokens, as assisted decoding would.
 
         Raises:
             UnsupportedGeneration: always.
@@ -219,21 +219,24 @@ class CappedCache(Cache):
         )
 
     def activate_past_recording(self) -> None:
-        """Refuse to keep past states, which assisted decoding needs to remove tokens; raise UnsupportedGeneration."""
+        """Refuse to record past states; raise UnsupportedGeneration.
+
+        Assisted decoding would use such states to remove tokens again.
+        """
         self.crop(0)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Refuse to reorder rows, which beam search asks for; raise UnsupportedGeneration."""
+        """Refuse to reorder rows, as beam search would; raise UnsupportedGeneration."""
         raise UnsupportedGeneration(f"beam search reorders rows (beam_idx {list(beam_idx.shape)}); use num_beams=1")
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Refuse to repeat rows, which contrastive search asks for; raise UnsupportedGeneration."""
+        """Refuse to repeat rows, as contrastive search would; raise UnsupportedGeneration."""
         raise UnsupportedGeneration(
             f"repeating every row {repeats} times in mid-run is not handled; batch the prompt instead"
         )
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Refuse to select rows, which contrastive search asks for; raise UnsupportedGeneration."""
+        """Refuse to select rows, as contrastive search would; raise UnsupportedGeneration."""
         raise UnsupportedGeneration(
             f"selecting rows in mid-run ({list(indices.shape)}) is not handled; open a new memory"
         )

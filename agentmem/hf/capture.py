@@ -66,9 +66,9 @@ class Reader:
     ) -> Reading:
         """Run the model over ``ids [n]`` at positions ``start, start + 1, …`` and return the recorded calls.
 
-        ``past`` has one record per layer, to whose keys and values the tokens also attend. With ``logits``, the result
-        contains logits. With ``gradient``, they can be differentiated with respect to every layer's ``output``, but not
-        with respect to ``past``.
+        ``past`` has one record per layer; the tokens also attend to the keys and values of these records. With
+        ``logits``, the result contains logits. With ``gradient``, the logits can be differentiated with respect to
+        every layer's ``output``, but not with respect to ``past``.
         """
         step = _Watch(past, self.windows, gradient=gradient)
         inputs: dict[str, Any] = {

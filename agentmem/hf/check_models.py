@@ -70,7 +70,10 @@ def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _around(config: Any, text: Any) -> PreTrainedConfig:
-    """Return a tiny copy of a multimodal model's config: ``text``, its text model, and all other parts are tiny."""
+    """Return a copy of a multimodal model's config with tiny sizes in all parts.
+
+    ``text`` is the part of the config for the text model.
+    """
     fields = config.to_dict()
     for name in type(config).sub_configs:
         part = getattr(config, name, None)

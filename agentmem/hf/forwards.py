@@ -41,7 +41,7 @@ class ModelForwards:
         return logits
 
     def logits(self, ids: Sequence[int], start: int, step: Transient) -> torch.Tensor:
-        """Run the whole model as :meth:`run` does; return the logits ``[n, V]`` after every id, in its dtype."""
+        """Run the whole model as :meth:`run` does; return the logits ``[n, V]`` after each id, in the model's dtype."""
         logits: torch.Tensor = self._forward(self._model, ids, _from(start, ids), step).logits[0]
         return logits
 

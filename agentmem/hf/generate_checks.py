@@ -72,9 +72,10 @@ def chosen(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def returned(model: Any, given: Mapping[str, Any], sequences: torch.Tensor) -> Any:
-    """Return the ids ``[rows, columns]`` of a run that ended early as ``generate`` would return them.
+    """Return what ``generate`` would have returned, for a run that ended early with the ids in ``sequences``.
 
-    This is a tensor, or an output object if ``return_dict_in_generate`` is set.
+    ``sequences`` is ``[rows, columns]``. The result is a tensor, or an output object if ``return_dict_in_generate`` is
+    set.
     """
     ids = sequences.to(model.device)
     rich = chosen(model, given).get("return_dict_in_generate", False)
@@ -84,7 +85,7 @@ def returned(model: Any, given: Mapping[str, Any], sequences: torch.Tensor) -> A
 
 
 def check_generate(cache: CappedCache, model: Any, given: Mapping[str, Any]) -> None:
-    """Check that a capped memory can serve a call of ``generate``, whose arguments ``given`` has by name.
+    """Check that a capped memory can serve a call of ``generate``; ``given`` has the call's arguments by name.
 
     Raises:
         UnsupportedGeneration: :data:`REFUSED` or :func:`check_adapters` refuses an argument, or the model is a Phi-3
@@ -110,7 +111,7 @@ def check_generate(cache: CappedCache, model: Any, given: Mapping[str, Any]) -> 
 
 
 def check_forward(inputs: Mapping[str, Any]) -> None:
-    """Check that a forward has only arguments that a capped memory can handle; ``inputs`` has them by name.
+    """Check that a forward has only arguments that a capped memory can handle; ``inputs`` maps names to arguments.
 
     Other arguments would be lost when a long prompt is cut into pieces and when a probe is run. The values ``None`` and
     ``False`` are always allowed.

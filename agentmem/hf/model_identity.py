@@ -75,8 +75,8 @@ def _bits(block: torch.Tensor) -> int:
 def _part(text: str, beside: bytes = b"") -> str:
     """Return the text of one part, at most 200 characters.
 
-    A digest of ``text`` and ``beside`` is appended if the text is empty or too long, or if there are bytes ``beside``
-    the text that also belong to the part.
+    ``beside`` holds the bytes of the part that the text does not show. A digest of ``text`` and ``beside`` is appended
+    if ``beside`` is not empty, or if the text is empty or too long.
     """
     if not beside and 0 < len(text) <= MAX_PART:
         return text

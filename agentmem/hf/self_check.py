@@ -372,7 +372,10 @@ def _logits(
 
 
 def _apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Return the greatest difference, relative to the larger of 1 and the largest absolute value in ``wanted``."""
+    """Return the greatest absolute difference of two tensors, divided by a scale.
+
+    The scale is the largest absolute value in ``wanted``, but at least 1.
+    """
     return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1))
 
 
@@ -399,9 +402,10 @@ def _after_a_compaction(model: Any, shape: ModelShape, ids: torch.Tensor) -> Ite
 
 @dataclass(frozen=True, slots=True)
 class _Slots:
-    """A copy of one layer's slots: keys, values and β ``[H, n, …]`` in ``asked``, and positions ``[H, n]``.
+    """A copy of one layer's slots.
 
-    ``positions`` is ``None`` for a layer with a sliding window.
+    ``asked`` holds keys, values and β, ``[H, n, …]``; its queries and output are empty. ``positions`` are ``[H, n]``,
+    or ``None`` for a layer with a sliding window.
     """
 
     asked: AttentionCall

@@ -3,7 +3,7 @@
 Here the multimodal model is called the *outer model*. It embeds the ids and builds attention masks itself, so its text
 model gets neither ids nor a 2-D mask. A memory needs both: a probe runs the ids again, and the 2-D mask marks pads. A
 hook therefore stores the inputs of the outer model's forward in its :class:`Frame`, from where ids and mask are taken
-when the text model runs. While they are stored, the outer model builds no 4-D mask; see :class:`Told`.
+when the text model runs. While these inputs are stored, the outer model builds no 4-D mask; see :class:`Told`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _TYPES = ("token_type_ids", "mm_token_type_ids")
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """The inputs of the outer model's forward, kept so that the text model's forward can take ids and 2-D mask from it.
+    """The inputs of the outer model's forward, from which the text model's forward takes the ids and the 2-D mask.
 
     The object is stored as the ``step`` of the outer forward's :class:`Frame`. A frame with a ``step`` makes
     agentmem's mask function return no mask, because a memory computes attention without a 4-D mask.
@@ -93,7 +93,7 @@ class Around:
 
 
 def _plain_text(name: str, value: Any) -> bool:
-    """Check whether an input only states that all tokens are text: an empty dict, or types that are all 0."""
+    """Check whether an input only states that all tokens are text: an empty dict, or token types that are all 0."""
     return value == {} if isinstance(value, dict) else name in _TYPES and value is not None and not bool(value.any())
 
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 class Arriving(NamedTuple):
     """The tokens of one forward that belong to one sequence: their ids, positions, and columns in the batch.
 
-    ``positions`` are the caller's own count of positions, which re-basing does not lower.
+    ``positions`` are the positions that the tokens would have if the sequence had never been re-based.
     """
 
     ids: Sequence[int]
@@ -173,8 +173,9 @@ class Packed:
 class Scratch:
     """Forwards over one sequence that append slots only until :meth:`rollback`.
 
-    Compactions use such forwards to let the model write questions, facts and summaries. They fill the slots that the
-    plan keeps free for this purpose (``scratch``). Scores, query samples and consumed tokens do not change.
+    Compactions use such forwards to let the model write questions, facts and summaries. The tokens of these texts fill
+    slots that the plan keeps free for this purpose (``scratch``). Scores, query samples and consumed tokens do not
+    change.
     """
 
     def __init__(self, memory: Memory, sequence: TokenSequence) -> None:
@@ -207,9 +208,9 @@ class Scratch:
 class Adopt:
     """A forward over a summary, in which the slots of the summary replace the segment, layer by layer.
 
-    The summary's tokens attend to the uncompacted slots at the front (prefix and promoted tokens) and, causally, to
-    each other. Each layer's store is replaced as a whole after the layer has attended. The sequence therefore stays
-    usable if the forward ends early.
+    The summary's tokens attend to the uncompacted slots at the front (of the prefix and of pinned tokens) and,
+    causally, to each other. Each layer's store is replaced as a whole after the layer has attended. The sequence
+    therefore stays usable if the forward ends early.
     """
 
     def __init__(
@@ -342,7 +343,9 @@ def _served(
 ) -> tuple[LayerStore, decode.Layout] | None:
     """Make room for one more slot in a layer; return the store and its layout for the compiled decode step.
 
-    Return ``None`` if the compiled code does not support the store, or if this forward must add to scores.
+    ``form`` is the dtype, number of heads and dims for which the compiled step will be called; ``like`` is a tensor
+    with the dtype and device of a new store. Return ``None`` if the store has another form, if the compiled code does
+    not support the store, or if this forward must add to scores.
     """
     if form is None or _scored(memory, layer, scratch=scratch):
         return None
@@ -392,9 +395,10 @@ def append_one(
 
 
 def _scored(memory: Memory, layer: int, *, scratch: bool) -> bool:
-    """Return whether a forward adds to the scores of a layer's slots the attention that the slots receive.
+    """Return whether a forward updates the scores of a layer's slots.
 
-    It does so if the policy asks for such scores, except in scratch forwards and in sliding layers.
+    To update a score is to add the attention that the slot receives. This is done if the policy asks for such scores,
+    except in scratch forwards and in sliding layers.
     """
     return memory.policy.scores == "received" and memory.shape.layers[layer].window is None and not scratch
 
@@ -429,9 +433,9 @@ def _roomy(memory: Memory, sequence: TokenSequence, layer: int, like: torch.Tens
 
 @torch.no_grad()
 def _sample(memory: Memory, sequence: TokenSequence, layer: int, queries: torch.Tensor) -> None:
-    """Offer ``queries [Hq, q, d]`` to a layer's samples of stored queries; create the samples at the first call.
+    """Offer ``queries [Hq, q, d]`` to the samples of a layer; create the samples at the first call.
 
-    Sliding layers have no samples.
+    A sample (:class:`QuerySample`) stores some of the queries for later compactions. Sliding layers have no samples.
     """
     if memory.shape.layers[layer].window is not None:
         return

@@ -19,8 +19,8 @@ class Job:
     """The parameters of one compaction of one sequence; an interrupted compaction resumes with its job.
 
     ``begins[layer][head]`` is the index of the first slot of a head's segment; the tuple of a sliding layer is empty.
-    The last ``recent`` slots of a head do not belong to its segment. The compaction leaves on average ``each`` slots
-    in a head's segment, or up to ``most`` if budgets are adaptive.
+    The last ``recent`` slots of a head do not belong to its segment. ``each`` is the average number of slots that the
+    compaction leaves in a head's segment. If budgets are adaptive, this average may be as large as ``most``.
     """
 
     policy: Policy
@@ -48,8 +48,8 @@ class Job:
 class Move:
     """An unfinished re-basing, which moves the slots of the recent window from position ``start`` to ``end``.
 
-    ``gap`` is for the report: the smallest of the gaps that :func:`agentmem.memory.rotation.widest_gap` gives for the
-    heads.
+    A gap is the limit to which larger distances between neighbouring slots of a head shrink. Each head has its own gap;
+    ``gap`` is the smallest of these and is only for the report.
     """
 
     start: int

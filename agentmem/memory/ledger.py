@@ -93,7 +93,8 @@ class Ledger:
     def outside(self) -> Iterator[None]:
         """Ignore temporary bytes inside the ``with`` block; resident bytes still count.
 
-        This is for policies whose reference queries come from an oracle, whose memory the cap does not bound.
+        This is for policies that get their reference queries from an oracle. The cap does not bound the memory of the
+        oracle.
         """
         self._outside = True
         try:

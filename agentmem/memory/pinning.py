@@ -74,7 +74,7 @@ def _check_known(sequence: TokenSequence, call: str, start: int, stop: int, comi
 
 
 def whole(memory: Memory, sequence: TokenSequence, spans: Spans) -> bool:
-    """Return whether no token in ``spans`` has been compacted, so that every head has the token's original slot."""
+    """Return whether every head still has the original slots of all tokens in ``spans``: none has been compacted."""
     behind = [part for low, high in spans for part in within(((memory.plan.prefix, sequence.intact),), low, high)]
     return not any(without(tuple(behind), store.promoted) for _, store in sequence.full())
 
@@ -122,8 +122,8 @@ def request_size(memory: Memory, pins: Pins) -> int:
 def most_requested(memory: Memory, pins: Pins) -> int:
     """Return the most tokens that a pinned request may have beyond the prefix and other pins.
 
-    This is ``1 / REQUEST_SHARE`` of the slots per head that a compaction leaves, after the slots of the prefix, the
-    other pins and the recent window have been subtracted.
+    From the slots per head that a compaction leaves, the slots of the prefix, of the other pins and of the recent
+    window are subtracted. The difference is then divided by ``REQUEST_SHARE``.
     """
     plan = memory.plan
     return max(0, plan.target - plan.prefix - _behind(pins.spans, plan.prefix) - plan.recent) // REQUEST_SHARE
@@ -186,8 +186,9 @@ def _slots(store: LayerStore, head: int, prefix: int, start: int, stop: int) -> 
 def _returning(store: LayerStore, head: int, front: int, leaving: Spans) -> Iterator[tuple[int, tuple[int, int]]]:
     """Yield where to insert the slots that leave the front, so that the positions after the front stay ascending.
 
-    ``leaving`` are the spans of these slots, and ``front`` is the number of slots at the front. Each item is a slot
-    index, at least ``front``, and the span of slots to insert before that slot.
+    The front is the slots of the prefix and of the promoted tokens; ``front`` is the number of these slots.
+    ``leaving`` has the spans of the slots that leave the front. Each item is a slot index, at least ``front``, and the
+    span of slots to insert before the slot with that index.
     """
     if leaving:
         positions = store.part(head, 0, 0).positions.tolist()
@@ -201,7 +202,7 @@ def _returning(store: LayerStore, head: int, front: int, leaving: Spans) -> Iter
 def settle(sequence: TokenSequence, store: LayerStore) -> None:
     """Write into a store the positions of the slots that were appended since the last compaction.
 
-    Until then only the sequence has these positions.
+    Before this call, only the sequence has these positions (:attr:`TokenSequence.tail`).
     """
     tail = sequence.tail[:]  # a copy: an array cannot grow while a traceback keeps a view of its buffer
     store.settle(torch.frombuffer(tail, dtype=torch.int32) if tail else torch.empty(0))

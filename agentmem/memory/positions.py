@@ -37,7 +37,10 @@ ASKED = MIN_SPARE
 
 
 def measured_tokens(memory: Memory) -> int:
-    """Return how many of the newest tokens a re-basing runs again to measure its effect: at most ``chunk``."""
+    """Return how many of the newest tokens a re-basing runs again to measure its effect.
+
+    At most ``chunk`` tokens are run, the most that the plan allows in one forward.
+    """
     return min(ASKED, memory.plan.chunk)
 
 
@@ -80,10 +83,10 @@ def _rebase(memory: Memory, forwards: Forwards, sequence: TokenSequence, tokens:
 
 
 def _move(memory: Memory, sequence: TokenSequence, tokens: int) -> Move:
-    """Return the re-basing to do: where the recent block begins now, where to move it, and the smallest gap of a head.
+    """Return the re-basing to do: where the recent block begins, where it will begin, and the gap for the report.
 
-    If there are few enough slots, the recent block will end in the first half of the model's positions. After it there
-    will be room for ``tokens`` tokens and the spare positions.
+    If no head has too many slots, the recent block will end in the first half of the model's positions. At least
+    ``tokens`` positions, and those that :func:`spare_positions` asks for, will then be free after the recent block.
     """
     assert memory.positions is not None  # noqa: S101  # the caller has checked
     first, recent = _ends(memory, sequence)  # positions 0 .. first - 1 are the prefix's

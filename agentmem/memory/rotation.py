@@ -97,10 +97,7 @@ def _turns(
 
 
 def _angles(positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
-    """Return the rotation angles ``[m, width / 2]`` of ``m`` positions, as float64 with the rounding of a model.
-
-    The model computes these angles in float32.
-    """
+    """Compute the rotation angles ``[m, width / 2]`` of ``m`` positions in float32, as models do; return float64."""
     return (positions.float()[:, None] * frequencies.float()).double()
 
 

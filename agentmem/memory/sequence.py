@@ -131,9 +131,10 @@ class TokenSequence:
                 store.drop_tail(store.seen - self.seen)
 
     def measured(self, capacity: int, scratch: int) -> int:
-        """Return the number of consumed tokens at which the sequence will be full, as its stores are now.
+        """Return how many tokens the sequence will have consumed when it is full, judging by its present stores.
 
-        ``scratch`` slots of every head stay free; ``capacity`` is the plan's capacity in slots per head.
+        ``scratch`` slots of every head stay free. Before the first compaction, the stores may still grow to
+        ``capacity`` slots per head, the plan's capacity.
         """
         full = [store for _, store in self.full()]
         if self.headroom_at is not None:
@@ -159,7 +160,10 @@ class TokenSequence:
 
     @property
     def promoted(self) -> Spans:
-        """The promoted tokens of the first store with full attention, and of all such stores if :attr:`arranged`."""
+        """The tokens that are promoted in the first store with full attention.
+
+        If :attr:`arranged` is true, the same tokens are promoted in all stores with full attention.
+        """
         return next((store.promoted for _, store in self.full()), ())
 
     @property

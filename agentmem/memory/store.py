@@ -109,8 +109,8 @@ class LayerStore:
 
     ``S`` is the sum of the heads' capacities. Head ``h`` owns the slots ``starts[h] .. starts[h] + capacities[h]`` and
     has filled the first ``lengths[h]`` of them: the prefix, the promoted tokens, and then all other slots, each part in
-    ascending positions. ``positions`` is valid for the first ``settled[h]`` slots of a head. Slots that were appended
-    later have equal positions in all heads, which the sequence keeps until :meth:`settle`.
+    ascending positions. ``positions`` is valid for the first ``settled[h]`` slots of a head. The positions of the
+    slots after these are equal in all heads; the sequence keeps them until :meth:`settle` writes them here.
     """
 
     __slots__ = (
@@ -265,11 +265,11 @@ class LayerStore:
         self.extent = Extent(lengths, self.seen - count)
 
     def runs(self, last: int | None = None, *, scored: bool = True) -> list[Run]:
-        """Return views of the filled slots for attention: one run if all heads are equal, else one run per head.
+        """Return views of the filled slots for attention, as one :class:`Run` for all heads or one for each head.
 
-        Heads are equal if they have equal lengths and capacities, as in a sliding layer. ``last`` limits the views to
-        that many newest slots; only use it for sliding layers. With ``scored=False`` the views have no scores, so that
-        a forward cannot add to them.
+        One run has all heads if their lengths and capacities are equal, as in a sliding layer. ``last`` limits the
+        views to that many newest slots; only use ``last`` for sliding layers. With ``scored=False`` the views have no
+        scores, so a forward cannot change the scores.
         """
         if self.uniform:
             heads, stop = len(self.capacities), self.lengths[0]
@@ -309,9 +309,10 @@ class LayerStore:
         )
 
     def settle(self, tail: torch.Tensor) -> None:
-        """Write the positions that this store still lacks, those of the newest slots of each head.
+        """Write the positions that this store still lacks: those of the newest slots of each head.
 
-        ``tail`` (int32) holds the positions of the sequence's newest tokens, at least as many as a head lacks.
+        ``tail`` (int32) holds the positions of the sequence's newest tokens. It must have at least as many elements as
+        any head has slots without a position.
         """
         for head, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
             count = length - self.settled[head]

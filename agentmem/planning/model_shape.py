@@ -18,7 +18,7 @@ MIN_SPARE = 16
 
 
 def spare_positions(positions: int) -> int:
-    """Return how many of a model's positions a re-basing leaves free, so that it is not soon needed again."""
+    """Return how many of a model's positions a re-basing leaves free, so that the next re-basing is not due soon."""
     return max(MIN_SPARE, positions // 8)
 
 

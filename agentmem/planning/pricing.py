@@ -220,7 +220,7 @@ class Planner:
         return encoding + (layer.kv_heads * headroom + kept) * self._slot_bytes(layer)
 
     def _rebase(self, capacity: int, limit: int, most: int) -> int:
-        """Return the temporary bytes of re-basing the layer that needs most, without its new store.
+        """Return the most temporary bytes that re-basing any one layer needs, besides the layer's new store.
 
         These bytes are for computing the new positions and for rotating the keys.
         """
@@ -245,7 +245,10 @@ class Planner:
         return parse_bytes(target, "target") // max(1, per_slot)
 
     def _references(self, capacity: int) -> tuple[int, tuple[int, ...], int]:
-        """Return the numbers of reference tokens: of the probe, of each stored part, and drawn at random."""
+        """Return the number of reference tokens in the probe, in each stored part, and drawn at random.
+
+        A stored part is a source of the policy's queries that the memory stores during the model's own forwards.
+        """
         queries = self.policy.queries
         total = queries.tokens or min(PROBE_REACH * capacity, MAX_PROBE)
         share = sum(map(queries.share, queries.probing))

@@ -1,1 +1,1 @@
-"""Obtain reference queries from a probe or from stored samples, and find the tokens whose queries weigh more."""
+"""Obtain reference queries from a probe or from stored samples, and find tokens that match a policy's pattern."""

@@ -49,7 +49,11 @@ class Probe:
     pieces: tuple[Piece, ...]
 
     def references(self, queries: torch.Tensor) -> tuple[Reference, ...]:
-        """Return one reference per piece, each a view of ``queries [Hq, q, d]``, one layer's queries of the probe."""
+        """Return the probe's reference queries in one layer: one reference per piece, in the order of the pieces.
+
+        ``queries [Hq, q, d]`` are the queries of all ``q`` tokens of the probe, for ``Hq`` query heads. The references
+        are views of this tensor.
+        """
         return tuple(
             Reference(queries[:, piece.start : piece.stop], piece.weight, piece.source, piece.span)
             for piece in self.pieces
@@ -70,7 +74,8 @@ class _Stretch:
 class _Source:
     """Hold the transcript that pieces are cut from, and the arguments of :func:`make_probe` that set the cuts.
 
-    ``mark_weight`` is the factor by which the queries of marked tokens weigh more.
+    ``marks`` are the spans of tokens that match a pattern. ``mark_weight`` is the factor by which the queries of these
+    tokens weigh more.
     """
 
     transcript: Sequence[int]
@@ -81,7 +86,7 @@ class _Source:
     start: int
 
     def stretch(self, part: Part, start: int, stop: int) -> list[_Stretch]:
-        """Return the transcript's tokens ``start`` to ``stop - 1``, cut where marked spans begin and end."""
+        """Return the transcript's tokens ``start`` to ``stop - 1``, cut where matches of the pattern begin and end."""
         cuts = {start, stop} | {cut for mark in self.marks for cut in mark if start < cut < stop}
         return [self._stretch(part, low, high) for low, high in pairwise(sorted(cuts))]
 
@@ -110,12 +115,12 @@ def make_probe(
     Args:
         transcript: the token ids that transcript pieces are cut from.
         queries: the mixture of parts.
-        tokens: the number of tokens, which the parts divide by their shares.
+        tokens: the number of tokens, which is divided among the parts by their shares.
         words: the token ids of the text (or instruction) of each source that has a text.
         prefix: the number of first tokens, which are never compacted and which ``spread`` leaves out. ``spread`` also
             leaves out the newest tokens that ``replay`` or ``repeat`` run again.
         turn: the number of compactions so far; it moves the spans of ``spread``.
-        start: no token of the transcript before this one is run.
+        start: the first token of the transcript that ``replay``, ``repeat`` and ``transcript`` may run.
         marks: spans of the transcript that a pattern matches; ``spread`` prefers them, and their queries weigh more.
 
     """
@@ -170,7 +175,11 @@ def _recent(part: Part, size: int, source: _Source, instructions: tuple[int, ...
 
 
 def _spread(part: Part, size: int, source: _Source, newest: int) -> list[_Stretch]:
-    """Return the tokens of marked spans, at most half of ``size``, and of evenly spread spans for the rest."""
+    """Return the tokens of a ``spread`` part: at most ``size`` tokens of the older transcript.
+
+    Up to half of them come from spans that match the pattern, and the others from evenly spread spans. The newest
+    ``newest`` tokens are left out.
+    """
     stop = len(source.transcript) - newest
     marked = _marked(source, stop, size // 2)
     spans = spread_spans(source.prefix, stop, size - sum(high - low for low, high in marked), source.turn)
@@ -180,9 +189,11 @@ def _spread(part: Part, size: int, source: _Source, newest: int) -> list[_Stretc
 
 
 def _marked(source: _Source, stop: int, tokens: int) -> list[tuple[int, int]]:
-    """Choose marked spans before ``stop``, each with up to ``LEAD`` tokens before it, of at most ``tokens`` in total.
+    """Choose spans before ``stop`` that match the pattern, and return them as ``(start, stop)``.
 
-    Which span is tried first depends on the turn, so that successive compactions choose different spans.
+    Each span is extended by up to ``LEAD`` tokens before the match. All spans together have at most ``tokens`` tokens.
+    The number of earlier compactions decides which span is tried first, so that successive compactions choose
+    different spans.
     """
     found: list[tuple[int, int]] = []
     for low, high in source.marks:
@@ -203,9 +214,9 @@ def _marked(source: _Source, stop: int, tokens: int) -> list[tuple[int, int]]:
 def spread_spans(first: int, stop: int, tokens: int, turn: int) -> list[tuple[int, int]]:
     """Return evenly spread spans of the range ``first`` to ``stop - 1``, of at most ``tokens`` tokens in total.
 
-    The range is divided into parts of equal length, and one span is taken from each; a range of at most ``tokens``
-    tokens is returned whole. The place of the span within its part moves with ``turn`` by the golden ratio, so that
-    successive compactions reach all tokens of the range.
+    A range of at most ``tokens`` tokens is returned whole. A longer range is divided into parts of equal length, and
+    one span is taken from each part. ``turn`` is the number of earlier compactions. With each turn the span moves to
+    another place within its part, so that successive compactions reach all tokens of the range.
     """
     length = max(0, stop - first)
     if length <= tokens:

@@ -1,4 +1,4 @@
-"""Store samples of the queries of the model's own forwards; their bytes are bounded and count as resident bytes (R)."""
+"""Store samples of the queries of the model's own forwards, in buffers of fixed size that count under the cap."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ NORMS = 16
 
 
 class QuerySample:
-    """Keep queries of one layer from the model's own forwards, ``[Hq, size, d]``, in a buffer of fixed size.
+    """Keep queries of one layer from the model's own forwards in a buffer of fixed size.
 
-    The sources ``live`` and ``random`` keep the queries of the newest ``size`` tokens in a ring; ``random`` uses only
-    their norms. The source ``context`` keeps the query of every ``stride``-th token seen so far. When its buffer is
-    full, every other query is dropped and the stride doubles.
+    The buffer ``[Hq, size, d]`` holds the queries of up to ``size`` tokens for ``Hq`` query heads. The sources ``live``
+    and ``random`` keep the queries of the newest ``size`` tokens; ``random`` uses only the norms of these queries. The
+    source ``context`` keeps the query of every ``stride``-th token. When the buffer is full, every other query is
+    dropped and the stride doubles.
     """
 
     def __init__(self, part: Part, layer: LayerShape, size: int, like: torch.Tensor, ledger: Ledger) -> None:
@@ -52,18 +53,20 @@ class QuerySample:
         return int(self.queries.untyped_storage().nbytes())
 
     def tokens(self, seen: int) -> torch.Tensor:
-        """Return the numbers of the tokens whose queries are kept after ``seen`` tokens, ``[filled]`` int32."""
+        """Return the indices ``[filled]`` int32 of the tokens whose queries are kept; index 0 is the first token seen.
+
+        ``seen`` is how many tokens have been seen so far.
+        """
         if self.part.source == "context":
             return torch.arange(self.filled, dtype=torch.int32) * self.stride
         places = torch.arange(self.filled, dtype=torch.int32)
         return seen - 1 - (seen - 1 - places) % self.size
 
     def offer(self, queries: torch.Tensor, first: int) -> None:
-        """Store those of the given queries that the sample keeps.
+        """Store the given queries, except those that the sample does not keep.
 
-        ``queries [Hq, q, d]`` are those of the tokens ``first, first + 1, …``. Nothing is allocated. A token's place in
-        the buffer depends on the token's number alone. If a forward was undone and its tokens are offered again, the
-        new queries therefore overwrite the old queries.
+        ``queries [Hq, q, d]`` are the queries of the tokens with indices ``first`` to ``first + q - 1``. Nothing is
+        allocated. If a forward was undone and its tokens are offered again, the new queries overwrite the old queries.
         """
         offered = self._offer_strided if self.part.source == "context" else self._offer_newest
         offered(queries, first)

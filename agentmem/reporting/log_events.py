@@ -67,9 +67,9 @@ def positions_passed(*, row: int, tokens_seen: int, positions: int) -> None:
 
 
 def request_not_pinned(*, session: str, tokens: int, most: int) -> None:
-    """Log ``request_not_pinned``: a reply begins whose request is not pinned, so it may be compacted during the reply.
+    """Log ``request_not_pinned``: a reply begins, and its request may be compacted before the reply ends.
 
-    The request has been compacted already, or it has more tokens than may be pinned (``most``).
+    The request is not pinned because it was compacted already, or because it has more than ``most`` tokens.
     """
     _LOG.info("request_not_pinned", session=session, tokens=tokens, most=most)
 

@@ -32,7 +32,10 @@ class LayerReport(_Report):
 
 
 class SpanError(_Report):
-    """Describe the errors, over all layers, on held-out queries of the transcript's tokens ``start .. stop``."""
+    """Describe the errors of one span of the transcript, the tokens ``start`` to ``stop - 1``.
+
+    The errors are measured on held-out queries of these tokens, in all layers together.
+    """
 
     start: int
     stop: int

@@ -80,7 +80,7 @@ class Trace:
             self.points.append(UsagePoint(elapsed, *(int(getattr(event, name)) for name in _USAGE_FIELDS)))
 
     def compacted(self, report: CompactionReport) -> None:
-        """Record one compaction, with the number of tokens that all rows had seen after the last forward."""
+        """Record one compaction, and the number of tokens that all rows together had seen after the last forward."""
         self.compactions.append(report)
         self.compacted_at.append(self.points[-1].tokens_seen if self.points else report.tokens_seen)
 

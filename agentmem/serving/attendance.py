@@ -45,7 +45,7 @@ async def turn_of(server: Server, request: Request) -> AsyncIterator[Turn]:
 
 
 async def ended(server: Server, request: Request, http: HttpRequest) -> tuple[list[Piece], Ended]:
-    """Run a turn to its end; return the list of all its pieces, and the last piece again.
+    """Run a turn to its end; return the list of all pieces of its result, and the last piece by itself as well.
 
     If the client disconnects first, the turn is stopped.
 

@@ -87,18 +87,19 @@ class Conversations:
     ) -> tuple[Conversation, int]:
         """Choose or begin the conversation for a request, and mark the conversation as busy.
 
-        Return the conversation, and how many of the ``wanted`` messages (their digests) it holds already. The
-        conversation that holds most of them is chosen. If no conversation can be continued, a new one begins and the
-        number is 0.
+        Return the conversation, and the number of messages of the request that the conversation holds already. The
+        conversation with the largest number is chosen. If no conversation can be continued, a new conversation begins,
+        and the number is 0.
 
         Args:
             owner: The owner of the request.
-            recipe: The recipe that the conversation must have.
-            wanted: Digests of all messages of the request.
+            recipe: The session arguments (policy, settings, tools, template options) that the conversation must have.
+            wanted: Digests of all messages of the request. If the request has a compaction item, the marker of the item
+                comes first and counts as one message.
             name: If given, only the conversation of this name can be continued, whatever its label.
-            label: Without a name, the label that the conversation must have.
-            any_recipe: Also accept a conversation that has another recipe, or that begins with instructions that the
-                request leaves out.
+            label: The label (``prompt_cache_key``) that the conversation must have, if no name is given.
+            any_recipe: Also accept a conversation with another recipe. The conversation may then also begin with
+                instructions that the request leaves out.
 
         Raises:
             RequestRefused: ``name`` is not a valid name, or the conversation of that name is busy with another turn.
@@ -181,8 +182,8 @@ def _continues(each: Conversation, like: Like, wanted: list[str], *, unled: bool
     """Return how many of a request's messages a conversation holds, or ``None`` if the request cannot continue it.
 
     ``wanted`` are the digests of the request's messages. ``like`` holds the properties that the conversation must share
-    with the request. With ``unled``, the conversation may begin with instructions that are not among the wanted
-    messages.
+    with the request. If ``unled`` is true, the conversation may begin with instructions that the request leaves
+    out.
     """
     if each.busy or Like(each.owner, each.recipe, each.label) != like:
         return None

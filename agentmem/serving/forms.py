@@ -27,7 +27,10 @@ class Form(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _flat(cls, given: Any) -> Any:
-        """Convert the chat format, which has the schema's fields under ``json_schema``, to the format of a response."""
+        """Convert a ``response_format`` to a ``text.format``, and return a ``text.format`` unchanged.
+
+        A ``response_format`` has the schema's fields in an object ``json_schema``; a ``text.format`` has them directly.
+        """
         if isinstance(given, dict) and isinstance(given.get("json_schema"), dict):
             return {"type": given.get("type"), **given["json_schema"]}
         return given

@@ -37,10 +37,12 @@ def marker(item: str) -> str:
 def extends(held: Sequence[str], wanted: Sequence[str], anchors: dict[str, int]) -> int | None:
     """Return how many entries of ``wanted`` a conversation holds, or ``None`` if the request does not continue it.
 
-    ``held`` are the digests of all messages of the conversation; ``wanted`` are those of the request. The request
-    continues the conversation if ``wanted`` begins with all of ``held``. The first entry of ``wanted`` may be a
-    compaction item's marker, which ``anchors`` maps to the number of ``held`` messages that the item stands for. The
-    other entries are then compared with the ``held`` messages after these.
+    ``held`` are the digests of the conversation's messages; ``wanted`` are the digests of the request's messages. The
+    request continues the conversation if ``wanted`` begins with all of ``held``.
+
+    The first entry of ``wanted`` may be the marker of a compaction item. ``anchors`` gives, for each marker, the number
+    ``n`` of messages that the item stands for. The first ``n`` digests of ``held`` are then not compared: the entries
+    of ``wanted`` after the marker must begin with the rest of ``held``.
     """
     if wanted and wanted[0] in anchors:
         rest, start = list(held[anchors[wanted[0]] :]), 1

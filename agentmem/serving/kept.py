@@ -49,7 +49,7 @@ class Record(BaseModel):
 
     @classmethod
     def of(cls, conversation: Conversation) -> Record:
-        """Return the record of a conversation, which has everything except the memory."""
+        """Return the record of a conversation; the record has everything except the memory."""
         names = ("id", "owner", "label", "anchors", "used", "bytes", "lead", "since_item", "open")
         own = {name: getattr(conversation, name) for name in names}
         return cls(**own, **asdict(conversation.recipe), history=tuple(conversation.history))

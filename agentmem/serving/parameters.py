@@ -17,7 +17,7 @@ Stop = Annotated[str, Field(min_length=1, max_length=500)]
 
 
 class Parameters(BaseModel):
-    """Base of all request bodies. Unknown fields are refused; unsupported fields may only have a neutral value.
+    """Base of all request bodies. Unknown fields are refused; unsupported fields may only have values without effect.
 
     Raises:
         RequestRefused: a field is refused; the error is raised during validation and names the field.

@@ -1,4 +1,4 @@
-"""Recipes: the arguments of a conversation's session, from a request's object ``agentmem`` and its tools."""
+"""Recipes: the arguments of a conversation's session, made from the tools and the field ``agentmem`` of a request."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _SETTINGS = ("keep_first", "keep_recent", "target", "pin_roles", "pin_names", "p
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """The arguments of a session. A request can continue a conversation only if their recipes are equal."""
+    """The arguments of a session. A request can continue a conversation only if both have equal recipes."""
 
     policy: str | None = None
     settings: str = "{}"
@@ -52,7 +52,7 @@ class Recipe:
 
     @classmethod
     def of(cls, extension: Extension, tools: list[dict[str, Any]] | None) -> Recipe:
-        """Return the recipe that a request asks for.
+        """Return the recipe (the arguments of a session) that a request asks for.
 
         Raises:
             RequestRefused: the policy's options contain a search pattern.

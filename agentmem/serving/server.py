@@ -147,7 +147,10 @@ class Server:
         await self._run(free)
 
     async def sweep(self) -> None:
-        """Forget conversations that were replaced or that exceed the limits of idle time, number and bytes."""
+        """Forget conversations beyond the limits of idle time, number and bytes.
+
+        Conversations whose name a new conversation took are forgotten as well. Busy conversations are kept.
+        """
         replaced, self.conversations.replaced = self.conversations.replaced, []
         for each in (*replaced, *self.conversations.surplus()):
             if not each.busy:

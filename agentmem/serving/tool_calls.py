@@ -62,8 +62,8 @@ class ToolFormat:
     def calls(self, text: str, accepts: Accepts) -> tuple[list[ToolCall], str] | None:
         """Parse the tool calls in ``text``; return the calls and the remaining text.
 
-        ``text`` is the part of a reply that begins with its first opener. Return ``None`` if any call is malformed or
-        is refused by ``accepts``; the whole reply is then plain text.
+        ``text`` is the reply from the beginning of its first tool call to its end. Return ``None`` if any call is
+        malformed or is refused by ``accepts``; the whole reply is then plain text.
         """
         try:
             found, rest = self.read(text)

@@ -75,7 +75,7 @@ class Function(BaseModel):
         return self
 
     def takes(self, arguments: dict[str, Any]) -> bool:
-        """Check whether a call may have these arguments; only a ``strict`` function refuses any."""
+        """Check whether a call may have these arguments; a function that is not ``strict`` accepts all arguments."""
         if not self.strict or self.parameters is None:
             return True
         # An empty registry fetches nothing: a schema that refers to another document accepts no arguments.
@@ -139,7 +139,10 @@ def chosen(tools: Sequence[Function], choice: Any, *, parallel: bool = True) -> 
 
 
 def _named(choice: Any) -> str | None:
-    """Return the tool name in a ``tool_choice`` object of either route, or ``None`` if ``choice`` has no such name."""
+    """Return the name of the tool that ``choice`` (a request's ``tool_choice``) names, or ``None`` if it names no tool.
+
+    Both formats are read: that of ``/v1/chat/completions`` and that of ``/v1/responses``.
+    """
     if not isinstance(choice, dict) or choice.get("type") != "function":
         return None
     found = choice.get("function", choice)

@@ -189,7 +189,11 @@ class Turn:
         return conversation
 
     def _begin(self, conversation: Conversation) -> int:
-        """Prepare a new conversation; return how many wanted entries it holds: 1 with a compaction item, else 0."""
+        """Prepare a new conversation, which begins with the memory of the request's compaction item, if any.
+
+        Return 1 if there is an item and 0 otherwise: how many digests of the request the conversation holds already.
+        The marker of the item counts as one digest.
+        """
         conversation.lead = self.request.lead
         if (item := self.request.item) is None:
             return 0
@@ -288,7 +292,7 @@ class Turn:
         self._pieces.put_nowait(Ended(reason, text.sent, tuple(text.calls), self._usage, facts))
 
     async def _write(self, session: Session, text: ReplyText, conversation: Conversation) -> End:
-        """Decode until the reply ends or a stop sequence comes, queue its text, and return the reason for the end."""
+        """Decode and queue the reply until it ends or a stop sequence comes; return why the reply ended."""
         marks = self._server.marks if self.request.accepts else {}
         sampling = self.request.sampling
         options = sampling.options()

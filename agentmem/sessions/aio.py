@@ -217,10 +217,10 @@ async def _driven(
 
 
 async def _fed(session: Conversation, want: Want) -> None:
-    """Wait until the ids of ``want`` have been fed to the model.
+    """Wait until the model has been fed the ids that a turn requests; ``want`` is this request.
 
-    A forward that another turn started may feed these ids. If a forward is due and no other turn has started it, this
-    turn starts it on the model's thread. Every forward feeds all waiting turns.
+    A forward can feed several waiting turns, so a forward that another turn started may feed these ids. If a forward is
+    due and no other turn has started it, this turn starts it on the model's thread.
     """
     scheduler, loop, woken = session.runtime.scheduler, asyncio.get_running_loop(), asyncio.Event()
 
@@ -269,6 +269,6 @@ def stream(session: Conversation, options: dict[str, Any]) -> AsyncGenerator[Eve
 async def reports(
     session: Conversation, make: Callable[[], turn.Steps], deadline: float | None
 ) -> tuple[CompactionReport, ...]:
-    """Run the turn that ``make`` returns to its end, and return the reports of its compactions."""
+    """Run a turn to its end and return the reports of its compactions; ``make`` returns the steps of this turn."""
     async with aclosing(_driven(session, make, deadline)) as events:
         return tuple([event.report async for event in events if isinstance(event, CompactionFinished)])

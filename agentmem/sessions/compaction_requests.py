@@ -46,10 +46,10 @@ def request_of(session: Conversation, focus: str, policy: str | None) -> Request
 
 
 def _slots_of(session: Conversation, target: float) -> int:
-    """Convert a target to the number of slots per head to leave between prefix and recent window.
+    """Convert a target to the number of slots per head that a compaction leaves between prefix and recent window.
 
-    ``target`` is this number already if it is an integer; otherwise it is a fraction of the slots held there now.
-    Promoted pins count as a part of the prefix.
+    An integer target is this number already. Any other target is a fraction of the slots that are now between prefix
+    and recent window. Pinned tokens that have left the recent window count as a part of the prefix.
     """
     if isinstance(target, int):
         return target

@@ -87,7 +87,9 @@ def template(session: Conversation) -> ChatTemplate:
 
 
 def begin_reply(session: Conversation, options: dict[str, Any]) -> Decoding:
-    """Open a reply if no reply is open, and return its decoding, which transformers prepares from the options.
+    """Open a reply if no reply is open, and return the state for decoding this reply.
+
+    The state has the logits processors and stopping criteria that transformers makes from the options.
 
     If an error is raised, the session is unchanged.
 
@@ -220,8 +222,9 @@ def _take(session: Conversation, delta: Delta) -> None:
 def _pin(session: Conversation, delta: Delta, fed: int, *, pin: bool) -> None:
     """Pin messages of a delta that is about to be read: all if ``pin`` is true, else those that the settings select.
 
-    ``fed`` is the number of messages fed earlier. Markup in the delta that closes one of these earlier messages is not
-    pinned, so that a session with no room for further pins can go on.
+    ``fed`` is the number of messages that were fed before this delta. The delta may begin with markup that closes the
+    last of these messages. This markup is not pinned; otherwise a session with no room for further pins could not go
+    on.
 
     Raises:
         CapTooSmall: the pins do not fit; nothing was changed.

@@ -57,11 +57,12 @@ class Runtime:
     which is reserved for its memory.
 
     If a turn needs bytes that memories of idle sessions hold, these memories are preempted in stages. ``trim``: they
-    give up their free room, and nothing is lost. ``compact``: they are compacted further, with the loss of their
-    policy. ``disk``: they are moved to disk, and nothing is lost. The next turn of a session restores its memory.
+    give up their free room, and nothing is lost. ``compact``: they are compacted further, which loses information as
+    every compaction does. ``disk``: they are moved to disk, and nothing is lost. The next turn of a session gets back
+    the free room of its memory, and reads the memory from disk if necessary.
 
-    The model runs one forward at a time, and each forward feeds all turns that wait for a forward
-    (:mod:`agentmem.engine.scheduler`).
+    The model runs one forward at a time. If the model can be fed several sequences at once, a forward feeds as many of
+    the waiting turns as ``max_batch_tokens`` allows (:mod:`agentmem.engine.scheduler`).
     """
 
     def __init__(

@@ -65,10 +65,10 @@ class Session(Conversation):
             tool_call_id: id of the call that a tool's message answers.
             pin: exclude this message from compaction until it is unpinned.
             compact: ``"after"`` compacts the message right after it was read, with the message's own queries.
-            target: how much of the message ``compact="after"`` leaves: a fraction, or slots per head. The default is
-                0.25.
+            target: with ``compact="after"``, how much of the message to leave: a fraction, or slots per head. The
+                default is 0.25.
             focus: a text that must stay recallable after this compaction.
-            policy: name of the policy of the session that runs this compaction. A policy with adaptive budgets, such
+            policy: name of the policy for this compaction, one of the session's. A policy with adaptive budgets, such
                 as ``am-halving[budgets=adaptive[output_error=0.1]]``, ignores ``target`` and leaves as much as its
                 error limits require.
             deadline: seconds after which reading stops. The next turn reads the rest of the message and does not apply
@@ -283,7 +283,7 @@ class Session(Conversation):
                 most the fraction ``soft`` (a session setting) of its capacity is free.
             focus: a text that must stay recallable.
             target: how much to leave between prefix and recent window: a fraction of the segment, or slots per head.
-            policy: name of the policy of the session that runs this compaction.
+            policy: name of the policy for this compaction, one of the session's.
 
         Raises:
             SettingsRefused: ``mode="off"``, an unknown policy, or a focus with a policy that has no probe.

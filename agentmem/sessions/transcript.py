@@ -36,7 +36,7 @@ class Entry(BaseModel):
     text: str = ""
 
     def replaced(self, made: SummaryReport) -> bool:
-        """Return True if this entry is a summary, and the new summary ``made`` covers all tokens that it summarises."""
+        """Return True if this entry is a summary and the new summary ``made`` covers all of its ``start .. stop``."""
         return self.kind == "summary" and made.start <= self.start and self.stop <= made.stop
 
 

@@ -70,7 +70,8 @@ def read(
 
     Between turns the last id always stays pending: the first forward of a reply needs an id, and not every chat
     template has a generation prompt. With ``leave=0`` all ids are fed, and the logits after the last id are returned.
-    In this case the caller must commit the last forward after using the logits.
+    In this case the last forward is not committed (its ids do not count as consumed yet): the caller must commit it
+    after using the logits.
     """
     memory = session.memory
     while (count := len(waiting := session.pending) - leave) > 0:
@@ -210,7 +211,8 @@ def _decode(session: Conversation, reply: Reply, decoding: Decoding, pieces: Tex
 def _take(session: Conversation, decoding: Decoding, reply: Reply, logits: torch.Tensor) -> tuple[int, torch.Tensor]:
     """Choose the next token from ``logits``, append it to the conversation, then commit the forward of the logits.
 
-    Because of this order, a turn that ends early leaves at least one pending id, which the next turn can feed.
+    The ids of a forward stay pending until the forward is committed. Because of this order, a turn that ends early
+    leaves at least one pending id, which the next turn can feed.
     """
     token, scores = choose(decoding, logits, session.generator)
     decoding.add(token)

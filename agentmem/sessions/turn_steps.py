@@ -87,7 +87,7 @@ class Steps:
         self._session.watch.cancelled = True
 
     def close(self) -> None:
-        """End the turn at its present step, after any forward that feeds it has finished.
+        """End the turn at its present step; if a forward is feeding the turn, wait for the end of this forward first.
 
         Closing twice does nothing.
         """

@@ -10,8 +10,8 @@ def read_plain(path: str | Path, most: int) -> bytes:
     """Return the content of a regular file of at most ``most`` bytes.
 
     Raises:
-        OSError: the file cannot be read, has more than ``most`` bytes, or is no regular file (but a device or a pipe,
-            which may be endless).
+        OSError: the file cannot be read, has more than ``most`` bytes, or is not a regular file. Devices and pipes are
+            refused because they may be endless.
 
     """
     about = Path(path).stat()

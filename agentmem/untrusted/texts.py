@@ -69,7 +69,7 @@ def _fault(place: tuple[int | str, ...], message: str, given: object) -> str:
 
 
 def _quoted(place: tuple[int | str, ...], given: Any) -> str:
-    """Quote the value at a place in ``given``; return an empty text if there is none."""
+    """Quote the value at a place in ``given``; return an empty text if there is no value at this place."""
     if given is None:
         return ""
     try:

@@ -60,7 +60,10 @@ class Adaptive(Budgets):
         return allocate(replace(request, total=min(request.limit, wanted)), demands)
 
     def _demand(self, curve: Curve) -> Demand:
-        """Return a function from a factor to the fewest slots whose errors are within the targets times this factor."""
+        """Return a function of a factor that both error targets are multiplied by.
+
+        The function returns the fewest slots at which both errors are within the multiplied targets.
+        """
 
         def slots(multiple: float) -> int:
             if math.isinf(multiple):  # every error is within an infinite target

@@ -17,12 +17,13 @@ from agentmem.policies.budgets.water_filling import allocate, proportional
 class Calibrated(Tabled):
     """Allocates slots in proportion to the shares in a table.
 
-    Once a table is chosen, its largest share of a head becomes ``head_ceiling``, unless the option ``head_ceiling`` is
-    smaller. In the same way, its largest mean share of a layer's heads becomes ``layer_ceiling``.
+    Once a table is chosen, ``head_ceiling`` becomes the table's largest share of a single head. ``layer_ceiling`` is
+    derived from the mean share of the heads of each layer: it becomes the largest of these means. An option of the
+    same name that is smaller takes precedence.
     """
 
     def ceilings(self, table: HeadTable) -> tuple[float, float]:
-        """Return the table's largest share of a head and its largest mean share of a layer."""
+        """Return two maxima in the table: of the share of a single head, and of the mean share of a layer's heads."""
         return table.head_ceiling, table.layer_ceiling
 
     def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:

@@ -15,7 +15,7 @@ from agentmem.policies.budgets.water_filling import Demand, allocate
 
 @dataclass(frozen=True)
 class Global(Budgets):
-    """Gives each head as many slots as it has scores among the highest of all heads, but at least a minimum.
+    """Gives each head one slot for each of its scores that is among the highest of all heads, but at least a minimum.
 
     ``floor`` sets the minimum. :meth:`Compactor.survey` returns one score per slot; the scores of all heads are
     compared without any scaling. If heads have equal scores, the earlier head gets the slot.
@@ -36,7 +36,10 @@ class Global(Budgets):
                 raise ValueError(f"{name}: {getattr(self, name)!r} equal shares cannot be allocated; give 1 or more")
 
     def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
-        """Lower one threshold for all heads until as many scores are at or above it as there are slots to allocate."""
+        """Allocate to each head the number of its scores that are at or above a threshold, the same for all heads.
+
+        The threshold falls until all slots are allocated.
+        """
         if len(request.surveys) != len(request.held):
             raise ValueError(
                 f"{len(request.surveys)} surveys for {len(request.held)} layers: global budgets compare the scores of "

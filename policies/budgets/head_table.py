@@ -31,11 +31,12 @@ Rows = tuple[tuple[float, ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class HeadTable:
-    """A table of one model; ``shares`` and ``errors`` are indexed by layer (of those that are compacted) and KV head.
+    """The head shares of one model, and its error curves if the calibration method measures errors.
 
-    The mean of the shares is 1. ``errors[layer][head][i]`` is the KL, in nats per token, of keeping the fraction
-    ``fractions[i]`` of that head's slots and all slots of every other head. ``fractions`` and ``errors`` are empty if
-    the calibration method finds no errors.
+    ``shares`` and ``errors`` are indexed by layer and KV head; layers that are never compacted are left out. The mean
+    of the shares is 1. ``errors[layer][head][i]`` is the KL divergence between the model's predictions with all slots
+    and those with only the fraction ``fractions[i]`` of this head's slots, in nats per token. Without error curves,
+    ``fractions`` and ``errors`` are empty.
     """
 
     source: str
@@ -52,7 +53,7 @@ class HeadTable:
 
     @property
     def layer_ceiling(self) -> float:
-        """Return the largest mean share of a layer's heads."""
+        """Average the shares of the heads of each layer, and return the largest of these averages."""
         return max(sum(layer) / len(layer) for layer in self.shares)
 
 

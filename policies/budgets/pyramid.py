@@ -11,10 +11,11 @@ from agentmem.policies.budgets.water_filling import allocate, proportional
 
 
 class Pyramid(Budgets):
-    """Gives heads of the first layer ``2 - 1 / steepness`` and of the last ``1 / steepness`` times the mean slots.
+    """Gives heads numbers of slots that fall linearly from the first layer to the last.
 
-    With a steepness of 1, all heads get equally many slots. As the steepness grows, heads of the first layer tend to
-    twice the mean number of slots, and heads of the last layer to none.
+    Heads of the first layer get ``2 - 1 / steepness`` times the mean number of slots per head. Heads of the last layer
+    get ``1 / steepness`` times this mean. With a steepness of 1, all heads get equally many slots. As the steepness
+    grows, heads of the first layer tend to twice the mean number of slots, and heads of the last layer to none.
     """
 
     def __init__(self, steepness: float = 2.0) -> None:

@@ -85,7 +85,10 @@ def filled_in(fractions: Sequence[float], errors: Sequence[float]) -> list[Point
 
 
 def lower_hull(points: Sequence[Point]) -> list[Point]:
-    """Return the corners of the largest convex curve that lies nowhere above ``points``, whose fractions ascend."""
+    """Return the corners of the largest convex curve that lies nowhere above ``points``.
+
+    The points must be in ascending order of their fractions.
+    """
     hull: list[Point] = []
     for point in points:
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):

@@ -19,9 +19,9 @@ class Tabled(Budgets):
     """Follows a table of head shares: that of the file ``table``, or one of the package's tables if no file is given.
 
     Without a file, :meth:`check` chooses the table. All shares are multiples of an equal share, the number of slots of
-    a head if all heads get equally many. ``floor`` is the smallest share of a head, ``head_ceiling`` the largest, and
-    ``layer_ceiling`` the largest mean share of a layer's heads. ``any_weights`` accepts a table made for a model with
-    other weights but equal KV heads, such as the base model of a fine-tuned model.
+    a head if all heads get equally many. ``floor`` is the smallest share of a head, and ``head_ceiling`` the largest.
+    ``layer_ceiling`` limits the mean share of the heads of each layer. ``any_weights`` accepts a table made for a model
+    with other weights but equal KV heads, such as the base model of a fine-tuned model.
 
     Raises:
         ValueError: the file is not a table or lacks what these budgets need, or an option is out of range.
@@ -60,8 +60,9 @@ class Tabled(Budgets):
         return ""
 
     def ceilings(self, table: HeadTable) -> tuple[float, float]:  # noqa: ARG002  # subclasses use the table
-        """Return the largest share that the table can give to a head, and the largest mean share of a layer's heads.
+        """Return two limits of the allocation: of the share of a single head, and of the mean share of a layer's heads.
 
+        A subclass may take the limits from ``table``; here they are the options ``head_ceiling`` and ``layer_ceiling``.
         Both are multiples of an equal share, the number of slots of a head if all heads get equally many.
         """
         return self._most

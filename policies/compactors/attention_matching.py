@@ -48,8 +48,8 @@ _SMALL = 1024
 class AttentionMatching(Compactor):
     """Keeps selected slots of each head's segment, with β and values fitted to the reference queries.
 
-    Let T be the number of slots, t that of kept slots and N that of queries. A call needs memory for one block of
-    queries (``block_bytes``), one t x t matrix, the keys and values in float32 and a few numbers per slot and query. No
+    Let a head have T slots, of which t are kept, and N reference queries. A call needs memory for one block of queries
+    (``block_bytes``), one t x t matrix, the keys and values in float32, and a few numbers per slot and per query. No
     N x T matrix is made. A pursuit selector needs a T x T matrix, too. Arithmetic is float32 whatever the model's
     dtype: on real segments, a float64 Gram matrix left the first four digits of every error unchanged.
     """
@@ -217,8 +217,8 @@ class AttentionMatching(Compactor):
 def _row_bytes(slots: int, key_dim: int, value_dim: int) -> int:
     """Return the bytes that each query of a block takes.
 
-    These hold the query in float32, one query of the previous block, the query's weights over the slots, its output,
-    and a few numbers.
+    These bytes hold the query in float32, the query's weights over the slots, the query's output and a few numbers.
+    They also hold one query of the previous block, which is freed only after the new block is made.
     """
     return _FLOAT * (slots + 2 * key_dim + value_dim + 4)
 

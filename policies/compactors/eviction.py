@@ -87,7 +87,7 @@ class Observation(Eviction):
     """Size in bytes of one block of queries with its weights; a block has at least 32 rows, even if that is larger."""
 
     def attention(self, segment: Segment, index: int) -> LocalAttention:
-        """Return the attention of all reference queries over the slots of KV head ``index``, whose logits include β."""
+        """Return the attention of all reference queries over the slots of KV head ``index``; the logits include β."""
         head, queries = segment.heads[index], segment.queries(index)
         longest = max(part.shape[1] for part in queries)
         if longest == 0:
@@ -97,7 +97,7 @@ class Observation(Eviction):
         return LocalAttention(queries, keys, head.bias, segment.scale, min(rows, longest)).weighted(segment.weights)
 
     def attention_bytes(self, shape: SegmentShape, *, copies: int = 1, then: int = 0) -> int:
-        """Return an upper bound of the bytes of scoring by :meth:`attention`, for :meth:`scratch`.
+        """Return an upper bound of the bytes that scoring by :meth:`attention` allocates; :meth:`scratch` uses it.
 
         The bound covers the keys in float32, a few numbers per slot and query, and the larger of two phases. The first
         phase holds ``copies`` blocks of queries with their weights. The second begins after these blocks are freed, and
@@ -113,8 +113,8 @@ class Observation(Eviction):
 def _row_bytes(slots: int, key_dim: int) -> int:
     """Return the bytes that each query of a block takes.
 
-    These hold the query in float32, one query of the previous block, the query's weights over the slots, and a few
-    numbers.
+    These bytes hold the query in float32, the query's weights over the slots and a few numbers. They also hold one
+    query of the previous block, which is freed only after the new block is made.
     """
     return FLOAT * (slots + 2 * key_dim + 4)
 
@@ -122,10 +122,11 @@ def _row_bytes(slots: int, key_dim: int) -> int:
 def largest_of_group(
     attention: LocalAttention, weights: Sequence[float], view: Callable[[torch.Tensor], torch.Tensor]
 ) -> Iterator[tuple[float, torch.Tensor]]:
-    """Yield, for each block of B reference tokens, its weight and the maximum ``[B, T]`` of ``view`` over query heads.
+    """Yield, for each block of B reference tokens, the block's weight and the maximum ``[B, T]`` over query heads.
 
-    ``view`` maps the block's queries ``[B, d]`` of one query head to numbers ``[B, T]``. The maximum is elementwise
-    over the query heads of the KV head. ``weights`` has one weight for each part of the reference queries.
+    ``view`` maps the block's queries ``[B, d]`` of one query head to numbers ``[B, T]``. The elementwise maximum of
+    these numbers is taken over the query heads of the KV head. ``weights`` has one weight for each tensor in
+    ``attention.queries``; it is the weight of all blocks of this tensor.
     """
     for part, weight in zip(attention.queries, weights, strict=True):
         for tokens in blocks(part.shape[1], attention.rows):

@@ -12,10 +12,10 @@ import torch
 class LocalAttention:
     """Softmax attention of many queries over one segment alone, visited in blocks of query rows.
 
-    ``queries`` are parts ``[group, n, d]``, which may be views and have any float dtype; each block of at most ``rows``
-    rows is cast to float32. ``roots [N]`` float32 are the square roots of the queries' weights (``None``: all 1); a
-    least-squares fit multiplies its rows by these roots. ``keys [T, d]`` and ``bias [T]`` are float32. The logits are
-    ``scale * q @ k + bias``.
+    ``queries`` is a tuple of tensors ``[group, n, d]``, called *parts*; ``n`` may differ from part to part. Parts may
+    be views, and have any float dtype. Each block of at most ``rows`` rows is cast to float32. ``roots [N]`` float32
+    are the square roots of the queries' weights (``None``: all 1); a least-squares fit multiplies its rows by these
+    roots. ``keys [T, d]`` and ``bias [T]`` are float32. The logits are ``scale * q @ k + bias``.
 
     Attention is *local*: weights are relative to the segment's own mass, never to that of the whole context. Values
     fitted to a softmax over the whole context would contain the segment's share of the mass, and the model's attention
@@ -35,7 +35,7 @@ class LocalAttention:
         return sum(part.shape[0] * part.shape[1] for part in self.queries)
 
     def weighted(self, weights: Sequence[float]) -> LocalAttention:
-        """Return a copy in which all queries of a part have the same weight; ``weights`` has one weight per part."""
+        """Return a copy with other weights of the queries: all queries of part ``i`` have the weight ``weights[i]``."""
         if len(set(weights)) <= 1:  # equal weights change no fit
             return replace(self, roots=None)
         roots = self.bias.new_empty(self.count)
@@ -51,7 +51,7 @@ class LocalAttention:
         return replace(self, keys=keys, bias=bias)
 
     def blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Yield the queries block by block: each block's rows among all N queries, and the block ``[B, d]`` float32."""
+        """Yield pairs: the range of a block's rows among all N queries, and the block's queries ``[B, d]`` float32."""
         row = 0
         for member in (member for part in self.queries for member in part):
             for block in member.split(self.rows):

@@ -54,13 +54,14 @@ def merge(
         keys: ``[T, d]`` float32.
         values: ``[T, dv]`` float32.
         bias: ``[T]`` float32, β.
-        importance: ``[T]``; of equally important slots the later one leads.
+        importance: ``[T]``; of two equally important slots, the later counts as more important.
         count: number of slots that stay; all slots stay if there are no more than this.
         threshold: the smallest cosine between two keys at which their slots may merge.
         log_weights: ``[T]``, the log weight of each slot, e.g. the log of the mean attention that it receives; ``None``
             uses β as the log weight, which is exact if the keys of a group are equal.
-        rest: treatment of the least important groups if too few slots are similar: "evict" drops these slots together
-            with those that joined them, "nearest" lets them join the nearest slot that stays.
+        rest: what happens to the least important groups if merging similar slots leaves more than ``count`` slots:
+            "evict" drops all slots of these groups; "nearest" merges each group into one of the slots that stay, the
+            slot most similar to the leader of the group.
         rows: number of slots that are compared with all others at a time.
 
     Invariants: exactly ``min(count, T)`` slots stay. With ``rest="evict"``, no slot joins a slot with which its cosine

@@ -11,9 +11,10 @@ The solver does not need A and y themselves, only ``AᵀA`` (the argument ``gram
 
 Each pivot has two steps. First it solves for the *free* unknowns, while the others are held at a bound. Then it
 exchanges all unknowns that break a condition of Karush, Kuhn and Tucker (KKT): free unknowns go to a bound, and
-unknowns at a bound become free. If several pivots make no progress, only the last of these unknowns is exchanged per
-pivot, which terminates for every positive definite matrix. The inverse Cholesky factor of the free unknowns is kept
-between pivots, and updated from the first changed unknown on. To add a few unknowns, only their rows are computed.
+unknowns at a bound become free. If several pivots make no progress, each further pivot exchanges only one
+unknown: the last that breaks a condition. This terminates for every positive definite matrix. The inverse Cholesky
+factor of the free unknowns is kept between pivots, and updated from the first changed unknown on. To add a few
+unknowns, only their rows are computed.
 
 Source: Portugal, Júdice and Vicente, "A comparison of block pivoting and interior point algorithms for linear least
 squares problems with nonnegative variables", Mathematics of Computation 63 (1994), with two bounds here.
@@ -45,11 +46,15 @@ class IllConditioned(ArithmeticError):
 
 @dataclass(slots=True)
 class Factor:
-    """The inverse Cholesky factor of the part of ``gram + ridge I`` that belongs to the free unknowns.
+    """The inverse Cholesky factor M of the free unknowns' matrix: ``MᵀM`` is the inverse of this matrix.
 
-    ``inverse [capacity, capacity]`` is float64 and lower triangular. Let M be its leading square block, with one row
-    for each free unknown in ``order``; then ``MᵀM`` is the inverse of the free unknowns' part. (M can be multiplied
-    without a copy; a triangular solve would copy a factor that does not fill its storage.)
+    The free unknowns are those in the problem that are not held at a bound. Their matrix is ``gram + ridge I``,
+    restricted to their rows and columns. M is the leading square block of ``inverse [capacity, capacity]``, which is
+    float64 and lower triangular. M has one row per free unknown; ``order`` lists the unknowns in the order of these
+    rows.
+
+    A product with M needs no copy. A triangular solve with the Cholesky factor itself would copy the factor, because
+    the factor does not fill its storage.
     """
 
     gram: torch.Tensor
@@ -60,7 +65,7 @@ class Factor:
     def become(self, free: torch.Tensor) -> None:
         """Change the free unknowns to those in the mask ``free [T]``, and update the factor.
 
-        The factor's rows before the first removed unknown are reused.
+        The factor's rows before that of the first removed unknown stay as they are; all later rows are computed anew.
 
         Raises:
             IllConditioned: the matrix of the free unknowns is not positive definite within rounding.
@@ -92,7 +97,7 @@ class Factor:
         self.order = torch.cat((self.order, panel))
 
     def solve(self, right: torch.Tensor) -> torch.Tensor:
-        """Return the values of the free unknowns for the right side ``right [n]``; both are in ``order``."""
+        """Solve for the ``n`` free unknowns with the right side ``right [n]``; both vectors are in ``order``."""
         inverse = self.inverse[: len(right), : len(right)]
         solution: torch.Tensor = inverse.mT @ (inverse @ right)
         return solution
@@ -118,9 +123,10 @@ class Factor:
 class Pivoting:
     """One bounded problem with the state of its pivoting; unknowns may enter and leave between solves.
 
-    ``pull [T]`` float64 is the right side of the normal equations, ``Aᵀy + r a``. ``state [T]`` int8 holds ``LOW``,
-    ``FREE``, ``HIGH`` or ``ABSENT`` for each unknown. ``solution`` x and ``gradient`` (half the gradient,
-    ``(AᵀA + r I) x - pull``) are those of the last pivot.
+    ``pull [T]`` float64 is the right side of the normal equations, ``Aᵀy + r a``. ``state [T]`` int8 holds, for
+    each unknown, ``LOW`` (at its lower bound), ``FREE``, ``HIGH`` (at its upper bound) or ``ABSENT`` (not in the
+    problem, with the value 0). ``solution`` is the x of the last pivot. ``gradient`` is half the gradient at this x:
+    ``(AᵀA + r I) x - pull``.
     """
 
     factor: Factor
@@ -218,10 +224,11 @@ def pivoting(
     ridge: float,
     capacity: int,
 ) -> Pivoting:
-    """Make a bounded problem in which every unknown is absent; ``gram`` is ``AᵀA [T, T]`` and ``pull`` ``Aᵀy [T]``.
+    """Make a bounded problem in which every unknown is absent at first: it has the value 0 until the caller adds it.
 
-    ``ridge`` is added to the diagonal of ``gram`` as it is, not as a fraction of the mean diagonal entry. At most
-    ``capacity`` unknowns may be free at a time.
+    ``gram`` is ``AᵀA [T, T]`` and ``pull`` is ``Aᵀy [T]``, where A is the matrix of the fit and y its target. ``ridge``
+    is added to the diagonal of ``gram`` as it is, not as a fraction of the mean diagonal entry. At most ``capacity``
+    unknowns may be free at a time.
     """
     inverse = torch.zeros(capacity, capacity, dtype=torch.float64, device=gram.device)
     order = torch.empty(0, dtype=torch.int64, device=gram.device)

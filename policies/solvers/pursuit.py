@@ -46,11 +46,11 @@ _BYTES_PER_SLOT = 80
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The number of slots that a pursuit chooses between two fits of the weights.
+    """How often a pursuit fits the weights: the number of slots that it chooses between two fits.
 
-    It is the larger of ``choose * refit_every`` and the fraction ``growth`` of the slots chosen so far. The paper
-    chooses ``choose`` slots per step, and fits every ``refit_every`` steps. The residual does not change between fits,
-    so these steps are taken as one.
+    This number is ``choose * refit_every``, or ``growth`` times the number of slots chosen so far if that is larger.
+    The paper chooses ``choose`` slots per step, and fits after every ``refit_every`` steps. The residual does not
+    change between two fits, so all steps between them are taken as one.
     """
 
     choose: int = 4
@@ -168,11 +168,12 @@ def pursuit_bytes(slots: int, kept: int, rows: int, key_dim: int) -> int:
 
 
 def relative_gram(slots: LocalAttention, log_mass: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Return ``ΦᵀΦ [T, T]`` float32, ``Φᵀ1 [T]`` float64 and ``|1|²``, the sum of the queries' weights.
+    """Return three sums over the queries: ``ΦᵀΦ [T, T]`` float32, ``Φᵀ1 [T]`` float64 and ``|1|²``.
 
-    Φ ``[N, T]`` has each slot's mass for each query, relative to the query's mass over the whole segment. 1 is a vector
-    of N ones, which Φ w should approximate. Every row of Φ and of this vector is multiplied by the root of its query's
-    weight. The three results are summed over blocks of queries, so that Φ itself is never stored.
+    An entry of Φ ``[N, T]`` is a query's mass over one slot, divided by the query's mass over the whole segment. 1 is
+    a vector of N ones, the target of ``Φ w``. Row ``i`` of Φ and of this vector is multiplied by the square root of the
+    weight of query ``i``, so that ``|1|²`` is the sum of these weights. The sums are taken block by block, so that Φ
+    itself is never stored.
     """
     count = len(slots.keys)
     gram = slots.keys.new_zeros(count, count)
@@ -193,7 +194,7 @@ def relative_gram(slots: LocalAttention, log_mass: torch.Tensor) -> tuple[torch.
 
 
 class _Chase:
-    """The state of a pursuit; ``problem`` is the fit of the weights, in which slots that are not chosen are absent."""
+    """The state of a pursuit; ``problem`` is the fit of the weights, in which unchosen slots have the weight 0."""
 
     def __init__(self, problem: Pivoting, count: int, schedule: Schedule) -> None:
         self.problem, self.count, self.schedule = problem, count, schedule

@@ -12,14 +12,14 @@ _LEAST_ROWS = 32
 def redundancy(keys: torch.Tensor, *, threshold: float, spared: int, block_bytes: int) -> torch.Tensor:
     """Return the redundancy of each of ``keys [T, d]``, ``[T]`` float32; the redundancies of all keys sum to 1.
 
-    A key's redundancy is its mean cosine with the other keys, after a softmax over all keys. Before the means are
-    taken, the newest of similar keys are spared: for every key i, find the keys whose cosine with i is above
-    ``threshold``, and replace the cosine of the ``spared`` newest by 0. Of several equal keys, the newest are therefore
-    the least redundant. Keys are visited in blocks of ``block_bytes`` bytes, at least 32 keys at a time; no T x T
-    matrix is made.
+    Row i, column j of the cosine matrix is the cosine of key i with key j; the diagonal is set to 0. Then the newest of
+    similar keys are spared: in every row, of the entries above ``threshold``, the ``spared`` newest are replaced by 0.
+    A key's redundancy is the mean of its column, after a softmax over the means of all keys. Of several equal keys, the
+    newest are therefore the least redundant. Rows are visited in blocks of ``block_bytes`` bytes, at least 32 rows at a
+    time; no T x T matrix is made.
 
-    Source: R-KV, arXiv:2505.24133, section 3.3. Its equation 6 does not say over which index of the cosine matrix the
-    mean runs. As in the paper's code, the mean of a key j runs over the rows i, and keys are spared within each row i.
+    Source: R-KV, arXiv:2505.24133, section 3.3. Equation 6 of the paper does not say whether the mean is that of a row
+    or of a column. The paper's code takes the mean of a column, and spares keys within each row, as done here.
     """
     unit = keys / keys.norm(dim=-1, keepdim=True).add_(_EPSILON)
     total = keys.new_zeros(len(keys))
@@ -46,5 +46,8 @@ def redundancy_bytes(slots: int, key_dim: int, block_bytes: int) -> int:
 
 
 def _row_bytes(slots: int) -> int:
-    """Return the bytes that each key of a block takes: cosines, a mask and indices of large ones, and a few numbers."""
+    """Return the bytes that each key of a block takes.
+
+    These bytes hold the key's cosines, a mask and the indices of large cosines, and a few numbers.
+    """
     return slots * (2 * _FLOAT + 1) + 12 * _FLOAT

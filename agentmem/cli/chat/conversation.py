@@ -130,7 +130,7 @@ class Stop:
     def pass_on(self) -> None:
         """Cancel the running turn if a stop was requested.
 
-        Call this method during the turn as well, because Ctrl-C may have come before the turn began.
+        Call this method at every event of a turn too, because Ctrl-C may have been pressed before the turn began.
         """
         if self.wanted:
             self._session.watch.cancelled = True

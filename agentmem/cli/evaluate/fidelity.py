@@ -81,7 +81,7 @@ def fidelity(
 ) -> None:
     """Stream a text through capped memory and compare with full memory: KL, ΔNLL, top-1 agreement, bytes, seconds.
 
-    Give --slots, --cap, or both; without either --slots 512. With several offsets the last table has the medians.
+    Give --slots, --cap, or both; the default is --slots 512. With several offsets the last table has the medians.
     A stopped comparison goes on where it ended.
     """
     delivery = Delivery(json_path, plot)
@@ -222,7 +222,7 @@ def _show_medians(found: Sequence[Medians], delivery: Delivery) -> None:
 
 
 def _show_drift(found: Sequence[Medians], delivery: Delivery) -> None:
-    """Print the KL by number of compactions so far: a row for each policy, a column for each range of numbers."""
+    """Print KL by the number of compactions: one row per policy, one column per range of numbers, such as 1–8."""
     groups = sorted({(group.first, group.last) for each in found for group in each.drift})
     lines = []
     for each in found:

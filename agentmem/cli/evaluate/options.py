@@ -154,7 +154,7 @@ class Work:
         """Plan every policy under every limit, so that impossible combinations are refused before any measurement.
 
         Raises:
-            SettingsRefused: a policy cannot serve the terms on this model.
+            SettingsRefused: a policy cannot work under one of the limits on this model.
 
         """
         chosen = self.specs if specs is None else tuple(specs)
@@ -177,7 +177,7 @@ def kept_in(cache_dir: Path | None, name: str) -> Path:
 def bars(total: int, suffix: str = "") -> Iterator[Callable[[str, int], None]]:
     """Yield a function that shows progress on a terminal, one bar per name; elsewhere the function shows nothing.
 
-    The function takes a name and the number of units done, of ``total``.
+    The function takes the name of a bar and the number of units done. A bar is full at ``total`` units.
     """
     description = TextColumn("{task.description}", markup=False)  # a policy's options stand in brackets
     columns = (description, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

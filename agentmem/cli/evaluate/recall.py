@@ -81,7 +81,7 @@ def recall(
 ) -> None:
     """Plant facts in a text, stream it through capped memory and ask for them: exact answers and log-probability.
 
-    Recovered is (policy - window) / (full - window) of the mean log-probability; both ends are always measured.
+    Recovered is (policy - window) / (full - window), in mean log-probability; window and full are always measured.
     A stopped comparison goes on where it ended.
     """
     delivery = Delivery(json_path, plot)

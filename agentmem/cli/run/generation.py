@@ -118,7 +118,7 @@ class _Finite(LogitsProcessor):
 class _Stream(BaseStreamer):
     """Streamer that decodes and shows new tokens as they come.
 
-    It decodes only a few earlier tokens again, and never shows a part of a character.
+    With each new token, only a few earlier tokens are decoded again. A character is shown only when it is complete.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, generated: Generated, display: Display) -> None:

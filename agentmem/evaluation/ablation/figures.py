@@ -48,7 +48,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Palette:
-    """The assignment of a colour and a marker to every policy, by its place in ``policies``."""
+    """The assignment of a colour and a marker to every policy, by the policy's place in ``policies``."""
 
     policies: tuple[str, ...]
 
@@ -131,10 +131,10 @@ def _points(axes: Axes, lines: Sequence[Line], *, label: str | None, style: dict
 
 
 def _tightest(found: Sequence[Row]) -> list[Row]:
-    """Return the fidelity results of one setting, to be shown in figures: rows that differ only in their policies.
+    """Return the fidelity results of a single setting, which the figures show: rows that differ only in policy.
 
-    Only results with compactions are considered. The setting with the most rows is chosen, and among settings with
-    equally many rows, the setting with the most compactions.
+    Results without compactions are left out. The setting with the most rows is chosen. If several settings have equally
+    many rows, the one with the most compactions is chosen.
     """
     groups: dict[object, list[Row]] = {}
     for row in found:

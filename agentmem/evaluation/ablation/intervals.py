@@ -64,8 +64,8 @@ def of_mean(values: Sequence[float], *, confidence: float, resamples: int) -> In
 def of_difference(ours: Sequence[float], theirs: Sequence[float], *, confidence: float, resamples: int) -> Interval:
     """Return the mean of the differences ``ours - theirs`` and its bootstrap interval; see :func:`of_mean`.
 
-    ``ours`` and ``theirs`` have the scores of the same units in the same order. A unit that is equally hard for both,
-    such as a difficult passage, then does not widen the interval.
+    ``ours`` and ``theirs`` have the scores of the same units in the same order. Only the differences count: a difficult
+    passage that lowers both scores equally does not widen the interval.
     """
     paired = [one - other for one, other in zip(ours, theirs, strict=True)]
     return of_mean(paired, confidence=confidence, resamples=resamples)

@@ -70,7 +70,10 @@ class Row(Frozen):
 
     @classmethod
     def measured(cls, key: str, cell: Cell, provenance: Provenance, runs: Iterable[Run]) -> Self:
-        """Make the row of a cell from ``runs``, its measurements, and add up their bytes, seconds and tokens."""
+        """Make the row of a cell from the cell's measurements ``runs``.
+
+        Compactions, seconds and tokens of the measurements are added up; ``peak_bytes`` is the greatest peak.
+        """
         runs = tuple(runs)
         return cls(
             key=key,

@@ -60,8 +60,8 @@ class Scored:
 def scored(rows: Sequence[Row]) -> tuple[Scored, ...]:
     """Compute the scores of all rows (results of cells); rows of cells that could not be measured are left out.
 
-    Rows that differ only in their policy are scored together: in fidelity on the same positions, in recall with the
-    same results of window and full memory as references.
+    Rows that differ only in their policy are scored together. Fidelity rows are scored on the same positions. Recall
+    rows are compared with the same two references, the results of the policy ``window`` and of full memory.
     """
     groups: dict[Hashable, list[Row]] = {}
     for row in rows:

@@ -83,10 +83,10 @@ def _short(value: object) -> str:
 
 
 def _place(root: yaml.Node, location: Sequence[int | str]) -> tuple[int, str]:
-    """Return the line in the YAML text, counted from 1, and the name of the field that has a validation error.
+    """Return where a validation error is: the line of the YAML text, counted from 1, and the name of the field.
 
-    ``location`` is pydantic's location of the error. For a missing field, the line is that of the node that should
-    contain the field.
+    ``location`` is pydantic's location of the error. If the error is a missing field, the line is where the mapping
+    that lacks the field begins.
     """
     node, line, field = root, root.start_mark.line + 1, ""
     for step in location:

@@ -3,7 +3,8 @@ r"""Define the task ``aime``: competition problems, whose long reasoning is comp
 The protocol is that of the online experiment in "Fast KV Compaction via Attention Matching", arXiv:2602.16284. These
 arguments of ``inspect eval`` set up the memory as in the paper:
 
-- ``-M slots=2048 -M target=0.5`` (or ``cap``): the memory has 2048 slots, and each compaction halves a full memory.
+- ``-M slots=2048 -M target=0.5``: the memory has 2048 slots, and each compaction halves a full memory. Instead of
+  ``slots``, a ``cap`` in bytes may be given.
 - ``-M max_compactions=6``: there are at most 6 compactions. When the memory is full again after the last one,
   reasoning ends.
 - ``-M keep_first=0 -M keep_recent=20``: only the last 20 tokens are protected; the prompt is compacted too.
@@ -11,9 +12,9 @@ arguments of ``inspect eval`` set up the memory as in the paper:
   projected-gradient steps, and reference queries from repeating the text.
 
 The task itself does the rest. If the model did not end its reasoning, an answer is forced: "I need to respond with the
-answer.", the mark that ends reasoning, and "Final Answer:" are appended, and 16 tokens are generated. All of this fits
-into the memory's size. Samples are drawn with temperature 0.6 and top-p 0.95 in several epochs, and the number of
-generated tokens is reported.
+answer.", the mark that ends reasoning, and "Final Answer:" are appended, and 16 tokens are generated. With
+``max_compactions``, reasoning is ended while the memory still has free slots for all of this. Samples are drawn with
+temperature 0.6 and top-p 0.95 in several epochs, and the number of generated tokens is reported.
 
 Data files have one JSON object per line with ``problem``, ``answer`` (an integer from 0 to 999) and optionally ``id``.
 """

@@ -266,15 +266,18 @@ class _Shared:
 class _Budget(StoppingCriteria):
     """A stopping criterion for memories with a limited number of compactions.
 
-    Generation stops when ``most`` compactions have happened and only ``reserve`` free slots are left; ``None`` is no
-    limit. ``spent`` is true once generation was stopped.
+    Generation stops when ``most`` compactions have happened and no more than ``reserve`` slots are still free. If
+    ``most`` is ``None``, the number of compactions is not limited. ``spent`` is true once generation was stopped.
     """
 
     def __init__(self, memory: CappedCache, most: int | None, reserve: int) -> None:
         self.memory, self.most, self.reserve, self.spent = memory, most, reserve, False
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:  # noqa: ARG002  # transformers' signature
-        """Return a boolean tensor ``[rows]``, true if generation must stop; the newest token still needs a slot."""
+        """Return a boolean tensor ``[rows]``, true if generation must stop.
+
+        The newest token is not in the memory yet; the slot that it needs does not count as free.
+        """
         done = self.most is not None and len(self.memory.compactions) >= self.most
         self.spent = self.spent or (done and self.memory.room() - 1 <= self.reserve)
         return torch.full((input_ids.shape[0],), self.spent, device=input_ids.device, dtype=torch.bool)

@@ -29,7 +29,7 @@ _QUESTIONS = ("What is the capital of France?", "What is frozen water called?", 
 
 @task(name=named("instructions"))
 def instructions(characters: int = 6000, rules: int = 4, examples: int = 6, seed: int = 0) -> Task:
-    """Return the task: questions after a long text, to be answered as a rule before the text demands.
+    """Return the task: a rule, a long text, and then questions that must be answered as the rule demands.
 
     Args:
         characters: length of the text between rule and questions.

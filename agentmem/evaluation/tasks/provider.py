@@ -4,7 +4,8 @@
 
 The model arguments are ``cap`` (bytes) or ``slots``, ``policy``, ``keep_first``, ``keep_recent``, ``target``,
 ``chunk``, ``slot_dtype``, ``max_compactions``, ``dtype``, ``device`` and ``seed``. Without ``cap`` and ``slots``, the
-model has full memory. The metadata of each output has the number of compactions, the peak in bytes, tokens and seconds.
+model has full memory. The metadata of each output has the number of compactions, the peak bytes, and the tokens and
+seconds of the reply.
 
 A task can set how its messages are turned into a prompt, in ``extra_body`` of its ``GenerateConfig``; see
 :class:`Reading` for the fields.

@@ -46,7 +46,7 @@ class Watch:
     """
 
     def __init__(self, models: Sequence[str], runtime: Runtime, conversations: Conversations, requests: Sized) -> None:
-        """Begin without moments; ``requests`` is the live collection of turns that run or wait."""
+        """Begin without records; ``requests`` is the live collection of turns that run or wait."""
         self._models, self._runtime = list(models), runtime
         self._conversations, self._requests = conversations, requests
         self._moments: deque[dict[str, float]] = deque(maxlen=MOMENTS)
@@ -54,13 +54,13 @@ class Watch:
         self._given: dict[str, _Given] = {}
 
     async def run(self) -> None:
-        """Record a moment each second until the task is cancelled."""
+        """Record the runtime's state each second until the task is cancelled."""
         while True:
             self.note()
             await asyncio.sleep(SECONDS)
 
     def note(self) -> None:
-        """Record the runtime's present state as a new moment."""
+        """Record the runtime's present state once: bytes, turns, and tokens per second."""
         stats, now = self._runtime.stats, time.monotonic()
         before, self._before = self._before, (now, stats.fed_tokens)
         rate = 0.0 if before is None or now <= before[0] else (stats.fed_tokens - before[1]) / (now - before[0])

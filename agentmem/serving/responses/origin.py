@@ -12,7 +12,7 @@ from agentmem.serving.server import Server
 
 
 def origin_of(server: Server, stored: StoredResponses, body: Continued, http: Request) -> Origin:
-    """Find the stored response and the compaction item that a request continues, and combine them with its input.
+    """Find the stored response or compaction item that a request continues, and add the input of the request.
 
     Raises:
         RequestRefused: this API key has no such response or item, or the input is invalid.

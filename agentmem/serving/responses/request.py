@@ -49,11 +49,11 @@ class ContextManagement(BaseModel):
 
     type: Literal["compaction"]
     compact_threshold: Count | None = None
-    """Number of tokens since the newest compaction item at which the conversation is compacted."""
+    """The conversation is compacted when it has this number of tokens after the newest compaction item."""
 
 
 class TextFormat(BaseModel):
-    """The field ``text`` of a request: the form of the reply."""
+    """The field ``text`` of a request, which says whether the reply must be text or JSON."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -123,7 +123,10 @@ class ResponseRequest(Continued):
 
     @property
     def threshold(self) -> int | None:
-        """Number of tokens since the newest compaction item at which to compact; ``None`` to compact only on demand."""
+        """Number of new tokens after which the conversation is compacted; ``None`` to compact only on demand.
+
+        New tokens are those after the newest compaction item, or all tokens if there is no item.
+        """
         found = [each.compact_threshold for each in self.context_management if each.compact_threshold is not None]
         return min(found, default=None)
 
@@ -173,7 +176,7 @@ def asks(body: ResponseRequest, origin: Origin, settings: ServerSettings) -> Req
 
 
 def asks_compaction(body: CompactRequest, origin: Origin) -> Request:
-    """Convert the body for ``/v1/responses/compact`` to the request of a turn, which compacts and writes no reply."""
+    """Convert the body for ``/v1/responses/compact`` to the request of a turn that compacts and writes no reply."""
     messages, lead = led(origin, body.instructions)
     return Request(
         origin.owner,
@@ -212,9 +215,10 @@ def led(origin: Origin, instructions: str | None) -> tuple[Sequence[Message], st
 
 
 def item_recipe(asked: Recipe, item: Item) -> Recipe:
-    """Return the recipe of the compaction item that a request continues; ``asked`` is the request's own recipe.
+    """Return the recipe (session arguments) of the compaction item ``item``, which a request continues.
 
-    Both must have the same tools. The request may leave out all other fields of the recipe, or repeat all of them.
+    ``asked`` is the recipe that the request gives. It must have the same tools as the item's recipe. The request may
+    leave out all other fields of the item's recipe, or repeat all of them.
 
     Raises:
         RequestRefused: the request asks for another recipe.

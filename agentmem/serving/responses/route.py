@@ -22,7 +22,7 @@ from agentmem.serving.server import Server
 
 
 def router(server: Server, stored: StoredResponses) -> APIRouter:
-    """Return a router with these routes for ``server``; responses are kept in ``stored``."""
+    """Return a router with the routes under ``/v1/responses`` of ``server``; responses are kept in ``stored``."""
     made = APIRouter()
     _creating(made, server, stored)
     _keeping(made, stored)

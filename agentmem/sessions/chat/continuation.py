@@ -141,9 +141,10 @@ def unsettled(renderer: Renderer, chat: Chat, text: str) -> str:
 def bounds(
     renderer: Renderer, dialogue: Dialogue, chat: Chat, found: Continuation, *, opened: bool
 ) -> list[tuple[int, Span]]:
-    """Return the end of each span in ``found.text`` (a character index) together with the span, in ascending order.
+    """Return where each message in ``found.text`` ends (a character index), with a span for the message, in order.
 
-    The ``start`` and ``stop`` of these spans are 0, since the ids are not known yet.
+    A message whose end cannot be found is part of the next message's span. Text before the first message has a span,
+    and so has an opened reply. The ``start`` and ``stop`` of all spans are 0, since the ids are not known yet.
     """
     text, common = found.text, renderer.markup.common
     places: list[tuple[int, Span]] = []

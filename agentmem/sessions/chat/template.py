@@ -27,10 +27,12 @@ class ChatTemplate:
 
     An object of this class holds no conversation, so forks may share it.
 
-    Invariants: the joined deltas of given messages decode to the text that transformers' ``apply_chat_template`` gives
-    for the whole conversation. If the template separates messages by special tokens, the joined deltas also have the
-    same ids. Only the template adds a BOS token. A refusal changes nothing. Rendering takes time in proportion to the
-    length of the conversation.
+    The ids to feed for new messages are called a delta. If the model wrote none of the messages, the joined deltas
+    decode to the text that transformers' ``apply_chat_template`` gives for the whole conversation. If, in addition, the
+    template separates messages by special tokens, the joined deltas also have the same ids as that text.
+
+    Only the template adds a BOS token. A refusal changes nothing. Rendering takes time in proportion to the length of
+    the conversation.
     """
 
     def __init__(

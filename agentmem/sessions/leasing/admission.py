@@ -6,7 +6,7 @@ means to take bytes from it while its sessions are idle. This module works with 
 Fairness: leases are granted in the order in which they were asked for. While a turn waits for its lease, no later turn
 gets a lease before it, and a call that cannot wait is refused. A session keeps its lease until its turn is over. Idle
 memories are preempted only when another session needs the bytes, the longest idle first. Turns that run at the same
-time alternate in their forwards.
+time share forwards, or are fed one after another (:mod:`agentmem.engine.scheduler`).
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ class Leases:
     def by_kind(self, running: set[int]) -> dict[str, int]:
         """Return the charged bytes by kind, under the field names of :class:`agentmem.sessions.RuntimeStats`.
 
-        The kinds are the bytes held, and the free room, of running and of idle memories. ``running`` has the Python
-        ids (``id()``) of those holdings whose sessions are in a turn.
+        There are two kinds for running memories: the bytes that they hold, and the bytes of their free room. There are
+        the same two kinds for idle memories. The sum of all four is returned, too. ``running`` has the Python ids
+        (``id()``) of the holdings with a session in a turn.
         """
         found = dict.fromkeys(("running_bytes", "running_room_bytes", "idle_bytes", "idle_room_bytes"), 0)
         for holding in list(self.holdings):

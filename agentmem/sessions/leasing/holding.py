@@ -206,9 +206,9 @@ class Holding:
     def _compact_further(self, memory: Memory, request: Request) -> None:
         """Finish an interrupted compaction or re-basing, then compact the segments to half of their slots.
 
-        Nothing is compacted further if the memory does not compact by itself, if the request's policy has another
-        plan, or if too few slots would be left. After the compaction the memory gets no free room, since the caller
-        would take it back at once.
+        The second step is left out in three cases: the memory never compacts by itself, the request names a policy with
+        a plan other than the memory's own plan, or too few slots would be left. The compaction allocates no free room
+        for further tokens, since the caller would take this room back at once.
         """
         sequence, plan, cap = memory.sequences[0], memory.plan, memory.ledger.cap
         engine = self.engine

@@ -50,8 +50,8 @@ class Named(BaseModel):
         """Make the policy again from its name and check that its digest is the recorded one.
 
         Raises:
-            SettingsRefused: no policy has this name, its parts differ from the recorded parts, or its name sets a
-                regular expression that the installed policy does not have.
+            SettingsRefused: no policy has this name, the parts of that policy differ from the recorded parts, or the
+                name is a spec that brings a regular expression of its own.
 
         """
         try:
@@ -69,9 +69,10 @@ class Named(BaseModel):
 
 
 def _check_pattern(made: Policy) -> None:
-    """Refuse a policy with a regular expression that the spec in the snapshot sets.
+    """Refuse a policy whose name is a spec that brings a regular expression of its own.
 
-    The regular expression of the installed policy of that name is allowed.
+    The name comes from a snapshot, which is not trusted. If the installed policy has a regular expression without the
+    options of the spec, this one is allowed.
     """
     plain = plugins.policy(specs.plain_name(made.name))
     if made.queries.pattern not in ("", plain.queries.pattern):
@@ -112,9 +113,10 @@ class Made(BaseModel):
         return made
 
     def check_template(self, template: str, where: str) -> None:
-        """Check that the tools and template variables given now are the recorded ones, whose text the memory holds.
+        """Check that the tools and template variables that are given now equal those of the saved session.
 
-        ``template`` is the digest of those given now, and ``where`` is the place of the snapshot.
+        They must be equal, since the memory holds what the chat template wrote of them. ``template`` is the digest of
+        the tools and variables given now, and ``where`` is the place of the snapshot.
 
         Raises:
             SnapshotRefused: the digest ``template`` differs from the recorded one.

@@ -1,4 +1,6 @@
-"""Checks of a sequence in a snapshot, for a memory that is to continue it: of sizes before reading, then of values.
+"""Checks of a sequence in a snapshot, made before a memory continues this sequence.
+
+The sizes of the tensors are checked before the tensors are read. Their values are checked afterwards.
 
 Checksums find damage but not forged values. Later code relies on every invariant checked here: if one were broken, an
 index would be out of range, slots would not be accounted for, or positions would belong to no token. All checks raise
@@ -126,7 +128,8 @@ def _check_lengths(memory: Memory, saved: SavedSequence, index: int, layer: Save
 def _never_compacted(memory: Memory, saved: SavedSequence) -> int:
     """Return the number of slots that every head must have at least.
 
-    These are the slots of the prefix, of promoted pins and of all other tokens that no compaction has reached.
+    These are the slots of the prefix, of the pinned tokens that were moved to directly behind the prefix, and of all
+    other tokens that no compaction has reached.
     """
     prefix = min(memory.plan.prefix, saved.tokens)
     start = max(saved.intact, prefix)
@@ -145,7 +148,11 @@ def _fullest(memory: Memory) -> int:
 
 
 def _check_samples(memory: Memory, saved: SavedSequence, index: int, layer: SavedLayer, shape: LayerShape) -> int:
-    """Check how many stored queries a layer's samples have, and return the bytes that the samples will take."""
+    """Check how many queries are stored for a layer, and return the bytes that they will take in the memory.
+
+    These are queries of past tokens, which the memory's policy uses as reference queries. They are stored in samples;
+    some layers have none.
+    """
     parts = memory.policy.queries.stored if shape.window is None else ()
     _hold(len(layer.samples) == len(parts), f"layer {index} has {len(layer.samples)} samples instead of {len(parts)}")
     for sample, part in zip(layer.samples, parts, strict=True):
@@ -220,8 +227,9 @@ def check_values(memory: Memory, saved: SavedSequence, tensors: Mapping[str, tor
 def _check_positions(memory: Memory, saved: SavedSequence, name: str, positions: torch.Tensor) -> None:
     """Refuse positions of one head that are out of place.
 
-    The prefix must hold the first tokens and the recent window the last ones. The positions must ascend both within the
-    front (the prefix and promoted pins) and within the slots behind the front, and none may occur twice.
+    The prefix must hold the first tokens, and the recent window must hold the last ones. The slots of a head begin with
+    the front: the prefix and the pinned tokens that were moved to directly behind the prefix. The positions must ascend
+    within the front, and also within the slots behind the front. No position may occur twice.
     """
     prefix, stop = min(memory.plan.prefix, saved.tokens), saved.next_position
     recent, front = saved.recent(memory.plan.prefix, memory.plan.recent), saved.front_slots(memory.plan.prefix)

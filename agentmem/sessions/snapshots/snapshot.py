@@ -34,7 +34,8 @@ cap, so they need a limit of their own."""
 class Identity:
     """Fingerprints of the model, its weights, the tokenizer and the chat template.
 
-    A runtime only reads snapshots with the fingerprints of its own parts, since the keys in a snapshot depend on them.
+    A runtime reads a snapshot only if the snapshot was saved with the same fingerprints as the runtime's own. The keys
+    in a snapshot depend on all of these parts.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -64,8 +65,8 @@ def take_sequence(memory: Memory, dtype: torch.dtype | None) -> tuple[SavedSeque
     """Return the sequence of a memory as plain values, and views of its tensors, for a snapshot.
 
     The sequence gets the checks that :func:`read_sequence` makes, so that the snapshot can be read again. ``dtype`` is
-    the dtype with which it will be read; ``None`` stands for the dtype of its keys. The sequence must have no
-    unfinished compaction or re-basing.
+    the dtype of keys and values that will be required when the snapshot is read; ``None`` stands for the dtype that
+    they have now. The sequence must have no unfinished compaction or re-basing.
 
     Raises:
         AgentmemError: a snapshot of the sequence could not be read again, for example because a key is infinite; the

@@ -252,13 +252,11 @@ class Turn:
             return
         self._left()
 
-        def compact() -> tuple[str, str]:
-            report = session.compact(focus=request.focus)
-            self._log.reports += [] if report is None else [report]
-            conversation.since_item = session.stats.tokens
-            return server.make_item(conversation, session)
-
-        name, token = await server.blocking(compact)
+        report = await server.blocking(partial(session.compact, focus=request.focus))
+        self._log.reports += [] if report is None else [report]
+        conversation.since_item = session.stats.tokens
+        # a call of its own: `blocking` repeats a call that finds the cap leased, and must not compact twice
+        name, token = await server.blocking(partial(server.make_item, conversation, session))
         conversation.anchors[marker(name)] = len(conversation.history)
         self._pieces.put_nowait(Made(name, token))
 

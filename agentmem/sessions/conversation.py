@@ -154,7 +154,7 @@ class Host(Protocol):
     def save(self, session: Any, url: Any) -> None: ...  # noqa: D102
     def forget(self, session: Any) -> None: ...  # noqa: D102
     def speak(self, session: Any, memory: Memory) -> None: ...  # noqa: D102
-    def turn(self, session: Any, *, brief: bool = False, leased: bool = True) -> AbstractContextManager[None]: ...  # noqa: D102
+    def turn(self, session: Any, *, brief: bool = False, reads: bool = False) -> AbstractContextManager[None]: ...  # noqa: D102
     def try_admit(self, session: Any, turn: object) -> bool: ...  # noqa: D102
     def end(self, session: Any, turn: object) -> None: ...  # noqa: D102
     def wake_next(self) -> None: ...  # noqa: D102
@@ -248,3 +248,7 @@ class Conversation:
         """Return the reports of the re-basings since the last call of this method."""
         reported, self._reported_rebases = self._reported_rebases, len(self.memory.rebases)
         return self.memory.rebases[reported:]
+
+    def skip_rebases(self) -> None:
+        """Make :meth:`new_rebases` leave out the re-basings so far."""
+        self._reported_rebases = self.holding.rebases  # not the memory's own: another thread may move it to disk

@@ -243,13 +243,14 @@ class Runtime:
     # ---- leases
 
     @contextmanager
-    def turn(self, session: Session, *, brief: bool = False, leased: bool = True) -> Iterator[None]:
+    def turn(self, session: Session, *, brief: bool = False, reads: bool = False) -> Iterator[None]:
         """Run the ``with`` block as a turn of a session and end the turn afterwards.
 
         Args:
             session: the session, which must be idle.
             brief: True if the block is a short call, which does not queue behind turns that wait for a lease.
-            leased: True if the block needs the session's lease.
+            reads: True if the block only reads the memory. It then needs no lease, unless the memory is on disk or an
+                operation in it is unfinished.
 
         Raises:
             RuntimeBusy: the cap has no room for the lease now.
@@ -258,15 +259,20 @@ class Runtime:
         turn = object()
         try:  # end the turn twice, in case an interrupt comes before the first call
             try:
-                if leased:
+                if not (reads and self._begin_reading(session, turn)):
                     self.admit(session, turn, brief=brief)
-                else:
-                    self.begin(session, turn)
                 yield
             finally:
                 self.end(session, turn)
         finally:
             self.end(session, turn)
+
+    def _begin_reading(self, session: Session, turn: object) -> bool:
+        """Mark a session as busy if its memory can be read without a lease; return whether that is so."""
+        with self.scheduler.lock:  # without it, another turn could move the memory to disk before the session is busy
+            if session.holding.quiet:
+                self.begin(session, turn)
+            return session.turn is turn
 
     def admit(self, session: Session, turn: object, *, brief: bool = False) -> None:
         """Give a session its lease for a turn, or raise :class:`RuntimeBusy`.

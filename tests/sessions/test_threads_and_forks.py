@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
-from agentmem.errors import UnsupportedGeneration
+from agentmem.errors import RuntimeBusy, UnsupportedGeneration
 from agentmem.memory.owner import Owner
+from agentmem.sessions import Runtime, Session
 from support import tiny
 from support import tiny_chat as tc
 from support.waiting import LIMIT
@@ -87,3 +90,40 @@ def test_a_stream_in_a_forked_process_ends() -> None:
             assert os.waitpid(child, 0)[1] == 0
         finally:
             killing.cancel()
+
+
+def test_a_session_is_saved_while_another_one_takes_its_memory_s_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at its memory and the beginning of the save nothing can move that memory to disk."""
+    with tc.runtime(1, pressure=("disk",)) as made:
+        session, other, begin, threads = tc.filled(made, 20), made.session(), Runtime.begin, list[threading.Thread]()
+
+        def read() -> None:
+            with suppress(RuntimeBusy):
+                other.read(tc.ids(20))
+
+        def late(self: Runtime, which: Session, turn: object) -> None:
+            if which is session:
+                threads.append(threading.Thread(target=read))
+                threads[0].start()
+                threads[0].join(0.5)  # it would need all bytes
+            begin(self, which, turn)
+
+        monkeypatch.setattr(Runtime, "begin", late)
+        session.save(tmp_path)
+        monkeypatch.undo()
+        threads[0].join(LIMIT)
+        assert session.stats.state == "idle"
+        with made.load(tmp_path) as again:
+            assert again.ids == session.ids
+
+
+def test_a_fork_is_made_while_the_memory_moves_to_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The re-basings that the fork must not report are counted wherever the memory is."""
+    with tc.runtime(1) as made:
+        session = tc.filled(made, 20)
+        monkeypatch.setattr(Session, "memory", property(lambda self: self._here(None)))
+        fork = session.fork()
+        monkeypatch.undo()
+        assert tc.on(fork) == tc.on(session)

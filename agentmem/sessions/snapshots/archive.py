@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 def save(runtime: Host, session: Conversation, url: str | os.PathLike[str]) -> None:
     """Save a session; see :meth:`agentmem.sessions.session.Session.save`."""
     check_place("url", url)
-    leased = not session.holding.quiet  # a quiet memory is only read, which needs no lease
-    with runtime.turn(session, brief=True, leased=leased):
+    with runtime.turn(session, brief=True, reads=True):
         identity = _identity(runtime, session)
         with runtime.scheduler.lock, reporting_compactions(runtime, session.holding):
             sequence, tensors = take_sequence(session.holding.finished(), runtime.model.dtype)

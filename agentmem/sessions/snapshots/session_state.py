@@ -121,5 +121,4 @@ def restore(session: Conversation, state: Saved, consumed: Sequence[int]) -> Non
     drawn = state.generator()
     if drawn is not None and session.generator is not None:
         session.generator = drawn
-    if session.holding.memory is not None:
-        session.new_rebases()  # earlier re-basings must not be reported again
+    session.skip_rebases()

@@ -11,13 +11,13 @@ flash kernel or compiled code, which never hold all weights.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from agentmem.attention import decode, quantised
-from agentmem.attention.runs import FLOAT, Fresh, Run, wide
+from agentmem.attention.explicit import attend as explicit_path
+from agentmem.attention.runs import FLOAT, Fresh, Run, wide, wide_bytes
 from agentmem.contracts import blocks
 
 try:
@@ -44,8 +44,6 @@ ROWS = 512
 """The most queries of one KV head, over tokens and query heads of its group, in one call of the kernel."""
 SPAN = 512
 """The most slots that are converted to float32 for one call of the kernel; results are merged by log-sum-exp."""
-TILE_BYTES = 1 << 19
-"""The most bytes of one tile of logits in the explicit path, unless one query needs more."""
 _RUN_BYTES = 96  # bytes that chunk.c keeps for each run
 _TILED_GROUP = 128  # the most query heads per KV head that chunk.c supports
 
@@ -75,23 +73,11 @@ def _block_bytes(layer: LayerShape, heads: int, tokens: int, keys: int, itemsize
     rows = heads * layer.group * tokens
     total, part = rows * (layer.value_dim + 1) * wide, rows * (layer.value_dim * wide + 8)
     merge = rows * (layer.value_dim + 3) * wide
-    own = _kernel_bytes(layer, tokens, tokens, itemsize) + _cast_bytes(layer, heads, tokens, itemsize)
+    own = _kernel_bytes(layer, tokens, tokens, itemsize) + wide_bytes(layer, heads, tokens, itemsize)
     seen = _kernel_bytes(layer, layer.group * tokens, keys, itemsize) + rows * layer.key_dim * wide
-    seen += _cast_bytes(layer, heads, min(keys, SPAN), itemsize)
+    seen += wide_bytes(layer, heads, min(keys, SPAN), itemsize)
     asked = rows * layer.key_dim * FLOAT if itemsize < FLOAT else 0
     return asked + total + part + max(merge, own, seen)
-
-
-def _cast_bytes(layer: LayerShape, heads: int, keys: int, itemsize: int) -> int:
-    """Return the bytes of the copies of keys and values in float32; 0 if they are stored as float32 or wider.
-
-    For quantised slots, these are the bytes of decoding them.
-    """
-    if layer.quantised:
-        return sum(
-            quantised.decode_bytes(heads * keys, dim, max(FLOAT, itemsize)) for dim in (layer.key_dim, layer.value_dim)
-        )
-    return heads * keys * (layer.key_dim + layer.value_dim) * FLOAT if itemsize < FLOAT else 0
 
 
 def _tiled_bytes(layer: LayerShape) -> int:
@@ -100,15 +86,6 @@ def _tiled_bytes(layer: LayerShape) -> int:
         return 0
     threads = torch.get_num_threads()
     return threads * _chunk.scratch_bytes(layer.key_dim, layer.value_dim) + (layer.kv_heads + 1) * _RUN_BYTES
-
-
-def explicit_bytes(layer: LayerShape, tokens: int, slots: int, itemsize: int) -> int:
-    """Return the most bytes that the explicit path of :func:`attend` allocates besides its output."""
-    span = slots + tokens
-    rows = layer.query_heads * min(tokens, max(1, TILE_BYTES // (layer.query_heads * span * 4)))
-    casts = _cast_bytes(layer, layer.kv_heads, span, itemsize)
-    tiles = 3 * rows * span * 4 + 2 * (rows // layer.query_heads) * span * 9
-    return tiles + casts + rows * (2 * layer.value_dim + layer.key_dim) * 4 + 4 * layer.kv_heads * span * 4
 
 
 def _kernel_bytes(layer: LayerShape, rows: int, keys: int, itemsize: int) -> int:
@@ -158,7 +135,7 @@ def attend(
         window = None
     equal_dims = queries.shape[-1] == _width(runs, fresh)
     if explicit or window is not None or sinks is not None or not equal_dims or queries.device.type != "cpu":
-        return _explicit(queries, runs, fresh, scale, window, sinks)
+        return explicit_path(queries, runs, fresh, scale, window, sinks)
     return _fused(queries, runs, fresh, scale), None
 
 
@@ -400,77 +377,6 @@ def _flash_own(
     shared = (each.unsqueeze(1).expand(-1, grouped.shape[1], -1, -1) for each in (keys, values))
     output, lse = _flash(grouped, *shared, 0.0, True, scale=scale)  # noqa: FBT003  # takes no keyword
     return output, lse
-
-
-def _explicit(
-    queries: torch.Tensor,
-    runs: Sequence[Run],
-    fresh: Fresh | None,
-    scale: float,
-    window: int | None,
-    sinks: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    if not runs and fresh is not None:
-        runs = [Run(0, fresh.keys[:, :0], fresh.values[:, :0])]
-    output = queries.new_empty(*queries.shape[:2], runs[0].value_dim)
-    received = None if fresh is None else fresh.keys.new_zeros(fresh.keys.shape[:2], dtype=torch.float32)
-    group = queries.shape[0] // sum(run.heads for run in runs)
-    for each in runs:
-        run = replace(each.wide(), scores=each.scores) if each.quantised else each
-        heads = slice(run.first, run.first + run.heads)
-        rows = slice(run.first * group, (run.first + run.heads) * group)
-        own = None if fresh is None else Fresh(fresh.keys[heads], fresh.values[heads])
-        span = run.slots + (0 if own is None else own.keys.shape[1])
-        for block in blocks(queries.shape[1], max(1, TILE_BYTES // (run.heads * group * span * 4))):
-            weights = _weights(
-                queries[rows, block], run, own, scale, window, block.start, None if sinks is None else sinks[rows]
-            )
-            mixed = weights[..., : run.slots] @ run.values.float()
-            if own is not None and received is not None:
-                seen = weights.shape[-1] - run.slots
-                mixed += weights[..., run.slots :] @ own.values[:, :seen].float()
-                received[heads, :seen] += weights[..., run.slots :].sum(1)
-            if run.scores is not None:
-                run.scores.add_(weights[..., : run.slots].sum(1))
-            output[rows, block] = mixed.view(run.heads * group, -1, mixed.shape[-1]).to(output.dtype)
-    return output, received
-
-
-def _weights(
-    queries: torch.Tensor,
-    run: Run,
-    fresh: Fresh | None,
-    scale: float,
-    window: int | None,
-    start: int,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """Return the attention weights ``[h, group * b, n + stop]`` (float32) of a block of ``b`` tokens.
-
-    The tokens are ``start .. start + b`` of the fresh tokens. The ``n`` slots of the run come first, then the first
-    ``stop = start + b`` fresh keys (none without ``fresh``).
-    """
-    size, count = queries.shape[1], run.slots
-    stop = 0 if fresh is None else start + size
-    grouped = queries.reshape(run.heads, -1, queries.shape[-1]).float()
-    logits = grouped @ run.keys.float().transpose(1, 2)
-    if fresh is not None:
-        logits = torch.cat((logits, grouped @ fresh.keys[:, :stop].float().transpose(1, 2)), -1)
-    logits.mul_(scale)
-    if run.bias is not None:
-        logits[..., :count] += run.bias[:, None]
-    if fresh is not None:
-        order = torch.arange(count + stop, device=logits.device)
-        own = torch.arange(count + start, count + stop, device=logits.device)[:, None]
-        hidden = order > own
-        if window is not None:
-            hidden |= order <= own - window
-        logits.view(run.heads, -1, size, count + stop).masked_fill_(hidden, -torch.inf)
-    if sinks is None:
-        return logits.softmax(-1)
-    own_mass = logits.logsumexp(-1, keepdim=True)
-    column = sinks.float().view(run.heads, -1, 1).expand(-1, -1, size).reshape_as(own_mass)
-    return logits.softmax(-1).mul_((own_mass - column).sigmoid_())
 
 
 def local(

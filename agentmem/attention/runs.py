@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from agentmem.attention import quantised
+
+if TYPE_CHECKING:
+    from agentmem.planning.model_shape import LayerShape
 
 FLOAT = 4
 """Bytes of float32."""
@@ -79,3 +83,15 @@ class Fresh:
 def wide(numbers: torch.Tensor) -> torch.Tensor:
     """Return ``numbers`` converted to float32, or unchanged if their dtype is wider."""
     return numbers.to(torch.promote_types(numbers.dtype, torch.float32))
+
+
+def wide_bytes(layer: LayerShape, heads: int, keys: int, itemsize: int) -> int:
+    """Return the bytes of the copies of keys and values in float32; 0 if they are stored as float32 or wider.
+
+    For quantised slots, these are the bytes of decoding them.
+    """
+    if layer.quantised:
+        return sum(
+            quantised.decode_bytes(heads * keys, dim, max(FLOAT, itemsize)) for dim in (layer.key_dim, layer.value_dim)
+        )
+    return heads * keys * (layer.key_dim + layer.value_dim) * FLOAT if itemsize < FLOAT else 0

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from agentmem.attention import quantised, ragged
+from agentmem.attention import explicit, quantised, ragged
 from agentmem.contracts import MIN_SUMMARY, SegmentShape
 from agentmem.planning.model_shape import SCORE_BYTES
 from agentmem.planning.rebasing import layer_scratch
@@ -346,8 +346,9 @@ class Planner:
         slots, chunk = self.slots(layer, fullest), self.settings.chunk
         fused = ragged.fused_bytes(layer, chunk, slots, self.shape.itemsize, self.rows)
         scored = self.policy.scores == "received"
-        explicit = scored or layer.sinks or layer.window is not None or not self._fused(layer)
-        most = max(fused, ragged.explicit_bytes(layer, chunk, slots, self.shape.itemsize)) if explicit else fused
+        most = fused
+        if scored or layer.sinks or layer.window is not None or not self._fused(layer):
+            most = max(fused, explicit.explicit_bytes(layer, chunk, slots, self.shape.itemsize))
         # each row of a batch is attended while the output of the whole batch is allocated
         own = layer.query_heads * chunk * layer.value_dim * self.shape.itemsize if self.rows > 1 else 0
         return max(most + own, encoding_bytes(layer, layer.kv_heads * chunk))

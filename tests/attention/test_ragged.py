@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from agentmem.attention import decode, ragged
-from agentmem.attention.ragged import attend, explicit_bytes, fused_bytes, local, local_bytes
+from agentmem.attention.explicit import explicit_bytes
+from agentmem.attention.ragged import attend, fused_bytes, local, local_bytes
 from agentmem.attention.runs import Fresh, Run
 from agentmem.planning.model_shape import LayerShape
 from agentmem.testing import peak_allocated

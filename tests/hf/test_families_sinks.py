@@ -11,7 +11,8 @@ from transformers import AutoConfig
 
 import agentmem
 from agentmem import hf
-from agentmem.attention.ragged import attend, explicit_bytes
+from agentmem.attention.explicit import explicit_bytes
+from agentmem.attention.ragged import attend
 from agentmem.attention.runs import Fresh, Run
 from agentmem.errors import UnsupportedModel
 from agentmem.planning.model_shape import LayerShape

@@ -53,10 +53,11 @@ TABLE = (
     room(
         "agentmem.attention.decode", rooms="attention._decode attention.quantised planning.model_shape", outside="torch"
     ),
-    room("agentmem.attention.runs", rooms="attention.quantised", outside="torch"),
+    room("agentmem.attention.runs", rooms="attention.quantised planning.model_shape", outside="torch"),
+    room("agentmem.attention.explicit", rooms="attention.runs contracts planning.model_shape", outside="torch"),
     room(
         "agentmem.attention.ragged",
-        rooms="attention._chunk attention.decode attention.quantised attention.runs contracts errors "
+        rooms="attention._chunk attention.decode attention.explicit attention.quantised attention.runs contracts "
         "planning.model_shape",
         outside="torch",
     ),
@@ -66,8 +67,8 @@ TABLE = (
     room("agentmem.reference_queries.probe", rooms="queries", outside="torch"),
     room(
         "agentmem.planning.pricing",
-        rooms="queries contracts settings planning.model_shape planning.rebasing attention.quantised attention.ragged "
-        "reference_queries.stored",
+        rooms="queries contracts settings planning.model_shape planning.rebasing attention.explicit "
+        "attention.quantised attention.ragged reference_queries.stored",
     ),
     room("agentmem.planning.capacity", rooms="contracts errors settings planning.pricing planning.model_shape"),
     room("agentmem.memory.torch_state", outside="torch"),

@@ -1,0 +1,104 @@
+"""The explicit path of attention over slots with β: it computes the attention weights, and can add them to scores.
+
+It serves every device and dtype, key and value dims that differ, windows, sinks and scores. Logits and weights are
+float32, in tiles of a bounded size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from agentmem.attention.runs import Fresh, Run, wide_bytes
+from agentmem.contracts import blocks
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from agentmem.planning.model_shape import LayerShape
+
+TILE_BYTES = 1 << 19
+"""The most bytes of one tile of logits in the explicit path, unless one query needs more."""
+
+
+def explicit_bytes(layer: LayerShape, tokens: int, slots: int, itemsize: int) -> int:
+    """Return the most bytes that the explicit path allocates besides its output."""
+    span = slots + tokens
+    rows = layer.query_heads * min(tokens, max(1, TILE_BYTES // (layer.query_heads * span * 4)))
+    casts = wide_bytes(layer, layer.kv_heads, span, itemsize)
+    tiles = 3 * rows * span * 4 + 2 * (rows // layer.query_heads) * span * 9
+    return tiles + casts + rows * (2 * layer.value_dim + layer.key_dim) * 4 + 4 * layer.kv_heads * span * 4
+
+
+def attend(
+    queries: torch.Tensor,
+    runs: Sequence[Run],
+    fresh: Fresh | None,
+    scale: float,
+    window: int | None,
+    sinks: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Compute what :func:`agentmem.attention.ragged.attend` describes, by the explicit path."""
+    if not runs and fresh is not None:
+        runs = [Run(0, fresh.keys[:, :0], fresh.values[:, :0])]
+    output = queries.new_empty(*queries.shape[:2], runs[0].value_dim)
+    received = None if fresh is None else fresh.keys.new_zeros(fresh.keys.shape[:2], dtype=torch.float32)
+    group = queries.shape[0] // sum(run.heads for run in runs)
+    for each in runs:
+        run = replace(each.wide(), scores=each.scores) if each.quantised else each
+        heads = slice(run.first, run.first + run.heads)
+        rows = slice(run.first * group, (run.first + run.heads) * group)
+        own = None if fresh is None else Fresh(fresh.keys[heads], fresh.values[heads])
+        span = run.slots + (0 if own is None else own.keys.shape[1])
+        for block in blocks(queries.shape[1], max(1, TILE_BYTES // (run.heads * group * span * 4))):
+            weights = _weights(
+                queries[rows, block], run, own, scale, window, block.start, None if sinks is None else sinks[rows]
+            )
+            mixed = weights[..., : run.slots] @ run.values.float()
+            if own is not None and received is not None:
+                seen = weights.shape[-1] - run.slots
+                mixed += weights[..., run.slots :] @ own.values[:, :seen].float()
+                received[heads, :seen] += weights[..., run.slots :].sum(1)
+            if run.scores is not None:
+                run.scores.add_(weights[..., : run.slots].sum(1))
+            output[rows, block] = mixed.view(run.heads * group, -1, mixed.shape[-1]).to(output.dtype)
+    return output, received
+
+
+def _weights(
+    queries: torch.Tensor,
+    run: Run,
+    fresh: Fresh | None,
+    scale: float,
+    window: int | None,
+    start: int,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return the attention weights ``[h, group * b, n + stop]`` (float32) of a block of ``b`` tokens.
+
+    The tokens are ``start .. start + b`` of the fresh tokens. The ``n`` slots of the run come first, then the first
+    ``stop = start + b`` fresh keys (none without ``fresh``).
+    """
+    size, count = queries.shape[1], run.slots
+    stop = 0 if fresh is None else start + size
+    grouped = queries.reshape(run.heads, -1, queries.shape[-1]).float()
+    logits = grouped @ run.keys.float().transpose(1, 2)
+    if fresh is not None:
+        logits = torch.cat((logits, grouped @ fresh.keys[:, :stop].float().transpose(1, 2)), -1)
+    logits.mul_(scale)
+    if run.bias is not None:
+        logits[..., :count] += run.bias[:, None]
+    if fresh is not None:
+        order = torch.arange(count + stop, device=logits.device)
+        own = torch.arange(count + start, count + stop, device=logits.device)[:, None]
+        hidden = order > own
+        if window is not None:
+            hidden |= order <= own - window
+        logits.view(run.heads, -1, size, count + stop).masked_fill_(hidden, -torch.inf)
+    if sinks is None:
+        return logits.softmax(-1)
+    own_mass = logits.logsumexp(-1, keepdim=True)
+    column = sinks.float().view(run.heads, -1, 1).expand(-1, -1, size).reshape_as(own_mass)
+    return logits.softmax(-1).mul_((own_mass - column).sigmoid_())

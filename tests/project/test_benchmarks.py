@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 from agentmem import models
 from agentmem.testing import tiny_model
-from support import tiny_chat
+from support import forked, tiny_chat
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +22,7 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny model in place of the default one."""
     loaded = tiny_model("llama", vocab_size=40000, max_position_embeddings=16384), tiny_chat.tokenizer()
     monkeypatch.setattr(models, "load", lambda *_args, **_options: loaded)
+    monkeypatch.setattr(subprocess, "Popen", forked.Popen)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> object:

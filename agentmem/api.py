@@ -1,4 +1,4 @@
-"""Cap a model's ``generate``: :func:`capped` for a ``with`` block, :func:`wrap` for a model, :func:`plan` to plan."""
+"""Cap a model's ``generate`` with :func:`capped` or :func:`wrap`, and show beforehand with :func:`plan` what fits."""
 
 from __future__ import annotations
 
@@ -270,7 +270,7 @@ def _shape(model: Any, policy: Policy, itemsize: int) -> ModelShape:
 
 
 def _words(policy: Policy, tokenizer: Any) -> Words:
-    """Return the token ids of the texts that the policy's probe uses, by the name of the source."""
+    """Return the token ids of the texts that the policy's probe uses, as a dictionary with the sources as keys."""
     worded = [part for part in policy.queries.probing if part.texts]
     needs: str | None = worded[0].source if worded else "pattern" if policy.queries.pattern else None
     needs = "a summary" if policy.rewrite is not None else needs

@@ -95,9 +95,9 @@ class HeadSegment:
 class Segment:
     """The segment of one layer, the slots between prefix and recent window: one :class:`HeadSegment` per KV head.
 
-    ``references`` holds the reference queries; one part of the policy's :class:`Queries` may give several entries. It
-    is empty if the policy uses no queries. A logit is ``scale`` times the product of query and key, plus β.
-    ``generator`` is the only source of randomness that a compactor may use.
+    ``references`` holds the reference queries, and is empty if the policy uses none. One part of the policy's
+    :class:`Queries` may give several entries of ``references``. A logit is ``scale`` times the product of query and
+    key, plus β. ``generator`` is the only source of randomness that a compactor may use.
     """
 
     layer: int
@@ -142,8 +142,8 @@ class Numerics:
 class HeadCompaction:
     """The replacement slots of one KV head.
 
-    ``kept [t]`` int64, strictly ascending: indices of the segment's slots that stay at their positions. If one of the
-    other fields is ``None``, the kept slots keep their own β, values, keys or scores.
+    ``kept [t]`` int64, strictly ascending: indices of the segment's slots that stay at their positions. Each of the
+    other fields replaces one property of the kept slots; if a field is ``None``, the slots keep what they have.
     ``bias [t]`` float32: the new β. It replaces the old β and is not added to the old β.
     ``values [t, dv]``: new values, in the segment's dtype or float32.
     ``keys [t, d]``: new keys, in the segment's dtype or float32.
@@ -181,7 +181,7 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """The figures of one layer that budgets compare with those of other layers before they allocate slots.
+    """What budgets learn about one layer before they allocate slots: scores or error curves of its heads.
 
     ``scores`` holds one tensor ``[T]`` float32 per KV head, with a score of each slot. It is empty unless
     :attr:`Budgets.needs_survey` is true. ``curves`` holds one :class:`Curve` per KV head. It is empty unless
@@ -211,12 +211,14 @@ class BudgetRequest:
     """The argument of :meth:`Budgets.allocate`. All numbers of slots are without prefix and recent window.
 
     - ``held[layer][head]``: the slots that the head's segment holds now.
-    - ``total``: the sum of slots to allocate.
+    - ``total``: the number of slots to allocate to all heads together.
     - ``floor``: the fewest slots that a head should get; a head that holds fewer should keep all of its slots.
     - ``surveys``: one :class:`Survey` per layer; empty if the budgets need neither scores nor curves.
-    - ``ceiling``: the most slots that one head may get. ``layer_ceiling``: the most slots that the heads of one layer
-      may get together. The plan has reserved temporary bytes for no more.
-    - ``limit``: the largest sum that adaptive budgets may allocate, so that slots stay free for new tokens.
+    - ``ceiling``: the most slots that one head may get.
+    - ``layer_ceiling``: the most slots that the heads of one layer may get together. The plan has reserved temporary
+      bytes only for allocations within both ceilings.
+    - ``limit``: the most slots that adaptive budgets may allocate to all heads together, so that slots stay free for
+      new tokens.
     """
 
     held: tuple[tuple[int, ...], ...]
@@ -236,7 +238,7 @@ class Budgets(ABC):
     - The result has the shape of ``request.held``.
     - No head gets more slots than it holds or than ``ceiling``; no layer gets more than ``layer_ceiling``.
     - The sum is ``total``; if the held slots and the ceilings do not allow so much, the sum is the most that they
-      allow. The sum of adaptive budgets may be any number up to ``limit`` that the held slots and the ceilings allow.
+      allow. Adaptive budgets (:attr:`adaptive`) may choose any sum up to ``limit`` within these bounds.
     - Equal requests give equal results.
     """
 

@@ -1,8 +1,9 @@
 """Find policies by name in the entry-point group ``agentmem.policies``, which built-ins and third parties share.
 
 An entry point names a factory: a function that takes keyword options, all of them optional, and returns a
-:class:`agentmem.contracts.Policy`. This is the only dynamic import of the project. A *spec* is a text that names a
-policy with options, such as ``am-halving[score=max,steps=4]``; :mod:`agentmem.specs` parses it.
+:class:`agentmem.contracts.Policy`. Loading these factories is the only dynamic import of the project.
+A *spec* is a text that names a policy with options, such as ``am-halving[score=max,steps=4]``; :mod:`agentmem.specs`
+parses it.
 """
 
 from __future__ import annotations
@@ -152,7 +153,13 @@ def _changed(folder: str) -> int:
 
 
 def _only(name: str) -> EntryPoint:
-    """Return the only entry point of that name; raise if there are none or several."""
+    """Return the only entry point of that name.
+
+    Raises:
+        UnknownPolicy: there is no entry point of that name.
+        SettingsRefused: there are several.
+
+    """
     registered = _registered()
     points = registered.get(name, [])
     if not points:

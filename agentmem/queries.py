@@ -96,7 +96,8 @@ class Queries:
     def of(cls, text: str, tokens: int | None = None, *, focus: str = "") -> Queries:
         """Parse a mixture: terms ``source[:share][*weight]`` joined by ``+``, such as ``"replay:3+spread:1*0.5"``.
 
-        ``tokens`` is the number of reference tokens; ``focus`` is the text of the source ``focus``.
+        A share is relative to the other shares; a weight applies to each query of its source. ``tokens`` is the number
+        of reference tokens; ``focus`` is the text of the source ``focus``.
 
         Raises:
             ValueError: the text cannot be parsed, a source is unknown, or a share or weight is not positive.

@@ -63,7 +63,7 @@ def _parse_cap(value: object) -> int:
 
 
 def check_part(value: int | float | str, field: str) -> None:  # noqa: PYI041  # the two mean different things here
-    """Check a setting that may be a number or a byte count written as a text; numbers are not checked here.
+    """Check a setting that is a number or a text: a text must be a byte count; numbers are not checked here.
 
     Raises:
         SettingsRefused: the text is no byte count.

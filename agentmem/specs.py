@@ -130,7 +130,7 @@ def plain_name(text: str) -> str:
 
 def typed(options: Mapping[str, str], factory: Callable[..., object]) -> dict[str, object]:
     """Convert the texts of a spec's options to integers, floats or truth values if possible; but an option whose
-    default is a text stays a text, because a pattern may consist of digits.
+    default is a text stays a text, because such a text (a pattern, say) may consist of digits.
     """  # noqa: D205 - one sentence
     known = _parameters(factory)
     texts = {name for name, parameter in known.items() if isinstance(parameter.default, str)}

@@ -110,11 +110,11 @@ def g_kv(
     spared: int = GlobalScore.spared,
     budgets: str = "uniform",
 ) -> Policy:
-    """Keep slots that the newest tokens attend to, or attended to at earlier compactions, unless their keys repeat.
+    """Keep slots that get much attention now or got it at earlier compactions, except those with redundant keys.
 
-    ``window`` is the number of newest tokens whose queries count. ``decay`` is the factor by which one compaction
-    multiplies the scores of earlier compactions (the paper's α). The other options are fields of
-    :class:`GlobalScore`, and ``budgets`` names the head budgets.
+    A key is redundant if it resembles other keys. ``window`` is the number of newest tokens whose attention counts.
+    ``decay`` is the factor by which one compaction multiplies the scores of earlier compactions (the paper's α). The
+    other options are fields of :class:`GlobalScore`, and ``budgets`` names the head budgets.
 
     Raises:
         ValueError: an option's value is unknown or out of range.

@@ -9,11 +9,12 @@ vector are called *heterogeneous*, and so is the head nearest to the mean vector
 The other heads keep sinks, recent tokens and the *middle activations*: the slots with the most attention, mean-pooled
 over 7 slots.
 
-Unlike in the paper, budgets are allocated over all layers together. The budgets may therefore give a heterogeneous head
-fewer slots than it holds (``global`` gives up to four times the mean over heads); it then keeps the most attended. A KV
-head counts as one head, with the mean weights of its query heads. The fraction of heterogeneous heads is equal in every
-layer; in the paper's equation 16 it falls with depth. The memory itself keeps sinks and recent tokens (``keep_first``,
-``keep_recent``). Roles are computed anew each time the memory fills.
+Unlike in the paper, budgets are allocated over all layers together. A heterogeneous head may therefore get fewer slots
+than it holds: the budgets ``global`` give a head at most four times the mean number of slots per head. The head then
+keeps its most attended slots. A KV head counts as one head, with the mean weights of its query heads. The fraction of
+heterogeneous heads is equal in every layer; in the paper's equation 16 it falls with depth. The memory itself keeps
+sinks and recent tokens (``keep_first``, ``keep_recent``). The heterogeneous heads are chosen anew each time the memory
+fills.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ from agentmem.policies.solvers.selection import importance, top
 class HeadRoles(Observation):
     """Keeps each head's most attended slots.
 
-    For the budgets, :meth:`survey` scores every slot of a heterogeneous head above all slots of the other heads.
+    *Heterogeneous* heads differ most from the other heads of their layer. :meth:`survey` scores each of their slots
+    above all slots of the other heads, so that budgets that compare scores let heterogeneous heads keep all slots.
     """
 
     share: float = 0.25
@@ -98,10 +100,10 @@ class HeadRoles(Observation):
 def heterogeneous(vectors: torch.Tensor, share: float) -> list[int]:
     """Return the indices of a layer's heterogeneous heads, given the semantic vectors ``[heads, dv]`` of all heads.
 
-    ``share`` is the fraction of heads that are heterogeneous; their number is rounded, and is at least 1. If only one
-    head is heterogeneous, it is the head whose vector is farthest from the mean vector. If there are several, one is
-    the head nearest to the mean vector, and the others are the heads farthest from it. A layer of one or two heads has
-    no heterogeneous heads, because two vectors are equally far from their mean.
+    A layer of one or two heads has no heterogeneous heads, because two vectors are equally far from their mean. In
+    other layers, ``share`` is the fraction of heads that are heterogeneous; their number is rounded, and is at least 1.
+    If only one head is heterogeneous, it is the head whose vector is farthest from the mean vector. If there are
+    several, one is the head nearest to the mean vector, and the others are the heads farthest from it.
     """
     heads = len(vectors)
     if heads <= 2:  # noqa: PLR2004  # two vectors are equally far from their mean

@@ -1,9 +1,10 @@
 """R-KV: slots that the newest tokens attend to, except those whose keys resemble other keys.
 
 Source: "R-KV: Redundancy-aware KV Cache Compression for Reasoning Models", arXiv:2505.24133. A slot's score is
-``λ * importance - (1 - λ) * redundancy`` (section 3.4). The importance is the attention from the newest tokens (section
-3.2), the redundancy the similarity of the slot's key to other keys (section 3.3). Three values come from the paper's
-code: a pool of 7 slots, a similarity threshold of 0.5, and one similar key that does not count.
+``λ * importance - (1 - λ) * redundancy`` (section 3.4), where λ is the option ``mix``. The importance is the attention
+from the newest tokens (section 3.2). The redundancy is the similarity of the slot's key to other keys (section 3.3).
+Three defaults come from the paper's code: attention is max-pooled over 7 slots; keys are similar if their cosine is
+above 0.5; of all keys similar to one key, the newest does not count.
 
 The paper compresses every 128 tokens; here many slots are dropped at once when the memory fills. The scores of a head
 are shifted by a constant, so that none is negative; the order of slots is that of the paper.
@@ -53,8 +54,8 @@ class NonRedundant(Observation):
     def scratch(self, shape: SegmentShape) -> int:
         """Return the bytes of one scoring: of the attention or of the redundancy, whichever takes more.
 
-        While attention is computed, two blocks exist: the maximum over the query heads, and either the numbers of one
-        query head or the pooled weights.
+        While attention is computed, two blocks exist. One holds the maximum over the query heads. The other holds first
+        the logits of one query head, later the pooled weights.
         """
         repeated = redundancy_bytes(shape.slots, shape.key_dim, self.block_bytes)
         return self.attention_bytes(shape, copies=2, then=repeated) + 2 * shape.slots * FLOAT

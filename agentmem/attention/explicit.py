@@ -1,7 +1,8 @@
-"""The explicit path of attention over slots with β: it computes the attention weights, and can add them to scores.
+"""The explicit path of attention over slots with β: it computes the attention weights themselves.
 
-It serves every device and dtype, key and value dims that differ, windows, sinks and scores. Logits and weights are
-float32, in tiles of a bounded size.
+The path can add to each slot's score the attention weights that the slot receives. It supports every device and dtype,
+key and value dims that differ, sliding windows and attention sinks. Logits and weights are float32, in tiles of a
+bounded size.
 """
 
 from __future__ import annotations
@@ -78,8 +79,8 @@ def _weights(
 ) -> torch.Tensor:
     """Return the attention weights ``[h, group * b, n + stop]`` (float32) of a block of ``b`` tokens.
 
-    The tokens are ``start .. start + b`` of the fresh tokens. The ``n`` slots of the run come first, then the first
-    ``stop = start + b`` fresh keys (none without ``fresh``).
+    The tokens are ``start .. start + b`` of the fresh tokens. The last dimension has the ``n`` slots of the run first,
+    then the first ``stop = start + b`` fresh keys (none without ``fresh``).
     """
     size, count = queries.shape[1], run.slots
     stop = 0 if fresh is None else start + size

@@ -5,8 +5,8 @@ numbers of slots. *Fresh* keys and values ``[Hkv, q, d]`` belong to the same tok
 causally. The attention that slots receive (their scores) is summed in float32.
 
 There are several code paths, chosen by device, dtype and arguments; the tests compare them with a reference. The
-*explicit* path computes the attention weights themselves, and can add them to scores. The *fused* path calls torch's
-flash kernel or compiled code, which never hold all weights.
+*explicit* path computes the attention weights themselves, and can add them to the scores of the slots. The *fused* path
+calls torch's flash kernel or compiled code; neither ever holds all weights.
 """
 
 from __future__ import annotations
@@ -409,9 +409,9 @@ def _local(queries: torch.Tensor, run: Run, scale: float) -> tuple[torch.Tensor,
 def local_bytes(layer: LayerShape, queries: int, before: int, after: int, itemsize: int, *, fused: bool) -> int:
     """Return the most bytes of a comparison of one head's attention before and after a compaction.
 
-    The comparison calls :func:`local` twice with the same queries, ``queries`` of each query head: over the ``before``
-    slots that the head had, and over the ``after`` slots that it keeps. The bytes of the ``after`` slots are included.
-    ``fused`` states whether :func:`local` uses the fused path.
+    The comparison calls :func:`local` twice: over the ``before`` slots that the head had, and over the ``after`` slots
+    that it keeps. Both calls have the same queries, and ``queries`` is their number per query head. The bytes of the
+    ``after`` slots are included. ``fused`` states whether :func:`local` uses the fused path.
     """
     outputs = 4 * layer.group * queries * (layer.value_dim * (itemsize + 4) + 8)
     slots = after * (layer.key_dim + layer.value_dim) * (itemsize + 4) + after * 12

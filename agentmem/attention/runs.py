@@ -86,9 +86,10 @@ def wide(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def wide_bytes(layer: LayerShape, heads: int, keys: int, itemsize: int) -> int:
-    """Return the bytes of the copies of keys and values in float32; 0 if they are stored as float32 or wider.
+    """Return the bytes that copies of keys and values in float32 take.
 
-    For quantised slots, these are the bytes of decoding them.
+    The result is 0 if keys and values are stored as float32 or wider. For quantised slots, the result is the bytes that
+    decoding allocates.
     """
     if layer.quantised:
         return sum(

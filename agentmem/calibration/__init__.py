@@ -11,7 +11,7 @@ A head's *share* is the number of slots that the head should get, divided by the
 | ``fisher.py`` | error curves of all heads from gradients, in one pass |
 | ``loss.py`` | error curves by measurement, one head at a time |
 | ``shares.py`` | the conversion of scores or curves to shares |
-| ``methods.py`` | the three methods as units of work |
+| ``methods.py`` | the three methods, each divided into units of work (one window, or one head in one window) |
 | ``partial.py`` | results on disk, so that a calibration can be resumed |
 | ``table.py`` | the file that a calibration writes |
 | ``run.py`` | a whole calibration, resumable, on one process or several |

@@ -1,10 +1,10 @@
 """Estimate the error curves of all heads at once by Fisher information, from gradients.
 
 An *error curve* has the errors of one head at several fractions of kept slots. Compacting a head changes its attention
-output. A small change d of the output at a position changes the next-token distributions by KL ≈ ½ E (g · d)². Here g
-is the gradient of -log p(y) with respect to the attention output, and the next token y is drawn from the model's own
-distribution p; E is the expectation over y. E (g gᵀ) is the Fisher information of the output. Changes at different
-positions are assumed to be uncorrelated.
+output. Let d be a small change of the output at one position. Let p be the model's own distribution of next tokens, and
+y a next token drawn from it. Let g be the gradient of -log p(y) with respect to the output. The change d then
+changes the predictions by a KL divergence of about ½ E[(g · d)²], where E is the expectation over y. E[g gᵀ] is the
+Fisher information of the output. Changes at different positions are assumed to be uncorrelated.
 
 Sources: arXiv:2602.16284 measures sensitivity curves for nonuniform head budgets; the error curves estimated here
 replace them. arXiv:1801.05787 estimates the error of a pruning by Fisher information in the same way.
@@ -67,12 +67,12 @@ def _gradients(window: Window, layers: Sequence[int]) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def _losses(asked: AttentionCall, past: AttentionCall, gradients: torch.Tensor, heads: int) -> torch.Tensor:
-    """Return the estimated KL per token if one KV head alone is compacted, for each KV head, ``[heads]``.
+    """Return for each KV head the KL per token that is estimated if this head alone is compacted, ``[heads]``.
 
-    ``past`` has the context's keys, values and β with every head compacted. ``asked`` is the attention call of the
-    tokens after the context, without compaction. The estimate is ½ E (g · d)². Here g are ``gradients``, d is the
-    change of the attention output by the compaction, and E is the mean over samples and tokens. g · d is summed over
-    the query heads of a KV head.
+    ``past`` has the context's keys, values and β with every head compacted; the estimate of a KV head uses only the
+    outputs of its own query heads. ``asked`` is the attention call of the tokens after the context, without compaction.
+    The estimate is ½ E[(g · d)²]. Here g are ``gradients``, d is the change of the attention output by the compaction,
+    and E is the mean over samples and tokens. g · d is summed over the query heads of a KV head before it is squared.
     """
     output = attended(asked.queries, asked.keys, asked.values, past, asked.scale, sinks=asked.sinks)
     change = (output - asked.output).float()

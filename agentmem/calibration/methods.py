@@ -1,7 +1,8 @@
 """Divide each calibration method into units of work, measure a unit, and combine the results of all units.
 
-A head's *share* is its number of slots divided by the mean number of slots per head. A head's *error curve* lists the
-head's errors, in nats per token, one for each fraction of kept slots in ``terms.fractions``.
+A unit of work is one window of the text, or one head in one window. A head's *share* is its number of slots divided by
+the mean number of slots per head. A head's *error curve* lists the head's errors, in nats per token, one for each
+fraction of kept slots in ``terms.fractions``.
 """
 
 from __future__ import annotations
@@ -124,8 +125,8 @@ def make_work(
     """Return the work of the calibration method that ``terms.method`` names.
 
     Raises:
-        SettingsRefused: the method measures a compactor, but the policy has none, or its compactor needs
-            attention scores that build up while tokens are read.
+        SettingsRefused: the method measures a compactor, and the policy has none that can be measured. A compactor
+            cannot be measured if it needs the attention that slots received so far, because a window records none.
 
     """
     if terms.method == "attention":

@@ -54,7 +54,10 @@ class Window:
 
     @cached_property
     def replay(self) -> Reading:
-        """Return a second reading of the context, placed after the first; its queries are the reference queries."""
+        """Return a second reading of the context, which follows the first reading and attends to it.
+
+        The queries of the second reading are the reference queries.
+        """
         ids = self.ids[: self.terms.context]
         return self.reader.read(ids, start=len(ids), past=self.context.layers)
 

@@ -1,4 +1,4 @@
-"""``agentmem calibrate``: measure a table of head shares, once for each model."""
+"""``agentmem calibrate``: measure how many slots each head of a model needs, and write the results as a table."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def make_request(plan: Plan, held: Slots, each: int, most: int, surveys: tuple[S
 
 
 def equal_shares(request: BudgetRequest) -> Slots:
-    """Return equal budgets for all heads, except that other heads get what a head with fewer slots cannot use."""
+    """Return equal budgets for all heads; if a head has fewer slots than its share, the other heads get the rest."""
     heads = [
         (min(held, request.ceiling), at, head) for at, row in enumerate(request.held) for head, held in enumerate(row)
     ]

@@ -57,7 +57,11 @@ def _as_fitted(rows: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class _Tally:
-    """Sums over heads: squared output errors, squared outputs, mean log-mass errors, and the number of heads."""
+    """Sums over heads, from which the errors are computed.
+
+    ``missed`` sums the squared errors of the local outputs, ``total`` the squared local outputs. ``mass`` sums each
+    head's mean absolute error of the log-mass over its queries. ``count`` is the number of heads.
+    """
 
     missed: float = 0.0
     total: float = 0.0

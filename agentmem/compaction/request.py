@@ -47,7 +47,7 @@ USUAL = Request()
 def make_job(sequence: TokenSequence, request: Request, policy: Policy, plan: Plan, layers: Sequence[int]) -> Job:
     """Return the job for a request to compact ``layers``.
 
-    Pinned slots must have been moved to the front before (:func:`agentmem.memory.pinning.promote`).
+    Call :func:`agentmem.memory.pinning.promote` first; it moves the slots of pinned tokens in front of the segment.
     """
     front = sequence.front(plan.prefix)
     recent = min(plan.recent, sequence.seen - min(plan.prefix, sequence.seen))

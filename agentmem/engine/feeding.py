@@ -1,6 +1,7 @@
 """Run one forward over the next tokens of several turns, with a separate result for each turn.
 
-A turn is one use of a session: its memory reads a prompt, and the model may write a reply.
+A turn is one use of a session: its memory reads a prompt, and the model may write a reply. A turn asks for tokens to be
+fed with a :class:`Want`, and gets the result as the :class:`Outcome` of this want.
 """
 
 from __future__ import annotations
@@ -75,9 +76,9 @@ class Want:
         return self.outcome is not None
 
     def result(self) -> tuple[int, torch.Tensor]:
-        """Return how many tokens were fed, counted from the first, and the logits ``[V]`` after the last fed token.
+        """Return the number of fed tokens and the logits ``[V]`` after the last of them.
 
-        Call this only after the outcome has been set.
+        A forward may feed only the first tokens of a want. Call this only after the outcome has been set.
 
         Raises:
             AgentmemError: the forward of these tokens failed with this error. Errors of other types are raised, too.

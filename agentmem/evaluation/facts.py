@@ -1,8 +1,8 @@
 """Make documents with planted facts, and the questions that ask for these facts at the end of a document.
 
 A document is a window of a real text, into which invented facts are inserted: one fact for each depth. A depth is a
-fraction of the document; the fact is inserted there, after the next end of a sentence. Text, tokenizer and
-:class:`Quiz` determine the documents completely.
+place in the document, given as a fraction of the document's length. The fact is inserted after the first sentence that
+ends at this place or later. Text, tokenizer and :class:`Quiz` determine the documents completely.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Planted:
-    """A fact that was planted in a document, where its statement takes the tokens from ``start`` up to ``stop``.
+    """A fact that was planted in a document; its statement is the document's tokens ``start`` to ``stop - 1``.
 
     ``depth`` is the planned beginning of the statement, as a fraction of the document. ``asked`` has the ids of the
     question followed by those of the answer, and ``answer`` is the number of ids in the answer.
@@ -162,8 +162,9 @@ _MAKERS: dict[Format, tuple[Callable[[Random, str], Fact], tuple[str, ...]]] = {
 def facts(quiz: Quiz, document: int) -> list[tuple[Format, Fact]]:
     """Make the facts of the document with the number ``document``: one fact and its format for each depth.
 
-    The formats alternate over depths and documents, so that each format is used at every depth if there are enough
-    documents. Facts of one format in the document have different subjects as long as there are enough subjects.
+    A format is a kind of fact: ``codes``, ``names`` or ``lists``. The formats take turns over the depths, and each
+    document begins with another format. With enough documents, every depth therefore gets facts of every format. Facts
+    of one format in the document are about different places or ships, as long as there are enough of these.
     """
     random = Random(f"{quiz.seed}/{document}")  # noqa: S311  # a quiz, no secret
     subjects = {name: random.sample(_MAKERS[name][1], len(_MAKERS[name][1])) for name in FORMATS}

@@ -2,9 +2,9 @@
 
 The text is teacher-forced: the model reads the true tokens, whatever it predicts. All policies read the same tokens
 with the same settings (:class:`Terms`). Their memories have the same limit, which is either a number of slots per KV
-head, or a number of bytes including temporary bytes. The text is read in pieces. A piece ends when the memory is full,
-and the next token makes the memory compact. Each measurement is saved on disk, so that an interrupted comparison can be
-resumed.
+head, or a number of bytes including temporary bytes. The text is read in pieces. A piece ends when the memory is full;
+the token after the piece causes a compaction. Each measurement is saved on disk, so that an interrupted comparison can
+be resumed.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class Drift(Frozen):
 class FidelityRow(Frozen):
     """One line of the fidelity table: the scores of one policy on one passage.
 
-    KL is in nats. Scores are over the last ``positions`` positions of the passage. These
-    positions begin with the first compaction of any of the compared policies; see :func:`rows`.
+    KL is in nats. The scores are over the last ``positions`` positions of the passage: all positions from the first
+    compaction of any compared policy on; see :func:`rows`.
     """
 
     policy: str
@@ -124,9 +124,10 @@ def measure(
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Measurement:
-    """Read ``ids [tokens + 1]`` into a capped memory, and compare the logits with full memory's, ``full [tokens, V]``.
+    """Read ``ids [tokens + 1]`` into a capped memory, and compare the logits with those of full memory.
 
-    The last id is only predicted. ``progress`` is called with the number of tokens read so far.
+    ``full [tokens, V]`` are the logits of full memory. The last id is only predicted. ``progress`` is called with the
+    number of tokens read so far.
 
     Raises:
         AgentmemError: the settings in ``terms`` do not fit the model or the policy.
@@ -162,10 +163,10 @@ def stream(
 ) -> Iterator[Measurement]:
     """Measure every policy on the passage ``ids [tokens + 1]``; yield the measurements in the order of ``policies``.
 
-    Each measurement is saved in ``cache_dir`` before it is yielded. A measurement saved earlier is loaded instead of
-    being made again if model, passage, settings and code are the same, unless ``fresh`` is true. ``progress`` is called
-    with the policy's name and the number of tokens done, and with the name "full memory" while the logits of full
-    memory are computed.
+    Each measurement is saved in ``cache_dir`` before it is yielded. If a measurement of the same model, passage,
+    settings and code was saved earlier, it is loaded instead of being made again; with ``fresh``, it is made again.
+    ``progress`` is called with the policy's name and the number of tokens done. While the logits of full memory are
+    computed, the name is "full memory".
 
     Raises:
         AgentmemError: see :func:`measure`; measurements that were saved before stay on disk.

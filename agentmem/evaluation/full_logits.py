@@ -1,8 +1,8 @@
 """Compute the logits of full memory once, with transformers' own cache, and keep them in a memory-mapped file.
 
 The logits are stored as float32, because half precision is too coarse: its rounding would change the log-probability of
-a rare token by up to 1 %. The KL of a memory without compactions, which must remain visible, is only about 1e-9. With a
-vocabulary of 49,152 tokens, 3,072 positions take 604 MB.
+a rare token by up to 1 %. Such errors would hide the KL of a memory without compactions, which is only about 1e-9. With
+a vocabulary of 49,152 tokens, 3,072 positions take 604 MB.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ This is the main setting of arXiv:2602.16284. The compaction keeps a fraction of
 compaction follows. The logits over the continuation are compared with those of full memory.
 
 Two baselines are also measured. ``no-context`` reads the continuation without the document. ``truncation`` reads the
-end of the document and then the continuation; this end has as many tokens as the policies keep slots.
+document's last tokens, as many as the policies keep slots, and then the continuation.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ KEEP_FIRST, KEEP_RECENT = 4, 8
 
 
 class Shot(Frozen):
-    """Settings of a measurement: the length of the continuation, and the ratios at which the document is compacted."""
+    """Settings of a measurement: the length of the continuation, and the ratios of document tokens to kept slots."""
 
     continuation: int = Field(default=256, ge=1)
     """Tokens that are teacher-forced; all tokens before them are the document."""
@@ -187,9 +187,9 @@ def stream(
 ) -> Iterator[OneShotRow]:
     """Measure baselines and policies on the passage ``ids [tokens + 1]``, and yield their rows, ratio by ratio.
 
-    Each row is saved in ``cache_dir`` before it is yielded. A row saved earlier is loaded instead of being measured
-    again if model, passage, settings and code are the same, unless ``fresh`` is true. ``progress`` is called with the
-    name of the measurement and the number of tokens done. ``offset`` is only copied into the rows.
+    Each row is saved in ``cache_dir`` before it is yielded. If a row of the same model, passage, settings and code was
+    saved earlier, it is loaded instead of being measured again; with ``fresh``, it is measured again. ``progress`` is
+    called with the name of the measurement and the number of tokens done. ``offset`` is only copied into the rows.
 
     Raises:
         AgentmemError: :func:`cases` refuses the settings, or a policy cannot work with the settings in ``terms``. Rows

@@ -174,9 +174,9 @@ def stream(
 ) -> Iterator[Recalled]:
     """Measure every policy on every document, and yield the results: full memory first, then window, then ``policies``.
 
-    Each result is saved in ``cache_dir`` before it is yielded. A result saved earlier is loaded instead of being
-    measured again if model, document, settings and code are the same, unless ``fresh`` is true. ``progress`` is called
-    with the policy's name and the number of tokens that the policy has read so far.
+    Each result is saved in ``cache_dir`` before it is yielded. If a result of the same model, document, settings and
+    code was saved earlier, it is loaded instead of being measured again; with ``fresh``, it is measured again.
+    ``progress`` is called with the policy's name and the number of tokens that the policy has read so far.
 
     Raises:
         AgentmemError: see :func:`measure`; results that were saved before stay on disk.

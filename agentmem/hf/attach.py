@@ -287,9 +287,10 @@ def detach(model: PreTrainedModel) -> None:
 
 
 def detach_later(model: PreTrainedModel) -> None:
-    """Undo one call of :func:`attach` from within garbage collection, without waiting for the lock.
+    """Undo one call of :func:`attach` from within garbage collection, which must not wait for this module's lock.
 
-    The collector may run in a thread that holds the lock; the model is then detached once the lock is free.
+    The garbage collector may run in a thread that holds the lock. If the lock is held, the model is detached when the
+    lock has been released.
     """
     _DROPPED.append(model)
     _detach_dropped()

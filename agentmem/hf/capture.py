@@ -1,7 +1,7 @@
 """Run a model over a text and record the inputs and output of every attention call, for calibration and checks.
 
-These forwards use no cache of transformers. To continue a text, the caller passes the recorded keys and values of its
-beginning as ``past``, changed if wanted. The model is as before at the end.
+These forwards use no cache of transformers. To continue a text, the caller passes the record of an earlier forward over
+the text's beginning as ``past``; its keys and values may have been changed. At the end, the model is as before.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class AttentionCall:
 
     Queries and keys have RoPE applied and are in the model's dtype. ``output [Hq, n, dv]`` is the result of the call.
     ``bias [H, n]`` float32 is added to the logits of these keys if the record is passed as ``past``; -inf hides a key.
-    ``sinks [Hq]`` are attention sinks, one extra logit per query head without a value, or ``None`` if the model has
-    none.
+    ``sinks [Hq]`` are attention sinks: one extra logit per query head, without a key or value. ``None`` means that the
+    model has no sinks.
     """
 
     queries: torch.Tensor

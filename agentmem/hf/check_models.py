@@ -49,7 +49,7 @@ _TOWER: Mapping[str, int] = {
 
 
 def tiny_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return a config of the same class for a tiny model: a few small layers, among them every kind of the original."""
+    """Return a config of the same class for a tiny model: a few small layers, at least one of each kind of layer."""
     made: Any = copy.deepcopy(config)
     text = made.get_text_config(decoder=True)
     if text is not made:
@@ -86,7 +86,10 @@ def _around(config: Any, text: Any) -> PreTrainedConfig:
 
 
 def _tower(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the config fields of a part that is built but never run, with all sizes reduced."""
+    """Return the config fields of a part of a multimodal model, such as a vision tower, with all sizes reduced.
+
+    The part is built but never run.
+    """
     return fields | {
         name: min(size, fields[name]) for name, size in _TOWER.items() if isinstance(fields.get(name), int)
     }
@@ -103,9 +106,9 @@ def _heads(config: Any, fields: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _layers(config: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return config fields that keep only the model's first layers.
+    """Return config fields that keep only the model's first layers, at least 2 and at most 8.
 
-    These are as few layers as contain every kind of layer, but at least 2 and at most 8.
+    Within these limits, layers are kept until every kind of layer is included.
     """
     name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     total = config.num_hidden_layers

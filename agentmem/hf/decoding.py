@@ -61,9 +61,10 @@ class Decoding:
 
 
 def prepare(view: CappedCache, ids: Sequence[int], tokenizer: Any, options: dict[str, Any]) -> Decoding:
-    """Make a :class:`Decoding` that begins with ``ids`` from the options of ``generate``; no forward is run.
+    """Return a :class:`Decoding` of a reply to the prompt ``ids``; run no forward.
 
-    Transformers itself turns the options into logits processors and stopping criteria.
+    ``options`` are options of ``generate``. Transformers itself turns them into logits processors and stopping
+    criteria.
 
     Raises:
         UnsupportedGeneration: the session sets an option itself, or a capped memory cannot serve an option.

@@ -1,6 +1,7 @@
 """Run model forwards on behalf of memories.
 
-These are forwards over packed sequences, and those that compactions need: probes, replays, summaries and questions.
+Some of these forwards run several sequences, packed into one row. The others run one sequence: to read a probe, to run
+tokens again, or to let the model write questions and summaries.
 """
 
 from __future__ import annotations

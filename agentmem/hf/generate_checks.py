@@ -131,8 +131,8 @@ def check_forward(inputs: Mapping[str, Any]) -> None:
 def check_adapters(model: torch.nn.Module) -> None:
     """Check that the running forward does not use PEFT's ``adapter_names``, by which each row has its own adapter.
 
-    Probes and replays run a single row, but would get the adapter names of all rows. PEFT passes the names by hooks of
-    the layers, so this function looks at the hooks.
+    Forwards that agentmem itself runs, such as probes, have a single row, but would get the adapter names of all rows.
+    PEFT passes the names by hooks of the layers, so this function looks at the hooks.
 
     Raises:
         UnsupportedGeneration: ``adapter_names`` was passed to PEFT's ``generate`` or forward.

@@ -171,7 +171,7 @@ def packs(model: Any) -> bool:
 
 
 def check_packing(model: Any) -> CheckReport:
-    """Check that two sequences packed into shared forwards get the same logits as in stock forwards of each alone.
+    """Check that two sequences get the same logits in shared (packed) forwards as in separate stock forwards.
 
     If they do, the report's ``passed`` is true. A tiny model of the same class is run, not the given model.
     """
@@ -404,8 +404,8 @@ def _after_a_compaction(model: Any, shape: ModelShape, ids: torch.Tensor) -> Ite
 class _Slots:
     """A copy of one layer's slots.
 
-    ``asked`` holds keys, values and β, ``[H, n, …]``; its queries and output are empty. ``positions`` are ``[H, n]``,
-    or ``None`` for a layer with a sliding window.
+    ``asked`` is a record with the keys, values and β (``bias``) of the slots, ``[H, n, …]``, but without queries and
+    output. ``positions`` are ``[H, n]``; ``None`` for a layer with a sliding window.
     """
 
     asked: AttentionCall

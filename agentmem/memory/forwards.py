@@ -1,9 +1,9 @@
 """The objects through which a forward of the model uses a memory, one class for each kind of forward.
 
 :class:`Append` keeps the forward's tokens, and :class:`Transient` does not. :class:`Packed` feeds several memories at
-once. During compactions, :class:`Scratch` serves texts that the model writes, and :class:`Adopt` puts a summary in the
-place of a segment. Each layer of the model calls ``attend`` once per forward, with the model's own queries, keys and
-values (RoPE applied).
+once. Two classes are for compactions: with :class:`Scratch` the model writes a text whose slots are dropped afterwards,
+and :class:`Adopt` replaces a segment by a summary. Each layer of the model calls ``attend`` once per forward, with the
+model's own queries, keys and values (RoPE applied).
 """
 
 from __future__ import annotations
@@ -43,7 +43,11 @@ class Arriving(NamedTuple):
 
 
 class Forwards(Protocol):
-    """The forwards of one model; in each layer, the model calls ``step.attend`` instead of its own attention."""
+    """A protocol for running one model.
+
+    Each method gets a ``step``, an object of a class below. In each layer, the model calls ``step.attend`` instead of
+    its own attention.
+    """
 
     def run(self, ids: Sequence[int], start: int, step: Adopt | Transient) -> None:
         """Run the decoder, without logits, over ``ids`` at the positions ``start, start + 1, …``."""
@@ -55,7 +59,7 @@ class Forwards(Protocol):
         """Run the whole model over ``ids``, as :meth:`run` does; return the logits ``[n, V]`` after each id."""
 
     def packed(self, ids: Sequence[int], positions: Sequence[int], ends: Sequence[int], step: Packed) -> torch.Tensor:
-        """Run the whole model over ids of several sequences, one sequence after the other.
+        """Run the whole model once over the ids of several sequences, which are concatenated to one row.
 
         Return the logits ``[n, V]`` after the ids whose indices are listed in ``ends``.
         """
@@ -136,8 +140,8 @@ class Packed:
     def __init__(self, appends: Sequence[Append]) -> None:
         """Prepare the forward; the caller must have made room for the tokens.
 
-        The tokens are concatenated in the order of ``appends``. Put memories with a single token first: those before
-        the first memory with more tokens share one attention call per layer.
+        The tokens are concatenated in the order of ``appends``. Put memories with a single new token first. They share
+        one attention call per layer, unless a memory with more new tokens comes before them.
         """
         self.attended = 0
         """The number of layers whose attention has begun."""
@@ -208,8 +212,8 @@ class Scratch:
 class Adopt:
     """A forward over a summary, in which the slots of the summary replace the segment, layer by layer.
 
-    The summary's tokens attend to the uncompacted slots at the front (of the prefix and of pinned tokens) and,
-    causally, to each other. Each layer's store is replaced as a whole after the layer has attended. The sequence
+    The summary's tokens attend to the slots of the prefix, to the slots of pinned tokens directly after the prefix
+    and, causally, to each other. Each layer's store is replaced as a whole after the layer has attended. The sequence
     therefore stays usable if the forward ends early.
     """
 

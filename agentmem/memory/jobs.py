@@ -19,8 +19,8 @@ class Job:
     """The parameters of one compaction of one sequence; an interrupted compaction resumes with its job.
 
     ``begins[layer][head]`` is the index of the first slot of a head's segment; the tuple of a sliding layer is empty.
-    The last ``recent`` slots of a head do not belong to its segment. ``each`` is the average number of slots that the
-    compaction leaves in a head's segment. If budgets are adaptive, this average may be as large as ``most``.
+    The last ``recent`` slots of a head do not belong to its segment. ``each`` is the number of slots to leave in a
+    head's segment, on average over all heads. Adaptive budgets may leave more, up to an average of ``most``.
     """
 
     policy: Policy
@@ -48,8 +48,8 @@ class Job:
 class Move:
     """An unfinished re-basing, which moves the slots of the recent window from position ``start`` to ``end``.
 
-    A gap is the limit to which larger distances between neighbouring slots of a head shrink. Each head has its own gap;
-    ``gap`` is the smallest of these and is only for the report.
+    A *gap* is the largest distance that a re-basing leaves between the positions of neighbouring slots of a head;
+    larger distances shrink to the gap. Each head has its own gap. ``gap`` is the smallest of them, for the report only.
     """
 
     start: int

@@ -17,8 +17,8 @@ class Ledger:
 
     A *holder* is an object that holds resident bytes, such as the store of a layer. Each holder has one entry, and R is
     the sum of all entries. One dict operation adds or removes an entry, so an interrupt never leaves a partial entry.
-    After an interrupt, the ledger may still count temporary bytes or a holder that no longer exist; :meth:`recover`
-    removes both.
+    After an interrupt, the ledger may still count temporary bytes that are no longer in use, or a holder that no longer
+    exists. :meth:`recover` removes such counts.
     """
 
     def __init__(self, cap: int) -> None:

@@ -274,4 +274,4 @@ class Memory:
 
 
 def unwatched() -> None:
-    """Do nothing before a layer of a compaction; this function is the default of :attr:`Memory.boundary`."""
+    """Do nothing; the default of :attr:`Memory.boundary`, which a compaction calls before each of its steps."""

@@ -109,21 +109,21 @@ def pin_request(memory: Memory, sequence: TokenSequence, spans: Spans) -> bool:
 
 
 def put(memory: Memory, sequence: TokenSequence, pins: Pins) -> None:
-    """Replace the pins of a sequence by ``pins``, but leave out the request if it exceeds :func:`most_requested`."""
+    """Replace the pins of a sequence by ``pins``; leave out a user request larger than :func:`most_requested`."""
     fits = request_size(memory, pins) <= most_requested(memory, pins)
     sequence.pins = pins if fits else replace(pins, request=())
 
 
 def request_size(memory: Memory, pins: Pins) -> int:
-    """Return how many tokens of the request in ``pins`` are neither in the prefix nor pinned otherwise."""
+    """Return the number of tokens of the user request in ``pins`` that neither the prefix nor other pins contain."""
     return _behind(without(pins.request, pins.spans), memory.plan.prefix)
 
 
 def most_requested(memory: Memory, pins: Pins) -> int:
-    """Return the most tokens that a pinned request may have beyond the prefix and other pins.
+    """Return the most tokens that a pinned user request may have, not counting tokens of the prefix and of other pins.
 
-    From the slots per head that a compaction leaves, the slots of the prefix, of the other pins and of the recent
-    window are subtracted. The difference is then divided by ``REQUEST_SHARE``.
+    A compaction leaves ``target`` slots per head. The slots of the prefix, of the other pins and of the recent window
+    are subtracted from ``target``, and the difference is divided by ``REQUEST_SHARE``.
     """
     plan = memory.plan
     return max(0, plan.target - plan.prefix - _behind(pins.spans, plan.prefix) - plan.recent) // REQUEST_SHARE
@@ -173,7 +173,8 @@ def _order(store: LayerStore, head: int, prefix: int, wanted: Spans) -> Spans:
 def _slots(store: LayerStore, head: int, prefix: int, start: int, stop: int) -> tuple[int, int]:
     """Return the span of a head's slots that hold the tokens ``start .. stop``.
 
-    The caller makes sure that these tokens are either all promoted, or all not promoted and never compacted.
+    The caller makes sure that either all of these tokens are promoted, or none of them is. If none is promoted, none
+    may have been compacted.
     """
     if within(store.promoted, start, stop):
         first = prefix + size(within(store.promoted, 0, start))
@@ -187,8 +188,8 @@ def _returning(store: LayerStore, head: int, front: int, leaving: Spans) -> Iter
     """Yield where to insert the slots that leave the front, so that the positions after the front stay ascending.
 
     The front is the slots of the prefix and of the promoted tokens; ``front`` is the number of these slots.
-    ``leaving`` has the spans of the slots that leave the front. Each item is a slot index, at least ``front``, and the
-    span of slots to insert before the slot with that index.
+    ``leaving`` has the spans of the slots that leave the front. Yield pairs: an index of at least ``front``, and the
+    span of slots to insert there, before the slot that has this index now (or at the end of the head).
     """
     if leaving:
         positions = store.part(head, 0, 0).positions.tolist()

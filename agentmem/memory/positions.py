@@ -2,9 +2,9 @@
 
 The prefix keeps its positions. The slots of the recent window, the *recent block*, all move by the same distance. In
 each head's segment, distances of at most ``gap`` positions between neighbouring slots stay as they are, and larger
-distances shrink to ``gap``. Each head has its own ``gap``, the largest with which its slots fit. The order of the slots
-is kept. The stored keys are rotated to their new positions. Each layer's store is replaced as a whole, and an
-interrupted re-basing is finished before the next forward.
+distances shrink to ``gap``. Each head has its own ``gap``: the largest with which the head's slots fit between the
+prefix and the moved recent block. The order of the slots is kept. The stored keys are rotated to their new positions.
+Each layer's store is replaced as a whole, and an interrupted re-basing is finished before the next forward.
 """
 
 from __future__ import annotations
@@ -85,8 +85,9 @@ def _rebase(memory: Memory, forwards: Forwards, sequence: TokenSequence, tokens:
 def _move(memory: Memory, sequence: TokenSequence, tokens: int) -> Move:
     """Return the re-basing to do: where the recent block begins, where it will begin, and the gap for the report.
 
-    If no head has too many slots, the recent block will end in the first half of the model's positions. At least
-    ``tokens`` positions, and those that :func:`spare_positions` asks for, will then be free after the recent block.
+    The recent block will end in the first half of the model's positions, and early enough that ``tokens`` positions and
+    those that :func:`spare_positions` asks for are free after it. It ends later only if the slots of some head do not
+    fit below it otherwise: each slot of a head needs a position of its own.
     """
     assert memory.positions is not None  # noqa: S101  # the caller has checked
     first, recent = _ends(memory, sequence)  # positions 0 .. first - 1 are the prefix's

@@ -2,8 +2,11 @@
 
 Every change is one assignment, so an interrupt leaves either the old or the new value. A forward replaces the
 :class:`Consumed` of the memory, for all sequences at once. A compaction or a re-basing replaces the
-:class:`SequenceState` of its sequence. The ids and positions of new tokens are first written after those of the
-consumed tokens, and count only when a new :class:`Consumed` includes them.
+:class:`SequenceState` of its sequence. Ids and positions of new tokens are appended to those of the consumed tokens,
+but they do not count until a new :class:`Consumed` includes them.
+
+A token is *promoted* in a store if it was pinned and its slots were moved to the front of each head, directly after the
+prefix.
 """
 
 from __future__ import annotations
@@ -176,14 +179,14 @@ class TokenSequence:
         return min(prefix, self.seen) + size(self.promoted)
 
     def behind(self, token: int) -> int:
-        """Return how many slots per head hold the tokens from ``token`` on, promoted tokens not included.
+        """Return how many slots per head hold the token ``token`` and all later tokens, without promoted tokens.
 
-        None of these tokens may have been compacted.
+        The caller makes sure that none of these tokens has been compacted.
         """
         return self.seen - token - size(within(self.promoted, token, self.seen))
 
     def compactable(self, start: int, prefix: int) -> int:
-        """Return the index of the first token from ``start`` on that is after the prefix and all compacted segments."""
+        """Return the first index, at least ``start``, of a token after the prefix and after all compacted segments."""
         return max(start, self.intact, min(prefix, self.seen))
 
     @property

@@ -99,9 +99,10 @@ class SavedSequence(_Image):
         return next((each.torch_dtype for each in self.layers if each is not None), None)
 
     def promoted(self, prefix: int) -> Spans:
-        """Return the promoted tokens of the sequence in a memory whose prefix has ``prefix`` tokens.
+        """Return the tokens that are promoted when a memory with a prefix of ``prefix`` tokens restores the sequence.
 
-        This prefix may differ from the prefix with which the sequence was saved.
+        The slots of promoted (pinned) tokens are at the front of each head, directly after the prefix. The sequence may
+        have been saved with another prefix.
         """
         return without(self.front, ((0, prefix),))
 

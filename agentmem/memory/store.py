@@ -108,9 +108,10 @@ class LayerStore:
     float32.
 
     ``S`` is the sum of the heads' capacities. Head ``h`` owns the slots ``starts[h] .. starts[h] + capacities[h]`` and
-    has filled the first ``lengths[h]`` of them: the prefix, the promoted tokens, and then all other slots, each part in
-    ascending positions. ``positions`` is valid for the first ``settled[h]`` slots of a head. The positions of the
-    slots after these are equal in all heads; the sequence keeps them until :meth:`settle` writes them here.
+    has filled the first ``lengths[h]`` of them. The slots of the prefix come first, then the slots of promoted tokens
+    (pinned tokens whose slots were moved there), then all other slots. Each of these three parts is in ascending
+    positions. ``positions`` is valid for the first ``settled[h]`` slots of a head. The later slots have the same
+    positions in all heads; the sequence keeps these positions until :meth:`settle` writes them here.
     """
 
     __slots__ = (
@@ -433,9 +434,10 @@ class LayerStore:
         return store._filled(lengths, [0] * len(lengths), self)
 
     def reordered(self, orders: Sequence[Sequence[tuple[int, int]]], promoted: Spans) -> LayerStore:
-        """Return a new store with this store's slots in a new order, in which ``promoted`` tokens follow the prefix.
+        """Return a new store with this store's slots in a new order.
 
-        ``orders`` lists for each head the spans of its slots in the new order. Call :meth:`settle` before this.
+        ``orders`` lists for each head the spans of its slots in the new order. ``promoted`` are the tokens whose slots
+        then directly follow the prefix. Call :meth:`settle` before this.
         """
         store = LayerStore(self.spec, self.capacities, self.ledger)
         try:
@@ -448,7 +450,7 @@ class LayerStore:
         return store.fill(self.lengths, self.settled, seen=self.seen, promoted=promoted, moves=self.moves)
 
     def _write_spans(self, store: LayerStore, head: int, spans: Sequence[tuple[int, int]], at: int = 0) -> None:
-        """Copy spans of a head's slots into the same head of ``store``, one after the other from its slot ``at`` on."""
+        """Copy spans of a head's slots into that head of ``store``, one after the other, beginning at slot ``at``."""
         for name in ("keys", "values", "bias", "positions", "scores"):
             source, sink = getattr(self, name), getattr(store, name)
             if sink is None:

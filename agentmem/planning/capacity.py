@@ -74,8 +74,8 @@ def _needed(plans: Sequence[Plan]) -> int:
 def _reach(shape: ModelShape, settings: Settings, policy: Policy) -> int:
     """Return the most positions that a full row (sequence) and a probe after it may take together.
 
-    There is a limit only if rows are both compacted and re-based. Re-basing moves slots down into the gaps that
-    compactions leave. A row must therefore become full, and be compacted, before its positions are used up.
+    If rows are not both compacted and re-based, there is no limit (``UNBOUNDED``). Re-basing moves slots down into the
+    gaps that compactions leave. A row must therefore become full, and be compacted, before its positions are used up.
     """
     if not settings.rebase or policy.compactor is None or shape.positions is None:
         return UNBOUNDED

@@ -245,9 +245,10 @@ class Planner:
         return parse_bytes(target, "target") // max(1, per_slot)
 
     def _references(self, capacity: int) -> tuple[int, tuple[int, ...], int]:
-        """Return the number of reference tokens in the probe, in each stored part, and drawn at random.
+        """Return three counts of reference tokens: those of the probe, of each stored source, and drawn at random.
 
-        A stored part is a source of the policy's queries that the memory stores during the model's own forwards.
+        The second count has one number for each source in ``queries.stored``. The memory stores data of these sources
+        during the model's own forwards.
         """
         queries = self.policy.queries
         total = queries.tokens or min(PROBE_REACH * capacity, MAX_PROBE)

@@ -31,7 +31,7 @@ Words = dict["Source", tuple[tuple[int, ...], ...]]
 class Piece:
     """A piece of a probe: the tokens ``start`` to ``stop - 1``, whose queries have the same source and weight.
 
-    ``span`` is the range ``(start, stop)`` of the transcript that these tokens repeat; ``None`` if they repeat none.
+    ``span`` is the range ``(start, stop)`` of the transcript that these tokens repeat; ``None`` if they are a text.
     """
 
     start: int
@@ -72,10 +72,10 @@ class _Stretch:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """Hold the transcript that pieces are cut from, and the arguments of :func:`make_probe` that set the cuts.
+    """Hold the transcript that pieces are cut from, and the arguments of :func:`make_probe` that say where to cut.
 
-    ``marks`` are the spans of tokens that match a pattern. ``mark_weight`` is the factor by which the queries of these
-    tokens weigh more.
+    ``marks`` are the spans of tokens that match a pattern. The queries of these tokens get ``mark_weight`` times the
+    weight of their part's other queries.
     """
 
     transcript: Sequence[int]
@@ -115,13 +115,14 @@ def make_probe(
     Args:
         transcript: the token ids that transcript pieces are cut from.
         queries: the mixture of parts.
-        tokens: the number of tokens, which is divided among the parts by their shares.
-        words: the token ids of the text (or instruction) of each source that has a text.
+        tokens: the number of tokens to distribute among the parts, in proportion to their shares.
+        words: the token ids of the text or instruction, for each source that has one.
         prefix: the number of first tokens, which are never compacted and which ``spread`` leaves out. ``spread`` also
             leaves out the newest tokens that ``replay`` or ``repeat`` run again.
         turn: the number of compactions so far; it moves the spans of ``spread``.
         start: the first token of the transcript that ``replay``, ``repeat`` and ``transcript`` may run.
-        marks: spans of the transcript that a pattern matches; ``spread`` prefers them, and their queries weigh more.
+        marks: spans of the transcript that a pattern matches. ``spread`` prefers these spans, and the queries of their
+            tokens weigh more.
 
     """
     source = _Source(transcript, prefix, turn, marks, queries.pattern_weight, start)
@@ -147,7 +148,7 @@ _NEWEST = ("repeat", "replay")
 def _sizes(queries: Queries, tokens: int, words: Mapping[Source, Sequence[int]], seen: int) -> list[tuple[Part, int]]:
     """Return the parts that need a forward, each with its number of tokens.
 
-    If the text of ``focus`` or ``self-study`` has fewer tokens than the part's share, the other parts get the rest.
+    If the text of ``focus`` or ``self-study`` is shorter than its share, the parts without a text get the rest.
     """
     sizes = _shared(tokens, queries.probing)
     others = [part for part in queries.probing if part.source not in _TEXTS]
@@ -162,7 +163,10 @@ def _sizes(queries: Queries, tokens: int, words: Mapping[Source, Sequence[int]],
 
 
 def _shared(tokens: int, parts: Sequence[Part]) -> dict[Source, int]:
-    """Divide ``tokens`` by the parts' shares; running sums are rounded, so that the sizes add up to ``tokens``."""
+    """Distribute ``tokens`` among the parts in proportion to their shares.
+
+    The running sums of the sizes are rounded, not the sizes themselves, so that the sizes add up to ``tokens``.
+    """
     ends = (0.0, *accumulate(part.share for part in parts))
     marks = [round(tokens * end / ends[-1]) for end in ends] if parts else []
     return {part.source: stop - start for part, (start, stop) in zip(parts, pairwise(marks), strict=True)}
@@ -214,9 +218,9 @@ def _marked(source: _Source, stop: int, tokens: int) -> list[tuple[int, int]]:
 def spread_spans(first: int, stop: int, tokens: int, turn: int) -> list[tuple[int, int]]:
     """Return evenly spread spans of the range ``first`` to ``stop - 1``, of at most ``tokens`` tokens in total.
 
-    A range of at most ``tokens`` tokens is returned whole. A longer range is divided into parts of equal length, and
-    one span is taken from each part. ``turn`` is the number of earlier compactions. With each turn the span moves to
-    another place within its part, so that successive compactions reach all tokens of the range.
+    If the whole range has at most ``tokens`` tokens, it is returned as one span. A longer range is divided into parts
+    of equal length, and one span is taken from each part. ``turn``, the number of earlier compactions, decides where in
+    its part each span lies, so that successive compactions reach all tokens of the range.
     """
     length = max(0, stop - first)
     if length <= tokens:

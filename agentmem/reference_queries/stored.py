@@ -63,7 +63,7 @@ class QuerySample:
         return seen - 1 - (seen - 1 - places) % self.size
 
     def offer(self, queries: torch.Tensor, first: int) -> None:
-        """Store the given queries, except those that the sample does not keep.
+        """Store those of the given queries that the sample keeps: the newest, or those of every ``stride``-th token.
 
         ``queries [Hq, q, d]`` are the queries of the tokens with indices ``first`` to ``first + q - 1``. Nothing is
         allocated. If a forward was undone and its tokens are offered again, the new queries overwrite the old queries.

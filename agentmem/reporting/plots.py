@@ -73,7 +73,10 @@ def bytes_figure(trace: Trace) -> Figure:
 
 
 def error_figure(trace: Trace) -> Figure:
-    """Plot output error and log-mass error on held-out reference queries, one point per compaction."""
+    """Plot output error and log-mass error on held-out reference queries, one point per compaction.
+
+    :class:`~agentmem.reporting.report.LayerReport` explains the two errors; a point is the mean over layers.
+    """
     figure, axes = _axes()
     series = (
         ("output error (relative L2)", _BLUE, "o", [report.output_error for report in trace.compactions]),

@@ -105,12 +105,12 @@ class CompactionReport(_Report):
 
     @property
     def output_error(self) -> float | None:
-        """Return the mean held-out output error over layers; ``None`` if no layer has one."""
+        """Return the mean of :attr:`LayerReport.output_error` over layers; ``None`` if no layer has one."""
         return _mean([layer.output_error for layer in self.layers])
 
     @property
     def log_mass_error(self) -> float | None:
-        """Return the mean held-out log-mass error over layers; ``None`` if no layer has one."""
+        """Return the mean of :attr:`LayerReport.log_mass_error` over layers; ``None`` if no layer has one."""
         return _mean([layer.log_mass_error for layer in self.layers])
 
 

@@ -82,8 +82,9 @@ async def _left(http: HttpRequest) -> None:
 async def begun(server: Server, request: Request) -> tuple[AsyncGenerator[Piece], Begun | None]:
     """Start a turn, and wait up to :data:`GRACE` seconds for its first piece, a :class:`Begun`.
 
-    Return an iterator over the pieces, and the ``Begun`` piece if it came in time, else ``None``. The iterator does not
-    yield a returned ``Begun`` again. The caller must close the iterator, which ends the turn.
+    Return two things. The first is an iterator over the pieces; the caller must close it, which ends the turn. The
+    second is the ``Begun`` piece if it came in time, else ``None``. If ``Begun`` is returned, the iterator does not
+    yield it again.
 
     Raises:
         AgentmemError: the turn failed within :data:`GRACE` seconds.

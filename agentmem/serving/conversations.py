@@ -96,7 +96,7 @@ class Conversations:
             recipe: The session arguments (policy, settings, tools, template options) that the conversation must have.
             wanted: Digests of all messages of the request. If the request has a compaction item, the marker of the item
                 comes first and counts as one message.
-            name: If given, only the conversation of this name can be continued, whatever its label.
+            name: If given, only the conversation of this name can be continued, and ``label`` is not compared.
             label: The label (``prompt_cache_key``) that the conversation must have, if no name is given.
             any_recipe: Also accept a conversation with another recipe. The conversation may then also begin with
                 instructions that the request leaves out.

@@ -28,7 +28,11 @@ _BEFORE = ".before-"
 
 
 class Record(BaseModel):
-    """The facts saved beside a memory: its owner, its recipe, digests of its messages, and its counts."""
+    """The facts about a conversation that are saved beside its memory.
+
+    These are the conversation's owner, its recipe, the digests of its messages, its size in bytes, and so on; the
+    attributes of :class:`agentmem.serving.conversations.Conversation` explain them.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

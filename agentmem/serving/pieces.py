@@ -93,7 +93,7 @@ class Log:
     reports: list[CompactionReport] = field(default_factory=list)
 
     def facts(self, conversation: str, stats: SessionStats, usage: Usage) -> dict[str, Any]:
-        """Return the numbers that an answer carries under ``agentmem``."""
+        """Return the content of the field ``agentmem`` of an answer, such as numbers of tokens, slots and bytes."""
         return {
             "session": conversation,
             "continued": usage.cached > 0,

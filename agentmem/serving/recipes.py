@@ -42,7 +42,11 @@ _SETTINGS = ("keep_first", "keep_recent", "target", "pin_roles", "pin_names", "p
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """The arguments of a session. A request can continue a conversation only if both have equal recipes."""
+    """The arguments of a session: policy, settings, tools and template options.
+
+    A request for a reply can continue a conversation only if the recipes of both are equal. A request that only
+    compacts can continue a conversation with any recipe.
+    """
 
     policy: str | None = None
     settings: str = "{}"
@@ -87,7 +91,7 @@ def check_policy(spec: str | None) -> None:
     """Refuse a policy that is unknown, or whose options contain a search pattern or name a file.
 
     Raises:
-        RequestRefused: the options contain a regular expression, with which the server would have to search.
+        RequestRefused: the options contain a search pattern (a regular expression that the server would have to run).
         UnknownPolicy, SettingsRefused: the policy does not exist, or its options are wrong or name a file.
 
     """

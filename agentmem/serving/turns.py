@@ -191,8 +191,8 @@ class Turn:
     def _begin(self, conversation: Conversation) -> int:
         """Prepare a new conversation, which begins with the memory of the request's compaction item, if any.
 
-        Return 1 if there is an item and 0 otherwise: how many digests of the request the conversation holds already.
-        The marker of the item counts as one digest.
+        Return how many digests of the request the conversation holds already. This is 1 if there is an item, since the
+        item's marker is the first digest of the request, and 0 otherwise.
         """
         conversation.lead = self.request.lead
         if (item := self.request.item) is None:
@@ -244,7 +244,11 @@ class Turn:
     # ---- compacting
 
     async def _compact(self, conversation: Conversation) -> None:
-        """If requested, or if the threshold is reached, compact the conversation and save it as a compaction item."""
+        """Compact the conversation if this is due, and save it as a compaction item.
+
+        A compaction is due if the request asks for it, or if the conversation has at least ``request.threshold`` tokens
+        after its newest compaction item.
+        """
         session, request, server = conversation.session, self.request, self._server
         assert session is not None  # noqa: S101  # it was read
         due = request.threshold is not None and session.stats.tokens - conversation.since_item >= request.threshold

@@ -59,7 +59,8 @@ async def _run(session: Conversation, call: Callable[[], T], cancel: Callable[[]
 def _submitted(session: Conversation, call: Callable[[], T]) -> asyncio.Future[T]:
     """Submit a call to the model's thread and return its future.
 
-    The call runs with the caller's number of torch threads, since memory plans are made for this number.
+    The call runs with the caller's number of torch threads: the memory plans were made for this number, since it
+    determines the temporary bytes of attention.
     """
     threads = torch.get_num_threads()
 
@@ -93,7 +94,7 @@ async def _ended(future: asyncio.Future[Any]) -> None:
 class _Place:
     """The entry of a turn in its runtime's queue for leases.
 
-    Any thread may call the entry to make the turn try again to get its lease.
+    The entry can be called, from any thread. The turn then tries again to get its lease.
     """
 
     def __init__(self) -> None:

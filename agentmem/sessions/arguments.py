@@ -48,10 +48,10 @@ def check_text(field: str, value: object) -> None:
 
 
 def check_encodable(field: str, value: object) -> None:
-    """Check that a text has no lone surrogate, which no tokenizer can read; check texts inside lists and dicts, too.
+    """Check that a text has no lone surrogate; check texts inside lists and dicts, too.
 
-    Lone surrogates come from an emoji that was cut in two, or from bytes that are not UTF-8 (in file names, for
-    example).
+    A lone surrogate is half of a surrogate pair, and no tokenizer can read it. Lone surrogates come from an emoji that
+    was cut in two, or from bytes that are not UTF-8, for example in file names.
 
     Raises:
         SettingsRefused: a text has a lone surrogate; the message names the field, the surrogate and its place.

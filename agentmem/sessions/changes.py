@@ -1,8 +1,9 @@
 """Changes of a session that take several statements and are undone as a whole if an interrupt or error cuts them short.
 
-Before a change, the old state is stored in the session in one assignment. After the change, it is cleared in one
-assignment. If a later turn finds a stored state, the change did not finish, and the old state is restored. If an
-interrupt cuts the restoring short, it is repeated; restoring twice gives the same result as restoring once.
+Before a change, the old state is stored in the session (``session.before``) in one assignment. After the change, this
+stored state is cleared in one assignment. If a later turn finds a stored state, the change did not finish, and the old
+state is restored. If an interrupt cuts the restoring short, the restoring is repeated; restoring twice gives the same
+result as restoring once.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def _before(session: Conversation) -> Before:
 
 @contextmanager
 def changing(session: Conversation) -> Iterator[None]:
-    """Return a context manager that undoes the whole ``with`` block if it raises or an interrupt comes.
+    """Return a context manager that undoes all changes of a ``with`` block if the block ends by an error or interrupt.
 
     The block must not run a forward. It may remove the newest id of the session, but no older ids.
     """

@@ -112,7 +112,7 @@ class Before:
 class Place(Protocol):
     """The entry of a turn in the queue for leases.
 
-    Any thread may call the entry to make the turn try again to get its lease.
+    The entry can be called, from any thread. The turn then tries again to get its lease.
     """
 
     tried: bool
@@ -236,7 +236,11 @@ class Conversation:
         return Want(self.engine, ids, self, priority, most, alone)
 
     def compacted(self, report: CompactionReport) -> None:
-        """Record a finished compaction: note its duration, add an entry if it made a summary, and call the hook."""
+        """Note the duration of a finished compaction, and call the hook.
+
+        If the compaction made a summary, an entry for the summary is added to the transcript's entries. It replaces the
+        entries of older summaries that the new summary covers.
+        """
         self.runtime.scheduler.paused(report.seconds)
         if report.summary is not None:
             made = report.summary

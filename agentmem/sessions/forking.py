@@ -1,7 +1,8 @@
 """Handlers for ``os.fork``.
 
-In the child process only the forking thread exists. Therefore the forking thread holds all locks during the fork. The
-child then gives up the threads and queues of the parent, and links or copies the files of memories on disk.
+In the child process only the forking thread exists, so a lock that another thread held would never be released there.
+Therefore the forking thread takes all locks before the fork, and both processes release them afterwards. The child also
+gives up the threads and queues of the parent, and links or copies the files of memories on disk.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ class HookCalls:
     def __init__(self, before: BeforeCompact | None, after: AfterCompact | None, soft: float) -> None:
         """Store the two hooks.
 
-        ``before`` is called early, before the memory is full, if at most the fraction ``soft`` of its capacity is free.
+        The hook ``before`` is called before a compaction, and ``after`` afterwards. When at most the fraction ``soft``
+        of the memory's capacity is free, ``before`` is called although the memory is not full yet.
         """
         self.before, self.after, self.soft = before, after, soft
         self._not_before = 0

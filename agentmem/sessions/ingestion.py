@@ -223,8 +223,8 @@ def _pin(session: Conversation, delta: Delta, fed: int, *, pin: bool) -> None:
     """Pin messages of a delta that is about to be read: all if ``pin`` is true, else those that the settings select.
 
     ``fed`` is the number of messages that were fed before this delta. The delta may begin with markup that closes the
-    last of these messages. This markup is not pinned; otherwise a session with no room for further pins could not go
-    on.
+    last of these messages. This markup is not pinned: if it had to be pinned, a session with no room for further pins
+    could not read anything more.
 
     Raises:
         CapTooSmall: the pins do not fit; nothing was changed.

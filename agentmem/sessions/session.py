@@ -68,9 +68,9 @@ class Session(Conversation):
             target: with ``compact="after"``, how much of the message to leave: a fraction, or slots per head. The
                 default is 0.25.
             focus: a text that must stay recallable after this compaction.
-            policy: name of the policy for this compaction, one of the session's. A policy with adaptive budgets, such
-                as ``am-halving[budgets=adaptive[output_error=0.1]]``, ignores ``target`` and leaves as much as its
-                error limits require.
+            policy: name of the policy for this compaction; it must be one of the policies that the session was made
+                with. A policy with adaptive budgets, such as ``am-halving[budgets=adaptive[output_error=0.1]]``,
+                ignores ``target`` and leaves as much as its error limits require.
             deadline: seconds after which reading stops. The next turn reads the rest of the message and does not apply
                 ``compact="after"`` to this rest.
 
@@ -283,7 +283,8 @@ class Session(Conversation):
                 most the fraction ``soft`` (a session setting) of its capacity is free.
             focus: a text that must stay recallable.
             target: how much to leave between prefix and recent window: a fraction of the segment, or slots per head.
-            policy: name of the policy for this compaction, one of the session's.
+            policy: name of the policy for this compaction; it must be one of the policies that the session was made
+                with.
 
         Raises:
             SettingsRefused: ``mode="off"``, an unknown policy, or a focus with a policy that has no probe.

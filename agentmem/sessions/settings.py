@@ -83,7 +83,7 @@ class SessionSettings(BaseModel):
         """Return the bytes of the session's lease under a runtime's cap.
 
         Raises:
-            SettingsRefused: the share is more than the cap, or a fraction that is not above 0.
+            SettingsRefused: the share is more than the cap, or it is a fraction and not above 0.
 
         """
         if isinstance(self.share, float):

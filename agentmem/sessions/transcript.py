@@ -36,7 +36,7 @@ class Entry(BaseModel):
     text: str = ""
 
     def replaced(self, made: SummaryReport) -> bool:
-        """Return True if this entry is a summary and the new summary ``made`` covers all of its ``start .. stop``."""
+        """Return True if this entry is a summary and the new summary ``made`` covers all tokens of this entry."""
         return self.kind == "summary" and made.start <= self.start and self.stop <= made.stop
 
 

@@ -98,7 +98,9 @@ def rebased(session: Conversation) -> Steps:
 def _piece(memory: Memory, after: After | None) -> int:
     """Return the most tokens that one forward may feed.
 
-    If the text is compacted right after it was read, this is at most the number of tokens of the policy's probe.
+    If the text is compacted right after it was read, the number is limited further: to the number of tokens of the
+    policy's probe, if it has a probe, and to the slots per head that a compaction leaves. It is never less than
+    :data:`LEAST_SPAN` in this case.
     """
     most = memory.plan.chunk
     if after is None:

@@ -82,7 +82,7 @@ def _check_depth(brackets: bytes) -> None:
 
 
 def _few_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build an object from pairs; refuse too many keys, because a validator may make an error for each key."""
+    """Build an object from pairs; refuse too many keys, because validation may later report an error for each key."""
     if len(pairs) > MAX_KEYS:
         raise ValueError(f"JSON with an object of {len(pairs)} keys; the limit is {MAX_KEYS}")
     return dict(pairs)

@@ -51,8 +51,8 @@ def did_you_mean(wrong: str, known: Iterable[str], most: int = 1) -> str:
 def faults(error: ValidationError, given: object = None) -> str:
     """Describe the first few errors of a pydantic validation: place, error, and the value at that place in ``given``.
 
-    Callers should validate parsed JSON instead of a JSON text: for each error in a text, pydantic copies the
-    surrounding values.
+    Callers should parse JSON first and let pydantic validate the result. If pydantic validates a JSON text, it copies
+    the surrounding values for each error, which may take much memory.
     """
     count = error.error_count()
     if count > _DESCRIBED:

@@ -1,9 +1,10 @@
 """Adaptive budgets: give every head as many slots as an error target needs, instead of allocating a fixed total.
 
 Before the allocation, every head is compacted to several numbers of slots, and two errors are measured on reference
-queries that the fits did not use: the error of the attention output, and the error of the log of the attention mass
-(the sum of ``exp(logit)`` over the segment's slots). Each head then gets the fewest slots at which both errors are
-within their targets. If these slots are too many, the targets of all heads are multiplied by one factor.
+queries that were not used to fit β and values: the error of the attention output, and the error of the log of the
+attention mass (the sum of ``exp(logit)`` over the segment's slots). Each head then gets the fewest slots at which both
+errors are within their targets. If the heads together need too many slots, all targets are multiplied by the same
+factor.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ class Adaptive(Budgets):
                 raise ValueError(f"{name}: {getattr(self, name)!r} is no error target; give a number above 0")
 
     def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
-        """Allocate to each head the fewest slots at which both of its errors are within their targets.
+        """Allocate to each head the fewest slots at which its output and log-mass errors are within the targets.
 
-        If these are more than ``request.limit`` slots in total, both targets of all heads are multiplied by the
-        smallest factor with which at most ``request.limit`` slots are allocated.
+        If the heads together need more than ``request.limit`` slots, one factor multiplies both targets of all heads.
+        It is the smallest factor at which at most ``request.limit`` slots are allocated.
         """
         if len(request.surveys) != len(request.held):
             raise ValueError(
@@ -60,9 +61,10 @@ class Adaptive(Budgets):
         return allocate(replace(request, total=min(request.limit, wanted)), demands)
 
     def _demand(self, curve: Curve) -> Demand:
-        """Return a function of a factor that both error targets are multiplied by.
+        """Return a function from a factor to the number of slots that the head then needs.
 
-        The function returns the fewest slots at which both errors are within the multiplied targets.
+        The factor multiplies both error targets. The number is the fewest slots at which the errors in ``curve`` are
+        within the multiplied targets.
         """
 
         def slots(multiple: float) -> int:
@@ -78,7 +80,11 @@ class Adaptive(Budgets):
 
 
 def _needed(slots: Sequence[int], errors: Sequence[float], target: float) -> int:
-    """Return the fewest slots whose error, interpolated between the measured slot counts, is at most the target."""
+    """Return the smallest number of slots at which the error is at most the target.
+
+    ``errors[i]`` was measured with ``slots[i]`` slots; between two measurements the error is interpolated linearly. If
+    no error is at most the target, the largest measured number of slots is returned.
+    """
     last = len(slots) - 1
     while last > 0 and errors[last - 1] <= target:
         last -= 1

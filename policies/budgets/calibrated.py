@@ -18,12 +18,15 @@ class Calibrated(Tabled):
     """Allocates slots in proportion to the shares in a table.
 
     Once a table is chosen, ``head_ceiling`` becomes the table's largest share of a single head. ``layer_ceiling`` is
-    derived from the mean share of the heads of each layer: it becomes the largest of these means. An option of the
-    same name that is smaller takes precedence.
+    derived from the mean share of the heads of each layer: it becomes the largest of these means. If the option of the
+    same name is smaller, the option's value is used instead.
     """
 
     def ceilings(self, table: HeadTable) -> tuple[float, float]:
-        """Return two maxima in the table: of the share of a single head, and of the mean share of a layer's heads."""
+        """Return the largest share of a single head in the table, and the largest mean share of a layer.
+
+        The mean share of a layer is the mean over its heads.
+        """
         return table.head_ceiling, table.layer_ceiling
 
     def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:

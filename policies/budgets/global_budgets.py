@@ -15,10 +15,10 @@ from agentmem.policies.budgets.water_filling import Demand, allocate
 
 @dataclass(frozen=True)
 class Global(Budgets):
-    """Gives each head one slot for each of its scores that is among the highest of all heads, but at least a minimum.
+    """Gives each head as many slots as it has scores among the highest scores of all heads.
 
-    ``floor`` sets the minimum. :meth:`Compactor.survey` returns one score per slot; the scores of all heads are
-    compared without any scaling. If heads have equal scores, the earlier head gets the slot.
+    Each head gets at least the minimum that ``floor`` sets. :meth:`Compactor.survey` returns one score per slot; the
+    scores of all heads are compared without any scaling. If heads have equal scores, the earlier head gets the slot.
     """
 
     floor: float = 0.5
@@ -36,9 +36,9 @@ class Global(Budgets):
                 raise ValueError(f"{name}: {getattr(self, name)!r} equal shares cannot be allocated; give 1 or more")
 
     def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
-        """Allocate to each head the number of its scores that are at or above a threshold, the same for all heads.
+        """Allocate to each head one slot for each of its scores that is at or above a threshold.
 
-        The threshold falls until all slots are allocated.
+        The threshold is the same for all heads; it falls until all slots are allocated.
         """
         if len(request.surveys) != len(request.held):
             raise ValueError(

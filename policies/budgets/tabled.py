@@ -60,10 +60,11 @@ class Tabled(Budgets):
         return ""
 
     def ceilings(self, table: HeadTable) -> tuple[float, float]:  # noqa: ARG002  # subclasses use the table
-        """Return two limits of the allocation: of the share of a single head, and of the mean share of a layer's heads.
+        """Return two limits of the allocation: the largest share of a head, and the largest mean share of a layer.
 
-        A subclass may take the limits from ``table``; here they are the options ``head_ceiling`` and ``layer_ceiling``.
-        Both are multiples of an equal share, the number of slots of a head if all heads get equally many.
+        The mean share of a layer is the mean over its heads. A subclass may take the limits from ``table``; here they
+        are the options ``head_ceiling`` and ``layer_ceiling``. Both are multiples of an equal share, the number of
+        slots of a head if all heads get equally many.
         """
         return self._most
 

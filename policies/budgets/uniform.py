@@ -11,7 +11,8 @@ class Uniform(Budgets):
 
     Invariants, besides those of :class:`Budgets`: two heads that both lose slots get numbers of slots that differ by at
     most one; a head that keeps all its slots gets at most one slot more than a head that loses some. ``request.floor``
-    needs no special treatment: no other allocation of the same total has a larger smallest number of slots.
+    needs no special treatment, because the head with the fewest slots gets as many as any allocation of the same total
+    could give it.
     """
 
     def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:

@@ -1,9 +1,10 @@
-"""The algorithm by which all head budgets allocate integer numbers of slots: a threshold falls until all are allocated.
+"""The algorithm by which all head budgets allocate whole slots: a threshold falls until all slots are allocated.
 
 The threshold is called the *price*. Every head has a *demand*: a function from the price to the number of slots that
 the head takes, which never rises with the price. The meaning of a price depends on the budgets: an attention score, the
-error that one more slot removes, or a number that is inversely proportional to the slots. The slots that a head holds,
-its floor and its ceiling limit the head; ``layer_ceiling`` limits the sum over the heads of a layer.
+error that one more slot removes, or a number that is inversely proportional to the slots. Whatever its demand, a head
+gets no fewer slots than its floor, and no more than it holds or than its ceiling. All heads of a layer together get at
+most ``layer_ceiling`` slots.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ def allocate(
     Invariants: those of :class:`agentmem.contracts.Budgets`; if the total grows and nothing else changes, no head gets
     fewer slots; every head gets its floor if the total and the ceilings allow it.
 
-    The second invariant has two reasons. One more slot in the total raises at most one floor, by one. For given floors
-    a head's slots depend on the price alone, which falls as the total grows.
+    A larger total gives no head fewer slots for two reasons. First, one more slot in the total raises at most one
+    floor, by one. Second, for given floors a head's slots depend on the price alone, and the price falls as the total
+    grows.
     """
     limits = [[min(held, request.ceiling) for held in layer] for layer in request.held]
     level = [[proportional(1.0)] * len(layer) for layer in limits]

@@ -122,11 +122,11 @@ def _row_bytes(slots: int, key_dim: int) -> int:
 def largest_of_group(
     attention: LocalAttention, weights: Sequence[float], view: Callable[[torch.Tensor], torch.Tensor]
 ) -> Iterator[tuple[float, torch.Tensor]]:
-    """Yield, for each block of B reference tokens, the block's weight and the maximum ``[B, T]`` over query heads.
+    """Yield each block's weight, and the maximum ``[B, T]`` of the results of ``view`` over the query heads.
 
-    ``view`` maps the block's queries ``[B, d]`` of one query head to numbers ``[B, T]``. The elementwise maximum of
-    these numbers is taken over the query heads of the KV head. ``weights`` has one weight for each tensor in
-    ``attention.queries``; it is the weight of all blocks of this tensor.
+    A block has B reference tokens. ``view`` maps the block's queries ``[B, d]`` of one query head to numbers
+    ``[B, T]``, such as logits. The maximum over the query heads of the KV head is taken elementwise. ``weights`` has
+    one weight for each tensor in ``attention.queries``; it is the weight of all blocks of this tensor.
     """
     for part, weight in zip(attention.queries, weights, strict=True):
         for tokens in blocks(part.shape[1], attention.rows):

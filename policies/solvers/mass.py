@@ -30,14 +30,16 @@ def fit_mass(
 
     ``kept`` attends over the kept slots with their old β; ``log_mass [N]`` is each query's log mass over all slots.
     The fit minimises ``|Φ w - 1|² + ridge * mean(diag ΦᵀΦ) * |w - 1|²`` for w within ``e^-bound .. e^bound``. It clamps
-    the least-squares solution, then takes ``steps`` projected-gradient steps. The step size is one over the largest
-    eigenvalue; with one over the largest *diagonal* entry, the steps diverge as soon as columns overlap.
-    ``steps=None`` solves the problem exactly.
+    the least-squares solution, then takes ``steps`` projected-gradient steps. With ``steps=None`` the problem is solved
+    exactly.
+
+    The step size is the inverse of the largest eigenvalue of ``ΦᵀΦ`` with the ridge on its diagonal. The inverse of the
+    largest *diagonal entry* would be too long a step: the steps would diverge as soon as columns of Φ overlap.
 
     Invariants: a slot that no query attends to keeps w = 1; the old β remains part of the new β, since Φ contains it;
     an accepted fit has a smaller squared mass error on the fitting queries than w = 1.
 
-    Source: arXiv:2602.16284, mass matching. It has no term ``|w - 1|²``, and takes 2 steps with a bound of 3.
+    Source: arXiv:2602.16284, mass matching. The paper has no term ``|w - 1|²``, and takes 2 steps with a bound of 3.
     """
     if steps is None:
         return _exact(kept, log_mass, ridge=ridge, bound=bound)
@@ -74,7 +76,8 @@ def _exact(kept: LocalAttention, log_mass: torch.Tensor, *, ridge: float, bound:
 def _gram(kept: LocalAttention, log_mass: torch.Tensor, pull: torch.Tensor) -> torch.Tensor:
     """Return ``ΦᵀΦ [t, t]``, summed over blocks of queries; only its upper triangle is valid.
 
-    Add ``Φᵀ (1 - Φ 1)`` to ``pull [t, 1]`` in place. This is the right side of the normal equations for the shift.
+    Add ``Φᵀ (1 - Φ 1)`` to ``pull [t, 1]`` in place, where 1 is a vector of ones. This is the right side of the normal
+    equations for the shift.
     """
     gram = kept.keys.new_zeros(len(pull), len(pull))
     for rows, block in kept.blocks():

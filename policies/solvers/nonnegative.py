@@ -11,13 +11,14 @@ The solver does not need A and y themselves, only ``AᵀA`` (the argument ``gram
 
 Each pivot has two steps. First it solves for the *free* unknowns, while the others are held at a bound. Then it
 exchanges all unknowns that break a condition of Karush, Kuhn and Tucker (KKT): free unknowns go to a bound, and
-unknowns at a bound become free. If several pivots make no progress, each further pivot exchanges only one
-unknown: the last that breaks a condition. This terminates for every positive definite matrix. The inverse Cholesky
-factor of the free unknowns is kept between pivots, and updated from the first changed unknown on. To add a few
-unknowns, only their rows are computed.
+unknowns at a bound become free. If several pivots in a row do not lower the number of broken conditions, each further
+pivot exchanges only one unknown: the last that breaks a condition. In this way the solver terminates for every positive
+definite matrix. The inverse Cholesky factor of the free unknowns is kept between pivots, and its rows are computed anew
+from the first removed unknown on. If unknowns are only added, only their rows are computed.
 
 Source: Portugal, Júdice and Vicente, "A comparison of block pivoting and interior point algorithms for linear least
-squares problems with nonnegative variables", Mathematics of Computation 63 (1994), with two bounds here.
+squares problems with nonnegative variables", Mathematics of Computation 63 (1994). The paper has the lower bound 0;
+here there are a lower and an upper bound.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ class Factor:
     def become(self, free: torch.Tensor) -> None:
         """Change the free unknowns to those in the mask ``free [T]``, and update the factor.
 
-        The factor's rows before that of the first removed unknown stay as they are; all later rows are computed anew.
+        The rows of the factor above the row of the first removed unknown stay as they are. All other rows are computed
+        anew.
 
         Raises:
             IllConditioned: the matrix of the free unknowns is not positive definite within rounding.
@@ -145,7 +147,7 @@ class Pivoting:
         self.gradient = self.pull.neg()
 
     def solve(self, most: int) -> bool:
-        """Pivot until no KKT condition is broken, at most ``most`` times; return whether that was reached.
+        """Pivot at most ``most`` times, until no KKT condition is broken; return whether none is broken.
 
         Raises:
             IllConditioned: rounding made the factor of the free unknowns fail.
@@ -236,7 +238,7 @@ def pivoting(
 
 
 def pivoting_bytes(unknowns: int, capacity: int) -> int:
-    """Return an upper bound of the bytes of a problem that :func:`pivoting` makes and solves, without its ``gram``."""
+    """Return an upper bound of the bytes to make and solve a problem by :func:`pivoting`, without those of ``gram``."""
     panel = min(_PANEL, capacity)
     panels = _DOUBLE * panel * (3 * capacity + 5 * panel)
     return _DOUBLE * capacity * capacity + panels + unknowns * _BYTES_PER_UNKNOWN + _SMALL

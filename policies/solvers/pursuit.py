@@ -9,9 +9,10 @@ segment. w has one weight per slot, which is 0 for slots that are not chosen. Th
 it can for all queries.
 
 The pursuit works on the Gram matrix ``ΦᵀΦ``, so that the cost of a step is proportional to slots x chosen slots, not to
-queries x slots. A Gram matrix squares the condition number. Three measures make that harmless: a ridge pulls the
-weights towards 1, the weights are within bounds at every step, and the factor is float64. (An unbounded fit that is
-clamped afterwards leaves a residual that selects the wrong slots.) The Gram matrix itself is float32.
+queries x slots. The condition number of the Gram matrix is the square of that of Φ. Three measures make this harmless:
+a ridge pulls the weights towards 1; the weights are within bounds at every step; the Cholesky factor of the Gram matrix
+is float64. The Gram matrix itself is float32. The weights are not clamped after an unbounded fit, because the residual
+of clamped weights selects the wrong slots.
 """
 
 from __future__ import annotations

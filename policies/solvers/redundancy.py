@@ -12,11 +12,11 @@ _LEAST_ROWS = 32
 def redundancy(keys: torch.Tensor, *, threshold: float, spared: int, block_bytes: int) -> torch.Tensor:
     """Return the redundancy of each of ``keys [T, d]``, ``[T]`` float32; the redundancies of all keys sum to 1.
 
-    Row i, column j of the cosine matrix is the cosine of key i with key j; the diagonal is set to 0. Then the newest of
-    similar keys are spared: in every row, of the entries above ``threshold``, the ``spared`` newest are replaced by 0.
-    A key's redundancy is the mean of its column, after a softmax over the means of all keys. Of several equal keys, the
-    newest are therefore the least redundant. Rows are visited in blocks of ``block_bytes`` bytes, at least 32 rows at a
-    time; no T x T matrix is made.
+    Row i, column j of the cosine matrix is the cosine of key i with key j; the diagonal is set to 0. Then the newest
+    similar keys are spared. For this, the entries above ``threshold`` are looked up in every row, and those of the
+    ``spared`` newest keys are replaced by 0. Each column is averaged, and a softmax over the averages of all columns
+    gives the redundancies. Of several equal keys, the newest are therefore the least redundant. Rows are visited in
+    blocks of ``block_bytes`` bytes, at least 32 rows at a time; no T x T matrix is made.
 
     Source: R-KV, arXiv:2505.24133, section 3.3. Equation 6 of the paper does not say whether the mean is that of a row
     or of a column. The paper's code takes the mean of a column, and spares keys within each row, as done here.

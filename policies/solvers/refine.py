@@ -31,8 +31,8 @@ Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """The largest changes of a slot: ``keys`` as a fraction of its key's length, ``bias`` in nats, ``values`` as a
-    fraction of the segment's longest value.
+    """The largest changes of a slot: ``keys`` is a fraction of the length of the slot's key, ``bias`` is in nats, and
+    ``values`` is a fraction of the length of the segment's longest value.
     """  # noqa: D205 - one sentence
 
     keys: float = 0.3
@@ -65,10 +65,10 @@ def refine(
     """Change keys, β and values of the kept slots by gradient steps that lower the errors of output and mass.
 
     The objective is the mean over all queries of ``|o' - o|² / mean |o|² + mass_weight (log m' - log m)²``. o and m are
-    a query's output and mass over the whole segment, o' and m' those over the kept slots. Both softmaxes are taken over
-    the segment alone, and every query counts with its weight. The steps are those of Adam. A step that does not lower
-    the objective is undone, and the next step is shorter. If no step lowers the objective, the start is returned with
-    the outcome ``REFUSED``. The stats ``before`` and ``after`` are the objective at the start and at the result.
+    a query's output and mass over the whole segment, o' and m' those over the kept slots. Neither o nor o' includes
+    slots outside the segment. Every query counts with its weight. The steps are those of Adam. A step that does not
+    lower the objective is undone, and the next step is shorter. If no step lowers the objective, the start is returned
+    with the outcome ``REFUSED``. The stats ``before`` and ``after`` are the objective at the start and at the result.
 
     Args:
         whole: attends over all slots.
@@ -107,7 +107,7 @@ def refine(
 
 
 def refine_bytes(slots: int, kept: int, queries: int, rows: int, key_dim: int, value_dim: int) -> int:
-    """Return an upper bound of the bytes that :func:`refine` allocates for N ``queries`` in blocks of ``rows``."""
+    """Return the most bytes that :func:`refine` allocates for ``queries`` queries in blocks of ``rows``."""
     target = queries * (value_dim + 1)
     point = kept * (key_dim + value_dim + 1)
     block = rows * (2 * key_dim + 2 * value_dim + 8 + max(slots, 2 * kept))

@@ -39,8 +39,8 @@ def fit_values(
     duplicate keys give finite values; an accepted fit has a smaller squared output error on the fitting queries than
     the anchor.
 
-    Source: arXiv:2602.16284, output matching. It has no term ``|C - anchor|²``. Both softmaxes are taken over the
-    segment alone.
+    Source: arXiv:2602.16284, output matching. The paper has no term ``|C - anchor|²``. Neither the weights X nor the
+    outputs Y include slots outside the segment.
     """
     for firmer in FIRMER_RIDGES:
         pull = torch.zeros_like(anchor)

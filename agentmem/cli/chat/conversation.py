@@ -108,7 +108,7 @@ class Conversation:
 
 
 def _ending(ended: TurnFinished | None, seconds: float) -> str:
-    """Return the text that ends the line about a turn: the turn's speed, and whether the turn was stopped or cut."""
+    """Return the end of the line about a turn: its speed, and whether Ctrl-C or ``--max-new-tokens`` ended it."""
     parts = [""]
     if ended is not None and ended.tokens:
         parts.append(f"{ended.tokens} tokens, {ended.tokens / max(1e-3, seconds):.1f} tokens/s")
@@ -130,7 +130,8 @@ class Stop:
     def pass_on(self) -> None:
         """Cancel the running turn if a stop was requested.
 
-        Call this method at every event of a turn too, because Ctrl-C may have been pressed before the turn began.
+        A Ctrl-C before the turn has begun does not reach the turn. Therefore, call this method also at every event of
+        the turn.
         """
         if self.wanted:
             self._session.watch.cancelled = True

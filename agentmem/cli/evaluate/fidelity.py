@@ -119,7 +119,8 @@ def _shot(wanted: bool, ratios: str | None, continuation: int | None, others: di
     ``others`` holds the options that have a meaning only without ``--one-shot``, by name.
 
     Raises:
-        SettingsRefused: an option was given that has no meaning with, or without, ``--one-shot``; or a value is wrong.
+        SettingsRefused: a value is wrong; with ``--one-shot``, an option in ``others`` was given; without it,
+            ``ratios`` or ``continuation`` was given.
 
     """
     own = {"--ratios": ratios, "--continuation": continuation}
@@ -222,7 +223,7 @@ def _show_medians(found: Sequence[Medians], delivery: Delivery) -> None:
 
 
 def _show_drift(found: Sequence[Medians], delivery: Delivery) -> None:
-    """Print KL by the number of compactions: one row per policy, one column per range of numbers, such as 1–8."""
+    """Print KL by number of compactions: one row per policy, one column per range such as 1–8 compactions."""
     groups = sorted({(group.first, group.last) for each in found for group in each.drift})
     lines = []
     for each in found:

@@ -58,7 +58,7 @@ def numbers(text: str, option: str, kind: Callable[[str], Number]) -> tuple[Numb
     """Return the numbers of a comma-separated list.
 
     Raises:
-        SettingsRefused: an entry is not a number of this kind, is negative or occurs twice, or the list is empty.
+        SettingsRefused: the list is empty; an entry is negative, occurs twice or is not a number of this kind.
 
     """
     parts = entries(text, option)
@@ -163,7 +163,7 @@ class Work:
                 terms.plan(self.model, terms.policy(spec))
 
     def note_missing(self, done: int, wanted: int) -> None:
-        """Print how many rows were measured, if some rows are missing."""
+        """If some rows are missing, print how many of the wanted rows were measured."""
         if done < wanted:
             note(f"{done} of {wanted} rows were measured; the same command goes on there")
 

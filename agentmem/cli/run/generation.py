@@ -100,7 +100,7 @@ class _Ends(StoppingCriteria):
 
 
 class _Finite(LogitsProcessor):
-    """Logits processor that raises an error if logits are NaN, because greedy decoding would go on with token 0."""
+    """Logits processor that raises an error if a logit is NaN, where greedy decoding alone would choose token 0."""
 
     def __init__(self, prompt_tokens: int) -> None:
         self.prompt_tokens = prompt_tokens

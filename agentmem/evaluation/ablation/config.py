@@ -66,7 +66,7 @@ class Text(Frozen):
 
     @property
     def label(self) -> str:
-        """Return the name by which tables show the text, such as ``pages`` or ``novel.txt@5000`` (with its offset)."""
+        """Return the name by which tables show the text: ``pages``, or ``novel.txt@5000`` if the offset is 5000."""
         name = self.name or (PAGES if self.path is None else self.path.name)
         return f"{name}@{self.offset}" if self.offset else name
 
@@ -123,7 +123,7 @@ def _tasks(tasks: dict[str, dict[str, JsonValue]]) -> dict[str, dict[str, JsonVa
 class Instruments(Frozen):
     """The chosen instruments (kinds of measurement), at least one, with their settings.
 
-    Giving an instrument's settings chooses it; ``fidelity: {}`` chooses fidelity with its default settings.
+    An instrument is chosen by giving its settings; ``fidelity: {}`` chooses fidelity with the default settings.
     """
 
     fidelity: Fidelity | None = None

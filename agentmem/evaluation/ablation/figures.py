@@ -131,10 +131,10 @@ def _points(axes: Axes, lines: Sequence[Line], *, label: str | None, style: dict
 
 
 def _tightest(found: Sequence[Row]) -> list[Row]:
-    """Return the fidelity results of a single setting, which the figures show: rows that differ only in policy.
+    """Choose the setting that the fidelity figures show, and return its rows, one for each policy.
 
-    Results without compactions are left out. The setting with the most rows is chosen. If several settings have equally
-    many rows, the one with the most compactions is chosen.
+    Rows have the same setting if they differ only in policy. Rows without compactions are left out. The setting with
+    the most rows is chosen; among settings with equally many rows, the one that has the row with the most compactions.
     """
     groups: dict[object, list[Row]] = {}
     for row in found:

@@ -68,8 +68,8 @@ _PLAIN = {"target": 0.5, "slot_dtype": "auto"}
 def cells(ablation: Ablation) -> tuple[Cell, ...]:
     """Return all cells of an ablation, grouped by model, then by instrument, text and seed.
 
-    For comparison, recall and tasks also get cells of full memory, and recall gets cells of the policy ``window``.
-    Fidelity needs none, because each of its measurements compares a policy with full memory.
+    Recall and tasks also get cells of full memory as a reference; recall also gets cells of the policy ``window``.
+    Fidelity gets no such cells, because each fidelity measurement already compares a policy with full memory.
 
     Raises:
         SettingsRefused: the grid has more than 100,000 cells.

@@ -38,9 +38,10 @@ class Interval(Frozen):
 def of_mean(values: Sequence[float], *, confidence: float, resamples: int) -> Interval:
     """Return the mean of ``values`` and its bias-corrected and accelerated (BCa) bootstrap interval.
 
-    The values are resampled with replacement ``resamples`` times. The interval's ends are quantiles of the resamples'
-    means, at levels that BCa computes from ``confidence``. Every call uses the same random numbers, so that a report
-    made again has the same intervals.
+    ``confidence`` is the confidence level of the interval. The values are resampled with replacement ``resamples``
+    times. The ends of the interval are two quantiles of the means of these resamples. BCa chooses these two quantiles
+    from ``confidence`` and ``values``. Every call uses the same random numbers, so that a report made again has the
+    same intervals.
     Source: Efron, "Better Bootstrap Confidence Intervals", JASA 82 (1987).
     """
     found = np.asarray(values, dtype=np.float64)

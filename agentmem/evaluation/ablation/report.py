@@ -58,7 +58,7 @@ def _inline(picture: Picture) -> str:
 
 
 def _findings(ablation: Ablation, lines: Sequence[Line]) -> list[str]:
-    """Return sentences that name the best policy at the smallest limit, per instrument, model and kind of limit."""
+    """Return one sentence per instrument, model and kind of limit; it names the best policy at the smallest limit."""
     groups: dict[tuple[str, str, str], list[Line]] = {}
     for line in lines:
         if line.score and line.limit is not None:
@@ -82,7 +82,7 @@ def _finding(ablation: Ablation, group: Sequence[Line]) -> str:
 
 
 def _facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Return the provenance of the results as (name, values); different values of one name are joined by commas."""
+    """Return the provenance of the results as pairs (name, values); several values of one name are joined by commas."""
     facts = [(name.replace("_", " "), sorted({str(getattr(row.provenance, name)) for row in rows})) for name in _FACTS]
     texts = sorted({f"{row.cell.source} {row.provenance.text_sha256}" for row in rows})
     return [(name, ", ".join(values)) for name, values in [*facts, ("texts sha256", texts)]]

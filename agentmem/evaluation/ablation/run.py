@@ -35,8 +35,8 @@ def run(
     """Measure the cells that have no row in the folder ``out`` yet; return the rows of all cells, in grid order.
 
     Relative paths of texts and models start from ``folder``. Logits of full memory are kept in ``cache_dir``. Several
-    processes of ``accelerate launch`` divide the cells among them. The row of a cell that cannot be measured has the
-    reason; with ``again``, such cells are measured again.
+    processes of ``accelerate launch`` share the cells. If a cell cannot be measured, its row has the reason instead of
+    a result; with ``again``, the cells of such rows are tried again.
 
     Raises:
         SettingsRefused: a text cannot be read, or another run writes into ``out``.

@@ -2,8 +2,8 @@
 
 A cell is one combination of an ablation's settings, measured by one instrument. A *unit* is the smallest part of a
 measurement that has a score of its own. For recall, a unit is one fact; for a task, one sample in one epoch. For
-fidelity, a unit is a block of at most 32 neighbouring positions with its mean KL, because neighbouring positions are
-not independent. Bootstrap intervals resample the units.
+fidelity, a unit is a block of at most 32 neighbouring positions, and its score is their mean KL. Single positions are
+not used as units, because bootstrap intervals assume that units are independent, and neighbouring positions are not.
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ class Scored:
 def scored(rows: Sequence[Row]) -> tuple[Scored, ...]:
     """Compute the scores of all rows (results of cells); rows of cells that could not be measured are left out.
 
-    Rows that differ only in their policy are scored together. Fidelity rows are scored on the same positions. Recall
-    rows are compared with the same two references, the results of the policy ``window`` and of full memory.
+    Rows that differ only in their policy form a group. All fidelity rows of a group are scored on the same positions.
+    All recall rows of a group are compared with the same two results: that of the policy ``window``, and that of full
+    memory.
     """
     groups: dict[Hashable, list[Row]] = {}
     for row in rows:

@@ -144,7 +144,7 @@ def _best(lines: Sequence[Line], *, lower: bool) -> frozenset[int]:
 
 
 def refusals(lines: Sequence[Line]) -> tuple[str, ...]:
-    """Return one text per reason why cells could not be measured, with instrument, policy and limit."""
+    """Return the reasons why cells could not be measured, each as a text with instrument, policy and limit."""
     return tuple(
         f"{line.instrument}, {line.policy}, {line.limit}: {reason}" for line in lines for reason in line.refused
     )

@@ -80,7 +80,7 @@ class Reply(Frozen):
 
 @dataclass
 class Writer:
-    """A generator of replies with memories that all have the settings ``terms``; ``None`` means full memory.
+    """A generator of replies; all its memories have the settings ``terms``, where ``None`` means full memory.
 
     :meth:`reply` opens a new memory for each prompt. :meth:`answer` is for questions that share a context: the context
     is read once, and its memory stays open until a question has another context. Answering does not change this memory.
@@ -112,7 +112,7 @@ class Writer:
     def answer(self, context: Sequence[int], question: Sequence[int], sampling: Sampling) -> Reply:
         """Answer a question about a context greedily, without changing the memory of the context.
 
-        The context is read into a new memory, unless it is that of the previous question.
+        The memory of the previous question is used again if the context is the same; else the context is read anew.
 
         Raises:
             SettingsRefused: ``sampling`` is not greedy.

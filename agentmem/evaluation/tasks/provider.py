@@ -149,8 +149,8 @@ class CappedAPI(ModelAPI):
     def _sampling(self, config: GenerateConfig, digest: str) -> Sampling:
         """Return the sampling settings for a prompt with the hash ``digest``.
 
-        The seed depends on the prompt and on the number of times that it was asked before. Therefore each epoch, which
-        asks the same prompts again, has other random numbers, but a repeated run has the same numbers.
+        The seed depends on the prompt and on the number of times that this prompt was asked before. Each epoch asks the
+        same prompts again and therefore gets other random numbers. A repeated run gets the same numbers as the first.
         """
         epoch = self._asked[digest]
         self._asked[digest] += 1

@@ -28,7 +28,10 @@ _NEXT: tuple[dict[str, Any], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """The text to feed next, and its relation to the text that the memory already holds."""
+    """The text to feed next, and what is known of the text before it.
+
+    The text before it is the text that the memory already holds.
+    """
 
     text: str
     """The text to feed."""
@@ -141,10 +144,11 @@ def unsettled(renderer: Renderer, chat: Chat, text: str) -> str:
 def bounds(
     renderer: Renderer, dialogue: Dialogue, chat: Chat, found: Continuation, *, opened: bool
 ) -> list[tuple[int, Span]]:
-    """Return where each message in ``found.text`` ends (a character index), with a span for the message, in order.
+    """Return a pair for each message in ``found.text``: the character index at which the message ends, and a span.
 
-    A message whose end cannot be found is part of the next message's span. Text before the first message has a span,
-    and so has an opened reply. The ``start`` and ``stop`` of all spans are 0, since the ids are not known yet.
+    The pairs have the order of the messages. A message whose end cannot be found gets no pair; it is part of the next
+    message's span. Text before the first message has a pair of its own, and so has an opened reply. The ``start`` and
+    ``stop`` of all spans are 0, since the ids are not known yet.
     """
     text, common = found.text, renderer.markup.common
     places: list[tuple[int, Span]] = []
@@ -174,8 +178,9 @@ def _span(chat: Chat, at: int) -> Span:
 def _preamble(renderer: Renderer, chat: Chat, text: str) -> int:
     """Return the character index in ``text`` at which the first message begins; 0 if no text comes before it.
 
-    A default system prompt or tools can come before the first message. The message begins with its header. To find the
-    header, a second message of the same role is rendered: the header is the text written before its content.
+    A default system prompt or tools can come before the first message. The message begins with its header (the markup
+    before its content). To find the header, the chat is rendered with a second copy of the message at the end. The text
+    between the earlier messages and the content of the copy is the header.
     """
     before = renderer.before(chat[:1], 0)
     for between in ([], [{"role": "assistant", "content": "x"}]):

@@ -31,7 +31,7 @@ def _pattern(texts: Iterable[str]) -> re.Pattern[str]:
 
 
 class Markup:
-    """The control tokens of one tokenizer and one template, and the encoding that respects them.
+    """The control tokens of one tokenizer and one template, and the tokenizing of rendered chats.
 
     In every message, all special tokens of the tokenizer count as control tokens. In messages of users and tools, the
     other added tokens that the template's source contains (``<tool_call>``, ``</think>``) count as control tokens, too.

@@ -103,8 +103,8 @@ class Dialogue(BaseModel):
     Adding a message makes a new dialogue, so forks can share a dialogue.
 
     Invariants: ``fed ≤ len(messages)``. Every generated message has the role assistant and an index below ``fed``. The
-    messages from index ``fed`` on are system messages; they are not fed before the next message, since the template
-    writes them into that message.
+    messages from index ``fed`` on are system messages that the template writes into the message after them. They are
+    therefore fed together with that message.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

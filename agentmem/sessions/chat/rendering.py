@@ -104,7 +104,7 @@ class Renderer:
     def write(self, chat: Chat, *, opened: bool = False, tools: Sequence[Tool] | str | None = "own") -> str:
         """Return the whole conversation as the template writes it; ``opened`` adds the generation prompt.
 
-        ``tools`` replace the renderer's own tools; ``None`` means no tools.
+        The default ``"own"`` for ``tools`` means the renderer's own tools, and ``None`` means no tools.
 
         Raises:
             SettingsRefused: the template refuses the conversation; the message quotes the template's error.

@@ -31,8 +31,8 @@ class ChatTemplate:
     decode to the text that transformers' ``apply_chat_template`` gives for the whole conversation. If, in addition, the
     template separates messages by special tokens, the joined deltas also have the same ids as that text.
 
-    Only the template adds a BOS token. A refusal changes nothing. Rendering takes time in proportion to the length of
-    the conversation.
+    A BOS token comes only from the template; the tokenizer adds none. A method that raises SettingsRefused has changed
+    nothing. Rendering takes time in proportion to the length of the conversation.
     """
 
     def __init__(

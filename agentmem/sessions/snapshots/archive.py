@@ -41,7 +41,10 @@ def save(runtime: Host, session: Conversation, url: str | os.PathLike[str]) -> N
 
 
 def _made_of(session: Conversation, template: str) -> dict[str, Any]:
-    """Return the record of how a session was made, as JSON values for the manifest."""
+    """Return the record of how a session was made, as JSON values for the manifest.
+
+    ``template`` is the digest of the tools and variables that the session's chat template was given.
+    """
     settings = session.memory.settings.model_dump(mode="json")
     del settings["cap"]
     made = Made(

@@ -10,8 +10,8 @@ left behind.
   lock makes concurrent saves wait for one another, and the last save wins. Windows cannot flush the names in a folder.
 - URLs (fsspec): the steps come in the same order, but the store decides when to flush. A rename may be a copy; in
   object stores the copy appears as a whole, in other stores it may not. There is no lock. Of two concurrent saves the
-  one that renames last wins, and its snapshot is complete. Files of the other save may stay for a day
-  (:data:`LEFTOVER_SECONDS`) until a later save deletes them.
+  one that renames last wins, and its snapshot is complete. Files of the other save may stay; the first save that comes
+  more than a day (:data:`LEFTOVER_SECONDS`) later deletes them.
 
 The tensors are read only once: they are hashed while they are read into their final places, and returned only if the
 hash is right. A library that opens files by path would read them a second time, and they could have changed since the
@@ -157,9 +157,10 @@ def read_snapshot(
 def _save(
     folder: Folder, token: str, text: bytes, contents: Iterable[bytes | memoryview], about: Mapping[str, Any]
 ) -> Manifest:
-    """Write the data files and the manifest under new names, then rename the manifest to its final name; return it.
+    """Write the files of a snapshot and return its manifest.
 
-    If the save fails before the manifest is renamed, the new files are deleted.
+    The data files and the manifest are written under new names. Then the manifest is renamed to ``manifest.json``. If
+    the save fails before this rename, the new files are deleted.
     """
     state_name, tensor_name, scratch = (
         f"state-{token}.json",

@@ -201,7 +201,11 @@ def _check_count(name: str, found: object, most: int) -> None:
 
 
 def in_file_order(tensors: Mapping[str, TensorSpec]) -> list[tuple[str, TensorSpec]]:
-    """Return the tensors in file order: those with larger elements first, so that all are aligned, then by name."""
+    """Return the tensors in the order in which the file holds them.
+
+    Tensors of dtypes with more bytes come first, so that every tensor is aligned in the file. Tensors of equally large
+    dtypes are sorted by name.
+    """
     return sorted(tensors.items(), key=lambda item: (-item[1].torch_dtype.itemsize, item[0]))
 
 

@@ -71,8 +71,8 @@ class Named(BaseModel):
 def _check_pattern(made: Policy) -> None:
     """Refuse a policy whose name is a spec that brings a regular expression of its own.
 
-    The name comes from a snapshot, which is not trusted. If the installed policy has a regular expression without the
-    options of the spec, this one is allowed.
+    The name comes from a snapshot, which is not trusted. A regular expression is allowed only if the installed policy
+    has the same one without the options of the spec.
     """
     plain = plugins.policy(specs.plain_name(made.name))
     if made.queries.pattern not in ("", plain.queries.pattern):

@@ -150,8 +150,9 @@ def _fullest(memory: Memory) -> int:
 def _check_samples(memory: Memory, saved: SavedSequence, index: int, layer: SavedLayer, shape: LayerShape) -> int:
     """Check how many queries are stored for a layer, and return the bytes that they will take in the memory.
 
-    These are queries of past tokens, which the memory's policy uses as reference queries. They are stored in samples;
-    some layers have none.
+    The stored queries belong to past tokens; the memory's policy uses them as reference queries. A layer has one sample
+    (an array of queries) for each part of the reference queries that the policy takes from past tokens. Layers with a
+    sliding window have no samples.
     """
     parts = memory.policy.queries.stored if shape.window is None else ()
     _hold(len(layer.samples) == len(parts), f"layer {index} has {len(layer.samples)} samples instead of {len(parts)}")

@@ -56,7 +56,7 @@ class Saved(BaseModel):
 
         Args:
             tokens: number of tokens that the session's memory has consumed.
-            pinned: index of the token at which the last pin ends.
+            pinned: index just after the last pinned token.
             words: size of the vocabulary.
 
         Raises:

@@ -34,8 +34,8 @@ cap, so they need a limit of their own."""
 class Identity:
     """Fingerprints of the model, its weights, the tokenizer and the chat template.
 
-    A runtime reads a snapshot only if the snapshot was saved with the same fingerprints as the runtime's own. The keys
-    in a snapshot depend on all of these parts.
+    A runtime reads a snapshot only if the snapshot was saved with the same fingerprints as the runtime's own. This is
+    necessary because the attention keys in the snapshot depend on the model, weights, tokenizer and template.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:

@@ -60,8 +60,9 @@ serve-demo: model
 browser: install
 	PYTHONPATH=tests $(PY) -m browser.dashboard
 
-test: model
-	$(PY) -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal --durations 10
+# Those of the core come first, with the lines that they run, and then all others.
+test: model coverage
+	$(PY) -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal --durations 10 $(CORE:%=--ignore=tests/%)
 
 # All combinations of the parameters of which `make test` runs those that have every two values together.
 test-all: model

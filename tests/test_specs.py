@@ -42,14 +42,14 @@ def test_a_printed_spec_is_read_as_it_was(spec: Spec) -> None:
 
 
 @given(st.lists(SPECS.map(str), max_size=6))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_a_printed_list_is_read_as_it_was(entries: list[str]) -> None:
     """Commas inside brackets separate nothing."""
     assert specs.entries(" , ".join(entries), "policies") == entries
 
 
 @given(st.lists(st.builds(Term, st.from_regex(r"[a-z]+(-[a-z]+)*", fullmatch=True), NUMBERS, NUMBERS), min_size=1))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_a_printed_mixture_is_read_as_it_was(terms: list[Term]) -> None:
     """Shares and weights come back to the last bit, however small or large."""
     assert specs.mixture("+".join(map(str, terms)), "probe") == terms

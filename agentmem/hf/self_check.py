@@ -12,7 +12,7 @@ import inspect
 import json
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -241,7 +241,9 @@ def _checks(model: Any, config: Any) -> Iterator[Check]:
 @contextmanager
 def _plain() -> Iterator[None]:
     """Disable autocast and use the CPU as default device in the block, whatever the caller has set."""
-    with torch.autocast("cpu", enabled=False), torch.device("cpu"):
+    # a default device in force, be it the CPU, makes every call of torch slower
+    device = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    with torch.autocast("cpu", enabled=False), device:
         yield
 
 

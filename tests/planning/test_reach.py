@@ -44,7 +44,7 @@ def test_fewer_positions_than_slots_are_refused() -> None:
 
 @in_turn(
     kind=["window", "heavy-hitters", "key-norm", "am-halving[probe=live]", "am-halving"],
-    positions=[256, 512],
+    positions=[128, 256],
 )
 def test_a_cap_with_room_for_more_slots_than_positions_goes_on(kind: str, positions: int) -> None:
     """A prompt of three times the positions and a reply of as many, with a probe and a chunk of half of them."""

@@ -7,38 +7,62 @@ under a cap and how many bytes each use takes. :class:`Runtime` serves many conv
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
-from agentmem.api import CappedModel, capped, plan, wrap
-from agentmem.contracts import Budgets, Compaction, Compactor, HeadCompaction, Policy, Queries, Rewrite, Segment
-from agentmem.errors import (
-    AgentmemError,
-    CapBypassed,
-    CapTooSmall,
-    CompactionFailed,
-    CopyRefused,
-    MemoryCapExceeded,
-    MemoryClosed,
-    MemoryUnused,
-    ModelUnavailable,
-    PolicyContractBroken,
-    PromptMismatch,
-    RuntimeBusy,
-    SettingsRefused,
-    SnapshotRefused,
-    TurnEnded,
-    UnknownPolicy,
-    UnsupportedGeneration,
-    UnsupportedModel,
-)
-from agentmem.hf import CappedCache
-from agentmem.memory.memory import Usage
-from agentmem.planning.pricing import Plan
-from agentmem.reporting.report import CompactionReport, LayerReport, RebaseReport, RunReport, SummaryReport
-from agentmem.sessions import CompactionContext, Message, Reply, Runtime, Session
-from agentmem.settings import Settings
+if TYPE_CHECKING:
+    from agentmem.api import CappedModel, capped, plan, wrap
+    from agentmem.contracts import Budgets, Compaction, Compactor, HeadCompaction, Policy, Queries, Rewrite, Segment
+    from agentmem.errors import (
+        AgentmemError,
+        CapBypassed,
+        CapTooSmall,
+        CompactionFailed,
+        CopyRefused,
+        MemoryCapExceeded,
+        MemoryClosed,
+        MemoryUnused,
+        ModelUnavailable,
+        PolicyContractBroken,
+        PromptMismatch,
+        RuntimeBusy,
+        SettingsRefused,
+        SnapshotRefused,
+        TurnEnded,
+        UnknownPolicy,
+        UnsupportedGeneration,
+        UnsupportedModel,
+    )
+    from agentmem.hf import CappedCache
+    from agentmem.memory.memory import Usage
+    from agentmem.planning.pricing import Plan
+    from agentmem.reporting.report import CompactionReport, LayerReport, RebaseReport, RunReport, SummaryReport
+    from agentmem.sessions import CompactionContext, Message, Reply, Runtime, Session
+    from agentmem.settings import Settings
 
 __version__ = version("agentmem-runtime")
+
+_MODULES = {
+    "agentmem.api": "CappedModel capped plan wrap",
+    "agentmem.contracts": "Budgets Compaction Compactor HeadCompaction Policy Queries Rewrite Segment",
+    "agentmem.errors": (
+        "AgentmemError CapBypassed CapTooSmall CompactionFailed CopyRefused MemoryCapExceeded MemoryClosed "
+        "MemoryUnused ModelUnavailable PolicyContractBroken PromptMismatch RuntimeBusy SettingsRefused "
+        "SnapshotRefused TurnEnded UnknownPolicy UnsupportedGeneration UnsupportedModel"
+    ),
+    "agentmem.hf": "CappedCache",
+    "agentmem.memory.memory": "Usage",
+    "agentmem.planning.pricing": "Plan",
+    "agentmem.reporting.report": "CompactionReport LayerReport RebaseReport RunReport SummaryReport",
+    "agentmem.sessions": "CompactionContext Message Reply Runtime Session",
+    "agentmem.settings": "Settings",
+}
+"""The modules that define the public names; each is imported when one of its names is first used.
+
+Importing torch and transformers takes seconds, which a command line that prints its version need not spend.
+"""
+_PLACES = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 __all__ = [
     "AgentmemError",
@@ -87,3 +111,18 @@ __all__ = [
     "plan",
     "wrap",
 ]
+
+if not TYPE_CHECKING:  # a type checker would take any name for one of this module's
+
+    def __getattr__(name: str) -> object:
+        """Import a public name when it is first used."""
+        if name not in _PLACES:
+            raise AttributeError(f"module 'agentmem' has no attribute {name!r}")
+        found = getattr(import_module(_PLACES[name]), name)
+        globals()[name] = found
+        return found
+
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return __all__

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import json
 import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -374,11 +376,13 @@ def test_on_failure_raise_leaves_a_readable_memory() -> None:
 
 
 def test_importing_is_silent_and_light() -> None:
-    """Importing agentmem prints nothing, configures no logging, and loads neither plots nor a command line."""
+    """Importing loads no large package; the first use prints nothing, and loads neither plots nor a command line."""
     code = (
         "import sys, logging, json; import agentmem; root = logging.getLogger();"
+        "heavy = [name for name in ('torch', 'transformers', 'pydantic') if name in sys.modules];"
+        "agentmem.capped, agentmem.Runtime;"
         "names = ('matplotlib', 'typer', 'gguf', 'agentmem.policies', 'agentmem.cli');"
-        "heavy = [name for name in names if name in sys.modules];"
+        "heavy += [name for name in names if name in sys.modules];"
         "handlers = [type(each).__name__ for each in logging.getLogger('agentmem').handlers];"
         "import structlog;"
         "print(json.dumps([heavy, len(root.handlers), root.level, handlers, structlog.is_configured()]))"
@@ -405,7 +409,19 @@ def test_the_public_names() -> None:
     """Everything in __all__ is there, sorted, and the version is the distribution's."""
     assert sorted(agentmem.__all__) == agentmem.__all__
     assert all(hasattr(agentmem, name) for name in agentmem.__all__)
+    assert dir(agentmem) == agentmem.__all__
+    with pytest.raises(AttributeError, match="has no attribute 'caped'"):
+        agentmem.caped  # type: ignore[attr-defined]  # noqa: B018  # that is the point
     assert agentmem.__version__ == importlib.metadata.version("agentmem-runtime")
+
+
+def test_a_type_checker_and_python_find_the_public_names_in_the_same_places() -> None:
+    """Those that are imported for type checkers only, and those that are imported when they are first used."""
+    tree = ast.parse(Path(agentmem.__file__).read_text(encoding="utf-8"))
+    imports = [each for each in ast.walk(tree) if isinstance(each, ast.ImportFrom) and each.level == 0]
+    checked = {name.name: each.module for each in imports for name in each.names}
+    assert {name: checked[name] for name in agentmem._PLACES} == agentmem._PLACES
+    assert agentmem._PLACES.keys() == set(agentmem.__all__) - {"__version__"}
 
 
 def test_the_keyword_arguments_are_the_settings() -> None:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import sys
 
+from agentmem import __version__
+
 EXTRA = frozenset({"typer", "rich", "matplotlib", "gguf"})
 """Top-level modules that are installed only with the extra ``cli``."""
 
 
 def main() -> int:
     """Run the command line; return its exit code (0 done, 1 refused input or missing extra, 2 wrong usage)."""
+    if sys.argv[1:] == ["--version"]:  # torch and transformers, which the commands import, take seconds
+        print(f"agentmem {__version__}")  # noqa: T201  # there is no console yet
+        return 0
     try:
         from agentmem.cli import app  # this import fails if the extra is missing
     except ModuleNotFoundError as error:

@@ -6,12 +6,12 @@ go to stderr.
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from agentmem import __version__
 from agentmem.cli import ablate, calibrate, check, model, plan, policies
 from agentmem.cli.chat.command import chat
 from agentmem.cli.console import refuse
@@ -82,7 +82,7 @@ app.add_typer(evaluate, name="eval")
 
 def _print_version(wanted: bool) -> None:  # noqa: FBT001  # typer calls it so
     if wanted:
-        typer.echo(f"agentmem {version('agentmem-runtime')}")
+        typer.echo(f"agentmem {__version__}")
         raise typer.Exit
 
 

@@ -4,9 +4,9 @@ The preset ``am-halving`` probes with recent text alone. Hardly any reference qu
 compactions remove them. This preset changes four things:
 
 - A part of the probe consists of spans from all over the transcript; every compaction takes different spans.
-- Up to half of the tokens of these spans are chosen because they lie in or just before a match of ``pattern`` (numbers,
-  identifiers, names). The queries of matching tokens weigh more, because matching tokens attract no more attention than
-  others until a question asks for them.
+- Up to half of the tokens of these spans are taken from matches of ``pattern`` (numbers, identifiers, names) and the
+  tokens just before them. The queries of matching tokens weigh more than others (``pattern_weight``). Until a question
+  asks for such a detail, hardly any query attends to its slots; the larger weight keeps them from seeming unimportant.
 - Part of a slot's importance is carried from one compaction to the next.
 - A table made for the model sets how many slots each head keeps; the numbers are not equal.
 """

@@ -4,10 +4,10 @@ Source: "Task-KV: Task-aware KV Cache Optimization via Semantic Differentiation 
 section IV.
 
 As in the paper, the ``vector_slots`` most attended slots of a head define its *semantic vector*, the sum of their
-values weighted by attention (equations 12 to 15, with a window of 32 tokens). The heads farthest from the layer's mean
-vector are called *heterogeneous*, and so is the head nearest to the mean vector. Heterogeneous heads keep all slots.
-The other heads keep sinks, recent tokens and the *middle activations*: the slots with the most attention, mean-pooled
-over 7 slots.
+values weighted by attention (equations 12 to 15, with a window of 32 tokens). A *heterogeneous* head is one whose
+vector is among those farthest from the layer's mean vector, or is the nearest to it. These heads keep all slots. The
+other heads keep sinks, recent tokens and the *middle activations*: the slots with the most attention, mean-pooled over
+7 slots.
 
 Unlike in the paper, budgets are allocated over all layers together. A heterogeneous head may therefore get fewer slots
 than it holds: the budgets ``global`` give a head at most four times the mean number of slots per head. The head then
@@ -41,8 +41,9 @@ from agentmem.policies.solvers.selection import importance, top
 class HeadRoles(Observation):
     """Keeps each head's most attended slots.
 
-    *Heterogeneous* heads differ most from the other heads of their layer. :meth:`survey` scores each of their slots
-    above all slots of the other heads, so that budgets that compare scores let heterogeneous heads keep all slots.
+    *Heterogeneous* heads are chosen by their semantic vectors; see the module's docstring and :func:`heterogeneous`.
+    :meth:`survey` scores each of their slots above all slots of the other heads, so that budgets that compare scores
+    let heterogeneous heads keep all slots.
     """
 
     share: float = 0.25
@@ -123,8 +124,9 @@ def head_roles(
 ) -> Policy:
     """Keep all slots of heterogeneous heads; other heads keep slots that the newest ``window`` tokens attend to.
 
-    Heterogeneous heads are those that differ most from the other heads of their layer. The other options are fields of
-    :class:`HeadRoles`, and ``budgets`` names the head budgets.
+    Heterogeneous heads are those whose semantic vectors are farthest from their layer's mean vector, and the one
+    nearest to it; see :func:`heterogeneous`. The other options are fields of :class:`HeadRoles`, and ``budgets`` names
+    the head budgets.
 
     Raises:
         ValueError: an option's value is unknown or out of range, or ``budgets`` ignore scores, so that roles would have

@@ -48,9 +48,11 @@ class Form(NamedTuple):
 
 
 def form_of(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, quantised: bool = False) -> Form | None:
-    """Return the :class:`Form` of slots that store new ``keys [n, Hkv, d]`` and ``values [n, Hkv, dv]``.
+    """Return the :class:`Form` that slots have once they store new ``keys [n, Hkv, d]`` and ``values [n, Hkv, dv]``.
 
-    Return ``None`` if :func:`attend_each` does not support these tensors or ``queries [n, Hq, d]``.
+    The keys and values are those of one new token in each of ``n`` sequences, and ``queries [n, Hq, d]`` are its
+    queries. ``quantised`` states whether slots are stored quantised. The result is ``None`` if :func:`attend_each`
+    cannot attend with these queries over such slots.
     """
     rows, heads, dim = keys.shape
     if not (queries.is_cpu and keys.is_cpu and values.is_cpu and keys.dtype == queries.dtype == values.dtype):

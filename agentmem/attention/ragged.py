@@ -6,7 +6,8 @@ causally. The attention that slots receive (their scores) is summed in float32.
 
 There are several code paths, chosen by device, dtype and arguments; the tests compare them with a reference. The
 *explicit* path computes the attention weights themselves, and can add them to the scores of the slots. The *fused* path
-calls torch's flash kernel or compiled code; neither ever holds all weights.
+calls torch's flash kernel or compiled code. Both of these compute the weights of only a part of the slots at a time, so
+they cannot add weights to scores.
 """
 
 from __future__ import annotations

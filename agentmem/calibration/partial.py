@@ -23,8 +23,9 @@ class Partial:
     """Store the result of each unit of work; every process writes its own file and reads the files of all processes.
 
     ``out`` is the path of the table that the calibration will write. ``key`` is a digest of everything that a result
-    depends on; files with another key are ignored. ``rank`` is the number of this process, and ``own`` holds the
-    results of this process.
+    depends on, and is stored in each file. A file that stores a different key is ignored, because its results are of
+    another calibration. ``rank`` is the number of this process, and ``own`` maps names of units to the results of this
+    process.
     """
 
     out: Path
@@ -42,7 +43,10 @@ class Partial:
         return sorted(self.out.parent.glob(f"{self.out.name}.partial-*"))
 
     def load(self) -> dict[str, Any]:
-        """Return the results of all processes by unit of work; files with another key are ignored."""
+        """Return the results of all processes, as a dict from the name of a unit of work to its result.
+
+        Files that store a key different from ``key`` are ignored.
+        """
         found: dict[str, Any] = {}
         for path in self.files():
             try:

@@ -1,7 +1,9 @@
 """Read a window of a text with the model, and compact heads of the window's context.
 
-A window is a context and the tokens that follow it. A *reading* is the record of one forward: the attention calls of
-all layers, and the logits if requested. The context is read twice; the second reading is called the replay.
+A window is a context and the tokens that follow it. The *segment* is the part of the context that is compacted: all of
+it except the first ``keep_first`` and the last ``keep_recent`` tokens. A *reading* is the record of one forward: the
+attention calls of all layers, and the logits if requested. The context is read twice; the second reading is called the
+replay.
 """
 
 from __future__ import annotations
@@ -111,7 +113,10 @@ class Window:
         return max(1, round(fraction * self.terms.segment))
 
     def compact(self, segment: Segment, compactor: Compactor, slots: Sequence[int]) -> AttentionCall:
-        """Compact head ``h`` of a layer's segment to ``slots[h]`` slots; return the context's new keys, values and β.
+        """Compact a layer's segment, and return keys, values and β of the layer's whole context afterwards.
+
+        ``segment`` has the slots of each KV head that may be compacted; the context also has slots before and after
+        them. The compactor leaves ``slots[h]`` slots in the segment of KV head number ``h``.
 
         Raises:
             PolicyContractBroken: the compactor returned an invalid result.
@@ -122,7 +127,7 @@ class Window:
         return self.compacted(segment.layer, compaction)
 
     def compacted(self, layer: int, compaction: Compaction) -> AttentionCall:
-        """Return the context's keys, values and β of a layer after ``compaction``.
+        """Return keys, values and β of a layer's whole context after ``compaction`` of its segment.
 
         Dropped slots stay in place, with a β of -inf, so that no query attends to them.
         """

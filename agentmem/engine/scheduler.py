@@ -109,7 +109,10 @@ class Scheduler:
         _wake(waiting)
 
     def serve(self, want: Want) -> None:
-        """Submit a want and return when its outcome is set; meanwhile run forwards for all turns when it is time."""
+        """Submit a request to feed tokens, and return when its outcome is set.
+
+        Until then, whenever it is time for a forward, this thread may run one for all chosen turns.
+        """
         self.submit(want)
         while not want.done:
             pause = self.pause()
@@ -129,9 +132,11 @@ class Scheduler:
             return max(0.0, self._came + linger - time.monotonic())
 
     def step(self, want: Want) -> None:
-        """Run a forward for the waiting turns on this thread, unless the want has an outcome or it is not yet time.
+        """Run one forward for the waiting turns on this thread, if it is still needed and it is time.
 
-        The thread first waits for the lock, which other threads hold while they run forwards.
+        The thread first waits for the lock, which other threads hold while they run forwards. Nothing is run if one of
+        these forwards has served the request ``want`` meanwhile, or if the scheduler still waits for expected turns
+        (:meth:`pause`).
         """
         with self.lock:
             if want.done or self.pause() > 0:
@@ -164,9 +169,11 @@ class Scheduler:
     # ---- choosing
 
     def _chosen(self, own: Want) -> list[tuple[Want, int]]:
-        """Return the wants that the next forward feeds, with the number of tokens to feed of each.
+        """Choose the requests that the next forward feeds, and how many tokens it feeds of each.
 
-        Only wants with the thread settings of ``own`` are chosen; see :func:`agentmem.engine.feeding.ambient`.
+        A request to feed tokens is a :class:`Want`. Returns pairs of a request and a number of tokens: the forward
+        feeds that many of the request's first tokens. Only requests with the same thread settings as ``own`` are
+        chosen; see :func:`agentmem.engine.feeding.ambient`.
         """
         with self._changed:
             self._expected = set()  # turns that have not come by now are not waited for again
@@ -184,7 +191,7 @@ class Scheduler:
         return chosen
 
     def _ended(self, shares: Iterable[tuple[Want, int]], began: float) -> None:
-        """Record a finished forward, remove the wants that have outcomes, and expect the fed turns to come again."""
+        """Record a finished forward, remove the requests that have outcomes, and expect the fed turns to come again."""
         fed = [(want, count) for want, count in shares if want.done]
         now = time.monotonic()
         with self._changed:

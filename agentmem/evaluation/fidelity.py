@@ -66,8 +66,9 @@ class Drift(Frozen):
 class FidelityRow(Frozen):
     """One line of the fidelity table: the scores of one policy on one passage.
 
-    KL is in nats. The scores are over the last ``positions`` positions of the passage: all positions from the first
-    compaction of any compared policy on; see :func:`rows`.
+    KL is in nats. The scores are computed over the last ``positions`` positions of the passage. The first of these is
+    the token that caused the earliest compaction among the compared policies. Before it, all memories were complete;
+    see :func:`rows`.
     """
 
     policy: str
@@ -190,9 +191,9 @@ def stream(
 def rows(measurements: Sequence[Measurement], *, offset: int = 0) -> tuple[FidelityRow, ...]:
     """Return the fidelity table of one passage, which begins at character ``offset``: one row per measurement.
 
-    All policies with the same kind of limit (slots or bytes) are scored on the same positions: those from the first
-    compaction of any of these policies on. Before that compaction, all memories are still complete. If no policy
-    compacted, all positions count.
+    All policies with the same kind of limit (slots or bytes) are scored on the same positions. These begin at the token
+    that caused the earliest compaction among these policies, and end with the passage. Before that token, all memories
+    are still complete. If no policy compacted, all positions count.
     """
     crossed = [each for each in measurements if each.capacity < len(each.kl)]
     first = {

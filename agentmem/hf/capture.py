@@ -27,9 +27,10 @@ class AttentionCall:
     """One recorded attention call of one layer: ``queries [Hq, n, d]``, ``keys [H, n, d]``, ``values [H, n, dv]``.
 
     Queries and keys have RoPE applied and are in the model's dtype. ``output [Hq, n, dv]`` is the result of the call.
-    ``bias [H, n]`` float32 is added to the logits of these keys if the record is passed as ``past``; -inf hides a key.
-    ``sinks [Hq]`` are attention sinks: one extra logit per query head, without a key or value. ``None`` means that the
-    model has no sinks.
+    A record can be given to a later forward as ``past`` (see :meth:`Reader.read`). The tokens of that forward then
+    attend to the record's keys as well, and ``bias [H, n]`` float32 is added to the logits of these keys; -inf hides a
+    key. ``sinks [Hq]`` are attention sinks: one extra logit per query head, without a key or value. ``None`` means that
+    the model has no sinks.
     """
 
     queries: torch.Tensor

@@ -184,10 +184,11 @@ _RENAMED: dict[int, list[str]] = {}
 
 
 def rename(config: PreTrainedConfig) -> Callable[[], None]:
-    """Make a config name agentmem's attention implementation; return a function that undoes this.
+    """Set the attention implementation of a config to agentmem's own; return a function that restores the old one.
 
-    Several models may share one config, so it may be renamed several times. The original name is restored when all
-    returned functions have been called, in any order.
+    transformers reads the name of the implementation from the config. Several models may share one config, so this
+    function may be called several times for it. The original name is restored when all returned functions have been
+    called, in any order.
     """
     originals = _RENAMED.setdefault(id(config), [])
     originals.append(originals[0] if originals else config._attn_implementation)  # noqa: SLF001  # the only name it has

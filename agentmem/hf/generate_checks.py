@@ -148,10 +148,11 @@ def check_adapters(model: torch.nn.Module) -> None:
 
 
 def _only_new(cache: CappedCache, options: Mapping[str, Any], prompt: torch.Tensor) -> bool:
-    """Return True if the prompt consists of new tokens only, False if it is the whole conversation.
+    """Return True if the prompt has only new tokens, False if it is the whole conversation.
 
-    The attention mask decides: if it also covers the earlier columns, the prompt has only new tokens. Without a mask,
-    the prompt is the whole conversation.
+    The attention mask decides, because it must cover the whole conversation. If the mask is as long as the prompt,
+    the prompt is the whole conversation. If the mask is longer, it also has the columns that the memory has already
+    seen; the prompt then has only the tokens after these columns. Without a mask, the prompt is the whole conversation.
 
     Raises:
         UnsupportedGeneration: the mask is not 2-D.

@@ -1,8 +1,10 @@
 """Check that re-basing can move a model's stored keys by rotating them (:class:`agentmem.memory.rotation.Rotation`).
 
-The check runs a single token at two positions. The token attends only to itself, so its hidden states do not depend on
-the position, and its keys and queries at the two positions must differ only by the rotation between them. Models that
-rotate other pairs of dimensions, have layers without RoPE, or scale queries by position fail the check.
+Re-basing rotates a stored key from its position to another. The result must be the key that the model itself would
+compute at the other position. To test this, a single token is run twice, at two positions. The token attends only to
+itself, so its hidden states do not depend on the position. Its keys and queries at one position, rotated to the other,
+must therefore equal those at the other position. The check fails for models that rotate other pairs of dims, have
+layers without RoPE, or scale queries by position.
 """
 
 from __future__ import annotations

@@ -29,7 +29,11 @@ _TYPES = ("token_type_ids", "mm_token_type_ids")
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """The inputs of the outer model's forward, from which the text model's forward takes the ids and the 2-D mask.
+    """The inputs of the outer model's forward, kept for the forward of the text model that runs inside it.
+
+    The *outer model* is the whole multimodal model. It calls its *text model* with embeddings, not with ids and a 2-D
+    mask. :func:`with_wrapper_inputs` therefore takes the ids and the 2-D mask for the text model's memory from
+    ``inputs``.
 
     The object is stored as the ``step`` of the outer forward's :class:`Frame`. A frame with a ``step`` makes
     agentmem's mask function return no mask, because a memory computes attention without a 4-D mask.
@@ -50,7 +54,10 @@ class Told:
 
 
 class Around:
-    """The forward pre-hooks of the outer model; a long prompt is cut into pieces between ``enter`` and ``tell``."""
+    """The forward pre-hooks of the outer model.
+
+    ``enter`` runs first and ``tell`` runs last. Between them, another hook cuts a long prompt into pieces.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.signature = inspect.signature(model.forward)
@@ -59,10 +66,11 @@ class Around:
     def enter(
         self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Open a :class:`Frame` for the outer forward.
+        """Open a :class:`Frame` for the forward of the outer model, and drop arguments that say nothing.
 
-        Returns the arguments without those that only state that all tokens are text, or ``None`` if the forward uses no
-        memory of agentmem.
+        Returns the remaining arguments by name. Dropped are empty dicts and token types that are all 0 (text). They
+        would be refused later (:func:`agentmem.hf.generate_checks.check_forward`), although text does not need them.
+        The result is ``None`` if the forward uses no memory of agentmem; its arguments then stay as they are.
         """
         outer = FRAME.get()
         FRAME.set(Frame(outer))
@@ -93,7 +101,7 @@ class Around:
 
 
 def _plain_text(name: str, value: Any) -> bool:
-    """Check whether an input only states that all tokens are text: an empty dict, or token types that are all 0."""
+    """Return True if an input says nothing for text: it is an empty dict, or token types that are all 0 (text)."""
     return value == {} if isinstance(value, dict) else name in _TYPES and value is not None and not bool(value.any())
 
 

@@ -242,7 +242,10 @@ class Adopt:
         scale: float,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend in one layer, then replace its segment: ``queries [1, Hq, n, d]`` → output ``[1, n, Hq, dv]``."""
+        """Attend in one layer, then put the slots of the summary's ``n`` tokens in the place of the layer's segment.
+
+        ``queries [1, Hq, n, d]`` → output ``[1, n, Hq, dv]``.
+        """
         memory, store = self.memory, self.sequence.stores[layer]
         assert store is not None  # noqa: S101  # a sequence that is rewritten has a store in every layer
         memory.boundary()

@@ -46,10 +46,12 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """An unfinished re-basing, which moves the slots of the recent window from position ``start`` to ``end``.
+    """An unfinished re-basing of a sequence, which moves its slots to lower positions.
 
-    A *gap* is the largest distance that a re-basing leaves between the positions of neighbouring slots of a head;
-    larger distances shrink to the gap. Each head has its own gap. ``gap`` is the smallest of them, for the report only.
+    The recent window moves as a whole: it began at position ``start`` and will begin at position ``end``. Between it
+    and the prefix, distances between the positions of neighbouring slots are limited: each head has the largest limit
+    with which its slots fit below ``end``, and larger distances shrink to it. ``gap`` is the smallest limit of all
+    heads; it is only reported.
     """
 
     start: int

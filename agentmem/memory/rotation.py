@@ -204,5 +204,9 @@ def _steps(ascending: torch.Tensor, start: int) -> torch.Tensor:
 
 
 def _reach(steps: torch.Tensor, gap: int) -> int:
-    """Return the distance from the first slot to the recent block if distances above ``gap`` shrink to ``gap``."""
+    """Return how many positions lie from a head's first slot to the recent block once steps are at most ``gap``.
+
+    ``steps`` has the distance from each slot to the next; see :func:`_steps`. Steps above ``gap`` shrink to ``gap``,
+    and the result is the sum of the steps.
+    """
     return int(steps.clamp(max=gap).sum(dtype=steps.dtype))

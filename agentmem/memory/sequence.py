@@ -64,9 +64,9 @@ class SequenceState:
     tail: array[int] = field(default_factory=lambda: array("i"))
     """The positions of the tokens consumed since the last compaction."""
     headroom_at: int | None = None
-    """The number of tokens consumed when the last compaction finished; ``None`` before the first compaction.
+    """How many tokens the sequence had consumed when its last compaction finished; ``None`` before the first one.
 
-    A compaction finishes by giving headroom to every head: free slots for new tokens.
+    The last step of a compaction gives every head *headroom*: free slots for new tokens.
     """
     intact: int = 0
     """The index of the first token after all segments that compactions have reduced or begun to reduce.
@@ -235,7 +235,7 @@ class TokenSequence:
 
     @property
     def headroom_at(self) -> int | None:
-        """The number of tokens consumed when the last compaction finished; ``None`` before the first compaction."""
+        """How many tokens the sequence had consumed when its last compaction finished; ``None`` before the first."""
         return self.state.headroom_at
 
     @property

@@ -169,7 +169,10 @@ def _largest(least: int, settings: Settings, reach: int, at: Callable[[int], Seq
 
 
 def _least_capacity(shape: ModelShape, settings: Settings, policies: Sequence[Policy], rows: int) -> int:
-    """Return the least capacity at which a compaction leaves slots for a budget and frees ``min_reclaim`` slots.
+    """Return the least capacity, in slots per head, at which a full row can be compacted under every policy.
+
+    A compaction must leave slots for the prefix, the recent window and the smallest budget (:data:`MIN_BUDGET`), and
+    must free at least ``min_reclaim`` slots.
 
     Raises:
         SettingsRefused: no capacity allows this, or ``target`` is not valid.

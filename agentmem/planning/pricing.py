@@ -245,10 +245,13 @@ class Planner:
         return parse_bytes(target, "target") // max(1, per_slot)
 
     def _references(self, capacity: int) -> tuple[int, tuple[int, ...], int]:
-        """Return three counts of reference tokens: those of the probe, of each stored source, and drawn at random.
+        """Return how many reference queries a query head gets from each kind of source, as three values.
 
-        The second count has one number for each source in ``queries.stored``. The memory stores data of these sources
-        during the model's own forwards.
+        1. The number of tokens that a probe runs to make its queries.
+        2. A tuple with one number for each part in ``queries.stored``: the number of tokens whose queries the memory
+           stores for this part during the model's own forwards.
+        3. The number of random queries, which are drawn for parts with the source ``random``. Of the queries that are
+           stored for such a part, only the norms are used.
         """
         queries = self.policy.queries
         total = queries.tokens or min(PROBE_REACH * capacity, MAX_PROBE)

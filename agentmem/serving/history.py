@@ -40,9 +40,10 @@ def extends(held: Sequence[str], wanted: Sequence[str], anchors: dict[str, int])
     ``held`` are the digests of the conversation's messages; ``wanted`` are the digests of the request's messages. The
     request continues the conversation if ``wanted`` begins with all of ``held``.
 
-    The first entry of ``wanted`` may be the marker of a compaction item. ``anchors`` gives, for each marker, the number
-    ``n`` of messages that the item stands for. The first ``n`` digests of ``held`` are then not compared: the entries
-    of ``wanted`` after the marker must begin with the rest of ``held``.
+    The first entry of ``wanted`` may be a :func:`marker` instead of a digest. A marker stands for the first ``n``
+    messages of the conversation, and ``anchors`` maps each marker to its ``n``. These messages are not compared. The
+    entries of ``wanted`` after the marker must begin with all other digests of ``held``. In the returned number, the
+    marker counts as one entry.
     """
     if wanted and wanted[0] in anchors:
         rest, start = list(held[anchors[wanted[0]] :]), 1

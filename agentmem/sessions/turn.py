@@ -211,10 +211,11 @@ def _decode(session: Conversation, reply: Reply, decoding: Decoding, pieces: Tex
 
 
 def _take(session: Conversation, decoding: Decoding, reply: Reply, logits: torch.Tensor) -> tuple[int, torch.Tensor]:
-    """Choose the next token from ``logits``, append it to the conversation, then commit the forward of the logits.
+    """Choose the next token from ``logits``, append its id to the conversation, and commit the last forward.
 
-    The ids of a forward stay pending until the forward is committed. Because of this order, a turn that ends early
-    leaves at least one pending id, which the next turn can feed.
+    ``logits`` are the result of the last forward. Its ids stay pending until the commit, which makes them consumed.
+    The new id is appended before the commit and stays pending after it. At least one id is therefore pending at any
+    time. Even if the turn ends early, the next turn has an id to feed.
     """
     token, scores = choose(decoding, logits, session.generator)
     decoding.add(token)

@@ -17,9 +17,11 @@ from agentmem.policies.budgets.water_filling import allocate, proportional
 class Calibrated(Tabled):
     """Allocates slots in proportion to the shares in a table.
 
-    Once a table is chosen, ``head_ceiling`` becomes the table's largest share of a single head. ``layer_ceiling`` is
-    derived from the mean share of the heads of each layer: it becomes the largest of these means. If the option of the
-    same name is smaller, the option's value is used instead.
+    Two ceilings limit the slots: one the share of a single head, the other the mean share of a layer's heads. Both may
+    be given as options, ``head_ceiling`` and ``layer_ceiling``. The table has two such numbers as well: its largest
+    share of a single head, and its largest mean share of a layer. Each ceiling is the smaller of the option and the
+    table's number, but at least 1. The attributes ``head_ceiling`` and ``layer_ceiling`` hold the options until a table
+    is chosen, and these ceilings from then on.
     """
 
     def ceilings(self, table: HeadTable) -> tuple[float, float]:

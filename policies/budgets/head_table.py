@@ -1,7 +1,8 @@
 """Read tables of head shares and error curves, as ``agentmem calibrate`` writes them, and find a model's table.
 
-A head's *share* is its number of slots divided by the mean number of slots per head. Its *error curve* has its errors
-at several fractions of kept slots. The package's own tables are in ``tables/``; a user names another table by its path.
+A head's *share* is its number of slots divided by the mean number of slots per head. Its *error curve* has the errors
+that arise if only a fraction of the head's slots is kept, for several fractions. The package's own tables are in
+``tables/``; a user names another table by its path.
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ class HeadTable:
 
     @property
     def head_ceiling(self) -> float:
-        """Return the largest share of a head."""
+        """The largest share of a single head in the table."""
         return max(map(max, self.shares))
 
     @property
     def layer_ceiling(self) -> float:
-        """Average the shares of the heads of each layer, and return the largest of these averages."""
+        """The largest mean share of a layer in the table; the mean is taken over the heads of the layer."""
         return max(sum(layer) / len(layer) for layer in self.shares)
 
 

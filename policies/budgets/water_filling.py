@@ -1,10 +1,12 @@
 """The algorithm by which all head budgets allocate whole slots: a threshold falls until all slots are allocated.
 
-The threshold is called the *price*. Every head has a *demand*: a function from the price to the number of slots that
-the head takes, which never rises with the price. The meaning of a price depends on the budgets: an attention score, the
-error that one more slot removes, or a number that is inversely proportional to the slots. Whatever its demand, a head
-gets no fewer slots than its floor, and no more than it holds or than its ceiling. All heads of a layer together get at
-most ``layer_ceiling`` slots.
+The threshold is called the *price*. A head takes one more slot only if this slot is worth at least the price to the
+head, so a lower price means more slots. What a slot is worth depends on the budgets: its attention score, the error
+that it removes, or a number that is inversely proportional to the slots that the head has. Every head has a *demand*: a
+function from the price to the number of slots that the head takes. This number never rises with the price.
+
+Whatever its demand, a head gets no fewer slots than its floor, and no more than it holds or than its ceiling. All heads
+of a layer together get at most ``layer_ceiling`` slots.
 """
 
 from __future__ import annotations
@@ -34,6 +36,9 @@ def allocate(
 ) -> tuple[tuple[int, ...], ...]:
     """Allocate ``request.total`` slots to heads with the demands ``demands[layer][head]``; return the slots per head.
 
+    The *price* is a threshold on the worth of one more slot: a lower price means more slots. It is lowered for all
+    heads together until the total is reached; a layer that has reached its ceiling takes no more slots.
+
     Every head has a floor, the larger of two numbers: ``request.floor``, and the slots that the head gets if
     ``fraction * request.total`` slots are allocated equally. If all floors together exceed the total, slots are given
     one by one to the head with the fewest, up to its floor.
@@ -42,8 +47,8 @@ def allocate(
     fewer slots; every head gets its floor if the total and the ceilings allow it.
 
     A larger total gives no head fewer slots for two reasons. First, one more slot in the total raises at most one
-    floor, by one. Second, for given floors a head's slots depend on the price alone, and the price falls as the total
-    grows.
+    floor, by one. Second, for given floors a head's slots depend on the price alone, and a larger total never raises
+    the price.
     """
     limits = [[min(held, request.ceiling) for held in layer] for layer in request.held]
     level = [[proportional(1.0)] * len(layer) for layer in limits]
@@ -66,7 +71,9 @@ def _fill(
 ) -> list[list[int]]:
     """Allocate slots at the lowest price at which all heads together take at most ``total`` slots.
 
-    The remaining slots go, in the order of the heads, to heads that take more at the next lower price.
+    The *price* is a threshold on the worth of one more slot: a lower price means more slots. At this price, some of the
+    ``total`` slots may be left over. They go, in the order of the heads, to heads that would take more slots at the
+    next lower price. ``floors`` and ``limits`` are the fewest and the most slots of each head.
     """
 
     def layers(price: float) -> Iterator[list[int]]:

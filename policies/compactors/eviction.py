@@ -49,9 +49,11 @@ class Eviction(Compactor):
         """Return an upper bound of the bytes that one call of :meth:`score` allocates, its result included."""
 
     def workspace(self, shape: SegmentShape) -> int:
-        """Return an upper bound of the bytes that one :meth:`compact` or :meth:`survey` allocates.
+        """Return an upper bound of the bytes that one call of :meth:`compact` or :meth:`survey` allocates.
 
-        The bound covers one head's scoring or ranking, whichever takes more, and the indices or scores of all heads.
+        The bound holds for both methods, and is the sum of two parts. The first is the most that a single head takes:
+        first its slots are scored, then ranked, and the larger of the two counts. The second is the results of all
+        heads: :meth:`compact` returns indices, :meth:`survey` returns scores, and the larger of the two counts.
         """
         results = shape.heads * max(shape.budget * _INDEX, shape.slots * FLOAT)
         return max(self.scratch(shape), shape.slots * RANKING) + results + _SMALL

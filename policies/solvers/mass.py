@@ -74,10 +74,12 @@ def _exact(kept: LocalAttention, log_mass: torch.Tensor, *, ridge: float, bound:
 
 
 def _gram(kept: LocalAttention, log_mass: torch.Tensor, pull: torch.Tensor) -> torch.Tensor:
-    """Return ``ΦᵀΦ [t, t]``, summed over blocks of queries; only its upper triangle is valid.
+    """Return ``ΦᵀΦ [t, t]`` (only its upper triangle is valid), and add ``Φᵀ (1 - Φ 1)`` to ``pull [t, 1]``.
 
-    Add ``Φᵀ (1 - Φ 1)`` to ``pull [t, 1]`` in place, where 1 is a vector of ones. This is the right side of the normal
-    equations for the shift.
+    Φ has each query's mass over each kept slot, divided by its mass over the whole segment (see the module's
+    docstring); 1 is a vector of ones. ``1 - Φ 1`` is what the kept slots miss of each query's mass when all weights w
+    are 1. Without bounds, the shift ``w - 1``, which the fit seeks, solves ``(ΦᵀΦ + r I) shift = pull`` with the
+    ridge r. Both results are summed over blocks of queries.
     """
     gram = kept.keys.new_zeros(len(pull), len(pull))
     for rows, block in kept.blocks():

@@ -13,8 +13,9 @@ Each pivot has two steps. First it solves for the *free* unknowns, while the oth
 exchanges all unknowns that break a condition of Karush, Kuhn and Tucker (KKT): free unknowns go to a bound, and
 unknowns at a bound become free. If several pivots in a row do not lower the number of broken conditions, each further
 pivot exchanges only one unknown: the last that breaks a condition. In this way the solver terminates for every positive
-definite matrix. The inverse Cholesky factor of the free unknowns is kept between pivots, and its rows are computed anew
-from the first removed unknown on. If unknowns are only added, only their rows are computed.
+definite matrix. The inverse Cholesky factor of the free unknowns' matrix is kept between pivots. It has one row per
+free unknown. If unknowns have only become free, only their rows are computed. If an unknown is free no longer, its row
+is dropped, and all rows below it are computed anew.
 
 Source: Portugal, Júdice and Vicente, "A comparison of block pivoting and interior point algorithms for linear least
 squares problems with nonnegative variables", Mathematics of Computation 63 (1994). The paper has the lower bound 0;
@@ -64,10 +65,10 @@ class Factor:
     order: torch.Tensor
 
     def become(self, free: torch.Tensor) -> None:
-        """Change the free unknowns to those in the mask ``free [T]``, and update the factor.
+        """Make exactly the unknowns in the mask ``free [T]`` the free ones, and update the factor.
 
-        The rows of the factor above the row of the first removed unknown stay as they are. All other rows are computed
-        anew.
+        The factor has one row per free unknown. The rows above the first unknown that is free no longer stay as they
+        are. All other rows are computed anew; those of the unknowns that have become free come last.
 
         Raises:
             IllConditioned: the matrix of the free unknowns is not positive definite within rounding.
@@ -123,7 +124,9 @@ class Factor:
 
 @dataclass(slots=True)
 class Pivoting:
-    """One bounded problem with the state of its pivoting; unknowns may enter and leave between solves.
+    """One bounded problem with the state of its pivoting.
+
+    Between two calls of :meth:`solve`, the caller may change ``state``, for example to add an absent unknown.
 
     ``pull [T]`` float64 is the right side of the normal equations, ``Aᵀy + r a``. ``state [T]`` int8 holds, for
     each unknown, ``LOW`` (at its lower bound), ``FREE``, ``HIGH`` (at its upper bound) or ``ABSENT`` (not in the
@@ -226,11 +229,14 @@ def pivoting(
     ridge: float,
     capacity: int,
 ) -> Pivoting:
-    """Make a bounded problem in which every unknown is absent at first: it has the value 0 until the caller adds it.
+    """Make a bounded problem in which all unknowns are absent at first.
+
+    An *absent* unknown is not in the problem and has the value 0. The caller adds unknowns by setting their entries of
+    :attr:`Pivoting.state` to ``FREE``. An unknown is *free* if it is in the problem and not held at a bound. At most
+    ``capacity`` unknowns may be free at a time.
 
     ``gram`` is ``AᵀA [T, T]`` and ``pull`` is ``Aᵀy [T]``, where A is the matrix of the fit and y its target. ``ridge``
-    is added to the diagonal of ``gram`` as it is, not as a fraction of the mean diagonal entry. At most ``capacity``
-    unknowns may be free at a time.
+    is added to the diagonal of ``gram`` as it is, not as a fraction of the mean diagonal entry.
     """
     inverse = torch.zeros(capacity, capacity, dtype=torch.float64, device=gram.device)
     order = torch.empty(0, dtype=torch.int64, device=gram.device)

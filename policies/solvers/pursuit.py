@@ -9,10 +9,10 @@ segment. w has one weight per slot, which is 0 for slots that are not chosen. Th
 it can for all queries.
 
 The pursuit works on the Gram matrix ``ΦᵀΦ``, so that the cost of a step is proportional to slots x chosen slots, not to
-queries x slots. The condition number of the Gram matrix is the square of that of Φ. Three measures make this harmless:
-a ridge pulls the weights towards 1; the weights are within bounds at every step; the Cholesky factor of the Gram matrix
-is float64. The Gram matrix itself is float32. The weights are not clamped after an unbounded fit, because the residual
-of clamped weights selects the wrong slots.
+queries x slots. The condition number of the Gram matrix is the square of that of Φ, so rounding errors grow more. Three
+measures make this harmless. A ridge pulls the weights towards 1. The weights are within bounds at every step; they are
+not merely clamped after an unbounded fit, because the residual of clamped weights selects the wrong slots. The Gram
+matrix is stored as float32, but it is factored in float64 to solve for the weights.
 """
 
 from __future__ import annotations
@@ -195,7 +195,12 @@ def relative_gram(slots: LocalAttention, log_mass: torch.Tensor) -> tuple[torch.
 
 
 class _Chase:
-    """The state of a pursuit; ``problem`` is the fit of the weights, in which unchosen slots have the weight 0."""
+    """The state of a pursuit that chooses ``count`` slots, as many at a time as ``schedule`` says.
+
+    ``problem`` is the fit of the weights. It has one unknown per slot, the weight of this slot. Unknowns of slots that
+    are not chosen are absent from the problem and have the weight 0. Choosing a slot makes its unknown free; a fit may
+    then hold it at a bound.
+    """
 
     def __init__(self, problem: Pivoting, count: int, schedule: Schedule) -> None:
         self.problem, self.count, self.schedule = problem, count, schedule

@@ -65,9 +65,12 @@ def _bounded(shift: torch.Tensor, limit: float) -> tuple[torch.Tensor, int]:
 def _gram(
     whole: LocalAttention, kept: LocalAttention, values: torch.Tensor, anchor: torch.Tensor, pull: torch.Tensor
 ) -> torch.Tensor:
-    """Return ``XᵀX [t, t]``, summed over blocks of queries; only its upper triangle is valid.
+    """Return ``XᵀX [t, t]`` (only its upper triangle is valid), and add ``Xᵀ (Y - X anchor)`` to ``pull [t, dv]``.
 
-    Add ``Xᵀ (Y - X anchor)`` to ``pull [t, dv]`` in place. It is the right side of the normal equations for the shift.
+    X has the queries' attention weights over the ``t`` kept slots, and Y their attention outputs over the whole segment
+    (see the module's docstring). ``Y - X anchor`` is what the kept slots' own values miss of these outputs. The shift
+    ``C - anchor``, which the fit seeks, solves ``(XᵀX + r I) shift = pull`` with the ridge r. Both results are summed
+    over blocks of queries.
     """
     gram = anchor.new_zeros(len(anchor), len(anchor))
     for rows, block in whole.blocks():

@@ -68,7 +68,7 @@ def aime(
         data: a file of problems; without a file, two easy problems are made from ``seed``.
         problems: number of problems to use, from the first on; ``None`` uses all.
         epochs: number of times that each problem is answered.
-        max_tokens: the most tokens of reasoning, independent of the cap; the paper calls this the effective size.
+        max_tokens: the most tokens of reasoning, whatever the cap; arXiv:2602.16284 calls this the effective size.
         temperature: sampling temperature; 0 is greedy.
         top_p: probability mass of the most likely tokens, from which tokens are sampled.
         end_of_thinking: the text with which the model ends its reasoning; if a reply lacks it, an answer is forced.

@@ -266,17 +266,19 @@ class _Shared:
 class _Budget(StoppingCriteria):
     """A stopping criterion for memories with a limited number of compactions.
 
-    Generation stops when ``most`` compactions have happened and no more than ``reserve`` slots are still free. If
-    ``most`` is ``None``, the number of compactions is not limited. ``spent`` is true once generation was stopped.
+    Generation stops when the memory has been compacted ``most`` times and has at most ``reserve`` free slots left.
+    These slots are for a forced answer. If ``most`` is ``None``, the number of compactions is not limited. ``spent`` is
+    true once generation was stopped.
     """
 
     def __init__(self, memory: CappedCache, most: int | None, reserve: int) -> None:
         self.memory, self.most, self.reserve, self.spent = memory, most, reserve, False
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:  # noqa: ARG002  # transformers' signature
-        """Return a boolean tensor ``[rows]``, true if generation must stop.
+        """Return a boolean tensor ``[rows]``: all true if generation must stop, else all false.
 
-        The newest token is not in the memory yet; the slot that it needs does not count as free.
+        Generation must stop if ``most`` compactions have happened and at most ``reserve`` slots are free. The newest
+        token is not in the memory yet, so one free slot is set aside for it and not counted.
         """
         done = self.most is not None and len(self.memory.compactions) >= self.most
         self.spent = self.spent or (done and self.memory.room() - 1 <= self.reserve)

@@ -133,13 +133,15 @@ class Renderer:
     def reply_tail(self, chat: Chat, index: int, ends: Sequence[str], *, ended: bool, opened: bool) -> str | None:
         """Return the text to feed after a generated reply, or ``None`` if it cannot be found.
 
-        The text is the closing markup of the reply and everything that the template writes after it. ``ends`` are the
-        texts of the tokens that end a reply. If ``ended`` is true, the model has already written the end token, so the
-        text begins after this token. ``opened`` adds the generation prompt.
+        The text begins with the markup that closes the reply, such as an end token, and goes on with everything that
+        the template writes after it. ``ends`` are the texts of the tokens that end a reply. If ``ended`` is true, the
+        model has already written an end token, and the returned text begins after it. ``opened`` adds the generation
+        prompt.
 
-        To find the end of a reply with tool calls, the reply is rendered with a sentinel as the name of the last call.
-        The reply ends at the first of the texts ``ends`` after the sentinel. If no such text is found, for example
-        because the template does not write calls, the reply is rendered without its calls.
+        The reply is rendered with the sentinel (a random word) as its content; the text begins after the sentinel. In a
+        reply with tool calls, the sentinel is the name of the last call instead, and the text begins at the first of
+        the texts ``ends`` after the sentinel. If there is none, for example because the template does not write calls,
+        the reply is rendered again without its calls.
         """
         reply = chat[index]
         if "tool_calls" in reply:

@@ -28,7 +28,7 @@ class Leases:
     def __init__(self, cap: int, pressure: Sequence[Stage]) -> None:
         """Begin without holdings.
 
-        ``pressure`` has the stages by which idle holdings are preempted, such as ``trim``, in order.
+        ``pressure`` lists the stages by which idle holdings are preempted, in order; :meth:`free` explains them.
         """
         self.cap, self.pressure = cap, tuple(pressure)
         self.holdings: list[Holding] = []
@@ -65,12 +65,15 @@ class Leases:
     ) -> bool:
         """Preempt idle holdings until ``needed`` bytes of the cap are free; return whether this succeeded.
 
-        If the bytes of all idle holdings together would not suffice, no holding is preempted.
+        A holding is preempted in stages: ``trim`` gives back its free room, ``compact`` compacts it further, and
+        ``disk`` moves it to disk. :attr:`pressure` lists the stages to use. All idle holdings go through one stage, the
+        longest idle first, before any of them goes through the next. If the bytes of all idle holdings together would
+        not suffice, no holding is preempted.
 
         Args:
             needed: number of bytes that must be free.
             may_yield: function that returns True for a holding that may be preempted.
-            preempt: function that preempts a holding by a stage.
+            preempt: function that preempts a given holding by a given stage.
 
         """
         self.faults = []

@@ -49,9 +49,11 @@ class Named(BaseModel):
     def again(self) -> Policy:
         """Make the policy again from its name and check that its digest is the recorded one.
 
+        The name may be a spec, such as ``am-recall[pattern=...]``: a policy's name with options.
+
         Raises:
             SettingsRefused: no policy has this name, the parts of that policy differ from the recorded parts, or the
-                name is a spec that brings a regular expression of its own.
+                options of a spec set a regular expression that the policy does not have without them.
 
         """
         try:
@@ -69,10 +71,10 @@ class Named(BaseModel):
 
 
 def _check_pattern(made: Policy) -> None:
-    """Refuse a policy whose name is a spec that brings a regular expression of its own.
+    """Refuse a policy if the options in its name set a regular expression that the plain policy does not have.
 
-    The name comes from a snapshot, which is not trusted. A regular expression is allowed only if the installed policy
-    has the same one without the options of the spec.
+    The name comes from a snapshot, which is not trusted, and searching with some regular expressions takes very long.
+    The plain policy is the installed policy of the same name without options.
     """
     plain = plugins.policy(specs.plain_name(made.name))
     if made.queries.pattern not in ("", plain.queries.pattern):

@@ -51,6 +51,12 @@ def format_bytes(count: int) -> str:
     return f"{count} B"
 
 
+def sufficient_bytes(count: int) -> str:
+    """Return a byte count of at least ``count``, as a cap may be written: ``'24.1MiB'``."""
+    unit, size = ("GiB", 2**30) if count >= 2**30 else ("MiB", 2**20) if count >= 2**20 else ("KiB", 2**10)
+    return f"{math.ceil(count / size * 10) / 10:.1f}{unit}"
+
+
 Mode = Literal["auto", "manual", "off"]
 OnFailure = Literal["evict", "raise", "stop"]
 SEED_MIN, SEED_MAX = -(1 << 63), (1 << 64) - 1

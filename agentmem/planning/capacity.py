@@ -9,7 +9,7 @@ from agentmem.contracts import ModelIdentity
 from agentmem.errors import CapTooSmall, SettingsRefused
 from agentmem.planning.model_shape import spare_positions
 from agentmem.planning.pricing import MIN_BUDGET, UNBOUNDED, Plan, Planner
-from agentmem.settings import format_bytes
+from agentmem.settings import format_bytes, sufficient_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -127,9 +127,9 @@ def _check_cap(shape: ModelShape, settings: Settings, least: Sequence[Plan]) -> 
         raise CapTooSmall(
             f"a cap of {format_bytes(settings.cap)} ({settings.cap} bytes) is too small: {widest.rows} row(s) of "
             f"{widest.capacity} slots per head (prefix {settings.keep_first} + recent {settings.keep_recent} + budget, "
-            f"target {settings.target}) and the workspace of {widest.policy!r} need {needed} bytes "
-            f"({format_bytes(needed)}); raise cap, or lower keep_first, keep_recent, min_reclaim, chunk or the number "
-            "of rows" + ("" if len(shape.compactable) == len(shape.layers) else "; its sliding windows are held whole")
+            f"target {settings.target}) and the workspace of {widest.policy!r} need {needed} bytes; raise cap to "
+            f"{sufficient_bytes(needed)}, or lower keep_first, keep_recent, min_reclaim, chunk or the number of rows"
+            + ("" if len(shape.compactable) == len(shape.layers) else "; its sliding windows are held whole")
         )
 
 

@@ -25,7 +25,9 @@ def test_the_smallest_cap_serves_all_and_one_byte_less_names_it(names: tuple[str
         make_plans(LLAMA, Settings.of(cap=10_000), policies)
     needed = int(re.findall(r"need (\d+) bytes", str(refusal.value))[0])
     plans = make_plans(LLAMA, Settings.of(cap=needed), policies)
+    (cap,) = re.findall(r"raise cap to ([\d.]+.iB), or", str(refusal.value))
 
+    assert needed <= Settings.of(cap=cap).cap < 1.1 * needed
     assert plans[0].capacity == plans[1].capacity
     assert plans[0].resident_bytes + max(plan.workspace_bytes for plan in plans) <= needed
     with pytest.raises(CapTooSmall):

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from agentmem.memory.memory import Usage
     from agentmem.planning.pricing import Plan
     from agentmem.reporting.report import CompactionReport, LayerReport, RebaseReport, RunReport, SummaryReport
-    from agentmem.sessions import CompactionContext, Message, Reply, Runtime, Session
+    from agentmem.sessions import CompactionContext, Message, Reply, Runtime, Session, SessionSettings
     from agentmem.settings import Settings
 
 __version__ = version("agentmem-runtime")
@@ -55,7 +55,7 @@ _MODULES = {
     "agentmem.memory.memory": "Usage",
     "agentmem.planning.pricing": "Plan",
     "agentmem.reporting.report": "CompactionReport LayerReport RebaseReport RunReport SummaryReport",
-    "agentmem.sessions": "CompactionContext Message Reply Runtime Session",
+    "agentmem.sessions": "CompactionContext Message Reply Runtime Session SessionSettings",
     "agentmem.settings": "Settings",
 }
 """The modules that define the public names; each is imported when one of its names is first used.
@@ -97,6 +97,7 @@ __all__ = [
     "RuntimeBusy",
     "Segment",
     "Session",
+    "SessionSettings",
     "Settings",
     "SettingsRefused",
     "SnapshotRefused",

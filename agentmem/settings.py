@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Literal, TypedDict
+from inspect import Parameter, Signature, getdoc
+from textwrap import fill
+from typing import Annotated, Literal, Self, TypedDict
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 
 from agentmem.errors import SettingsRefused
 from agentmem.untrusted.texts import faults, shown
@@ -109,7 +112,43 @@ class SettingsOptions(TypedDict, total=False):
     seed: int
 
 
-class Settings(BaseModel):
+class Described(BaseModel):
+    """Base of settings: values that a user gives by keyword, checked together, and described by ``help``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: object) -> None:
+        """Add the fields with their defaults and descriptions to the docstring of a class of settings."""
+        fields = [
+            f"{name} ({_default(field)}): {' '.join((field.description or '').split())}"
+            for name, field in cls.model_fields.items()
+        ]
+        said = "\n".join(fill(each, 110, initial_indent="    ", subsequent_indent="        ") for each in fields)
+        cls.__doc__ = f"{getdoc(cls) or ''}\n\nFields (and their defaults):\n{said}\n"
+        # pydantic's own signature shows the validators
+        cls.__signature__ = Signature(list(map(_parameter, cls.model_fields, cls.model_fields.values())))
+
+    @classmethod
+    def of(cls, **values: object) -> Self:
+        """Build settings; raise :class:`SettingsRefused` with the field, value and limit of every violation."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            known = ", ".join(sorted(cls.model_fields))
+            raise SettingsRefused(faults(error, values) + f". Settings are: {known}") from None
+
+
+def _parameter(name: str, field: FieldInfo) -> Parameter:
+    default = Parameter.empty if field.is_required() else field.default
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default)
+
+
+def _default(field: FieldInfo) -> str:
+    return "required" if field.is_required() else repr(field.default)
+
+
+class Settings(Described):
     """The settings of one memory. Build them with :meth:`of`.
 
     Raises:
@@ -118,7 +157,7 @@ class Settings(BaseModel):
 
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(strict=True)
 
     cap: Annotated[int, BeforeValidator(_parse_cap)]
     """Hard limit on all bytes of the memory and its compactions: resident bytes (R) plus temporary bytes (T)."""
@@ -149,12 +188,3 @@ class Settings(BaseModel):
     """
     seed: Seed = 0
     """Seed of the memory's own random generator; the global random state is never used."""
-
-    @classmethod
-    def of(cls, **values: object) -> Settings:
-        """Build settings; raise :class:`SettingsRefused` with the field, value and limit of every violation."""
-        try:
-            return cls(**values)  # type: ignore[arg-type]  # pydantic validates
-        except ValidationError as error:
-            known = ", ".join(sorted(cls.model_fields))
-            raise SettingsRefused(faults(error, values) + f". Settings are: {known}") from None

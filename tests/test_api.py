@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import inspect
 import json
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from transformers import GenerationConfig, TextIteratorStreamer, pipeline
 import agentmem
 from agentmem import Compaction, CompactionFailed, Compactor, MemoryUnused, Policy, Queries, Segment, plugins
 from agentmem.contracts import SegmentShape
+from agentmem.serving.settings import ServerSettings
 from agentmem.settings import Settings, SettingsOptions
 from support import tiny_chat, variants
 from support.waiting import LIMIT
@@ -427,6 +429,19 @@ def test_a_type_checker_and_python_find_the_public_names_in_the_same_places() ->
 def test_the_keyword_arguments_are_the_settings() -> None:
     """What type checkers know of ``capped(**settings)`` is every field beside the cap, and nothing else."""
     assert set(SettingsOptions.__annotations__) == set(Settings.model_fields) - {"cap"}
+
+
+@pytest.mark.parametrize("kind", [Settings, agentmem.SessionSettings, ServerSettings])
+def test_help_describes_every_setting(kind: type[Any]) -> None:
+    """With its default, and without what pydantic makes of its annotation."""
+    said = " ".join(inspect.getdoc(kind).split())
+    for name, field in kind.model_fields.items():
+        assert field.description
+        assert (
+            f"{name} ({'required' if field.is_required() else repr(field.default)}): {field.description[:20]}" in said
+        )
+    assert list(inspect.signature(kind).parameters) == list(kind.model_fields)
+    assert "Pydantic" not in str(inspect.signature(kind))
 
 
 # ---- in the model's place

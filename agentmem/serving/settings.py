@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from agentmem.errors import SettingsRefused
-from agentmem.untrusted.texts import faults
+from agentmem.settings import Described
 
 HOUR = 3600
 
 
-class ServerSettings(BaseModel):
+class ServerSettings(Described):
     """Limits and file locations of a server. Times are in seconds, sizes in bytes.
 
     Raises:
         SettingsRefused: :meth:`of` got a wrong value; the error names the field, the value and the limit.
 
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     models: tuple[str, ...] = Field(min_length=1)
     """Names of the one model that is served: its own name, then aliases for clients that expect another name."""
@@ -70,14 +66,6 @@ class ServerSettings(BaseModel):
     def responses(self) -> Path | None:
         """Folder of stored responses; ``None`` without a ``state`` folder."""
         return None if self.state is None else self.state / "responses"
-
-    @classmethod
-    def of(cls, **values: object) -> Self:
-        """Return settings with these values; a single :class:`SettingsRefused` reports all wrong values."""
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            raise SettingsRefused(faults(error, values) + f". Settings are: {', '.join(cls.model_fields)}") from None
 
 
 def is_loopback(host: str) -> bool:

@@ -15,6 +15,7 @@ from agentmem.sessions.events import (
 from agentmem.sessions.hooks import CompactionContext
 from agentmem.sessions.runtime import Runtime
 from agentmem.sessions.session import Session
+from agentmem.sessions.settings import SessionSettings
 from agentmem.sessions.stats import RuntimeStats, SessionStats
 from agentmem.sessions.transcript import Entry, Transcript
 
@@ -30,6 +31,7 @@ __all__ = [
     "Runtime",
     "RuntimeStats",
     "Session",
+    "SessionSettings",
     "SessionStats",
     "TextEvent",
     "TokenEvent",

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal
 
 import regex
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, FailFast, Field
 
 from agentmem.errors import SettingsRefused
 from agentmem.queries import MAX_PATTERN
 from agentmem.sessions.chat.dialogue import Role
-from agentmem.settings import Seed, check_part, parse_bytes
-from agentmem.untrusted.texts import faults
+from agentmem.settings import Described, Seed, check_part, parse_bytes
 
 
 def _expression(pattern: str) -> str:
@@ -32,15 +31,13 @@ def _share(value: object) -> object:
     return value
 
 
-class SessionSettings(BaseModel):
+class SessionSettings(Described):
     """The settings of one session; build them with :meth:`of`.
 
     Raises:
         SettingsRefused: :meth:`of` found an invalid value; the message names the field, the value and the limit.
 
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     share: Annotated[float | int | str, BeforeValidator(_share)] = 1.0
     """The session's lease: a fraction of the runtime's cap (a float, at most 1.0), or a number of bytes
@@ -70,14 +67,6 @@ class SessionSettings(BaseModel):
     seed: Seed | None = None
     """Seed of this session's own sampling. With ``None`` the session samples from torch's global generator, as
     ``generate`` does."""
-
-    @classmethod
-    def of(cls, **values: Any) -> Self:
-        """Build settings from values; raise one :class:`SettingsRefused` that names every violation."""
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            raise SettingsRefused(faults(error, values) + f". Settings are: {', '.join(cls.model_fields)}") from None
 
     def lease(self, cap: int) -> int:
         """Return the bytes of the session's lease under a runtime's cap.

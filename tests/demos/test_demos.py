@@ -72,9 +72,7 @@ def test_a_demo_is_short_and_says_how_it_is_run(path: Path) -> None:
 @pytest.mark.parametrize("number", ["01", "02", "03", "04"])
 def test_a_cap_that_is_too_small_is_a_message(demo: Demo, folder: str, number: str) -> None:
     """A refusal ends a demo with its words and no traceback."""
-    with pytest.raises(
-        SystemExit, match=r"^agentmem: .*a cap of .+ is too small: .+; raise cap to .+iB, or lower"
-    ):
+    with pytest.raises(SystemExit, match=r"^agentmem: .*a cap of .+ is too small: .+; raise cap to .+iB, or lower"):
         demo(number, "--model", folder, "--cap", "20KiB")
 
 

@@ -8,7 +8,7 @@ AgentmemError
 ├── UnsupportedGeneration (ValueError)  a generation mode or argument that the memory cannot serve
 │   └── PromptMismatch                  a second prompt that does not extend what the memory has seen
 ├── MemoryCapExceeded (MemoryError)     the next step would need more bytes than the cap
-├── CompactionFailed                    a compaction could not finish; the memory is valid and may be tried again
+├── CompactionFailed                    a compaction could not finish; the memory is valid, and the next step retries it
 ├── PolicyContractBroken                a policy returned something that its contract forbids
 ├── MemoryUnused                        a capped block ended and no forward ever used the memory
 ├── CapBypassed                         a forward inside a capped block would have used a cache outside the cap

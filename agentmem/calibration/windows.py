@@ -65,12 +65,12 @@ class Window:
 
     @cached_property
     def ahead(self) -> Reading:
-        """Return the reading of the tokens after the uncompacted context, with the autograd graph."""
+        """The run of the model over the tokens after the context, no head compacted; with the autograd graph."""
         return self.read_ahead(self.context.layers, gradient=True)
 
     @cached_property
     def untouched(self) -> Reading:
-        """Return the reading of the tokens after the uncompacted context, without an autograd graph."""
+        """The run of the model over the tokens after the context, no head compacted; without an autograd graph."""
         return self.read_ahead(self.context.layers)
 
     def read_ahead(self, past: Sequence[AttentionCall], *, gradient: bool = False) -> Reading:

@@ -73,10 +73,10 @@ def _bits(block: torch.Tensor) -> int:
 
 
 def _part(text: str, beside: bytes = b"") -> str:
-    """Return the text of one part, at most 200 characters.
+    """Return the text for one part of a model's identity, such as its rotary embedding; at most 200 characters.
 
-    ``beside`` holds the bytes of the part that the text does not show. A digest of ``text`` and ``beside`` is appended
-    if ``beside`` is not empty, or if the text is empty or too long.
+    ``beside`` are bytes that belong to the same part and are not in ``text``. A digest of ``text`` and ``beside`` is
+    appended if ``beside`` is not empty, or if the text is empty or too long.
     """
     if not beside and 0 < len(text) <= MAX_PART:
         return text

@@ -70,7 +70,7 @@ def _parts(text: PreTrainedConfig) -> Mapping[str, Mapping[str, Any] | None]:
 
 
 def positions(model: PreTrainedModel, limit: int) -> Positions:
-    """Return what re-basing needs: ``limit``, the number of positions, and the rotation of each layer's keys.
+    """Return the data that re-basing needs: the number of positions (``limit``), and how each layer rotates its keys.
 
     Raises:
         UnsupportedModel: see :func:`rotations`.

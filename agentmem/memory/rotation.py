@@ -185,7 +185,9 @@ def rebased(positions: torch.Tensor, start: int, end: int, gap: int) -> torch.Te
 
 
 def _steps(ascending: torch.Tensor, start: int) -> torch.Tensor:
-    """Return the distances [n] (int32) from each slot to the next; the last slot is followed by the recent block.
+    """Return the distance from each slot to the next, [n] int32.
+
+    After the last slot comes the recent block, whose first position is ``start``.
 
     Raises:
         ValueError: two positions are equal, or a position is not below ``start``.

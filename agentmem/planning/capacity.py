@@ -83,7 +83,7 @@ def _reach(shape: ModelShape, settings: Settings, policy: Policy) -> int:
 
 
 def _span(plans: Sequence[Plan]) -> int:
-    """Return how many positions a full row (sequence) and the longest probe of any policy after it take together."""
+    """Return the number of positions for a full sequence followed by a probe, the longest that any policy runs."""
     return plans[0].capacity + max(plan.probe_tokens for plan in plans)
 
 

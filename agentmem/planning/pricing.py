@@ -245,13 +245,13 @@ class Planner:
         return parse_bytes(target, "target") // max(1, per_slot)
 
     def _references(self, capacity: int) -> tuple[int, tuple[int, ...], int]:
-        """Return how many reference queries a query head gets from each kind of source, as three values.
+        """Return how many reference queries a query head gets from each of the three kinds of sources.
 
-        1. The number of tokens that a probe runs to make its queries.
-        2. A tuple with one number for each part in ``queries.stored``: the number of tokens whose queries the memory
-           stores for this part during the model's own forwards.
-        3. The number of random queries, which are drawn for parts with the source ``random``. Of the queries that are
-           stored for such a part, only the norms are used.
+        1. From a probe: the number of tokens that it runs; each gives one query.
+        2. From the model's own forwards: for each part in ``queries.stored`` the number of tokens whose queries are
+           stored, as a tuple.
+        3. From a random generator: the number of queries that are drawn for parts with the source ``random``. The
+           stored queries of such a part only tell how long the drawn ones are.
         """
         queries = self.policy.queries
         total = queries.tokens or min(PROBE_REACH * capacity, MAX_PROBE)

@@ -79,7 +79,7 @@ class Highest(Selector):
 class Pursue(Selector):
     """Chooses slots by orthogonal matching pursuit of the attention mass, which also fits their β.
 
-    ``needles`` is the fraction of the slots that are chosen by importance before the pursuit.
+    Of the slots to choose, the fraction ``needles`` is chosen by importance first, and the rest by pursuit.
     """
 
     schedule: Schedule = FAST

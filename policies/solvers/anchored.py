@@ -28,14 +28,15 @@ FIRMER_RIDGES = (1.0, 1e2, 1e4, 1e6)
 class Anchored:
     """The factored matrix ``AᵀA + ridge I`` of the normal equations.
 
-    It equals ``factor factorᵀ``, where ``factor [t, t]`` is lower triangular.
+    It equals ``factor factorᵀ``, where ``factor [t, t]`` is lower triangular. The solution is ``x``, and ``a`` is the
+    anchor, towards which the ridge pulls it.
     """
 
     factor: torch.Tensor
     ridge: float
 
     def shift(self, pull: torch.Tensor) -> torch.Tensor:
-        """Solve the normal equations with the right side ``pull [t, k]``; return the shift ``x - a``, ``[t, k]``."""
+        """Solve the normal equations with the right side ``pull [t, k]``; return ``x - a``, ``[t, k]``."""
         # Two triangular solves: cholesky_solve would copy the factor.
         half = torch.linalg.solve_triangular(self.factor, pull, upper=False)
         shift: torch.Tensor = torch.linalg.solve_triangular(self.factor.mT, half, upper=True)

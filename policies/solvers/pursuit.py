@@ -47,11 +47,11 @@ _BYTES_PER_SLOT = 80
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """How often a pursuit fits the weights: the number of slots that it chooses between two fits.
+    """The number of slots that a pursuit chooses between two fits of the weights.
 
     This number is ``choose * refit_every``, or ``growth`` times the number of slots chosen so far if that is larger.
-    The paper chooses ``choose`` slots per step, and fits after every ``refit_every`` steps. The residual does not
-    change between two fits, so all steps between them are taken as one.
+    In the paper, a step chooses ``choose`` slots, and a fit follows every ``refit_every`` steps. Here one step chooses
+    all these slots at once: the result is the same, since only a fit changes the residual.
     """
 
     choose: int = 4

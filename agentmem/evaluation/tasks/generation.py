@@ -181,9 +181,9 @@ class Writer:
 
     @contextmanager
     def _memory(self, tokens: int) -> Iterator[CappedCache]:
-        """Open a new memory in the block, with the settings ``terms``.
+        """Return a context manager that opens a new memory for a ``with`` block, with the settings ``self.terms``.
 
-        If ``terms`` is ``None``, the memory has slots for ``tokens`` tokens and one more chunk, so it never compacts.
+        If these are ``None``, the memory has slots for ``tokens`` tokens and one more chunk, so it never compacts.
         """
         terms, policy = self.terms, self.policy
         if terms is None:

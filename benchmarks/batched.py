@@ -41,7 +41,7 @@ def ids_of(row: int, count: int) -> list[int]:
 
 async def reply(session: Session, tokens: int) -> list[float]:
     """Have a session write; when each token came, on the monotonic clock."""
-    stream = session.stream(max_new_tokens=tokens, **OPTIONS)
+    stream = session.astream(max_new_tokens=tokens, **OPTIONS)
     return [time.monotonic() async for event in stream if event.type == "token"]
 
 

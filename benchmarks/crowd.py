@@ -168,7 +168,7 @@ def patiently(call: Callable[[], Any]) -> Any:
 async def consumed(session: Session, **options: Any) -> None:
     """Read a reply to its end."""
     chosen: dict[str, Any] = {"max_new_tokens": TOKENS, "do_sample": True, **options}
-    async with aclosing(session.stream(**chosen)) as events:  # type: ignore[type-var]  # a generator
+    async with aclosing(session.astream(**chosen)) as events:  # type: ignore[type-var]  # a generator
         async for _ in events:
             pass
 

@@ -75,7 +75,7 @@ async def cancels(model: Any, tokenizer: Any, number: int, dice: random.Random) 
         for each in (session, twin):
             each.append("user", message(0, 0))
         began, first = time.perf_counter(), 0.0
-        async for event in session.stream(**options | {"max_new_tokens": 12, "min_new_tokens": 12}):
+        async for event in session.astream(**options | {"max_new_tokens": 12, "min_new_tokens": 12}):
             first = first or (time.perf_counter() - began if isinstance(event, TokenEvent) else 0.0)
         whole, states, longest = time.perf_counter() - began, Counter[str](), 0.0
         for _ in range(number):
@@ -99,7 +99,7 @@ async def cancels(model: Any, tokenizer: Any, number: int, dice: random.Random) 
 
 
 async def _consume(session: Session, options: dict[str, Any]) -> None:
-    async for _ in session.stream(**options):
+    async for _ in session.astream(**options):
         pass
 
 
@@ -151,7 +151,7 @@ async def many(model: Any, tokenizer: Any, sessions: int = 16, leases: int = 4, 
                 asked = len(granted)
                 await session.aappend("user", message(number, turn))
                 waits.append(granted.index(session, asked) - asked)
-                async for _ in session.stream(max_new_tokens=12, do_sample=False):
+                async for _ in session.astream(max_new_tokens=12, do_sample=False):
                     pass
             return list(session.ids)
 

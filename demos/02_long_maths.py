@@ -47,7 +47,7 @@ def think(session: agentmem.Session, most: int, tokens: int) -> int:
     """Think until the model ends by itself or the memory is full for the last time; how many tokens it thought."""
     compactions, thought = session.stats.compactions, 0
     needed = len(session.tokenizer(last_words(session))["input_ids"]) + ANSWER_TOKENS + 2
-    with closing(session.events(max_new_tokens=tokens, do_sample=False, keep_open=True)) as events:
+    with closing(session.stream(max_new_tokens=tokens, do_sample=False, keep_open=True)) as events:
         for event in events:
             compactions += isinstance(event, CompactionFinished)
             thought += isinstance(event, TokenEvent)

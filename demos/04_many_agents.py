@@ -32,7 +32,7 @@ async def agent(session: agentmem.Session, colour: str, given: argparse.Namespac
     for question in [*questions, "What is the colour of my door?"]:
         await session.aappend("user", question)
         said = ""
-        async for event in session.stream(max_new_tokens=given.tokens, do_sample=False):
+        async for event in session.astream(max_new_tokens=given.tokens, do_sample=False):
             said += event.text if isinstance(event, TextEvent) else ""
     return said
 

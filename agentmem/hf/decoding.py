@@ -108,7 +108,7 @@ def _check(options: dict[str, Any]) -> None:
     for name in _OURS:
         if options.get(name) is not None:
             raise UnsupportedGeneration(
-                f"{name}: a session brings its own; leave it out (events: session.events, stream)"
+                f"{name}: a session brings its own; leave it out (events: session.stream, astream)"
             )
     if (options.get("num_return_sequences") or 1) != 1:
         raise UnsupportedGeneration("num_return_sequences: a session is one row; fork it for more replies")

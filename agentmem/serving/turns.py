@@ -300,7 +300,7 @@ class Turn:
         options = sampling.options()
         if sampling.grammar is not None:
             options["logits_processor"] = [self._server.constraints.follow(sampling.grammar)]
-        async with aclosing(session.stream(deadline=self._left(), **options)) as events:  # type: ignore[type-var]  # a generator
+        async with aclosing(session.astream(deadline=self._left(), **options)) as events:  # type: ignore[type-var]  # a generator
             async for event in events:
                 if isinstance(event, TokenEvent):
                     conversation.open = False

@@ -260,7 +260,7 @@ async def _closed(session: Conversation, steps: Steps, begun: object) -> None:
 
 
 def stream(session: Conversation, options: dict[str, Any]) -> AsyncGenerator[Event, None]:
-    """Yield the events of a reply; see :meth:`agentmem.sessions.session.Session.stream`."""
+    """Yield the events of a reply; see :meth:`agentmem.sessions.session.Session.astream`."""
     deadline, keep_open = options.pop("deadline", None), options.pop("keep_open", False)
     if deadline is not None:
         check_seconds("deadline", deadline)

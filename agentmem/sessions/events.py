@@ -1,4 +1,4 @@
-"""The events of a turn, as typed values. :meth:`Session.events` and :meth:`Session.stream` yield them."""
+"""The events of a turn, as typed values. :meth:`Session.stream` and :meth:`Session.astream` yield them."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class TurnFinished(_Event):
 class TurnFailed(_Event):
     """The event that a turn has ended with an error; the session is still valid.
 
-    Only :meth:`Session.stream` yields this event, right before it raises the error.
+    Only :meth:`Session.astream` yields this event, right before it raises the error.
     """
 
     type: Literal["turn_failed"] = "turn_failed"

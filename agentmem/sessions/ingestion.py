@@ -105,7 +105,7 @@ def begin_reply(session: Conversation, options: dict[str, Any]) -> Decoding:
 
 
 def replying(session: Conversation, options: dict[str, Any], *, keep_open: bool) -> turn.Steps:
-    """Write a reply and yield the steps of the turn; see :meth:`agentmem.sessions.session.Session.events`."""
+    """Write a reply and yield the steps of the turn; see :meth:`agentmem.sessions.session.Session.stream`."""
     decoding = begin_reply(session, options)
     reply = session.last = session.reply or Reply()
     reply.reason = "cancelled"

@@ -452,5 +452,5 @@ def _not_busy(session: Session) -> None:
     if session.busy:
         raise SettingsRefused(
             f"session {session.name!r} is in mid-turn; end the turn first (close its events; a stream that is left "
-            "early wants contextlib.aclosing(session.stream(...)) around it), or fork before it begins"
+            "early wants contextlib.aclosing(session.astream(...)) around it), or fork before it begins"
         )

@@ -136,11 +136,11 @@ class Session(Conversation):
             MemoryCapExceeded: the policy never compacts and the cap is reached.
 
         """
-        for _ in self.events(**options):
+        for _ in self.stream(**options):
             pass
         return replace(self.last, ids=list(self.last.ids))
 
-    def events(
+    def stream(
         self, *, deadline: float | None = None, keep_open: bool = False, **options: Any
     ) -> Generator[Event, None, None]:
         """Have the model write a reply, as :meth:`generate` does, and yield the events of the turn as they happen.
@@ -161,8 +161,8 @@ class Session(Conversation):
                 pass
         return replace(self.last, ids=list(self.last.ids))
 
-    def stream(self, **options: Any) -> AsyncIterator[Event]:
-        """Do what :meth:`events` does, for asyncio.
+    def astream(self, **options: Any) -> AsyncIterator[Event]:
+        """Do what :meth:`stream` does, for asyncio.
 
         Forwards run on the model's own thread, and only when the consumer asks for another event. Use
         ``contextlib.aclosing`` if the loop may be left early: after a mere ``break`` the turn has not ended.

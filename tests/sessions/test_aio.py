@@ -81,13 +81,13 @@ async def test_a_stream_gives_the_events_of_a_generate_as_they_happen(monkeypatc
         session, twin = tiny_chat.filled(made, 20), tiny_chat.filled(made, 20)
         forwards.clear()
         found, first = [], 0
-        async for event in session.stream(max_new_tokens=60, do_sample=False):
+        async for event in session.astream(max_new_tokens=60, do_sample=False):
             first = first or len(forwards)
             found.append(event)
         assert (first, len(forwards)) == (1, 60)
         kinds = {event.type for event in found}
         assert kinds == {"token", "text", "compaction_started", "compaction_finished", "turn_finished"}
-        expected = list(twin.events(max_new_tokens=60, do_sample=False))
+        expected = list(twin.stream(max_new_tokens=60, do_sample=False))
         assert [event.type for event in expected] == [event.type for event in found]
         assert list(session.ids) == list(twin.ids)
         assert isinstance(found[-1], TurnFinished)
@@ -103,7 +103,7 @@ async def test_no_forward_runs_ahead_of_a_slow_consumer(monkeypatch: pytest.Monk
 
         async def slowly(session: Session) -> None:
             done = 0
-            async for event in session.stream(max_new_tokens=5, do_sample=False):
+            async for event in session.astream(max_new_tokens=5, do_sample=False):
                 if isinstance(event, TokenEvent):
                     done += 1
                     before = threads.count(threads[-1])
@@ -115,7 +115,7 @@ async def test_no_forward_runs_ahead_of_a_slow_consumer(monkeypatch: pytest.Monk
         assert len(threads) == 10
         assert len(set(threads)) == 1
         assert threads[0] != threading.get_ident()
-        one = sessions[0].stream(max_new_tokens=5, do_sample=False)
+        one = sessions[0].astream(max_new_tokens=5, do_sample=False)
         await anext(one)
         count = len(threads)
         await asyncio.sleep(0.05)
@@ -160,7 +160,7 @@ async def test_a_turn_that_fails_says_so_and_raises() -> None:
     with tiny_chat.runtime(2) as made:
         session = tiny_chat.filled(made, 20)
         for options, error in (({"num_beams": 4}, UnsupportedGeneration), ({"stop_strings": 7}, Exception)):
-            found, raised = await failing(session.stream(max_new_tokens=3, **options))
+            found, raised = await failing(session.astream(max_new_tokens=3, **options))
             assert isinstance(raised, error)
             assert found[-1] == TurnFailed(error=type(raised).__name__, message=str(raised))
         assert tiny_chat.on(session)
@@ -187,7 +187,7 @@ async def test_cancelled_at_random_moments_a_session_goes_on_as_if_it_had_not_be
         options: dict[str, Any] = {"max_new_tokens": 400, "do_sample": False, "keep_open": True}
 
         async def consume(most: int) -> None:
-            async with aclosing(session.stream(**options)) as events:  # type: ignore[type-var]  # a generator
+            async with aclosing(session.astream(**options)) as events:  # type: ignore[type-var]  # a generator
                 async for event in events:
                     if most == 0:
                         break
@@ -205,7 +205,7 @@ async def test_cancelled_at_random_moments_a_session_goes_on_as_if_it_had_not_be
             elif kind == 1:
                 await consume(dice.randrange(6))
             else:
-                found = [event async for event in session.stream(**options, deadline=dice.uniform(0, 0.02))]
+                found = [event async for event in session.astream(**options, deadline=dice.uniform(0, 0.02))]
                 assert isinstance(found[-1], TurnFinished)
                 assert found[-1].reason == "deadline"
             assert not session.busy
@@ -257,10 +257,10 @@ async def test_leaving_a_loop_ends_the_turn_soon() -> None:
     """A consumer that breaks off, or never begins, leaves an idle session without closing anything by hand."""
     with tiny_chat.runtime(1) as made:
         session = tiny_chat.filled(made, 20)
-        async for _ in session.stream(max_new_tokens=400):
+        async for _ in session.astream(max_new_tokens=400):
             break
         await until(lambda: not session.busy)
-        session.stream(max_new_tokens=5)
+        session.astream(max_new_tokens=5)
         assert not session.busy
         assert (await tiny_chat.events(session, max_new_tokens=2))[-1].type == "turn_finished"
 
@@ -285,7 +285,7 @@ async def test_closing_the_runtime_ends_turns_and_waits() -> None:
     """Who streams or waits when the runtime closes is told so; no task hangs."""
     made = tiny_chat.runtime(1, pressure=())
     active, waiting = tiny_chat.filled(made, 20), made.session()
-    stream = active.stream(max_new_tokens=50)
+    stream = active.astream(max_new_tokens=50)
     await anext(stream)
     task = asyncio.create_task(waiting.aappend("user", "hello"))
     await until(lambda: made.stats.waiting > 0)
@@ -301,7 +301,7 @@ async def test_a_stream_that_outlives_its_runtime_can_be_closed() -> None:
     """Closing it raises nothing, and what the session had said stays readable."""
     made = tiny_chat.runtime(1)
     session = tiny_chat.filled(made, 20)
-    stream = session.stream(max_new_tokens=50)
+    stream = session.astream(max_new_tokens=50)
     await anext(stream)
     await asyncio.to_thread(made.close)
     await stream.aclose()  # type: ignore[attr-defined]  # a generator

@@ -199,7 +199,7 @@ def test_a_session_in_mid_turn_cannot_be_forked() -> None:
     """A fork during a turn is refused with the remedy; after it, it works."""
     with tiny_chat.runtime(2) as made:
         session = tiny_chat.filled(made)
-        turn = session.events(max_new_tokens=4, do_sample=False)
+        turn = session.stream(max_new_tokens=4, do_sample=False)
         next(turn)
         with pytest.raises(SettingsRefused, match="end the turn first"):
             session.fork()
@@ -215,7 +215,7 @@ def test_a_fork_is_not_told_of_what_was_before() -> None:
         session = tiny_chat.filled(made, 200)
         assert session.stats.rebases
         fork = session.fork()
-        kinds = [event.type for event in fork.events(max_new_tokens=2, do_sample=False)]
+        kinds = [event.type for event in fork.stream(max_new_tokens=2, do_sample=False)]
 
         assert "rebased" not in kinds
         assert fork.stats.rebases == session.stats.rebases

@@ -91,7 +91,7 @@ def test_where_there_is_nothing_to_reclaim_nobody_is_asked_at_every_token() -> N
     caller = Caller("proceed")
     with opened(caller, soft=0.5, target=0.75) as session:
         session.append("user", QUESTION)
-        kinds = [event.type for event in session.events(max_new_tokens=30, do_sample=False)]
+        kinds = [event.type for event in session.stream(max_new_tokens=30, do_sample=False)]
         assert kinds.count("compaction_started") == kinds.count("compaction_finished") == len(caller.told)
         first = next(at for at, context in enumerate(caller.asked) if context.held_slots > 48 * 4)
         seen = [context.tokens_seen for context in caller.asked[: first + 1]]

@@ -21,7 +21,7 @@ from support import tiny, tiny_chat
 
 def begun(session: Session) -> Any:
     """A turn of a session that has begun and not ended."""
-    turn = session.events(max_new_tokens=4, do_sample=False)
+    turn = session.stream(max_new_tokens=4, do_sample=False)
     next(turn)
     return turn
 
@@ -73,7 +73,7 @@ def test_what_is_charged_is_told_by_kind() -> None:
     with tiny_chat.runtime(2) as made:
         before = made.stats.fed_tokens
         idle, other = tiny_chat.filled(made, 40), tiny_chat.filled(made, 40, seed=1)
-        with closing(other.events(max_new_tokens=8, do_sample=False)) as events:
+        with closing(other.stream(max_new_tokens=8, do_sample=False)) as events:
             next(events)
             stats = made.stats
             held = [each.memory.ledger.resident for each in (idle, other)]
@@ -295,7 +295,7 @@ def test_two_runtimes_share_a_model() -> None:
         expected = tiny_chat.on(tiny_chat.filled(alone), 12)
     left, right = tiny_chat.runtime(1), tiny_chat.runtime(1)
     sessions = [tiny_chat.filled(left), tiny_chat.filled(right)]
-    turns = [each.events(max_new_tokens=12, do_sample=False, keep_open=True) for each in sessions]
+    turns = [each.stream(max_new_tokens=12, do_sample=False, keep_open=True) for each in sessions]
     for _ in range(4):
         for turn in turns:
             next(turn)

@@ -110,7 +110,7 @@ def test_how_a_text_is_read_is_checked(how: dict[str, Any], message: str) -> Non
     (lambda one: one.compact(focus=5), "^focus=5"),
     (lambda one: one.compact(policy=3), "^policy=3"),
     (lambda one: one.generate(deadline="x"), "^deadline='x'"),
-    (lambda one: one.stream(deadline="x"), "^deadline='x'"),
+    (lambda one: one.astream(deadline="x"), "^deadline='x'"),
 ])  # fmt: skip
 def test_what_no_session_can_read_is_refused(call: Any, message: str) -> None:
     """With the argument's name and value; the session goes on."""

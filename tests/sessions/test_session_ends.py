@@ -61,7 +61,7 @@ def test_a_closed_iterator_leaves_a_valid_session() -> None:
         with talk.session(**talk.TIGHT) as session, talk.session(**talk.TIGHT) as other:
             for each in (session, other):
                 each.append("user", FIRST * 5)
-            found = session.events(max_new_tokens=20, do_sample=False)
+            found = session.stream(max_new_tokens=20, do_sample=False)
             seen = [next(found) for _ in range(events)]
             found.close()  # type: ignore[attr-defined]  # a generator
             written = [event.id for event in seen if event.type == "token"]
@@ -85,7 +85,7 @@ def _rebased(*, close: bool) -> tuple[list[int], int]:
         session.say("")
         start = len(session.ids)
         while (left := start + 90 - len(session.ids)) > 0:
-            events = session.events(max_new_tokens=left, do_sample=False, keep_open=True)
+            events = session.stream(max_new_tokens=left, do_sample=False, keep_open=True)
             for event in events:
                 count += event.type == "rebased"
                 if event.type == "rebased" and close:

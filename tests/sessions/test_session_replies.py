@@ -171,7 +171,7 @@ def test_an_iterator_that_is_closed_at_the_end_token(keep_open: bool) -> None:
     with talk.session() as session:
         asked(session)
         start = len(session.ids)
-        events = session.events(**talk.dictate(f"Paris.{END}"), keep_open=keep_open)
+        events = session.stream(**talk.dictate(f"Paris.{END}"), keep_open=keep_open)
         assert any(event.type == "token" and event.id == talk.ids(END)[0] for event in events)
         events.close()  # type: ignore[attr-defined]  # a generator
         if keep_open:
@@ -200,7 +200,7 @@ def test_only_an_idle_session_takes_words() -> None:
     """In mid-turn and after its end a session refuses what is said."""
     with talk.session() as session:
         session.append("user", QUESTION)
-        events = session.events(max_new_tokens=5, do_sample=False)
+        events = session.stream(max_new_tokens=5, do_sample=False)
         next(events)
         with pytest.raises(SettingsRefused, match="mid-turn"):
             session.say("x")
@@ -218,7 +218,7 @@ def test_events_come_in_order_and_as_json() -> None:
     with talk.session(**talk.TIGHT) as session:
         read = list(session.appending([{"role": "user", "content": QUESTION * 12}]))
         asked(session)
-        written = list(session.events(max_new_tokens=60, do_sample=False))
+        written = list(session.stream(max_new_tokens=60, do_sample=False))
         for events, reason in ((read, "read"), (written, "length")):
             kinds = [event.type for event in events]
             assert kinds.count("compaction_started") == kinds.count("compaction_finished") >= 1
@@ -241,7 +241,7 @@ def test_text_comes_in_whole_characters() -> None:
     assert any(UNFINISHED in session_text for session_text in _singly(written))
     with talk.session() as session:
         asked(session)
-        events = list(session.events(**talk.dictate(f"{ODD}{END}")))
+        events = list(session.stream(**talk.dictate(f"{ODD}{END}")))
         pieces = [event.text for event in events if event.type == "text"]
         assert "".join(pieces) == talk.ended(events).text == ODD
         assert not any(UNFINISHED in piece or not piece for piece in pieces)
@@ -259,11 +259,11 @@ def test_a_character_that_is_cut(keep_open: bool) -> None:
     half = next(at for at in range(2, len(written)) if session_decode(written[:at]).endswith(UNFINISHED))
     with talk.session() as session:
         asked(session)
-        first = list(session.events(**talk.dictate(written[:half], keep_open=keep_open)))
+        first = list(session.stream(**talk.dictate(written[:half], keep_open=keep_open)))
         text = "".join(event.text for event in first if event.type == "text")
         assert text == talk.ended(first).text == ("a" if keep_open else session_decode(written[:half]))
         if keep_open:
-            second = list(session.events(**talk.dictate(written[half:])))
+            second = list(session.stream(**talk.dictate(written[half:])))
             assert "".join(event.text for event in second if event.type == "text") == "🙂b"
             assert talk.ended(second).text == "a🙂b"
 

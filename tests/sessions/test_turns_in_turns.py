@@ -27,7 +27,7 @@ async def test_a_long_prompt_lets_other_turns_have_theirs(monkeypatch: pytest.Mo
         between: list[int] = []
         reading = asyncio.create_task(reader.aappend("user", "x" * 700))
         await until(lambda: any(count > 1 for count in fed))
-        async for event in writer.stream(max_new_tokens=12, do_sample=False):
+        async for event in writer.astream(max_new_tokens=12, do_sample=False):
             if isinstance(event, TokenEvent):
                 between.append(sum(count > 1 for count in fed))
                 fed.clear()
@@ -60,6 +60,6 @@ def test_a_fork_of_a_memory_on_disk_is_not_told_of_what_was_before() -> None:
         tiny_chat.filled(made, 5)
         assert session.stats.state == "on disk"
         fork = session.fork()
-        kinds = [event.type for event in fork.events(max_new_tokens=2, do_sample=False)]
+        kinds = [event.type for event in fork.stream(max_new_tokens=2, do_sample=False)]
         assert "rebased" not in kinds
         assert fork.stats.rebases > 0

@@ -137,7 +137,7 @@ def same(left: list[dict[str, torch.Tensor]], right: list[dict[str, torch.Tensor
 
 async def events(session: Session, **options: Any) -> list[Event]:
     """All events of a stream."""
-    return [event async for event in session.stream(**{"do_sample": False, "max_new_tokens": 8} | options)]
+    return [event async for event in session.astream(**{"do_sample": False, "max_new_tokens": 8} | options)]
 
 
 @contextmanager

@@ -72,7 +72,7 @@ class Conversation:
                     session.say("")  # an empty reply, so that the roles go on alternating
                 else:
                     started = time.perf_counter()
-                    ended = self._follow(session.events(**self.options), display, stop)
+                    ended = self._follow(session.stream(**self.options), display, stop)
         except KeyboardInterrupt:
             ended = None
         note(self.bar() + _ending(ended, time.perf_counter() - started))

@@ -104,8 +104,8 @@ class Leases:
         )
         return RuntimeBusy(
             f"session {name!r} needs {format_bytes(needed)} ({needed} bytes), and {self.charged} of the runtime's cap "
-            f"of {self.cap} are charged: {why}{'' if waiting else self.stuck}; wait for a turn to end (stream waits by "
-            "itself), give sessions smaller shares, or raise cap"
+            f"of {self.cap} are charged: {why}{'' if waiting else self.stuck}; wait for a turn to end (astream waits "
+            "by itself), give sessions smaller shares, or raise cap"
         )
 
     @property

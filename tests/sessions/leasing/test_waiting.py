@@ -18,7 +18,7 @@ from support.waiting import LIMIT, join, until
 async def begun(made: Runtime) -> tuple[Session, Any]:
     """A session in mid-turn, and its stream."""
     session = tiny_chat.filled(made, 20)
-    stream = session.stream(max_new_tokens=50, do_sample=False)
+    stream = session.astream(max_new_tokens=50, do_sample=False)
     await anext(stream)
     return session, stream
 
@@ -159,7 +159,7 @@ async def test_a_synchronous_turn_wakes_who_waits() -> None:
     """The end of a turn in another thread, and the closing of a session, serve the first that waits at once."""
     with tiny_chat.runtime(1, pressure=("disk",)) as made:
         holder = tiny_chat.filled(made, 20)
-        turn = holder.events(max_new_tokens=5)
+        turn = holder.stream(max_new_tokens=5)
         next(turn)
         task = asyncio.create_task(made.session().aappend("user", "hello"))
         await until(lambda: made.stats.waiting == 1)

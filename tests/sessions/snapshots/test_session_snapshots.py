@@ -331,7 +331,7 @@ def test_a_place_that_cannot_be_written_leaves_the_session(tmp_path: Path) -> No
             session.save(tmp_path / "file")
         session.save(tmp_path / "good")
         other = tiny_chat.filled(made, 20)
-        turn = other.events(max_new_tokens=3)
+        turn = other.stream(max_new_tokens=3)
         next(turn)
         with pytest.raises(RuntimeBusy, match="in mid-turn"):
             session.save(tmp_path / "good")

@@ -224,7 +224,8 @@ class LayerStore:
 
     def __del__(self) -> None:
         """Remove the store's bytes from the ledger, in case an interrupt prevented :meth:`free`."""
-        self.ledger.release(self)
+        if (ledger := getattr(self, "ledger", None)) is not None:  # there is none if an interrupt came first
+            ledger.release(self)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor | None = None) -> None:
         """Append the slots of ``q`` tokens: ``keys [H, q, d]`` and ``values [H, q, dv]``, with β 0.

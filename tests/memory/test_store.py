@@ -310,3 +310,8 @@ def test_the_range_of_beta_leaves_headroom_out() -> None:
 
     assert replaced.capacities == (4, 4, 4)
     assert replaced.bias_range() == (0.5, 3.5)
+
+
+def test_a_store_whose_construction_was_interrupted_is_dropped_in_silence() -> None:
+    """Before its first line it has no ledger, and holds nothing."""
+    LayerStore.__new__(LayerStore).__del__()

@@ -69,7 +69,7 @@ test-all: model
 	$(PY) -m pytest -n $(WORKERS) --maxprocesses 4 --dist worksteal --exhaustive
 
 # Lines of the packages that hold the cap which their own tests run. All of the suite would take a third longer.
-coverage: install
+coverage: model
 	@mkdir -p build
 	$(PY) -m slipcover --source $(subst $(space),$(comma),$(CORE:%=agentmem/%)) --out build/coverage.txt \
 		-m pytest -q -n $(WORKERS) --maxprocesses 4 -W "ignore:Module already imported:pytest.PytestAssertRewriteWarning" \

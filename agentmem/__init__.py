@@ -116,12 +116,14 @@ __all__ = [
 if not TYPE_CHECKING:  # a type checker would take any name for one of this module's
 
     def __getattr__(name: str) -> object:
-        """Import a public name when it is first used."""
-        if name not in _PLACES:
-            raise AttributeError(f"module 'agentmem' has no attribute {name!r}")
-        found = getattr(import_module(_PLACES[name]), name)
-        globals()[name] = found
-        return found
+        """Import a public name, or one of the modules that define them, when it is first used."""
+        if name in _PLACES:
+            found = getattr(import_module(_PLACES[name]), name)
+            globals()[name] = found
+            return found
+        if any(f"{module}.".startswith(f"agentmem.{name}.") for module in _MODULES):
+            return import_module(f"agentmem.{name}")
+        raise AttributeError(f"module 'agentmem' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

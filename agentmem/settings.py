@@ -15,6 +15,7 @@ from agentmem.errors import SettingsRefused
 from agentmem.untrusted.texts import faults, shown
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_SHOWN = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 _MAX_TEXT = 64
 """The most characters of a byte count."""
 _BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
@@ -48,16 +49,19 @@ def parse_bytes(value: int | str, field: str = "bytes") -> int:
 
 def format_bytes(count: int) -> str:
     """Format a byte count for people: ``'24.0 MiB'``."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if abs(count) >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"
+    unit, size = _unit(count)
+    return f"{count / size:.1f} {unit}" if size > 1 else f"{count} B"
 
 
 def sufficient_bytes(count: int) -> str:
     """Return a byte count of at least ``count``, as a cap may be written: ``'24.1MiB'``."""
-    unit, size = ("GiB", 2**30) if count >= 2**30 else ("MiB", 2**20) if count >= 2**20 else ("KiB", 2**10)
-    return f"{math.ceil(count / size * 10) / 10:.1f}{unit}"
+    unit, size = _unit(count)
+    return f"{math.ceil(count / size * 10) / 10:.1f}{unit}" if size > 1 else f"{count}B"
+
+
+def _unit(count: int) -> tuple[str, int]:
+    """Return the largest unit that is not larger than a byte count, and its bytes."""
+    return next(((unit, size) for unit, size in _SHOWN if abs(count) >= size), ("B", 1))
 
 
 Mode = Literal["auto", "manual", "off"]

@@ -174,15 +174,15 @@ def kills(model: str, state: Path, given: argparse.Namespace) -> bool:
             if number < given.kills:
                 killed(run, url, rng)
     print(f"{given.kills} kills: each time it started again, and the saved conversation and item went on")
-    return not tracebacks((state / "log").read_text(encoding="utf-8"))
+    return not traced((state / "log").read_text(encoding="utf-8"))
 
 
-def tracebacks(log: str) -> str:
-    """Print the first traceback of a server's log with the lines around it, since the log goes with its folder."""
+def traced(log: str) -> bool:
+    """Whether a server's log has a traceback; the first one is printed, since the log goes with its folder."""
     at = log.find("Traceback")
     if at >= 0:
         print(f"the server wrote a traceback:\n{log[max(0, at - 500) : at + 6000]}")
-    return log[at : at + 9] if at >= 0 else ""
+    return at >= 0
 
 
 def went_on(client: OpenAI, told: list[Any]) -> bool:

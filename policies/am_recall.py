@@ -5,8 +5,9 @@ compactions remove them. This preset changes four things:
 
 - A part of the probe consists of spans from all over the transcript; every compaction takes different spans.
 - Up to half of the tokens of these spans are taken from matches of ``pattern`` (numbers, identifiers, names) and the
-  tokens just before them. The queries of matching tokens weigh more than others (``pattern_weight``). Until a question
-  asks for such a detail, hardly any query attends to its slots; the larger weight keeps them from seeming unimportant.
+  tokens just before them, and the queries of these tokens weigh more than others (``pattern_weight``). They attend to
+  the slots of such details, which hardly any other query does until a question asks for one; without their larger
+  weight these slots would seem unimportant.
 - Part of a slot's importance is carried from one compaction to the next.
 - A table made for the model sets how many slots each head keeps; the numbers are not equal.
 """

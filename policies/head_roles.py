@@ -4,10 +4,10 @@ Source: "Task-KV: Task-aware KV Cache Optimization via Semantic Differentiation 
 section IV.
 
 As in the paper, the ``vector_slots`` most attended slots of a head define its *semantic vector*, the sum of their
-values weighted by attention (equations 12 to 15, with a window of 32 tokens). A *heterogeneous* head is one whose
-vector is among those farthest from the layer's mean vector, or is the nearest to it. These heads keep all slots. The
-other heads keep sinks, recent tokens and the *middle activations*: the slots with the most attention, mean-pooled over
-7 slots.
+values weighted by attention (equations 12 to 15, with a window of 32 tokens). The *heterogeneous* heads of a layer are
+those whose vectors are farthest from the layer's mean vector, and also the one head whose vector is nearest to it: the
+paper takes both ends. These heads keep all slots. The other heads keep sinks, recent tokens and the *middle
+activations*: the slots with the most attention, mean-pooled over 7 slots.
 
 Unlike in the paper, budgets are allocated over all layers together. A heterogeneous head may therefore get fewer slots
 than it holds: the budgets ``global`` give a head at most four times the mean number of slots per head. The head then

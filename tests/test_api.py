@@ -412,6 +412,7 @@ def test_the_public_names() -> None:
     assert sorted(agentmem.__all__) == agentmem.__all__
     assert all(hasattr(agentmem, name) for name in agentmem.__all__)
     assert dir(agentmem) == agentmem.__all__
+    assert agentmem.__getattr__("errors").CapTooSmall is agentmem.CapTooSmall
     with pytest.raises(AttributeError, match="has no attribute 'caped'"):
         agentmem.caped  # type: ignore[attr-defined]  # noqa: B018  # that is the point
     assert agentmem.__version__ == importlib.metadata.version("agentmem-runtime")

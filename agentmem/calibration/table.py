@@ -81,7 +81,7 @@ def write_table(path: Path, table: dict[str, Any]) -> None:
 
 
 def _lines(value: Any) -> str:
-    """Return ``value`` as JSON: each inner list of a nested list on a line of its own, all other values on one line."""
+    """Return ``value`` as JSON. Of a list of lists, each inner list gets a line; any other value is one line."""
     if isinstance(value, dict) and "errors" in value:
         return "{" + ", ".join(f"{json.dumps(name)}: {_lines(part)}" for name, part in value.items()) + "}"
     if isinstance(value, list) and value and isinstance(value[0], list):

@@ -223,8 +223,8 @@ def _everything(document: Document) -> torch.Tensor:
 def rows(found: Sequence[Recalled], equal: Equal, documents: int) -> tuple[RecallRow, ...]:
     """Return the recall table for the results found so far, one line per policy.
 
-    ``documents`` is the number of documents. A policy that was not yet measured on all documents is left out. Without
-    complete results of full memory and window, the table is empty.
+    ``documents`` is the number of documents. A policy that was not yet measured on all documents is left out. The
+    table is empty until the policies ``full`` and ``window``, with which the others are compared, have been measured.
     """
     by_policy: dict[str, dict[int, Recalled]] = {}
     for each in found:

@@ -406,8 +406,8 @@ def _after_a_compaction(model: Any, shape: ModelShape, ids: torch.Tensor) -> Ite
 class _Slots:
     """A copy of one layer's slots.
 
-    ``asked`` is a record with the keys, values and β (``bias``) of the slots, ``[H, n, …]``, but without queries and
-    output. ``positions`` are ``[H, n]``; ``None`` for a layer with a sliding window.
+    ``asked`` holds the keys, values and β (``bias``) of the slots, ``[H, n, …]``, as a record of an attention call
+    whose queries and output are empty. ``positions`` are ``[H, n]``; ``None`` for a layer with a sliding window.
     """
 
     asked: AttentionCall

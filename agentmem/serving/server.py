@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -26,6 +25,7 @@ from agentmem.serving.logs import LOG
 from agentmem.serving.metrics import Metrics
 from agentmem.serving.settings import ServerSettings
 from agentmem.serving.tool_calls import ToolFormat, tool_format
+from agentmem.sessions import aio
 
 T = TypeVar("T")
 _RETRY = 0.05
@@ -127,10 +127,7 @@ class Server:
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
-            while not future.done():  # a second cancellation must not leave the call at work on a session that goes
-                with suppress(asyncio.CancelledError):
-                    await asyncio.wait([future])
-            future.exception()  # asyncio warns of an exception that nobody retrieves
+            await aio.ended(future)  # a second cancellation must not leave the call at work on a session that goes
             raise
 
     async def forget(self, conversation: Conversation) -> None:

@@ -52,7 +52,7 @@ async def _run(session: Conversation, call: Callable[[], T], cancel: Callable[[]
         return await asyncio.shield(future)
     except asyncio.CancelledError:
         cancel()
-        await _ended(future)
+        await ended(future)
         raise
 
 
@@ -72,7 +72,7 @@ def _submitted(session: Conversation, call: Callable[[], T]) -> asyncio.Future[T
     return asyncio.get_running_loop().run_in_executor(_thread(session.runtime.model), counted)
 
 
-async def _ended(future: asyncio.Future[Any]) -> None:
+async def ended(future: asyncio.Future[Any]) -> None:
     """Wait until a call on the model's thread has ended, even if the waiting task is cancelled.
 
     The cancellation is raised after the call has ended.
@@ -255,7 +255,7 @@ async def _closed(session: Conversation, steps: Steps, begun: object) -> None:
             session.runtime.end(session, begun)
 
     future = _submitted(session, close)
-    await _ended(future)
+    await ended(future)
     future.result()
 
 

@@ -217,8 +217,8 @@ class AttentionMatching(Compactor):
 def _row_bytes(slots: int, key_dim: int, value_dim: int) -> int:
     """Return the bytes that each query of a block takes.
 
-    These bytes hold the query in float32, the query's weights over the slots, the query's output and a few numbers.
-    They also hold one query of the previous block, which is freed only after the new block is made.
+    These are the query in float32, its weights over the slots, its output and a few numbers. The queries are counted
+    twice, since those of the previous block are freed only after the new block is made.
     """
     return _FLOAT * (slots + 2 * key_dim + value_dim + 4)
 

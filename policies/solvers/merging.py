@@ -42,9 +42,9 @@ def merge(
 ) -> Solution[Merged]:
     """Merge the most similar slots, then drop the least important slots, until ``count`` slots are left.
 
-    A slot is merged into ("joins") a more important slot: the most similar of those that have not joined another slot
-    themselves. The most similar pair is merged first. A slot that other slots have joined does not join another slot;
-    it is the *leader* of a group, which consists of the leader and the slots that joined it.
+    To merge a slot into another one is called joining. The most similar pair is merged first, and the less important
+    slot joins the more important one. A slot joins at most once. No slot joins one that has itself joined another, and
+    a slot that others have joined stays: it is the *leader* of a group, which consists of it and of those that joined.
 
     A group keeps the key of its leader. The group's value is the weighted mean of the values of its slots. The leader's
     β grows by ``log(group's weight / leader's weight)``. The stat ``merged`` counts the slots that were merged into a

@@ -257,7 +257,7 @@ class _Chase:
         self.fits += 1
 
     def result(self, pull: torch.Tensor, total: float) -> Solution[Pursued]:
-        """Return the chosen slots with their log weights, which are 0 if the fit is not better than an unchanged β."""
+        """Return the chosen slots and their log weights, which are all 0 unless the fit is better than weights of 1."""
         problem, gram = self.problem, self.problem.factor.gram
         chosen = problem.state != ABSENT
         kept = chosen.nonzero().squeeze(-1)

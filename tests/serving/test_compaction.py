@@ -14,7 +14,8 @@ from cryptography.fernet import Fernet
 from openai.types.responses import CompactedResponse, Response, ResponseCompactionItem
 from openai.types.responses.response_input_item import Message
 
-from agentmem.errors import SettingsRefused
+from agentmem import Session
+from agentmem.errors import RuntimeBusy, SettingsRefused
 from agentmem.serving.items import read_keys
 from agentmem.serving.kept import Kept
 from agentmem.serving.server import Server
@@ -76,6 +77,30 @@ async def test_an_item_is_the_memory_of_what_was_read() -> None:
         assert made["agentmem"]["session"] == live.agentmem["session"] != restored.agentmem["session"]  # type: ignore[attr-defined]
         assert cached(live) == cached(restored) == made["usage"]["total_tokens"]
         tiny_chat.audit(of.runtime)
+
+
+async def test_a_cap_that_is_leased_while_an_item_is_saved_does_not_compact_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The save is tried again, and it alone."""
+    of, tries, calls = serving.server(serving.runtime(3, policy="am-halving")), iter([True, False]), list[str]()
+    make, compact = of.items.make, Session.compact
+
+    def busy(*given: Any) -> tuple[str, str]:
+        if next(tries):
+            raise RuntimeBusy("leased")
+        return make(*given)
+
+    def counted(session: Session, **how: Any) -> Any:
+        calls.append(session.name)
+        return compact(session, **how)
+
+    monkeypatch.setattr(of.items, "make", busy)
+    monkeypatch.setattr(Session, "compact", counted)
+    async with serving.client(of) as http:
+        await compacted(http, LONG)
+    assert len(calls) == 1
+    assert next(tries, None) is None
 
 
 async def test_an_item_outlives_its_server(tmp_path: Path) -> None:

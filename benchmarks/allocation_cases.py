@@ -141,12 +141,12 @@ def measure(case: Case, policy: str, dtype: torch.dtype, slot_dtype: str = "auto
     cap, use = case.prepare(model, policy, slot_dtype)
     widths, ids = set[int](), case.batch()[0]
     model.get_decoder().layers[0].register_forward_pre_hook(lambda _, given: widths.add(given[0].shape[:2].numel()))
-    if not use():
+    if not use():  # it warms up what libraries keep for ever, too
         raise AssertionError("nothing was compacted")
     peak = peak_of(use)
     _attend_to_nothing(model)
     # of all widths: a library's buffers for the model's own products can be largest for a few tokens
-    most = max(peak_of(lambda width=width: _plain(model, ids, width)) for width in sorted(widths))  # type: ignore[misc]
+    most = max(_plain_peak(model, ids, width) for width in sorted(widths))
     return {"cap": cap, "peak": peak - most, "plain": most, "products": account().allocations_products()}
 
 
@@ -155,6 +155,12 @@ def _plain(model: Any, ids: torch.Tensor, tokens: int) -> None:
     rows = len(ids) if tokens % len(ids) == 0 else 1
     with torch.no_grad():
         model(input_ids=ids[:rows, : tokens // rows], use_cache=False, logits_to_keep=1)
+
+
+def _plain_peak(model: Any, ids: torch.Tensor, tokens: int) -> int:
+    """Bytes of that forward, after one that warms up what libraries keep for ever."""
+    _plain(model, ids, tokens)
+    return peak_of(lambda: _plain(model, ids, tokens))
 
 
 def _attend_to_nothing(model: Any) -> None:
@@ -180,9 +186,8 @@ def account() -> Any:
 
 
 def peak_of(call: Callable[[], object]) -> int:
-    """Bytes at the peak beyond those before; once to warm up what libraries keep for ever."""
+    """Bytes at the peak of a call beyond those before it; what libraries keep for ever counts, unless they have it."""
     counted = account()
-    call()
     gc.collect()
     counted.allocations_restart()
     before = int(counted.allocations_live())

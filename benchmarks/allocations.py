@@ -2,7 +2,8 @@
 
     python -m benchmarks.allocations [--policies window,am-halving] [--dtypes bfloat16] [--threads 1,2] [--small]
 
-A cell is a policy, a dtype, a number of threads and a case of ``allocation_cases.py``. Cells run in fresh processes
+A cell is a policy, a dtype, a number of threads and a case of ``allocation_cases.py``. The cells of one policy, dtype
+and number of threads run in a process of their own, forked from one that has imported everything and computed nothing,
 under ``allocations.c`` (Linux with glibc and a C compiler). A cell's peak is that of the capped use minus A, which is
 that of the largest forward of its pieces' widths whose attention allocates nothing but its output. It must be at most
 the cap, which is planned to suffice for the cell's slots and no more. Bytes of ours beyond the cap could hide only
@@ -21,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -39,10 +41,10 @@ def main() -> int:
     parser.add_argument("--policies", default="", help="commas between them; default: every one that compacts")
     parser.add_argument("--dtypes", default=",".join(DTYPES))
     parser.add_argument("--threads", default=",".join(map(str, THREADS)))
-    parser.add_argument("--group", help=argparse.SUPPRESS)
+    parser.add_argument("--groups", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.group:
-        return _cells(*json.loads(given.group))
+    if given.groups:
+        return _forked(json.loads(given.groups))
     groups = (
         _listed(given.policies) or _every(),
         _listed(given.dtypes),
@@ -89,22 +91,40 @@ def measured(
         raise SystemExit("no C compiler (cc) was found, and the account of allocations is compiled; install one")
     source = Path(__file__).with_suffix(".c")
     subprocess.run([compiler, "-O2", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
-    for group in product(policies, dtypes, threads):
-        yield from _child(library, group)
+    yield from _child(library, list(product(policies, dtypes, threads)))
 
 
-def _child(library: Path, group: tuple[Any, ...]) -> Iterator[dict[str, Any]]:
-    command = [sys.executable, "-m", "benchmarks.allocations", "--group", json.dumps(group)]
+def _child(library: Path, groups: list[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+    command = [sys.executable, "-m", "benchmarks.allocations", "--groups", json.dumps(groups)]
     environment = os.environ | {"LD_PRELOAD": str(library)}
     root = Path(__file__).parents[1]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=root) as run:
         assert run.stdout is not None  # noqa: S101  # it is a pipe
         yield from (json.loads(line) for line in run.stdout if line.startswith("{"))
     if run.returncode:
-        raise SystemExit(f"the process of {group} ended with {run.returncode}")
+        raise SystemExit(f"the measuring process ended with {run.returncode}")
 
 
-def _cells(policy: str, dtype: str, threads: int) -> int:
+def _forked(groups: list[list[Any]]) -> int:
+    """Run each group in a forked process, so that imports are paid once; nothing was computed before, by any thread."""
+    import benchmarks.allocation_cases  # noqa: F401
+
+    for group in groups:
+        child = os.fork()
+        if not child:
+            try:
+                _cells(*group)
+            except BaseException:  # noqa: BLE001  # whatever it is: the child must not go on as its parent
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            print(f"the process of {group} failed", file=sys.stderr)
+            return 1
+    return 0
+
+
+def _cells(policy: str, dtype: str, threads: int) -> None:
     import torch
 
     from agentmem.errors import AgentmemError
@@ -119,7 +139,6 @@ def _cells(policy: str, dtype: str, threads: int) -> int:
         except AgentmemError as error:
             cell["refused"] = str(error)
         print(json.dumps(cell), flush=True)
-    return 0
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 A unit of work is one window of the text, or one head in one window. A head's *share* is its number of slots divided by
 the mean number of slots per head. A head's *error curve* lists the head's errors, in nats per token, one for each
-fraction of kept slots in ``terms.fractions``.
+fraction of kept slots in :attr:`agentmem.calibration.terms.Terms.fractions`.
 """
 
 from __future__ import annotations
@@ -61,19 +61,28 @@ class Work(ABC):
 
 
 class Attention(Work):
-    """Compute shares from attention scores; a unit of work is one window."""
+    """Compute each head's share of the slots from attention scores; a unit of work is one window."""
 
     def measure(self, unit: str) -> list[float]:
-        """Return the shares of all heads in one window."""
+        """Return the share of every head, computed from one window.
+
+        A share is the head's number of slots, divided by the mean number per head.
+        """
         return window_shares(self.window(int(unit)), list(self.heads))
 
     def found(self, done: Mapping[str, Any]) -> Found:
-        """Return the mean shares over the windows."""
+        """Return each head's share, as the mean over all windows.
+
+        A share is the head's number of slots, divided by the mean number per head. The result has no error curves.
+        """
         return Found(_mean([done[unit] for unit in self.units()]).tolist())
 
 
 class Curved(Work):
-    """Base of the methods that find error curves and compute from them the shares with the smallest sum of errors."""
+    """Base of the methods that find error curves, from which the heads' shares of the slots are computed.
+
+    The computed shares make the sum of all heads' errors smallest.
+    """
 
     def __init__(
         self, reader: Reader, ids: torch.Tensor, terms: Terms, heads: Mapping[int, int], compactor: Compactor
@@ -96,7 +105,10 @@ class Fisher(Curved):
         return window_curves(self.window(int(unit)), list(self.heads), self.compactor)
 
     def found(self, done: Mapping[str, Any]) -> Found:
-        """Return the mean error curves over the windows, and the shares that follow from these curves."""
+        """Return each head's mean error curve over the windows, and each head's share, computed from all curves.
+
+        A share is the head's number of slots, divided by the mean number per head.
+        """
         return self._found(_mean([done[unit] for unit in self.units()]))
 
 
@@ -114,7 +126,10 @@ class Loss(Curved):
         return head_curve(self.window(window), layer, head, self.compactor)
 
     def found(self, done: Mapping[str, Any]) -> Found:
-        """Return the mean error curves over the windows, and the shares that follow from these curves."""
+        """Return each head's mean error curve over the windows, and each head's share, computed from all curves.
+
+        A share is the head's number of slots, divided by the mean number per head.
+        """
         curves = torch.tensor([done[unit] for unit in self.units()], dtype=torch.float64)
         return self._found(curves.reshape(len(self.windows), -1, curves.shape[-1]).mean(dim=0))
 

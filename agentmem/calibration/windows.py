@@ -88,9 +88,10 @@ class Window:
         return slice(self.terms.keep_first, self.terms.context - self.terms.keep_recent)
 
     def segment(self, layer: int, *, scores: bool = False) -> Segment:
-        """Return a layer's segment as a compactor receives it, with the replay's queries as reference queries.
+        """Return a layer's segment as a compactor receives it.
 
-        With ``scores`` the segment has a column of scores, all 0 as in a new memory.
+        The reference queries are the queries of the second reading of the context (:attr:`replay`). With ``scores``,
+        every slot has a score of 0, as in a new memory.
         """
         context, span = self.context.layers[layer], self.span
         positions = torch.arange(span.start, span.stop, dtype=torch.int32, device=context.keys.device)

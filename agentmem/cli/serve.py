@@ -58,7 +58,11 @@ def serve(
     slot_dtype: SlotNumbers = "auto",
     dtype: Annotated[Dtype, typer.Option(help="Number format; auto is the checkpoint's own.")] = Dtype.AUTO,
 ) -> None:
-    """Serve chat completions, responses and compaction items whose memory is latent; Ctrl-C ends it."""
+    """Serve chat completions, responses and compaction items whose memory is latent; Ctrl-C ends it.
+
+    A client can restore a conversation by sending back the conversation's compaction item. The item's memory is latent:
+    the item names a snapshot of keys and values, and has no summary in words.
+    """
     launch = _launch()
     plugins.policy(policy)  # options that can be checked without a model are checked before the model is loaded
     Settings.of(cap=cap, keep_recent=keep_recent, rebase=rebase, slot_dtype=slot_dtype)

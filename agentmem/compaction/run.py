@@ -322,7 +322,8 @@ class SequenceCompaction:
     def _headroom(self) -> int:
         """Return the number of free slots that every head gets once all layers are compacted to their budgets.
 
-        It is the largest number with which the slots take no more resident bytes (R) than the plan's capacity.
+        The number is the largest one that fits: held and free slots of all heads together may take at most the resident
+        bytes (R) of ``plan.capacity`` slots per head.
         """
         price = kept = 0
         for index, store in self.sequence.full():

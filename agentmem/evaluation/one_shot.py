@@ -126,8 +126,8 @@ class _Run(NamedTuple):
 class _Case(NamedTuple):
     """One measurement to be made: a policy or a baseline (given by its name) at one ratio.
 
-    ``slots`` is the number of slots to keep, and ``terms`` are the settings of the memory. For a policy,
-    ``terms.target`` equals ``slots``.
+    The ratio is the number of document tokens per kept slot. ``slots`` is the number of slots to keep, and ``terms``
+    are the settings of the memory. For a policy, ``terms.target`` equals ``slots``.
     """
 
     policy: Policy | str
@@ -142,6 +142,9 @@ class _Case(NamedTuple):
 
 def cases(policies: Sequence[str], terms: Terms, shot: Shot, tokens: int) -> list[_Case]:
     """Return the measurements to be made on a passage of ``tokens`` tokens, in order, after checking the settings.
+
+    The baseline ``no-context`` comes first. Each ratio in ``shot.ratios`` then gives one measurement of the baseline
+    ``truncation`` and one of each policy. A ratio is the number of document tokens per kept slot.
 
     Raises:
         SettingsRefused: the continuation takes the whole passage, a ratio leaves fewer slots than prefix + recent
@@ -185,7 +188,10 @@ def stream(
     fresh: bool = False,
     progress: Callable[[str, int], None] = lambda _name, _tokens: None,
 ) -> Iterator[OneShotRow]:
-    """Measure baselines and policies on the passage ``ids [tokens + 1]``, and yield their rows, ratio by ratio.
+    """Measure baselines and policies on the passage ``ids [tokens + 1]``, and yield one row per measurement.
+
+    The baseline ``no-context`` comes first. Each ratio in ``shot.ratios`` then gives one row for the baseline
+    ``truncation`` and one row for each policy. A ratio is the number of document tokens per kept slot.
 
     Each row is saved in ``cache_dir`` before it is yielded. If a row of the same model, passage, settings and code was
     saved earlier, it is loaded instead of being measured again; with ``fresh``, it is measured again. ``progress`` is
@@ -193,7 +199,7 @@ def stream(
 
     Raises:
         AgentmemError: :func:`cases` refuses the settings, or a policy cannot work with the settings in ``terms``. Rows
-            that were saved before stay on disk.
+            that were saved before the error stay on disk.
 
     """
     asked = cases(policies, terms, shot, len(ids) - 1)
@@ -289,8 +295,8 @@ def _compacted(
 def _beside_scratch(terms: Terms, model: PreTrainedModel, policy: Policy) -> Terms:
     """Return ``terms`` with more slots, so that the document fits into the memory without a compaction.
 
-    A policy may let the model write texts and reserve slots for these texts. The number
-    of the reserved slots is added to ``terms.slots``.
+    A policy may let the model write texts. The number of slots that are reserved for these texts is added to
+    ``terms.slots``.
     """
     slots, more = terms.slots or 0, terms
     while (plan := more.plan(model, policy, min_reclaim=1)).capacity - plan.scratch < slots:

@@ -173,10 +173,10 @@ class CappedCache(Cache):
 
         The result is ``[n, V]`` in the model's dtype; line ``i`` predicts the id after ``ids[i]``. Slots, scores,
         stored queries, ids and the random state stay as they are. As in every forward, the buffers of attention count
-        as temporary bytes (T), and everything else is the model's own activations (A).
+        under the cap as temporary bytes. The model's own activations do not count under the cap.
 
         Raises:
-            MemoryClosed: the memory's block has ended.
+            MemoryClosed: the memory is closed, for example because its ``with`` block has ended.
             SettingsRefused: ``ids`` is empty, or the row has read nothing yet.
             MemoryCapExceeded: ``ids`` is longer than ``chunk``, the number of tokens that the plan has room for.
 
@@ -201,7 +201,7 @@ class CappedCache(Cache):
         """Return the number of columns fed so far; see :attr:`columns`.
 
         Raises:
-            MemoryClosed: the memory's block has ended.
+            MemoryClosed: the memory is closed, for example because its ``with`` block has ended.
 
         """
         self.memory.open_or_raise()
@@ -256,7 +256,7 @@ class CappedCache(Cache):
         """Check that this memory is open and was opened for ``model``, which must be in eval mode.
 
         Raises:
-            MemoryClosed: the memory's block has ended.
+            MemoryClosed: the memory is closed, for example because its ``with`` block has ended.
             UnsupportedGeneration: the memory was opened for another model.
             UnsupportedModel: the model is in training mode.
 

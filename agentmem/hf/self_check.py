@@ -277,8 +277,8 @@ def _as_called(model: Any, shape: ModelShape) -> ModelShape:
     """Check the attention calls of a model by running it; return its shape, with sinks if the calls pass sinks.
 
     Raises:
-        UnsupportedModel: some layer does not call attention exactly once through transformers' AttentionInterface, or
-            with other heads or dims than its config says.
+        UnsupportedModel: the model breaks this rule: each layer must call attention exactly once, through transformers'
+            AttentionInterface, with the numbers of heads and dims that the model's config states.
 
     """
     ids = torch.full((1, 5), 3)

@@ -54,9 +54,12 @@ class Told:
 
 
 class Around:
-    """The forward pre-hooks of the outer model.
+    """Two hooks that run before each forward of the outer model, so that its text model finds the forward's inputs.
 
-    ``enter`` runs first and ``tell`` runs last. Between them, another hook cuts a long prompt into pieces.
+    The *outer model* is the whole multimodal model around the text model. The hook ``enter`` runs first: it opens a
+    :class:`Frame` for the forward and drops arguments that say nothing. The hook ``tell`` runs last: it stores the
+    forward's inputs in the frame. Between the two hooks, another hook cuts a long prompt into pieces. ``hooks`` holds
+    the two hooks in this order.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -68,9 +71,10 @@ class Around:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Open a :class:`Frame` for the forward of the outer model, and drop arguments that say nothing.
 
-        Returns the remaining arguments by name. Dropped are empty dicts and token types that are all 0 (text). They
-        would be refused later (:func:`agentmem.hf.generate_checks.check_forward`), although text does not need them.
-        The result is ``None`` if the forward uses no memory of agentmem; its arguments then stay as they are.
+        Returns the remaining arguments by name. Two kinds of arguments are dropped: empty dicts, and token types that
+        are all 0 (text). A forward over text has the same result without them, but with them
+        :func:`agentmem.hf.generate_checks.check_forward` would refuse the forward. If the forward uses no memory of
+        agentmem, no argument is dropped and the result is ``None``.
         """
         outer = FRAME.get()
         FRAME.set(Frame(outer))
@@ -82,10 +86,11 @@ class Around:
     def tell(
         self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Store the outer forward's inputs in its frame, where the text model's forward finds them.
+        """Store the inputs of the outer model's forward in the forward's :class:`Frame`, for the text model's forward.
 
         Returns the inputs, with position ids added if the caller gave none. Without position ids, some models compute
-        the positions from values that an earlier forward stored, which may belong to another batch.
+        the positions from values that an earlier forward has stored. The earlier forward may have run another batch.
+        The result is ``None`` if the forward uses no memory of agentmem.
         """
         frame, inputs = FRAME.get(), named(self.signature, args, kwargs)
         if frame is None or not _ours(inputs):
@@ -112,8 +117,9 @@ def _ours(inputs: Mapping[str, Any]) -> bool:
 def with_wrapper_inputs(frame: Frame | None, inputs: dict[str, Any]) -> dict[str, Any]:
     """Return the inputs of a text model's forward, completed with the ids and the 2-D mask of the outer forward.
 
-    ``frame`` is the frame of the outer forward; ``None`` if there is none. Position ids with several equal axes, as
-    multimodal RoPE has them, are reduced to one axis.
+    The outer forward is the forward of the multimodal model around the text model. ``frame`` is the outer forward's
+    :class:`Frame`; ``None`` if there is no outer forward. Position ids with several equal axes, as multimodal RoPE has
+    them, are reduced to one axis.
     """
     places = inputs.get("position_ids")
     if places is not None and places.ndim > 2:  # noqa: PLR2004  # for text, all axes of a multimodal RoPE have equal positions

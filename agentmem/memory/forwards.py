@@ -112,7 +112,7 @@ class Append:
             _warn_of_positions(sequence, position, memory.shape.positions)
 
     def _consumed(self, past: Consumed) -> Consumed:
-        """Return the :class:`Consumed` that includes this forward's tokens; ``past`` is the value before them."""
+        """Return the memory's counts of tokens after this forward; ``past`` has the counts before this forward."""
         counts = [len(each.ids) for each in self.arriving]
         prompt, new = (sum(counts), 0) if max(counts) > 1 else (0, sum(counts))
         ends = zip(self.arriving, past.positions, strict=True)
@@ -350,9 +350,12 @@ def _served(
 ) -> tuple[LayerStore, decode.Layout] | None:
     """Make room for one more slot in a layer; return the store and its layout for the compiled decode step.
 
-    ``form`` is the dtype, number of heads and dims for which the compiled step will be called; ``like`` is a tensor
-    with the dtype and device of a new store. Return ``None`` if the store has another form, if the compiled code does
-    not support the store, or if this forward must add to scores.
+    ``form`` is the dtype, number of heads and dims for which the compiled step will be called; ``None`` if it cannot be
+    called. ``like`` is a tensor with the dtype and device of a new store.
+
+    The result is ``None`` if the compiled step cannot serve this forward. The compiled step serves only stores of the
+    form ``form`` that its code supports. It does not update scores, so it does not serve a forward that must
+    update them; see :func:`_scored`.
     """
     if form is None or _scored(memory, layer, scratch=scratch):
         return None

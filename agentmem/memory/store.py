@@ -313,8 +313,8 @@ class LayerStore:
     def settle(self, tail: torch.Tensor) -> None:
         """Write the positions that this store still lacks: those of the newest slots of each head.
 
-        ``tail`` (int32) holds the positions of the sequence's newest tokens. It must have at least as many elements as
-        any head has slots without a position.
+        ``tail`` (int32) holds the positions of the sequence's newest tokens. Heads may lack different numbers of
+        positions; ``tail`` must have enough for the head that lacks most.
         """
         for head, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
             count = length - self.settled[head]
@@ -389,8 +389,9 @@ class LayerStore:
         """Return a new store in which ``n`` new slots replace the segment of every head.
 
         The new slots are ``keys [H, n, d]``, ``values [H, n, dv]`` and ``positions [n]`` (int32, equal for all heads);
-        their β and scores are zero. Each head keeps its first ``begins[h]`` slots and its last ``recent`` slots. Its
-        capacity grows only if the slots would not fit.
+        their β and scores are zero. Each head keeps its first ``begins[h]`` slots and its last ``recent`` slots. Each
+        head has the same capacity as in this store, or a larger capacity if its slots need more. This store is not
+        changed.
         """
         count = positions.shape[0]
         lengths = [begin + count + recent for begin in begins]

@@ -29,9 +29,10 @@ Words = dict["Source", tuple[tuple[int, ...], ...]]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A piece of a probe: the tokens ``start`` to ``stop - 1``, whose queries have the same source and weight.
+    """A piece of a probe: the probe's tokens ``start`` to ``stop - 1``, whose queries have the same source and weight.
 
-    ``span`` is the range ``(start, stop)`` of the transcript that these tokens repeat; ``None`` if they are a text.
+    ``span`` is the range ``(start, stop)`` of the transcript's tokens that the piece repeats. It is ``None`` if the
+    piece does not repeat the transcript, but is a text such as an instruction or a focus.
     """
 
     start: int
@@ -74,8 +75,8 @@ class _Stretch:
 class _Source:
     """Hold the transcript that pieces are cut from, and the arguments of :func:`make_probe` that say where to cut.
 
-    ``marks`` are the spans of tokens that match a pattern. The queries of these tokens get ``mark_weight`` times the
-    weight of their part's other queries.
+    ``marks`` are spans of the transcript that match a regular expression of the policy. The queries of tokens in these
+    spans weigh ``mark_weight`` times as much as they would otherwise.
     """
 
     transcript: Sequence[int]
@@ -86,7 +87,10 @@ class _Source:
     start: int
 
     def stretch(self, part: Part, start: int, stop: int) -> list[_Stretch]:
-        """Return the transcript's tokens ``start`` to ``stop - 1``, cut where matches of the pattern begin and end."""
+        """Return the transcript's tokens ``start`` to ``stop - 1``, cut at both ends of every span in ``marks``.
+
+        Each returned piece lies either inside or outside these spans, so all of its queries have the same weight.
+        """
         cuts = {start, stop} | {cut for mark in self.marks for cut in mark if start < cut < stop}
         return [self._stretch(part, low, high) for low, high in pairwise(sorted(cuts))]
 
@@ -109,20 +113,24 @@ def make_probe(
 ) -> Probe:
     """Make the probe that ``queries`` asks for, of at most ``tokens`` tokens.
 
-    A part with the source ``transcript`` may exceed that number, because it runs the whole transcript. The probe begins
-    with texts and ends with the newest tokens of the transcript, so that the newest tokens attend to all other pieces.
+    ``queries`` is a mixture of parts. The source of a part says what the part's tokens are: ``focus`` and
+    ``self-study`` are texts, ``replay`` and ``repeat`` are the newest tokens of the transcript, ``spread`` is spans of
+    the older transcript, and ``transcript`` is the whole transcript. :data:`agentmem.queries.Source` explains them all.
+
+    The probe begins with texts and ends with the newest tokens of the transcript, so that the newest tokens attend to
+    all other tokens of the probe. The probe may exceed ``tokens`` tokens only if a part has the source ``transcript``.
 
     Args:
-        transcript: the token ids that transcript pieces are cut from.
+        transcript: the token ids of the transcript.
         queries: the mixture of parts.
         tokens: the number of tokens to distribute among the parts, in proportion to their shares.
-        words: the token ids of the text or instruction, for each source that has one.
-        prefix: the number of first tokens, which are never compacted and which ``spread`` leaves out. ``spread`` also
-            leaves out the newest tokens that ``replay`` or ``repeat`` run again.
-        turn: the number of compactions so far; it moves the spans of ``spread``.
-        start: the first token of the transcript that ``replay``, ``repeat`` and ``transcript`` may run.
-        marks: spans of the transcript that a pattern matches. ``spread`` prefers these spans, and the queries of their
-            tokens weigh more.
+        words: for each source with a text or an instruction, the token ids of this text.
+        prefix: the number of first tokens, which are never compacted. ``spread`` leaves out these tokens, and also the
+            newest tokens if ``replay`` or ``repeat`` has them already.
+        turn: the number of compactions so far. ``spread`` takes other spans after each compaction.
+        start: index of the first token of the transcript that ``replay``, ``repeat`` and ``transcript`` may run.
+        marks: spans of the transcript that match ``queries.pattern``. ``spread`` prefers these spans, and the queries
+            of their tokens weigh ``queries.pattern_weight`` times as much.
 
     """
     source = _Source(transcript, prefix, turn, marks, queries.pattern_weight, start)
@@ -181,8 +189,8 @@ def _recent(part: Part, size: int, source: _Source, instructions: tuple[int, ...
 def _spread(part: Part, size: int, source: _Source, newest: int) -> list[_Stretch]:
     """Return the tokens of a ``spread`` part: at most ``size`` tokens of the older transcript.
 
-    Up to half of them come from spans that match the pattern, and the others from evenly spread spans. The newest
-    ``newest`` tokens are left out.
+    Up to half of the tokens come from ``source.marks`` (spans that match a pattern), and the others from evenly spread
+    spans. The newest ``newest`` tokens of the transcript are left out.
     """
     stop = len(source.transcript) - newest
     marked = _marked(source, stop, size // 2)
@@ -193,9 +201,10 @@ def _spread(part: Part, size: int, source: _Source, newest: int) -> list[_Stretc
 
 
 def _marked(source: _Source, stop: int, tokens: int) -> list[tuple[int, int]]:
-    """Choose spans before ``stop`` that match the pattern, and return them as ``(start, stop)``.
+    """Choose some of ``source.marks`` (spans that match a pattern) before the token ``stop``, and return their ranges.
 
-    Each span is extended by up to ``LEAD`` tokens before the match. All spans together have at most ``tokens`` tokens.
+    Each range ``(start, stop)`` begins up to ``LEAD`` tokens before the match. All ranges together have at most
+    ``tokens`` tokens.
     The number of earlier compactions decides which span is tried first, so that successive compactions choose
     different spans.
     """

@@ -146,7 +146,8 @@ class Server:
     async def sweep(self) -> None:
         """Forget conversations beyond the limits of idle time, number and bytes.
 
-        Conversations whose name a new conversation took are forgotten as well. Busy conversations are kept.
+        A new conversation may have taken the name of an older conversation. The older one is then forgotten as well.
+        Busy conversations are kept.
         """
         replaced, self.conversations.replaced = self.conversations.replaced, []
         for each in (*replaced, *self.conversations.surplus()):

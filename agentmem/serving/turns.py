@@ -191,8 +191,9 @@ class Turn:
     def _begin(self, conversation: Conversation) -> int:
         """Prepare a new conversation, which begins with the memory of the request's compaction item, if any.
 
-        Return how many digests of the request the conversation holds already. This is 1 if there is an item, since the
-        item's marker is the first digest of the request, and 0 otherwise.
+        For comparisons, a request is a list of texts: a marker with the id of its compaction item, if any, and then a
+        digest (hash) of each message. Return how many entries of this list the new conversation holds already: 1 (the
+        marker) with a compaction item, 0 without one.
         """
         conversation.lead = self.request.lead
         if (item := self.request.item) is None:

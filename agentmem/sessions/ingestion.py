@@ -1,4 +1,4 @@
-"""The turns of a session that read messages or texts or write replies, with their pins and compactions."""
+"""The turns of a session: reading messages, reading texts and writing replies, each with its pins and compactions."""
 
 from __future__ import annotations
 

@@ -19,11 +19,15 @@ from agentmem.policies.budgets.water_filling import Demand, allocate
 
 @dataclass(frozen=True)
 class Adaptive(Budgets):
-    """Allocates slots by each head's error curve: its errors for several numbers of kept slots (see :class:`Curve`).
+    """Allocates to each head the fewest slots at which two errors of the head are within their targets.
 
-    A larger error target never allocates more slots. A compaction can leave fewer slots than the memory's ``target``
-    asks for (an easy text) or more slots (a hard text). It never leaves more than ``request.limit``, so that
-    compactions do not follow each other closely.
+    The output error must be at most the target ``output_error``, and the log-mass error at most the target
+    ``log_mass_error``. Both errors are read from the head's error curve (its errors for several numbers of kept slots,
+    see :class:`Curve`). A larger target never leads to more slots.
+
+    All heads together may get fewer slots than ``request.total`` (for an easy text) or more (for a hard text). They
+    never get more than ``request.limit``, so that compactions do not follow each other closely. If this limit requires
+    it, larger errors are accepted.
     """
 
     output_error: float = 0.25

@@ -24,9 +24,9 @@ def fit_mass(
 ) -> Solution[torch.Tensor]:
     """Fit weights w of the kept slots so that ``Φ w ≈ 1``: every query's mass over the segment is restored.
 
-    Φ has each kept slot's mass relative to that of the segment (see the module's docstring). The value of the returned
-    solution is ``log w [t]`` float32, which is to be added to the kept slots' old β. If the fit is not better than
-    w = 1 (an unchanged β) on the fitting queries, the value is 0.
+    An entry of Φ ``[N, t]`` is a query's mass over one kept slot, divided by the query's mass over the whole segment
+    (see the module's docstring). The value of the returned solution is ``log w [t]`` float32, to be added to the kept
+    slots' old β. If the fit is not better than w = 1 (an unchanged β) on the fitting queries, the value is 0.
 
     ``kept`` attends over the kept slots with their old β; ``log_mass [N]`` is each query's log mass over all slots.
     The fit minimises ``|Φ w - 1|² + ridge * mean(diag ΦᵀΦ) * |w - 1|²`` for w within ``e^-bound .. e^bound``. It clamps
@@ -74,12 +74,16 @@ def _exact(kept: LocalAttention, log_mass: torch.Tensor, *, ridge: float, bound:
 
 
 def _gram(kept: LocalAttention, log_mass: torch.Tensor, pull: torch.Tensor) -> torch.Tensor:
-    """Return ``ΦᵀΦ [t, t]`` (only its upper triangle is valid), and add ``Φᵀ (1 - Φ 1)`` to ``pull [t, 1]``.
+    """Return the Gram matrix ``ΦᵀΦ [t, t]`` of the β fit, and add the right side of the equations to ``pull [t, 1]``.
 
-    Φ has each query's mass over each kept slot, divided by its mass over the whole segment (see the module's
-    docstring); 1 is a vector of ones. ``1 - Φ 1`` is what the kept slots miss of each query's mass when all weights w
-    are 1. Without bounds, the shift ``w - 1``, which the fit seeks, solves ``(ΦᵀΦ + r I) shift = pull`` with the
-    ridge r. Both results are summed over blocks of queries.
+    An entry of Φ ``[N, t]`` is a query's mass over one kept slot, divided by the query's mass over the whole segment
+    (see the module's docstring). The fit seeks weights w ``[t]`` of the kept slots so that every entry of ``Φ w`` is
+    near 1. u is a vector of N ones, and e is a vector of t ones. With all weights 1, the kept slots restore
+    the part ``Φ e`` of each query's mass, and the part ``u - Φ e`` is missing. ``pull`` grows by ``Φᵀ (u - Φ e)``.
+    Without bounds, the w of the fit solves ``(ΦᵀΦ + r I) (w - e) = pull``, where r is the ridge.
+
+    Only the upper triangle of the returned matrix is valid. Both results are sums over the queries, taken block by
+    block. Each query counts with its own weight.
     """
     gram = kept.keys.new_zeros(len(pull), len(pull))
     for rows, block in kept.blocks():
@@ -93,10 +97,10 @@ def _gram(kept: LocalAttention, log_mass: torch.Tensor, pull: torch.Tensor) -> t
 
 
 def _bounded(equations: Anchored, pull: torch.Tensor, *, bound: float, steps: int) -> torch.Tensor:
-    """Return the shift ``w - 1``, ``[t, 1]``, for log weights within ``±bound``.
+    """Return the shift ``w - 1``, ``[t, 1]``, of the kept slots' weights w, with ``log w`` within ``±bound``.
 
-    The unbounded solution of the normal equations is clamped to the bounds, then improved by ``steps`` gradient steps,
-    each clamped too.
+    The unbounded solution of the normal equations is clamped to the bounds. It is then improved by ``steps`` gradient
+    steps; after each step the result is clamped again.
     """
     low, high = math.expm1(-bound), math.expm1(bound)
     step = 1 / equations.largest()

@@ -42,13 +42,14 @@ def merge(
 ) -> Solution[Merged]:
     """Merge the most similar slots, then drop the least important slots, until ``count`` slots are left.
 
-    To merge a slot into another one is called joining. The most similar pair is merged first, and the less important
-    slot joins the more important one. A slot joins at most once. No slot joins one that has itself joined another, and
-    a slot that others have joined stays: it is the *leader* of a group, which consists of it and of those that joined.
+    Similar slots form groups, and each group becomes one slot. A group has one *leader* and any number of *members*. At
+    first, every slot leads a group without members. The most similar pair is merged first: the less important slot
+    becomes a member of the group that the more important slot leads. A member leads no group. While similar slots are
+    merged, a leader that has members never becomes a member itself.
 
     A group keeps the key of its leader. The group's value is the weighted mean of the values of its slots. The leader's
     β grows by ``log(group's weight / leader's weight)``. The stat ``merged`` counts the slots that were merged into a
-    kept slot, and ``evicted`` those that were dropped.
+    kept slot. The stat ``evicted`` counts the slots that were dropped.
 
     Args:
         keys: ``[T, d]`` float32.
@@ -64,9 +65,9 @@ def merge(
             slot most similar to the leader of the group.
         rows: number of slots that are compared with all others at a time.
 
-    Invariants: exactly ``min(count, T)`` slots stay. With ``rest="evict"``, no slot joins a slot with which its cosine
-    is below ``threshold``. If ``log_weights`` is ``None`` and the keys of each group are equal, merging changes no
-    query's mass and output; only evictions change them. The working memory is :func:`merging_bytes`.
+    Invariants: exactly ``min(count, T)`` slots stay. With ``rest="evict"``, the cosine of a member's key with the
+    leader's key is at least ``threshold``. If ``log_weights`` is ``None`` and the keys of each group are equal, merging
+    changes no query's mass and output; only evictions change them. The working memory is :func:`merging_bytes`.
 
     Sources: D2O, arXiv:2406.13035 (a cosine threshold decides between merging into the most similar slot and eviction);
     WeightedKV, arXiv:2503.01330 (the key stays as it is, values are averaged by attention); "Token Merging",

@@ -47,11 +47,12 @@ _BYTES_PER_SLOT = 80
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The number of slots that a pursuit chooses between two fits of the weights.
+    """The number of slots that a pursuit chooses before it fits the weights again.
 
-    This number is ``choose * refit_every``, or ``growth`` times the number of slots chosen so far if that is larger.
-    In the paper, a step chooses ``choose`` slots, and a fit follows every ``refit_every`` steps. Here one step chooses
-    all these slots at once: the result is the same, since only a fit changes the residual.
+    A pursuit repeats two steps: it chooses some slots, then fits the weights of all chosen slots. The number of slots
+    chosen in one step is the larger of two numbers: ``choose * refit_every``, and ``growth`` times the number of slots
+    chosen so far. In the paper, a step chooses ``choose`` slots, and a fit follows every ``refit_every`` steps. Here
+    one step chooses all slots before the fit at once. The result is the same, since only a fit changes the residual.
     """
 
     choose: int = 4
@@ -109,7 +110,7 @@ def pursue(
         slots: attends over the slots to choose from, with their old β: a whole segment, or a part of it.
         log_mass: ``[N]`` float32, each query's log mass over the whole segment.
         count: number of slots that stay; all slots stay if there are no more than this.
-        schedule: how many slots are chosen between two fits.
+        schedule: how many slots are chosen before each fit.
         ridge: weight of the distance of the weights from 1, relative to the mean of ``diag ΦᵀΦ`` over all ``slots``.
         bound: largest magnitude of a log weight.
         cutoff: chosen slots whose log weight is no larger than this are replaced by others, in up to three rounds;
@@ -169,12 +170,13 @@ def pursuit_bytes(slots: int, kept: int, rows: int, key_dim: int) -> int:
 
 
 def relative_gram(slots: LocalAttention, log_mass: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Return three sums over the queries: ``ΦᵀΦ [T, T]`` float32, ``Φᵀ1 [T]`` float64 and ``|1|²``.
+    """Return three sums over the queries: ``ΦᵀΦ [T, T]`` float32, ``Φᵀu [T]`` float64 and ``|u|²``.
 
-    An entry of Φ ``[N, T]`` is a query's mass over one slot, divided by the query's mass over the whole segment. 1 is
-    a vector of N ones, the target of ``Φ w``. Row ``i`` of Φ and of this vector is multiplied by the square root of the
-    weight of query ``i``, so that ``|1|²`` is the sum of these weights. The sums are taken block by block, so that Φ
-    itself is never stored.
+    Φ ``[N, T]`` has one row per query and one column per slot. u ``[N]`` has one entry per query. For a query with the
+    weight q, the entry of u is √q. The entries of the query's row of Φ are √q times the query's mass over each slot,
+    divided by the query's mass over the whole segment. ``|u|²`` is therefore the sum of all q. A pursuit seeks one
+    weight per slot, w ``[T]``, so that ``Φ w`` is near u. The sums are taken block by block, so that Φ itself is never
+    stored.
     """
     count = len(slots.keys)
     gram = slots.keys.new_zeros(count, count)
@@ -275,8 +277,9 @@ class _Chase:
 
 
 def _squared(gram: torch.Tensor, pull: torch.Tensor, weights: torch.Tensor) -> float:
-    """Return the squared mass error ``|Φ w - 1|²`` of ``weights`` w, minus the constant ``|1|²``.
+    """Return the squared mass error ``|Φ w - u|²`` of ``weights`` w, minus the constant ``|u|²``.
 
-    ``gram`` is ``ΦᵀΦ`` and ``pull`` is ``Φᵀ1``. The constant cancels when two results are compared.
+    ``gram`` is ``ΦᵀΦ`` and ``pull`` is ``Φᵀu``; :func:`relative_gram` returns both and defines Φ and u. The constant
+    cancels when two results are compared.
     """
     return float(weights @ ((gram @ weights.to(gram.dtype)).double() - 2 * pull))

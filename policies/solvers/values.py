@@ -65,12 +65,16 @@ def _bounded(shift: torch.Tensor, limit: float) -> tuple[torch.Tensor, int]:
 def _gram(
     whole: LocalAttention, kept: LocalAttention, values: torch.Tensor, anchor: torch.Tensor, pull: torch.Tensor
 ) -> torch.Tensor:
-    """Return ``XᵀX [t, t]`` (only its upper triangle is valid), and add ``Xᵀ (Y - X anchor)`` to ``pull [t, dv]``.
+    """Return the Gram matrix ``XᵀX [t, t]`` of the fit, and add the right side of the equations to ``pull [t, dv]``.
 
-    X has the queries' attention weights over the ``t`` kept slots, and Y their attention outputs over the whole segment
-    (see the module's docstring). ``Y - X anchor`` is what the kept slots' own values miss of these outputs. The shift
-    ``C - anchor``, which the fit seeks, solves ``(XᵀX + r I) shift = pull`` with the ridge r. Both results are summed
-    over blocks of queries.
+    X ``[N, t]`` has the attention weights of the N queries over the t kept slots. Y ``[N, dv]`` has the attention
+    outputs of the queries over the whole segment. ``anchor [t, dv]`` has the kept slots' own values. ``X anchor`` are
+    the outputs with these values, and ``Y - X anchor`` is the error of these outputs. ``pull`` grows by
+    ``Xᵀ (Y - X anchor)``. The fit seeks new values C ``[t, dv]`` of the kept slots so that ``X C ≈ Y``. C solves
+    ``(XᵀX + r I) (C - anchor) = pull``, where r is the ridge.
+
+    Only the upper triangle of the returned matrix is valid. Both results are sums over the queries, taken block by
+    block. Each query counts with its own weight.
     """
     gram = anchor.new_zeros(len(anchor), len(anchor))
     for rows, block in whole.blocks():

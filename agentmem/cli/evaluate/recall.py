@@ -81,7 +81,8 @@ def recall(
 ) -> None:
     """Plant facts in a text, stream it through capped memory and ask for them: exact answers and log-probability.
 
-    Recovered is (policy - window) / (full - window), in mean log-probability; window and full are always measured.
+    The column recovered is (policy - window) / (full - window); each name stands for a mean log-probability.
+    The policy window drops old tokens, and full keeps all tokens; both are always measured.
     A stopped comparison goes on where it ended.
     """
     delivery = Delivery(json_path, plot)

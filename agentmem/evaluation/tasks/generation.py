@@ -104,20 +104,21 @@ class Writer:
         If ``forced`` is given and the model does not end its reasoning, an answer is forced.
 
         Raises:
-            AgentmemError: the settings in ``terms`` do not fit the model, or generation failed.
+            AgentmemError: the memory settings :attr:`terms` of this writer do not fit the model, or generation failed.
 
         """
         return self._context.run(self._reply, ids, sampling, forced)
 
     def answer(self, context: Sequence[int], question: Sequence[int], sampling: Sampling) -> Reply:
-        """Answer a question about a context greedily, without changing the memory of the context.
+        """Answer a question about a context greedily, without changing the memory that holds the context.
 
-        The memory of the previous question is used again if the context is the same; else the context is read anew.
+        If the previous question had the same context, the memory of this context is still open and is used again. If
+        not, the open memory is closed, and the context is read into a new memory.
 
         Raises:
             SettingsRefused: ``sampling`` is not greedy.
-            AgentmemError: the settings in ``terms`` do not fit the model, or question and answer together are longer
-                than ``chunk``.
+            AgentmemError: the memory settings :attr:`terms` of this writer do not fit the model, or question and answer
+                together have more tokens than the memory's setting ``chunk``.
 
         """
         if sampling.temperature:

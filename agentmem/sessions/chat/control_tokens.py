@@ -99,11 +99,10 @@ class Markup:
         return bool(self._every.sub("", text).strip())
 
     def encode(self, text: str, bounds: Sequence[int] = (), before: str = "") -> tuple[tuple[int, ...], list[int]]:
-        """Return the ids of ``text``, and for each bound (a character index) the index of the first id behind it.
+        """Return the ids of ``text``, and for each bound the index of the first id whose token ends after the bound.
 
-        ``bounds`` must ascend. A token that crosses a bound counts as behind the bound. ``before`` is the text that the
-        memory holds just before ``text``. It is needed because some tokenizers encode a word differently at the
-        beginning of a text.
+        ``bounds`` are character indices of ``text``, and must ascend. ``before`` is the text that the memory holds just
+        before ``text``. It is needed because some tokenizers encode a word differently at the beginning of a text.
         """
         cuts = [found.span() for found in re.finditer(re.escape(self.mark), text)]
         if not self.tokenizer.is_fast:  # there are no offsets, so the text is cut at the bounds, too

@@ -52,8 +52,8 @@ class Named(BaseModel):
         The name may be a spec, such as ``am-recall[pattern=...]``: a policy's name with options.
 
         Raises:
-            SettingsRefused: no policy has this name, the parts of that policy differ from the recorded parts, or the
-                options of a spec set a regular expression that the policy does not have without them.
+            SettingsRefused: no policy has this name, the parts of that policy differ from the recorded parts, or an
+                option in the name sets a regular expression other than the policy's default.
 
         """
         try:

@@ -64,9 +64,10 @@ class GlobalScore(Observation):
         return self.attention_bytes(shape, copies=2, then=repeated) + 2 * shape.slots * FLOAT
 
     def workspace(self, shape: SegmentShape) -> int:
-        """Return an eviction's workspace plus the bytes of global scores (see :class:`GlobalScore`).
+        """Return the bytes of an eviction's workspace plus those of global scores.
 
-        These are the global scores of all slots of one head, and of the kept slots of all heads.
+        A global score is a number per slot that the memory carries from one compaction to the next. The workspace has
+        room for the global scores of all slots of one head, and of the kept slots of all heads.
         """
         return super().workspace(shape) + (shape.slots + shape.heads * shape.budget) * FLOAT
 
@@ -80,9 +81,11 @@ class GlobalScore(Observation):
         return self._mixed(attention, self._carried(segment, index, attention))
 
     def keep(self, segment: Segment, index: int, count: int) -> HeadCompaction:
-        """Keep the ``count`` slots with the highest scores of KV head ``index``; return them with new global scores.
+        """Keep the ``count`` slots of KV head ``index`` with the highest scores; return them and their global scores.
 
-        The score of a slot is the result of :meth:`score`; the global score is a part of this score.
+        A slot's score is ``λ * global score + (1 - λ) * (1 - redundancy)``; λ is ``mix``. The global score is high if
+        the slot gets much attention now or got it at earlier compactions. The redundancy is high if the slot's key
+        resembles other keys of the head. The memory carries the returned global scores to the next compaction.
         """
         head = segment.heads[index]
         if not head.slots:
@@ -96,9 +99,11 @@ class GlobalScore(Observation):
         return HeadCompaction(kept, scores=carried[kept])
 
     def _carried(self, segment: Segment, index: int, attention: LocalAttention) -> torch.Tensor:
-        """Return the new global score of each slot (see :class:`GlobalScore`), as ``[T]``, in 0 … 1.
+        """Return the new global score of each slot, as ``[T]``, in 0 … 1.
 
-        A slot that has been through no compaction has a previous global score of 0.
+        A slot's new global score is the larger of two numbers: ``decay`` times the slot's previous global score, and
+        the attention that the slot gets now, scaled to a maximum of 1. The previous global score is the one that the
+        last compaction returned. It is 0 for a slot that has been through no compaction.
         """
         before = segment.heads[index].scores
         if before is None:

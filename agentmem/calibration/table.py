@@ -90,10 +90,10 @@ def write_table(path: Path, table: dict[str, Any]) -> None:
 
 
 def _lines(value: Any) -> str:
-    """Return ``value`` as JSON text, with line breaks only in a list of lists.
+    """Return ``value`` as JSON text on one line; a list of lists gets one line for each inner list instead.
 
-    Each inner list then has a line of its own. If ``value`` is a dictionary with the key ``errors``, a list of lists
-    inside the dictionary is also divided into lines.
+    A dictionary without the key ``errors`` is always written on one line. In a dictionary with this key, each
+    value that is a list of lists is divided into lines.
     """
     if isinstance(value, dict) and "errors" in value:
         return "{" + ", ".join(f"{json.dumps(name)}: {_lines(part)}" for name, part in value.items()) + "}"

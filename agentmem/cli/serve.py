@@ -60,8 +60,8 @@ def serve(
 ) -> None:
     """Serve chat completions, responses and compaction items whose memory is latent; Ctrl-C ends it.
 
-    A client can restore a conversation by sending back the conversation's compaction item. The item's memory is latent:
-    the item names a snapshot of keys and values, and has no summary in words.
+    A compaction item stands for a conversation: a client sends the item back to restore the conversation. Latent memory
+    means that the item names a snapshot of keys and values, and has no summary in words.
     """
     launch = _launch()
     plugins.policy(policy)  # options that can be checked without a model are checked before the model is loaded

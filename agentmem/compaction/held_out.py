@@ -98,7 +98,11 @@ class HeldOut:
     def measure(
         self, segment: Segment, compaction: Compaction, held: Sequence[Reference], rounded: Rounded = _as_fitted
     ) -> Errors:
-        """Return the two :data:`Errors` of one layer's compaction; ``(None, None)`` if there are no held-out queries.
+        """Return the two errors that ``compaction`` causes in a layer: of the attention output, and of the log-mass.
+
+        Both errors compare attention over the segment alone, before and after the compaction. The log-mass is the log
+        of the sum of ``exp(logit)`` over the segment. The queries are ``held``, the held-out reference queries. If
+        ``held`` is empty, both errors are ``None``.
 
         ``rounded`` maps fitted keys or values ``[n, d]`` to the numbers that the store will return for them.
         """
@@ -136,7 +140,7 @@ def _head_errors(
     scale: float,
     rounded: Rounded = _as_fitted,
 ) -> _Tally:
-    """Compare one KV head's attention before and after a fit, and return the sums of its errors.
+    """Compare one KV head's attention before and after its compaction ``fit``, and return the sums of its errors.
 
     ``place`` is the index of the head and the number of KV heads. ``queries [Hq, n, d]`` has the queries of all heads.
     """
@@ -172,9 +176,11 @@ def error_curves(compactor: Compactor, segment: Segment, held: Sequence[Referenc
 def _points(
     compactor: Compactor, segment: Segment, held: Sequence[Reference], size: int
 ) -> list[tuple[int, float, float]]:
-    """Compact a layer to ``size`` slots per head; return each head's number of slots and its two :data:`Errors`.
+    """Compact a layer to ``size`` slots per head, and return ``(slots, output error, log-mass error)`` for each head.
 
-    Errors that cannot be measured, because ``held`` is empty, are infinite.
+    ``slots`` is ``size``, or fewer if the head has fewer. Both errors compare attention over the segment alone, before
+    and after the compaction. The log-mass is the log of the sum of ``exp(logit)`` over the segment. The queries are
+    ``held``, the held-out reference queries. If ``held`` is empty, both errors are infinite.
 
     This is a separate function so that the result of one compaction is freed before the next compaction.
     """
@@ -191,7 +197,11 @@ def _points(
 
 
 def _curve(points: Sequence[tuple[int, float, float]], held: int) -> Curve:
-    """Return the curve through the measured points and the point of error 0 at ``held`` slots, sorted by size."""
+    """Return one head's curve: its errors at each number of kept slots, in ascending order of this number.
+
+    Each of ``points`` has a number of kept slots, the error of the attention output and the error of the log-mass.
+    ``held`` is the number of slots that the head has. A point with this number and errors of 0 is added.
+    """
     by_size = {size: (output, mass) for size, output, mass in points} | {held: (0.0, 0.0)}
     sizes = sorted(by_size)
     return Curve(tuple(sizes), tuple(by_size[size][0] for size in sizes), tuple(by_size[size][1] for size in sizes))

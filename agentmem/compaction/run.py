@@ -322,8 +322,8 @@ class SequenceCompaction:
     def _headroom(self) -> int:
         """Return the number of free slots that every head gets once all layers are compacted to their budgets.
 
-        The number is the largest one that fits: held and free slots of all heads together may take at most the resident
-        bytes (R) of ``plan.capacity`` slots per head.
+        The number is as large as the plan allows: the held and free slots of all heads together take at most the bytes
+        of ``plan.capacity`` slots in each head.
         """
         price = kept = 0
         for index, store in self.sequence.full():

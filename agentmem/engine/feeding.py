@@ -31,7 +31,11 @@ def ambient() -> tuple[object, ...]:
 
 
 class Outcome(NamedTuple):
-    """The result of a :class:`Want`: the number of fed tokens and the ``logits [V]`` after them, or an error."""
+    """The result of a turn's request to feed tokens.
+
+    It has the number of fed tokens and the ``logits [V]`` after the last of them. If the forward failed, it has only
+    the error.
+    """
 
     fed: int = 0
     logits: torch.Tensor | None = None
@@ -92,7 +96,11 @@ class Want:
 
 
 class _Part(NamedTuple):
-    """The part of a forward that feeds one :class:`Want`, with the :class:`Append` that keeps the fed tokens."""
+    """One turn's part of a forward that feeds tokens of several turns.
+
+    ``want`` is the turn's request to feed tokens. ``append`` has the tokens that this forward feeds, and appends their
+    slots to the turn's memory.
+    """
 
     want: Want
     append: Append

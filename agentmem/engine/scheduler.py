@@ -135,11 +135,11 @@ class Scheduler:
             return max(0.0, self._came + linger - time.monotonic())
 
     def step(self, want: Want) -> None:
-        """Run one forward for the waiting turns on this thread, if the forward is still needed and due.
+        """Run one forward in the calling thread if it is due; the forward feeds tokens of the waiting turns.
 
-        The thread first waits for the lock, which other threads hold while they run forwards. Nothing is run if one of
-        these forwards has served the request ``want`` meanwhile, or if the scheduler still waits for expected turns
-        (:meth:`pause`).
+        A forward is not due while the scheduler waits for turns that will soon submit tokens; see :meth:`pause`. The
+        thread first waits for the lock, which other threads hold while they run forwards. If one of these forwards has
+        served the request ``want``, this thread runs nothing.
         """
         with self.lock:
             if want.done or self.pause() > 0:
@@ -194,10 +194,12 @@ class Scheduler:
         return chosen
 
     def _ended(self, shares: Iterable[tuple[Want, int]], began: float) -> None:
-        """Record a finished forward, and remove the requests that have outcomes from the waiting requests.
+        """Record a finished forward; from now on, only requests without an outcome still wait.
 
-        The turns that were fed will probably submit more tokens soon. They are noted as expected turns, so that the
-        next forward waits briefly for them. For each request that still waits, ``Want.passed`` increases by 1.
+        ``shares`` has the requests that the forward was to feed, each with its number of tokens. ``began`` is the time
+        at which the forward began. The turns that were fed will probably submit more tokens soon. They are noted as
+        expected turns, so that the next forward waits briefly for them. For each request that still waits,
+        ``Want.passed`` increases by 1.
         """
         fed = [(want, count) for want, count in shares if want.done]
         now = time.monotonic()

@@ -78,7 +78,7 @@ class TransientCache(Cache):
         self.step = step
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002  # transformers' signature
-        """Return 0: these forwards get their positions as an argument, so no earlier columns need to be counted."""
+        """Return 0 as the number of earlier tokens; a forward with this cache gets its position ids as an argument."""
         return 0
 
 
@@ -208,7 +208,7 @@ class CappedCache(Cache):
         return self.columns
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse to remove the last tokens, as assisted decoding would.
+        """Refuse to remove the last tokens of every row; transformers calls this method in assisted decoding.
 
         Raises:
             UnsupportedGeneration: always.
@@ -226,17 +226,32 @@ class CappedCache(Cache):
         self.crop(0)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Refuse to reorder rows, as beam search would; raise UnsupportedGeneration."""
+        """Refuse to reorder rows; transformers calls this method in beam search.
+
+        Raises:
+            UnsupportedGeneration: always.
+
+        """
         raise UnsupportedGeneration(f"beam search reorders rows (beam_idx {list(beam_idx.shape)}); use num_beams=1")
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Refuse to repeat rows, as contrastive search would; raise UnsupportedGeneration."""
+        """Refuse to repeat rows; transformers calls this method in contrastive search.
+
+        Raises:
+            UnsupportedGeneration: always.
+
+        """
         raise UnsupportedGeneration(
             f"repeating every row {repeats} times in mid-run is not handled; batch the prompt instead"
         )
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Refuse to select rows, as contrastive search would; raise UnsupportedGeneration."""
+        """Refuse to select rows; transformers calls this method in contrastive search.
+
+        Raises:
+            UnsupportedGeneration: always.
+
+        """
         raise UnsupportedGeneration(
             f"selecting rows in mid-run ({list(indices.shape)}) is not handled; open a new memory"
         )

@@ -205,7 +205,7 @@ class Scratch:
         return output.transpose(0, 1).contiguous().unsqueeze(0)
 
     def rollback(self) -> None:
-        """Drop all slots that these forwards have appended."""
+        """Drop, in every layer, all slots that were appended through this object."""
         self.sequence.take_back()
 
 
@@ -314,7 +314,7 @@ def append_each(
     attention does not change their scores, and queries are not sampled.
 
     Raises:
-        MemoryCapExceeded: a store must grow and does not fit under the cap. After this or any other error, call
+        MemoryCapExceeded: a layer needs more slots than fit under the cap. After this or any other error, call
             :meth:`agentmem.memory.memory.Memory.take_back`, because only some of the sequences may hold the token.
 
     """
@@ -348,14 +348,16 @@ def _tokens(*tensors: torch.Tensor) -> Iterator[torch.Tensor]:
 def _served(
     memory: Memory, sequence: TokenSequence, layer: int, like: torch.Tensor, form: decode.Form | None, *, scratch: bool
 ) -> tuple[LayerStore, decode.Layout] | None:
-    """Make room for one more slot in a layer; return the store and its layout for the compiled decode step.
+    """Make room for one more slot per head in a layer, and return what the compiled decode step needs of the layer.
 
-    ``form`` is the dtype, number of heads and dims for which the compiled step will be called; ``None`` if it cannot be
-    called. ``like`` is a tensor with the dtype and device of a new store.
+    The compiled decode step is C code that computes attention for one new token per sequence. It needs the object that
+    keeps the layer's slots (the store), and the addresses of the slots (the layout). ``form`` is the dtype, number of
+    heads and dims with which the step will be called; ``None`` if it cannot be called. ``like`` is a tensor with the
+    dtype and device of a new store.
 
-    The result is ``None`` if the compiled step cannot serve this forward. The compiled step serves only stores of the
-    form ``form`` that its code supports. It does not update scores, so it does not serve a forward that must
-    update them; see :func:`_scored`.
+    The result is ``None`` if the step cannot be used for this layer: ``form`` is ``None`` or does not match the store.
+    The result is also ``None`` if the forward must update scores, because the step does not update them; see
+    :func:`_scored`.
     """
     if form is None or _scored(memory, layer, scratch=scratch):
         return None
@@ -422,7 +424,12 @@ def _as_stored(store: LayerStore, *tensors: torch.Tensor) -> Iterator[torch.Tens
 
 
 def _roomy(memory: Memory, sequence: TokenSequence, layer: int, like: torch.Tensor, count: int) -> LayerStore:
-    """Return a layer's store with room for ``count`` more slots; build, slide or grow the store first if needed."""
+    """Return the object that keeps a layer's slots (its store), after making room for ``count`` more slots per head.
+
+    If the layer has no store yet, a new one is made with the dtype and device of ``like``. If a layer with a sliding
+    window is full, all slots of a head except the newest ``window - 1`` are dropped. If there is still too little room,
+    a larger store replaces the old one.
+    """
     store, window = sequence.stores[layer], memory.shape.layers[layer].window
     limit = memory.plan.capacity if window is None else window_slots(window, memory.plan.chunk)
     if store is not None and window is not None and store.lengths[0] + count > limit:

@@ -1,10 +1,13 @@
-"""Pinning: move the slots of pinned tokens to the front of every store, after the prefix, where they stay uncompacted.
+"""Pinning: move the slots of pinned tokens to the front of each KV head, where compactions leave them alone.
 
-This move is called promotion. Each store records its promoted tokens. A promotion replaces a store by a new store whose
-promoted tokens are exactly the tokens that are pinned now and have left the recent window. The slots of tokens that are
-no longer pinned return to the other slots, in the order of their positions. Attention does not depend on the order of
-slots, so a sequence is usable even if a promotion was interrupted after some of the stores. The next promotion replaces
-the remaining stores.
+This move is called *promotion*. The slots of promoted tokens directly follow the prefix. A token is promoted when it is
+pinned and has left the recent window. The slots of tokens that are no longer pinned move back to the other slots, in
+the order of their positions.
+
+A *store* is the object that keeps the slots of one layer. It also records which tokens are promoted. A promotion builds
+a new store for each layer with full attention, and puts it in the place of the old store. An interrupt may stop a
+promotion after some of the layers. The sequence stays usable, because attention does not depend on the order of slots.
+The next promotion finishes the remaining layers.
 """
 
 from __future__ import annotations
@@ -146,12 +149,14 @@ def _behind(spans: Spans, prefix: int) -> int:
 
 
 def promote(memory: Memory, sequence: TokenSequence) -> None:
-    """Move the slots of pinned tokens to the front of every store, where compactions leave them alone.
+    """Move the slots of pinned tokens to the front of each head, where compactions leave them alone.
 
     Only slots of tokens that have left the recent window are moved. These slots then directly follow the prefix in each
     head, and their tokens are called *promoted*. Slots of tokens that are no longer pinned move back to the other
-    slots. A store that has this order already is not replaced. While a store is replaced, the old and the new store
-    both exist; the plan has counted the bytes of both. Nothing is done while a compaction is unfinished.
+    slots. Layers with a sliding window are not changed. Nothing is done while a compaction is unfinished.
+
+    The object that keeps a layer's slots is its *store*. If the order of the slots must change, a new store replaces
+    the layer's old store. For a short time both exist; the plan has counted the bytes of both.
     """
     if sequence.job is not None:
         return  # a compaction promotes before it begins
@@ -219,9 +224,10 @@ def _returning(store: LayerStore, head: int, front: int, leaving: Spans) -> Iter
 
 
 def settle(sequence: TokenSequence, store: LayerStore) -> None:
-    """Write into a store the positions of the slots that were appended since the last compaction.
+    """Write into ``store`` the positions of the slots that were appended since the last compaction.
 
-    Before this call, only the sequence has these positions (:attr:`TokenSequence.tail`).
+    ``store`` keeps the slots of one layer. Before this call, it lacks these positions; only the sequence has them, in
+    :attr:`TokenSequence.tail`.
     """
     tail = sequence.tail[:]  # a copy: an array cannot grow while a traceback keeps a view of its buffer
     store.settle(torch.frombuffer(tail, dtype=torch.int32) if tail else torch.empty(0))

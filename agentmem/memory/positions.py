@@ -84,14 +84,16 @@ def _rebase(memory: Memory, forwards: Forwards, sequence: TokenSequence, tokens:
 
 
 def _move(memory: Memory, sequence: TokenSequence, tokens: int) -> Move:
-    """Return the re-basing to do: where the recent window begins, where it will begin, and the gap for the report.
+    """Return how a re-basing must move the slots, so that ``tokens`` more tokens fit after the recent window.
 
-    ``tokens`` is the number of tokens that must fit after the recent window. The recent window moves down so far that
-    two conditions hold. It ends in the first half of the model's positions. At least ``tokens`` positions, plus the
-    number that :func:`spare_positions` returns, are free after its end. There is one exception: each slot of a head
-    needs a position of its own, so the recent window never moves below the positions that the fullest head needs. The
-    recent window never moves up; if it cannot move down, ``start == end`` in the result. The gap is the limit to which
-    larger distances between neighbouring slots shrink; see :class:`Move`.
+    The result has three numbers. The recent window begins at position ``start`` now, and will begin at ``end``. The
+    older slots of each head move closer together: the head gets a limit, and larger distances between neighbouring
+    slots shrink to this limit. ``gap`` is the smallest limit of all heads; it is only reported.
+
+    The recent window moves down so far that two conditions hold. It ends in the first half of the model's positions. At
+    least ``tokens`` positions, plus the number that :func:`spare_positions` returns, are free after its end. There is
+    one exception: each slot of a head needs a position of its own, so the recent window never moves below the positions
+    that the fullest head needs. The recent window never moves up; if it cannot move down, ``start == end``.
     """
     assert memory.positions is not None  # noqa: S101  # the caller has checked
     first, recent = _ends(memory, sequence)  # positions 0 .. first - 1 are the prefix's

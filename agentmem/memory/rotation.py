@@ -142,8 +142,9 @@ def _narrowed(gap: int, positions: torch.Tensor, start: int, span: int) -> int:
     """Return the largest gap, at most ``gap``, with which the slots of one head fit into ``span`` positions.
 
     A gap is a limit on the distance between the positions of neighbouring slots: larger distances shrink to the gap.
-    ``positions`` and ``start`` are as in :func:`widest_gap`. The tensors of one head are freed when this function
-    returns, before the next head is read.
+    ``positions [n]`` (int32) are the positions of the head's slots, and ``start`` is the position at which the recent
+    window begins after them. The tensors of one head are freed when this function returns, before the next head is
+    read.
     """
     steps = _steps(positions.sort().values, start)
     if _reach(steps, gap) <= span:
@@ -154,15 +155,18 @@ def _narrowed(gap: int, positions: torch.Tensor, start: int, span: int) -> int:
 def rebased(positions: torch.Tensor, start: int, end: int, gap: int) -> torch.Tensor:
     """Return how far each slot of one head moves when the recent window moves from ``start`` to ``end``.
 
-    The slots keep their order, and all stay below the recent window. Distances of at most ``gap`` between the positions
-    of neighbouring slots stay as they are, and larger distances shrink to ``gap``. A slot stays where it is if this
-    rule would move it to a higher position; a head with few slots therefore keeps most of its distances.
+    The new positions are laid out downwards from ``end``, in the order of the old positions. Each slot keeps its
+    distance to the next higher slot if this is at most ``gap``; a larger distance becomes ``gap``. The distance from
+    the highest slot to the recent window is treated in the same way. No slot moves up: where the layout would give a
+    slot a higher position than its old one, this slot and all slots below it stay where they are.
 
     Args:
-        positions: the positions of the head's slots, as in ``heads`` of :func:`widest_gap`.
+        positions: [n] int32, the positions of the head's slots between the prefix and the recent window. They are
+            distinct and below ``start``, in any order.
         start: the position at which the recent window begins; the window moves to ``end`` as a whole.
         end: the position at which the recent window will begin; at most ``start``.
-        gap: the gap that :func:`widest_gap` returned for a span that ends at ``end``.
+        gap: the limit on distances, from :func:`widest_gap`. Its ``span`` must be the number of positions from the end
+            of the prefix to ``end``.
 
     Returns:
         The numbers [n] (int32, 0 or negative) to add to the positions. All are 0 if ``start == end``. The function

@@ -1,11 +1,11 @@
-"""One sequence of a memory: its stores, and the tokens that it has consumed.
+"""One sequence of a memory: its stores (each keeps the slots of one layer), and the tokens that it has consumed.
 
 Every change is one assignment, so an interrupt leaves either the old or the new value. A :class:`Consumed` object
 holds the numbers of tokens that all sequences of a memory have consumed; the commit of a forward replaces this object.
 A compaction or a re-basing replaces the :class:`SequenceState` of its sequence. Ids and positions of new tokens are
 appended to those of the consumed tokens, but the new tokens do not count until the commit.
 
-A token is *promoted* in a store if it was pinned and its slots were moved to the front of each head, directly after the
+A token is *promoted* in a layer if it was pinned and its slots were moved to the front of each head, directly after the
 prefix.
 """
 
@@ -90,7 +90,7 @@ class SequenceState:
 
 
 class TokenSequence:
-    """One sequence: its stores, its state, and the tokens that it has consumed."""
+    """One sequence: its stores (each keeps the slots of one layer), its state, and the tokens that it has consumed."""
 
     def __init__(self, index: int, layers: int, room: int, seed: int, progress: Progress) -> None:
         """Create an empty sequence with room for ``room`` tokens before it must be compacted.
@@ -140,10 +140,12 @@ class TokenSequence:
                 store.drop_tail(store.seen - self.seen)
 
     def measured(self, capacity: int, scratch: int) -> int:
-        """Return how many tokens the sequence will have consumed when it is full, judging by its present stores.
+        """Return the number of tokens, those already read included, after which the sequence must be compacted.
 
-        ``scratch`` slots of every head stay free. Before the first compaction, the stores may still grow to
-        ``capacity`` slots per head, the plan's capacity.
+        The number is computed from the slots that the sequence has now. Every further token takes one slot in each
+        head. A compaction is due when some head has only ``scratch`` free slots left. Before the first compaction, a
+        head may get up to ``capacity`` slots, as many as the plan allows. Later, a head has only the slots that are
+        allocated for it.
         """
         full = [store for _, store in self.full()]
         if self.headroom_at is not None:
@@ -171,16 +173,17 @@ class TokenSequence:
     def promoted(self) -> Spans:
         """The tokens whose slots were moved to the front of each head because the tokens were pinned.
 
-        These tokens are called *promoted*; their slots directly follow the prefix. The result is that of the first
-        store with full attention. If :attr:`arranged` is true, all stores with full attention have the same result.
+        These tokens are called *promoted*; their slots directly follow the prefix. All layers with full attention
+        usually have the same promoted tokens. They differ if an interrupt stopped the move after some of the layers;
+        :attr:`arranged` is then false. In this case, the tokens of the first layer with full attention are returned.
         """
         return next((store.promoted for _, store in self.full()), ())
 
     @property
     def arranged(self) -> bool:
-        """True if the slots of the same pinned tokens are at the front of all stores with full attention.
+        """True if the slots of the same pinned tokens are at the front of the heads in all layers with full attention.
 
-        False means that an interrupt stopped the move of such slots after some of the stores.
+        False means that an interrupt stopped the move of such slots after some of these layers.
         """
         return len({store.promoted for _, store in self.full()}) < 2  # noqa: PLR2004  # one kind, or no store
 

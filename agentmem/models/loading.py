@@ -301,9 +301,10 @@ def _ordinary(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _save_tokenizer(gguf: Path, whole: Path) -> None:
-    """Save the tokenizer of a GGUF file, and restore what transformers loses when it reads the file.
+    """Save the tokenizer of a GGUF file in the Hugging Face folder ``whole``.
 
-    These are the splitting of numbers into digits and the context length.
+    transformers loses two settings when it reads the file. This function restores both: numbers are split into single
+    digits, and the tokenizer has the model's context length.
     """
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoTokenizer

@@ -238,7 +238,11 @@ class Planner:
         return max(layer_scratch(layer, self.slots(layer, fullest), itemsize) for layer in self.shape.layers)
 
     def slots(self, layer: LayerShape, capacity: int) -> int:
-        """Return how many slots per head the full store of a layer has; sliding layers do not use ``capacity``."""
+        """Return the most slots per head that the store of ``layer`` may have.
+
+        For a layer with full attention the result is ``capacity``. For a layer with a sliding window the result depends
+        only on the window and on the number of tokens that one forward may feed.
+        """
         return capacity if layer.window is None else window_slots(layer.window, self.settings.chunk)
 
     def _target(self, capacity: int) -> int:

@@ -1,4 +1,8 @@
-"""Choose the tokens of a probe (the transient forward that gives reference queries), and record their sources."""
+"""Choose the tokens of a probe, and record from which source each of these tokens comes.
+
+A probe is a transient forward through the model. The queries of its tokens are the reference queries of a compaction.
+The sources are texts (such as an instruction) and parts of the transcript (such as the newest tokens).
+"""
 
 from __future__ import annotations
 
@@ -50,10 +54,13 @@ class Probe:
     pieces: tuple[Piece, ...]
 
     def references(self, queries: torch.Tensor) -> tuple[Reference, ...]:
-        """Return the probe's reference queries in one layer: one reference per piece, in the order of the pieces.
+        """Return a :class:`Reference` for each of ``self.pieces``: the reference queries of the piece in one layer.
 
-        ``queries [Hq, q, d]`` are the queries of all ``q`` tokens of the probe, for ``Hq`` query heads. The references
-        are views of this tensor.
+        A piece is a range of the probe's tokens with one source (such as an instruction) and one weight. The references
+        have the order of the pieces.
+
+        ``queries [Hq, q, d]`` are the queries of all ``q`` tokens of the probe, for ``Hq`` query heads with ``d`` dims.
+        The references are views of this tensor.
         """
         return tuple(
             Reference(queries[:, piece.start : piece.stop], piece.weight, piece.source, piece.span)
@@ -63,7 +70,7 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class _Stretch:
-    """Hold token ids that will become one piece of a probe."""
+    """Consecutive token ids for a probe, all with the same source and weight."""
 
     source: Source
     weight: float
@@ -73,7 +80,7 @@ class _Stretch:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """Hold the transcript that pieces are cut from, and the arguments of :func:`make_probe` that say where to cut.
+    """The transcript from which a probe takes tokens, and the arguments of :func:`make_probe` that choose these tokens.
 
     ``marks`` are spans of the transcript that match a regular expression of the policy. The queries of tokens in these
     spans weigh ``mark_weight`` times as much as they would otherwise.
@@ -87,9 +94,11 @@ class _Source:
     start: int
 
     def stretch(self, part: Part, start: int, stop: int) -> list[_Stretch]:
-        """Return the transcript's tokens ``start`` to ``stop - 1``, cut at both ends of every span in ``marks``.
+        """Return the transcript's tokens ``start`` to ``stop - 1``, cut into stretches that have one weight each.
 
-        Each returned piece lies either inside or outside these spans, so all of its queries have the same weight.
+        ``self.marks`` are spans of tokens that match the policy's regular expression. Queries of tokens outside these
+        spans have the weight of ``part``. Inside the spans, this weight is multiplied by ``self.mark_weight``. The
+        tokens are therefore cut at both ends of every span.
         """
         cuts = {start, stop} | {cut for mark in self.marks for cut in mark if start < cut < stop}
         return [self._stretch(part, low, high) for low, high in pairwise(sorted(cuts))]
@@ -154,9 +163,12 @@ _NEWEST = ("repeat", "replay")
 
 
 def _sizes(queries: Queries, tokens: int, words: Mapping[Source, Sequence[int]], seen: int) -> list[tuple[Part, int]]:
-    """Return the parts that need a forward, each with its number of tokens.
+    """Return how many tokens of a probe each part gets; parts that get none are left out.
 
-    If the text of ``focus`` or ``self-study`` is shorter than its share, the parts without a text get the rest.
+    A part is one source of reference queries. The number ``tokens`` is divided among the parts in proportion to their
+    shares. A part with the source ``focus`` or ``self-study`` runs a text, whose ids are in ``words``. If this text is
+    shorter than the part's number of tokens, the parts that run no such text get the rest. A part with the source
+    ``transcript`` always gets all ``seen`` tokens of the transcript.
     """
     sizes = _shared(tokens, queries.probing)
     others = [part for part in queries.probing if part.source not in _TEXTS]
@@ -171,9 +183,9 @@ def _sizes(queries: Queries, tokens: int, words: Mapping[Source, Sequence[int]],
 
 
 def _shared(tokens: int, parts: Sequence[Part]) -> dict[Source, int]:
-    """Distribute ``tokens`` among the parts in proportion to their shares.
+    """Return how many of ``tokens`` the source of each part gets, in proportion to the shares of the parts.
 
-    The running sums of the sizes are rounded, not the sizes themselves, so that the sizes add up to ``tokens``.
+    The running sums of these numbers are rounded, not the numbers themselves, so that the numbers add up to ``tokens``.
     """
     ends = (0.0, *accumulate(part.share for part in parts))
     marks = [round(tokens * end / ends[-1]) for end in ends] if parts else []

@@ -189,11 +189,11 @@ class Turn:
         return conversation
 
     def _begin(self, conversation: Conversation) -> int:
-        """Prepare a new conversation, which begins with the memory of the request's compaction item, if any.
+        """Prepare a new conversation; return how many of the request's messages the conversation holds already.
 
-        For comparisons, a request is a list of texts: a marker with the id of its compaction item, if any, and then a
-        digest (hash) of each message. Return how many entries of this list the new conversation holds already: 1 (the
-        marker) with a compaction item, 0 without one.
+        The request may continue a compaction item, which is a saved memory in place of all earlier messages. In this
+        case the conversation begins with the saved memory, and the result is 1: the item counts as one message. Without
+        an item the conversation is empty, and the result is 0.
         """
         conversation.lead = self.request.lead
         if (item := self.request.item) is None:

@@ -23,8 +23,11 @@ _INFINITY_BITS = 0x7FF0 << 48
 
 
 def proportional(share: float) -> Demand:
-    """Return a demand that takes slots in proportion to ``share``, rounded by Webster's divisor method.
+    """Return the demand of a head that should get slots in proportion to ``share``.
 
+    A *demand* is a function from a price to the number of slots that the head takes. The *price* is a threshold: the
+    lower it is, the more slots a head takes. :func:`allocate` lowers the price until all slots are allocated. If all
+    heads have demands of this kind, they get slots in proportion to their shares, rounded by Webster's divisor method.
     A head with a share of 0 takes slots only after all other heads have reached their limits.
     """
     weight = max(share, 1e-12)
@@ -34,8 +37,9 @@ def proportional(share: float) -> Demand:
 def allocate(
     request: BudgetRequest, demands: Sequence[Sequence[Demand]], fraction: float = 0.0
 ) -> tuple[tuple[int, ...], ...]:
-    """Allocate ``request.total`` slots to heads with the demands ``demands[layer][head]``; return the slots per head.
+    """Allocate ``request.total`` slots to the heads by their demands; return the slots of each head, ``[layer][head]``.
 
+    A head's *demand*, ``demands[layer][head]``, is a function from a price to the number of slots that the head takes.
     The *price* is a threshold on the worth of one more slot: a lower price means more slots. It is lowered for all
     heads together until the total is reached; a layer that has reached its ceiling takes no more slots.
 

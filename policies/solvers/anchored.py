@@ -101,12 +101,11 @@ def add_gram(gram: torch.Tensor, block: torch.Tensor) -> None:
 def factored(gram: torch.Tensor, ridge: float) -> Anchored | None:
     """Return the Cholesky factorisation of ``gram + ridge * mean(diag gram) * I``, or ``None`` on failure.
 
-    ``gram [t, t]`` is ``AᵀA``, where A is the matrix of the fit. Only the upper triangle of ``gram`` is read. The
-    factor overwrites ``gram``. Rounding can make the factorisation fail if A has near-duplicate columns and the ridge
-    is tiny. The factorisation also fails if ``gram`` is not finite.
+    ``gram [t, t]`` is ``AᵀA``, where A is the matrix of a least-squares fit with t unknowns. Only the upper triangle of
+    ``gram`` is read. The factor overwrites ``gram``. Rounding can make the factorisation fail if A has near-duplicate
+    columns and the ridge is tiny. The factorisation also fails if ``gram`` is not finite.
 
-    If all entries of ``gram`` are 0, the identity matrix is factored instead. A is 0 in this case, so the solution of
-    the fit is the anchor.
+    If all entries of ``gram`` are 0, the identity matrix is factored instead. The fit then changes no unknown.
     """
     diagonal = gram.diagonal()
     absolute = ridge * float(diagonal.mean()) or 1.0

@@ -24,14 +24,16 @@ def fit_mass(
 ) -> Solution[torch.Tensor]:
     """Fit weights w of the kept slots so that ``Φ w ≈ 1``: every query's mass over the segment is restored.
 
-    An entry of Φ ``[N, t]`` is a query's mass over one kept slot, divided by the query's mass over the whole segment
-    (see the module's docstring). The value of the returned solution is ``log w [t]`` float32, to be added to the kept
-    slots' old β. If the fit is not better than w = 1 (an unchanged β) on the fitting queries, the value is 0.
+    The *mass* of a query over some slots is the sum of ``exp(logit)`` over these slots. Φ ``[N, t]`` has one row per
+    query and one column per kept slot. An entry is the query's mass over this one slot, divided by the query's mass
+    over the whole segment (all slots, kept or not). The value of the returned solution is ``log w [t]`` float32, to be
+    added to the kept slots' old β. If the fit is not better than w = 1 (an unchanged β) on the fitting queries, the
+    value is 0.
 
-    ``kept`` attends over the kept slots with their old β; ``log_mass [N]`` is each query's log mass over all slots.
-    The fit minimises ``|Φ w - 1|² + ridge * mean(diag ΦᵀΦ) * |w - 1|²`` for w within ``e^-bound .. e^bound``. It clamps
-    the least-squares solution, then takes ``steps`` projected-gradient steps. With ``steps=None`` the problem is solved
-    exactly.
+    ``kept`` is the attention of the queries over the kept slots with their old β. ``log_mass [N]`` float32 is the log
+    of each query's mass over the whole segment. The fit minimises
+    ``|Φ w - 1|² + ridge * mean(diag ΦᵀΦ) * |w - 1|²`` for w within ``e^-bound .. e^bound``. It clamps the least-squares
+    solution, then takes ``steps`` projected-gradient steps. With ``steps=None`` the problem is solved exactly.
 
     The step size is the inverse of the largest eigenvalue of ``ΦᵀΦ`` with the ridge on its diagonal. The inverse of the
     largest *diagonal entry* would be too long a step: the steps would diverge as soon as columns of Φ overlap.
@@ -59,7 +61,7 @@ def fit_mass(
 
 
 def _exact(kept: LocalAttention, log_mass: torch.Tensor, *, ridge: float, bound: float) -> Solution[torch.Tensor]:
-    """Find the exact minimum of the β fit by :func:`bounded_least_squares`; return it as :func:`fit_mass` does."""
+    """Do what :func:`fit_mass` does, but solve its problem exactly, by :func:`bounded_least_squares`."""
     residual = kept.bias.new_zeros(len(kept.bias), 1)
     gram = _gram(kept, log_mass, residual)
     gram.triu_().add_(gram.triu(1).mT)
@@ -74,16 +76,18 @@ def _exact(kept: LocalAttention, log_mass: torch.Tensor, *, ridge: float, bound:
 
 
 def _gram(kept: LocalAttention, log_mass: torch.Tensor, pull: torch.Tensor) -> torch.Tensor:
-    """Return the Gram matrix ``ΦᵀΦ [t, t]`` of the β fit, and add the right side of the equations to ``pull [t, 1]``.
+    """Return ``ΦᵀΦ [t, t]`` and add ``Φᵀm`` to ``pull [t, 1]``: the two parts of the equations of the β fit.
 
-    An entry of Φ ``[N, t]`` is a query's mass over one kept slot, divided by the query's mass over the whole segment
-    (see the module's docstring). The fit seeks weights w ``[t]`` of the kept slots so that every entry of ``Φ w`` is
-    near 1. u is a vector of N ones, and e is a vector of t ones. With all weights 1, the kept slots restore
-    the part ``Φ e`` of each query's mass, and the part ``u - Φ e`` is missing. ``pull`` grows by ``Φᵀ (u - Φ e)``.
-    Without bounds, the w of the fit solves ``(ΦᵀΦ + r I) (w - e) = pull``, where r is the ridge.
+    Φ ``[N, t]`` has one row per query and one column per kept slot. An entry is ``exp(logit)`` of the query at this
+    slot, divided by the query's sum of ``exp(logit)`` over the whole segment. The sum of a row is therefore the
+    fraction of the query's mass that the kept slots hold. m ``[N]`` is the fraction that is missing: 1 minus this sum.
 
-    Only the upper triangle of the returned matrix is valid. Both results are sums over the queries, taken block by
-    block. Each query counts with its own weight.
+    The fit seeks a weight for each kept slot, w ``[t]``, so that ``Φ w ≈ 1``. Without bounds, w solves
+    ``(ΦᵀΦ + r I) (w - 1) = Φᵀm``, where r is the ridge. If some queries count more than others, each query's row of Φ
+    and entry of m are first multiplied by the query's entry of ``kept.roots``, the square root of its factor in the
+    squared error.
+
+    Φ is computed in blocks of rows. Only the upper triangle of the returned matrix is valid.
     """
     gram = kept.keys.new_zeros(len(pull), len(pull))
     for rows, block in kept.blocks():

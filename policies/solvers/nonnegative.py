@@ -48,19 +48,23 @@ _SMALL = 4096
 class IllConditioned(ArithmeticError):
     """Rounding made the Cholesky factorisation of a fit's matrix fail; a larger ridge avoids this failure.
 
-    The matrix is ``AᵀA + ridge I``, restricted to the free unknowns. An unknown is free if it is in the problem and not
-    held at a bound.
+    The fit is a least-squares problem with the matrix A and with bounds for the unknowns. The solver holds some
+    unknowns at a fixed value: at a bound, or at 0. The factored matrix is ``AᵀA + ridge I``, restricted to the rows and
+    columns of the other unknowns.
     """
 
 
 @dataclass(slots=True)
 class Factor:
-    """The inverse M of the Cholesky factor of a matrix, so that ``MᵀM`` is the inverse of the matrix itself.
+    """The factored matrix of a least-squares problem within bounds, restricted to the free unknowns of the moment.
 
-    An unknown is *free* if it is in the problem and not held at a bound. The matrix is ``gram + ridge I``, restricted
-    to the rows and columns of the free unknowns. M is the leading square block of ``inverse [capacity, capacity]``, a
-    float64 and lower triangular tensor. M has one row per free unknown; ``order`` lists the unknowns in the order of
-    these rows.
+    The problem has T unknowns. At each step, its solver holds some unknowns at a fixed value: at a bound, or at 0. The
+    others are called *free*. The factored matrix is ``gram + ridge I``, restricted to the rows and columns of the free
+    unknowns. ``gram [T, T]`` is ``AᵀA``, where A is the matrix of the fit.
+
+    The inverse of the Cholesky factor is stored. It is called M, so ``MᵀM`` is the inverse of the factored matrix. M is
+    lower triangular and has one row per free unknown. ``order`` has the indices of the free unknowns, in the order of
+    these rows. M is the leading square block of ``inverse [capacity, capacity]`` float64.
 
     A product with M needs no copy. A triangular solve with the Cholesky factor itself would copy the factor, because
     the factor does not fill its storage.
@@ -74,10 +78,10 @@ class Factor:
     def become(self, free: torch.Tensor) -> None:
         """Update the factor so that the free unknowns are exactly the unknowns in the mask ``free [T]``.
 
-        The factor has one row per free unknown. Let row i be the first row whose unknown is no longer free. All rows
-        above row i are kept unchanged. Row i and all rows below row i are dropped. Then new rows are computed: first
-        for the dropped unknowns that are still free, then for the unknowns that have become free. If every old unknown
-        is still free, all old rows are kept.
+        Free unknowns are those that the solver does not hold at a fixed value. The factor has one row per free unknown.
+        Let row i be the first row whose unknown is no longer free. All rows above row i are kept unchanged. Row i and
+        all rows below row i are dropped. Then new rows are computed: first for the dropped unknowns that are still
+        free, then for the unknowns that have become free. If every old unknown is still free, all old rows are kept.
 
         Raises:
             IllConditioned: the matrix of the free unknowns is not positive definite within rounding.
@@ -109,9 +113,10 @@ class Factor:
         self.order = torch.cat((self.order, panel))
 
     def solve(self, right: torch.Tensor) -> torch.Tensor:
-        """Return the values ``[n]`` of the n free unknowns for the right side ``right [n]``.
+        """Return the values ``[n]`` of the n free unknowns that solve the equations with the right side ``right [n]``.
 
-        Both vectors are sorted as in ``order``.
+        The free unknowns are those that the solver does not hold at a fixed value. Entry i of both vectors belongs to
+        the unknown with the index ``self.order[i]``.
         """
         inverse = self.inverse[: len(right), : len(right)]
         solution: torch.Tensor = inverse.mT @ (inverse @ right)
@@ -248,14 +253,17 @@ def pivoting(
     ridge: float,
     capacity: int,
 ) -> Pivoting:
-    """Make a bounded problem in which all unknowns are absent at first.
+    """Make a least-squares problem within bounds, to which the caller adds the unknowns.
 
-    An *absent* unknown is not in the problem and has the value 0. The caller adds unknowns by setting their entries of
-    :attr:`Pivoting.state` to ``FREE``. An unknown is *free* if it is in the problem and not held at a bound. At most
-    ``capacity`` unknowns may be free at a time.
+    The problem is to find the x with ``low <= x <= high`` that minimises ``|A x - y|² + ridge * |x - anchor|²``. A is
+    the matrix of the fit, and y is its target. The caller gives ``AᵀA [T, T]`` as ``gram`` and ``Aᵀy [T]`` as ``pull``.
+    ``anchor`` is the value that all entries of x stay near. ``ridge`` is used as it is, not as a fraction of the mean
+    diagonal entry of ``gram``.
 
-    ``gram`` is ``AᵀA [T, T]`` and ``pull`` is ``Aᵀy [T]``, where A is the matrix of the fit and y its target. ``ridge``
-    is added to the diagonal of ``gram`` as it is, not as a fraction of the mean diagonal entry.
+    The T entries of x are the unknowns. At first all unknowns are left out of the problem and have the value 0. The
+    caller adds an unknown by setting its entry of :attr:`Pivoting.state` to ``FREE``. :meth:`Pivoting.solve` may then
+    hold some unknowns at a bound. All other unknowns in the problem are free; ``capacity`` is the largest number of
+    unknowns that may be free at a time.
     """
     inverse = torch.zeros(capacity, capacity, dtype=torch.float64, device=gram.device)
     order = torch.empty(0, dtype=torch.int64, device=gram.device)

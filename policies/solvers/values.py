@@ -27,8 +27,9 @@ def fit_values(
 ) -> Solution[torch.Tensor]:
     """Fit values C so that ``X C ≈ Y``: X has the weights over the kept slots, Y the outputs over the whole segment.
 
-    ``whole`` attends over all slots, ``kept`` over the kept slots with their new β. ``values [T, dv]`` and
-    ``anchor [t, dv]`` (the kept slots' own values) are float32. The fit minimises
+    ``whole`` is the attention of the queries over all slots of the segment; ``kept`` is their attention over the kept
+    slots with the new β. ``values [T, dv]`` float32 are the values of all slots, and ``anchor [t, dv]`` float32 are the
+    kept slots' own values. The fit minimises
     ``|X C - Y|² + ridge * mean(diag XᵀX) * |C - anchor|²``. Then every slot's shift from its own value is shortened to
     at most ``bound`` times the length of the segment's longest value.
 
@@ -65,16 +66,18 @@ def _bounded(shift: torch.Tensor, limit: float) -> tuple[torch.Tensor, int]:
 def _gram(
     whole: LocalAttention, kept: LocalAttention, values: torch.Tensor, anchor: torch.Tensor, pull: torch.Tensor
 ) -> torch.Tensor:
-    """Return the Gram matrix ``XᵀX [t, t]`` of the fit, and add the right side of the equations to ``pull [t, dv]``.
+    """Return ``XᵀX [t, t]`` and add ``XᵀE`` to ``pull [t, dv]``: the two parts of the equations of the value fit.
 
-    X ``[N, t]`` has the attention weights of the N queries over the t kept slots. Y ``[N, dv]`` has the attention
-    outputs of the queries over the whole segment. ``anchor [t, dv]`` has the kept slots' own values. ``X anchor`` are
-    the outputs with these values, and ``Y - X anchor`` is the error of these outputs. ``pull`` grows by
-    ``Xᵀ (Y - X anchor)``. The fit seeks new values C ``[t, dv]`` of the kept slots so that ``X C ≈ Y``. C solves
-    ``(XᵀX + r I) (C - anchor) = pull``, where r is the ridge.
+    X ``[N, t]`` has the attention weights of the N queries over the t kept slots. Y ``[N, dv]`` has the queries'
+    attention outputs over the whole segment. ``anchor [t, dv]`` has the kept slots' own values. E is what the outputs
+    with these values lack: ``Y - X anchor``.
 
-    Only the upper triangle of the returned matrix is valid. Both results are sums over the queries, taken block by
-    block. Each query counts with its own weight.
+    The fit seeks new values C ``[t, dv]`` of the kept slots so that ``X C ≈ Y``. C solves
+    ``(XᵀX + r I) (C - anchor) = XᵀE``, where r is the ridge. If some queries count more than others, each query's rows
+    of X and E are first multiplied by the query's entry of ``whole.roots``, the square root of its factor in the
+    squared error.
+
+    X and E are computed in blocks of rows. Only the upper triangle of the returned matrix is valid.
     """
     gram = anchor.new_zeros(len(anchor), len(anchor))
     for rows, block in whole.blocks():

@@ -47,16 +47,16 @@ class Cell(Frozen):
 
     @property
     def label(self) -> str:
-        """Return a line of text by which progress output and error messages name the cell."""
+        """Return a line of text by which progress output and error messages name this measurement."""
         limit = "" if self.limit is None else f", {self.limit}"
         source = "" if self.text is None else f", {self.text.label}"
         return f"{self.instrument}{source}, {self.policy}{limit}, seed {self.seed}"
 
     @property
     def source(self) -> str:
-        """Return the name by which tables show the cell's text.
+        """Return what tables show as the source of this measurement: the name of the text that the model reads.
 
-        If the cell measures a task, the cell has no text, and the result is the name of the task.
+        A task brings texts of its own. If a task is measured, the result is therefore the name of the task.
         """
         return self.instrument if self.text is None else self.text.label
 

@@ -55,7 +55,10 @@ class Reading(Frozen):
 
 
 class Arguments(Frozen):
-    """Arguments of the provider, given on the command line as ``-M NAME=VALUE``."""
+    """The settings with which inspect_ai runs a model ``agentmem/MODEL``.
+
+    On the command line, each setting is given to ``inspect eval`` as ``-M NAME=VALUE``.
+    """
 
     cap: int | str | None = None
     slots: int | None = None
@@ -203,5 +206,5 @@ class CappedAPI(ModelAPI):
 
 @modelapi(name="agentmem")
 def agentmem() -> type[ModelAPI]:
-    """Return the provider's class, which inspect_ai registers as ``agentmem``."""
+    """Return the class through which inspect_ai runs every model with a name ``agentmem/MODEL``."""
     return CappedAPI

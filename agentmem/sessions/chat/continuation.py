@@ -179,12 +179,14 @@ def _span(chat: Chat, at: int) -> Span:
 
 
 def _preamble(renderer: Renderer, chat: Chat, text: str) -> int:
-    """Return the character index in ``text`` at which the first message begins; 0 if no text before it is found.
+    """Return the character index in ``text``, the rendered chat, at which the first message begins.
 
-    A default system prompt or tools can come before the first message. The message begins with its header (the markup
-    before its content). To find the header, two chats are rendered: one begins with the message, and the other is the
-    same chat with a copy of the message added at its end. In the second rendering, the header of the copy is the text
-    between the end of the first rendering and the content of the copy.
+    A template may write other words before the first message, such as a default system prompt or tools. The result is 0
+    if no such words are found.
+
+    The first message begins with its header, the markup before its content. To learn the header, the function renders a
+    chat that ends with a copy of the first message. There, nothing but the header stands between the earlier messages
+    and the content of the copy. The function then looks for this header in ``text``.
     """
     before = renderer.before(chat[:1], 0)
     for between in ([], [{"role": "assistant", "content": "x"}]):

@@ -33,9 +33,12 @@ def _pattern(texts: Iterable[str]) -> re.Pattern[str]:
 class Markup:
     """The control tokens of one tokenizer and one template, and the tokenizing of rendered chats.
 
-    In every message, all special tokens of the tokenizer count as control tokens. In messages of users and tools, the
-    other added tokens that the template's source contains (``<tool_call>``, ``</think>``) count as control tokens, too.
-    Messages of the roles system and assistant may contain these other tokens as real tokens.
+    If a message contains the text of a control token, this text is tokenized as plain text, not as the control token.
+    The role of the message decides what counts as a control token:
+
+    - system, assistant: the special tokens of the tokenizer.
+    - user, tool: the special tokens, and also other added tokens that the template's source contains, such as
+      ``<tool_call>`` and ``</think>``.
     """
 
     def __init__(self, tokenizer: Any, source: str, mark: str) -> None:
@@ -52,7 +55,8 @@ class Markup:
     def neutral(self, value: Any, role: str) -> Any:
         """Return ``value`` with a mark inside the text of every control token, so that this text stays plain text.
 
-        ``value`` is a text, or a list or dict that contains texts. ``role`` is the role of the message it comes from.
+        ``value`` is a text, or a list or dict that contains texts. ``role`` is the role of the message that contains
+        ``value``.
 
         Raises:
             SettingsRefused: a text contains a control token of one character, which cannot be cut.

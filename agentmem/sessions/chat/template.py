@@ -206,7 +206,10 @@ class ChatTemplate:
         return Delta(ids, tuple(replace(span, start=a, stop=b) for (_, span), a, b in tiles if b > a))
 
     def _must_wait(self, dialogue: Dialogue, chat: Chat) -> bool:
-        """Return True if all messages are system messages that the template writes only into the message after them.
+        """Return True if nothing can be fed before another message is added.
+
+        This is so if all messages are system messages and the template does not write them alone. Some templates write
+        a system message only as a part of the user's message that follows.
 
         Raises:
             SettingsRefused: the template drops one of the system messages even if a user's message follows.

@@ -37,12 +37,16 @@ class Leases:
 
     @property
     def charged(self) -> int:
-        """Number of bytes of the cap that are charged now: the sum of :attr:`Holding.charged` over all holdings."""
+        """Number of bytes of the cap that are reserved now for the memories of all sessions together.
+
+        A memory's whole lease is reserved until bytes are taken from the memory while it is idle. From then on, only
+        the bytes that the memory still holds are reserved.
+        """
         return sum(holding.charged for holding in list(self.holdings))
 
     @property
     def left(self) -> int:
-        """Number of bytes of the cap that are not charged to any holding."""
+        """Number of bytes of the cap that are not reserved for the memory of any session."""
         return self.cap - self.charged
 
     def by_kind(self, running: set[int]) -> dict[str, int]:

@@ -91,6 +91,8 @@ class Writer:
     terms: Terms | None
     policy: str
     max_compactions: int | None = None
+    chunk: int = 1024
+    """The most tokens of one forward pass with full memory; other memories have the ``chunk`` of their settings."""
     _shared: _Shared | None = field(default=None, repr=False)
     _context: Context = field(default_factory=copy_context, repr=False)
     """Python context (of ``contextvars``) in which every memory is opened and closed.
@@ -188,8 +190,8 @@ class Writer:
         """
         terms, policy = self.terms, self.policy
         if terms is None:
-            chunk = 256
-            terms, policy = Terms(slots=tokens + chunk, keep_first=0, keep_recent=0, chunk=chunk), FULL
+            terms = Terms(slots=tokens + self.chunk, keep_first=0, keep_recent=0, chunk=self.chunk)
+            policy = FULL
         with terms.memory(self.model, terms.policy(policy), self.tokenizer) as memory:
             yield memory
 

@@ -107,7 +107,8 @@ class CappedAPI(ModelAPI):
         if terms is not None:
             terms.policy(self.arguments.policy)  # an unknown policy is refused before the model is loaded
         model, self.tokenizer = loaded or models.load(model_name, **self._placement())
-        self.writer = Writer(model, self.tokenizer, terms, self.arguments.policy, self.arguments.max_compactions)
+        given = self.arguments
+        self.writer = Writer(model, self.tokenizer, terms, given.policy, given.max_compactions, given.chunk)
         self._asked: Counter[str] = Counter()
 
     def _placement(self) -> dict[str, Any]:

@@ -92,7 +92,9 @@ def check_redundancy(mix: float, threshold: float, spared: int) -> None:
     """Check three settings that R-KV and G-KV have in common.
 
     Raises:
-        ValueError: ``mix`` is not in 0 … 1, ``threshold`` is not a positive cosine, or ``spared`` is negative.
+        ValueError: ``mix`` (the weight of importance against redundancy) is not in 0 … 1; ``threshold`` (the cosine
+            above which two keys are alike) is not above 0 and up to 1; or ``spared`` (for each key, the number of
+            newest alike keys whose redundancy does not count) is negative.
 
     """
     check_share("mix", mix)

@@ -48,7 +48,7 @@ class Partial:
     def load(self) -> dict[str, Any]:
         """Return the results of all processes, as a dict from the name of a unit of work to its result.
 
-        Files that store a key different from ``key`` are ignored.
+        Each file states the calibration that it belongs to (its ``key``). Files of other calibrations are ignored.
         """
         found: dict[str, Any] = {}
         for path in self.files():

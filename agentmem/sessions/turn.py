@@ -46,7 +46,7 @@ LEAST_SPAN = 16
 
 @dataclass(slots=True)
 class After:
-    """The options of a compaction that runs right after a text was read, and the place of this text."""
+    """The options of a compaction that runs right after a text was read, and where this text is in the conversation."""
 
     start: int
     """Index of the first token of the text."""

@@ -109,7 +109,7 @@ class Append:
             sequence.write(each.ids, [position - sequence.shift for position in each.positions])
         memory.progress.consumed = self._consumed(memory.progress.consumed)
         for sequence, position in zip(memory.sequences, before, strict=True):
-            _warn_of_positions(sequence, position, memory.shape.positions)
+            _warn_of_positions(memory, sequence, position, memory.shape.positions)
 
     def _consumed(self, past: Consumed) -> Consumed:
         """Return the memory's counts of tokens after this forward; ``past`` has the counts before this forward."""
@@ -125,9 +125,9 @@ class Append:
         )
 
 
-def _warn_of_positions(sequence: TokenSequence, before: int, limit: int | None) -> None:
+def _warn_of_positions(memory: Memory, sequence: TokenSequence, before: int, limit: int | None) -> None:
     if limit is not None and before <= limit < sequence.next_position:
-        log_events.positions_passed(row=sequence.index, tokens_seen=sequence.seen, positions=limit)
+        log_events.positions_passed(memory.names, row=sequence.index, tokens_seen=sequence.seen, positions=limit)
 
 
 class Packed:

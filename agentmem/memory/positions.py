@@ -79,7 +79,7 @@ def _rebase(memory: Memory, forwards: Forwards, sequence: TokenSequence, tokens:
         seconds=time.perf_counter() - began,
     )
     memory.rebases.append(report)
-    log_events.rebased(report)
+    log_events.rebased(memory.names, report)
     memory.publish(report)
 
 

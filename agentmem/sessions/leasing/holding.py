@@ -18,6 +18,7 @@ from agentmem.memory.pinning import promote
 from agentmem.memory.pins import Pins
 from agentmem.memory.state import copy, expand, trim
 from agentmem.planning.pricing import MIN_BUDGET
+from agentmem.reporting import log_events
 from agentmem.sessions.snapshots.files import write_snapshot
 from agentmem.sessions.snapshots.snapshot import read_sequence, take_sequence
 
@@ -250,7 +251,9 @@ class Holding:
             tensors.clear()
             if not moved:
                 self._forget_disk()
+        freed = memory.ledger.resident
         self._detach()
+        log_events.memory_spilled(memory.names, freed_bytes=freed)
 
     # ---- coming back
 
@@ -260,8 +263,10 @@ class Holding:
         From now on the memory is charged its whole lease. The lease must have been granted before this call.
         """
         if self.memory is None:
-            self._attach(self._read())
+            memory = self._read()
+            self._attach(memory)
             self._forget_disk()
+            log_events.memory_restored(memory.names, held_bytes=memory.ledger.resident)
         elif self.stage is not None:
             expand(self.memory, self.memory.sequences[0])
         self.stage = None

@@ -46,6 +46,7 @@ def lend(runtime: Host, session: Conversation) -> bool:
     if not session.holding.seen:
         session.holding.identity = runtime.identity.now()  # of the model that will compute the keys
     session.holding.used = next(runtime.turns)
+    session.memory.names = session.names
     runtime.speak(session, session.memory)
     return True
 

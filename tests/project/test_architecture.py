@@ -285,7 +285,6 @@ FLAT = {
     "__init__",
     "api",
     "contracts",
-    "engine",
     "errors",
     "language",
     "plugins",

@@ -12,7 +12,7 @@ from agentmem.hf.attach import attach, detach, detach_later, scope
 from agentmem.hf.cache import CappedCache
 from agentmem.hf.fingerprint import fingerprint
 from agentmem.hf.generate_checks import returned
-from agentmem.hf.model_identity import model_identity, weights
+from agentmem.hf.model_identity import model_identity, weights, weights_sample
 from agentmem.hf.rope import positions
 from agentmem.hf.self_check import Check, CheckReport, check, check_packing, packs, require_checked, require_turning
 from agentmem.hf.support import (
@@ -54,4 +54,5 @@ __all__ = [
     "scope",
     "text_model",
     "weights",
+    "weights_sample",
 ]

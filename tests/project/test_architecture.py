@@ -141,7 +141,7 @@ TABLE = (
     ),
     room("agentmem.hf.capture", rooms="errors hf.forward_context", outside="torch transformers"),
     room("agentmem.hf.fingerprint", outside="torch transformers"),
-    room("agentmem.hf.model_identity", rooms="hf.fingerprint", outside="torch transformers"),
+    room("agentmem.hf.model_identity", rooms="errors hf.fingerprint", outside="torch transformers"),
     room("agentmem.hf.cache", rooms=ABOVE, outside="torch transformers"),
     room("agentmem.hf.generate_checks", rooms="errors settings hf.cache", outside="torch transformers"),
     room("agentmem.hf.forwards", rooms=ABOVE, outside="torch transformers"),

@@ -63,10 +63,11 @@ def _identity(runtime: Host, session: Conversation) -> dict[str, str]:
     """Return the identity that a snapshot of the session gets: fingerprints of model, tokenizer and chat template.
 
     Raises:
-        AgentmemError: the model, tokenizer or chat template has changed since the session read its first token.
+        AgentmemError: the model, tokenizer or chat template has changed since the session read its first token, or some
+            weights cannot be read.
 
     """
-    now, then = runtime.identity.now(), session.holding.identity
+    now, then = runtime.identity.lasting(), session.holding.identity
     if session.holding.seen and (part := differing(then, now)) is not None:
         raise AgentmemError(
             f"session {session.name!r} cannot be saved: its {part} was {then.get(part)} when it began and is "
@@ -98,7 +99,7 @@ def load(
     check_place("url", url)
     check_settings(settings)
     manifest = read_manifest(url)
-    check_identity(shown(url), manifest, runtime.identity.now())
+    check_identity(shown(url), manifest, runtime.identity.lasting())
     made = Made.of(manifest.settings, shown(url))
     session = _again(runtime, url, name, made, given, settings)
     try:

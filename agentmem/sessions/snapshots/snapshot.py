@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from agentmem import hf
-from agentmem.errors import AgentmemError, MemoryCapExceeded, SnapshotRefused
+from agentmem.errors import AgentmemError, MemoryCapExceeded, SnapshotRefused, UnsupportedModel
 from agentmem.memory.state import SavedSequence, give, take
 from agentmem.sessions.snapshots.files import read_manifest, read_snapshot, shown
 from agentmem.sessions.snapshots.sequence_check import check_sizes, check_values
@@ -39,22 +39,48 @@ class Identity:
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
-        """Compute the fingerprints of the weights and the vocabulary once: this is slow, and neither should change."""
+        """Compute the fingerprints of the weights and the vocabulary, which is slow."""
         self._model, self._tokenizer = model, tokenizer
         vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-        self._read = {
-            "weights": hf.weights(model),
-            "tokenizer": _digest(json.dumps([vocabulary, tokenizer.all_special_tokens])),
-        }
+        self._vocabulary = _digest(json.dumps([vocabulary, tokenizer.all_special_tokens]))
+        self._unknown = ""
+        self._weights = ("", "")
+        self.now()
 
     def now(self) -> dict[str, str]:
         """Return the fingerprint of each part by the part's name.
 
-        The fingerprints of the weights and the vocabulary are those computed at the start. All others are computed now;
-        for those of the model see :func:`agentmem.hf.model_identity.model_identity`.
+        The fingerprint of the vocabulary is the one computed at the start; that of the weights too, if a sample of them
+        is the same. All others are computed now; for those of the model see
+        :func:`agentmem.hf.model_identity.model_identity`.
         """
-        template = _digest(str(self._tokenizer.chat_template))
-        return {**hf.model_identity(self._model), **self._read, "chat template": template}
+        if (sample := hf.weights_sample(self._model)) != self._weights[0]:
+            self._weights = (sample, self._all_weights())
+        return {
+            **hf.model_identity(self._model),
+            "weights": self._weights[1],
+            "tokenizer": self._vocabulary,
+            "chat template": _digest(str(self._tokenizer.chat_template)),
+        }
+
+    def lasting(self) -> dict[str, str]:
+        """Return :meth:`now` for a snapshot that other processes read.
+
+        Raises:
+            SnapshotRefused: some weights cannot be read, so that a snapshot could not be told from another model's.
+
+        """
+        said = self.now()
+        if self._unknown:
+            raise SnapshotRefused(f"sessions of this model cannot be saved or loaded: {self._unknown}")
+        return said
+
+    def _all_weights(self) -> str:
+        try:
+            found, self._unknown = hf.weights(self._model), ""
+        except UnsupportedModel as error:
+            found, self._unknown = "unknown", str(error)
+        return found
 
 
 def _digest(text: str) -> str:

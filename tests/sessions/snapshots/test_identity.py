@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 import peft
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 
 from agentmem.errors import AgentmemError, SnapshotRefused
 from agentmem.hf.model_identity import MAX_PART, model_identity, weights
 from agentmem.sessions import Runtime
 from agentmem.testing import tiny_model
-from support import tiny_chat
+from support import families, tiny_chat
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's
 
@@ -67,6 +69,44 @@ def _one_row(model: Any) -> None:
     model.get_input_embeddings().weight[77] += 1.0
 
 
+def _rounded(model: Any) -> None:
+    model.model.layers[1].to(torch.bfloat16).to(torch.float32)
+
+
+def _router(model: Any) -> Any:
+    return model.model.layers[1].mlp.gate
+
+
+def of_family(family: str, change: Callable[[Any], object] = lambda _model: None, **fields: Any) -> Any:
+    """A family's tiny model with other fields in its config, or changed after it was made."""
+    usual = families.model(family)
+    config = copy.deepcopy(usual.config)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    made = type(usual)(config).eval()
+    made.load_state_dict(usual.state_dict())
+    with torch.no_grad():
+        change(made)
+    return made
+
+
+def offloaded(seed: int) -> Any:
+    """The usual model, whose weights accelerate fetches before they are used."""
+    return cpu_offload(tiny_model("llama", seed=seed), execution_device=torch.device("cpu"))
+
+
+def fetched(name: str) -> Any:
+    """The usual model, one module of which fetches its weight by hooks that are not accelerate's."""
+    model = tiny_model("llama")
+    module = model.get_submodule(name)
+    kept = module.weight
+    away = torch.nn.Parameter(kept.to("meta"))
+    module.weight = away
+    module.register_forward_pre_hook(lambda module, _: setattr(module, "weight", kept))
+    module.register_forward_hook(lambda module, *_: setattr(module, "weight", away))
+    return model
+
+
 OTHERS: dict[str, tuple[str, Callable[[], Any], Callable[[], Any]]] = {
     "rope theta": (
         r"rope: .*10000\.0.* there, and .*20000\.0.* here",
@@ -114,7 +154,44 @@ OTHERS: dict[str, tuple[str, Callable[[], Any], Callable[[], Any]]] = {
     "an adapter": ("adapters: none there, and default #", lambda: tiny_model("llama"), with_adapter),
     "an adapter's weights": ("adapters: default #.*default #", with_adapter, lambda: with_adapter(1)),
     "an adapter that was active": ("adapters: default #.*none", with_adapter, lambda: with_adapter(active=False)),
-    "weights": ("model: ", lambda: tiny_model("llama"), lambda: tiny_model("llama", seed=1)),
+    "weights": ("weights: ", lambda: tiny_model("llama"), lambda: tiny_model("llama", seed=1)),
+    "a layer that was rounded": ("weights: ", lambda: tiny_model("llama"), lambda: changed(_rounded)),
+    "a layer in bfloat16": (
+        "dtype: float32 there, and float32, weights .*9 x bfloat16.* here",
+        lambda: tiny_model("llama"),
+        lambda: changed(lambda model: model.model.layers[1].to(torch.bfloat16)),
+    ),
+    "offloaded weights": ("weights: ", lambda: offloaded(0), lambda: offloaded(1)),
+    "a saved buffer": (
+        "weights: ",
+        lambda: of_family("deepseek_v3"),
+        lambda: of_family("deepseek_v3", lambda model: _router(model).e_score_correction_bias.fill_(0.5)),
+    ),
+    "embedding multiplier": (
+        "config: .*there, and .*embedding_multiplier 3.0.* here",
+        lambda: of_family("granite"),
+        lambda: of_family("granite", embedding_multiplier=3.0),
+    ),
+    "residual multiplier": (
+        "config: .*there, and .*residual_multiplier 0.5.* here",
+        lambda: of_family("granite"),
+        lambda: of_family("granite", residual_multiplier=0.5),
+    ),
+    "experts of a token": (
+        "config: .*num_experts_per_tok 1.* here",
+        lambda: of_family("mixtral"),
+        lambda: of_family("mixtral", num_experts_per_tok=1),
+    ),
+    "weights of experts": (
+        "config: .*norm_topk_prob true.* here",
+        lambda: of_family("qwen3_moe"),
+        lambda: of_family("qwen3_moe", norm_topk_prob=True),
+    ),
+    "clipped keys": (
+        "config: .*clip_qkv 0.05.* here",
+        lambda: of_family("olmo"),
+        lambda: of_family("olmo", clip_qkv=0.05),
+    ),
     "one row of the embeddings": ("weights: ", lambda: tiny_model("llama"), lambda: changed(_one_row)),
 }
 
@@ -169,6 +246,57 @@ def test_a_model_that_has_changed_is_told_when_it_is_saved(tmp_path: Path) -> No
         session.save(tmp_path)
 
 
+def test_weights_that_change_under_a_runtime_are_told_when_it_saves(tmp_path: Path) -> None:
+    """The digest of all weights is made again when a sample of them has changed."""
+    model = tiny_model("llama")
+    with runtime(model) as made, torch.no_grad():
+        session = tiny_chat.filled(made, 30)
+        model.get_decoder().layers[0].mlp.up_proj.weight.mul_(2.0)
+        with pytest.raises(AgentmemError, match=r"cannot be saved: its weights was \w+ when it began and is \w+ now"):
+            session.save(tmp_path)
+
+
+@pytest.mark.parametrize("disk", [False, True])
+def test_offloaded_weights_are_those_of_the_same_model(disk: bool, tmp_path: Path) -> None:
+    """A snapshot of a model in memory is loaded by the same model offloaded to memory or disk, and by no other."""
+    saved(tiny_model("llama"), tmp_path / "one")
+
+    def away(seed: int) -> Any:
+        model = tiny_model("llama", seed=seed)
+        if not disk:
+            return cpu_offload(model, execution_device=torch.device("cpu"))
+        return disk_offload(model, tmp_path / f"weights {seed}", execution_device=torch.device("cpu"))
+
+    with runtime(away(0)) as made:
+        assert made.load(tmp_path / "one").stats.tokens == 40
+    with runtime(away(1)) as made, pytest.raises(SnapshotRefused, match="of another weights"):
+        made.load(tmp_path / "one")
+
+
+def test_weights_that_cannot_be_read_refuse_a_snapshot_by_their_name(tmp_path: Path) -> None:
+    """Sessions of a model with a loader of its own run; saving and loading name the weight that nobody can tell."""
+    saved(tiny_model("llama"), tmp_path)
+    said = r"cannot be saved or loaded: layers\.1\.mlp\.up_proj\.weight is on the meta device"
+
+    with runtime(fetched("model.layers.1.mlp.up_proj")) as made:
+        session = tiny_chat.filled(made, 30)
+        tiny_chat.on(session, 2)
+        with pytest.raises(SnapshotRefused, match=said):
+            session.save(tmp_path / "other")
+        with pytest.raises(SnapshotRefused, match=said):
+            made.load(tmp_path)
+
+
+@pytest.mark.parametrize("field", [("_name_or_path", "other"), ("use_cache", False), ("pad_token_id", 3)])
+def test_fields_that_cannot_change_keys_do_not_matter(field: tuple[str, Any]) -> None:
+    """A name, a path and how a reply ends are not part of the identity."""
+    model = tiny_model("llama")
+    before = model_identity(model)
+    setattr(model.config, *field)
+
+    assert model_identity(model) == before
+
+
 def test_a_part_is_short_whatever_the_config_says() -> None:
     """Long parameters are cut, and still told apart by what was cut off."""
     parts = []
@@ -181,12 +309,26 @@ def test_a_part_is_short_whatever_the_config_says() -> None:
     assert all(len(part) <= MAX_PART and re.search("… #[0-9a-f]{16}$", part) for part in parts)
 
 
-def test_the_digest_of_all_weights_is_the_same_in_bfloat16() -> None:
-    """Weights count as bfloat16 has them, so a checkpoint has one digest; merged adapters are weights."""
+def test_merged_adapters_are_weights() -> None:
+    """An adapter beside the weights leaves their digest as it is; merged into them, it is part of them."""
     adapted = with_adapter()
     plain = weights(tiny_model("llama"))
 
-    assert plain == weights(tiny_model("llama").to(torch.bfloat16)) == weights(adapted.get_base_model())
+    assert plain == weights(adapted.get_base_model())
     adapted.merge_adapter()
     assert weights(adapted.get_base_model()) != plain
     assert model_identity(adapted.get_base_model())["adapters"] == "none"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.uint8, torch.bool, torch.float8_e4m3fn])
+def test_every_element_of_every_dtype_counts(dtype: torch.dtype) -> None:
+    """One element of a saved buffer of any dtype and any strides changes the digest of the weights."""
+    model, found = tiny_model("llama"), set()
+    for place in range(3):
+        packed = torch.zeros(3, 2, 5, dtype=torch.uint8)
+        packed[place, 1, 4] = 1
+        model.get_decoder().register_buffer("packed", packed.to(dtype).transpose(0, 2)[1:])
+        found.add(weights(model))
+        del model.get_decoder().packed
+
+    assert len(found) == 3

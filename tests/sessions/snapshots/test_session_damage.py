@@ -63,7 +63,7 @@ def test_another_model_or_template_is_named(rich: tuple[Runtime, Path]) -> None:
     """A snapshot of other weights or another chat template is refused by name."""
     _, folder = rich
     others = {
-        "model": (tiny_chat.model(seed=1), tiny_chat.tokenizer()),
+        "weights": (tiny_chat.model(seed=1), tiny_chat.tokenizer()),
         "chat template": (tiny_chat.model(), tiny_chat.tokenizer("{{ messages[0].content }}")),
     }
     for name, (model, tokenizer) in others.items():

@@ -390,7 +390,7 @@ def _a_pending_id_too_large(session: Session, _: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("break_it", "said"),
     [
-        (_another_dtype, "dtype was float32 .* is bfloat16 now"),
+        (_another_dtype, "dtype was float32 .* is bfloat16, weights .*float32 now"),
         (_an_entry_too_many, r"tokens 0\.\.999 of 30"),
         (_a_pending_id_too_large, r"ids \[4000\] are pending"),
     ],

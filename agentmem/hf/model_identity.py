@@ -112,7 +112,7 @@ def _offloaded(decoder: Any) -> dict[str, Mapping[str, torch.Tensor]]:
     """Return, by the names of modules, the maps from which accelerate's hooks fetch weights before a forward."""
     found = {}
     for path, module in decoder.named_modules():
-        hook = getattr(module, "_hf_hook", None)
+        hook: Any = getattr(module, "_hf_hook", None)
         for each in getattr(hook, "hooks", (hook,)):
             if getattr(each, "offload", False):
                 found[path] = each.weights_map

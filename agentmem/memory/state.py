@@ -135,7 +135,8 @@ def take(memory: Memory) -> tuple[SavedSequence, dict[str, torch.Tensor]]:
     assert sequence.quiet  # noqa: S101  # Engine.finish comes first
     if not sequence.arranged:
         promote(memory, sequence)
-    tensors = {"ids": torch.tensor(sequence.ids, dtype=torch.int64), "generator": sequence.generator.get_state()}
+    ids = torch.tensor(sequence.ids, dtype=torch.int64, device="cpu")
+    tensors = {"ids": ids, "generator": sequence.generator.get_state()}
     for index, store in enumerate(sequence.stores):
         if store is not None:
             if store.spec.shape.window is None:  # sliding layers keep no positions

@@ -320,7 +320,7 @@ def _read_tensors(folder: Folder, manifest: Manifest) -> dict[str, torch.Tensor]
 
 def _read_tensor(reader: _Reader, name: str, spec: TensorSpec) -> torch.Tensor:
     try:
-        octets = torch.empty(spec.nbytes, dtype=torch.uint8)
+        octets = torch.empty(spec.nbytes, dtype=torch.uint8, device="cpu")
     except (RuntimeError, MemoryError) as error:
         raise OSError(f"tensor {name} needs {spec.nbytes} bytes, which this machine does not give: {error}") from error
     reader.fill(octets.numpy().data)

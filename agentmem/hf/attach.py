@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import torch
 from agentmem.engine import Engine
 from agentmem.errors import CapBypassed
 from agentmem.hf.cache import CappedCache, TransientCache, mask_columns, size
+from agentmem.hf.fork_lock import fork_lock
 from agentmem.hf.forward_context import FRAME, SCOPE, Frame, own_frame, rename, require_all, untraced
 from agentmem.hf.forwards import ModelForwards
 from agentmem.hf.generate_checks import check_adapters, check_forward, check_generate, chosen
@@ -266,7 +266,7 @@ def scope(cache: CappedCache) -> Iterator[None]:
 
 
 _ATTACHMENTS: WeakKeyDictionary[PreTrainedModel, _Attachment] = WeakKeyDictionary()
-_LOCK = threading.Lock()
+_LOCK = fork_lock()
 _DROPPED: deque[PreTrainedModel] = deque()
 """Models still to be detached, one entry for each call of :func:`detach_later`."""
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import threading
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from agentmem.errors import AgentmemError, UnsupportedModel
 from agentmem.hf.attach import attach, detach, scope
 from agentmem.hf.capture import AttentionCall, reading
 from agentmem.hf.check_models import VOCABULARY, causal_class, tiny_model
+from agentmem.hf.fork_lock import fork_lock
 from agentmem.hf.forward_context import FRAME, Frame, own_frame, rename
 from agentmem.hf.rebase_check import check_rebase
 from agentmem.hf.rope import follows_positions
@@ -120,7 +120,7 @@ def _require_passed(check: Check, seconds: float) -> None:
 
 _REPORTS: dict[str, CheckReport] = {}
 """The reports of this process, by a key made of the kind of check, the model's class and its config."""
-_LOCK = threading.Lock()
+_LOCK = fork_lock()
 
 
 def require_checked(model: Any) -> bool:

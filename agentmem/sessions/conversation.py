@@ -16,7 +16,7 @@ from agentmem.sessions.transcript import Entry
 
 if TYPE_CHECKING:
     from collections import deque
-    from collections.abc import MutableSequence, Sequence
+    from collections.abc import Callable, MutableSequence, Sequence
     from contextlib import AbstractContextManager
     from itertools import count
     from pathlib import Path
@@ -191,6 +191,10 @@ class Conversation:
         self.closed = False
         self.turn: object | None = None
         """An object that identifies the running turn or call; ``None`` while the session is idle."""
+        self.thread = 0
+        """The number of the thread that began the running turn."""
+        self.leave: Callable[[], None] | None = None
+        """Ends the running turn at its present step; ``None`` if it has no steps."""
         self.reply_start = 0
         self._reported_rebases = holding.rebases
         self.last = Reply()

@@ -8,13 +8,14 @@ gives up the threads and queues of the parent, and links or copies the files of 
 from __future__ import annotations
 
 import os
+import threading
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from agentmem.sessions import aio
 
 if TYPE_CHECKING:
-    from agentmem.sessions.conversation import Host
+    from agentmem.sessions.conversation import Conversation, Host
 
 RUNTIMES: WeakSet[Host] = WeakSet()
 _TAKEN: list[Any] = []
@@ -25,7 +26,7 @@ def _before() -> None:
     """Take all locks before a fork.
 
     Otherwise memories could be in the middle of a change in the child, or locks could be held by threads that do not
-    exist in the child.
+    exist in the child. The locks of ``agentmem.hf`` are taken after these; see :mod:`agentmem.hf.fork_lock`.
     """
     runtimes = list(RUNTIMES)
     for lock in [*(each.scheduler.lock for each in runtimes), *(each.guard for each in runtimes), aio.GUARD]:
@@ -41,16 +42,29 @@ def _after() -> None:
 def _in_child() -> None:
     """Prepare the child process: forget the threads and waiting turns, which exist only in the parent process.
 
-    The child also gets its own links to the files of memories on disk, or copies of these files. Then all locks are
-    released.
+    A turn of another thread ends at the step where it was, as if it had been closed there: with the model's lock held,
+    no turn was in the middle of a step. The child also gets its own links to the files of memories on disk, or copies
+    of these files. Then all locks are released.
     """
     aio.THREADS.clear()
     for runtime in list(RUNTIMES):
         runtime.waiters.clear()
         runtime.scheduler.forget()
+        for session in list(runtime.sessions):
+            _end_turn(runtime, session)
         for holding in runtime.leases.holdings:
             holding.inherit(runtime.folder)
     _after()
+
+
+def _end_turn(runtime: Host, session: Conversation) -> None:
+    if not session.busy or session.thread == threading.get_ident():
+        return
+    try:
+        if session.leave is not None:
+            session.leave()
+    finally:
+        runtime.end(session, session.turn)
 
 
 if hasattr(os, "register_at_fork"):

@@ -322,7 +322,7 @@ class Runtime:
         with self.guard:
             self._open_or_raise()
             _not_busy(session)
-            session.turn = turn
+            session.turn, session.thread, session.leave = turn, threading.get_ident(), None
         put_back(session)
 
     def end(self, session: Session, turn: object) -> None:

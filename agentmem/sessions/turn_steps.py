@@ -28,7 +28,7 @@ class Steps:
         self.want: Want | None = None
         """The ids that must be fed before the turn can go on; ``None`` if it can go on now."""
         self._error: Exception | None = None
-        session.watch = Watch(deadline)
+        session.watch, session.leave = Watch(deadline), self.close
         session.memory.boundary = session.watch.check
         session.runtime.scheduler.expect(session)
 

@@ -140,6 +140,7 @@ TABLE = (
         outside="torch transformers",
     ),
     room("agentmem.hf.capture", rooms="errors hf.forward_context", outside="torch transformers"),
+    room("agentmem.hf.fork_lock"),
     room("agentmem.hf.fingerprint", outside="torch transformers"),
     room("agentmem.hf.model_identity", rooms="errors hf.fingerprint", outside="torch transformers"),
     room("agentmem.hf.cache", rooms=ABOVE, outside="torch transformers"),

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import os
+import sys
+import tempfile
 import threading
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -90,6 +95,103 @@ def test_a_stream_in_a_forked_process_ends() -> None:
             assert os.waitpid(child, 0)[1] == 0
         finally:
             killing.cancel()
+
+
+def in_child(call: Callable[[], object]) -> bool:
+    """Whether a call returns in a forked process, in time."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            call()
+            code = 0
+        finally:  # whatever it raises: a second pytest must not go on in the child
+            os._exit(code)
+    killing = threading.Timer(LIMIT, os.kill, (child, 9))
+    killing.start()
+    try:
+        return os.waitpid(child, 0)[1] == 0
+    finally:
+        killing.cancel()
+
+
+@contextmanager
+def elsewhere(call: Callable[[Callable[[], None]], object]) -> Iterator[None]:
+    """Another thread that is in the middle of a call; the call is given a function that waits there."""
+    there, done = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        there.set()
+        assert done.wait(2 * LIMIT)
+
+    thread = threading.Thread(target=call, args=(wait,))
+    thread.start()
+    assert there.wait(LIMIT)
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("module", ["agentmem.hf.attach", "agentmem.hf.self_check"])
+def test_a_fork_waits_until_no_thread_is_in_the_middle_of_attaching(module: str) -> None:
+    """The locks of models' attachments and checks are free in a forked process, which can cap the model."""
+    lock, there = sys.modules[module]._LOCK, threading.Event()
+
+    def hold() -> None:
+        with lock:
+            there.set()
+            time.sleep(0.5)
+
+    def use() -> None:
+        with lock:
+            pass
+        with tiny.capped("window") as memory:
+            tiny.feed(memory, tiny.ids(4))
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert there.wait(LIMIT)
+    assert in_child(use)
+    thread.join()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+@pytest.mark.usefixtures("one_thread")
+def test_a_turn_of_another_thread_ends_in_a_forked_process() -> None:
+    """Its session goes on there from the step where it was, another one gets its lease; the parent's turn goes on."""
+    with tc.runtime(1) as made:
+        session = made.session()
+        session.append("user", "hi")
+
+        def turn(wait: Callable[[], None]) -> None:
+            events = session.stream(max_new_tokens=4, do_sample=False, keep_open=True)
+            next(events)
+            wait()
+            for _ in events:
+                pass
+
+        def use() -> None:
+            assert len(session.last.ids) == 1
+            before = list(session.ids)
+            session.generate(max_new_tokens=3, do_sample=False, keep_open=True)
+            made.session().read([10, 11, 12])
+            written.write_text(repr([before, list(session.ids)]))
+
+        with tempfile.TemporaryDirectory() as folder:
+            written = Path(folder) / "ids"
+            with elsewhere(turn):
+                here = list(session.ids)
+                assert in_child(use)
+            before, after = ast.literal_eval(written.read_text())
+        assert before == here == after[: len(here)]
+        assert len(session.last.ids) == 4
+        assert after == list(session.ids)
 
 
 def test_a_session_is_saved_while_another_one_takes_its_memory_s_bytes(

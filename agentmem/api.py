@@ -241,7 +241,7 @@ def open_memory(
         wished,
         chosen,
         extra_policies=beside,
-        words={each.name: _words(each, tokenizer) for each in (chosen, *beside)},
+        words={each.name: _words(each, tokenizer, shape) for each in (chosen, *beside)},
         language=None if tokenizer is None else _language(tokenizer, hf.end_ids(model)),
         device=hf.input_device(model),
         positions=hf.positions(model, shape.positions) if wished.rebase and shape.positions else None,
@@ -269,8 +269,13 @@ def _shape(model: Any, policy: Policy, itemsize: int) -> ModelShape:
     return shape
 
 
-def _words(policy: Policy, tokenizer: Any) -> Words:
-    """Return the token ids of the texts that the policy's probe uses, as a dictionary with the sources as keys."""
+def _words(policy: Policy, tokenizer: Any, shape: ModelShape) -> Words:
+    """Return the token ids of the texts that the policy's probe uses, as a dictionary with the sources as keys.
+
+    Raises:
+        SettingsRefused: there is no tokenizer, or it turns a text of the policy into ids that the model does not know.
+
+    """
     worded = [part for part in policy.queries.probing if part.texts]
     needs: str | None = worded[0].source if worded else "pattern" if policy.queries.pattern else None
     needs = "a summary" if policy.rewrite is not None else needs
@@ -279,10 +284,15 @@ def _words(policy: Policy, tokenizer: Any) -> Words:
             f"policy {policy.name!r} with {needs!r} reads or writes text and needs a tokenizer; pass tokenizer=..., or "
             "use probe='replay' without a pattern or summary"
         )
-    return {
-        part.source: tuple(tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in part.texts)
-        for part in worded
-    }
+
+    def known(text: str) -> tuple[int, ...]:
+        ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+        shape.check_ids(f"policy {policy.name!r} with the text {text[:40]!r}", ids)
+        return ids
+
+    for text in () if policy.rewrite is None else (policy.rewrite.instruction, policy.rewrite.lead):
+        known(text)
+    return {part.source: tuple(map(known, part.texts)) for part in worded}
 
 
 def _language(tokenizer: Any, ends: tuple[int, ...]) -> Language:

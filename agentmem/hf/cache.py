@@ -158,10 +158,12 @@ class CappedCache(Cache):
             policy: the name of one of the policies that the memory was opened with; the default is its main policy.
 
         Raises:
-            SettingsRefused: the mode is ``"off"``, or the memory was not opened with that policy.
+            SettingsRefused: the mode is ``"off"``, the memory was not opened with that policy, or ``focus`` has ids that the
+                model does not know.
             CompactionFailed: a compaction failed; see :class:`agentmem.compaction.run.SequenceCompaction`.
 
         """
+        self.memory.shape.check_ids("compact's focus", focus)
         request = USUAL
         if slots is not None or focus or policy is not None:
             request = Request(slots, None, tuple(focus), None if policy is None else self.memory.named(policy))
@@ -177,10 +179,11 @@ class CappedCache(Cache):
 
         Raises:
             MemoryClosed: the memory is closed, for example because its ``with`` block has ended.
-            SettingsRefused: ``ids`` is empty, or the row has read nothing yet.
+            SettingsRefused: ``ids`` is empty, the model does not know some of them, or the row has read nothing yet.
             MemoryCapExceeded: ``ids`` is longer than ``chunk``, the number of tokens that the plan has room for.
 
         """
+        self.memory.shape.check_ids("peek", ids)
         return self.engine.peek(ids, row)
 
     def transcript(self, row: int = 0) -> list[int]:

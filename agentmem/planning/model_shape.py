@@ -6,13 +6,17 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
 from agentmem.attention import quantised
+from agentmem.errors import SettingsRefused
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from agentmem.settings import SlotDtype
 
 BIAS_BYTES = 4
 POSITION_BYTES = 4
 SCORE_BYTES = 4
+_SHOWN = 4
 MIN_SPARE = 16
 """The least number of positions that a re-basing leaves free."""
 
@@ -89,6 +93,20 @@ class ModelShape:
     def compactable(self) -> tuple[int, ...]:
         """The indices of the layers that policies compact: the layers with full attention."""
         return tuple(index for index, layer in enumerate(self.layers) if layer.window is None)
+
+    def check_ids(self, field: str, ids: Iterable[int]) -> None:
+        """Check that the model has an embedding for each id; a forward of other ids would fail or use a wrong one.
+
+        Raises:
+            SettingsRefused: some ids are unknown; the message names ``field`` and the first of them.
+
+        """
+        wrong = [int(each) for each in ids if not 0 <= each < self.vocabulary]
+        if wrong:
+            raise SettingsRefused(
+                f"{field}: {wrong[:_SHOWN]} are no ids of this model, which knows 0..{self.vocabulary - 1}; use the "
+                "tokenizer that belongs to the model, or model.resize_token_embeddings(len(tokenizer)) first"
+            )
 
     def activation_bytes(self, tokens: int) -> int:
         """Return an estimate of the model's own activations (A) in bytes, for a forward of ``tokens`` tokens.

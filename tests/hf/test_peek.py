@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import agentmem
+from agentmem import plugins
 from agentmem.errors import MemoryCapExceeded, MemoryClosed, SettingsRefused
 from agentmem.hf import CappedCache
 from agentmem.testing import tiny_model
@@ -170,3 +171,16 @@ def test_a_peek_that_cannot_work_is_refused() -> None:
         assert memory.peek([5] * 16).shape == (16, 128)
     with pytest.raises(MemoryClosed):
         memory.peek([5])
+
+
+@pytest.mark.parametrize("ids", [[10**6], [3, -1]])
+def test_ids_that_the_model_does_not_know_are_refused(ids: list[int]) -> None:
+    """A peek and a focus of unknown ids are refused by name, and the memory stays as it is."""
+    with tiny.capped_by(plugins.policy("am-halving"), max_slots=64) as memory:
+        tiny.feed(memory, tiny.ids(60))
+        held = memory.memory.sequences[0].held
+        for call in (lambda: memory.peek(ids), lambda: memory.compact(focus=ids)):
+            with pytest.raises(SettingsRefused, match=r"are no ids of this model, which knows 0\.\.\d+"):
+                call()
+        assert memory.memory.sequences[0].held == held
+        assert not memory.report().compactions

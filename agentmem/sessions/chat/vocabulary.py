@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from agentmem.errors import SettingsRefused
 from agentmem.sessions.arguments import check_encodable
 
 if TYPE_CHECKING:
     from agentmem.sessions.conversation import Conversation
-
-_SHOWN = 4
 
 
 def tokens(session: Conversation, field: str, text: str) -> list[int]:
@@ -34,10 +31,4 @@ def check_known(session: Conversation, field: str, ids: Iterable[int]) -> None:
         SettingsRefused: some ids are unknown; the message names the first of them.
 
     """
-    words = session.memory.shape.vocabulary
-    wrong = [each for each in ids if not 0 <= each < words]
-    if wrong:
-        raise SettingsRefused(
-            f"{field}: {wrong[:_SHOWN]} are no ids of this model, which knows 0..{words - 1}; use the tokenizer that "
-            "belongs to the model, or model.resize_token_embeddings(len(tokenizer)) before the runtime is made"
-        )
+    session.memory.shape.check_ids(field, ids)

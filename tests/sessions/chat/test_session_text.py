@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+import agentmem
 from agentmem.errors import AgentmemError, SettingsRefused, UnsupportedGeneration
-from agentmem.sessions import Message, Session
+from agentmem.sessions import Message, Runtime, Session
 from agentmem.testing import tiny_model
 from support import talk, tiny_chat
 
@@ -161,3 +162,29 @@ def test_a_template_that_fails_is_named_with_the_remedy(template: str, remedy: s
             assert not session.dialogue.messages
         finally:
             words.chat_template = kept
+
+
+@pytest.mark.parametrize("policy", ["am-halving[probe=focus+replay,focus=aÈ]", "summary[instruction=È]"])
+def test_a_policy_s_texts_are_made_of_ids_that_the_model_knows(policy: str) -> None:
+    """A text that the tokenizer turns into unknown ids is refused when the memory is made, not in every compaction."""
+    words = tiny_chat.tokenizer()
+    small = tiny_model("llama", num_hidden_layers=2, vocab_size=words.convert_tokens_to_ids("È"))
+
+    with pytest.raises(SettingsRefused, match=r"^policy '.*' with the text 'a?È': \[\d+\] are no ids of this model"):
+        agentmem.wrap(small, words, cap="8MiB", policy=policy)
+
+
+def test_a_generation_prompt_is_made_of_ids_that_the_model_knows() -> None:
+    """A template whose generation prompt has other ids is refused before the session is changed."""
+    words = tiny_chat.tokenizer(
+        "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}È{% endif %}"
+    )
+    small = tiny_model("llama", num_hidden_layers=2, vocab_size=words.convert_tokens_to_ids("È"))
+    with Runtime(small, words, cap="8MiB", **tiny_chat.SETTINGS) as made:
+        session = made.session()
+        session.append("user", "hi")
+        before = list(session.ids)
+        with pytest.raises(SettingsRefused, match=r"^chat_template: .* are no ids of this model"):
+            session.generate(max_new_tokens=2)
+        assert (list(session.ids), session.reply) == (before, None)

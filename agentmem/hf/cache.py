@@ -158,8 +158,8 @@ class CappedCache(Cache):
             policy: the name of one of the policies that the memory was opened with; the default is its main policy.
 
         Raises:
-            SettingsRefused: the mode is ``"off"``, the memory was not opened with that policy, or ``focus`` has ids that the
-                model does not know.
+            SettingsRefused: the mode is ``"off"``, the memory was not opened with that policy, or the model does not
+                know some ids of ``focus``.
             CompactionFailed: a compaction failed; see :class:`agentmem.compaction.run.SequenceCompaction`.
 
         """

@@ -1,4 +1,4 @@
-"""How a demo ends that agentmem refuses something: with the message alone, as at the command line.
+"""How a demo runs: what it prints cannot steer a terminal, and a refusal ends it with the message alone.
 
 And the ``type=`` functions of its options, so that what cannot work is refused before anything is loaded.
 """
@@ -6,21 +6,40 @@ And the ``type=`` functions of its options, so that what cannot work is refused 
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from contextlib import redirect_stdout
+from typing import TextIO, TypeVar
 
+from agentmem.cli.printable import printable
 from agentmem.errors import AgentmemError
 
 Read = TypeVar("Read")
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a demo; a refusal's message goes to stderr, and the exit code is 1."""
+    """Run a demo; a refusal's message goes to stderr, and the exit code is 1.
+
+    Demos print what a model wrote and what its code printed, so control characters are made visible.
+    """
     try:
-        main()
+        with redirect_stdout(_Visible(sys.stdout)):
+            main()
     except AgentmemError as error:
-        sys.exit(f"agentmem: {error}")
+        sys.exit(printable(f"agentmem: {error}"))
+
+
+class _Visible(io.TextIOBase):
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+
+    def write(self, text: str) -> int:
+        self._out.write(printable(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._out.flush()
 
 
 def count(text: str) -> int:

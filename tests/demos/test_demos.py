@@ -107,6 +107,33 @@ def test_06_looks_its_policies_up_before_the_check(demo: Demo, monkeypatch: pyte
         demo("06", "--policy", "window", "--policy", "nope")
 
 
+def test_what_a_demo_prints_cannot_steer_a_terminal(tmp_path: Path) -> None:
+    """What a model or its code wrote, and what a refusal quotes, is shown with its control characters visible."""
+    script = tmp_path / "evil.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(DEMOS)!r})\n"
+        "from agentmem.errors import AgentmemError\n"
+        "from support.refusals import run\n"
+        "def main():\n"
+        "    print('\\x1b]0;taken\\x07', flush=True)\n"
+        "    raise AgentmemError('no \\x9b2J')\n"
+        "run(main)\n"
+    )
+    done = forked.run([sys.executable, str(script)])
+
+    assert (done.returncode, done.stdout.decode(), done.stderr.decode()) == (
+        *(1, "\N{SYMBOL FOR ESCAPE}]0;taken\N{SYMBOL FOR BELL}\n"),
+        "agentmem: no \N{REPLACEMENT CHARACTER}2J\n",
+    )
+
+
+@pytest.mark.parametrize("path", sorted(DEMOS.glob("0*.py")), ids=lambda path: path.name)
+def test_a_demo_runs_through_the_filter(path: Path) -> None:
+    """Each demo is run by ``run``, which has what it prints made visible."""
+    assert path.read_text(encoding="utf-8").endswith('if __name__ == "__main__":\n    run(main)\n')
+
+
 @pytest.mark.usefixtures("_loaded")
 def test_01_generates_text(demo: Demo) -> None:
     """The reply, and a peak below the cap."""

@@ -37,16 +37,16 @@ def note(text: str) -> None:
 
 def table(title: str | None, columns: Sequence[str], lines: Iterable[Sequence[str]], *, left: Sequence[int]) -> Table:
     """Make a table; the columns whose indices are in ``left`` are left-aligned, all others right-aligned."""
-    # The title is a Text object, so that rich does not parse its brackets (a policy with options) as markup.
+    # Title and heads are Text objects, so that rich does not parse their brackets (a policy with options) as markup.
     made = Table(
-        title=None if title is None else Text(title),
+        title=None if title is None else Text(printable(title)),
         title_justify="left",
         box=None,
         pad_edge=False,
         header_style="bold",
     )
     for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index in left else "right", overflow="fold")
+        made.add_column(Text(printable(column)), justify="left" if index in left else "right", overflow="fold")
     for line in lines:
         made.add_row(*(Text(printable(cell)) for cell in line))
     return made

@@ -83,3 +83,16 @@ def test_an_argument_that_is_not_utf_8_is_wrong_usage(arguments: tuple[str | byt
     assert done.returncode == 2
     assert b"is not UTF-8" in done.stderr
     assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_titles_and_heads_of_tables_are_printable(*, terminal: bool) -> None:
+    """A title may be a policy's name as a user wrote it, and a head may be a name in a file."""
+    out = io.StringIO()
+    on = Console(file=out, highlight=False, width=90, force_terminal=terminal, no_color=True)
+    console.show(console.table("t \x1b]0;x\x07", ("c\x9b2J", "[b]"), [("a", "b")], left=(0,)), on=on)
+
+    assert "]0;x\N{SYMBOL FOR BELL}" in out.getvalue()
+    assert "c\N{REPLACEMENT CHARACTER}2J" in out.getvalue()
+    assert "[b]" in out.getvalue()
+    assert not {"\x07", "\x9b"} & set(out.getvalue())

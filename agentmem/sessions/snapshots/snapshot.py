@@ -100,6 +100,13 @@ def take_sequence(memory: Memory, dtype: torch.dtype | None) -> tuple[SavedSeque
 
     """
     saved, tensors = take(memory)
+    if dtype is not None and saved.dtype not in (None, dtype):
+        made, wanted = (str(each).removeprefix("torch.") for each in (saved.dtype, dtype))
+        raise AgentmemError(
+            f"this memory cannot be saved: its keys and values are {made}, as under torch.autocast, and the model is "
+            f"{wanted}, so that no runtime could go on from them. It stays usable as it is; load the model in {made}, "
+            "or run the session without autocast from its beginning"
+        )
     kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     with loadable():
         check_sizes(memory, saved, kinds, dtype or saved.dtype or torch.float32)

@@ -375,6 +375,20 @@ def test_others_give_way_for_a_memory_that_cannot(tmp_path: Path) -> None:
         tiny_chat.audit(made)
 
 
+def test_a_session_under_autocast_is_told_why_it_is_not_saved(tmp_path: Path) -> None:
+    """The refusal names both dtypes and what helps; the session goes on."""
+    with tiny_chat.runtime(1) as made, torch.autocast("cpu", torch.bfloat16):
+        session = tiny_chat.filled(made, 30)
+        with pytest.raises(
+            AgentmemError,
+            match=r"its keys and values are bfloat16, as under torch.autocast, and the model is float32.*"
+            r"load the model in bfloat16, or run the session without autocast",
+        ):
+            session.save(tmp_path)
+        assert list(tmp_path.iterdir()) == []
+        assert len(tiny_chat.on(session, 2)) == 2
+
+
 def _another_dtype(session: Session, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(type(session.runtime.model), "dtype", torch.bfloat16)
 

@@ -8,10 +8,12 @@ import pytest
 
 from agentmem import plugins
 from agentmem.contracts import without_files
-from agentmem.errors import SettingsRefused, SnapshotRefused
+from agentmem.errors import RequestRefused, SettingsRefused, SnapshotRefused
 from agentmem.policies.am_recall import CRITICAL
 from agentmem.reference_queries.patterns import Marks
+from agentmem.serving.recipes import Extension, Recipe
 from agentmem.sessions.snapshots.manifest import FORMAT, Manifest, spelled
+from agentmem.sessions.snapshots.recipe import Named
 from agentmem.untrusted.json_text import parsed
 from support import tiny_chat
 
@@ -83,3 +85,32 @@ def test_many_foreign_keys_are_refused_in_few_words(where: str) -> None:
     with pytest.raises(ValueError, match=f"{where} has .* keys; the limit is") as refused:
         Manifest.from_bytes(b'{"manifest":' + spelled(body) + b"}")
     assert len(str(refused.value)) < 200
+
+
+FILE = "am-halving[budgets=calibrated[table=table.json]]"
+PATTERN = "am-recall[pattern=(a|aa)+$]"
+
+
+@pytest.mark.parametrize(("spec", "said"), [(FILE, "have files opened"), (PATTERN, "brings a pattern")])
+def test_a_policy_that_a_snapshot_names_brings_no_file_and_no_pattern(spec: str, said: str) -> None:
+    """The record of a policy is made again only if its words open no file and have no search of their own run."""
+    plain = Named.of(plugins.policy("am-recall"))
+
+    assert plain.again().name == "am-recall"
+    with pytest.raises(SettingsRefused, match=f"{said}.*give it again"):
+        plain.model_copy(update={"name": spec}).again()
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "said"), [(FILE, SettingsRefused, "have files opened"), (PATTERN, RequestRefused, "a pattern")]
+)
+def test_a_policy_that_a_client_names_brings_no_file_and_no_pattern(
+    spec: str, error: type[Exception], said: str
+) -> None:
+    """A request is refused before its policy is used, and a kept recipe's policy opens no file either."""
+    assert Recipe.of(Extension(policy="am-recall"), None).made_policy() is not None
+    with pytest.raises(error, match=said):
+        Recipe.of(Extension(policy=spec), None)
+    if error is SettingsRefused:
+        with pytest.raises(error, match=said):
+            Recipe(spec).made_policy()

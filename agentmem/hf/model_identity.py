@@ -184,11 +184,17 @@ def _dtypes(model: Any, decoder: Any) -> str:
 
 def _config(config: Any) -> str:
     """Return the fields of a config that differ from the defaults of its class; fractions and flags first."""
-    usual = {each.name: each.default for each in fields(config)} if is_dataclass(config) else {}
-    said = {name: value for name, value in config.to_dict().items() if name not in _NO_MATTER and name[0] != "_"}
-    other = [name for name, value in said.items() if name == "model_type" or usual.get(name, usual) != value]
-    other.sort(key=lambda name: (isinstance(said[name], dict | list), not isinstance(said[name], float | bool), name))
-    return ", ".join(f"{name} {json.dumps(said[name], sort_keys=True, default=str)}" for name in other)
+    usual = {each.name: _value(each.default) for each in fields(config)} if is_dataclass(config) else {}
+    given = {name: value for name, value in config.to_dict().items() if name not in _NO_MATTER and name[0] != "_"}
+    said = {name: _value(value) for name, value in given.items()}
+    other = [name for name, text in said.items() if name == "model_type" or usual.get(name) != text]
+    other.sort(key=lambda name: (isinstance(given[name], dict | list), not isinstance(given[name], float | bool), name))
+    return ", ".join(f"{name} {said[name]}" for name in other)
+
+
+def _value(value: object) -> str:
+    """Return a value of a config as text; fractions as float32 has them, since some files keep them so."""
+    return f"{value:.7g}" if isinstance(value, float) else json.dumps(value, sort_keys=True, default=str)
 
 
 def _norms(decoder: Any) -> Iterator[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -46,25 +47,26 @@ def _in_child() -> None:
     no turn was in the middle of a step. The child also gets its own links to the files of memories on disk, or copies
     of these files. Then all locks are released.
     """
-    aio.THREADS.clear()
-    for runtime in list(RUNTIMES):
-        runtime.waiters.clear()
-        runtime.scheduler.forget()
-        for session in list(runtime.sessions):
-            _end_turn(runtime, session)
-        for holding in runtime.leases.holdings:
-            holding.inherit(runtime.folder)
-    _after()
+    try:
+        aio.THREADS.clear()
+        for runtime in list(RUNTIMES):
+            runtime.waiters.clear()
+            runtime.scheduler.forget()
+            for session in list(runtime.sessions):
+                _end_turn(runtime, session)
+            for holding in runtime.leases.holdings:
+                holding.inherit(runtime.folder)
+    finally:
+        _after()
 
 
 def _end_turn(runtime: Host, session: Conversation) -> None:
     if not session.busy or session.thread == threading.get_ident():
         return
-    try:
+    with suppress(Exception):  # the session is valid at this step; the rest of its turn may refuse something
         if session.leave is not None:
             session.leave()
-    finally:
-        runtime.end(session, session.turn)
+    runtime.end(session, session.turn)
 
 
 if hasattr(os, "register_at_fork"):

@@ -177,14 +177,16 @@ class Memory:
         return self.policy.scores != "none"
 
     def take_back(self) -> None:
-        """Drop the slots of tokens that were never committed, and the temporary bytes counted for their forward."""
+        """Undo a forward that was not committed: its slots, the scores that it added, and its temporary bytes."""
         self.ledger.recover(self._holders())
         for sequence in self.sequences:
             sequence.take_back()
 
-    def _holders(self) -> Iterator[LayerStore | QuerySample]:
+    def _holders(self) -> Iterator[LayerStore | QuerySample | torch.Tensor]:
         for sequence in self.sequences:
-            yield from (store for store in sequence.stores if store is not None)
+            stores = [store for store in sequence.stores if store is not None]
+            yield from stores
+            yield from (store.earlier.scores for store in stores if store.earlier is not None)
             yield from (sample for layer in sequence.samples for sample in layer)
 
     # ---- what happened

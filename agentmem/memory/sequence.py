@@ -134,10 +134,16 @@ class TokenSequence:
         self.state.tail.extend(positions)
 
     def take_back(self) -> None:
-        """Drop the slots of tokens that were appended but not committed."""
+        """Drop the slots of tokens that were appended but not committed, and what they added to scores."""
         for store in self._stores:
-            if store is not None and store.seen > self.seen:
-                store.drop_tail(store.seen - self.seen)
+            if store is not None:
+                store.take_back(self.seen)
+
+    def forget_scores(self) -> None:
+        """Drop the scores that the stores had before a forward, which has been committed."""
+        for store in self._stores:
+            if store is not None:
+                store.forget_scores()
 
     def measured(self, capacity: int, scratch: int) -> int:
         """Return the number of tokens, those already read included, after which the sequence must be compacted.

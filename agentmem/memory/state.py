@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field
 from agentmem.memory.pinning import promote, put, settle
 from agentmem.memory.pins import Pins, Spans, joined, size, without
 from agentmem.memory.sequence import Consumed
-from agentmem.memory.store import LayerStore, SlotSpec
+from agentmem.memory.slot_spec import SlotSpec
+from agentmem.memory.store import LayerStore
 from agentmem.reference_queries.stored import QuerySample
 from agentmem.reporting.report import CompactionReport, RebaseReport
 

@@ -36,7 +36,7 @@ def counted(patch: pytest.MonkeyPatch, call: int) -> Callable[[], int]:
             raise KeyboardInterrupt
         shift_keys(*given)
 
-    for module in ("store", "positions"):  # slots and stored queries
+    for module in ("slot_spec", "positions"):  # slots and stored queries
         patch.setattr(f"agentmem.memory.{module}.shift_keys", interrupted)
     return lambda: calls[0]
 

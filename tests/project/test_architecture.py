@@ -76,9 +76,14 @@ TABLE = (
     room("agentmem.memory.pins"),
     room("agentmem.memory.rotation", rooms="planning.rebasing", outside="torch"),
     room(
+        "agentmem.memory.slot_spec",
+        rooms="contracts planning.model_shape memory.rotation attention.quantised",
+        outside="torch",
+    ),
+    room(
         "agentmem.memory.store",
-        rooms="contracts errors planning.model_shape memory.ledger memory.pins memory.rotation attention.decode "
-        "attention.quantised attention.runs",
+        rooms="contracts memory.ledger memory.pins memory.slot_spec attention.decode attention.quantised "
+        "attention.runs",
         outside="torch",
     ),
     room("agentmem.memory.jobs", rooms="contracts planning.pricing memory.store"),
@@ -96,15 +101,15 @@ TABLE = (
     ),
     room(
         "agentmem.memory.forwards",
-        rooms="attention.decode attention.ragged attention.runs memory.jobs memory.memory memory.sequence memory.store "
-        "planning.pricing reference_queries.stored reporting.log_events",
+        rooms="attention.decode attention.ragged attention.runs memory.jobs memory.memory memory.sequence "
+        "memory.slot_spec memory.store planning.pricing reference_queries.stored reporting.log_events",
         outside="torch",
     ),
     room("agentmem.memory.positions", rooms=ABOVE, outside="torch"),
     room(
         "agentmem.memory.state",
-        rooms="contracts memory.memory memory.store memory.pins memory.pinning memory.sequence reporting.report "
-        "reference_queries.stored",
+        rooms="contracts memory.memory memory.slot_spec memory.store memory.pins memory.pinning memory.sequence "
+        "reporting.report reference_queries.stored",
         outside="torch pydantic",
     ),
     room("agentmem.compaction.request", rooms="contracts planning.pricing memory.jobs memory.sequence"),

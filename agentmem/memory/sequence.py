@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from agentmem.memory.store import LayerStore
     from agentmem.reference_queries.patterns import Marks
     from agentmem.reference_queries.stored import QuerySample
-    from agentmem.reporting.report import SummaryReport
+    from agentmem.reporting.report import CompactionReport, RebaseReport, SummaryReport
 
 
 class Consumed(NamedTuple):
@@ -81,6 +81,8 @@ class SequenceState:
     """The unfinished compaction, if there is one."""
     summary: SummaryReport | None = None
     """The report of the newest summary, until the report of a compaction includes it."""
+    report: CompactionReport | RebaseReport | None = None
+    """The report of a compaction or re-basing that has just finished, until the memory has recorded it."""
     shift: int = 0
     """The number of positions by which all re-basings together have lowered the next position."""
     moves: int = 0

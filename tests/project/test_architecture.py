@@ -93,6 +93,7 @@ TABLE = (
         "reporting.report",
         outside="torch",
     ),
+    room("agentmem.memory.reports", rooms="memory.sequence reporting.report"),
     room("agentmem.memory.memory", rooms=ABOVE, outside="torch"),
     room(
         "agentmem.memory.pinning",
@@ -108,8 +109,8 @@ TABLE = (
     room("agentmem.memory.positions", rooms=ABOVE, outside="torch"),
     room(
         "agentmem.memory.state",
-        rooms="contracts memory.memory memory.slot_spec memory.store memory.pins memory.pinning memory.sequence "
-        "reporting.report reference_queries.stored",
+        rooms="contracts memory.memory memory.reports memory.slot_spec memory.store memory.pins memory.pinning "
+        "memory.sequence reporting.report reference_queries.stored",
         outside="torch pydantic",
     ),
     room("agentmem.compaction.request", rooms="contracts planning.pricing memory.jobs memory.sequence"),

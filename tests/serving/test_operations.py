@@ -137,9 +137,13 @@ def test_a_port_or_a_folder_that_is_taken_is_refused(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(SettingsRefused, match="another port"), launch.listening("127.0.0.1", port):
             pass
-    with launch.alone(tmp_path), pytest.raises(SettingsRefused, match="another server's"), launch.alone(tmp_path):
+    for held, wanted in ((False, False), (False, True), (True, False)):
+        refused_as = pytest.raises(SettingsRefused, match="another server's")
+        with launch.using(tmp_path, shared=held), refused_as, launch.using(tmp_path, shared=wanted):
+            pass
+    with launch.using(tmp_path, shared=True), launch.using(tmp_path, shared=True):
         pass
-    with launch.alone(tmp_path), launch.alone(None):
+    with launch.using(tmp_path), launch.using(None):
         pass
 
 

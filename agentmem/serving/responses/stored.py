@@ -27,6 +27,11 @@ class Stored(BaseModel):
     """Input items of the request, as ``GET /v1/responses/{id}/input_items`` returns them."""
     context: Context
     """Context of a request that continues this response: everything up to and including its reply."""
+    route: str = ""
+    """Routing key of the request, which those that continue the response have too.
+
+    See :mod:`agentmem.serving.affinity`.
+    """
     at: float
     """Time of storing, in seconds since 1970."""
 
@@ -77,6 +82,13 @@ class StoredResponses:
                 param=param,
             )
         return found
+
+    def route(self, name: str, owner: str) -> str | None:
+        """Return the routing key of the response with id ``name``, or ``None`` if the owner has no such response."""
+        try:
+            return self.get(name, owner).route
+        except RequestRefused:
+            return None
 
     def drop(self, name: str) -> None:
         """Delete the response with id ``name``, if there is such a response."""

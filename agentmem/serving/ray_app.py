@@ -31,7 +31,7 @@ except ModuleNotFoundError as error:
 
 _ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 _MORE = 2
-"""Ray admits this many times as many requests as a replica does, so that it is the replica that refuses them."""
+"""Ray admits so many times the requests that a replica does, so that it is the replica that refuses them."""
 _GRACE = 60.0
 """Seconds that a replica has to end its turns and to save its conversations."""
 
@@ -80,11 +80,11 @@ def build(given: dict[str, str]) -> Any:
     """Return the Ray Serve application; settings that are not ``given`` come from the environment.
 
     Raises:
-        SettingsRefused: a setting is wrong.
+        UnknownPolicy, SettingsRefused: a setting is wrong.
 
     """
     settings = ReplicaSettings.of_environment(os.environ, **given)
-    settings.keys()  # refused here rather than in a replica
+    settings.check()
     replicas = serve.deployment(ModelReplica).options(
         name="model",
         num_replicas=settings.replicas,

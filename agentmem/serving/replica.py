@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from pydantic import Field
 
-from agentmem import Runtime, models
+from agentmem import Runtime, models, plugins
 from agentmem.serving import launch
 from agentmem.serving.app import create_app
 from agentmem.serving.gate import Scope
@@ -17,7 +17,7 @@ from agentmem.serving.inprocess import Message, answer
 from agentmem.serving.keys import ApiKeys
 from agentmem.serving.server import Server
 from agentmem.serving.settings import ServerSettings
-from agentmem.settings import Described
+from agentmem.settings import Described, Settings
 
 _PREFIX = "AGENTMEM_"
 
@@ -79,6 +79,27 @@ class ReplicaSettings(Described):
             max_requests=self.max_requests,
         )
 
+    def check(self) -> None:
+        """Refuse what can be told to be wrong without a model, before any replica is started.
+
+        Raises:
+            UnknownPolicy, SettingsRefused: a setting is wrong, or a file cannot be read.
+
+        """
+        Settings.of(cap=self.cap, keep_recent=self.keep_recent)
+        plugins.policy(self.policy)
+        self.keys()
+        self.template()
+
+    def template(self) -> str | None:
+        """Return the text of the chat template that replaces the tokenizer's, or ``None``.
+
+        Raises:
+            SettingsRefused: the file cannot be read.
+
+        """
+        return None if self.chat_template is None else launch.read_template(self.chat_template)
+
     def keys(self) -> ApiKeys:
         """Return the accepted API keys.
 
@@ -106,8 +127,7 @@ class Replica:
         given, server = self.settings, self.settings.server()
         self._open.enter_context(launch.using(server.state, shared=True))
         model, tokenizer = models.load(given.model)
-        if given.chat_template is not None:
-            tokenizer.chat_template = launch.read_template(given.chat_template)
+        tokenizer.chat_template = given.template() or tokenizer.chat_template
         runtime = Runtime(
             model,
             tokenizer,

@@ -120,6 +120,15 @@ def test_a_body_that_is_no_json_has_a_key(body: bytes) -> None:
     assert isinstance(key(parsed(body)), str)
 
 
+def test_half_characters_and_names_of_parameters_have_a_key() -> None:
+    """What pydantic or a call by keyword would raise at."""
+    for text in ("\ud800", "x"):
+        for path in (CHAT, RESPONSES):
+            for field in FIELDS:
+                assert isinstance(key({field: text}, path), str)
+                assert isinstance(key({field: [{"role": "user", "content": text, "cls": text}]}, path), str)
+
+
 def test_deep_values_have_a_key() -> None:
     """A cache key, messages and input that nest as deep as JSON can be read."""
     deep: Any = "x"

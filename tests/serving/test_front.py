@@ -18,7 +18,7 @@ from agentmem.serving.inprocess import answer
 from agentmem.serving.server import Server
 from support import serving
 from support.responses import body, respond
-from support.waiting import until
+from support.waiting import LIMIT, until
 
 CHAT = "/v1/chat/completions"
 
@@ -63,7 +63,7 @@ async def front(state: Path, **settings: Any) -> AsyncIterator[tuple[Replicas, h
     ]
     of = Replicas(made)
     app = create_front(of.call, (DiedError,), made[0].settings, made[0].keys, len(made))
-    transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
+    transport = httpx2.ASGITransport(app)
     headers = {"Authorization": f"Bearer {serving.KEYS[0]}"}
     async with httpx2.AsyncClient(transport=transport, base_url="http://front", headers=headers) as http:
         async with of.apps[0].router.lifespan_context(None), of.apps[1].router.lifespan_context(None):
@@ -208,24 +208,35 @@ async def test_a_client_that_leaves_ends_its_turn(tmp_path: Path) -> None:
             assert not any(each.busy for server in of.servers for each in server.conversations)
 
 
-async def test_a_client_that_does_not_read_ends_its_turn(tmp_path: Path) -> None:
-    """The front waits as long as a server would, and then ends the request at its replica."""
+@pytest.mark.parametrize("how", ["leaves", "does not read"])
+@pytest.mark.parametrize("streams", [True, False])
+async def test_a_connection_that_is_given_up_ends_its_turn(tmp_path: Path, how: str, streams: bool) -> None:
+    """A client that closes it, or that does not read for as long as a server would wait: the replica's turn ends."""
     async with front(tmp_path, send_seconds=0.05) as (of, _):
         app = create_front(of.call, (DiedError,), of.servers[0].settings, of.servers[0].keys, 2)
-        given = json.dumps(serving.chat("x", stream=True, max_tokens=3000)).encode()
-        scope = {"type": "http", "method": "POST", "path": CHAT, "raw_path": CHAT.encode(), "query_string": b""}
-        scope["headers"] = [  # type: ignore[assignment]  # as ASGI has it
-            (b"authorization", f"Bearer {serving.KEYS[0]}".encode()),
-            (b"content-type", b"application/json"),
-        ]
+        tokens = 3000 if streams or how == "leaves" else 3
+        given = json.dumps(serving.chat("x", stream=streams, max_tokens=tokens)).encode()
+        scope: dict[str, Any] = {"type": "http", "method": "POST", "path": CHAT, "raw_path": CHAT.encode()}
+        scope |= {"query_string": b"", "headers": [(b"content-type", b"application/json")]}
+        scope["headers"] += [(b"authorization", f"Bearer {serving.KEYS[0]}".encode())]
         requests: list[Any] = [{"type": "http.request", "body": given}]
 
         async def receive() -> Any:
-            return requests.pop() if requests else await asyncio.Event().wait()
+            if requests:
+                return requests.pop()
+            if how == "leaves":
+                await until(lambda: any(turn._usage.reply > 2 for each in of.servers for turn in each.turns))
+                return {"type": "http.disconnect"}
+            return await asyncio.Event().wait()
 
         async def send(message: Any) -> None:
-            if message["type"] == "http.response.body":
+            if how == "does not read" and message["type"] == "http.response.body":
                 await asyncio.Event().wait()
 
-        await app(scope, receive, send)  # type: ignore[arg-type]  # plain dicts
+        async with asyncio.timeout(LIMIT):
+            await app(scope, receive, send)  # type: ignore[arg-type]  # plain dicts
         assert not any(each.turns for each in of.servers)
+        (held,) = [each for server in of.servers for each in server.conversations]
+        assert not held.busy
+        assert held.session is not None
+        assert len(held.session.ids) < 2000

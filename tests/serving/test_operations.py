@@ -169,6 +169,7 @@ def test_the_command_refuses_before_a_model_is_loaded(tmp_path: Path) -> None:
     refused(agentmem("serve", "--host", "0.0.0.0"), "--api-key-file")  # noqa: S104  # nothing is bound
     refused(agentmem("serve", "--api-key-file", str(tmp_path / "none")), "cannot read")
     refused(agentmem("serve", "--policy", "am-halvin"), "am-halving")
+    refused(agentmem("serve", "--shared"), "give state")
 
 
 def test_the_command_names_the_extra_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,23 @@ def test_settings_come_from_the_environment_and_what_is_given_comes_first(tmp_pa
         ReplicaSettings.of_environment(given, caps="1MiB")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"cap": "much"}, "much"),
+        ({"policy": "am-halvin"}, "am-halving"),
+        ({"api_key_file": "/none"}, "cannot read"),
+        ({"chat_template": "/none"}, "cannot read"),
+    ],
+)
+def test_what_is_wrong_without_a_model_is_refused_without_one(wrong: dict[str, str], said: str, tmp_path: Path) -> None:
+    """Before any replica is started."""
+    given = ReplicaSettings.of_environment({"AGENTMEM_STATE": str(tmp_path)}, **wrong)
+    with pytest.raises(SettingsRefused, match=said):
+        given.check()
+    ReplicaSettings.of_environment({"AGENTMEM_STATE": str(tmp_path)}, chat_template="chatml-tools").check()
+
+
 async def ask(of: Replica, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     """A chat completion: its status and its JSON."""
     scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "query_string": b""}

@@ -17,6 +17,7 @@ from agentmem.serving.items import read_keys
 from agentmem.serving.kept import Kept
 from agentmem.serving.server import Server
 from agentmem.serving.settings import ServerSettings
+from agentmem.serving.shelf import Shelf
 from agentmem.sessions import Session
 from support import serving
 from support.responses import body, respond
@@ -188,6 +189,18 @@ async def test_a_save_that_vanishes_is_read_anew(tmp_path: Path, monkeypatch: py
         assert (facts["continued"], facts["cached"]) == (False, 0)
         assert (await say(other, talk, "Three"))["continued"]
         assert when == "before" or name in saves(of[0])  # it may be of use to a server with another cap
+
+
+def test_a_record_that_cannot_be_read_is_looked_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every request looks for new saves; one that is damaged is neither read nor told of again."""
+    read: list[str] = []
+    (tmp_path / "damaged.00000001-0").mkdir()
+    shelf = Shelf(Kept(tmp_path), shared=True)
+    monkeypatch.setattr(shelf.kept, "record", read.append)
+    for _ in range(3):
+        shelf.look()
+    assert read == ["damaged.00000001-0"]
+    assert list(shelf.conversations()) == []
 
 
 async def test_what_is_beyond_the_limits_goes_from_the_folder_for_all(tmp_path: Path) -> None:

@@ -219,7 +219,7 @@ async def experiment(url: str, model: str, given: argparse.Namespace) -> list[Ta
         running = asyncio.gather(*(one(each) for each in rng.sample(talks, len(talks))))
         if number == given.turns // 2:
             await third.wait()
-            kill(rng)
+            print(f"killed replica {kill(rng)}; {len(done)} of {len(talks)} conversations had had this turn")
         start = time.monotonic()
         await running
         print(
@@ -231,12 +231,13 @@ async def experiment(url: str, model: str, given: argparse.Namespace) -> list[Ta
     return talks
 
 
-def kill(rng: random.Random) -> None:
-    """SIGKILL to one of the two replicas."""
+def kill(rng: random.Random) -> int:
+    """SIGKILL to one of the two replicas; returns its process number."""
     found = replicas()
     if len(found) != 2:
         raise SystemExit(f"{len(found)} replicas are there to be killed; 2 are wanted")
-    os.kill(rng.choice(found), signal.SIGKILL)
+    os.kill(chosen := rng.choice(found), signal.SIGKILL)
+    return chosen
 
 
 async def crossed(talks: list[Talk], clients: list[AsyncOpenAI]) -> None:

@@ -45,6 +45,8 @@ class Turn:
     total: int
     cached: int
     prompt: int
+    compactions: int
+    """Of the conversation so far."""
 
 
 @dataclass
@@ -79,7 +81,7 @@ class Talk:
         if self.kind == "item":
             made: Any = await self.client.responses.compact(model=self.model, input=self.says()["content"])
             self.told = [made.output[-1].model_dump(exclude_none=True)]
-            self.turns.append(Turn(made.agentmem["session"], made.usage.total_tokens, 0, made.usage.total_tokens))
+            self.turns.append(_turn(made.agentmem, made.usage.total_tokens, 0, made.usage.total_tokens))
 
     async def turn(self) -> None:
         """One turn; once more if it failed."""
@@ -139,12 +141,15 @@ class Talk:
         )
         self.last, self.told = made.id, [*given, *(each.model_dump(exclude_none=True) for each in made.output)]
         usage = made.usage
-        session = made.agentmem["session"]
-        return Turn(session, usage.total_tokens, usage.input_tokens_details.cached_tokens, usage.input_tokens)
+        return _turn(made.agentmem, usage.total_tokens, usage.input_tokens_details.cached_tokens, usage.input_tokens)
 
 
 def _of_chat(facts: dict[str, Any], usage: Any) -> Turn:
-    return Turn(facts["session"], usage.total_tokens, usage.prompt_tokens_details.cached_tokens, usage.prompt_tokens)
+    return _turn(facts, usage.total_tokens, usage.prompt_tokens_details.cached_tokens, usage.prompt_tokens)
+
+
+def _turn(facts: dict[str, Any], total: int, cached: int, prompt: int) -> Turn:
+    return Turn(facts["session"], total, cached, prompt, facts["total_compactions"])
 
 
 # ---- Ray
@@ -268,13 +273,15 @@ async def crossed(talks: list[Talk], clients: list[AsyncOpenAI]) -> None:
 
 def report(talks: list[Talk], turns: int) -> bool:
     """Print a table by kind, and all faults; whether there were none."""
-    print(f"\n{'kind':8}{'conversations':>14}{'turns':>7}{'repeated':>10}{'prompt':>9}{'found':>9}{'read':>8}")
+    print(
+        f"\n{'kind':8}{'conversations':>14}{'turns':>7}{'repeated':>10}{'prompt':>9}{'found':>9}{'read':>8}{'compactions':>13}"
+    )
     for kind in KINDS:
         of = [each for each in talks if each.kind == kind]
         made = [turn for each in of for turn in each.turns]
         prompt, cached = sum(each.prompt for each in made), sum(each.cached for each in made)
-        repeated = sum(len(each.repeated) for each in of)
-        print(f"{kind:8}{len(of):14}{len(made):7}{repeated:10}{prompt:9}{cached:9}{prompt - cached:8}")
+        repeated, compacted = sum(len(each.repeated) for each in of), sum(each.turns[-1].compactions for each in of)
+        print(f"{kind:8}{len(of):14}{len(made):7}{repeated:10}{prompt:9}{cached:9}{prompt - cached:8}{compacted:13}")
     for talk in talks:
         if len(talk.turns) != turns + (talk.kind == "item"):
             talk.faults.append(f"{len(talk.turns)} turns were answered")

@@ -88,7 +88,7 @@ def test_what_a_dead_server_left_unfinished_is_deleted_and_a_living_ones_is_not(
             save(path)
             Kept(tmp_path)
 
-        session.save = slow  # type: ignore[method-assign]
+        session.save = slow
         writing.keep("name", session, Record.of(one))
         assert writing.record("name") is not None
 

@@ -2,7 +2,8 @@
 
 :func:`capped` is a context manager: inside its block, ``model.generate`` runs under the cap. :func:`wrap` returns a
 model whose ``generate`` always runs under the cap. :func:`plan` returns, without running the model, how many slots fit
-under a cap and how many bytes each use takes. :class:`Runtime` serves many conversations under one cap.
+under a cap, and how many bytes the slots and each kind of temporary data take. :class:`Runtime` serves many
+conversations under one cap.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ A policy is a composition, so that an ablation can change one part at a time:
 
 - ``Queries`` names the sources of the reference queries, which the runtime obtains and passes to the compactor.
 - ``Budgets`` allocates an integer number of slots to every (layer, KV head).
-- ``Rewrite`` is optional: the model summarises the segment before it is compacted.
+- ``Rewrite`` is optional: the model replaces the segment by a summary. The compactor then compacts the summary's slots.
 - ``Compactor`` replaces the segment of one layer by the allocated number of slots. It only returns values; the memory
   validates and commits them.
 """
@@ -345,11 +345,12 @@ class Policy:
 
 @dataclass(frozen=True)
 class Rewrite:
-    """The optional part of a policy with which the model replaces the segment by a summary before it is compacted.
+    """The optional part of a policy that lets the model replace the segment by a summary.
 
     ``instruction`` is the text that asks the model for the summary. ``lead`` is the text that stands before the summary
-    in the memory. ``tokens`` is the most tokens of the summary; ``None`` lets the plan choose. The compactor then keeps
-    the fraction ``keep`` of the summary's slots; 1 keeps all of them.
+    in the memory. ``tokens`` is the most tokens of the summary; ``None`` lets the plan choose. After the summary has
+    replaced the segment, the compactor keeps the fraction ``keep`` of the summary's slots. It never keeps more slots
+    than the compaction's target allows.
     """
 
     instruction: str = (

@@ -75,7 +75,11 @@ class Part:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Return the texts to tokenize: ``text``, or else the default texts of the source, if any."""
+        """Return the texts that are fed to the model for this part of the reference queries, such as an instruction.
+
+        If ``text`` was given, the only text is ``text``. Otherwise the texts are the defaults of ``source``, the kind
+        of this part. Most kinds need no text; the tuple is then empty.
+        """
         return (self.text,) if self.text else WORDED.get(self.source, ())
 
 
@@ -109,7 +113,7 @@ class Queries:
         return cls(tuple(parts), tokens)
 
     def __post_init__(self) -> None:
-        """Raise ValueError if the mixture cannot work."""
+        """Raise ValueError if a field has a value that cannot work."""
         if self.tokens is not None and (self.tokens % 1 or self.tokens < 1):
             raise ValueError(
                 f"probe_tokens: {self.tokens!r} is too few or no whole number; give at least 1, or None for the plan's"
@@ -135,24 +139,33 @@ class Queries:
 
     @property
     def probing(self) -> tuple[Part, ...]:
-        """Return the parts that need a transient forward through the model."""
+        """Return the parts whose reference queries come from a transient forward through the model (a probe).
+
+        A part is one source of reference queries, such as ``replay``.
+        """
         return self._named(PROBING)
 
     @property
     def stored(self) -> tuple[Part, ...]:
-        """Return the parts whose queries are stored during the model's own forwards."""
+        """Return the parts whose reference queries are stored during the model's own forwards.
+
+        A part is one source of reference queries, such as ``live``.
+        """
         return self._named(STORED)
 
     @property
     def outside_cap(self) -> bool:
-        """Return whether the mixture has a part whose bytes are not counted under the cap."""
+        """Return True if these reference queries need bytes that are not counted under the cap.
+
+        Only the source ``transcript`` needs such bytes: it runs the whole transcript again.
+        """
         return any(part.source == "transcript" for part in self.parts)
 
     def focused(self, share: float = 0.25) -> Queries:
-        """Return this mixture with a ``focus`` part that gets the fraction ``share`` of the reference tokens.
+        """Return a copy with a further source of reference queries: ``focus``, a text that must stay recallable.
 
-        The text of the new part is a placeholder; each compaction brings the token ids of its own focus text. A mixture
-        that has a ``focus`` part already is returned unchanged.
+        The new source gets the fraction ``share`` of the reference tokens. Its text is a placeholder, since each
+        compaction brings the token ids of its own text. If ``focus`` is already a source, the same object is returned.
         """
         if any(part.source == "focus" for part in self.parts):
             return self

@@ -208,8 +208,8 @@ def check_policy(policy: str | Policy, *, shapes: Sequence[Case] = CASES, seed: 
     """Check a policy against the invariants of :class:`agentmem.contracts.Compactor` and of ``Budgets``.
 
     The compactor is checked on the cases in ``shapes``, with random segments seeded by ``seed``; its allocated bytes
-    are measured with :func:`peak_allocated`. The budgets are checked on fixed tables of slots. In a test, call
-    ``check_policy("my-policy").raise_if_broken()``.
+    are measured with :func:`peak_allocated`. The budgets are checked on a few fixed examples, which give the number of
+    slots of each head in each layer. In a test, call ``check_policy("my-policy").raise_if_broken()``.
     """
     made = named_policy(policy)
     results: list[InvariantResult] = []

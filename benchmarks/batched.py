@@ -6,7 +6,8 @@ Greedy replies of the default model in float32, by asyncio. Each round times one
 ``generate`` on a batch of as many rows that hold as much, in turns; figures are medians over rounds. ``speedup`` is all
 sessions' tokens a second by one session's, ``stock`` by those of the batch; ``batch`` is the sessions that a forward
 fed on average. Long texts: ``--reader N`` has another session read N tokens meanwhile, and prints the longest time
-between two tokens of a reply beside that of a forward of ``max_batch_tokens``.
+between two tokens of a reply beside that of a forward of ``max_batch_tokens``. ``--equal N`` compares, instead of
+timing: N stretches of the shipped texts are read and continued by all sessions at once, and each by one alone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import asyncio
 import json
 import time
 from itertools import pairwise
+from pathlib import Path
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
     from agentmem.sessions import Session
 
+TEXTS = Path(agentmem.__file__).parent / "evaluation" / "texts"
 OPTIONS: dict[str, Any] = {"do_sample": False, "eos_token_id": -1}
 
 
@@ -102,6 +105,43 @@ def measure(model: Any, tokenizer: Any, count: int, given: argparse.Namespace) -
     }  # fmt: skip
 
 
+def compared(model: Any, tokenizer: Any, count: int, given: argparse.Namespace) -> dict[str, float]:
+    """How many greedy replies to stretches of text are the same from ``count`` sessions at once as from one alone."""
+    words = [
+        each
+        for path in sorted(TEXTS.glob("*.txt"))
+        for each in tokenizer(path.read_text(encoding="utf-8"))["input_ids"]
+    ]
+    step = (len(words) - given.held) // given.equal
+    prompts = [
+        words[step * number : step * number + given.held // 2 + 7 * number % 64] for number in range(given.equal)
+    ]
+
+    async def written(session: Session, ids: list[int]) -> list[int]:
+        await session.aread(ids)
+        await session.agenerate(max_new_tokens=given.tokens, **OPTIONS)
+        return list(session.ids[len(ids) :])
+
+    async def at_once(group: list[list[int]]) -> list[list[int]]:
+        sessions = [runtime.session() for _ in group]
+        found = await asyncio.gather(*(written(*each) for each in zip(sessions, group, strict=True)))
+        for each in sessions:
+            each.close()
+        return list(found)
+
+    same, sizes = 0, []
+    options = {"cap": "2GiB", "policy": "window", "share": 1 / (count + 2), "chunk": CHUNK}
+    with agentmem.Runtime(model, tokenizer, **options) as runtime:
+        for at in range(0, given.equal, count):
+            group = prompts[at : at + count]
+            runtime.scheduler.recent.clear()
+            together = asyncio.run(at_once(group))
+            sizes.append(mean(each.sequences for each in runtime.scheduler.recent))
+            alone = [asyncio.run(at_once([each]))[0] for each in group]
+            same += sum(map(list.__eq__, together, alone))
+    return {"sessions": count, "replies": given.equal, "equal": same, "tokens": given.tokens, "batch": mean(sizes)}
+
+
 def delayed(model: Any, tokenizer: Any, count: int, given: argparse.Namespace) -> dict[str, float]:
     """The longest gaps between tokens of replies while another session reads, and without it."""
     options = {"cap": "4GiB", "policy": "window", "share": 1 / (count + 2), "chunk": CHUNK}
@@ -130,10 +170,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--reader", type=int, default=0, help="tokens that another session reads meanwhile")
+    parser.add_argument("--equal", type=int, default=0, help="replies to compare instead of timing")
     given = parser.parse_args()
     model, tokenizer = models.load(dtype=torch.float32)
     for count in given.sessions:
-        run = delayed if given.reader else measure
+        run = compared if given.equal else delayed if given.reader else measure
         print(
             json.dumps({key: round(value, 3) for key, value in run(model, tokenizer, count, given).items()}), flush=True
         )

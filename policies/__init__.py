@@ -27,8 +27,8 @@ attention, pursuit, random). ``budgets/`` holds the head budgets, which decide h
 
 | file | budgets | how many slots a head gets | paper |
 | --- | --- | --- | --- |
-| ``uniform.py`` | ``uniform`` | equally many | - |
-| ``global_budgets.py`` | ``global`` | as many as it has of the highest scores of all heads | Ada-KV, arXiv:2407.11550 |
+| ``uniform.py`` | ``uniform`` | the same number as every other head | - |
+| ``global_budgets.py`` | ``global`` | number of its slots with top scores among all heads | Ada-KV, arXiv:2407.11550 |
 | ``calibrated.py`` | ``calibrated`` | its share in the model's table | arXiv:2602.16284 |
 | ``sensitivity.py`` | ``sensitivity`` | as many as minimise the loss that the table predicts | arXiv:2602.16284 |
 | ``pyramid.py`` | ``pyramid`` | fewer in higher layers | PyramidKV, arXiv:2406.02069 |

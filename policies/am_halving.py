@@ -40,12 +40,16 @@ def am_halving(
 ) -> Policy:
     """Make a policy of Attention Matching; the options set its reference queries, head budgets, selector and fits.
 
-    ``probe`` is a mixture of sources of reference queries, such as ``"replay+spread"``; :meth:`Queries.of` parses it.
-    ``probe_tokens`` is the number of reference tokens (``None``: the plan chooses). ``focus`` is the text for the
-    source ``focus``. ``pattern`` is a regular expression; the queries of tokens that match it weigh ``pattern_weight``
-    times as much. ``budgets`` is a name or spec, such as ``"calibrated[floor=0.5]"``, that
-    :func:`agentmem.policies.budgets.registry.by_name` parses. ``selector`` is a name in
-    :data:`agentmem.policies.compactors.selectors.SELECTORS`. The other options are fields of
+    Attention Matching keeps some slots, and fits their β and values so that attention over them resembles attention
+    over all slots. The memory's setting ``target`` says how much each compaction leaves. The default is half of the
+    memory, so the policy is called halving.
+
+    ``probe`` names the sources of reference queries, such as ``"replay+spread"``; :meth:`Queries.of` parses it.
+    ``probe_tokens`` is the number of reference tokens (``None``: the plan chooses). ``focus`` is a text that must stay
+    recallable. The queries of its tokens become reference queries if ``probe`` names the source ``focus``. ``pattern``
+    is a regular expression; the queries of tokens that match it weigh ``pattern_weight`` times as much. ``budgets`` is
+    a name or spec, such as ``"calibrated[floor=0.5]"``, that :func:`agentmem.policies.budgets.registry.by_name` parses.
+    ``selector`` is a name in :data:`agentmem.policies.compactors.selectors.SELECTORS`. The other options are fields of
     :class:`AttentionMatching`.
 
     Raises:

@@ -4,10 +4,10 @@ The preset ``am-halving`` probes with recent text alone. Hardly any reference qu
 compactions remove them. This preset changes four things:
 
 - A part of the probe consists of spans from all over the transcript; every compaction takes different spans.
-- Up to half of the tokens of these spans are taken from matches of ``pattern`` (numbers, identifiers, names) and the
-  tokens just before them, and the queries of these tokens weigh more than others (``pattern_weight``). They attend to
-  the slots of such details, which hardly any other query does until a question asks for one; without their larger
-  weight these slots would seem unimportant.
+- Up to half of the tokens of these spans are details: matches of ``pattern`` (numbers, identifiers, names), each with
+  a few tokens before it. A query of a matching token weighs ``pattern_weight`` times as much as another query, because
+  such queries attend to the slots of details. Hardly any other query attends to these slots before a question asks for
+  the detail. Without the larger weight, the slots of details would therefore seem unimportant.
 - Part of a slot's importance is carried from one compaction to the next.
 - A table made for the model sets how many slots each head keeps; the numbers are not equal.
 """

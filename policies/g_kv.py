@@ -30,7 +30,12 @@ from agentmem.policies.solvers.selection import top
 
 @dataclass(frozen=True)
 class GlobalScore(Observation):
-    """Keeps the slots with the largest ``λ * global score + (1 - λ) * (1 - redundancy)``; λ is ``mix``."""
+    """Keeps the slots with the largest ``λ * global score + (1 - λ) * (1 - redundancy)``; λ is ``mix``.
+
+    A slot's *global score* is the larger of two numbers: ``decay`` times the slot's previous global score, and the
+    attention that the slot gets now, scaled to a maximum of 1 in every head. A slot's *redundancy* is the similarity of
+    the slot's key to other keys of the head. The redundancy, too, is scaled to a maximum of 1.
+    """
 
     scores = "carried"
 
@@ -41,7 +46,8 @@ class GlobalScore(Observation):
     threshold: float = 0.5
     """Two keys whose cosine is larger than this are similar."""
     spared: int = 1
-    """Number of exempt keys: of all keys similar to one key, this many of the newest do not count as similar to it."""
+    """How many keys are spared for each key i: the newest of the keys similar to key i. The redundancy of a spared key
+    does not include its similarity to key i."""
 
     def __post_init__(self) -> None:
         """Raise ValueError if a setting is unknown or out of range."""
@@ -58,19 +64,29 @@ class GlobalScore(Observation):
         return self.attention_bytes(shape, copies=2, then=repeated) + 2 * shape.slots * FLOAT
 
     def workspace(self, shape: SegmentShape) -> int:
-        """Return an eviction's workspace plus the bytes of carried scores.
+        """Return the bytes of an eviction's workspace plus those of global scores.
 
-        The carried scores are those of all slots of one head, and those of the kept slots of all heads.
+        A global score is a number per slot that the memory carries from one compaction to the next. The workspace has
+        room for the global scores of all slots of one head, and of the kept slots of all heads.
         """
         return super().workspace(shape) + (shape.slots + shape.heads * shape.budget) * FLOAT
 
     def score(self, segment: Segment, index: int) -> torch.Tensor:
-        """Return each slot's ``λ * global score + (1 - λ) * (1 - redundancy)``, in 0 … 1; λ is ``mix``."""
+        """Return each slot's ``λ * global score + (1 - λ) * (1 - redundancy)``, in 0 … 1; λ is ``mix``.
+
+        The global score is high if the slot gets much attention now or got it at earlier compactions. The redundancy
+        is high if the slot's key resembles other keys of the head. :class:`GlobalScore` defines both.
+        """
         attention = self.attention(segment, index)
         return self._mixed(attention, self._carried(segment, index, attention))
 
     def keep(self, segment: Segment, index: int, count: int) -> HeadCompaction:
-        """Keep the ``count`` best slots of KV head ``index``, and return their new global scores with them."""
+        """Keep the ``count`` slots of KV head ``index`` with the highest scores; return them and their global scores.
+
+        A slot's score is ``λ * global score + (1 - λ) * (1 - redundancy)``; λ is ``mix``. The global score is high if
+        the slot gets much attention now or got it at earlier compactions. The redundancy is high if the slot's key
+        resembles other keys of the head. The memory carries the returned global scores to the next compaction.
+        """
         head = segment.heads[index]
         if not head.slots:
             return super().keep(segment, index, count)
@@ -83,7 +99,12 @@ class GlobalScore(Observation):
         return HeadCompaction(kept, scores=carried[kept])
 
     def _carried(self, segment: Segment, index: int, attention: LocalAttention) -> torch.Tensor:
-        """Return the new global scores ``[T]``, in 0 … 1; before its first compaction a slot has a score of 0."""
+        """Return the new global score of each slot, as ``[T]``, in 0 … 1.
+
+        A slot's new global score is the larger of two numbers: ``decay`` times the slot's previous global score, and
+        the attention that the slot gets now, scaled to a maximum of 1. The previous global score is the one that the
+        last compaction returned. It is 0 for a slot that has been through no compaction.
+        """
         before = segment.heads[index].scores
         if before is None:
             raise ValueError("this segment has no score column; G-KV needs a memory that carries scores")

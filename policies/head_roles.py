@@ -1,13 +1,16 @@
-"""Head roles: heads that differ from the others of their layer keep all their slots; other heads keep attended slots.
+"""Head roles: some heads of each layer keep all their slots; the other heads keep the slots that get most attention.
 
 Source: "Task-KV: Task-aware KV Cache Optimization via Semantic Differentiation of Attention Heads", arXiv:2501.15113,
 section IV.
 
-As in the paper, the ``vector_slots`` most attended slots of a head define its *semantic vector*, the sum of their
-values weighted by attention (equations 12 to 15, with a window of 32 tokens). The *heterogeneous* heads of a layer are
-those whose vectors are farthest from the layer's mean vector, and also the one head whose vector is nearest to it: the
-paper takes both ends. These heads keep all slots. The other heads keep sinks, recent tokens and the *middle
-activations*: the slots with the most attention, mean-pooled over 7 slots.
+As in the paper, every head has a *semantic vector*: the sum of the values of its ``vector_slots`` most attended slots,
+weighted by attention (equations 12 to 15, with a window of 32 tokens). The *mean vector* of a layer is the mean of the
+semantic vectors of its heads. The *heterogeneous* heads of a layer keep all slots. They are of two kinds: the heads
+whose semantic vectors are farthest from the mean vector, and the one head whose semantic vector is nearest to the mean
+vector.
+
+The other heads keep sinks, recent tokens and *middle activations*. This is the paper's name for the slots that get most
+attention, where attention is mean-pooled over 7 neighbouring slots.
 
 Unlike in the paper, budgets are allocated over all layers together. A heterogeneous head may therefore get fewer slots
 than it holds: the budgets ``global`` give a head at most four times the mean number of slots per head. The head then
@@ -41,15 +44,15 @@ from agentmem.policies.solvers.selection import importance, top
 class HeadRoles(Observation):
     """Keeps each head's most attended slots.
 
-    *Heterogeneous* heads are chosen by their semantic vectors; see the module's docstring and :func:`heterogeneous`.
-    :meth:`survey` scores each of their slots above all slots of the other heads, so that budgets that compare scores
-    let heterogeneous heads keep all slots.
+    Some heads of each layer, the *heterogeneous* heads, should keep all their slots; :func:`heterogeneous` chooses
+    these heads. :meth:`survey` scores each slot of a heterogeneous head above all slots of the other heads. Budgets
+    that compare scores therefore let heterogeneous heads keep all slots that the budgets' ceilings allow.
     """
 
     share: float = 0.25
-    """Fraction of a layer's heads that are heterogeneous; a layer of three or more heads has at least one of them."""
+    """Fraction of a layer's heads that are heterogeneous; a layer of three or more heads has at least one such head."""
     vector_slots: int = 256
-    """Number of slots that a head's semantic vector is computed from."""
+    """Number of most attended slots of a head whose values make up the head's semantic vector."""
     kernel: int = 7
     """Number of neighbouring slots over which attention is averaged, the slot itself included."""
 
@@ -63,8 +66,9 @@ class HeadRoles(Observation):
     def scratch(self, shape: SegmentShape) -> int:
         """Return the bytes that :meth:`survey` allocates for one head; :meth:`score` alone allocates fewer.
 
-        These bytes hold the attention, the pooled scores, the ranking, the ranked slots' values and the semantic
-        vectors of the layer.
+        These bytes hold the head's attention, pooled scores, ranking and the values of the most attended slots. They
+        also hold one vector for every head of the layer: the head's semantic vector, the sum of the values of its most
+        attended slots, weighted by attention.
         """
         value = shape.itemsize + (FLOAT if shape.itemsize < FLOAT else 0)
         values = min(self.vector_slots, shape.slots) * (shape.value_dim * value + 3 * FLOAT)
@@ -76,7 +80,12 @@ class HeadRoles(Observation):
         return self._pooled(self._votes(segment, index))
 
     def survey(self, segment: Segment) -> Survey:
-        """Return the scores of all slots; those of heterogeneous heads are raised by 1."""
+        """Return the scores of all slots; the scores of all slots of heterogeneous heads are raised by 1.
+
+        Heterogeneous heads are the heads of the layer that should keep all slots; :func:`heterogeneous` chooses them.
+        Scores lie in 0 … 1 before they are raised. Every slot of a heterogeneous head therefore scores at least as high
+        as any slot of another head.
+        """
         scores, vectors = [], []
         for index, head in enumerate(segment.heads):
             if not head.slots:
@@ -99,12 +108,16 @@ class HeadRoles(Observation):
 
 
 def heterogeneous(vectors: torch.Tensor, share: float) -> list[int]:
-    """Return the indices of a layer's heterogeneous heads, given the semantic vectors ``[heads, dv]`` of all heads.
+    """Return the indices of a layer's heterogeneous heads, the heads that should keep all slots.
+
+    ``vectors [heads, dv]`` are the semantic vectors of all heads. A head's semantic vector is the sum of the values of
+    the head's most attended slots, weighted by attention. The distance of a head is the distance of its semantic vector
+    from the mean of all these vectors.
 
     A layer of one or two heads has no heterogeneous heads, because two vectors are equally far from their mean. In
-    other layers, ``share`` is the fraction of heads that are heterogeneous; their number is rounded, and is at least 1.
-    If only one head is heterogeneous, it is the head whose vector is farthest from the mean vector. If there are
-    several, one is the head nearest to the mean vector, and the others are the heads farthest from it.
+    other layers, the number of heterogeneous heads is ``share * heads``, rounded, and at least 1. If this number is 1,
+    the head with the largest distance is chosen. If this number is n > 1, two kinds of heads are chosen: the n - 1
+    heads with the largest distances, and the one head with the smallest distance.
     """
     heads = len(vectors)
     if heads <= 2:  # noqa: PLR2004  # two vectors are equally far from their mean
@@ -124,13 +137,15 @@ def head_roles(
 ) -> Policy:
     """Keep all slots of heterogeneous heads; other heads keep slots that the newest ``window`` tokens attend to.
 
-    Heterogeneous heads are those whose semantic vectors are farthest from their layer's mean vector, and the one
-    nearest to it; see :func:`heterogeneous`. The other options are fields of :class:`HeadRoles`, and ``budgets`` names
-    the head budgets.
+    A head's semantic vector is the sum of the values of the head's most attended slots, weighted by attention. The
+    heterogeneous heads of a layer are of two kinds: the heads whose semantic vectors are farthest from the mean of the
+    layer's semantic vectors, and the one head whose semantic vector is nearest to this mean. :func:`heterogeneous`
+    tells how many heads are chosen. The other options are fields of :class:`HeadRoles`, and ``budgets`` names the head
+    budgets.
 
     Raises:
-        ValueError: an option's value is unknown or out of range, or ``budgets`` ignore scores, so that roles would have
-            no effect.
+        ValueError: an option's value is unknown or out of range; also if the budgets ignore scores, because then
+            heterogeneous heads would get no more slots than other heads.
 
     """
     check_window(window)

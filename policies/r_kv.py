@@ -3,8 +3,9 @@
 Source: "R-KV: Redundancy-aware KV Cache Compression for Reasoning Models", arXiv:2505.24133. A slot's score is
 ``λ * importance - (1 - λ) * redundancy`` (section 3.4), where λ is the option ``mix``. The importance is the attention
 from the newest tokens (section 3.2). The redundancy is the similarity of the slot's key to other keys (section 3.3).
-Three defaults come from the paper's code: attention is max-pooled over 7 slots; keys are similar if their cosine is
-above 0.5; of all keys similar to one key, the newest does not count.
+Three defaults come from the paper's code. Attention is max-pooled over 7 slots. Two keys are similar if their cosine is
+above 0.5. For each key i, the newest of all keys similar to key i is spared: the redundancy of this newest key does not
+include its similarity to key i.
 
 The paper compresses every 128 tokens; here many slots are dropped at once when the memory fills. The scores of a head
 are shifted by a constant, so that none is negative; the order of slots is that of the paper.
@@ -34,7 +35,9 @@ from agentmem.policies.solvers.redundancy import redundancy, redundancy_bytes
 class NonRedundant(Observation):
     """Keeps the slots with the largest ``λ * importance + (1 - λ) * (largest redundancy - redundancy)``.
 
-    λ is ``mix``. The largest redundancy is the maximum over the slots of the head.
+    λ is ``mix``. A slot's importance is the attention that the slot gets from the newest tokens. A slot's redundancy is
+    the similarity of the slot's key to other keys of the head. The largest redundancy is the maximum over the slots of
+    the head.
     """
 
     mix: float = 0.1
@@ -44,7 +47,8 @@ class NonRedundant(Observation):
     threshold: float = 0.5
     """Two keys whose cosine is larger than this are similar."""
     spared: int = 1
-    """Number of exempt keys: of all keys similar to one key, this many of the newest do not count as similar to it."""
+    """How many keys are spared for each key i: the newest of the keys similar to key i. The redundancy of a spared key
+    does not include its similarity to key i."""
 
     def __post_init__(self) -> None:
         """Raise ValueError if a setting is unknown or out of range."""
@@ -63,7 +67,8 @@ class NonRedundant(Observation):
     def score(self, segment: Segment, index: int) -> torch.Tensor:
         """Return each slot's ``λ * importance - (1 - λ) * redundancy`` (the paper's equation 7), plus a constant.
 
-        The constant is ``1 - λ`` times the head's largest redundancy, so that no score is negative. λ is ``mix``.
+        λ is ``mix``; :class:`NonRedundant` tells what importance and redundancy are. The constant is ``1 - λ`` times
+        the head's largest redundancy, so that no score is negative.
         """
         attention = self.attention(segment, index)
         scores, seen = attention.bias.new_zeros(len(attention.keys)), 0.0
@@ -87,7 +92,9 @@ def check_redundancy(mix: float, threshold: float, spared: int) -> None:
     """Check three settings that R-KV and G-KV have in common.
 
     Raises:
-        ValueError: ``mix`` is not in 0 … 1, ``threshold`` is not a positive cosine, or ``spared`` is negative.
+        ValueError: ``mix`` (the weight of importance against redundancy) is not in 0 … 1; ``threshold`` (the cosine
+            above which two keys are alike) is not above 0 and up to 1; or ``spared`` (for each key, the number of
+            newest alike keys whose redundancy does not count) is negative.
 
     """
     check_share("mix", mix)
@@ -108,8 +115,9 @@ def r_kv(
 ) -> Policy:
     """Keep slots that the newest ``window`` tokens attend to, except those whose keys resemble other keys.
 
-    ``mix`` is λ, the weight of the importance; the redundancy has the weight ``1 - mix``. The other options are fields
-    of :class:`NonRedundant`, and ``budgets`` names the head budgets.
+    A slot's importance is the attention that the slot gets from these tokens. A slot's redundancy is the similarity of
+    the slot's key to other keys. ``mix`` is λ, the weight of the importance; the redundancy has the weight ``1 - mix``.
+    The other options are fields of :class:`NonRedundant`, and ``budgets`` names the head budgets.
 
     Raises:
         ValueError: an option's value is unknown or out of range.

@@ -1,8 +1,8 @@
 """Random subset: every head keeps random slots of its own; a baseline that every other policy should beat.
 
 Source: "Random Attention: Rethinking KV Cache Eviction for Efficient Reasoning", arXiv:2609.03430. In the paper the
-prompt stays, and each head keeps a uniformly random part of the other slots. Here the memory's ``keep_first`` sets what
-always stays, and many slots are dropped at once when the memory fills.
+prompt stays, and each head keeps a uniformly random part of the other slots. Here the memory's ``keep_first`` is the
+number of first tokens that always stay, and many slots are dropped at once when the memory fills.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ class ByLot(Eviction):
     """Keeps a uniformly random subset of each head's slots.
 
     A head's random numbers depend on the generator's seed, the layer and the head's newest key, never on the order of
-    the heads. Heads therefore draw independently, permuting the heads permutes the result, and a survey returns the
-    numbers that the compaction uses.
+    the heads. Heads therefore draw independently, and permuting the heads permutes the result. Drawing twice gives the
+    same numbers: some budgets ask :meth:`survey` for scores before they allocate slots, and :meth:`compact` then
+    chooses by these very scores.
     """
 
     def scratch(self, shape: SegmentShape) -> int:

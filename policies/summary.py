@@ -1,7 +1,7 @@
-"""Summary: the model summarises the segment in words, and the summary's slots replace the segment's, unchanged.
+"""Summary: the model summarises the segment in words, and all slots of the summary replace the slots of the segment.
 
-Source: agent frameworks compact their text in this way; here the memory does. If a summary is unusable, Attention
-Matching compacts the segment instead.
+Source: agent frameworks replace old text by a summary of this text. Here the memory replaces slots instead of text. The
+slots of the summary are not compacted. If a summary is unusable, Attention Matching compacts the segment instead.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Summary + AM: the model summarises the segment in words, and Attention Matching compacts the summary's slots.
 
-Source: arXiv:2602.16284, which summarises, prefills the summary and compacts it before generation begins. Here all
-three happen during generation: the model writes the summary into slots reserved for it, and the summary then replaces
-the segment. If the summary is empty, repetitive or otherwise unusable, Attention Matching compacts the segment itself,
-and the report records this.
+Source: arXiv:2602.16284. In the paper, the summary is written, prefilled and compacted before generation begins. Here
+these three steps happen during generation: the model writes the summary into slots reserved for it, and the summary
+then replaces the segment. If the summary is empty, repetitive or otherwise unusable, Attention Matching compacts the
+segment itself, and the report records this.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def summary_am(
 ) -> Policy:
     """Make a policy that replaces the segment by a summary, and then compacts the slots of the summary.
 
-    ``instruction`` is the text that asks the model for the summary, and ``lead`` the text that precedes the summary in
-    the memory. The summary has at most ``summary_tokens`` tokens (``None``: the plan chooses). Attention Matching keeps
-    the fraction ``keep`` of its slots. ``options`` set Attention Matching; they are those of
-    :func:`agentmem.policies.am_halving.am_halving`.
+    ``instruction`` is the text that asks the model for the summary. ``lead`` is the text that precedes the summary in
+    the memory. The summary has at most ``summary_tokens`` tokens (``None``: the plan chooses this number). Attention
+    Matching then keeps the fraction ``keep`` of the summary's slots. ``options`` set Attention Matching; they are the
+    options of :func:`agentmem.policies.am_halving.am_halving`.
 
     Raises:
         ValueError: an option's value is unknown or out of range.

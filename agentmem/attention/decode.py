@@ -48,11 +48,11 @@ class Form(NamedTuple):
 
 
 def form_of(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, quantised: bool = False) -> Form | None:
-    """Return the :class:`Form` that slots have once they store new ``keys [n, Hkv, d]`` and ``values [n, Hkv, dv]``.
+    """Return the dtype, number of KV heads and dims of the slots in which the given keys and values will be stored.
 
-    The keys and values are those of one new token in each of ``n`` sequences, and ``queries [n, Hq, d]`` are its
-    queries. ``quantised`` states whether slots are stored quantised. The result is ``None`` if :func:`attend_each`
-    cannot attend with these queries over such slots.
+    Each of ``n`` sequences gets one new token. The new tokens have ``queries [n, Hq, d]``, ``keys [n, Hkv, d]`` and
+    ``values [n, Hkv, dv]``. ``quantised`` states whether the slots are stored quantised. The result is ``None`` if
+    :func:`attend_each` cannot attend with these queries over such slots.
     """
     rows, heads, dim = keys.shape
     if not (queries.is_cpu and keys.is_cpu and values.is_cpu and keys.dtype == queries.dtype == values.dtype):
@@ -78,9 +78,10 @@ Sequence = tuple[int, Layout, list[int], bool]
 
 
 def layout(heads: Iterable[tuple[int, int, int, int]], form: Form, *storages: torch.Tensor | None) -> Layout:
-    """Return a layout; ``heads`` lists for each head the CPU addresses of keys, values and β, and the capacity.
+    """Return the :class:`Layout` that tells the compiled code where the slots of a sequence are in memory.
 
-    ``storages`` are the tensors that own the memory at these addresses.
+    ``heads`` lists four numbers for each KV head: the CPU addresses of keys, values and β, and the capacity in slots.
+    The address of β is 0 if there is no β. ``storages`` are the tensors that own the memory at these addresses.
     """
     return Layout(array("Q", [number for head in heads for number in head]).tobytes(), form, storages)
 

@@ -21,11 +21,15 @@ if TYPE_CHECKING:
     from agentmem.planning.model_shape import LayerShape
 
 TILE_BYTES = 1 << 19
-"""The most bytes of one tile of logits in the explicit path, unless one query needs more."""
+"""The most bytes of logits that :func:`attend` computes at once, unless one token needs more."""
 
 
 def explicit_bytes(layer: LayerShape, tokens: int, slots: int, itemsize: int) -> int:
-    """Return the most bytes that the explicit path allocates besides its output."""
+    """Return the most bytes that :func:`attend` allocates besides its output.
+
+    ``tokens`` is the number of tokens whose queries attend. ``slots`` is the largest number of slots of a KV head.
+    ``itemsize`` is the number of bytes of one element of the queries.
+    """
     span = slots + tokens
     rows = layer.query_heads * min(tokens, max(1, TILE_BYTES // (layer.query_heads * span * 4)))
     casts = wide_bytes(layer, layer.kv_heads, span, itemsize)
@@ -41,7 +45,26 @@ def attend(
     window: int | None,
     sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Compute what :func:`agentmem.attention.ragged.attend` describes, by the explicit path."""
+    """Compute the attention of one sequence's ``queries [Hq, q, d]`` over the slots in ``runs`` and over fresh keys.
+
+    The attention weights are computed as tensors, unlike in a flash kernel. For each run that has ``scores``, the
+    weights are summed over the queries and added to these scores.
+
+    Args:
+        queries: post-RoPE queries of ``q`` tokens.
+        runs: the slots of all KV heads.
+        fresh: keys and values of the queries' own tokens, attended to causally. With ``None``, every query attends to
+            every slot.
+        scale: factor on the attention logits.
+        window: the most tokens that a query attends to, its own token included. The slots must then be the consecutive
+            tokens before the fresh tokens. The window is ignored without ``fresh``.
+        sinks: ``[Hq]``, an additional logit of each query head that only increases the denominator of its softmax.
+
+    Returns:
+        The output ``[Hq, q, dv]``, and the attention ``[Hkv, q]`` (float32) that each fresh key received. The latter is
+        ``None`` without ``fresh``.
+
+    """
     if not runs and fresh is not None:
         runs = [Run(0, fresh.keys[:, :0], fresh.values[:, :0])]
     output = queries.new_empty(*queries.shape[:2], runs[0].value_dim)
@@ -79,8 +102,9 @@ def _weights(
 ) -> torch.Tensor:
     """Return the attention weights ``[h, group * b, n + stop]`` (float32) of a block of ``b`` tokens.
 
-    The tokens are ``start .. start + b`` of the fresh tokens. The last dimension has the ``n`` slots of the run first,
-    then the first ``stop = start + b`` fresh keys (none without ``fresh``).
+    ``run`` has ``h`` KV heads with ``n`` slots each, and ``group`` is the number of query heads per KV head. The first
+    token of the block is token number ``start`` of ``fresh``. The last dimension has the ``n`` slots first, then the
+    first ``stop = start + b`` keys of ``fresh``. Without ``fresh``, ``stop`` is 0.
     """
     size, count = queries.shape[1], run.slots
     stop = 0 if fresh is None else start + size

@@ -1,24 +1,24 @@
-/* Vectors of 16 floats on any CPU, and the functions that read them from storage of several dtypes and write them. */
+/* Vectors of WIDE floats, and the functions that read them from storage of several dtypes and write them. */
 #ifndef AGENTMEM_NUMBERS_H
 #define AGENTMEM_NUMBERS_H
 #include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#include "decode_piece.h"
 
-#define WIDE 16 /* floats of one vector: a register of AVX-512, two of AVX2, four of SSE and NEON */
+/* WIDE, which the includer defines, is the floats of one vector: 16 in a register of AVX-512, 8 of AVX2, 4 of SSE, NEON. */
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float wide __attribute__((vector_size(4 * WIDE)));
 typedef float loose __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
 typedef int32_t wide_int __attribute__((vector_size(4 * WIDE)));
 typedef uint32_t wide_bits __attribute__((vector_size(4 * WIDE)));
+typedef int8_t sixteen __attribute__((vector_size(16)));
+typedef int16_t eight __attribute__((vector_size(16)));
 typedef int8_t codes __attribute__((vector_size(WIDE), aligned(1), may_alias));
 typedef uint16_t few_bits __attribute__((vector_size(2 * WIDE), aligned(2), may_alias));
 typedef uint32_t loose_bits __attribute__((vector_size(4 * WIDE), aligned(2), may_alias));
-
-enum { FLOAT32, BFLOAT16, FLOAT16, INT8 }; /* the dtypes of storage; INT8 is rows of quantised.py */
-#define GROUP 32 /* codes of INT8 that share a scale */
 
 static const wide none = {0};
 
@@ -29,21 +29,10 @@ INLINE wide choose(wide_int which, wide yes, wide no) {
     return (wide)(((wide_int)yes & which) | ((wide_int)no & ~which));
 }
 
-INLINE ptrdiff_t bytes_of(int kind) { return kind == FLOAT32 ? 4 : 2; }
-
-/* Returns the bytes of `dim` consecutive numbers in storage. */
-INLINE ptrdiff_t row_bytes(int kind, ptrdiff_t dim) {
-    return kind == INT8 ? dim + dim / GROUP * 2 : dim * bytes_of(kind);
-}
-
 #ifndef __has_builtin
 #define __has_builtin(name) 0
 #endif
-#if defined(__x86_64__) && __has_builtin(__builtin_shufflevector)
-#define SHUFFLES 1 /* code for AVX-512 alone: elsewhere vectors of 16 floats are several registers */
-#else
-#define SHUFFLES 0
-#endif
+#define SHUFFLES __has_builtin(__builtin_shufflevector)
 
 /* Returns float16 numbers as float32. Sign and magnitude are at their float32 places; a product corrects exponents. */
 INLINE wide from_half(wide_bits sign, wide_bits magnitude) {
@@ -57,7 +46,7 @@ INLINE wide fetch_one(const int level, const int kind, const char *from, ptrdiff
     if (kind == FLOAT32) return load((const float *)from + at);
     const few_bits *narrow = (const few_bits *)(from + 2 * at);
 #ifdef __x86_64__
-    if (kind == FLOAT16 && level == 2) { /* compilers convert one number at a time */
+    if (kind == FLOAT16 && level) { /* compilers convert one number at a time */
         wide number;
         __asm__("vcvtph2ps %1, %0" : "=v"(number) : "m"(*narrow));
         return number;
@@ -80,8 +69,27 @@ INLINE float scale_of(const char *row, ptrdiff_t dim, ptrdiff_t at) {
     memcpy(&scale, &bits, 4);
     return scale;
 }
-INLINE wide decoded(const char *row, ptrdiff_t at, float scale) {
-    return __builtin_convertvector(__builtin_convertvector(*(const codes *)(row + at), wide_int), wide) * scale;
+INLINE wide decoded(const int level, const char *row, ptrdiff_t at, float scale) {
+    const codes *from = (const codes *)(row + at);
+    wide_int number;
+#ifdef __x86_64__
+    if (level) { /* GCC 12 converts one code at a time */
+        __asm__("vpmovsxbd %1, %0" : "=v"(number) : "m"(*from));
+        return __builtin_convertvector(number, wide) * scale;
+    }
+#else
+    (void)level;
+#endif
+#if SHUFFLES && WIDE == 4 /* each code four times, shifted down from the highest byte */
+    int32_t all;
+    memcpy(&all, from, WIDE);
+    sixteen bytes = (sixteen)(wide_int){all};
+    bytes = __builtin_shufflevector(bytes, bytes, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    number = (wide_int)__builtin_shufflevector((eight)bytes, (eight)bytes, 0, 8, 1, 9, 2, 10, 3, 11) >> 24;
+#else
+    number = __builtin_convertvector(*from, wide_int);
+#endif
+    return __builtin_convertvector(number, wide) * scale;
 }
 
 /* Returns 2 * WIDE numbers of a row of `dim` as two vectors. For bfloat16, these are the numbers with even and with odd
@@ -89,8 +97,8 @@ INLINE wide decoded(const char *row, ptrdiff_t at, float scale) {
 INLINE void fetch(const int level, const int kind, const char *from, ptrdiff_t dim, ptrdiff_t at, wide to[2]) {
     if (kind == INT8) {
         float scale = scale_of(from, dim, at);
-        to[0] = decoded(from, at, scale);
-        to[1] = decoded(from, at + WIDE, scale);
+        to[0] = decoded(level, from, at, scale);
+        to[1] = decoded(level, from, at + WIDE, scale);
         return;
     }
     if (kind != BFLOAT16) {
@@ -114,32 +122,50 @@ INLINE float largest(wide x) {
 
 INLINE float sum(wide x) {
     union { wide all; float lane[WIDE]; } u = {x};
-    float eight[8], four[4];
-    for (int i = 0; i < 8; i++) eight[i] = u.lane[i] + u.lane[i + 8];
-    for (int i = 0; i < 4; i++) four[i] = eight[i] + eight[i + 4];
-    return (four[0] + four[2]) + (four[1] + four[3]);
+    for (int half = WIDE / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) u.lane[i] += u.lane[i + half];
+    return u.lane[0];
 }
 
 #if SHUFFLES
 #define MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-/* Sums four vectors over quarters: lane 4 q + i of the result is the sum of quarter q of v[i]. */
+#if WIDE == 16
+#define EVEN 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29
+#define ODD 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31
+#define LOWER 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
+#define UPPER 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
+#elif WIDE == 8
+#define EVEN 0, 8, 1, 9, 4, 12, 5, 13
+#define ODD 2, 10, 3, 11, 6, 14, 7, 15
+#define LOWER 0, 1, 8, 9, 4, 5, 12, 13
+#define UPPER 2, 3, 10, 11, 6, 7, 14, 15
+#else
+#define EVEN 0, 4, 1, 5
+#define ODD 2, 6, 3, 7
+#define LOWER 0, 1, 4, 5
+#define UPPER 2, 3, 6, 7
+#endif
+/* Sums four vectors over lanes, four at a time: lane 4 q + i of the result is the sum of the q-th four lanes of v[i]. */
 INLINE wide quarters(const wide v[4]) {
     wide two[2];
-    for (int i = 0; i < 2; i++)
-        two[i] = MIX(v[2 * i], v[2 * i + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
-                 MIX(v[2 * i], v[2 * i + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
-    return MIX(two[0], two[1], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-           MIX(two[0], two[1], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    for (int i = 0; i < 2; i++) two[i] = MIX(v[2 * i], v[2 * i + 1], EVEN) + MIX(v[2 * i], v[2 * i + 1], ODD);
+    return MIX(two[0], two[1], LOWER) + MIX(two[0], two[1], UPPER);
 }
 
-/* Returns the sums of sixteen vectors, given the results of quarters() for each four of them. */
-INLINE wide sums(const wide v[4]) {
+/* Returns the sums of WIDE vectors, given the results of quarters() for each four of them. */
+INLINE wide sums(const wide v[WIDE / 4]) {
+#if WIDE == 16
     wide two[2];
     for (int i = 0; i < 2; i++)
         two[i] = MIX(v[2 * i], v[2 * i + 1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
                  MIX(v[2 * i], v[2 * i + 1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
     return MIX(two[0], two[1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
            MIX(two[0], two[1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+#elif WIDE == 8
+    return MIX(v[0], v[1], 0, 1, 2, 3, 8, 9, 10, 11) + MIX(v[0], v[1], 4, 5, 6, 7, 12, 13, 14, 15);
+#else
+    return v[0];
+#endif
 }
 #endif
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001  # no public name returns the lse
 
 TOKENS = 128
-"""The most tokens that the fused path handles in one block; fewer if many query heads share a KV head."""
+"""The most tokens whose queries one call of torch's flash kernel gets; fewer if many query heads share a KV head."""
 ROWS = 512
 """The most queries of one KV head, over tokens and query heads of its group, in one call of the kernel."""
 SPAN = 512
@@ -50,10 +50,12 @@ _TILED_GROUP = 128  # the most query heads per KV head that chunk.c supports
 
 
 def fused_bytes(layer: LayerShape, tokens: int, slots: int, itemsize: int, rows: int = 1) -> int:
-    """Return the most bytes that the fused path of :func:`attend` allocates besides its output.
+    """Return the most bytes that :func:`attend` allocates besides its output if it calls a fused kernel.
 
-    ``rows`` is the number of sequences of a batch. They are computed one after the other, except in a decode step, in
-    which one compiled call may compute all of them.
+    A fused kernel is torch's flash kernel or this package's C code. ``tokens`` is the number of tokens whose queries
+    attend. ``slots`` is the largest number of slots of a KV head. ``itemsize`` is the number of bytes of one element of
+    the queries. ``rows`` is the number of sequences of a batch. The sequences are computed one after the other, except
+    in a decode step: there one call of the C code may compute all sequences.
     """
     chunk = _block_bytes(layer, layer.kv_heads, _tokens(layer.group, tokens), max(slots, tokens), itemsize)
     step = layer.query_heads * (layer.key_dim + layer.value_dim + 2) * itemsize + _kernel_bytes(
@@ -106,7 +108,7 @@ def attend(
     explicit: bool = False,
     sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Compute the attention of one row's ``queries [Hq, q, d]`` over the slots in ``runs`` and over fresh keys.
+    """Compute the attention of one sequence's ``queries [Hq, q, d]`` over the slots in ``runs`` and over fresh keys.
 
     Args:
         queries: post-RoPE queries of ``q`` tokens.
@@ -117,13 +119,13 @@ def attend(
         window: the most tokens that a query attends to, its own token included. With ``fresh``, the slots must then be
             the consecutive tokens before the fresh tokens. Without ``fresh``, the caller must have cut the slots to the
             window.
-        explicit: use the explicit path even if a fused path is possible. Devices other than the CPU and calls with
-            ``sinks`` always use the explicit path.
+        explicit: compute the attention weights as tensors, even if a fused kernel could be called. On devices other
+            than the CPU, and with ``sinks``, the weights are always computed as tensors.
         sinks: ``[Hq]``, an additional logit of each query head that only increases the denominator of its softmax.
 
     Returns:
         The output ``[Hq, q, dv]``, and the attention ``[Hkv, q]`` (float32) that each fresh key received. The latter is
-        ``None`` without ``fresh``, and on all paths but the explicit path.
+        ``None`` without ``fresh``, and if a fused kernel was called.
     """
     if not explicit and sinks is None:
         if fresh is None and queries.shape[1] == 1:
@@ -159,7 +161,10 @@ def _width(runs: Sequence[Run], fresh: Fresh | None) -> int:
 
 
 def _step(queries: torch.Tensor, runs: Sequence[Run], scale: float) -> torch.Tensor:
-    """Attend with one token's queries ``[Hq, 1, d]``, by one kernel call per run, which reads each slot only once."""
+    """Attend with one token's queries ``[Hq, 1, d]`` over all slots, and return the output ``[Hq, 1, dv]``.
+
+    Each run has consecutive KV heads with equal numbers of slots. The flash kernel is called once for each run.
+    """
     group = queries.shape[0] // sum(run.heads for run in runs)
     rows = (queries[run.first * group : (run.first + run.heads) * group].view(run.heads, group, 1, -1) for run in runs)
     outputs = [_flash_rows(each, run, scale)[0] for each, run in zip(rows, runs, strict=True)]
@@ -192,7 +197,10 @@ def _form(queries: torch.Tensor, runs: Sequence[Run]) -> decode.Form:
 
 
 def _plain(run: Run, dim: int, width: int, dtype: torch.dtype) -> bool:
-    """Return whether a run has the dtypes and the layout that ``decode.c`` needs to read the run by raw addresses."""
+    """Return whether the tensors of ``run`` have the dtypes and the layout that ``decode.c`` needs.
+
+    ``decode.c`` reads keys, values and β of consecutive KV heads by raw addresses.
+    """
     keys, values, bias = run.keys, run.values, run.bias
     return (
         keys.dtype == values.dtype == dtype
@@ -206,9 +214,10 @@ def _plain(run: Run, dim: int, width: int, dtype: torch.dtype) -> bool:
 
 
 def _decode_step(queries: torch.Tensor, runs: Sequence[Run], scale: float) -> torch.Tensor:
-    """Attend with one token's queries ``[Hq, 1, d]`` over all runs in one compiled call.
+    """Attend with one token's queries ``[Hq, 1, d]`` over all slots in one call of ``decode.c``.
 
-    The runs must be in the order of their heads.
+    Each run has the slots of consecutive KV heads. The runs must be in the order of their heads. The result is the
+    output ``[Hq, 1, dv]``.
     """
     form = _form(queries, runs)
     output = queries.new_empty(1, queries.shape[0], form.value_dim)
@@ -220,7 +229,10 @@ def _decode_step(queries: torch.Tensor, runs: Sequence[Run], scale: float) -> to
 
 
 def _heads(run: Run) -> Iterator[tuple[int, int, int, int]]:
-    """Yield for each head of a run the addresses of keys, values and β (0 without β), and the number of slots."""
+    """Yield for each KV head in ``run`` the memory addresses of keys, values and β, and the number of slots.
+
+    The address of β is 0 if there is no β.
+    """
     size = run.keys.element_size()
     for head in range(run.heads):
         bias = 0 if run.bias is None else run.bias.data_ptr() + head * run.bias.stride(0) * FLOAT
@@ -229,10 +241,10 @@ def _heads(run: Run) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _addresses(run: Run) -> tuple[int, int, int, int, int, int, int, int, int]:
-    """Return the description of a run for ``chunk.c``.
+    """Return what ``chunk.c`` must know to read the slots of consecutive KV heads.
 
-    It consists of the first head, the numbers of heads and slots, the addresses of keys, values and β (0 without β),
-    and their strides over heads.
+    The nine numbers are the first KV head, the number of heads, the number of slots per head, the memory addresses of
+    keys, values and β, and the strides of keys, values and β over heads. Both numbers for β are 0 if there is no β.
     """
     keys, values, bias = run.keys, run.values, run.bias
     heads, slots, _ = keys.shape
@@ -277,9 +289,10 @@ def _rows(source: Run | Fresh) -> bool:
 def _chunk_step(
     queries: torch.Tensor, runs: Sequence[Run], fresh: Fresh | None, scale: float, window: int | None
 ) -> torch.Tensor:
-    """Attend in ``chunk.c`` with queries ``[Hq, q, d]`` of several tokens.
+    """Attend with the queries ``[Hq, q, d]`` of several tokens in one call of ``chunk.c``.
 
-    They attend to all slots of all runs, and causally to fresh keys.
+    The queries attend to all slots in ``runs``, and causally to ``fresh`` (keys and values of the same tokens). The
+    result is the output ``[Hq, q, dv]``.
     """
     query_heads, tokens, dim = queries.shape
     heads = sum(run.heads for run in runs) if fresh is None else fresh.keys.shape[0]
@@ -313,10 +326,13 @@ def _chunk_step(
 def _attend_block(
     grouped: torch.Tensor, runs: Sequence[Run], fresh: Fresh | None, scale: float, block: slice
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend with the queries ``[h, group, b, d]`` of a block of tokens over all runs and fresh keys.
+    """Attend with the queries ``grouped [h, group, b, d]`` of ``b`` tokens over the slots in ``runs`` and ``fresh``.
 
-    ``block`` is the range of these tokens among the fresh tokens. Attention is computed over parts of the keys, and the
-    results are averaged with their attention masses (sums of exponentials of logits) as weights.
+    The queries are those of ``h`` KV heads, with ``group`` query heads each. ``fresh`` has keys and values of new
+    tokens, attended to causally. ``block`` is the range of the ``b`` tokens among these new tokens.
+
+    Attention is computed over parts of the keys. The results are averaged with their attention masses (sums of
+    exponentials of logits) as weights.
 
     Returns:
         The output ``[h, group, b, dv]`` and the log-sum-exp ``[h, group, b]`` of the logits, both at least float32.
@@ -335,7 +351,10 @@ def _attend_block(
 
 
 def _spans(run: Run) -> Iterator[Run]:
-    """Yield a run in parts of at most :data:`SPAN` slots if keys and values must be converted, otherwise as a whole."""
+    """Yield the slots of ``run`` in parts of at most :data:`SPAN` slots per head, so that converted copies stay small.
+
+    The slots come in a single part if keys and values need no conversion to float32.
+    """
     for span in blocks(run.slots, SPAN if run.copied else max(1, run.slots)):
         yield run.part(span)
 
@@ -351,9 +370,14 @@ def _merge(output: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse
 
 
 def _flash_rows(grouped: torch.Tensor, run: Run, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend with ``grouped [h, group, b, d]`` over a run's slots, and return the output and the log-sum-exp.
+    """Attend with the queries ``grouped [h, group, b, d]`` of ``b`` tokens over the slots of ``h`` KV heads.
 
-    All queries of a group are passed to the kernel as tokens of one head, so that it reads keys and values only once.
+    Each KV head has ``group`` query heads. The kernel gets the ``group * b`` queries of a KV head as queries of
+    one query head, so that it reads keys and values only once.
+
+    Returns:
+        The output ``[h, group, b, dv]`` and the log-sum-exp ``[h, group, b]`` of the logits.
+
     """
     heads, group, tokens, _ = grouped.shape
     run = run.wide(grouped.dtype)
@@ -371,9 +395,13 @@ def _flash_rows(grouped: torch.Tensor, run: Run, scale: float) -> tuple[torch.Te
 def _flash_own(
     grouped: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend with ``grouped [h, group, b, d]`` causally over the keys ``[h, b, d]`` of the same tokens.
+    """Attend with the queries ``grouped [h, group, b, d]`` of ``b`` tokens causally over these tokens' own keys.
 
-    Return the output and the log-sum-exp.
+    The keys are ``[h, b, d]`` and the values ``[h, b, dv]``, for ``h`` KV heads with ``group`` query heads each.
+
+    Returns:
+        The output ``[h, group, b, dv]`` and the log-sum-exp ``[h, group, b]`` of the logits.
+
     """
     shared = (each.unsqueeze(1).expand(-1, grouped.shape[1], -1, -1) for each in (keys, values))
     output, lse = _flash(grouped, *shared, 0.0, True, scale=scale)  # noqa: FBT003  # takes no keyword
@@ -412,7 +440,7 @@ def local_bytes(layer: LayerShape, queries: int, before: int, after: int, itemsi
 
     The comparison calls :func:`local` twice: over the ``before`` slots that the head had, and over the ``after`` slots
     that it keeps. Both calls have the same queries, and ``queries`` is their number per query head. The bytes of the
-    ``after`` slots are included. ``fused`` states whether :func:`local` uses the fused path.
+    ``after`` slots are included. ``fused`` states whether :func:`local` calls torch's flash kernel.
     """
     outputs = 4 * layer.group * queries * (layer.value_dim * (itemsize + 4) + 8)
     slots = after * (layer.key_dim + layer.value_dim) * (itemsize + 4) + after * 12

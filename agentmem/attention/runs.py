@@ -44,14 +44,15 @@ class Run:
         return self.keys.dtype.itemsize < FLOAT
 
     def part(self, span: slice) -> Run:
-        """Return a view of the slots in ``span`` of every head, without scores."""
+        """Return the slots in ``span`` of every head, as views; the ``scores`` of the result are ``None``."""
         bias = None if self.bias is None else self.bias[:, span]
         return Run(self.first, self.keys[:, span], self.values[:, span], bias, None, self.quantised)
 
     def wide(self, dtype: torch.dtype = torch.float32) -> Run:
-        """Return the run without scores, with keys and values that are at least float32.
+        """Return the same slots with keys and values in float32 or wider.
 
-        Quantised keys and values are decoded to ``dtype``; others are converted if they are narrower than float32.
+        Quantised keys and values are decoded to ``dtype``. Others are converted to float32 if they are narrower. The
+        ``scores`` of the result are ``None``.
         """
         if self.quantised is None:
             return Run(self.first, wide(self.keys), wide(self.values), self.bias)
@@ -63,7 +64,7 @@ class Run:
 
     @property
     def heads(self) -> int:
-        """The number of KV heads in the run."""
+        """The number of KV heads."""
         return int(self.keys.shape[0])
 
     @property

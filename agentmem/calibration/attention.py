@@ -25,7 +25,12 @@ _ROWS = 256
 
 
 def window_shares(window: Window, layers: Sequence[int]) -> list[float]:
-    """Return the share of every head of ``layers``, layer by layer; the mean of all shares is 1."""
+    """Return the share of every head of ``layers``, layer by layer.
+
+    The slots that receive most attention are kept, over all heads together. A head's share is the number of its kept
+    slots, divided by the mean number per head. The mean of all shares is therefore 1. Shares are averaged over the
+    fractions of kept slots in ``window.terms.ratios``.
+    """
     scores = []
     for layer in layers:
         segment = window.segment(layer)

@@ -31,7 +31,8 @@ Curves = list[list[float]]
 def window_curves(window: Window, layers: Sequence[int], compactor: Compactor) -> Curves:
     """Return the error curve of every head of ``layers``, in layer order.
 
-    A curve has one error for each of the kept fractions ``terms.fractions``, with all other heads uncompacted.
+    A curve has one error for each fraction of kept slots in ``window.terms.fractions``. The error is the estimated KL
+    divergence of the model's predictions if this head alone is compacted, in nats per token.
     """
     gradients = _gradients(window, layers)
     curves: Curves = []
@@ -67,10 +68,12 @@ def _gradients(window: Window, layers: Sequence[int]) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def _losses(asked: AttentionCall, past: AttentionCall, gradients: torch.Tensor, heads: int) -> torch.Tensor:
-    """Return for each KV head the KL per token that is estimated if this head alone is compacted, ``[heads]``.
+    """Return the estimated KL per token of compacting each KV head alone, ``[heads]`` float64.
 
-    ``past`` has the context's keys, values and β with every head compacted; the estimate of a KV head uses only the
-    outputs of its own query heads. ``asked`` is the attention call of the tokens after the context, without compaction.
+    ``past`` has the context's keys, values and β with every head compacted. One attention call over ``past`` still
+    gives separate estimates, because the output of a query head depends only on the slots of its own KV head.
+    ``asked`` is the attention call of the tokens after the context, without compaction.
+
     The estimate is ½ E[(g · d)²]. Here g are ``gradients``, d is the change of the attention output by the compaction,
     and E is the mean over samples and tokens. g · d is summed over the query heads of a KV head before it is squared.
     """

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def head_curve(window: Window, layer: int, head: int, compactor: Compactor) -> list[float]:
-    """Return the error curve of one head, with one error for each of the kept fractions ``terms.fractions``.
+    """Return the error curve of one head: an error for each fraction of kept slots in ``window.terms.fractions``.
 
-    An error is the KL from the model's predictions without compaction to those with the head compacted, in nats per
-    token.
+    An error is the KL divergence from the model's predictions without compaction to its predictions with this head
+    alone compacted, in nats per token.
     """
     whole = window.untouched.logits
     assert whole is not None  # noqa: S101  # the window asks for them

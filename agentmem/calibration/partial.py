@@ -20,7 +20,10 @@ REMEDY = "choose another place with --out"
 
 @dataclass
 class Partial:
-    """Store the result of each unit of work; every process writes its own file and reads the files of all processes.
+    """Store the results of a calibration that is not finished, for one process of this calibration.
+
+    The work of a calibration is divided into named units, which several processes may share. Every process writes the
+    results of its units to its own file, and reads the files of all processes.
 
     ``out`` is the path of the table that the calibration will write. ``key`` is a digest of everything that a result
     depends on, and is stored in each file. A file that stores a different key is ignored, because its results are of
@@ -39,13 +42,13 @@ class Partial:
         return self.out.with_name(f"{self.out.name}.partial-{self.rank}")
 
     def files(self) -> list[Path]:
-        """Return the files of all processes."""
+        """Return the paths of all files with stored results beside the table ``out``, one file per process."""
         return sorted(self.out.parent.glob(f"{self.out.name}.partial-*"))
 
     def load(self) -> dict[str, Any]:
         """Return the results of all processes, as a dict from the name of a unit of work to its result.
 
-        Files that store a key different from ``key`` are ignored.
+        Each file states the calibration that it belongs to (its ``key``). Files of other calibrations are ignored.
         """
         found: dict[str, Any] = {}
         for path in self.files():
@@ -61,11 +64,11 @@ class Partial:
         return found
 
     def put(self, unit: str, value: object) -> None:
-        """Store the result of one unit and write this process's file."""
+        """Store ``value`` as the result of the unit of work ``unit``, and write this process's file."""
         self.own[unit] = value
         write_whole(self.path, json.dumps({"key": self.key, "done": self.own}), what="calibration", remedy=REMEDY)
 
     def remove(self) -> None:
-        """Delete the files of all processes."""
+        """Delete all files with stored results beside the table ``out``, whichever process wrote them."""
         for path in self.files():
             path.unlink(missing_ok=True)

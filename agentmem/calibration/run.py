@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 _PATIENCE = timedelta(days=7)
 
 Progress = Callable[[int, int], None]
-"""Callback that receives the number of units of work done and the total number of units."""
+"""Callback that receives the number of units of work done and the total number of units.
+
+A unit is one window of the text, or one head in one window."""
 
 
 def calibrate(
@@ -45,11 +47,15 @@ def calibrate(
     fresh: bool = False,
     progress: Progress = lambda _done, _all: None,
 ) -> dict[str, Any]:
-    """Measure the windows of ``ids [n]`` and write the table of the model's heads to ``out``; return its content.
+    """Measure on the text ``ids [n]`` how many slots each head needs, write a table to ``out``, and return the table.
 
-    Results stay beside ``out`` until the table is written, so that a calibration that was stopped can be resumed;
-    ``fresh`` measures everything again. The processes of ``torchrun`` or ``accelerate launch`` share the units, and
-    the first process writes the table. The model is left as it was. ``name`` is the model's name in the table.
+    The work is divided into units: one window (piece of the text), or one head in one window. If ``torchrun`` or
+    ``accelerate launch`` started several processes, each process measures a part of the units. The first process writes
+    the table.
+
+    The results of the units are stored beside ``out`` until the table is written, so that a calibration that was
+    stopped can be resumed. With ``fresh``, everything is measured again. The model is left as it was. ``name`` is the
+    model's name in the table.
 
     Raises:
         SettingsRefused: the model, the text or the policy cannot be used for this calibration.
@@ -88,7 +94,7 @@ def calibrate(
 
 @dataclass(frozen=True, slots=True)
 class Team:
-    """The processes that share the work: ``rank`` is the number of this process, ``size`` the number of processes."""
+    """The processes that share a calibration: ``rank`` is the number of this process, ``size`` their number."""
 
     rank: int = 0
     size: int = 1
@@ -108,7 +114,7 @@ class Team:
 
 
 def _key(identity: ModelIdentity, ids: torch.Tensor, terms: Terms) -> str:
-    """Return a digest of everything that the result of a unit of work depends on."""
+    """Return a digest of everything that a measurement depends on: file format, model, text and settings."""
     facts = {
         "version": VERSION,
         "model": identity.fingerprint,

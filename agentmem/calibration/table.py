@@ -1,4 +1,9 @@
-"""Write the table of a calibration: shares, error curves, and the settings and command to repeat the calibration."""
+"""Write the table of a calibration, which is a JSON file.
+
+The table has the *share* of every head: the number of slots that the head should get, divided by the mean number per
+head. If the method finds error curves, the table also has the errors of every head at several fractions of kept slots.
+The table also has the settings, and the command that repeats the calibration.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +44,9 @@ class Origin:
 class Found:
     """Hold the outcome of a calibration.
 
-    ``shares [heads]`` are the heads' numbers of slots, divided by their mean. ``errors [heads][fractions]`` are the
-    error curves in nats per token, with one error per fraction of kept slots; they are empty if the method finds no
-    errors.
+    ``shares [heads]`` has each head's number of slots, divided by the mean number per head.
+    ``errors [heads][fractions]`` has the error curve of each head: one error per fraction of kept slots, in nats per
+    token. ``errors`` is empty if the method finds no errors.
     """
 
     shares: Sequence[float]
@@ -49,7 +54,11 @@ class Found:
 
 
 def as_table(model: ModelIdentity, terms: Terms, origin: Origin, found: Found) -> dict[str, Any]:
-    """Return the table as JSON values; shares are rounded to 4 decimal places, errors to 3 significant digits."""
+    """Return the table as JSON values.
+
+    A head's share, its number of slots divided by the mean number per head, is rounded to 4 decimal places. Errors are
+    rounded to 3 significant digits.
+    """
     settings = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(terms).items()}
     settings.pop("method")  # it has a key of its own
     table: dict[str, Any] = {
@@ -81,7 +90,11 @@ def write_table(path: Path, table: dict[str, Any]) -> None:
 
 
 def _lines(value: Any) -> str:
-    """Return ``value`` as JSON. Of a list of lists, each inner list gets a line; any other value is one line."""
+    """Return ``value`` as JSON text on one line; a list of lists gets one line for each inner list instead.
+
+    A dictionary without the key ``errors`` is always written on one line. In a dictionary with this key, each
+    value that is a list of lists is divided into lines.
+    """
     if isinstance(value, dict) and "errors" in value:
         return "{" + ", ".join(f"{json.dumps(name)}: {_lines(part)}" for name, part in value.items()) + "}"
     if isinstance(value, list) and value and isinstance(value[0], list):

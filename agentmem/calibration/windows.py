@@ -43,7 +43,10 @@ def cut(ids: torch.Tensor, terms: Terms) -> list[torch.Tensor]:
 
 @dataclass
 class Window:
-    """Hold one window of a text; each reading of the window is made when first needed, and then kept."""
+    """One window (piece of a text): a context, in which heads are compacted, and the tokens that follow it.
+
+    The model is run over the tokens when a result is first needed. The recorded attention calls are then kept.
+    """
 
     reader: Reader
     ids: torch.Tensor
@@ -51,33 +54,43 @@ class Window:
 
     @cached_property
     def context(self) -> Reading:
-        """Return the reading of the context, without compaction."""
+        """Return the attention calls of all layers in a forward over the context, without compaction.
+
+        The context is the first ``terms.context`` tokens of the window. An attention call has the queries, keys, values
+        and output of one layer.
+        """
         return self.reader.read(self.ids[: self.terms.context])
 
     @cached_property
     def replay(self) -> Reading:
-        """Return a second reading of the context, which follows the first reading and attends to it.
+        """Return the attention calls of all layers in a forward that repeats the tokens of the context.
 
-        The queries of the second reading are the reference queries.
+        The repeated tokens follow the context and attend to it. Their queries are the reference queries.
         """
         ids = self.ids[: self.terms.context]
         return self.reader.read(ids, start=len(ids), past=self.context.layers)
 
     @cached_property
     def ahead(self) -> Reading:
-        """The run of the model over the tokens after the context, no head compacted; with the autograd graph."""
+        """Return the attention calls and logits of a forward over the tokens after the context, without compaction.
+
+        The autograd graph is kept, so that gradients can be computed.
+        """
         return self.read_ahead(self.context.layers, gradient=True)
 
     @cached_property
     def untouched(self) -> Reading:
-        """The run of the model over the tokens after the context, no head compacted; without an autograd graph."""
+        """Return the attention calls and logits of a forward over the tokens after the context, without compaction.
+
+        No autograd graph is kept.
+        """
         return self.read_ahead(self.context.layers)
 
     def read_ahead(self, past: Sequence[AttentionCall], *, gradient: bool = False) -> Reading:
-        """Read the tokens after the context, and return this reading with its logits.
+        """Run the model over the tokens after the context, and return the attention calls of all layers and the logits.
 
-        ``past`` has the context's keys and values (and β, if heads were compacted) for each layer. With ``gradient``,
-        the reading keeps the autograd graph, so that the attention outputs can be differentiated.
+        ``past`` has the context's keys and values for each layer, and β if heads were compacted. With ``gradient``, the
+        autograd graph is kept, so that the logits can be differentiated with respect to the attention outputs.
         """
         context = self.terms.context
         return self.reader.read(self.ids[context:], start=context, past=past, logits=True, gradient=gradient)
@@ -88,9 +101,10 @@ class Window:
         return slice(self.terms.keep_first, self.terms.context - self.terms.keep_recent)
 
     def segment(self, layer: int, *, scores: bool = False) -> Segment:
-        """Return a layer's segment as a compactor receives it, with the replay's queries as reference queries.
+        """Return a layer's segment as a compactor receives it.
 
-        With ``scores`` the segment has a column of scores, all 0 as in a new memory.
+        The reference queries come from :attr:`replay`, a forward that repeats the tokens of the context. With
+        ``scores``, every slot has a score of 0, as in a new memory.
         """
         context, span = self.context.layers[layer], self.span
         positions = torch.arange(span.start, span.stop, dtype=torch.int32, device=context.keys.device)

@@ -38,6 +38,9 @@ SlotNumbers = Annotated[
     SlotDtype,
     typer.Option(help="What slots hold: auto is the model's own numbers, int8 takes a half or a quarter of the bytes."),
 ]
+Device = Annotated[
+    str, typer.Option(help="Where the model and its memory are: cpu, cuda, cuda:1, mps; auto spreads over all GPUs.")
+]
 Rebase = Annotated[
     # There is no --no-rebase, because the help text would need a further column for it.
     bool, typer.Option("--rebase", help="Go on past the model's positions by moving slots to lower ones.")

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from agentmem import calibration, evaluation, plugins
 from agentmem.calibration import Method, Origin, Terms
-from agentmem.cli.arguments import KeepFirst, KeepRecent, Model
+from agentmem.cli.arguments import Device, KeepFirst, KeepRecent, Model
 from agentmem.cli.console import ERR, require_writable, show, table
 from agentmem.cli.loading import Dtype, load_model
 from agentmem.errors import SettingsRefused
@@ -48,6 +48,7 @@ def calibrate(
     policy: Annotated[str, typer.Option(help="fisher, loss: whose compactor is measured.")] = Terms.policy,
     seed: Annotated[int, typer.Option(help="Seed of what is drawn.")] = 0,
     dtype: Annotated[Dtype, typer.Option(help="Number format; auto is the checkpoint's own.")] = Dtype.AUTO,
+    device: Device = "cpu",
     fresh: Annotated[bool, typer.Option("--fresh/--resume", help="Measure again what was measured before.")] = False,
 ) -> None:
     """Measure how many slots each head needs, and write a table for the calibrated and sensitivity budgets.
@@ -67,8 +68,8 @@ def calibrate(
     plugins.policy(policy)
     require_writable(out, "--out")
     words = evaluation.default_text() if text is None else evaluation.read_text(text)
-    loaded, tokenizer = load_model(model, dtype)
-    ids = _ids(tokenizer, words[offset:], tokens)
+    loaded, tokenizer = load_model(model, dtype, device)
+    ids = _ids(tokenizer, words[offset:], tokens).to(loaded.device)
     origin = Origin(
         text=_PAGES if text is None else text.name,
         sha256=hashlib.sha256(words.encode()).hexdigest(),

@@ -20,13 +20,14 @@ class Dtype(StrEnum):
     FLOAT16 = "float16"
 
 
-def load_model(name: str | None, dtype: Dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model and its tokenizer; the name ``None`` stands for the default model.
+def load_model(name: str | None, dtype: Dtype, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model to a device, with its tokenizer; the name ``None`` stands for the default model.
 
     Raises:
         ModelUnavailable: the model does not exist or cannot be read.
+        SettingsRefused: the device cannot be used on this machine.
 
     """
     with ERR.status(f"loading {name or 'the default model'}"):
         chosen: torch.dtype | None = None if dtype is Dtype.AUTO else getattr(torch, dtype.value)
-        return models.load(name, dtype=chosen)
+        return models.load(name, dtype=chosen, device_map=None if device == "cpu" else device)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from agentmem import models, plugins
-from agentmem.cli.arguments import Cap, Model, SlotNumbers
+from agentmem.cli.arguments import Cap, Device, Model, SlotNumbers
 from agentmem.cli.console import OUT
 from agentmem.cli.loading import Dtype, load_model
 from agentmem.cli.logs import log_requests
@@ -60,8 +60,13 @@ def serve(
     ] = False,
     slot_dtype: SlotNumbers = "auto",
     dtype: Annotated[Dtype, typer.Option(help="Number format; auto is the checkpoint's own.")] = Dtype.AUTO,
+    device: Device = "cpu",
 ) -> None:
-    """Serve chat completions, responses and compaction items whose memory is latent; Ctrl-C ends it."""
+    """Serve chat completions, responses and compaction items whose memory is latent; Ctrl-C ends it.
+
+    A compaction item stands for a conversation: a client sends the item back to restore the conversation. Latent memory
+    means that the item names a snapshot of keys and values, and has no summary in words.
+    """
     launch = _launch()
     plugins.policy(policy)  # options that can be checked without a model are checked before the model is loaded
     Settings.of(cap=cap, keep_recent=keep_recent, rebase=rebase, slot_dtype=slot_dtype)
@@ -74,7 +79,7 @@ def serve(
     template = None if chat_template is None else launch.read_template(chat_template)
     log_requests()
     with launch.using(state, shared=shared):
-        loaded, tokenizer = load_model(model, dtype)
+        loaded, tokenizer = load_model(model, dtype, device)
         tokenizer.chat_template = template or tokenizer.chat_template
         options: dict[str, Any] = {"share": share, "keep_recent": keep_recent, "rebase": rebase}
         options["slot_dtype"] = slot_dtype

@@ -50,7 +50,9 @@ class BudgetAllocator:
     ) -> tuple[tuple[int, ...], ...]:
         """Return how many segment slots each head may keep, one tuple per layer (empty for a sliding layer).
 
-        ``stage`` returns a context manager that measures the time of the survey.
+        Some policies need a survey first. To survey a layer is to score its slots or to measure error curves of its
+        heads. The survey of all layers runs in the context manager that ``stage()`` returns, so that the caller can
+        measure the time of this stage.
 
         Raises:
             PolicyContractBroken: the policy's budgets violate the invariants of their contract.

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from agentmem.contracts import Compaction, Compactor, HeadCompaction, HeadSegment, Segment
 
 Errors = tuple[float | None, float | None]
-"""The error of the local output and the error of the log-mass; both are ``None`` if they were not measured."""
+"""The error of the attention output over the segment alone, and the error of the log-mass.
+
+The log-mass is the log of the sum of ``exp(logit)`` over the segment. Both errors are ``None`` if not measured.
+"""
 WORST_SPANS = 3
 CURVE_FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)
 """Budgets at which error curves are measured, as fractions of the largest budget of a head."""
@@ -59,8 +62,10 @@ def _as_fitted(rows: torch.Tensor) -> torch.Tensor:
 class _Tally:
     """Sums over heads, from which the errors are computed.
 
-    ``missed`` sums the squared errors of the local outputs, ``total`` the squared local outputs. ``mass`` sums each
-    head's mean absolute error of the log-mass over its queries. ``count`` is the number of heads.
+    A local output is an attention output over the segment alone. The log-mass is the log of the sum of ``exp(logit)``
+    over the segment. ``missed`` sums the squared errors of the local outputs, and ``total`` sums the squared local
+    outputs before the compaction. ``mass`` sums the mean absolute errors of the log-mass; each mean is over the queries
+    of one head. ``count`` is the number of these means.
     """
 
     missed: float = 0.0
@@ -76,7 +81,11 @@ class _Tally:
 
     @property
     def errors(self) -> tuple[float, float]:
-        """Return the relative L2 error of the local output and the mean absolute error of the log-mass."""
+        """Return the relative L2 error of the attention output, and the mean absolute error of the log-mass.
+
+        Both errors compare attention over the segment alone, before and after the compaction. The log-mass is the log
+        of the sum of ``exp(logit)`` over the segment.
+        """
         return (self.missed / self.total) ** 0.5 if self.total else 0.0, self.mass / max(1, self.count)
 
 
@@ -89,7 +98,11 @@ class HeldOut:
     def measure(
         self, segment: Segment, compaction: Compaction, held: Sequence[Reference], rounded: Rounded = _as_fitted
     ) -> Errors:
-        """Return the errors of one layer's compaction; ``(None, None)`` if there are no held-out queries.
+        """Return the two errors that ``compaction`` causes in a layer: of the attention output, and of the log-mass.
+
+        Both errors compare attention over the segment alone, before and after the compaction. The log-mass is the log
+        of the sum of ``exp(logit)`` over the segment. The queries are ``held``, the held-out reference queries. If
+        ``held`` is empty, both errors are ``None``.
 
         ``rounded`` maps fitted keys or values ``[n, d]`` to the numbers that the store will return for them.
         """
@@ -127,7 +140,7 @@ def _head_errors(
     scale: float,
     rounded: Rounded = _as_fitted,
 ) -> _Tally:
-    """Compare one KV head's attention before and after a fit, and return the sums of its errors.
+    """Compare one KV head's attention before and after its compaction ``fit``, and return the sums of its errors.
 
     ``place`` is the index of the head and the number of KV heads. ``queries [Hq, n, d]`` has the queries of all heads.
     """
@@ -147,7 +160,11 @@ def _head_errors(
 
 
 def error_curves(compactor: Compactor, segment: Segment, held: Sequence[Reference], most: int) -> tuple[Curve, ...]:
-    """Return one error curve per head: compact the layer to several sizes up to ``most`` slots; change no memory."""
+    """Return one error curve per head: the head's errors at several numbers of kept slots, up to ``most``.
+
+    The layer is compacted once for each number of slots; the memory is not changed. The errors are measured on the
+    held-out reference queries ``held``.
+    """
     sizes = [max(1, int(most * fraction)) for fraction in CURVE_FRACTIONS]
     rows: list[list[tuple[int, float, float]]] = [[] for _ in segment.heads]
     for size in dict.fromkeys(sizes):
@@ -159,7 +176,11 @@ def error_curves(compactor: Compactor, segment: Segment, held: Sequence[Referenc
 def _points(
     compactor: Compactor, segment: Segment, held: Sequence[Reference], size: int
 ) -> list[tuple[int, float, float]]:
-    """Compact a layer to ``size`` slots per head; return the slots, output error and log-mass error of each head.
+    """Compact a layer to ``size`` slots per head, and return ``(slots, output error, log-mass error)`` for each head.
+
+    ``slots`` is ``size``, or fewer if the head has fewer. Both errors compare attention over the segment alone, before
+    and after the compaction. The log-mass is the log of the sum of ``exp(logit)`` over the segment. The queries are
+    ``held``, the held-out reference queries. If ``held`` is empty, both errors are infinite.
 
     This is a separate function so that the result of one compaction is freed before the next compaction.
     """
@@ -176,7 +197,11 @@ def _points(
 
 
 def _curve(points: Sequence[tuple[int, float, float]], held: int) -> Curve:
-    """Return the curve through the measured points and the point of error 0 at ``held`` slots, sorted by size."""
+    """Return one head's curve: its errors at each number of kept slots, in ascending order of this number.
+
+    Each of ``points`` has a number of kept slots, the error of the attention output and the error of the log-mass.
+    ``held`` is the number of slots that the head has. A point with this number and errors of 0 is added.
+    """
     by_size = {size: (output, mass) for size, output, mass in points} | {held: (0.0, 0.0)}
     sizes = sorted(by_size)
     return Curve(tuple(sizes), tuple(by_size[size][0] for size in sizes), tuple(by_size[size][1] for size in sizes))

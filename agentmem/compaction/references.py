@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class References:
-    """Obtain reference queries layer by layer, in the mixture that the policy asks for."""
+    """Obtain the reference queries of each layer from the sources that the policy names."""
 
     def __init__(self, memory: Memory, forwards: Forwards, sequence: TokenSequence, job: Job) -> None:
         """Keep the arguments; run nothing yet. The probe is empty until :meth:`prepare` is called."""
@@ -61,10 +61,11 @@ class References:
         )
 
     def each(self, layers: Sequence[int], visit: Visit, before: Callable[[], None] = lambda: None) -> None:
-        """Call ``visit(layer, references)`` for the layers in order, during the probe's forward if there is a probe.
+        """Call ``visit(layer, references)`` for each of ``layers`` in order, with that layer's reference queries.
 
-        ``before()`` is called before each ``visit``. If ``before`` raises, no random queries have been drawn for this
-        layer, so a later attempt draws the same random queries.
+        If there is a probe, the calls are made during the forward of the probe. ``before()`` is called before each
+        ``visit`` and may raise to interrupt. Reference queries that the policy wants drawn at random are drawn after
+        ``before()``. If ``before()`` raises, a later attempt therefore draws the same queries.
         """
         if not self.probe.ids:
             for layer in layers:
@@ -85,7 +86,11 @@ class References:
         self.forwards.run(self.probe.ids, self.sequence.next_position, Transient(self.memory, self.sequence, visit))
 
     def _visit(self, layer: int, probed: tuple[Reference, ...], visit: Visit) -> None:
-        """Call ``visit`` with a layer's probed and stored queries; free its random queries after the call."""
+        """Call ``visit`` with all reference queries of a layer: those of the probe (``probed``), then the stored ones.
+
+        If the policy asks for random queries, they are drawn here. The ledger counts the bytes of these random queries
+        until ``visit`` returns.
+        """
         plan, sequence = self.job.plan, self.sequence
         with self.memory.ledger.borrow(plan.draw_bytes, "random queries"):
             samples = (sample.reference(sequence.generator, plan.drawn_tokens) for sample in sequence.samples[layer])

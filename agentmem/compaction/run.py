@@ -90,7 +90,9 @@ class SequenceCompaction:
         """
         memory, sequence, policy = self.memory, self.sequence, self.job.policy
         began, slots, resident = time.perf_counter(), sequence.held, memory.ledger.resident
-        log_events.compaction_started(row=sequence.index, policy=policy.name, tokens_seen=sequence.seen, slots=slots)
+        log_events.compaction_started(
+            memory.names, row=sequence.index, policy=policy.name, tokens_seen=sequence.seen, slots=slots
+        )
         outside = memory.ledger.outside() if policy.queries.outside_cap else nullcontext()
         with own_state(), torch.no_grad(), memory.ledger.watch() as peak, outside:
             self._rewrite()
@@ -322,7 +324,8 @@ class SequenceCompaction:
     def _headroom(self) -> int:
         """Return the number of free slots that every head gets once all layers are compacted to their budgets.
 
-        It is the largest number with which the slots take no more resident bytes (R) than the plan's capacity.
+        The number is as large as the plan allows: the held and free slots of all heads together take at most the bytes
+        of ``plan.capacity`` slots in each head.
         """
         price = kept = 0
         for index, store in self.sequence.full():
@@ -355,7 +358,12 @@ class SequenceCompaction:
     def _note_fault(self, layer: int | None, error: Exception, remedy: str) -> None:
         self.faults.append(f"{_place(layer)}: {type(error).__name__}: {error} ({remedy})")
         log_events.compaction_fault(
-            row=self.sequence.index, layer=layer, policy=self.job.policy.name, error=repr(error), remedy=remedy
+            self.memory.names,
+            row=self.sequence.index,
+            layer=layer,
+            policy=self.job.policy.name,
+            error=repr(error),
+            remedy=remedy,
         )
 
     def _remedy(self, attempt: int) -> str:

@@ -60,13 +60,18 @@ class Rewriting:
         self.memory, self.sequence, self.job, self.rewrite, self.language = memory, sequence, job, rewrite, language
 
     def run(self) -> Request:
-        """Let the model write a summary, choose free positions, and put the summary's slots in place of the segment.
+        """Let the model write a summary, and put the summary's slots in place of the segment.
+
+        The summary's slots get consecutive positions before the recent window. These positions must be free: no slot
+        outside the segment may have them.
 
         Returns:
-            The request for the compaction of the summary's slots, which must follow.
+            The request to compact the summary's slots. The caller must run this compaction next.
 
         Raises:
-            SummaryRefused: the summary is empty, too long or repetitive, or no positions are free; nothing was changed.
+            SummaryRefused: the summary cannot be used, or its instruction is too long; nothing was changed. A summary
+                cannot be used in these cases: it is empty, too short, too long or repetitive; too few positions are
+                free.
 
         """
         before, written = self.sequence.held, self._written(self._instruction())
@@ -170,8 +175,10 @@ class Rewriting:
     def _adopt(self, ids: tuple[int, ...], position: int) -> None:
         """Replace the segments by the slots of the summary, layer by layer.
 
-        If an interrupt or an error stops this halfway, the sequence keeps an unfinished compaction with equal budgets.
-        If no layer was replaced before the stop, the sequence is unchanged.
+        An interrupt or an error can stop this after some layers. The sequence then keeps an unfinished compaction that
+        can be resumed. In this compaction, every head's segment has the same budget: ``job.each`` slots, at least 1. A
+        segment that the summary has not replaced is compacted without a summary. If no layer was replaced before the
+        stop, the sequence is unchanged.
         """
         memory, sequence, before = self.memory, self.sequence, self._stores()
         positions = torch.arange(position, position + len(ids), dtype=torch.int32)

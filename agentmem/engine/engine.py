@@ -241,7 +241,7 @@ class Engine:
         """
         report = compaction.run()
         self.memory.record(report)
-        log_events.compaction_finished(report)
+        log_events.compaction_finished(self.memory.names, report)
         self.memory.publish(report)
         return report
 

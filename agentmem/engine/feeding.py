@@ -1,7 +1,7 @@
 """Run one forward over the next tokens of several turns, with a separate result for each turn.
 
-A turn is one use of a session: its memory reads a prompt, and the model may write a reply. A turn asks for tokens to be
-fed with a :class:`Want`, and gets the result as the :class:`Outcome` of this want.
+A turn is one use of a session: its memory reads a prompt, and the model may write a reply. A turn's request to feed
+tokens is a :class:`Want`. The result of the request is an :class:`Outcome`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ def ambient() -> tuple[object, ...]:
 
 
 class Outcome(NamedTuple):
-    """The result of a :class:`Want`: the number of fed tokens and the ``logits [V]`` after them, or an error."""
+    """The result of a turn's request to feed tokens.
+
+    It has the number of fed tokens and the ``logits [V]`` after the last of them. If the forward failed, it has only
+    the error.
+    """
 
     fed: int = 0
     logits: torch.Tensor | None = None
@@ -92,7 +96,11 @@ class Want:
 
 
 class _Part(NamedTuple):
-    """The part of a forward that feeds one :class:`Want`, with the :class:`Append` that keeps the fed tokens."""
+    """One turn's part of a forward that feeds tokens of several turns.
+
+    ``want`` is the turn's request to feed tokens. ``append`` has the tokens that this forward feeds, and appends their
+    slots to the turn's memory.
+    """
 
     want: Want
     append: Append
@@ -104,10 +112,11 @@ class _Part(NamedTuple):
 
 
 def feed(shares: Sequence[tuple[Want, int]]) -> None:
-    """Feed the first tokens of several wants in one forward, and set the outcome of each want.
+    """Feed the first tokens of several requests in one forward, and set the outcome of each request.
 
-    ``shares`` lists the wants and how many tokens of each to feed. If a want fails, its outcome is the error, and the
-    other wants are not affected. Wants that are left without an outcome by an interrupt can be fed again.
+    ``shares`` lists the requests, each with the number of its tokens to feed. If a request fails, its outcome is the
+    error, and the other requests are not affected. An interrupt can leave requests without an outcome; these requests
+    can be fed again.
     """
     holds: list[object] = []  # the ownership of the memories; emptied at the end, because a traceback may keep the list
     try:
@@ -119,10 +128,11 @@ def feed(shares: Sequence[tuple[Want, int]]) -> None:
 
 
 def _begun(want: Want, count: int, holds: list[object]) -> _Part | None:
-    """Make room for a want's first ``count`` tokens, and return the part of the forward that feeds them.
+    """Make room for the first ``count`` tokens of a request, and return the part of the forward that feeds them.
 
-    The current thread becomes the owner of the want's memory. The object that keeps this ownership is added to
-    ``holds``. On failure, set the error as the want's outcome and return ``None``.
+    The request ``want`` asks for tokens to be fed into a memory. The current thread becomes the owner of this memory.
+    An object is added to ``holds``, and the thread stays the owner while this object exists. On failure, the error
+    becomes the outcome of the request, and the result is ``None``.
     """
     engine, sequence = want.engine, want.engine.memory.sequences[0]
     try:

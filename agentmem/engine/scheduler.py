@@ -7,9 +7,11 @@ their outcomes.
 
 Turns are ordered by these rules; each rule decides only between turns that are equal by the rules before it. Turns
 that were passed over :data:`PATIENCE` times come first. Higher priority comes first. Single tokens (replies) come
-before longer texts. Earlier requests come first. A forward takes tokens in this order, up to the smallest limit
-(``most``) of the waiting turns. If only one turn waits, or if the first turn must be fed alone, a forward takes all
-tokens of that turn.
+before longer texts. Earlier requests come first.
+
+A forward takes tokens in this order. Each waiting turn limits how many tokens the whole forward may have
+(``Want.most``), and the smallest of these limits applies. If only one turn waits, or if the first turn must be fed
+alone, no limit applies: the forward takes all tokens of that turn.
 
 A forward first waits for the turns that the last forward fed and for turns that have just begun, so that turns of equal
 speed stay together. The wait ends when no turn has come for a certain time: :data:`LINGER` seconds, or the fraction
@@ -111,7 +113,8 @@ class Scheduler:
     def serve(self, want: Want) -> None:
         """Submit a request to feed tokens, and return when its outcome is set.
 
-        Until then, whenever it is time for a forward, this thread may run one for all chosen turns.
+        Until then, the thread waits. When the next forward is due, any waiting thread may run it. The forward feeds all
+        turns that the scheduler chooses by the rules of this module, so this thread may also feed other turns.
         """
         self.submit(want)
         while not want.done:
@@ -124,7 +127,7 @@ class Scheduler:
                 self.step(want)
 
     def pause(self) -> float:
-        """Return how many more seconds the next forward should wait for expected turns; 0 if it is time to run it."""
+        """Return how many more seconds the next forward should wait for expected turns; 0 if the forward is due."""
         with self._changed:
             if not self._expected:
                 return 0.0
@@ -132,11 +135,11 @@ class Scheduler:
             return max(0.0, self._came + linger - time.monotonic())
 
     def step(self, want: Want) -> None:
-        """Run one forward for the waiting turns on this thread, if it is still needed and it is time.
+        """Run one forward in the calling thread if it is due; the forward feeds tokens of the waiting turns.
 
-        The thread first waits for the lock, which other threads hold while they run forwards. Nothing is run if one of
-        these forwards has served the request ``want`` meanwhile, or if the scheduler still waits for expected turns
-        (:meth:`pause`).
+        A forward is not due while the scheduler waits for turns that will soon submit tokens; see :meth:`pause`. The
+        thread first waits for the lock, which other threads hold while they run forwards. If one of these forwards has
+        served the request ``want``, this thread runs nothing.
         """
         with self.lock:
             if want.done or self.pause() > 0:
@@ -191,7 +194,13 @@ class Scheduler:
         return chosen
 
     def _ended(self, shares: Iterable[tuple[Want, int]], began: float) -> None:
-        """Record a finished forward, remove the requests that have outcomes, and expect the fed turns to come again."""
+        """Record a finished forward; from now on, only requests without an outcome still wait.
+
+        ``shares`` has the requests that the forward was to feed, each with its number of tokens. ``began`` is the time
+        at which the forward began. The turns that were fed will probably submit more tokens soon. They are noted as
+        expected turns, so that the next forward waits briefly for them. For each request that still waits,
+        ``Want.passed`` increases by 1.
+        """
         fed = [(want, count) for want, count in shares if want.done]
         now = time.monotonic()
         with self._changed:

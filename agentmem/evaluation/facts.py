@@ -160,11 +160,12 @@ _MAKERS: dict[Format, tuple[Callable[[Random, str], Fact], tuple[str, ...]]] = {
 
 
 def facts(quiz: Quiz, document: int) -> list[tuple[Format, Fact]]:
-    """Make the facts of the document with the number ``document``: one fact and its format for each depth.
+    """Return the facts of the document with the number ``document``: for each depth, a format and one fact.
 
-    A format is a kind of fact: ``codes``, ``names`` or ``lists``. The formats take turns over the depths, and each
-    document begins with another format. With enough documents, every depth therefore gets facts of every format. Facts
-    of one format in the document are about different places or ships, as long as there are enough of these.
+    A format is a kind of fact. ``codes`` are secret codes of places, ``names`` are names of ships' captains, and
+    ``lists`` are lists of words, each for one place. The formats take turns over the depths, and each document begins
+    with the next format. With enough documents, every depth therefore gets facts of every format. Two facts of one
+    format in one document are about different places or ships, if there are at most 16 depths.
     """
     random = Random(f"{quiz.seed}/{document}")  # noqa: S311  # a quiz, no secret
     subjects = {name: random.sample(_MAKERS[name][1], len(_MAKERS[name][1])) for name in FORMATS}

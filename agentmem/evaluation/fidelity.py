@@ -51,10 +51,11 @@ class Measurement(Spent):
 
 
 class Drift(Frozen):
-    """The mean KL over a group of positions.
+    """The mean KL between full and capped memory, over positions that were read after similarly many compactions.
 
-    The group consists of ``positions`` positions. They were read when the memory had been compacted at least ``first``
-    and at most ``last`` times.
+    ``positions`` positions were read after at least ``first`` and at most ``last`` compactions. ``kl_mean`` is the mean
+    of KL(full ‖ capped) over these positions, in nats. This KL compares the next-token distributions with full memory
+    and with capped memory.
     """
 
     first: int
@@ -66,9 +67,9 @@ class Drift(Frozen):
 class FidelityRow(Frozen):
     """One line of the fidelity table: the scores of one policy on one passage.
 
-    KL is in nats. The scores are computed over the last ``positions`` positions of the passage. The first of these is
-    the token that caused the earliest compaction among the compared policies. Before it, all memories were complete;
-    see :func:`rows`.
+    KL means KL(full ‖ capped) in nats; it compares next-token distributions with full memory and with capped memory.
+    The scores are computed over the last ``positions`` positions of the passage. The first of these is the token that
+    caused the earliest compaction among the compared policies. Before it, all memories were complete; see :func:`rows`.
     """
 
     policy: str

@@ -82,7 +82,8 @@ def _state(part: object) -> str:
 def _core() -> set[Path]:
     """Return the source files that every measurement runs.
 
-    These are all files of agentmem except the modules that draw and the folders in :data:`_BESIDE`.
+    The result has the Python files of agentmem, without modules that draw figures and without the folders listed in
+    :data:`_BESIDE`. Code in these folders does not affect a measurement, apart from the code of the measured policy.
     """
     package = Path(__file__).parents[1]
     beside = {package / name for name in _BESIDE}
@@ -92,8 +93,9 @@ def _core() -> set[Path]:
 def _policy_sources(policy: Policy) -> set[Path]:
     """Return the source files that define a policy's compactor and budgets.
 
-    For the class of the compactor and for that of the budgets, these are all files of the outermost package that
-    contains the class; see :func:`_depth`. For a class outside any package, the only file is the module of the class.
+    The compactor and the budgets are objects of two classes. For each of the two classes, the result has all Python
+    files of the outermost package that contains the class; see :func:`_depth`. If no package contains the class, the
+    result has only the file in which the class is defined.
     """
     found: set[Path] = set()
     for part in (policy.compactor, policy.budgets):

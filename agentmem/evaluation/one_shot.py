@@ -3,8 +3,9 @@
 This is the main setting of arXiv:2602.16284. The compaction keeps a fraction of the document's slots, and no other
 compaction follows. The logits over the continuation are compared with those of full memory.
 
-Two baselines are also measured. ``no-context`` reads the continuation without the document. ``truncation`` reads the
-document's last tokens, as many as the policies keep slots, and then the continuation.
+Two baselines are also measured. ``no-context`` reads the continuation without the document. ``truncation`` reads only
+the last tokens of the document, and then the continuation. The number of these tokens is the number of slots per KV
+head that the compaction keeps.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class Shot(Frozen):
 class OneShotRow(Frozen):
     """The measured results of one policy or baseline at one ratio, on one passage.
 
-    KL is in nats, over the ``positions`` positions of the continuation.
+    KL means KL(full ‖ capped) in nats; it compares next-token distributions with full memory and with capped memory.
+    All scores are over the ``positions`` positions of the continuation.
     """
 
     policy: str
@@ -126,8 +128,8 @@ class _Run(NamedTuple):
 class _Case(NamedTuple):
     """One measurement to be made: a policy or a baseline (given by its name) at one ratio.
 
-    ``slots`` is the number of slots to keep, and ``terms`` are the settings of the memory. For a policy,
-    ``terms.target`` equals ``slots``.
+    The ratio is the number of document tokens per kept slot. ``slots`` is the number of slots to keep, and ``terms``
+    are the settings of the memory. For a policy, ``terms.target`` equals ``slots``.
     """
 
     policy: Policy | str
@@ -143,9 +145,15 @@ class _Case(NamedTuple):
 def cases(policies: Sequence[str], terms: Terms, shot: Shot, tokens: int) -> list[_Case]:
     """Return the measurements to be made on a passage of ``tokens`` tokens, in order, after checking the settings.
 
+    The last ``shot.continuation`` tokens of the passage are its continuation. All tokens before them are the document.
+    For a policy, the document is compacted once, and then the continuation is teacher-forced.
+
+    The baseline ``no-context`` comes first. Each ratio in ``shot.ratios`` then gives one measurement of the baseline
+    ``truncation`` and one of each policy. A ratio is the number of document tokens per kept slot.
+
     Raises:
-        SettingsRefused: the continuation takes the whole passage, a ratio leaves fewer slots than prefix + recent
-            window + 1, or a policy is unknown.
+        SettingsRefused: the continuation leaves no token for the document, a ratio leaves fewer slots than prefix +
+            recent window + 1, or a policy is unknown.
 
     """
     document = tokens - shot.continuation
@@ -185,7 +193,14 @@ def stream(
     fresh: bool = False,
     progress: Callable[[str, int], None] = lambda _name, _tokens: None,
 ) -> Iterator[OneShotRow]:
-    """Measure baselines and policies on the passage ``ids [tokens + 1]``, and yield their rows, ratio by ratio.
+    """Measure baselines and policies on the passage ``ids [tokens + 1]``, and yield one row per measurement.
+
+    The model reads all ids but the last, which is only predicted. The last ``shot.continuation`` of the read tokens are
+    the continuation; all tokens before them are the document. A policy compacts the document once, and then the
+    continuation is teacher-forced.
+
+    The baseline ``no-context`` comes first. Each ratio in ``shot.ratios`` then gives one row for the baseline
+    ``truncation`` and one row for each policy. A ratio is the number of document tokens per kept slot.
 
     Each row is saved in ``cache_dir`` before it is yielded. If a row of the same model, passage, settings and code was
     saved earlier, it is loaded instead of being measured again; with ``fresh``, it is measured again. ``progress`` is
@@ -193,7 +208,7 @@ def stream(
 
     Raises:
         AgentmemError: :func:`cases` refuses the settings, or a policy cannot work with the settings in ``terms``. Rows
-            that were saved before stay on disk.
+            that were saved before the error stay on disk.
 
     """
     asked = cases(policies, terms, shot, len(ids) - 1)
@@ -250,7 +265,11 @@ def _measure(
 
 
 def _anew(model: PreTrainedModel, ids: torch.Tensor, full: torch.Tensor) -> _Run:
-    """Measure a baseline: run the model on ``ids`` in one forward, and compare the last positions with ``full``."""
+    """Measure a baseline, which reads only ``ids``, and compare its logits with those of full memory.
+
+    ``full [c, V]`` are the logits of full memory over the ``c`` tokens of the continuation. ``ids`` end with these
+    tokens and one more id, which is only predicted. The baseline reads ``ids`` in one forward.
+    """
     divergence, began = Divergence(), time.perf_counter()
     with torch.no_grad():
         piece = ids[:-1].unsqueeze(0).to(model.device)
@@ -269,7 +288,11 @@ def _compacted(
     tokenizer: PreTrainedTokenizerBase | None,
     progress: Callable[[int], None],
 ) -> _Run:
-    """Measure a policy: read the document, compact once, read the continuation and compare its logits to ``full``."""
+    """Measure a policy: read the document, compact it once, and read the continuation.
+
+    The logits over the continuation are compared with ``full [c, V]``, which are the logits of full memory over the
+    same ``c`` tokens. ``ids`` are the document, the continuation and one more id, which is only predicted.
+    """
     divergence, document = Divergence(), len(ids) - 1 - len(full)
     roomy = _beside_scratch(terms, model, policy)
     with roomy.memory(model, policy, tokenizer, mode="manual", min_reclaim=1) as memory:
@@ -289,8 +312,8 @@ def _compacted(
 def _beside_scratch(terms: Terms, model: PreTrainedModel, policy: Policy) -> Terms:
     """Return ``terms`` with more slots, so that the document fits into the memory without a compaction.
 
-    A policy may let the model write texts and reserve slots for these texts. The number
-    of the reserved slots is added to ``terms.slots``.
+    A policy may let the model write texts. The number of slots that are reserved for these texts is added to
+    ``terms.slots``.
     """
     slots, more = terms.slots or 0, terms
     while (plan := more.plan(model, policy, min_reclaim=1)).capacity - plan.scratch < slots:

@@ -172,8 +172,9 @@ def stream(
     fresh: bool = False,
     progress: Callable[[str, int], None] = lambda _name, _tokens: None,
 ) -> Iterator[Recalled]:
-    """Measure every policy on every document, and yield the results: full memory first, then window, then ``policies``.
+    """Measure every policy on every document, and yield the results.
 
+    Full memory is measured first, then the policy ``window`` as a baseline, then ``policies`` in their order.
     Each result is saved in ``cache_dir`` before it is yielded. If a result of the same model, document, settings and
     code was saved earlier, it is loaded instead of being measured again; with ``fresh``, it is measured again.
     ``progress`` is called with the policy's name and the number of tokens that the policy has read so far.

@@ -207,7 +207,7 @@ class Reader:
     def capacity(self) -> int:
         """Return the number of tokens that fit into an empty memory.
 
-        Slots that the policy reserves for texts that it lets the model write are not counted.
+        A policy may let the model write texts, such as summaries. The slots reserved for these texts are not counted.
         """
         return self.memory.plan.capacity - self.memory.plan.scratch
 

@@ -152,10 +152,12 @@ class _Attachment:
         return None
 
     def _in_scope(self) -> CappedCache | None:
-        """Return the memory for a ``generate`` without ``past_key_values``; ``None`` outside the model's capped blocks.
+        """Return the memory that a ``generate`` without ``past_key_values`` uses; ``None`` if there is none.
+
+        This is the memory whose ``with agentmem.capped(…)`` block encloses the call of ``generate``.
 
         Raises:
-            CapBypassed: several capped blocks of the model are open in this context.
+            CapBypassed: several such blocks for this model enclose the call.
 
         """
         found = self._open_here()
@@ -167,9 +169,10 @@ class _Attachment:
         return found[0] if found else None
 
     def _open_here(self) -> list[CappedCache]:
-        """Return the open memories of this model whose capped blocks enclose the running code.
+        """Return this model's memories that are in scope: their ``with agentmem.capped(…)`` blocks enclose this call.
 
-        Closed memories are left out, because an asyncio task may outlive the block in which it was started.
+        Closed memories are left out. An asyncio task may outlive the ``with`` block in which it was started, and that
+        block's memory is then closed.
         """
         caches = (cache for cache in SCOPE.get() if isinstance(cache, CappedCache))
         return [cache for cache in caches if cache.model is self.model and not cache.memory.closed]
@@ -250,9 +253,9 @@ def _leave(module: torch.nn.Module, args: tuple[Any, ...], output: object) -> No
 
 @contextmanager
 def scope(cache: CappedCache) -> Iterator[None]:
-    """Make ``cache`` the default ``past_key_values`` of its model's ``generate`` in the block.
+    """Make ``cache`` the default ``past_key_values`` of its model's ``generate`` in a ``with`` block.
 
-    In the block, forwards of this model that would create a cache of their own raise CapBypassed.
+    In the ``with`` block, a forward of this model raises CapBypassed if it would create a cache of its own.
     """
     token = SCOPE.set((*SCOPE.get(), cache))
     try:
@@ -265,7 +268,7 @@ def scope(cache: CappedCache) -> Iterator[None]:
 _ATTACHMENTS: WeakKeyDictionary[PreTrainedModel, _Attachment] = WeakKeyDictionary()
 _LOCK = threading.Lock()
 _DROPPED: deque[PreTrainedModel] = deque()
-"""Models still to be detached, one entry for each capped block that was garbage-collected without being closed."""
+"""Models still to be detached, one entry for each call of :func:`detach_later`."""
 
 
 def attach(model: PreTrainedModel, memory: Memory) -> CappedCache:

@@ -78,7 +78,7 @@ class TransientCache(Cache):
         self.step = step
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002  # transformers' signature
-        """Return 0: these forwards get their positions as an argument, so no earlier columns need to be counted."""
+        """Return 0 as the number of earlier tokens; a forward with this cache gets its position ids as an argument."""
         return 0
 
 
@@ -173,10 +173,10 @@ class CappedCache(Cache):
 
         The result is ``[n, V]`` in the model's dtype; line ``i`` predicts the id after ``ids[i]``. Slots, scores,
         stored queries, ids and the random state stay as they are. As in every forward, the buffers of attention count
-        as temporary bytes (T), and everything else is the model's own activations (A).
+        under the cap as temporary bytes. The model's own activations do not count under the cap.
 
         Raises:
-            MemoryClosed: the memory's block has ended.
+            MemoryClosed: the memory is closed, for example because its ``with`` block has ended.
             SettingsRefused: ``ids`` is empty, or the row has read nothing yet.
             MemoryCapExceeded: ``ids`` is longer than ``chunk``, the number of tokens that the plan has room for.
 
@@ -201,14 +201,14 @@ class CappedCache(Cache):
         """Return the number of columns fed so far; see :attr:`columns`.
 
         Raises:
-            MemoryClosed: the memory's block has ended.
+            MemoryClosed: the memory is closed, for example because its ``with`` block has ended.
 
         """
         self.memory.open_or_raise()
         return self.columns
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse to remove the last tokens, as assisted decoding would.
+        """Refuse to remove the last tokens of every row; transformers calls this method in assisted decoding.
 
         Raises:
             UnsupportedGeneration: always.
@@ -226,17 +226,32 @@ class CappedCache(Cache):
         self.crop(0)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Refuse to reorder rows, as beam search would; raise UnsupportedGeneration."""
+        """Refuse to reorder rows; transformers calls this method in beam search.
+
+        Raises:
+            UnsupportedGeneration: always.
+
+        """
         raise UnsupportedGeneration(f"beam search reorders rows (beam_idx {list(beam_idx.shape)}); use num_beams=1")
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Refuse to repeat rows, as contrastive search would; raise UnsupportedGeneration."""
+        """Refuse to repeat rows; transformers calls this method in contrastive search.
+
+        Raises:
+            UnsupportedGeneration: always.
+
+        """
         raise UnsupportedGeneration(
             f"repeating every row {repeats} times in mid-run is not handled; batch the prompt instead"
         )
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Refuse to select rows, as contrastive search would; raise UnsupportedGeneration."""
+        """Refuse to select rows; transformers calls this method in contrastive search.
+
+        Raises:
+            UnsupportedGeneration: always.
+
+        """
         raise UnsupportedGeneration(
             f"selecting rows in mid-run ({list(indices.shape)}) is not handled; open a new memory"
         )
@@ -256,7 +271,7 @@ class CappedCache(Cache):
         """Check that this memory is open and was opened for ``model``, which must be in eval mode.
 
         Raises:
-            MemoryClosed: the memory's block has ended.
+            MemoryClosed: the memory is closed, for example because its ``with`` block has ended.
             UnsupportedGeneration: the memory was opened for another model.
             UnsupportedModel: the model is in training mode.
 

@@ -1,7 +1,8 @@
 """Run a model over a text and record the inputs and output of every attention call, for calibration and checks.
 
-These forwards use no cache of transformers. To continue a text, the caller passes the record of an earlier forward over
-the text's beginning as ``past``; its keys and values may have been changed. At the end, the model is as before.
+These forwards use no cache of transformers. To continue a text, the caller records a forward over the beginning of the
+text, and passes this record to the next forward as ``past``. The caller may first change the keys and values in the
+record, for example by a compaction. At the end, the model is as before.
 """
 
 from __future__ import annotations

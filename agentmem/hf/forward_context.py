@@ -149,10 +149,11 @@ def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _register(original: str) -> str:
-    """Register agentmem's attention and mask functions with transformers, and return their common name.
+    """Register an attention function and a mask function with transformers under one name, and return this name.
 
-    In forwards without a memory, both call the functions of the implementation ``original``. Without a mask function of
-    this name, transformers would silently pass no mask to these forwards.
+    transformers uses both functions if a config names them as its attention implementation. ``original`` is the name of
+    the implementation that they replace, such as ``sdpa``. In a forward without a memory, both functions call those of
+    ``original``. Such a forward needs the mask function: without it, transformers would silently pass no mask.
     """
     name = f"agentmem_{original}"
     if name not in AttentionInterface._global_mapping:  # noqa: SLF001

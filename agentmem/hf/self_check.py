@@ -277,8 +277,8 @@ def _as_called(model: Any, shape: ModelShape) -> ModelShape:
     """Check the attention calls of a model by running it; return its shape, with sinks if the calls pass sinks.
 
     Raises:
-        UnsupportedModel: some layer does not call attention exactly once through transformers' AttentionInterface, or
-            with other heads or dims than its config says.
+        UnsupportedModel: the model breaks this rule: each layer must call attention exactly once, through transformers'
+            AttentionInterface, with the numbers of heads and dims that the model's config states.
 
     """
     ids = torch.full((1, 5), 3)
@@ -404,10 +404,12 @@ def _after_a_compaction(model: Any, shape: ModelShape, ids: torch.Tensor) -> Ite
 
 @dataclass(frozen=True, slots=True)
 class _Slots:
-    """A copy of one layer's slots.
+    """A copy of one layer's slots, made so that the tokens of a later forward can attend to them.
 
-    ``asked`` holds the keys, values and β (``bias``) of the slots, ``[H, n, …]``, as a record of an attention call
-    whose queries and output are empty. ``positions`` are ``[H, n]``; ``None`` for a layer with a sliding window.
+    ``asked`` can be passed to :meth:`agentmem.hf.capture.Reader.read` as ``past``. Its ``keys [H, n, d]``,
+    ``values [H, n, dv]`` and ``bias [H, n]`` are the keys, values and β of the slots. Its queries and its output are
+    not needed, so they are empty tensors. ``positions [H, n]`` are the positions of the slots; ``None`` for a layer
+    with a sliding window.
     """
 
     asked: AttentionCall

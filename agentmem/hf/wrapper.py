@@ -1,9 +1,12 @@
 """Pass the ids and the mask given to a multimodal model on to its text model; only text is supported.
 
 Here the multimodal model is called the *outer model*. It embeds the ids and builds attention masks itself, so its text
-model gets neither ids nor a 2-D mask. A memory needs both: a probe runs the ids again, and the 2-D mask marks pads. A
-hook therefore stores the inputs of the outer model's forward in its :class:`Frame`, from where ids and mask are taken
-when the text model runs. While these inputs are stored, the outer model builds no 4-D mask; see :class:`Told`.
+model gets neither ids nor a 2-D mask. A memory needs both: a probe runs the ids again, and the 2-D mask marks pads.
+
+A hook (:class:`Around`) therefore stores the inputs of each forward of the outer model before the forward runs. They
+are stored in a :class:`Frame`, the object with the state of one running forward. When the text model runs,
+:func:`with_wrapper_inputs` takes the ids and the mask from the stored inputs. While inputs are stored, the outer model
+builds no 4-D mask; see :class:`Told`.
 """
 
 from __future__ import annotations
@@ -32,11 +35,12 @@ class Told:
     """The inputs of the outer model's forward, kept for the forward of the text model that runs inside it.
 
     The *outer model* is the whole multimodal model. It calls its *text model* with embeddings, not with ids and a 2-D
-    mask. :func:`with_wrapper_inputs` therefore takes the ids and the 2-D mask for the text model's memory from
+    mask. The memory of the text model needs the ids and the mask. :func:`with_wrapper_inputs` takes them from
     ``inputs``.
 
-    The object is stored as the ``step`` of the outer forward's :class:`Frame`. A frame with a ``step`` makes
-    agentmem's mask function return no mask, because a memory computes attention without a 4-D mask.
+    While the outer forward runs, this object is the ``step`` of the forward's :class:`Frame`. A frame is the state of
+    one running forward, and its ``step`` is called to compute attention. This has two effects. The outer model builds
+    no 4-D mask, because a memory needs none. Attention outside the text model calls :meth:`attend`, which refuses it.
     """
 
     inputs: Mapping[str, Any]
@@ -54,9 +58,13 @@ class Told:
 
 
 class Around:
-    """The forward pre-hooks of the outer model.
+    """Two hooks that run before each forward of the outer model, so that its text model finds the forward's inputs.
 
-    ``enter`` runs first and ``tell`` runs last. Between them, another hook cuts a long prompt into pieces.
+    The *outer model* is the whole multimodal model around the text model. The hook ``enter`` runs first. It opens a
+    :class:`Frame`, the object with the state of one running forward. It also drops arguments that have no effect on
+    text: empty dicts, and token types that are all 0 (text). The hook ``tell`` runs last: it stores the inputs of the
+    forward in the frame. Between the two hooks, another hook cuts a long prompt into pieces. ``hooks`` holds the two
+    hooks in this order.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -66,11 +74,12 @@ class Around:
     def enter(
         self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Open a :class:`Frame` for the forward of the outer model, and drop arguments that say nothing.
+        """Begin a forward of the outer model: open its :class:`Frame`, and drop arguments that have no effect on text.
 
-        Returns the remaining arguments by name. Dropped are empty dicts and token types that are all 0 (text). They
-        would be refused later (:func:`agentmem.hf.generate_checks.check_forward`), although text does not need them.
-        The result is ``None`` if the forward uses no memory of agentmem; its arguments then stay as they are.
+        A :class:`Frame` is the state of one running forward. Two kinds of arguments are dropped: empty dicts, and token
+        types that are all 0 (text). With these arguments, :func:`agentmem.hf.generate_checks.check_forward` would
+        refuse the forward. Returns the remaining arguments by name. If the forward uses no memory of agentmem, no
+        argument is dropped and the result is ``None``.
         """
         outer = FRAME.get()
         FRAME.set(Frame(outer))
@@ -82,10 +91,11 @@ class Around:
     def tell(
         self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Store the outer forward's inputs in its frame, where the text model's forward finds them.
+        """Store the inputs of the outer model's forward in the forward's :class:`Frame`, for the text model's forward.
 
         Returns the inputs, with position ids added if the caller gave none. Without position ids, some models compute
-        the positions from values that an earlier forward stored, which may belong to another batch.
+        the positions from values that an earlier forward has stored. The earlier forward may have run another batch.
+        The result is ``None`` if the forward uses no memory of agentmem.
         """
         frame, inputs = FRAME.get(), named(self.signature, args, kwargs)
         if frame is None or not _ours(inputs):
@@ -101,7 +111,7 @@ class Around:
 
 
 def _plain_text(name: str, value: Any) -> bool:
-    """Return True if an input says nothing for text: it is an empty dict, or token types that are all 0 (text)."""
+    """Return True if an input has no effect on text: it is an empty dict, or token types that are all 0 (text)."""
     return value == {} if isinstance(value, dict) else name in _TYPES and value is not None and not bool(value.any())
 
 
@@ -112,8 +122,9 @@ def _ours(inputs: Mapping[str, Any]) -> bool:
 def with_wrapper_inputs(frame: Frame | None, inputs: dict[str, Any]) -> dict[str, Any]:
     """Return the inputs of a text model's forward, completed with the ids and the 2-D mask of the outer forward.
 
-    ``frame`` is the frame of the outer forward; ``None`` if there is none. Position ids with several equal axes, as
-    multimodal RoPE has them, are reduced to one axis.
+    The outer forward is the forward of the multimodal model around the text model. ``frame`` is the outer forward's
+    :class:`Frame`; ``None`` if there is no outer forward. Position ids with several equal axes, as multimodal RoPE has
+    them, are reduced to one axis.
     """
     places = inputs.get("position_ids")
     if places is not None and places.ndim > 2:  # noqa: PLR2004  # for text, all axes of a multimodal RoPE have equal positions

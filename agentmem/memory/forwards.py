@@ -109,10 +109,10 @@ class Append:
             sequence.write(each.ids, [position - sequence.shift for position in each.positions])
         memory.progress.consumed = self._consumed(memory.progress.consumed)
         for sequence, position in zip(memory.sequences, before, strict=True):
-            _warn_of_positions(sequence, position, memory.shape.positions)
+            _warn_of_positions(memory, sequence, position, memory.shape.positions)
 
     def _consumed(self, past: Consumed) -> Consumed:
-        """Return the :class:`Consumed` that includes this forward's tokens; ``past`` is the value before them."""
+        """Return the memory's counts of tokens after this forward; ``past`` has the counts before this forward."""
         counts = [len(each.ids) for each in self.arriving]
         prompt, new = (sum(counts), 0) if max(counts) > 1 else (0, sum(counts))
         ends = zip(self.arriving, past.positions, strict=True)
@@ -125,9 +125,9 @@ class Append:
         )
 
 
-def _warn_of_positions(sequence: TokenSequence, before: int, limit: int | None) -> None:
+def _warn_of_positions(memory: Memory, sequence: TokenSequence, before: int, limit: int | None) -> None:
     if limit is not None and before <= limit < sequence.next_position:
-        log_events.positions_passed(row=sequence.index, tokens_seen=sequence.seen, positions=limit)
+        log_events.positions_passed(memory.names, row=sequence.index, tokens_seen=sequence.seen, positions=limit)
 
 
 class Packed:
@@ -205,7 +205,7 @@ class Scratch:
         return output.transpose(0, 1).contiguous().unsqueeze(0)
 
     def rollback(self) -> None:
-        """Drop all slots that these forwards have appended."""
+        """Drop, in every layer, all slots that were appended through this object."""
         self.sequence.take_back()
 
 
@@ -314,7 +314,7 @@ def append_each(
     attention does not change their scores, and queries are not sampled.
 
     Raises:
-        MemoryCapExceeded: a store must grow and does not fit under the cap. After this or any other error, call
+        MemoryCapExceeded: a layer needs more slots than fit under the cap. After this or any other error, call
             :meth:`agentmem.memory.memory.Memory.take_back`, because only some of the sequences may hold the token.
 
     """
@@ -348,11 +348,16 @@ def _tokens(*tensors: torch.Tensor) -> Iterator[torch.Tensor]:
 def _served(
     memory: Memory, sequence: TokenSequence, layer: int, like: torch.Tensor, form: decode.Form | None, *, scratch: bool
 ) -> tuple[LayerStore, decode.Layout] | None:
-    """Make room for one more slot in a layer; return the store and its layout for the compiled decode step.
+    """Make room for one more slot per head in a layer, and return what the compiled decode step needs of the layer.
 
-    ``form`` is the dtype, number of heads and dims for which the compiled step will be called; ``like`` is a tensor
-    with the dtype and device of a new store. Return ``None`` if the store has another form, if the compiled code does
-    not support the store, or if this forward must add to scores.
+    The compiled decode step is C code that computes attention for one new token per sequence. It needs the object that
+    keeps the layer's slots (the store), and the addresses of the slots (the layout). ``form`` is the dtype, number of
+    heads and dims with which the step will be called; ``None`` if it cannot be called. ``like`` is a tensor with the
+    dtype and device of a new store.
+
+    The result is ``None`` if the step cannot be used for this layer: ``form`` is ``None`` or does not match the store.
+    The result is also ``None`` if the forward must update scores, because the step does not update them; see
+    :func:`_scored`.
     """
     if form is None or _scored(memory, layer, scratch=scratch):
         return None
@@ -419,7 +424,12 @@ def _as_stored(store: LayerStore, *tensors: torch.Tensor) -> Iterator[torch.Tens
 
 
 def _roomy(memory: Memory, sequence: TokenSequence, layer: int, like: torch.Tensor, count: int) -> LayerStore:
-    """Return a layer's store with room for ``count`` more slots; build, slide or grow the store first if needed."""
+    """Return the object that keeps a layer's slots (its store), after making room for ``count`` more slots per head.
+
+    If the layer has no store yet, a new one is made with the dtype and device of ``like``. If a layer with a sliding
+    window is full, all slots of a head except the newest ``window - 1`` are dropped. If there is still too little room,
+    a larger store replaces the old one.
+    """
     store, window = sequence.stores[layer], memory.shape.layers[layer].window
     limit = memory.plan.capacity if window is None else window_slots(window, memory.plan.chunk)
     if store is not None and window is not None and store.lengths[0] + count > limit:

@@ -48,10 +48,11 @@ class Job:
 class Move:
     """An unfinished re-basing of a sequence, which moves its slots to lower positions.
 
-    The recent window moves as a whole: it began at position ``start`` and will begin at position ``end``. Between it
-    and the prefix, distances between the positions of neighbouring slots are limited: each head has the largest limit
-    with which its slots fit below ``end``, and larger distances shrink to it. ``gap`` is the smallest limit of all
-    heads; it is only reported.
+    The recent window moves as a whole: it began at position ``start`` and will begin at position ``end``. The older
+    slots, which lie between the prefix and the recent window, move closer together. For this, each head has a limit:
+    distances between the positions of neighbouring slots shrink to the limit if they are larger. A head's limit is the
+    largest with which its older slots fit between the prefix and ``end``. ``gap`` is the smallest limit of all heads;
+    it is only reported.
     """
 
     start: int

@@ -100,10 +100,12 @@ class Memory:
         self.progress = Progress()
         """The tokens and positions that the sequences have consumed."""
         self.owner = Owner()
+        self.names: Mapping[str, str] = {}
+        """Names that the memory's log events have: those of the session and the runtime that use the memory."""
 
     def empty(self) -> Memory:
         """Return a new memory without tokens that has the model, policies and settings of this memory."""
-        return Memory(
+        made = Memory(
             self.shape,
             self.settings,
             self.policy,
@@ -113,6 +115,8 @@ class Memory:
             device=self.device,
             positions=self.positions,
         )
+        made.names = self.names
+        return made
 
     # ---- sequences and room
 
@@ -134,7 +138,7 @@ class Memory:
         if rows != self.plan.rows:
             self.plan, *self._plans = make_plans(self.shape, self.settings, (self.policy, *self.extra_policies), rows)
         log_events.memory_planned(
-            cap_bytes=self.plan.cap_bytes, capacity=self.plan.capacity, rows=rows, policy=self.policy.name
+            self.names, cap_bytes=self.plan.cap_bytes, capacity=self.plan.capacity, rows=rows, policy=self.policy.name
         )
         room, layers, seed = self.plan.capacity - self.plan.scratch, len(self.shape.layers), self.settings.seed
         self.progress.consumed = Consumed((0,) * rows, (0,) * rows)

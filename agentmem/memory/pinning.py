@@ -1,10 +1,13 @@
-"""Pinning: move the slots of pinned tokens to the front of every store, after the prefix, where they stay uncompacted.
+"""Pinning: move the slots of pinned tokens to the front of each KV head, where compactions leave them alone.
 
-This move is called promotion. Each store records its promoted tokens. A promotion replaces a store by a new store whose
-promoted tokens are exactly the tokens that are pinned now and have left the recent window. The slots of tokens that are
-no longer pinned return to the other slots, in the order of their positions. Attention does not depend on the order of
-slots, so a sequence is usable even if a promotion was interrupted after some of the stores. The next promotion replaces
-the remaining stores.
+This move is called *promotion*. The slots of promoted tokens directly follow the prefix. A token is promoted when it is
+pinned and has left the recent window. The slots of tokens that are no longer pinned move back to the other slots, in
+the order of their positions.
+
+A *store* is the object that keeps the slots of one layer. It also records which tokens are promoted. A promotion builds
+a new store for each layer with full attention, and puts it in the place of the old store. An interrupt may stop a
+promotion after some of the layers. The sequence stays usable, because attention does not depend on the order of slots.
+The next promotion finishes the remaining layers.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
     from agentmem.memory.store import LayerStore
 
 REQUEST_SHARE = 4
-"""The newest request may take ``1 / REQUEST_SHARE`` of the segment slots that a compaction leaves."""
+"""The newest user request may take ``1 / REQUEST_SHARE`` of the segment slots that a compaction leaves."""
 
 # ---- what is pinned
 
@@ -99,31 +102,40 @@ def pin_coming(memory: Memory, sequence: TokenSequence, spans: Sequence[tuple[in
 
 
 def pin_request(memory: Memory, sequence: TokenSequence, spans: Spans) -> bool:
-    """Unpin the previous user request and pin the newest, whose tokens are ``spans``; return whether it is pinned now.
+    """Unpin the previous user request and pin the newest user request; return whether the newest is pinned now.
 
-    A request is pinned only if none of its tokens has been compacted and it is small enough: :func:`request_size` must
-    be at most :func:`most_requested`.
+    ``spans`` are the tokens of the newest user request: the user's last messages. A request is pinned only if none
+    of its tokens has been compacted and it is small enough: :func:`request_size` must be at most
+    :func:`most_requested`.
     """
     put(memory, sequence, replace(sequence.pins, request=spans if whole(memory, sequence, spans) else ()))
     return sequence.pins.request == spans
 
 
 def put(memory: Memory, sequence: TokenSequence, pins: Pins) -> None:
-    """Replace the pins of a sequence by ``pins``; leave out a user request larger than :func:`most_requested`."""
+    """Replace the pins of a sequence by ``pins``, but do not pin a user request that is too large.
+
+    ``pins.request`` has the tokens of the newest user request: the user's last messages. These tokens are not pinned if
+    :func:`request_size` is greater than :func:`most_requested`.
+    """
     fits = request_size(memory, pins) <= most_requested(memory, pins)
     sequence.pins = pins if fits else replace(pins, request=())
 
 
 def request_size(memory: Memory, pins: Pins) -> int:
-    """Return the number of tokens of the user request in ``pins`` that neither the prefix nor other pins contain."""
+    """Return how many tokens the newest user request would pin in addition to the prefix and the other pins.
+
+    These are the tokens of ``pins.request`` that are neither in the prefix nor in ``pins.spans``.
+    """
     return _behind(without(pins.request, pins.spans), memory.plan.prefix)
 
 
 def most_requested(memory: Memory, pins: Pins) -> int:
-    """Return the most tokens that a pinned user request may have, not counting tokens of the prefix and of other pins.
+    """Return the most tokens that the newest user request may have in order to be pinned.
 
-    A compaction leaves ``target`` slots per head. The slots of the prefix, of the other pins and of the recent window
-    are subtracted from ``target``, and the difference is divided by ``REQUEST_SHARE``.
+    Tokens of the prefix and of the other pins (``pins.spans``) are not counted; see :func:`request_size`. A compaction
+    leaves ``target`` slots per head. The slots of the prefix, of the other pins and of the recent window are subtracted
+    from ``target``, and the difference is divided by ``REQUEST_SHARE``.
     """
     plan = memory.plan
     return max(0, plan.target - plan.prefix - _behind(pins.spans, plan.prefix) - plan.recent) // REQUEST_SHARE
@@ -137,10 +149,14 @@ def _behind(spans: Spans, prefix: int) -> int:
 
 
 def promote(memory: Memory, sequence: TokenSequence) -> None:
-    """Promote exactly the pinned tokens that have left the recent window, in every store where this is not yet done.
+    """Move the slots of pinned tokens to the front of each head, where compactions leave them alone.
 
-    Do nothing while a compaction is unfinished. While a store is replaced, the old and the new store both exist; the
-    plan has counted their bytes.
+    Only slots of tokens that have left the recent window are moved. These slots then directly follow the prefix in each
+    head, and their tokens are called *promoted*. Slots of tokens that are no longer pinned move back to the other
+    slots. Layers with a sliding window are not changed. Nothing is done while a compaction is unfinished.
+
+    The object that keeps a layer's slots is its *store*. If the order of the slots must change, a new store replaces
+    the layer's old store. For a short time both exist; the plan has counted the bytes of both.
     """
     if sequence.job is not None:
         return  # a compaction promotes before it begins
@@ -154,7 +170,11 @@ def promote(memory: Memory, sequence: TokenSequence) -> None:
 
 
 def _order(store: LayerStore, head: int, prefix: int, wanted: Spans) -> Spans:
-    """Return the spans of a head's slots in their new order, in which exactly the ``wanted`` tokens are promoted."""
+    """Return a new order of a head's slots, as a sequence of spans of their present indices.
+
+    First come the slots of the prefix, then the slots of the ``wanted`` tokens, which are pinned. All other slots
+    follow, in the order of their positions.
+    """
 
     def slots(tokens: Spans) -> Spans:
         return tuple(_slots(store, head, prefix, start, stop) for start, stop in tokens)
@@ -173,8 +193,9 @@ def _order(store: LayerStore, head: int, prefix: int, wanted: Spans) -> Spans:
 def _slots(store: LayerStore, head: int, prefix: int, start: int, stop: int) -> tuple[int, int]:
     """Return the span of a head's slots that hold the tokens ``start .. stop``.
 
-    The caller makes sure that either all of these tokens are promoted, or none of them is. If none is promoted, none
-    may have been compacted.
+    The caller makes sure that one of two cases holds. In the first case, the slots of all these tokens were moved to
+    the front of the head, after the prefix, because the tokens were pinned. In the second case, no such slot was moved,
+    and none of the tokens has been compacted.
     """
     if within(store.promoted, start, stop):
         first = prefix + size(within(store.promoted, 0, start))
@@ -187,9 +208,11 @@ def _slots(store: LayerStore, head: int, prefix: int, start: int, stop: int) -> 
 def _returning(store: LayerStore, head: int, front: int, leaving: Spans) -> Iterator[tuple[int, tuple[int, int]]]:
     """Yield where to insert the slots that leave the front, so that the positions after the front stay ascending.
 
-    The front is the slots of the prefix and of the promoted tokens; ``front`` is the number of these slots.
-    ``leaving`` has the spans of the slots that leave the front. Yield pairs: an index of at least ``front``, and the
-    span of slots to insert there, before the slot that has this index now (or at the end of the head).
+    The first ``front`` slots of a head are its *front*. They hold the prefix, and tokens whose slots were moved there
+    because the tokens were pinned. ``leaving`` has the spans of the slots that leave the front. Each yielded pair is a
+    destination and a source. The source is a span of slots in ``leaving``. The destination is an index of at least
+    ``front``: the source must be inserted before the slot that has this index now, or at the end of the head if there
+    is no such slot.
     """
     if leaving:
         positions = store.part(head, 0, 0).positions.tolist()
@@ -201,9 +224,10 @@ def _returning(store: LayerStore, head: int, front: int, leaving: Spans) -> Iter
 
 
 def settle(sequence: TokenSequence, store: LayerStore) -> None:
-    """Write into a store the positions of the slots that were appended since the last compaction.
+    """Write into ``store`` the positions of the slots that were appended since the last compaction.
 
-    Before this call, only the sequence has these positions (:attr:`TokenSequence.tail`).
+    ``store`` keeps the slots of one layer. Before this call, it lacks these positions; only the sequence has them, in
+    :attr:`TokenSequence.tail`.
     """
     tail = sequence.tail[:]  # a copy: an array cannot grow while a traceback keeps a view of its buffer
     store.settle(torch.frombuffer(tail, dtype=torch.int32) if tail else torch.empty(0))

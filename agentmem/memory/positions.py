@@ -1,10 +1,11 @@
 """Re-basing: move a sequence's slots to lower positions when its next position nears the end of the model's positions.
 
-The prefix keeps its positions. The slots of the recent window, the *recent block*, all move by the same distance. In
-each head's segment, distances of at most ``gap`` positions between neighbouring slots stay as they are, and larger
-distances shrink to ``gap``. Each head has its own ``gap``: the largest with which the head's slots fit between the
-prefix and the moved recent block. The order of the slots is kept. The stored keys are rotated to their new positions.
-Each layer's store is replaced as a whole, and an interrupted re-basing is finished before the next forward.
+The prefix keeps its positions. The slots of the recent window all move by the same distance. The slots between the
+prefix and the recent window move closer together: distances of at most ``gap`` positions between neighbouring slots
+stay as they are, and larger distances shrink to ``gap``. Each head has its own ``gap``: the largest with which the
+head's slots fit between the prefix and the moved recent window. The order of the slots is kept. The stored keys are
+rotated to their new positions. Each layer's store is replaced as a whole, and an interrupted re-basing is finished
+before the next forward.
 """
 
 from __future__ import annotations
@@ -78,16 +79,21 @@ def _rebase(memory: Memory, forwards: Forwards, sequence: TokenSequence, tokens:
         seconds=time.perf_counter() - began,
     )
     memory.rebases.append(report)
-    log_events.rebased(report)
+    log_events.rebased(memory.names, report)
     memory.publish(report)
 
 
 def _move(memory: Memory, sequence: TokenSequence, tokens: int) -> Move:
-    """Return the re-basing to do: where the recent block begins, where it will begin, and the gap for the report.
+    """Return how a re-basing must move the slots, so that ``tokens`` more tokens fit after the recent window.
 
-    The recent block will end in the first half of the model's positions, and early enough that ``tokens`` positions and
-    those that :func:`spare_positions` asks for are free after it. It ends later only if the slots of some head do not
-    fit below it otherwise: each slot of a head needs a position of its own.
+    The result has three numbers. The recent window begins at position ``start`` now, and will begin at ``end``. The
+    older slots of each head move closer together: the head gets a limit, and larger distances between neighbouring
+    slots shrink to this limit. ``gap`` is the smallest limit of all heads; it is only reported.
+
+    The recent window moves down so far that two conditions hold. It ends in the first half of the model's positions. At
+    least ``tokens`` positions, plus the number that :func:`spare_positions` returns, are free after its end. There is
+    one exception: each slot of a head needs a position of its own, so the recent window never moves below the positions
+    that the fullest head needs. The recent window never moves up; if it cannot move down, ``start == end``.
     """
     assert memory.positions is not None  # noqa: S101  # the caller has checked
     first, recent = _ends(memory, sequence)  # positions 0 .. first - 1 are the prefix's
@@ -110,7 +116,7 @@ def _heads(memory: Memory, sequence: TokenSequence) -> Iterator[torch.Tensor]:
 
 
 def _ends(memory: Memory, sequence: TokenSequence) -> tuple[int, int]:
-    """Return the number of slots in the prefix and in the recent block; both numbers are equal for all heads."""
+    """Return the numbers of slots in the prefix and in the recent window; both numbers are equal for all heads."""
     prefix = min(memory.plan.prefix, sequence.seen)
     return prefix, min(memory.plan.recent, sequence.seen - prefix)
 
@@ -153,9 +159,9 @@ def _move_head(memory: Memory, sequence: TokenSequence, store: LayerStore, head:
 
 
 def _move_samples(sequence: TokenSequence, rotations: tuple[Rotation, ...], move: Move) -> None:
-    """Rotate the sequence's stored queries by as many positions as the recent block moves.
+    """Rotate the sequence's stored queries by as many positions as the recent window moves.
 
-    Their distance to the slots of the recent block therefore stays the same.
+    The distance between these queries and the slots of the recent window therefore stays the same.
     """
     for layer, samples in enumerate(sequence.samples):
         for sample in () if layer in move.turned else samples:
@@ -169,7 +175,8 @@ def _move_samples(sequence: TokenSequence, rotations: tuple[Rotation, ...], move
 def _next_log_probabilities(memory: Memory, forwards: Forwards, sequence: TokenSequence) -> torch.Tensor | None:
     """Run the ``n`` newest tokens again, and return the log-probabilities ``[n, V]`` of the token after each of them.
 
-    Return ``None`` if embeddings were fed instead of ids. The tensors count as the model's own activations (A).
+    ``n`` is :func:`measured_tokens`, or less in a shorter sequence. Return ``None`` if embeddings were fed instead of
+    ids. The cap includes neither the bytes of the log-probabilities nor the model's own activations.
     """
     ids = tuple(sequence.ids[-measured_tokens(memory) :])
     if min(ids, default=-1) < 0:

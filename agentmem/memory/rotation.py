@@ -105,17 +105,18 @@ def _angles(positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
 
 
 def widest_gap(heads: Iterable[torch.Tensor], start: int, span: int) -> int:
-    """Return the largest gap with which the slots of every head fit into ``span`` positions.
+    """Return the largest gap, a limit on distances, with which the slots of every head fit into ``span`` positions.
 
-    The gap is the limit on the distance between the positions of neighbouring slots of a head: larger distances shrink
-    to the gap, and smaller distances stay. The *recent block* is the slots of the recent window.
+    The gap limits the distance between the positions of neighbouring slots of a head: larger distances shrink to the
+    gap, and smaller distances stay. The smaller the gap, the fewer positions the slots need.
 
     Args:
-        heads: for each head, the positions [n] (int32) of its slots between the prefix and the recent block. They are
-            distinct and below ``start``, in any order (pinned slots may come before older slots). The heads are read
-            one after the other; each takes :func:`agentmem.planning.rebasing.map_scratch` temporary bytes.
-        start: the position at which the recent block of every head begins; the next position if there is no block.
-        span: the number of positions from the end of the prefix to the new beginning of the recent block.
+        heads: for each head, the positions [n] (int32) of its slots between the prefix and the recent window. These
+            positions are distinct and below ``start``, in any order (pinned slots may come before older slots). The
+            heads are read one after the other; each takes :func:`agentmem.planning.rebasing.map_scratch` temporary
+            bytes.
+        start: the position at which the recent window begins, in every head; the next position if the window is empty.
+        span: the number of positions from the end of the prefix to the new beginning of the recent window.
 
     Returns:
         The gap to pass to :func:`rebased`, at least 1; it is ``span`` (at least 1) if no distance has to shrink.
@@ -140,7 +141,10 @@ def widest_gap(heads: Iterable[torch.Tensor], start: int, span: int) -> int:
 def _narrowed(gap: int, positions: torch.Tensor, start: int, span: int) -> int:
     """Return the largest gap, at most ``gap``, with which the slots of one head fit into ``span`` positions.
 
-    The tensors of one head are freed when this function returns, before the next head is read.
+    A gap is a limit on the distance between the positions of neighbouring slots: larger distances shrink to the gap.
+    ``positions [n]`` (int32) are the positions of the head's slots, and ``start`` is the position at which the recent
+    window begins after them. The tensors of one head are freed when this function returns, before the next head is
+    read.
     """
     steps = _steps(positions.sort().values, start)
     if _reach(steps, gap) <= span:
@@ -149,17 +153,20 @@ def _narrowed(gap: int, positions: torch.Tensor, start: int, span: int) -> int:
 
 
 def rebased(positions: torch.Tensor, start: int, end: int, gap: int) -> torch.Tensor:
-    """Return how far each slot of one head moves when the recent block moves from ``start`` to ``end``.
+    """Return how far each slot of one head moves when the recent window moves from ``start`` to ``end``.
 
-    The slots keep their order, and all stay below the recent block. Distances of at most ``gap`` between the positions
-    of neighbouring slots stay as they are, and larger distances shrink to ``gap``. A slot stays where it is if this
-    rule would move it to a higher position; a head with few slots therefore keeps most of its distances.
+    The new positions are laid out downwards from ``end``, in the order of the old positions. Each slot keeps its
+    distance to the next higher slot if this is at most ``gap``; a larger distance becomes ``gap``. The distance from
+    the highest slot to the recent window is treated in the same way. No slot moves up: where the layout would give a
+    slot a higher position than its old one, this slot and all slots below it stay where they are.
 
     Args:
-        positions: the positions of the head's slots, as in ``heads`` of :func:`widest_gap`.
-        start: the position at which the recent block begins; the block moves to ``end`` as a whole.
-        end: the position at which the recent block will begin; at most ``start``.
-        gap: the gap that :func:`widest_gap` returned for a span that ends at ``end``.
+        positions: [n] int32, the positions of the head's slots between the prefix and the recent window. They are
+            distinct and below ``start``, in any order.
+        start: the position at which the recent window begins; the window moves to ``end`` as a whole.
+        end: the position at which the recent window will begin; at most ``start``.
+        gap: the limit on distances, from :func:`widest_gap`. Its ``span`` must be the number of positions from the end
+            of the prefix to ``end``.
 
     Returns:
         The numbers [n] (int32, 0 or negative) to add to the positions. All are 0 if ``start == end``. The function
@@ -187,7 +194,7 @@ def rebased(positions: torch.Tensor, start: int, end: int, gap: int) -> torch.Te
 def _steps(ascending: torch.Tensor, start: int) -> torch.Tensor:
     """Return the distance from each slot to the next, [n] int32.
 
-    After the last slot comes the recent block, whose first position is ``start``.
+    After the last slot comes the recent window, whose first position is ``start``.
 
     Raises:
         ValueError: two positions are equal, or a position is not below ``start``.
@@ -206,9 +213,9 @@ def _steps(ascending: torch.Tensor, start: int) -> torch.Tensor:
 
 
 def _reach(steps: torch.Tensor, gap: int) -> int:
-    """Return how many positions lie from a head's first slot to the recent block once steps are at most ``gap``.
+    """Return how many positions a head's slots need if the distances between neighbours are at most ``gap``.
 
-    ``steps`` has the distance from each slot to the next; see :func:`_steps`. Steps above ``gap`` shrink to ``gap``,
-    and the result is the sum of the steps.
+    ``steps`` has the distance from each slot to the next, and from the last slot to the recent window; see
+    :func:`_steps`. Distances above ``gap`` count as ``gap``. The result is the sum of the distances.
     """
     return int(steps.clamp(max=gap).sum(dtype=steps.dtype))

@@ -1,11 +1,11 @@
-"""One sequence of a memory: its stores, and the tokens that it has consumed.
+"""One sequence of a memory: its stores (each keeps the slots of one layer), and the tokens that it has consumed.
 
-Every change is one assignment, so an interrupt leaves either the old or the new value. A forward replaces the
-:class:`Consumed` of the memory, for all sequences at once. A compaction or a re-basing replaces the
-:class:`SequenceState` of its sequence. Ids and positions of new tokens are appended to those of the consumed tokens,
-but they do not count until a new :class:`Consumed` includes them.
+Every change is one assignment, so an interrupt leaves either the old or the new value. A :class:`Consumed` object
+holds the numbers of tokens that all sequences of a memory have consumed; the commit of a forward replaces this object.
+A compaction or a re-basing replaces the :class:`SequenceState` of its sequence. Ids and positions of new tokens are
+appended to those of the consumed tokens, but the new tokens do not count until the commit.
 
-A token is *promoted* in a store if it was pinned and its slots were moved to the front of each head, directly after the
+A token is *promoted* in a layer if it was pinned and its slots were moved to the front of each head, directly after the
 prefix.
 """
 
@@ -50,7 +50,10 @@ class Consumed(NamedTuple):
 
 @dataclass(slots=True)
 class Progress:
-    """A mutable object with the current :class:`Consumed` of a memory; the memory and its sequences share it."""
+    """How many tokens the sequences of a memory have consumed so far; the memory and its sequences share this object.
+
+    The commit of a forward replaces ``consumed`` by a new object with the new numbers; see :class:`Consumed`.
+    """
 
     consumed: Consumed = field(default_factory=Consumed)
 
@@ -87,7 +90,7 @@ class SequenceState:
 
 
 class TokenSequence:
-    """One sequence: its stores, its state, and the tokens that it has consumed."""
+    """One sequence: its stores (each keeps the slots of one layer), its state, and the tokens that it has consumed."""
 
     def __init__(self, index: int, layers: int, room: int, seed: int, progress: Progress) -> None:
         """Create an empty sequence with room for ``room`` tokens before it must be compacted.
@@ -104,7 +107,7 @@ class TokenSequence:
         self.marks: dict[str, Marks] = {}
         """For each pattern, the matches found so far in the text of the tokens."""
         self.pins = Pins()
-        """The tokens that must not be compacted; each store records which tokens are promoted in it."""
+        """The tokens that must not be compacted; each store records which tokens it holds at its front."""
         self.generator = torch.Generator().manual_seed(seed)
 
     # ---- changes
@@ -121,7 +124,10 @@ class TokenSequence:
             old.free()
 
     def write(self, ids: Sequence[int], positions: Sequence[int]) -> None:
-        """Write new tokens after the consumed tokens; they count when the memory's :class:`Consumed` includes them."""
+        """Write the ids and positions of new tokens after those of the consumed tokens.
+
+        The new tokens do not count until the commit of their forward; see :class:`Consumed`.
+        """
         del self._ids[self.seen :]
         self._ids.extend(ids)
         del self.state.tail[self._tail_length() :]
@@ -134,10 +140,12 @@ class TokenSequence:
                 store.drop_tail(store.seen - self.seen)
 
     def measured(self, capacity: int, scratch: int) -> int:
-        """Return how many tokens the sequence will have consumed when it is full, judging by its present stores.
+        """Return the number of tokens, those already read included, after which the sequence must be compacted.
 
-        ``scratch`` slots of every head stay free. Before the first compaction, the stores may still grow to
-        ``capacity`` slots per head, the plan's capacity.
+        The number is computed from the slots that the sequence has now. Every further token takes one slot in each
+        head. A compaction is due when some head has only ``scratch`` free slots left. Before the first compaction, a
+        head may get up to ``capacity`` slots, as many as the plan allows. Later, a head has only the slots that are
+        allocated for it.
         """
         full = [store for _, store in self.full()]
         if self.headroom_at is not None:
@@ -163,25 +171,34 @@ class TokenSequence:
 
     @property
     def promoted(self) -> Spans:
-        """The tokens that are promoted in the first store with full attention.
+        """The tokens whose slots were moved to the front of each head because the tokens were pinned.
 
-        If :attr:`arranged` is true, the same tokens are promoted in all stores with full attention.
+        These tokens are called *promoted*; their slots directly follow the prefix. All layers with full attention
+        usually have the same promoted tokens. They differ if an interrupt stopped the move after some of the layers;
+        :attr:`arranged` is then false. In this case, the tokens of the first layer with full attention are returned.
         """
         return next((store.promoted for _, store in self.full()), ())
 
     @property
     def arranged(self) -> bool:
-        """True if all stores with full attention have promoted the same tokens, so no promotion is unfinished."""
+        """True if the slots of the same pinned tokens are at the front of the heads in all layers with full attention.
+
+        False means that an interrupt stopped the move of such slots after some of these layers.
+        """
         return len({store.promoted for _, store in self.full()}) < 2  # noqa: PLR2004  # one kind, or no store
 
     def front(self, prefix: int) -> int:
-        """Return how many slots at the front of every head are not compacted: the prefix and the promoted tokens."""
+        """Return how many slots at the front of every head are not compacted.
+
+        These are the slots of the prefix, and slots that were moved there because their tokens were pinned.
+        """
         return min(prefix, self.seen) + size(self.promoted)
 
     def behind(self, token: int) -> int:
-        """Return how many slots per head hold the token ``token`` and all later tokens, without promoted tokens.
+        """Return how many slots at the end of every head hold the token ``token`` and all later tokens.
 
-        The caller makes sure that none of these tokens has been compacted.
+        Slots of pinned tokens that were moved to the front of the head are not counted. The caller makes sure that none
+        of the tokens has been compacted.
         """
         return self.seen - token - size(within(self.promoted, token, self.seen))
 

@@ -313,8 +313,8 @@ class LayerStore:
     def settle(self, tail: torch.Tensor) -> None:
         """Write the positions that this store still lacks: those of the newest slots of each head.
 
-        ``tail`` (int32) holds the positions of the sequence's newest tokens. It must have at least as many elements as
-        any head has slots without a position.
+        ``tail`` (int32) holds the positions of the sequence's newest tokens. Heads may lack different numbers of
+        positions; ``tail`` must have enough for the head that lacks most.
         """
         for head, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
             count = length - self.settled[head]
@@ -323,9 +323,10 @@ class LayerStore:
                 self.settled[head] = length
 
     def segment(self, head: int, begin: int, recent: int) -> HeadSegment:
-        """Return a head's slots from ``begin`` on, without the last ``recent``; call :meth:`settle` before this.
+        """Return a head's slots from index ``begin`` on, without its last ``recent`` slots.
 
-        The tensors are views, except that quantised keys and values are decoded copies in the spec's dtype.
+        The tensors are views of the store. Quantised keys and values are an exception: they are returned as decoded
+        copies, in the dtype in which attention computes. Call :meth:`settle` first; it writes missing positions.
         """
         found = self.part(head, begin, recent)
         if not self.spec.shape.quantised:
@@ -335,7 +336,10 @@ class LayerStore:
         return replace(found, keys=keys, values=quantised.decode(found.values, shape.value_dim, dtype))
 
     def part(self, head: int, begin: int, recent: int) -> HeadSegment:
-        """Return views of the same slots as :meth:`segment`; quantised keys and values remain encoded bytes."""
+        """Return views of a head's slots from index ``begin`` on, without its last ``recent`` slots.
+
+        Quantised keys and values remain encoded bytes. Call :meth:`settle` first if you need the positions.
+        """
         start, length = self.starts[head], self.lengths[head]
         begin = min(begin, length)
         span = slice(start + begin, start + max(length - recent, begin))
@@ -389,8 +393,9 @@ class LayerStore:
         """Return a new store in which ``n`` new slots replace the segment of every head.
 
         The new slots are ``keys [H, n, d]``, ``values [H, n, dv]`` and ``positions [n]`` (int32, equal for all heads);
-        their β and scores are zero. Each head keeps its first ``begins[h]`` slots and its last ``recent`` slots. Its
-        capacity grows only if the slots would not fit.
+        their β and scores are zero. Each head keeps its first ``begins[h]`` slots and its last ``recent`` slots. Each
+        head has the same capacity as in this store, or a larger capacity if its slots need more. This store is not
+        changed.
         """
         count = positions.shape[0]
         lengths = [begin + count + recent for begin in begins]
@@ -438,7 +443,7 @@ class LayerStore:
         """Return a new store with this store's slots in a new order.
 
         ``orders`` lists for each head the spans of its slots in the new order. ``promoted`` are the tokens whose slots
-        then directly follow the prefix. Call :meth:`settle` before this.
+        then directly follow the prefix. Call :meth:`settle` first; it writes missing positions.
         """
         store = LayerStore(self.spec, self.capacities, self.ledger)
         try:
@@ -468,10 +473,16 @@ class LayerStore:
     def fill(
         self, lengths: Sequence[int], settled: Sequence[int], *, seen: int, promoted: Spans, moves: int
     ) -> LayerStore:
-        """Record which slots of this new store have been written, and return the store.
+        """Record how far this new store is filled, and return the store; its slots must have been written already.
 
-        ``lengths`` are the filled slots of each head, and ``settled`` the slots whose positions are written. ``seen``,
-        ``promoted`` and ``moves`` become the attributes of these names.
+        Args:
+            lengths: the number of filled slots of each head.
+            settled: the number of slots of each head, counted from the first, whose positions are written, too. The
+                positions of later slots are written by :meth:`settle`.
+            seen: the number of tokens ever appended, including those whose slots have been compacted.
+            promoted: the tokens whose slots directly follow the prefix because the tokens were pinned.
+            moves: how many times re-basing has moved the slots.
+
         """
         self.extent, self.settled = Extent(list(lengths), seen), list(settled)
         self._full_at = seen + min(capacity - length for capacity, length in zip(self.capacities, lengths, strict=True))

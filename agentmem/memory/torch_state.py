@@ -39,7 +39,11 @@ def own_state() -> AbstractContextManager[None]:
 
 @contextmanager
 def callers_state() -> Iterator[None]:
-    """Restore the caller's state in a ``with`` block inside a block of :func:`own_state`, to run the model."""
+    """Restore the autocast state and the default device of agentmem's caller in a ``with`` block.
+
+    agentmem runs the model in such a block, so that the model computes as in the caller's own forwards. The block is
+    for use inside a ``with`` block of :func:`own_state`, which has changed that state; elsewhere it changes nothing.
+    """
     state = _CALLER.get()
     if state is None:
         yield

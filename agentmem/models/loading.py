@@ -21,7 +21,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agentmem.errors import ModelUnavailable
+from agentmem.errors import ModelUnavailable, SettingsRefused
 from agentmem.models.download import Origin, Progress, download, extract
 from agentmem.untrusted.files import read_plain
 from agentmem.untrusted.json_text import parsed
@@ -63,6 +63,7 @@ GREETING_IDS = [  # SmolLM2's chat format: default system prompt, the greeting a
 ]
 # fmt: on
 
+_SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")  # places that transformers chooses itself
 _MANIFEST = "origin.json"
 _PARTIAL = ".partial-"
 
@@ -155,6 +156,7 @@ def load(
 
     Raises:
         ModelUnavailable: the model does not exist or cannot be read; the message has the remedy.
+        SettingsRefused: ``device_map`` names a device that this machine or this build of torch lacks.
 
     """
     from safetensors import SafetensorError  # keeps `import agentmem` light
@@ -162,6 +164,8 @@ def load(
 
     source = _resolve(name_or_path)
     placement = {} if device_map is None else {"device_map": device_map}
+    if isinstance(device_map, str) and device_map not in _SPREAD:
+        _require_device(device_map)
     try:
         config = AutoConfig.from_pretrained(source)  # first, so that an unreachable hub is waited for only once
         tokenizer = AutoTokenizer.from_pretrained(source, config=config)
@@ -170,6 +174,27 @@ def load(
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise _unreadable(source, error) from error
     return model.eval(), tokenizer
+
+
+def _require_device(name: str) -> None:
+    """Refuse a device that cannot compute, before weights are read.
+
+    Raises:
+        SettingsRefused: no such device, or torch cannot use it here.
+
+    """
+    import torch  # keeps `import agentmem` light
+
+    try:
+        usable = torch.empty(0, device=name).device.type != "meta"
+        why = "it holds no numbers"
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # as the device's part of torch raises
+        usable, why = False, (str(error).splitlines() or [type(error).__name__])[0]
+    if not usable:
+        raise SettingsRefused(
+            f"device: {name[:80]!r} cannot be used here: {why[:200]}; give cpu, auto (all there are), or a device that "
+            f"torch {torch.__version__} has"
+        )
 
 
 def load_config(name_or_path: str | None = None) -> PreTrainedConfig:
@@ -301,9 +326,10 @@ def _ordinary(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _save_tokenizer(gguf: Path, whole: Path) -> None:
-    """Save the tokenizer of a GGUF file, and restore what transformers loses when it reads the file.
+    """Save the tokenizer of a GGUF file in the Hugging Face folder ``whole``.
 
-    These are the splitting of numbers into digits and the context length.
+    transformers loses two settings when it reads the file. This function restores both: numbers are split into single
+    digits, and the tokenizer has the model's context length.
     """
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoTokenizer

@@ -74,8 +74,10 @@ def _needed(plans: Sequence[Plan]) -> int:
 def _reach(shape: ModelShape, settings: Settings, policy: Policy) -> int:
     """Return the most positions that a full row (sequence) and a probe after it may take together.
 
-    If rows are not both compacted and re-based, there is no limit (``UNBOUNDED``). Re-basing moves slots down into the
-    gaps that compactions leave. A row must therefore become full, and be compacted, before its positions are used up.
+    Re-basing moves slots to lower positions, into the gaps that compactions leave between slots. A row must therefore
+    become full, and be compacted, before the model's positions are used up. The result is the number of the model's
+    positions, less the number that a re-basing keeps free (:func:`spare_positions`). The result is ``UNBOUNDED`` if
+    rows are not re-based, if the policy never compacts, or if the model's config states no number of positions.
     """
     if not settings.rebase or policy.compactor is None or shape.positions is None:
         return UNBOUNDED
@@ -83,7 +85,10 @@ def _reach(shape: ModelShape, settings: Settings, policy: Policy) -> int:
 
 
 def _span(plans: Sequence[Plan]) -> int:
-    """Return the number of positions for a full sequence followed by a probe, the longest that any policy runs."""
+    """Return the number of positions that a full sequence and a probe after it take.
+
+    ``plans`` has a plan for each policy. The probe is the longest of all policies' probes.
+    """
     return plans[0].capacity + max(plan.probe_tokens for plan in plans)
 
 
@@ -154,9 +159,11 @@ def _check_max_slots(least: int, settings: Settings) -> None:
 
 
 def _largest(least: int, settings: Settings, reach: int, at: Callable[[int], Sequence[Plan]]) -> int:
-    """Return the largest capacity, at least ``least``, whose bytes fit under the cap and whose positions fit ``reach``.
+    """Return the largest capacity, at least ``least``, that the cap, ``reach`` and ``max_slots`` allow.
 
-    The search is a bisection, because a larger capacity never needs fewer bytes or positions.
+    ``at`` returns the plans of all policies for a capacity. At an allowed capacity, these plans fit under the cap, and
+    a full sequence and a probe take at most ``reach`` positions. The caller has checked that ``least`` is allowed. The
+    search is a bisection, because a larger capacity never needs fewer bytes or positions.
     """
     low, high = least, settings.max_slots or max(least, settings.cap)
     while low < high:

@@ -201,7 +201,13 @@ class Planner:
         return max(target, capacity - self._scratch(self._references(capacity)[0], capacity) - free)
 
     def _fullest(self, capacity: int, limit: int, most: int) -> int:
-        """Return the most slots that a head of a full row can hold: prefix, budget, recent window and new tokens."""
+        """Return the most slots that a single head of a full row can hold.
+
+        The three arguments are numbers of slots from the plan. ``capacity`` is the average per head of a full row,
+        ``limit`` is the average that a compaction may leave, and ``most`` is the most that one head's segment may keep.
+        The result has room for the prefix, ``most`` slots, the recent window, and the tokens that arrive before the row
+        is full. If all heads get equal budgets, the result is ``capacity``.
+        """
         if self.policy.budgets is None or self._head_ceiling == 1:
             return capacity
         pinned = self.settings.keep_first + self.settings.keep_recent
@@ -209,7 +215,10 @@ class Planner:
         return pinned + most + max(0, capacity - least) + 1
 
     def _move(self, layer: LayerShape, capacity: int, limit: int, most: int) -> int:
-        """Return the temporary bytes of a layer's largest new store, which is built before the old store is freed."""
+        """Return the temporary bytes of a layer's largest new store, which is built before the old store is freed.
+
+        ``capacity``, ``limit`` and ``most`` are as in :meth:`_fullest`.
+        """
         encoding = encoding_bytes(layer, capacity)
         if layer.window is not None or self._head_ceiling == 1:
             return encoding + self._store_bytes(layer, capacity)
@@ -222,13 +231,18 @@ class Planner:
     def _rebase(self, capacity: int, limit: int, most: int) -> int:
         """Return the most temporary bytes that re-basing any one layer needs, besides the layer's new store.
 
-        These bytes are for computing the new positions and for rotating the keys.
+        These bytes are for computing the new positions and for rotating the keys. ``capacity``, ``limit`` and ``most``
+        are as in :meth:`_fullest`.
         """
         fullest, itemsize = self._fullest(capacity, limit, most), self.shape.itemsize
         return max(layer_scratch(layer, self.slots(layer, fullest), itemsize) for layer in self.shape.layers)
 
     def slots(self, layer: LayerShape, capacity: int) -> int:
-        """Return how many slots per head the full store of a layer has; sliding layers do not use ``capacity``."""
+        """Return the most slots per head that the store of ``layer`` may have.
+
+        For a layer with full attention the result is ``capacity``. For a layer with a sliding window the result depends
+        only on the window and on the number of tokens that one forward may feed.
+        """
         return capacity if layer.window is None else window_slots(layer.window, self.settings.chunk)
 
     def _target(self, capacity: int) -> int:
@@ -247,11 +261,13 @@ class Planner:
     def _references(self, capacity: int) -> tuple[int, tuple[int, ...], int]:
         """Return how many reference queries a query head gets from each of the three kinds of sources.
 
+        The policy's reference queries are a mixture of parts. Each part has one source.
+
         1. From a probe: the number of tokens that it runs; each gives one query.
         2. From the model's own forwards: for each part in ``queries.stored`` the number of tokens whose queries are
            stored, as a tuple.
-        3. From a random generator: the number of queries that are drawn for parts with the source ``random``. The
-           stored queries of such a part only tell how long the drawn ones are.
+        3. From a random generator: the number of queries that are drawn for parts with the source ``random``. Such a
+           part also counts under 2, because the drawn queries get the norms of stored queries.
         """
         queries = self.policy.queries
         total = queries.tokens or min(PROBE_REACH * capacity, MAX_PROBE)
@@ -359,9 +375,10 @@ class Planner:
 
 
 def copy_bytes(layer: LayerShape, slots: int, itemsize: int) -> int:
-    """Return the bytes of decoded copies of a layer's slots, ``slots`` per head, including the bytes of decoding them.
+    """Return the temporary bytes of decoded copies of a layer's keys and values, for ``slots`` slots per head.
 
-    The heads are decoded one after the other. The result is 0 if the layer is not quantised.
+    ``itemsize`` is the bytes of one decoded number. The result includes the bytes of decoding. The heads are decoded
+    one after the other. The result is 0 if the layer is not quantised.
     """
     if not layer.quantised:
         return 0
@@ -370,7 +387,12 @@ def copy_bytes(layer: LayerShape, slots: int, itemsize: int) -> int:
 
 
 def rounding_bytes(layer: LayerShape, slots: int, itemsize: int) -> int:
-    """Return the bytes of rounding one head's fitted keys and values as quantised slots do; 0 if not quantised."""
+    """Return the temporary bytes of rounding the fitted keys and values of one head.
+
+    Fitted keys and values are those that a compaction has computed for ``slots`` slots. They are rounded to the numbers
+    that quantised slots can store: they are encoded and decoded again. The result includes the rounded keys and values,
+    with ``itemsize`` bytes per number. The result is 0 if the layer is not quantised.
+    """
     if not layer.quantised:
         return 0
     dims, block = (layer.key_dim, layer.value_dim), min(slots, quantised.BLOCK)
@@ -379,7 +401,10 @@ def rounding_bytes(layer: LayerShape, slots: int, itemsize: int) -> int:
 
 
 def encoding_bytes(layer: LayerShape, rows: int) -> int:
-    """Return the bytes of encoding ``rows`` keys or values of a layer, one block at a time; 0 if not quantised."""
+    """Return the temporary bytes of encoding ``rows`` keys or values of a layer, one block at a time.
+
+    The result is 0 if the layer is not quantised.
+    """
     if not layer.quantised:
         return 0
     block = min(rows, layer.kv_heads * quantised.BLOCK)
@@ -398,7 +423,8 @@ def grown(needed: int, limit: int) -> int:
     """Return the capacity to allocate for a store that must hold ``needed`` slots per head and may hold ``limit``.
 
     The capacity is ``limit``, halved (and rounded up) for as long as the half is at least ``needed``. A growing store
-    therefore about doubles its capacity each time. The planned bytes (R + T) have room for the old and the new store.
+    therefore about doubles its capacity each time. While a store grows, the old and the new store both exist; the plan
+    has room under the cap for both.
     """
     capacity = limit
     while capacity > 1 and -(-capacity // 2) >= needed:

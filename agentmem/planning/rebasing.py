@@ -14,7 +14,11 @@ BLOCK = quantised.BLOCK
 
 
 def layer_scratch(layer: LayerShape, slots: int, itemsize: int) -> int:
-    """Return the temporary bytes of re-basing a layer whose fullest head has ``slots`` slots, without the new store."""
+    """Return the temporary bytes that re-basing one layer needs.
+
+    ``slots`` is the number of slots of the head that holds the most. ``itemsize`` is the bytes per number of an
+    unquantised key. The keys are rotated in a new store of the layer. The bytes of this store are not included.
+    """
     return _turned(layer, slots, itemsize) + 3 * map_scratch(slots)
 
 
@@ -27,12 +31,17 @@ def _turned(layer: LayerShape, slots: int, itemsize: int) -> int:
 
 
 def shift_scratch(slots: int, width: int, itemsize: int, *, block: int = BLOCK) -> int:
-    """Return the most bytes that ``shift_keys`` allocates for ``slots`` keys with ``itemsize`` bytes per number.
+    """Return the most bytes that ``shift_keys`` allocates while it rotates ``slots`` keys.
 
-    ``width`` is the number of dims that rotate. Each slot needs its indices. Each pair of dims needs the bytes of one
-    of two steps, whichever needs more. The first step computes two float64 angles and one float32 angle. The second
-    step computes five numbers in the dtype of the computation (the cosine, the sine, both numbers of the pair and a
-    rotated number), and rounds the rotated number to the dtype of the keys.
+    ``shift_keys`` rotates at most ``block`` keys at once. The first ``width`` dims of a key rotate, in pairs. Each
+    number of a key has ``itemsize`` bytes.
+
+    A key needs bytes for its index and its positions. In addition, each pair of the key's dims takes two steps, one
+    after the other. The result counts the step that needs more bytes:
+
+    - The first step computes two angles in float64 and one in float32.
+    - The second step computes the cosine, the sine, both numbers of the pair and a rotated number, in at least float32.
+      If the keys have a smaller dtype, the rotated number is also rounded to this dtype.
     """
     turn = max(itemsize, 4)
     pair = max(8 + 8 + 4, 5 * turn + (itemsize if itemsize < turn else 0))
@@ -40,5 +49,9 @@ def shift_scratch(slots: int, width: int, itemsize: int, *, block: int = BLOCK) 
 
 
 def map_scratch(slots: int) -> int:
-    """Return the most bytes that ``widest_gap`` or ``rebased`` allocates for a head with ``slots`` slots."""
+    """Return the most bytes that are allocated to compute the new positions of one head with ``slots`` slots.
+
+    Two functions compute these positions: ``widest_gap`` and ``rebased`` of :mod:`agentmem.memory.rotation`. Each of
+    them allocates at most this number of bytes.
+    """
     return 20 * slots + 64

@@ -1,4 +1,8 @@
-"""Choose the tokens of a probe (the transient forward that gives reference queries), and record their sources."""
+"""Choose the tokens of a probe, and record from which source each of these tokens comes.
+
+A probe is a transient forward through the model. The queries of its tokens are the reference queries of a compaction.
+The sources are texts (such as an instruction) and parts of the transcript (such as the newest tokens).
+"""
 
 from __future__ import annotations
 
@@ -29,9 +33,10 @@ Words = dict["Source", tuple[tuple[int, ...], ...]]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A piece of a probe: the tokens ``start`` to ``stop - 1``, whose queries have the same source and weight.
+    """A piece of a probe: the probe's tokens ``start`` to ``stop - 1``, whose queries have the same source and weight.
 
-    ``span`` is the range ``(start, stop)`` of the transcript that these tokens repeat; ``None`` if they are a text.
+    ``span`` is the range ``(start, stop)`` of the transcript's tokens that the piece repeats. It is ``None`` if the
+    piece does not repeat the transcript, but is a text such as an instruction or a focus.
     """
 
     start: int
@@ -49,10 +54,13 @@ class Probe:
     pieces: tuple[Piece, ...]
 
     def references(self, queries: torch.Tensor) -> tuple[Reference, ...]:
-        """Return the probe's reference queries in one layer: one reference per piece, in the order of the pieces.
+        """Return a :class:`Reference` for each of ``self.pieces``: the reference queries of the piece in one layer.
 
-        ``queries [Hq, q, d]`` are the queries of all ``q`` tokens of the probe, for ``Hq`` query heads. The references
-        are views of this tensor.
+        A piece is a range of the probe's tokens with one source (such as an instruction) and one weight. The references
+        have the order of the pieces.
+
+        ``queries [Hq, q, d]`` are the queries of all ``q`` tokens of the probe, for ``Hq`` query heads with ``d`` dims.
+        The references are views of this tensor.
         """
         return tuple(
             Reference(queries[:, piece.start : piece.stop], piece.weight, piece.source, piece.span)
@@ -62,7 +70,7 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class _Stretch:
-    """Hold token ids that will become one piece of a probe."""
+    """Consecutive token ids for a probe, all with the same source and weight."""
 
     source: Source
     weight: float
@@ -72,10 +80,10 @@ class _Stretch:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """Hold the transcript that pieces are cut from, and the arguments of :func:`make_probe` that say where to cut.
+    """The transcript from which a probe takes tokens, and the arguments of :func:`make_probe` that choose these tokens.
 
-    ``marks`` are the spans of tokens that match a pattern. The queries of these tokens get ``mark_weight`` times the
-    weight of their part's other queries.
+    ``marks`` are spans of the transcript that match a regular expression of the policy. The queries of tokens in these
+    spans weigh ``mark_weight`` times as much as they would otherwise.
     """
 
     transcript: Sequence[int]
@@ -86,7 +94,12 @@ class _Source:
     start: int
 
     def stretch(self, part: Part, start: int, stop: int) -> list[_Stretch]:
-        """Return the transcript's tokens ``start`` to ``stop - 1``, cut where matches of the pattern begin and end."""
+        """Return the transcript's tokens ``start`` to ``stop - 1``, cut into stretches that have one weight each.
+
+        ``self.marks`` are spans of tokens that match the policy's regular expression. Queries of tokens outside these
+        spans have the weight of ``part``. Inside the spans, this weight is multiplied by ``self.mark_weight``. The
+        tokens are therefore cut at both ends of every span.
+        """
         cuts = {start, stop} | {cut for mark in self.marks for cut in mark if start < cut < stop}
         return [self._stretch(part, low, high) for low, high in pairwise(sorted(cuts))]
 
@@ -109,20 +122,24 @@ def make_probe(
 ) -> Probe:
     """Make the probe that ``queries`` asks for, of at most ``tokens`` tokens.
 
-    A part with the source ``transcript`` may exceed that number, because it runs the whole transcript. The probe begins
-    with texts and ends with the newest tokens of the transcript, so that the newest tokens attend to all other pieces.
+    ``queries`` is a mixture of parts. The source of a part says what the part's tokens are: ``focus`` and
+    ``self-study`` are texts, ``replay`` and ``repeat`` are the newest tokens of the transcript, ``spread`` is spans of
+    the older transcript, and ``transcript`` is the whole transcript. :data:`agentmem.queries.Source` explains them all.
+
+    The probe begins with texts and ends with the newest tokens of the transcript, so that the newest tokens attend to
+    all other tokens of the probe. The probe may exceed ``tokens`` tokens only if a part has the source ``transcript``.
 
     Args:
-        transcript: the token ids that transcript pieces are cut from.
+        transcript: the token ids of the transcript.
         queries: the mixture of parts.
         tokens: the number of tokens to distribute among the parts, in proportion to their shares.
-        words: the token ids of the text or instruction, for each source that has one.
-        prefix: the number of first tokens, which are never compacted and which ``spread`` leaves out. ``spread`` also
-            leaves out the newest tokens that ``replay`` or ``repeat`` run again.
-        turn: the number of compactions so far; it moves the spans of ``spread``.
-        start: the first token of the transcript that ``replay``, ``repeat`` and ``transcript`` may run.
-        marks: spans of the transcript that a pattern matches. ``spread`` prefers these spans, and the queries of their
-            tokens weigh more.
+        words: for each source with a text or an instruction, the token ids of this text.
+        prefix: the number of first tokens, which are never compacted. ``spread`` leaves out these tokens, and also the
+            newest tokens if ``replay`` or ``repeat`` has them already.
+        turn: the number of compactions so far. ``spread`` takes other spans after each compaction.
+        start: index of the first token of the transcript that ``replay``, ``repeat`` and ``transcript`` may run.
+        marks: spans of the transcript that match ``queries.pattern``. ``spread`` prefers these spans, and the queries
+            of their tokens weigh ``queries.pattern_weight`` times as much.
 
     """
     source = _Source(transcript, prefix, turn, marks, queries.pattern_weight, start)
@@ -146,9 +163,12 @@ _NEWEST = ("repeat", "replay")
 
 
 def _sizes(queries: Queries, tokens: int, words: Mapping[Source, Sequence[int]], seen: int) -> list[tuple[Part, int]]:
-    """Return the parts that need a forward, each with its number of tokens.
+    """Return how many tokens of a probe each part gets; parts that get none are left out.
 
-    If the text of ``focus`` or ``self-study`` is shorter than its share, the parts without a text get the rest.
+    A part is one source of reference queries. The number ``tokens`` is divided among the parts in proportion to their
+    shares. A part with the source ``focus`` or ``self-study`` runs a text, whose ids are in ``words``. If this text is
+    shorter than the part's number of tokens, the parts that run no such text get the rest. A part with the source
+    ``transcript`` always gets all ``seen`` tokens of the transcript.
     """
     sizes = _shared(tokens, queries.probing)
     others = [part for part in queries.probing if part.source not in _TEXTS]
@@ -163,9 +183,9 @@ def _sizes(queries: Queries, tokens: int, words: Mapping[Source, Sequence[int]],
 
 
 def _shared(tokens: int, parts: Sequence[Part]) -> dict[Source, int]:
-    """Distribute ``tokens`` among the parts in proportion to their shares.
+    """Return how many of ``tokens`` the source of each part gets, in proportion to the shares of the parts.
 
-    The running sums of the sizes are rounded, not the sizes themselves, so that the sizes add up to ``tokens``.
+    The running sums of these numbers are rounded, not the numbers themselves, so that the numbers add up to ``tokens``.
     """
     ends = (0.0, *accumulate(part.share for part in parts))
     marks = [round(tokens * end / ends[-1]) for end in ends] if parts else []
@@ -181,8 +201,8 @@ def _recent(part: Part, size: int, source: _Source, instructions: tuple[int, ...
 def _spread(part: Part, size: int, source: _Source, newest: int) -> list[_Stretch]:
     """Return the tokens of a ``spread`` part: at most ``size`` tokens of the older transcript.
 
-    Up to half of them come from spans that match the pattern, and the others from evenly spread spans. The newest
-    ``newest`` tokens are left out.
+    Up to half of the tokens come from ``source.marks`` (spans that match a pattern), and the others from evenly spread
+    spans. The newest ``newest`` tokens of the transcript are left out.
     """
     stop = len(source.transcript) - newest
     marked = _marked(source, stop, size // 2)
@@ -193,9 +213,10 @@ def _spread(part: Part, size: int, source: _Source, newest: int) -> list[_Stretc
 
 
 def _marked(source: _Source, stop: int, tokens: int) -> list[tuple[int, int]]:
-    """Choose spans before ``stop`` that match the pattern, and return them as ``(start, stop)``.
+    """Choose some of ``source.marks`` (spans that match a pattern) before the token ``stop``, and return their ranges.
 
-    Each span is extended by up to ``LEAD`` tokens before the match. All spans together have at most ``tokens`` tokens.
+    Each range ``(start, stop)`` begins up to ``LEAD`` tokens before the match. All ranges together have at most
+    ``tokens`` tokens.
     The number of earlier compactions decides which span is tried first, so that successive compactions choose
     different spans.
     """

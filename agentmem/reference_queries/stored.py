@@ -30,7 +30,8 @@ class QuerySample:
         """Reserve the bytes in the ledger, then allocate the buffer.
 
         Args:
-            part: the part of the mixture that the sample serves.
+            part: the part of the policy's reference queries that the sample serves; its source says which queries to
+                keep.
             layer: the shape of the layer.
             size: tokens that the buffer holds.
             like: a tensor with the dtype and device of the buffer.

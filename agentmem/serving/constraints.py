@@ -41,7 +41,8 @@ class Constraints:
         """Return the grammar that a reply must follow, or ``None`` if the reply is not constrained.
 
         If there are ``forced`` tools, the reply must call one of them. Otherwise, if there is a ``schema``, the reply
-        must be JSON that fits the schema. Errors about the schema name the request's field ``param``.
+        must be JSON that fits the schema. ``param`` is the name of the schema's field in the request;
+        an error about the schema gives this name.
 
         Raises:
             RequestRefused: see :meth:`of_calls` and :meth:`of_schema`.

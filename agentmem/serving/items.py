@@ -42,21 +42,34 @@ class Item:
 
 
 class Items:
-    """The compaction items of a server: makes an item from a session, and finds an item by its token."""
+    """The compaction items of a server: makes an item from a session, and finds an item by its token.
+
+    A compaction item is a memory saved on disk. Its token is an encrypted string, which a client sends to continue from
+    this memory.
+    """
 
     def __init__(self, kept: Kept, keys: list[bytes], identity: Mapping[str, str], seconds: float) -> None:
-        """Set where items are kept, the keys of their tokens, and how long items are valid.
+        """Set where compaction items are saved, how their tokens are encrypted, and how long items are valid.
 
-        The first of ``keys`` encrypts new tokens; tokens made with any of the keys can be read. ``identity`` identifies
-        the runtime's model weights, tokenizer and chat template. An item is valid for ``seconds``.
+        A compaction item is a memory saved on disk. Its token is an encrypted string with the item's id, which a client
+        sends to continue from this memory.
+
+        Args:
+            kept: the folder for the saved memories.
+            keys: Fernet keys. The first key encrypts new tokens; tokens made with any of the keys can be read.
+            identity: identifies the runtime's model weights, tokenizer and chat template. A token is refused if it was
+                made for another identity.
+            seconds: the time for which an item is valid.
+
         """
         self.kept, self._cipher, self._seconds = kept, MultiFernet([Fernet(key) for key in keys]), seconds
         self._identity = hashlib.sha256(json.dumps(dict(identity), sort_keys=True).encode()).hexdigest()
 
     def make(self, conversation: Conversation, session: Session) -> tuple[str, str]:
-        """Save the present memory of a session as an item; return the item's id and token.
+        """Save the present memory of a session on disk as a compaction item; return the item's id and token.
 
-        A forward pass that is running is awaited first.
+        The token is an encrypted string with the id. A client sends the token to continue from the saved memory. If a
+        forward pass is running, this method waits for its end first.
 
         Raises:
             AgentmemError: the memory cannot be written.
@@ -69,7 +82,10 @@ class Items:
         return name, self._cipher.encrypt(json.dumps(said).encode()).decode()
 
     def find(self, token: str, owner: str) -> Item:
-        """Return the compaction item that a token names.
+        """Find a compaction item (a memory saved on disk) by its token, and return the item.
+
+        ``token`` is the encrypted string that :meth:`make` returned for the item. ``owner`` identifies the client's API
+        key.
 
         Raises:
             RequestRefused: status 400 if the token is forged, damaged, expired or of another model; status 403 if the
@@ -121,9 +137,11 @@ def _refused(why: str, status: int, code: str) -> RequestRefused:
 
 
 def read_keys(path: Path) -> list[bytes]:
-    """Read the item keys from a file, one per line, the newest first.
+    """Read from a file the keys that encrypt the tokens of compaction items.
 
-    If the file is missing, it is created with one new key; of several servers that start at once, one creates it.
+    A compaction item is a memory saved on disk. Its token is an encrypted string, by which clients name the item. The
+    file has one Fernet key per line, the newest first. If the file is missing, it is created with one new key. If
+    several servers start at once, one of them creates it.
 
     Raises:
         SettingsRefused: the file cannot be read or created, or holds no valid keys.

@@ -150,7 +150,8 @@ class Server:
     async def sweep(self) -> None:
         """Forget conversations beyond the limits of idle time, number and bytes.
 
-        Conversations whose name a new conversation took are forgotten as well. Busy conversations are kept.
+        A new conversation may have taken the name of an older conversation. The older one is then forgotten as well.
+        Busy conversations are kept.
         """
         replaced, self.conversations.replaced = self.conversations.replaced, []
         for each in (*replaced, *self.conversations.surplus()):
@@ -218,9 +219,10 @@ class Server:
             conversation.session = runtime.load(conversation.folder, policy=recipe.made_policy(), share=share, **given)
 
     def make_item(self, conversation: Conversation, session: Session) -> tuple[str, str]:
-        """Make a compaction item of a session, delete items beyond the limits, and return the new item's id and token.
+        """Save the present memory of a session on disk as a compaction item; return the item's id and token.
 
-        :meth:`Items.make` describes the errors.
+        The token is an encrypted string with the id. A client sends the token to continue from the saved memory.
+        Afterwards, items beyond the limits of age and bytes are deleted. :meth:`Items.make` describes the errors.
         """
         made = self.items.make(conversation, session)
         self.items.kept.sweep(self.settings.item_seconds, self.settings.quota_bytes)

@@ -198,10 +198,11 @@ class Turn:
         return conversation
 
     def _begin(self, conversation: Conversation) -> int:
-        """Prepare a new conversation, which begins with the memory of the request's compaction item, if any.
+        """Prepare a new conversation; return how many of the request's messages the conversation holds already.
 
-        Return how many digests of the request the conversation holds already. This is 1 if there is an item, since the
-        item's marker is the first digest of the request, and 0 otherwise.
+        The request may continue a compaction item, which is a saved memory in place of all earlier messages. In this
+        case the conversation begins with the saved memory, and the result is 1: the item counts as one message. Without
+        an item the conversation is empty, and the result is 0.
         """
         conversation.lead = self.request.lead
         if (item := self.request.item) is None:

@@ -15,7 +15,11 @@ from agentmem.sessions.conversation import Conversation, Interrupted
 def compacting(
     session: Conversation, focus: str, target: float | None, policy: str | None, *, force: bool
 ) -> turn.Steps:
-    """Read the pending ids, then compact; yield the steps. See :meth:`agentmem.sessions.session.Session.compact`."""
+    """Feed the ids that the memory has not consumed yet, then compact.
+
+    A yielded step is an event, or a request to feed ids, which must be done before this generator is resumed.
+    :meth:`agentmem.sessions.session.Session.compact` explains the arguments.
+    """
     try:
         yield from turn.read(session)
         sequence = session.memory.sequences[0]

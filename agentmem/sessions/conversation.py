@@ -124,6 +124,7 @@ class Place(Protocol):
 class Host(Protocol):
     """The part of the runtime that conversations and leasing use; :class:`Runtime` is the only implementation."""
 
+    name: str
     model: Any
     tokenizer: Any
     scheduler: Scheduler
@@ -195,6 +196,11 @@ class Conversation:
         self.last = Reply()
         """The newest reply, whether it is still open or not."""
         holding.sessions.add(id(self))
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The names that log events about this session have."""
+        return {"session": self.name, "runtime": self.runtime.name}
 
     @property
     def busy(self) -> bool:

@@ -39,7 +39,11 @@ def _after() -> None:
 
 
 def _in_child() -> None:
-    """Give up the parent's threads and waiting turns, and link or copy the files of memories on disk."""
+    """Prepare the child process: forget the threads and waiting turns, which exist only in the parent process.
+
+    The child also gets its own links to the files of memories on disk, or copies of these files. Then all locks are
+    released.
+    """
     aio.THREADS.clear()
     for runtime in list(RUNTIMES):
         runtime.waiters.clear()

@@ -27,9 +27,12 @@ class HookCalls:
         self._vetoed = False
 
     def early(self, memory: Memory) -> bool:
-        """Return True if the memory is nearly full and the hook must be asked now.
+        """Return True if the memory is nearly full and ``before_compact`` must be asked now whether to compact.
 
-        After a veto or a postponement, the result is False for a while although the memory is nearly full.
+        The memory is nearly full if at most the fraction ``soft`` of its capacity is free. After the hook's answer
+        ``veto``, the result is False until a compaction has run. After the answer ``postpone``, the result is False
+        until the memory has consumed ``min_reclaim`` (a setting) more tokens. The same wait follows a compaction that
+        had nothing to reclaim.
         """
         sequence = memory.sequences[0]
         if self.before is None or self._vetoed or sequence.seen < self._not_before:
@@ -37,7 +40,7 @@ class HookCalls:
         return sequence.room <= self.soft * memory.plan.capacity
 
     def before_compaction(self, session: str, memory: Memory, *, full: bool) -> Request | None:
-        """Ask the hook and return the compaction to run, or ``None`` to run none for now.
+        """Ask the hook ``before`` and return the compaction to run, or ``None`` to run none for now.
 
         ``session`` is the session's name, and ``full`` is true if the memory cannot take another token.
 
@@ -68,11 +71,11 @@ class HookCalls:
         return Request(policy=memory.named(answer))
 
     def postpone(self, memory: Memory) -> None:
-        """Prevent early calls of the hook until the memory has consumed ``min_reclaim`` (a setting) more tokens."""
+        """Let :meth:`early` return False until the memory has consumed ``min_reclaim`` (a setting) more tokens."""
         self._not_before = memory.sequences[0].seen + max(1, memory.settings.min_reclaim)
 
     def compacted(self, report: CompactionReport) -> None:
-        """Forget earlier vetoes and postponements after a compaction, and call the ``after`` hook with the report."""
+        """After a compaction, forget earlier answers of the hook ``before``, and call ``after`` with the report."""
         self._vetoed, self._not_before = False, 0
         if self.after is not None:
             self.after(report)

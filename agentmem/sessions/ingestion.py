@@ -1,4 +1,4 @@
-"""The turns of a session that read messages or texts or write replies, with their pins and compactions."""
+"""The turns of a session: reading messages, reading texts and writing replies, each with its pins and compactions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def messages(session: Conversation, given: Sequence[Message], how: How) -> turn.Steps:
-    """Read messages through the chat template and yield the steps of the turn.
+    """Read messages through the chat template and yield the steps of the turn: events, and requests to feed ids.
 
     An open reply is closed first, even if it is incomplete.
     """
@@ -47,7 +47,7 @@ def messages(session: Conversation, given: Sequence[Message], how: How) -> turn.
 
 
 def text(session: Conversation, given: str | Sequence[int], how: How) -> turn.Steps:
-    """Read a text or ids without the chat template, and yield the steps of the turn.
+    """Read a text or ids without the chat template; yield the steps of the turn: events, and requests to feed ids.
 
     An open reply is closed first, even if it is incomplete.
     """
@@ -105,7 +105,10 @@ def begin_reply(session: Conversation, options: dict[str, Any]) -> Decoding:
 
 
 def replying(session: Conversation, options: dict[str, Any], *, keep_open: bool) -> turn.Steps:
-    """Write a reply and yield the steps of the turn; see :meth:`agentmem.sessions.session.Session.stream`."""
+    """Write a reply and yield the steps of the turn: events, and requests to feed ids.
+
+    :meth:`agentmem.sessions.session.Session.generate` explains the arguments.
+    """
     decoding = begin_reply(session, options)
     reply = session.last = session.reply or Reply()
     reply.reason = "cancelled"
@@ -159,7 +162,8 @@ def open_reply(session: Conversation) -> None:
 def close_reply(session: Conversation) -> None:
     """Close the open reply, if there is one, even if it is incomplete.
 
-    The reply is recorded in the dialogue and the entries, and the newest request is unpinned.
+    The reply is recorded for the session's transcript. If the chat template opened the reply, it also becomes a message
+    of ``session.dialogue``. The newest request, which was pinned until its reply, is unpinned.
     """
     session.dialogue = _closed(session)
     if (entry := reply_entry(session)) is not None:
@@ -184,7 +188,10 @@ def _closed(session: Conversation) -> Dialogue:
 
 
 def reply_entry(session: Conversation) -> Entry | None:
-    """Return the transcript entry of the open reply, or ``None`` if no reply is open or the reply has no ids yet."""
+    """Return the record of the open reply for the transcript: where its ids begin and end, and its role.
+
+    The result is ``None`` if no reply is open or the reply has no ids yet.
+    """
     if session.reply is None or session.reply_start == len(session.ids):
         return None
     return Entry(kind="reply", role="assistant", start=session.reply_start, stop=len(session.ids))

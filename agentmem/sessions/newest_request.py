@@ -58,7 +58,7 @@ def report_request(session: Conversation) -> None:
     memory, sequence = session.memory, session.memory.sequences[0]
     pins = replace(sequence.pins, request=_requests(session)[-1])
     tokens, most = request_size(memory, pins), most_requested(memory, pins)
-    log_events.request_not_pinned(session=session.name, tokens=tokens, most=most)
+    log_events.request_not_pinned(memory.names, tokens=tokens, most=most)
 
 
 def _requests(session: Conversation) -> tuple[Spans, ...]:

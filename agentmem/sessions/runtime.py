@@ -16,6 +16,7 @@ from agentmem.engine import Scheduler
 from agentmem.errors import CapTooSmall, CopyRefused, MemoryClosed, SettingsRefused
 from agentmem.language import Language
 from agentmem.memory.memory import unwatched
+from agentmem.reporting import log_events
 from agentmem.sessions.arguments import check_count, check_making, check_name, check_place, check_seconds
 from agentmem.sessions.changes import put_back
 from agentmem.sessions.chat.template import ChatTemplate
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from agentmem.sessions.conversation import Place
     from agentmem.sessions.hooks import AfterCompact, BeforeCompact
 
+_NUMBERS = count(1)  # of runtimes, for their names
 _SCHEDULERS: WeakKeyDictionary[Any, Scheduler] = WeakKeyDictionary()
 """The scheduler of each model. All runtimes of a model share it, so that only one forward runs at a time."""
 
@@ -77,6 +79,7 @@ class Runtime:
         wait: float = 60.0,
         max_waiting: int = 256,
         max_batch_tokens: int = 256,
+        name: str | None = None,
         **settings: Any,
     ) -> None:
         """Check the settings; the model stays unchanged until the first session is made.
@@ -94,6 +97,7 @@ class Runtime:
             max_batch_tokens: most tokens of a forward that feeds several sessions. The next tokens of replies come
                 first, then pieces of texts that are read. A lower number keeps replies flowing while a long text is
                 read.
+            name: the runtime's name in log events; by default ``runtime-`` and a number.
             settings: defaults for the :class:`SessionSettings` and :class:`agentmem.settings.Settings` of sessions.
 
         Raises:
@@ -107,7 +111,8 @@ class Runtime:
         check_seconds("wait", wait, 0)
         check_count("max_waiting", max_waiting)
         check_count("max_batch_tokens", max_batch_tokens, 1)
-        self.max_batch_tokens = max_batch_tokens
+        check_name(name)
+        self.max_batch_tokens, self.name = max_batch_tokens, name or f"runtime-{next(_NUMBERS)}"
         check_settings(settings)
         SessionSettings.of(**split(settings)[0]).lease(self.cap)
         plugins.policy(policy)  # sessions make their own: some policies keep what they looked up for a model
@@ -184,12 +189,15 @@ class Runtime:
         hooks = HookCalls(before_compact, after_compact, chosen.soft)
         with self.guard:
             self._open_or_raise()
+            name = name or f"session-{next(self._names)}"
+            memory.names = names = {"session": name, "runtime": self.name}
             holding = Holding(self.model, memory, lease)
             holding.named, holding.stage = named, "trim"  # so that only the bytes that it holds are charged
-            session = Session(self, name or f"session-{next(self._names)}", chosen, holding, template, hooks)
+            session = Session(self, name, chosen, holding, template, hooks)
             self.leases.holdings.append(holding)
             self.sessions.append(session)
         self.speak(session, memory)
+        log_events.session_opened(names, lease_bytes=lease)
         return session
 
     def _template(
@@ -233,6 +241,7 @@ class Runtime:
             state = saved(session)
             restore(other, state, session.ids[: len(session.ids) - len(state.pending)])
             self.sessions.append(other)
+        log_events.session_forked(other.names, source=session.name)
         return other
 
     @cached_property
@@ -388,6 +397,7 @@ class Runtime:
             if not session.holding.sessions:
                 session.holding.release()
                 self.leases.holdings.remove(session.holding)
+        log_events.session_closed(session.names)
         self.wake_next()
 
     def close(self) -> None:

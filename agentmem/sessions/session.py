@@ -241,8 +241,8 @@ class Session(Conversation):
     def say(self, text: str) -> None:
         """Add a text to the open reply as if the model had written the text; the next turn reads the text.
 
-        If no reply is open, a reply is opened. If the model has already ended a reply that was kept open, the text
-        replaces the end token.
+        If no reply is open, a reply is opened. With ``keep_open=True``, :meth:`generate` leaves a reply open even after
+        the model has written its end token. The text then replaces this end token.
 
         Raises:
             SettingsRefused: the chat template cannot begin a reply at this point.

@@ -46,7 +46,7 @@ LEAST_SPAN = 16
 
 @dataclass(slots=True)
 class After:
-    """The options of a compaction that runs right after a text was read, and the place of this text."""
+    """The options of a compaction that runs right after a text was read, and where this text is in the conversation."""
 
     start: int
     """Index of the first token of the text."""
@@ -68,10 +68,10 @@ def read(
 ) -> Generator[Step, None, torch.Tensor | None]:
     """Feed the pending ids except the last ``leave`` of them; yield requests to feed ids, and events of compactions.
 
-    Between turns the last id always stays pending: the first forward of a reply needs an id, and not every chat
-    template has a generation prompt. With ``leave=0`` all ids are fed, and the logits after the last id are returned.
-    In this case the last forward is not committed (its ids do not count as consumed yet): the caller must commit it
-    after using the logits.
+    Pending ids are the conversation's ids that the memory has not consumed yet. Between turns the last id always stays
+    pending: the first forward of a reply needs an id, and not every chat template has a generation prompt. With
+    ``leave=0`` all ids are fed, and the logits after the last id are returned. In this case the last forward is not
+    committed (its ids do not count as consumed yet): the caller must commit it after using the logits.
     """
     memory = session.memory
     while (count := len(waiting := session.pending) - leave) > 0:
@@ -98,9 +98,10 @@ def rebased(session: Conversation) -> Steps:
 def _piece(memory: Memory, after: After | None) -> int:
     """Return the most tokens that one forward may feed.
 
-    If the text is compacted right after it was read, the number is limited further: to the number of tokens of the
-    policy's probe, if it has a probe, and to the slots per head that a compaction leaves. It is never less than
-    :data:`LEAST_SPAN` in this case.
+    The plan sets this number (``chunk``). If ``after`` is given, the text is compacted right after it was read. A
+    forward may then feed no more tokens than the policy's probe has, if there is a probe, and no more tokens than there
+    are slots per head after a compaction (``target`` of the plan). However, a forward may always feed
+    :data:`LEAST_SPAN` tokens in this case.
     """
     most = memory.plan.chunk
     if after is None:
@@ -213,9 +214,11 @@ def _decode(session: Conversation, reply: Reply, decoding: Decoding, pieces: Tex
 def _take(session: Conversation, decoding: Decoding, reply: Reply, logits: torch.Tensor) -> tuple[int, torch.Tensor]:
     """Choose the next token from ``logits``, append its id to the conversation, and commit the last forward.
 
-    ``logits`` are the result of the last forward. Its ids stay pending until the commit, which makes them consumed.
-    The new id is appended before the commit and stays pending after it. At least one id is therefore pending at any
-    time. Even if the turn ends early, the next turn has an id to feed.
+    ``logits`` are the result of the last forward. Return the new id, and the processed scores ``[1, vocabulary]``.
+
+    An id is pending while the memory has not consumed it. Only the commit of a forward makes its ids consumed. The new
+    id is appended before the commit and is still pending after the commit. Therefore at least one id is always pending,
+    and the next turn has an id to feed even if this turn ends early.
     """
     token, scores = choose(decoding, logits, session.generator)
     decoding.add(token)

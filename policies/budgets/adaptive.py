@@ -19,11 +19,16 @@ from agentmem.policies.budgets.water_filling import Demand, allocate
 
 @dataclass(frozen=True)
 class Adaptive(Budgets):
-    """Allocates slots by each head's error curve: its errors for several numbers of kept slots (see :class:`Curve`).
+    """Allocates to each head the fewest slots at which two errors of the head are within their targets.
 
-    A larger error target never allocates more slots. A compaction can leave fewer slots than the memory's ``target``
-    asks for (an easy text) or more slots (a hard text). It never leaves more than ``request.limit``, so that
-    compactions do not follow each other closely.
+    The first error is that of the head's attention output; its target is ``output_error``. The second error is that of
+    the head's log-mass, the log of the sum of ``exp(logit)`` over the segment's slots; its target is
+    ``log_mass_error``. Before the allocation, both errors are measured for several numbers of kept slots (see
+    :class:`Curve`). A larger target never leads to more slots.
+
+    All heads together may get fewer slots than ``request.total`` (for an easy text) or more (for a hard text). They
+    never get more than ``request.limit``, so that compactions do not follow each other closely. If this limit requires
+    it, larger errors are accepted.
     """
 
     output_error: float = 0.25
@@ -42,10 +47,11 @@ class Adaptive(Budgets):
                 raise ValueError(f"{name}: {getattr(self, name)!r} is no error target; give a number above 0")
 
     def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
-        """Allocate to each head the fewest slots at which its output and log-mass errors are within the targets.
+        """Allocate to each head the fewest slots at which two errors of the head are within their targets.
 
-        If the heads together need more than ``request.limit`` slots, one factor multiplies both targets of all heads.
-        It is the smallest factor at which at most ``request.limit`` slots are allocated.
+        These are the error of the head's attention output and the error of the log of its attention mass. If the heads
+        together need more than ``request.limit`` slots, both targets of all heads are multiplied by one factor: the
+        smallest factor at which at most ``request.limit`` slots are allocated.
         """
         if len(request.surveys) != len(request.held):
             raise ValueError(
@@ -61,10 +67,12 @@ class Adaptive(Budgets):
         return allocate(replace(request, total=min(request.limit, wanted)), demands)
 
     def _demand(self, curve: Curve) -> Demand:
-        """Return a function from a factor to the number of slots that the head then needs.
+        """Return a function that says how many slots a head needs if its error targets are multiplied by a factor.
 
-        The factor multiplies both error targets. The number is the fewest slots at which the errors in ``curve`` are
-        within the multiplied targets.
+        The function takes the factor and returns the number of slots. The error targets are ``output_error`` for the
+        attention output and ``log_mass_error`` for the log of the attention mass. ``curve`` has the head's errors for
+        several numbers of slots. The function returns the fewest slots at which both errors are within the multiplied
+        targets.
         """
 
         def slots(multiple: float) -> int:

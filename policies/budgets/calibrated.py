@@ -1,7 +1,7 @@
 """Calibrated budgets: slots in proportion to a table of head shares that was made for the model.
 
-A head's *share* is a multiple of an equal share, which is the number of slots of a head if all heads get equally many.
-The same table is used however many slots a compaction leaves.
+A head's *share* is its number of slots divided by the mean number of slots per head. The same table is used however
+many slots a compaction leaves.
 
 Source: arXiv:2602.16284, nonuniform head budgets: "one ratio-agnostic table per model".
 """
@@ -17,11 +17,15 @@ from agentmem.policies.budgets.water_filling import allocate, proportional
 class Calibrated(Tabled):
     """Allocates slots in proportion to the shares in a table.
 
-    Two ceilings limit the slots: one the share of a single head, the other the mean share of a layer's heads. Both may
-    be given as options, ``head_ceiling`` and ``layer_ceiling``. The table has two such numbers as well: its largest
-    share of a single head, and its largest mean share of a layer. Each ceiling is the smaller of the option and the
-    table's number, but at least 1. The attributes ``head_ceiling`` and ``layer_ceiling`` hold the options until a table
-    is chosen, and these ceilings from then on.
+    A head's share is its number of slots divided by the mean number of slots per head. Two ceilings limit the
+    allocation:
+
+    - The share of a single head is at most the option ``head_ceiling``, and at most the largest share in the table.
+    - The mean share of a layer's heads is at most the option ``layer_ceiling``, and at most the largest such mean in
+      the table.
+
+    However, no ceiling is below 1. The attributes ``head_ceiling`` and ``layer_ceiling`` hold the options at first.
+    Once a table is chosen, they hold the resulting ceilings.
     """
 
     def ceilings(self, table: HeadTable) -> tuple[float, float]:

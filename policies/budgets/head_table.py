@@ -49,12 +49,15 @@ class HeadTable:
 
     @property
     def head_ceiling(self) -> float:
-        """The largest share of a single head in the table."""
+        """The largest share in the table; a share is a head's number of slots divided by the mean number per head."""
         return max(map(max, self.shares))
 
     @property
     def layer_ceiling(self) -> float:
-        """The largest mean share of a layer in the table; the mean is taken over the heads of the layer."""
+        """The largest mean share of a layer's heads in the table.
+
+        A share is a head's number of slots divided by the mean number of slots per head in all layers.
+        """
         return max(sum(layer) / len(layer) for layer in self.shares)
 
 

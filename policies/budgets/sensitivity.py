@@ -55,10 +55,11 @@ class Sensitivity(Tabled):
 
 
 def _demand(fractions: Sequence[float], errors: Sequence[float], slots: float) -> Demand:
-    """Return a function from a threshold to the number of slots that each lower the error by at least the threshold.
+    """Return a function that says how many slots lower a head's error by at least a given threshold each.
 
-    ``slots`` is the number of slots at fraction 1. At a threshold of 0 or less the function returns a number beyond all
-    limits.
+    The function takes the threshold and returns the number of slots. A head that keeps ``fractions[i] * slots`` slots
+    is predicted to have the error ``errors[i]``. The curve of these predictions is first made convex, so that no slot
+    lowers the error more than the slot before it. For a threshold of 0 or less, the number is larger than every limit.
     """
     hull = lower_hull(filled_in(fractions, errors))
     gains = [(low[1] - high[1]) / ((high[0] - low[0]) * max(1.0, slots)) for low, high in pairwise(hull)]
@@ -68,10 +69,11 @@ def _demand(fractions: Sequence[float], errors: Sequence[float], slots: float) -
 
 
 def filled_in(fractions: Sequence[float], errors: Sequence[float]) -> list[Point]:
-    """Return measured and interpolated points (fraction, error) of the error curve, from fraction 0 to fraction 1.
+    """Return measured and interpolated points (fraction of kept slots, error) of a head, from fraction 0 to fraction 1.
 
-    Errors are interpolated geometrically. At fraction 1 the error is 0. The error at fraction 0 is extrapolated from
-    the first two measured points.
+    The measured points are the pairs of ``fractions`` and ``errors``. Errors between them are interpolated
+    geometrically. At fraction 1 the error is 0. The error at fraction 0 is extrapolated from the first two measured
+    points.
     """
     known = [(fraction, max(error, _TINY)) for fraction, error in zip(fractions, errors, strict=True) if fraction < 1]
     (first, error), (second, less) = known[0], known[min(1, len(known) - 1)]
@@ -87,7 +89,8 @@ def filled_in(fractions: Sequence[float], errors: Sequence[float]) -> list[Point
 def lower_hull(points: Sequence[Point]) -> list[Point]:
     """Return the corners of the largest convex curve that lies nowhere above ``points``.
 
-    The points must be in ascending order of their fractions.
+    A point is a pair (fraction of kept slots, error). No two points may have equal fractions. The points must be in
+    ascending order of fraction, and so are the returned corners.
     """
     hull: list[Point] = []
     for point in points:

@@ -8,20 +8,20 @@ from agentmem.contracts import BudgetRequest, Budgets, ModelIdentity
 from agentmem.policies.budgets.head_table import HeadTable, fitting, read_table, shipped_tables
 
 HEAD_CEILING = 4.0
-"""Default maximum of one head's share, as a multiple of an equal share (the slots of a head if all get equally many).
+"""Default maximum of a head's share: its number of slots divided by the mean number of slots per head.
 
 Larger shares of a table are cut. The plan sizes every head's workspace for this maximum."""
 LAYER_CEILING = 2.0
-"""Default maximum of the mean share of a layer's heads, as a multiple of an equal share; larger shares are cut."""
+"""Default maximum of the mean share of a layer's heads; larger mean shares of a table are cut."""
 
 
 class Tabled(Budgets):
-    """Follows a table of head shares: that of the file ``table``, or one of the package's tables if no file is given.
+    """Follows a table of head shares; a share is a head's number of slots divided by the mean number of slots per head.
 
-    Without a file, :meth:`check` chooses the table. All shares are multiples of an equal share, the number of slots of
-    a head if all heads get equally many. ``floor`` is the smallest share of a head, and ``head_ceiling`` the largest.
-    ``layer_ceiling`` limits the mean share of the heads of each layer. ``any_weights`` accepts a table made for a model
-    with other weights but equal KV heads, such as the base model of a fine-tuned model.
+    The table is read from the file ``table``. If no file is given, :meth:`check` chooses one of the package's tables.
+    ``floor`` is the smallest share that a head gets, and ``head_ceiling`` is the largest share. ``layer_ceiling``
+    limits the mean share of the heads of each layer. ``any_weights`` accepts a table made for a model with other
+    weights but equal KV heads, such as the base model of a fine-tuned model.
 
     Raises:
         ValueError: the file is not a table or lacks what these budgets need, or an option is out of range.
@@ -62,9 +62,9 @@ class Tabled(Budgets):
     def ceilings(self, table: HeadTable) -> tuple[float, float]:  # noqa: ARG002  # subclasses use the table
         """Return two limits of the allocation: the largest share of a head, and the largest mean share of a layer.
 
-        The mean share of a layer is the mean over its heads. A subclass may take the limits from ``table``; here they
-        are the options ``head_ceiling`` and ``layer_ceiling``. Both are multiples of an equal share, the number of
-        slots of a head if all heads get equally many.
+        A head's share is its number of slots divided by the mean number of slots per head. The mean share of a layer is
+        the mean over the layer's heads. A subclass may take the limits from ``table``; here the limits are the options
+        ``head_ceiling`` and ``layer_ceiling``.
         """
         return self._most
 

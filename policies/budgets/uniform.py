@@ -9,12 +9,14 @@ from agentmem.policies.budgets.water_filling import allocate, proportional
 class Uniform(Budgets):
     """Allocates equally many slots; a head that holds fewer keeps them all, and the other heads share the rest.
 
-    Invariants, besides those of :class:`Budgets`: two heads that both lose slots get numbers of slots that differ by at
-    most one; a head that keeps all its slots gets at most one slot more than a head that loses some. ``request.floor``
-    needs no special treatment, because the head with the fewest slots gets as many as any allocation of the same total
-    could give it.
+    Invariants, besides those of :class:`Budgets`, as long as no layer reaches its ceiling: two heads that both lose
+    slots get numbers of slots that differ by at most one; a head that keeps all its slots gets at most one slot more
+    than a head that loses some.
+
+    ``request.floor`` is the fewest slots that each head should get. Equal numbers meet the floor whenever the total and
+    the ceilings allow it.
     """
 
     def allocate(self, request: BudgetRequest) -> tuple[tuple[int, ...], ...]:
-        """Allocate slots one at a time, always to the head with the fewest."""
+        """Allocate slots one at a time, always to the head with the fewest slots among those that can take one."""
         return allocate(request, [[proportional(1.0)] * len(layer) for layer in request.held])

@@ -23,8 +23,11 @@ _INFINITY_BITS = 0x7FF0 << 48
 
 
 def proportional(share: float) -> Demand:
-    """Return a demand that takes slots in proportion to ``share``, rounded by Webster's divisor method.
+    """Return the demand of a head that should get slots in proportion to ``share``.
 
+    A *demand* is a function from a price to the number of slots that the head takes. The *price* is a threshold: the
+    lower it is, the more slots a head takes. :func:`allocate` lowers the price until all slots are allocated. If all
+    heads have demands of this kind, they get slots in proportion to their shares, rounded by Webster's divisor method.
     A head with a share of 0 takes slots only after all other heads have reached their limits.
     """
     weight = max(share, 1e-12)
@@ -34,8 +37,9 @@ def proportional(share: float) -> Demand:
 def allocate(
     request: BudgetRequest, demands: Sequence[Sequence[Demand]], fraction: float = 0.0
 ) -> tuple[tuple[int, ...], ...]:
-    """Allocate ``request.total`` slots to heads with the demands ``demands[layer][head]``; return the slots per head.
+    """Allocate ``request.total`` slots to the heads by their demands; return the slots of each head, ``[layer][head]``.
 
+    A head's *demand*, ``demands[layer][head]``, is a function from a price to the number of slots that the head takes.
     The *price* is a threshold on the worth of one more slot: a lower price means more slots. It is lowered for all
     heads together until the total is reached; a layer that has reached its ceiling takes no more slots.
 
@@ -71,9 +75,13 @@ def _fill(
 ) -> list[list[int]]:
     """Allocate slots at the lowest price at which all heads together take at most ``total`` slots.
 
-    The *price* is a threshold on the worth of one more slot: a lower price means more slots. At this price, some of the
-    ``total`` slots may be left over. They go, in the order of the heads, to heads that would take more slots at the
-    next lower price. ``floors`` and ``limits`` are the fewest and the most slots of each head.
+    The *price* is a threshold on the worth of one more slot: a lower price means more slots. Prices are floats.
+    ``demands[layer][head]`` is the function from a price to the number of slots that this head takes. ``floors`` and
+    ``limits`` are the fewest and the most slots of each head.
+
+    At the lowest price found, some of the ``total`` slots may be left over. Then the next smaller float is used as a
+    price: some heads would take more slots at that price. These heads get the slots left over, in the order of the
+    heads. The result is the number of slots of each head, as ``[layer][head]``.
     """
 
     def layers(price: float) -> Iterator[list[int]]:
@@ -99,10 +107,14 @@ def _fill(
 
 
 def _clearing(wanted: Callable[[float], int], total: int) -> tuple[float, float]:
-    """Return the lowest price at which ``wanted`` is at most ``total``, and the next lower float.
+    """Return the lowest price at which all heads together take at most ``total`` slots, and the next smaller float.
 
-    If ``wanted`` is at most ``total`` at a price of 0, both prices are 0. Non-negative floats have the same order as
-    their bit patterns, so a bisection of the bits ends after at most 63 steps.
+    A price is a threshold on the worth of one more slot: a lower price means more slots. ``wanted`` is the function
+    from a price to the number of slots that all heads together take. At the second price, the heads take more than
+    ``total`` slots. If the heads take at most ``total`` slots even at a price of 0, both prices are 0.
+
+    Non-negative floats have the same order as their bit patterns, so a bisection of the bits ends after at most 63
+    steps.
     """
     if wanted(0.0) <= total:
         return 0.0, 0.0

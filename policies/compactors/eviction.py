@@ -51,9 +51,10 @@ class Eviction(Compactor):
     def workspace(self, shape: SegmentShape) -> int:
         """Return an upper bound of the bytes that one call of :meth:`compact` or :meth:`survey` allocates.
 
-        The bound holds for both methods, and is the sum of two parts. The first is the most that a single head takes:
-        first its slots are scored, then ranked, and the larger of the two counts. The second is the results of all
-        heads: :meth:`compact` returns indices, :meth:`survey` returns scores, and the larger of the two counts.
+        The bound holds for both methods. It is the sum of two parts and a small constant. The first part is the
+        temporary memory for one head: the bytes to score the slots or to rank them, whichever is larger. The second
+        part is the results of all heads: the indices from :meth:`compact` or the scores from :meth:`survey`, whichever
+        is larger.
         """
         results = shape.heads * max(shape.budget * _INDEX, shape.slots * FLOAT)
         return max(self.scratch(shape), shape.slots * RANKING) + results + _SMALL
@@ -113,10 +114,10 @@ class Observation(Eviction):
 
 
 def _row_bytes(slots: int, key_dim: int) -> int:
-    """Return the bytes that each query of a block takes.
+    """Return the bytes that a block of queries takes, divided by the number of queries in the block.
 
-    These bytes hold the query in float32, the query's weights over the slots and a few numbers. They also hold one
-    query of the previous block, which is freed only after the new block is made.
+    For each query, the block holds a float32 vector, the weights over the slots and a few numbers. The float32 vector
+    is counted twice: the vectors of the previous block are freed only after the vectors of the new block are made.
     """
     return FLOAT * (slots + 2 * key_dim + 4)
 
@@ -124,11 +125,14 @@ def _row_bytes(slots: int, key_dim: int) -> int:
 def largest_of_group(
     attention: LocalAttention, weights: Sequence[float], view: Callable[[torch.Tensor], torch.Tensor]
 ) -> Iterator[tuple[float, torch.Tensor]]:
-    """Yield each block's weight, and the maximum ``[B, T]`` of the results of ``view`` over the query heads.
+    """Yield a weight and a tensor of maxima ``[B, T]`` for each block of B reference tokens.
 
-    A block has B reference tokens. ``view`` maps the block's queries ``[B, d]`` of one query head to numbers
-    ``[B, T]``, such as logits. The maximum over the query heads of the KV head is taken elementwise. ``weights`` has
-    one weight for each tensor in ``attention.queries``; it is the weight of all blocks of this tensor.
+    The function ``view`` is called once for each query head of the KV head. It gets the head's queries ``[B, d]`` of
+    the block, and returns numbers ``[B, T]``, such as logits over the T slots. The yielded tensor is the elementwise
+    maximum of these results.
+
+    ``weights`` has one weight for each tensor in ``attention.queries``. Each block is a part of one such tensor and has
+    the weight of this tensor.
     """
     for part, weight in zip(attention.queries, weights, strict=True):
         for tokens in blocks(part.shape[1], attention.rows):

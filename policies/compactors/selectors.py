@@ -77,7 +77,7 @@ class Highest(Selector):
 
 @dataclass(frozen=True)
 class Pursue(Selector):
-    """Chooses slots by orthogonal matching pursuit of the attention mass, which also fits their β.
+    """Chooses slots by orthogonal matching pursuit of the attention mass; the pursuit also fits the β of these slots.
 
     Of the slots to choose, the fraction ``needles`` is chosen by importance first, and the rest by pursuit.
     """
@@ -92,7 +92,10 @@ class Pursue(Selector):
             raise ValueError(f"needles: {self.needles!r} is no fraction of the slots; give 0 to 1")
 
     def select(self, attention: LocalAttention, found: Importance, count: int, seed: int, bound: float) -> Selection:
-        """Choose the fraction ``needles`` of the slots by importance, then the other slots by pursuit."""
+        """Choose ``count`` slots: the fraction ``needles`` of them by importance, the others by pursuit.
+
+        Pursuit adds slots step by step. Each step adds the slots that best restore the attention mass still missing.
+        """
         del seed
         keep = top(found.scores, int(count * self.needles)) if self.needles else None
         result = pursue(

@@ -26,41 +26,47 @@ FIRMER_RIDGES = (1.0, 1e2, 1e4, 1e6)
 
 @dataclass(frozen=True, slots=True)
 class Anchored:
-    """The factored matrix ``AᵀA + ridge I`` of the normal equations.
+    """The factored matrix of the normal equations ``(AᵀA + r I) (x - a) = Aᵀ (y - A a)``.
 
-    It equals ``factor factorᵀ``, where ``factor [t, t]`` is lower triangular. The solution is ``x``, and ``a`` is the
-    anchor, towards which the ridge pulls it.
+    These equations give the x that minimises ``|A x - y|² + r |x - a|²``. A is the matrix of the fit, and y is the
+    target. a is the *anchor*: the known point that x stays near. The attribute ``ridge`` is r. The matrix ``AᵀA + r I``
+    equals ``factor factorᵀ``, where ``factor [t, t]`` is lower triangular and t is the number of unknowns.
     """
 
     factor: torch.Tensor
     ridge: float
 
     def shift(self, pull: torch.Tensor) -> torch.Tensor:
-        """Solve the normal equations with the right side ``pull [t, k]``; return ``x - a``, ``[t, k]``."""
+        """Return the shift ``x - a``, ``[t, k]``: the solution of ``(AᵀA + ridge I) (x - a) = pull``.
+
+        x is the solution of the fit, and a is the anchor: the known point that x stays near. ``pull [t, k]`` has one
+        row per unknown and one column per target. For the target y, the column is ``Aᵀ (y - A a)``, where A is the
+        matrix of the fit.
+        """
         # Two triangular solves: cholesky_solve would copy the factor.
         half = torch.linalg.solve_triangular(self.factor, pull, upper=False)
         shift: torch.Tensor = torch.linalg.solve_triangular(self.factor.mT, half, upper=True)
         return shift
 
     def apply(self, shift: torch.Tensor) -> torch.Tensor:
-        """Return ``(AᵀA + ridge I) shift``."""
+        """Return ``(AᵀA + ridge I) shift``, ``[t, k]``, where A is the matrix of the fit."""
         return self.factor @ (self.factor.mT @ shift)
 
     def gain(self, pull: torch.Tensor, shift: torch.Tensor) -> float:
         """Return the decrease of the squared error: ``|A a - y|² - |A x - y|²`` for the anchor a and ``x = a + shift``.
 
-        The result is negative if ``shift`` makes the error larger. ``pull [t, k]`` is the right side of the normal
-        equations; it is overwritten.
+        A is the matrix of the fit, y is the target, and the anchor is the known point that x stays near. The result is
+        negative if ``shift`` makes the error larger. ``pull [t, k]`` is ``Aᵀ (y - A a)``; it is overwritten.
         """
         lowered = 2 * pull.mul_(shift).sum()
         added = (self.factor.mT @ shift).square_().sum()
         return float(lowered - added + self.ridge * shift.norm() ** 2)
 
     def largest(self) -> float:
-        """Return an upper bound of the largest eigenvalue of ``AᵀA + ridge I``; A must have no negative entries.
+        """Return an upper bound of the largest eigenvalue of ``G = AᵀA + ridge I``.
 
-        By Collatz and Wielandt, ``max_i (G x)_i / x_i`` is an upper bound for every positive vector x, where G is
-        ``AᵀA + ridge I``. Power steps tighten the bound.
+        A, the matrix of the fit, must have no negative entries. By Collatz and Wielandt, ``max_i (G v)_i / v_i`` is
+        then an upper bound for every positive vector v. Power steps tighten the bound.
         """
         vector = self.factor.new_ones(len(self.factor))
         bound = float("inf")
@@ -93,11 +99,13 @@ def add_gram(gram: torch.Tensor, block: torch.Tensor) -> None:
 
 
 def factored(gram: torch.Tensor, ridge: float) -> Anchored | None:
-    """Factor ``gram + ridge * mean(diag gram) * I`` by Cholesky, where ``gram [t, t]`` is ``AᵀA``.
+    """Return the Cholesky factorisation of ``gram + ridge * mean(diag gram) * I``, or ``None`` on failure.
 
-    The factor overwrites ``gram``, of which only the upper triangle is read. Return ``None`` if rounding makes the
-    factorisation fail (near-duplicate columns with a tiny ridge) or if ``gram`` is not finite. A ``gram`` of zeros gets
-    a ridge of 1, so that every shift is 0.
+    ``gram [t, t]`` is ``AᵀA``, where A is the matrix of a least-squares fit with t unknowns. Only the upper triangle of
+    ``gram`` is read. The factor overwrites ``gram``. Rounding can make the factorisation fail if A has near-duplicate
+    columns and the ridge is tiny. The factorisation also fails if ``gram`` is not finite.
+
+    If all entries of ``gram`` are 0, the identity matrix is factored instead. The fit then changes no unknown.
     """
     diagonal = gram.diagonal()
     absolute = ridge * float(diagonal.mean()) or 1.0

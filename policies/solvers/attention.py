@@ -31,11 +31,15 @@ class LocalAttention:
 
     @property
     def count(self) -> int:
-        """Return N, the number of query vectors: the query heads of the group times the tokens of all parts."""
+        """Return N, the number of query vectors in all tensors ``[group, n, d]`` of ``queries`` together."""
         return sum(part.shape[0] * part.shape[1] for part in self.queries)
 
     def weighted(self, weights: Sequence[float]) -> LocalAttention:
-        """Return a copy with other weights of the queries: all queries of part ``i`` have the weight ``weights[i]``."""
+        """Return a copy in which every query of the tensor ``queries[i]`` has the weight ``weights[i]``.
+
+        A query's weight is the factor by which its squared error counts in a least-squares fit. Equal weights change no
+        fit, so they are not stored.
+        """
         if len(set(weights)) <= 1:  # equal weights change no fit
             return replace(self, roots=None)
         roots = self.bias.new_empty(self.count)

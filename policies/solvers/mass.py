@@ -24,14 +24,16 @@ def fit_mass(
 ) -> Solution[torch.Tensor]:
     """Fit weights w of the kept slots so that ``Φ w ≈ 1``: every query's mass over the segment is restored.
 
-    Φ has each kept slot's mass relative to that of the segment (see the module's docstring). The value of the returned
-    solution is ``log w [t]`` float32, which is to be added to the kept slots' old β. If the fit is not better than
-    w = 1 (an unchanged β) on the fitting queries, the value is 0.
+    The *mass* of a query over some slots is the sum of ``exp(logit)`` over these slots. Φ ``[N, t]`` has one row per
+    query and one column per kept slot. An entry is the query's mass over this one slot, divided by the query's mass
+    over the whole segment (all slots, kept or not). The value of the returned solution is ``log w [t]`` float32, to be
+    added to the kept slots' old β. If the fit is not better than w = 1 (an unchanged β) on the fitting queries, the
+    value is 0.
 
-    ``kept`` attends over the kept slots with their old β; ``log_mass [N]`` is each query's log mass over all slots.
-    The fit minimises ``|Φ w - 1|² + ridge * mean(diag ΦᵀΦ) * |w - 1|²`` for w within ``e^-bound .. e^bound``. It clamps
-    the least-squares solution, then takes ``steps`` projected-gradient steps. With ``steps=None`` the problem is solved
-    exactly.
+    ``kept`` is the attention of the queries over the kept slots with their old β. ``log_mass [N]`` float32 is the log
+    of each query's mass over the whole segment. The fit minimises
+    ``|Φ w - 1|² + ridge * mean(diag ΦᵀΦ) * |w - 1|²`` for w within ``e^-bound .. e^bound``. It clamps the least-squares
+    solution, then takes ``steps`` projected-gradient steps. With ``steps=None`` the problem is solved exactly.
 
     The step size is the inverse of the largest eigenvalue of ``ΦᵀΦ`` with the ridge on its diagonal. The inverse of the
     largest *diagonal entry* would be too long a step: the steps would diverge as soon as columns of Φ overlap.
@@ -59,7 +61,7 @@ def fit_mass(
 
 
 def _exact(kept: LocalAttention, log_mass: torch.Tensor, *, ridge: float, bound: float) -> Solution[torch.Tensor]:
-    """Find the exact minimum of the β fit by :func:`bounded_least_squares`; return it as :func:`fit_mass` does."""
+    """Do what :func:`fit_mass` does, but solve its problem exactly, by :func:`bounded_least_squares`."""
     residual = kept.bias.new_zeros(len(kept.bias), 1)
     gram = _gram(kept, log_mass, residual)
     gram.triu_().add_(gram.triu(1).mT)
@@ -74,12 +76,18 @@ def _exact(kept: LocalAttention, log_mass: torch.Tensor, *, ridge: float, bound:
 
 
 def _gram(kept: LocalAttention, log_mass: torch.Tensor, pull: torch.Tensor) -> torch.Tensor:
-    """Return ``ΦᵀΦ [t, t]`` (only its upper triangle is valid), and add ``Φᵀ (1 - Φ 1)`` to ``pull [t, 1]``.
+    """Return ``ΦᵀΦ [t, t]`` and add ``Φᵀm`` to ``pull [t, 1]``: the two parts of the equations of the β fit.
 
-    Φ has each query's mass over each kept slot, divided by its mass over the whole segment (see the module's
-    docstring); 1 is a vector of ones. ``1 - Φ 1`` is what the kept slots miss of each query's mass when all weights w
-    are 1. Without bounds, the shift ``w - 1``, which the fit seeks, solves ``(ΦᵀΦ + r I) shift = pull`` with the
-    ridge r. Both results are summed over blocks of queries.
+    Φ ``[N, t]`` has one row per query and one column per kept slot. An entry is ``exp(logit)`` of the query at this
+    slot, divided by the query's sum of ``exp(logit)`` over the whole segment. The sum of a row is therefore the
+    fraction of the query's mass that the kept slots hold. m ``[N]`` is the fraction that is missing: 1 minus this sum.
+
+    The fit seeks a weight for each kept slot, w ``[t]``, so that ``Φ w ≈ 1``. Without bounds, w solves
+    ``(ΦᵀΦ + r I) (w - 1) = Φᵀm``, where r is the ridge. If some queries count more than others, each query's row of Φ
+    and entry of m are first multiplied by the query's entry of ``kept.roots``, the square root of its factor in the
+    squared error.
+
+    Φ is computed in blocks of rows. Only the upper triangle of the returned matrix is valid.
     """
     gram = kept.keys.new_zeros(len(pull), len(pull))
     for rows, block in kept.blocks():
@@ -93,10 +101,10 @@ def _gram(kept: LocalAttention, log_mass: torch.Tensor, pull: torch.Tensor) -> t
 
 
 def _bounded(equations: Anchored, pull: torch.Tensor, *, bound: float, steps: int) -> torch.Tensor:
-    """Return the shift ``w - 1``, ``[t, 1]``, for log weights within ``±bound``.
+    """Return the shift ``w - 1``, ``[t, 1]``, of the kept slots' weights w, with ``log w`` within ``±bound``.
 
-    The unbounded solution of the normal equations is clamped to the bounds, then improved by ``steps`` gradient steps,
-    each clamped too.
+    The unbounded solution of the normal equations is clamped to the bounds. It is then improved by ``steps`` gradient
+    steps; after each step the result is clamped again.
     """
     low, high = math.expm1(-bound), math.expm1(bound)
     step = 1 / equations.largest()

@@ -40,15 +40,18 @@ def merge(
     rest: Rest = "evict",
     rows: int = 128,
 ) -> Solution[Merged]:
-    """Merge the most similar slots, then drop the least important slots, until ``count`` slots are left.
+    """Merge the most similar slots, then remove the least important slots, until ``count`` slots are left.
 
-    To merge a slot into another one is called joining. The most similar pair is merged first, and the less important
-    slot joins the more important one. A slot joins at most once. No slot joins one that has itself joined another, and
-    a slot that others have joined stays: it is the *leader* of a group, which consists of it and of those that joined.
+    First, slots are merged in pairs, the most similar pair first. In each pair, the less important slot is merged into
+    the more important slot, which becomes its *leader*. A slot that was merged takes part in no further pair. A leader
+    can take in more slots, but is not merged into another slot. A leader and the slots merged into it form a *group*; a
+    slot without a partner is a group by itself. Second, if more than ``count`` groups are left, the groups with the
+    least important leaders are removed as ``rest`` says.
 
-    A group keeps the key of its leader. The group's value is the weighted mean of the values of its slots. The leader's
-    β grows by ``log(group's weight / leader's weight)``. The stat ``merged`` counts the slots that were merged into a
-    kept slot, and ``evicted`` those that were dropped.
+    A group becomes one slot with the key of its leader. The value of this slot is the weighted mean of the values of
+    the group's slots. The leader's β grows by ``log(group's weight / leader's weight)``; the group's weight is the sum
+    of the weights of its slots. The stat ``merged`` counts the slots that were merged into a kept slot. The stat
+    ``evicted`` counts the slots that were dropped.
 
     Args:
         keys: ``[T, d]`` float32.
@@ -59,14 +62,13 @@ def merge(
         threshold: the smallest cosine between two keys at which their slots may merge.
         log_weights: ``[T]``, the log weight of each slot, e.g. the log of the mean attention that it receives; ``None``
             uses β as the log weight, which is exact if the keys of a group are equal.
-        rest: what happens to the least important groups if merging similar slots leaves more than ``count`` slots:
-            "evict" drops all slots of these groups; "nearest" merges each group into one of the slots that stay, the
-            slot most similar to the leader of the group.
+        rest: how groups are removed: "evict" drops all slots of the group; "nearest" merges the group into one of the
+            slots that stay, the slot most similar to the leader of the group.
         rows: number of slots that are compared with all others at a time.
 
-    Invariants: exactly ``min(count, T)`` slots stay. With ``rest="evict"``, no slot joins a slot with which its cosine
-    is below ``threshold``. If ``log_weights`` is ``None`` and the keys of each group are equal, merging changes no
-    query's mass and output; only evictions change them. The working memory is :func:`merging_bytes`.
+    Invariants: exactly ``min(count, T)`` slots stay. With ``rest="evict"``, the cosine of a merged slot's key with its
+    leader's key is at least ``threshold``. If ``log_weights`` is ``None`` and the keys of each group are equal, merging
+    changes no query's mass and output; only evictions change them. The working memory is :func:`merging_bytes`.
 
     Sources: D2O, arXiv:2406.13035 (a cosine threshold decides between merging into the most similar slot and eviction);
     WeightedKV, arXiv:2503.01330 (the key stays as it is, values are averaged by attention); "Token Merging",
@@ -181,7 +183,12 @@ class _Forest:
 def _pooled(
     parents: torch.Tensor, kept: torch.Tensor, log_weights: torch.Tensor, values: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return, for each kept slot, the log of its group's weight ``[t]`` and the group's mean value ``[t, dv]``."""
+    """Return, for the group of each kept slot, its log weight ``[t]`` and its weighted mean value ``[t, dv]``.
+
+    The *group* of a kept slot is this slot and all slots merged into it. ``parents [T]`` has, for every slot, the index
+    of the kept slot to whose group it belongs, or -1 if it was evicted. The weight of a slot is ``exp`` of its entry of
+    ``log_weights [T]``. The weight of a group is the sum of the weights of its slots.
+    """
     place = torch.full_like(parents, -1)
     place[kept] = torch.arange(len(kept), device=kept.device)
     members = (parents >= 0).nonzero().squeeze(-1)

@@ -13,9 +13,12 @@ Each pivot has two steps. First it solves for the *free* unknowns, while the oth
 exchanges all unknowns that break a condition of Karush, Kuhn and Tucker (KKT): free unknowns go to a bound, and
 unknowns at a bound become free. If several pivots in a row do not lower the number of broken conditions, each further
 pivot exchanges only one unknown: the last that breaks a condition. In this way the solver terminates for every positive
-definite matrix. The inverse Cholesky factor of the free unknowns' matrix is kept between pivots. It has one row per
-free unknown. If unknowns have only become free, only their rows are computed. If an unknown is free no longer, its row
-is dropped, and all rows below it are computed anew.
+definite matrix.
+
+The matrix of the free unknowns is ``AᵀA + r I``, restricted to the rows and columns of the free unknowns. The inverse
+of the Cholesky factor of this matrix is kept between pivots. This inverse has one row per free unknown. For unknowns
+that become free, rows are added. If an unknown is no longer free, its row is dropped, and all rows below this row are
+computed anew.
 
 Source: Portugal, Júdice and Vicente, "A comparison of block pivoting and interior point algorithms for linear least
 squares problems with nonnegative variables", Mathematics of Computation 63 (1994). The paper has the lower bound 0;
@@ -43,17 +46,25 @@ _SMALL = 4096
 
 
 class IllConditioned(ArithmeticError):
-    """Rounding made the factorisation of the free unknowns' matrix fail; a larger ridge avoids that."""
+    """Rounding made the Cholesky factorisation of a fit's matrix fail; a larger ridge avoids this failure.
+
+    The fit is a least-squares problem with the matrix A and with bounds for the unknowns. The solver holds some
+    unknowns at a fixed value: at a bound, or at 0. The factored matrix is ``AᵀA + ridge I``, restricted to the rows and
+    columns of the other unknowns.
+    """
 
 
 @dataclass(slots=True)
 class Factor:
-    """The inverse Cholesky factor M of the free unknowns' matrix: ``MᵀM`` is the inverse of this matrix.
+    """The factored matrix of a least-squares problem within bounds, restricted to the free unknowns of the moment.
 
-    The free unknowns are those in the problem that are not held at a bound. Their matrix is ``gram + ridge I``,
-    restricted to their rows and columns. M is the leading square block of ``inverse [capacity, capacity]``, which is
-    float64 and lower triangular. M has one row per free unknown; ``order`` lists the unknowns in the order of these
-    rows.
+    The problem has T unknowns. At each step, its solver holds some unknowns at a fixed value: at a bound, or at 0. The
+    others are called *free*. The factored matrix is ``gram + ridge I``, restricted to the rows and columns of the free
+    unknowns. ``gram [T, T]`` is ``AᵀA``, where A is the matrix of the fit.
+
+    The inverse of the Cholesky factor is stored. It is called M, so ``MᵀM`` is the inverse of the factored matrix. M is
+    lower triangular and has one row per free unknown. ``order`` has the indices of the free unknowns, in the order of
+    these rows. M is the leading square block of ``inverse [capacity, capacity]`` float64.
 
     A product with M needs no copy. A triangular solve with the Cholesky factor itself would copy the factor, because
     the factor does not fill its storage.
@@ -65,10 +76,12 @@ class Factor:
     order: torch.Tensor
 
     def become(self, free: torch.Tensor) -> None:
-        """Make exactly the unknowns in the mask ``free [T]`` the free ones, and update the factor.
+        """Update the factor so that the free unknowns are exactly the unknowns in the mask ``free [T]``.
 
-        The factor has one row per free unknown. The rows above the first unknown that is free no longer stay as they
-        are. All other rows are computed anew; those of the unknowns that have become free come last.
+        Free unknowns are those that the solver does not hold at a fixed value. The factor has one row per free unknown.
+        Let row i be the first row whose unknown is no longer free. All rows above row i are kept unchanged. Row i and
+        all rows below row i are dropped. Then new rows are computed: first for the dropped unknowns that are still
+        free, then for the unknowns that have become free. If every old unknown is still free, all old rows are kept.
 
         Raises:
             IllConditioned: the matrix of the free unknowns is not positive definite within rounding.
@@ -100,7 +113,11 @@ class Factor:
         self.order = torch.cat((self.order, panel))
 
     def solve(self, right: torch.Tensor) -> torch.Tensor:
-        """Solve for the ``n`` free unknowns with the right side ``right [n]``; both vectors are in ``order``."""
+        """Return the values ``[n]`` of the n free unknowns that solve the equations with the right side ``right [n]``.
+
+        The free unknowns are those that the solver does not hold at a fixed value. Entry i of both vectors belongs to
+        the unknown with the index ``self.order[i]``.
+        """
         inverse = self.inverse[: len(right), : len(right)]
         solution: torch.Tensor = inverse.mT @ (inverse @ right)
         return solution
@@ -124,14 +141,19 @@ class Factor:
 
 @dataclass(slots=True)
 class Pivoting:
-    """One bounded problem with the state of its pivoting.
+    """A least-squares problem within bounds, with the state of its solution.
+
+    The problem is to find the x with ``low <= x <= high`` that minimises ``|A x - y|² + r |x - a|²``. A is the matrix
+    of the fit, y is the target, a is the anchor that x stays near, and r is the ridge. The T entries of x are called
+    unknowns. A *pivot* is one step of the solver: it solves for the unknowns that are not held at a bound, then moves
+    some unknowns to a bound and frees others.
+
+    ``pull [T]`` float64 is ``Aᵀy + r a``, the right side of the normal equations. ``state [T]`` int8 holds, for each
+    unknown, ``LOW`` (at its lower bound), ``FREE`` (held at no bound), ``HIGH`` (at its upper bound) or ``ABSENT`` (not
+    in the problem, with the value 0). ``solution`` is the x of the last pivot. ``gradient`` is half the gradient at
+    this x: ``(AᵀA + r I) x - pull``.
 
     Between two calls of :meth:`solve`, the caller may change ``state``, for example to add an absent unknown.
-
-    ``pull [T]`` float64 is the right side of the normal equations, ``Aᵀy + r a``. ``state [T]`` int8 holds, for
-    each unknown, ``LOW`` (at its lower bound), ``FREE``, ``HIGH`` (at its upper bound) or ``ABSENT`` (not in the
-    problem, with the value 0). ``solution`` is the x of the last pivot. ``gradient`` is half the gradient at this x:
-    ``(AᵀA + r I) x - pull``.
     """
 
     factor: Factor
@@ -144,16 +166,16 @@ class Pivoting:
     pivots: int = 0
 
     def __post_init__(self) -> None:
-        """Mark every unknown as absent."""
+        """Set the state of every unknown to ``ABSENT``: no unknown is in the problem yet, and every value is 0."""
         self.state = torch.full_like(self.pull, ABSENT, dtype=torch.int8)
         self.solution = torch.zeros_like(self.pull)
         self.gradient = self.pull.neg()
 
     def solve(self, most: int) -> bool:
-        """Pivot at most ``most`` times, until no KKT condition is broken; return whether none is broken.
+        """Pivot at most ``most`` times, until no KKT condition is broken; return True if no condition is broken.
 
         Raises:
-            IllConditioned: rounding made the factor of the free unknowns fail.
+            IllConditioned: rounding made the factorisation for the free unknowns fail.
 
         """
         fewest, patience = len(self.pull) + 1, _PATIENCE
@@ -170,9 +192,10 @@ class Pivoting:
         return False
 
     def result(self, *, converged: bool) -> Solution[torch.Tensor]:
-        """Return the solution of the last pivot, clamped to the bounds; absent unknowns have the value 0.
+        """Return the x that :meth:`solve` computed last, clamped to the bounds.
 
-        The stats are those of :func:`bounded_least_squares`. ``converged`` is what :meth:`solve` returned.
+        An unknown that is not in the problem (state ``ABSENT``) has the value 0. ``converged`` is what :meth:`solve`
+        returned. The stats are the same as in :func:`bounded_least_squares`.
         """
         present = self.state != ABSENT
         inside = self.solution.clamp(self.low, self.high).mul_(present)
@@ -204,7 +227,8 @@ class Pivoting:
     def _wrong(self) -> torch.Tensor:
         """Return a mask of unknowns that break a KKT condition by more than rounding.
 
-        These are free unknowns outside the bounds, and unknowns at a bound that would lower the error by leaving it.
+        These are free unknowns outside the bounds, and unknowns at a bound that would lower the error by leaving this
+        bound.
         """
         slack = 32 * torch.finfo(self.factor.gram.dtype).eps
         out = (self.solution < self.low - slack * abs(self.low)) | (self.solution > self.high + slack * abs(self.high))
@@ -229,14 +253,17 @@ def pivoting(
     ridge: float,
     capacity: int,
 ) -> Pivoting:
-    """Make a bounded problem in which all unknowns are absent at first.
+    """Make a least-squares problem within bounds, to which the caller adds the unknowns.
 
-    An *absent* unknown is not in the problem and has the value 0. The caller adds unknowns by setting their entries of
-    :attr:`Pivoting.state` to ``FREE``. An unknown is *free* if it is in the problem and not held at a bound. At most
-    ``capacity`` unknowns may be free at a time.
+    The problem is to find the x with ``low <= x <= high`` that minimises ``|A x - y|² + ridge * |x - anchor|²``. A is
+    the matrix of the fit, and y is its target. The caller gives ``AᵀA [T, T]`` as ``gram`` and ``Aᵀy [T]`` as ``pull``.
+    ``anchor`` is the value that all entries of x stay near. ``ridge`` is used as it is, not as a fraction of the mean
+    diagonal entry of ``gram``.
 
-    ``gram`` is ``AᵀA [T, T]`` and ``pull`` is ``Aᵀy [T]``, where A is the matrix of the fit and y its target. ``ridge``
-    is added to the diagonal of ``gram`` as it is, not as a fraction of the mean diagonal entry.
+    The T entries of x are the unknowns. At first all unknowns are left out of the problem and have the value 0. The
+    caller adds an unknown by setting its entry of :attr:`Pivoting.state` to ``FREE``. :meth:`Pivoting.solve` may then
+    hold some unknowns at a bound. All other unknowns in the problem are free; ``capacity`` is the largest number of
+    unknowns that may be free at a time.
     """
     inverse = torch.zeros(capacity, capacity, dtype=torch.float64, device=gram.device)
     order = torch.empty(0, dtype=torch.int64, device=gram.device)

@@ -47,11 +47,14 @@ _BYTES_PER_SLOT = 80
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """The number of slots that a pursuit chooses between two fits of the weights.
+    """The number of slots that a pursuit chooses before it fits the weights again.
 
-    This number is ``choose * refit_every``, or ``growth`` times the number of slots chosen so far if that is larger.
-    In the paper, a step chooses ``choose`` slots, and a fit follows every ``refit_every`` steps. Here one step chooses
-    all these slots at once: the result is the same, since only a fit changes the residual.
+    A pursuit repeats two steps: it chooses some slots, then fits the weights of all slots chosen so far. The number of
+    slots chosen before a fit is the larger of two numbers: ``choose * refit_every``, and ``growth`` times the number of
+    slots chosen so far.
+
+    Source: arXiv:2602.16284. The paper chooses ``choose`` slots at a time, and fits after ``refit_every`` such choices.
+    Here all these slots are chosen together. The result is the same, since a choice depends only on the last fit.
     """
 
     choose: int = 4
@@ -96,20 +99,22 @@ def pursue(
 ) -> Solution[Pursued]:
     """Choose ``count`` slots and a weight w for each, so that they restore every query's mass: ``Φ w ≈ 1``.
 
-    Φ ``[N, T]`` is each slot's attention mass relative to that of the whole segment. The pursuit lowers
-    ``|Φ w - 1|² + ridge * mean(diag ΦᵀΦ) * |w - 1|²`` over weights w that are within ``e^-bound .. e^bound`` for
-    ``count`` slots and 0 for all other slots. It repeats two steps: it adds the slots whose weights lower the
-    error most steeply, then refits all weights exactly.
+    The *mass* of a query over some slots is the sum of ``exp(logit)`` over these slots. Φ ``[N, T]`` has one row per
+    query and one column per slot. An entry is the query's mass over this one slot, divided by the query's mass over the
+    whole segment. The pursuit lowers ``|Φ w - 1|² + ridge * mean(diag ΦᵀΦ) * |w - 1|²`` over weights w that are within
+    ``e^-bound .. e^bound`` for ``count`` slots and 0 for all other slots. It repeats two steps: it adds the slots whose
+    weights lower the error most steeply, then refits all weights exactly.
 
     If the fit is not better than w = 1 (an unchanged β) on the chosen slots, it is refused, and all log weights are 0.
     The stat ``error`` is the root mean square of ``Φ w - 1`` over the queries (float32 sums make it inexact below
     3e-4). The stat ``fits`` counts the fits, and ``replaced`` the slots that were dropped because of the cutoff.
 
     Args:
-        slots: attends over the slots to choose from, with their old β: a whole segment, or a part of it.
-        log_mass: ``[N]`` float32, each query's log mass over the whole segment.
+        slots: the attention of the queries over the slots to choose from, with their old β. These slots are a whole
+            segment or a part of it.
+        log_mass: ``[N]`` float32, the log of each query's mass over the whole segment.
         count: number of slots that stay; all slots stay if there are no more than this.
-        schedule: how many slots are chosen between two fits.
+        schedule: how many slots are chosen before each fit.
         ridge: weight of the distance of the weights from 1, relative to the mean of ``diag ΦᵀΦ`` over all ``slots``.
         bound: largest magnitude of a log weight.
         cutoff: chosen slots whose log weight is no larger than this are replaced by others, in up to three rounds;
@@ -169,12 +174,13 @@ def pursuit_bytes(slots: int, kept: int, rows: int, key_dim: int) -> int:
 
 
 def relative_gram(slots: LocalAttention, log_mass: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Return three sums over the queries: ``ΦᵀΦ [T, T]`` float32, ``Φᵀ1 [T]`` float64 and ``|1|²``.
+    """Return three sums over the queries: ``ΦᵀΦ [T, T]`` float32, ``Φᵀu [T]`` float64 and ``|u|²``.
 
-    An entry of Φ ``[N, T]`` is a query's mass over one slot, divided by the query's mass over the whole segment. 1 is
-    a vector of N ones, the target of ``Φ w``. Row ``i`` of Φ and of this vector is multiplied by the square root of the
-    weight of query ``i``, so that ``|1|²`` is the sum of these weights. The sums are taken block by block, so that Φ
-    itself is never stored.
+    Φ ``[N, T]`` has one row per query and one column per slot. u ``[N]`` has one entry per query. For a query with the
+    weight q, the entry of u is √q. The entries of the query's row of Φ are √q times the query's mass over each slot,
+    divided by the query's mass over the whole segment. ``|u|²`` is therefore the sum of all q. A pursuit seeks one
+    weight per slot, w ``[T]``, so that ``Φ w`` is near u. The sums are taken block by block, so that Φ itself is never
+    stored.
     """
     count = len(slots.keys)
     gram = slots.keys.new_zeros(count, count)
@@ -195,11 +201,11 @@ def relative_gram(slots: LocalAttention, log_mass: torch.Tensor) -> tuple[torch.
 
 
 class _Chase:
-    """The state of a pursuit that chooses ``count`` slots, as many at a time as ``schedule`` says.
+    """The state of a pursuit, which chooses ``count`` slots and fits one weight for each chosen slot.
 
-    ``problem`` is the fit of the weights. It has one unknown per slot, the weight of this slot. Unknowns of slots that
-    are not chosen are absent from the problem and have the weight 0. Choosing a slot makes its unknown free; a fit may
-    then hold it at a bound.
+    ``schedule`` says how many slots are chosen before each fit. A slot's weight multiplies the slot's attention mass,
+    so that the chosen slots make up for the others. ``problem`` is the least-squares fit of the weights. Choosing a
+    slot adds the slot's weight to this fit. The weight of a slot that is not chosen is 0 and is left out of the fit.
     """
 
     def __init__(self, problem: Pivoting, count: int, schedule: Schedule) -> None:
@@ -275,8 +281,9 @@ class _Chase:
 
 
 def _squared(gram: torch.Tensor, pull: torch.Tensor, weights: torch.Tensor) -> float:
-    """Return the squared mass error ``|Φ w - 1|²`` of ``weights`` w, minus the constant ``|1|²``.
+    """Return ``|Φ w - u|² - |u|²`` for the slots' ``weights`` w, where ``gram`` is ``ΦᵀΦ`` and ``pull`` is ``Φᵀu``.
 
-    ``gram`` is ``ΦᵀΦ`` and ``pull`` is ``Φᵀ1``. The constant cancels when two results are compared.
+    ``Φ w`` has, for each query, the attention mass of the slots with these weights. u has, for each query, the
+    attention mass that is wanted. ``|Φ w - u|²`` is therefore the squared error of the weights; ``|u|²`` is a constant.
     """
     return float(weights @ ((gram @ weights.to(gram.dtype)).double() - 2 * pull))

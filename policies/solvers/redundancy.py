@@ -10,13 +10,18 @@ _LEAST_ROWS = 32
 
 
 def redundancy(keys: torch.Tensor, *, threshold: float, spared: int, block_bytes: int) -> torch.Tensor:
-    """Return the redundancy of each of ``keys [T, d]``, ``[T]`` float32; the redundancies of all keys sum to 1.
+    """Return the redundancy of each of ``keys [T, d]``, as ``[T]`` float32; the redundancies of all keys sum to 1.
 
-    Row i, column j of the cosine matrix is the cosine of key i with key j; the diagonal is set to 0. Then the newest
-    similar keys are spared. For this, the entries above ``threshold`` are looked up in every row, and those of the
-    ``spared`` newest keys are replaced by 0. Each column is averaged, and a softmax over the averages of all columns
-    gives the redundancies. Of several equal keys, the newest are therefore the least redundant. Rows are visited in
-    blocks of ``block_bytes`` bytes, at least 32 rows at a time; no T x T matrix is made.
+    The redundancies come from a matrix of cosines in four steps:
+
+    1. Row i, column j is the cosine of key i with key j; the diagonal is set to 0.
+    2. Key j is similar to key i if this cosine is above ``threshold``. In every row i, the entries of the ``spared``
+       newest keys that are similar to key i are replaced by 0.
+    3. Each column is averaged.
+    4. A softmax over the averages gives the redundancies.
+
+    Because of step 2, the newest of several equal keys are the least redundant. Rows are visited in blocks of
+    ``block_bytes`` bytes, at least 32 rows at a time; no T x T matrix is made.
 
     Source: R-KV, arXiv:2505.24133, section 3.3. Equation 6 of the paper does not say whether the mean is that of a row
     or of a column. The paper's code takes the mean of a column, and spares keys within each row, as done here.

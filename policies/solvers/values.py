@@ -27,8 +27,9 @@ def fit_values(
 ) -> Solution[torch.Tensor]:
     """Fit values C so that ``X C ≈ Y``: X has the weights over the kept slots, Y the outputs over the whole segment.
 
-    ``whole`` attends over all slots, ``kept`` over the kept slots with their new β. ``values [T, dv]`` and
-    ``anchor [t, dv]`` (the kept slots' own values) are float32. The fit minimises
+    ``whole`` is the attention of the queries over all slots of the segment; ``kept`` is their attention over the kept
+    slots with the new β. ``values [T, dv]`` float32 are the values of all slots, and ``anchor [t, dv]`` float32 are the
+    kept slots' own values. The fit minimises
     ``|X C - Y|² + ridge * mean(diag XᵀX) * |C - anchor|²``. Then every slot's shift from its own value is shortened to
     at most ``bound`` times the length of the segment's longest value.
 
@@ -65,12 +66,18 @@ def _bounded(shift: torch.Tensor, limit: float) -> tuple[torch.Tensor, int]:
 def _gram(
     whole: LocalAttention, kept: LocalAttention, values: torch.Tensor, anchor: torch.Tensor, pull: torch.Tensor
 ) -> torch.Tensor:
-    """Return ``XᵀX [t, t]`` (only its upper triangle is valid), and add ``Xᵀ (Y - X anchor)`` to ``pull [t, dv]``.
+    """Return ``XᵀX [t, t]`` and add ``XᵀE`` to ``pull [t, dv]``: the two parts of the equations of the value fit.
 
-    X has the queries' attention weights over the ``t`` kept slots, and Y their attention outputs over the whole segment
-    (see the module's docstring). ``Y - X anchor`` is what the kept slots' own values miss of these outputs. The shift
-    ``C - anchor``, which the fit seeks, solves ``(XᵀX + r I) shift = pull`` with the ridge r. Both results are summed
-    over blocks of queries.
+    X ``[N, t]`` has the attention weights of the N queries over the t kept slots. Y ``[N, dv]`` has the queries'
+    attention outputs over the whole segment. ``anchor [t, dv]`` has the kept slots' own values. E is what the outputs
+    with these values lack: ``Y - X anchor``.
+
+    The fit seeks new values C ``[t, dv]`` of the kept slots so that ``X C ≈ Y``. C solves
+    ``(XᵀX + r I) (C - anchor) = XᵀE``, where r is the ridge. If some queries count more than others, each query's rows
+    of X and E are first multiplied by the query's entry of ``whole.roots``, the square root of its factor in the
+    squared error.
+
+    X and E are computed in blocks of rows. Only the upper triangle of the returned matrix is valid.
     """
     gram = anchor.new_zeros(len(anchor), len(anchor))
     for rows, block in whole.blocks():

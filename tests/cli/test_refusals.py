@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
         ),
         (("--prompt", "  \n"), ("--prompt is empty",)),
         (("--prompt-file", "nowhere.txt"), ("cannot read nowhere.txt",)),
+        (("--prompt", "x", "--device", "abacus"), ("device: 'abacus' cannot be used here", "give cpu")),
         (("--prompt", "x", "--json", "."), ("--json: cannot write .",)),
         (("--prompt", "x", "--trace", "."), ("trace: cannot write .",)),
     ],
@@ -251,3 +254,22 @@ def test_the_installed_command_returns_its_exit_codes(tmp_path: Path) -> None:
     assert (ended.returncode, ended.stdout) == (1, "")
     assert ended.stderr.count("\n") == 1
     assert ended.stderr.startswith("agentmem: model folder")
+
+
+def test_every_command_that_loads_a_model_takes_a_device() -> None:
+    """``plan`` reads a config only; ``check`` makes tiny models."""
+    from typer.main import get_command
+
+    from agentmem.cli.app import app
+
+    def leaves(command: Any, name: str) -> Iterator[tuple[str, set[str]]]:
+        if not hasattr(command, "commands"):
+            yield name, {option for each in command.params for option in each.opts}
+        for inner, each in getattr(command, "commands", {}).items():
+            yield from leaves(each, f"{name} {inner}".strip())
+
+    found = dict(leaves(get_command(app), ""))
+
+    having = {name for name, options in found.items() if "--device" in options}
+    assert having == {name for name, options in found.items() if "--dtype" in options} - {"plan"}
+    assert {"run", "chat", "serve", "calibrate", "eval fidelity", "eval recall"} <= having

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from agentmem.errors import ModelUnavailable
+from agentmem.errors import ModelUnavailable, SettingsRefused
 from agentmem.models import download
 from agentmem.models import loading as models
 
@@ -269,6 +269,13 @@ def test_a_broken_checkpoint_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ModelUnavailable, match="cannot be loaded"):
         models.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "meta", "abacus", ""])
+def test_a_device_that_is_not_there_is_refused_by_name(device: str, tmp_path: Path) -> None:
+    """Before anything is read: the folder is empty."""
+    with pytest.raises(SettingsRefused, match=rf"device: '{device}' cannot be used here: .+; give cpu"):
+        models.load(str(tmp_path), device_map=device)
 
 
 def test_a_folder_loads_in_the_dtype_asked_for(

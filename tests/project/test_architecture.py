@@ -286,7 +286,6 @@ FLAT = {
     "__init__",
     "api",
     "contracts",
-    "engine",
     "errors",
     "language",
     "plugins",

@@ -53,6 +53,10 @@ def test_decode_writes_its_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 @pytest.mark.parametrize(
     ("command", "said"),
     [
+        (
+            "attention --sequences 2 --held 32 --rounds 1 --slot-dtype int8",
+            r'"instructions": 0, "sequences": 2, .+"python": ',
+        ),
         ("peak --cap 1600KiB --tokens 3000", r"3000 tokens into \d+ slots per head, [1-9]\d* compactions"),
         ("rebasing --tokens 900 --new 32 --slots 256 --policy window", r"perplexity, fresh window of  256 .+ ratio"),
         ("solvers --heads 1 --repeats 1 --no-oracles", r'"name": "pursuit-fast", .+"log_mass_error": 0\.\d+'),

@@ -66,7 +66,7 @@ def lease(policy: str | Policy = "am-halving", on: Any = None, slots: int = SLOT
 
 def runtime(sessions: float = 1, policy: str | Policy = "am-halving", on: Any = None, **options: Any) -> Runtime:
     """A runtime whose cap is so many leases (of 64 slots per head, unless said otherwise): its sessions' share."""
-    names = ("pressure", "spill", "wait", "max_waiting", "max_batch_tokens")
+    names = ("pressure", "spill", "wait", "max_waiting", "max_batch_tokens", "name")
     own: dict[str, Any] = {"wait": LIMIT, **{name: options.pop(name) for name in names if name in options}}
     share = lease(policy, on, options.pop("slots", SLOTS), **options)
     settings = SETTINGS | options

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from agentmem import plugins
-from agentmem.cli.arguments import Cap, Model, Temperature
+from agentmem.cli.arguments import Cap, Device, Model, Temperature
 from agentmem.cli.chat.commands import obey
 from agentmem.cli.chat.conversation import Conversation
 from agentmem.cli.chat.input import read_lines
@@ -60,6 +60,7 @@ def chat(
         typer.Option(help="Go on with a saved conversation; its own settings hold.", show_default=False),
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Number format; auto is the checkpoint's own.")] = Dtype.AUTO,
+    device: Device = "cpu",
 ) -> None:
     """Talk with a model, one line a turn. /help lists the commands; lines may come from a pipe."""
     if load is not None and system is not None:
@@ -70,7 +71,7 @@ def chat(
     Settings.of(cap=cap, seed=seed, **settings)
     if pin_request is not None:
         settings["pin_request"] = pin_request
-    loaded, tokenizer = load_model(model, dtype)
+    loaded, tokenizer = load_model(model, dtype, device)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         options |= {"temperature": temperature, "top_p": top_p, "top_k": 0}

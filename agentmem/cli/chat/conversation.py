@@ -49,8 +49,8 @@ class Conversation:
     def turn(self, text: str) -> None:
         """Append the user's message, stream the reply, then show the state of the memory.
 
-        The first Ctrl-C ends the reply after the running forward pass, or during a compaction after the running layer.
-        A second Ctrl-C ends the reply at once.
+        The first Ctrl-C ends the reply as soon as the running forward pass has finished. If a compaction is running,
+        the reply ends as soon as the current layer is compacted. A second Ctrl-C ends the reply at once.
 
         Raises:
             AgentmemError: the turn could not begin or continue; the session stays valid.

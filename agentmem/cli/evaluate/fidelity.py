@@ -9,7 +9,7 @@ import torch
 import typer
 
 from agentmem import evaluation
-from agentmem.cli.arguments import Chunk, Model, Probe, ProbeTokens, SlotNumbers, parse_target
+from agentmem.cli.arguments import Chunk, Device, Model, Probe, ProbeTokens, SlotNumbers, parse_target
 from agentmem.cli.evaluate.one_shot import compare as compare_one_shot
 from agentmem.cli.evaluate.options import (
     POLICIES,
@@ -74,6 +74,7 @@ def fidelity(
         int | None, typer.Option(min=1, help="One-shot: last tokens, teacher-forced: 256.", show_default=False)
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Number format; auto is the checkpoint's own.")] = Dtype.AUTO,
+    device: Device = "cpu",
     json_path: JsonPath = None,
     plot: Plot = None,
     cache_dir: CacheDir = None,
@@ -103,7 +104,7 @@ def fidelity(
     if shot is not None:
         one_shot_cases(specs, terms, shot, tokens)
     limits = comparisons(terms, slots, cap)
-    loaded, tokenizer = load_model(model, dtype)
+    loaded, tokenizer = load_model(model, dtype, device)
     passages = {at: evaluation.passage(tokenizer, source, offset=at, tokens=tokens) for at in offsets}
     work = Work(loaded, tokenizer, specs, kept_in(cache_dir, "fidelity"), fresh, delivery)
     if shot is None:

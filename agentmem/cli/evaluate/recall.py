@@ -11,6 +11,7 @@ import typer
 from agentmem import evaluation
 from agentmem.cli.arguments import (
     Chunk,
+    Device,
     KeepFirst,
     KeepRecent,
     Model,
@@ -70,6 +71,7 @@ def recall(
     slot_dtype: SlotNumbers = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the facts and of the memory.")] = 0,
     dtype: Annotated[Dtype, typer.Option(help="Number format; auto is the checkpoint's own.")] = Dtype.AUTO,
+    device: Device = "cpu",
     json_path: JsonPath = None,
     plot: Plot = None,
     fidelity_json: Annotated[
@@ -81,7 +83,8 @@ def recall(
 ) -> None:
     """Plant facts in a text, stream it through capped memory and ask for them: exact answers and log-probability.
 
-    Recovered is (policy - window) / (full - window), in mean log-probability; window and full are always measured.
+    The column recovered is (policy - window) / (full - window); each name stands for a mean log-probability.
+    The policy window drops old tokens, and full keeps all tokens; both are always measured.
     A stopped comparison goes on where it ended.
     """
     delivery = Delivery(json_path, plot)
@@ -100,7 +103,7 @@ def recall(
     kinds = entries(formats, "--formats")
     quiz = Quiz.of(tokens=tokens, facts=facts, depths=numbers(depths, "--depths", float), formats=kinds, seed=seed)
     specs, limits, source = chosen(policies, terms), comparisons(terms, slots, cap), words(text)
-    loaded, tokenizer = load_model(model, dtype)
+    loaded, tokenizer = load_model(model, dtype, device)
     documents = evaluation.documents(tokenizer, source, quiz, offset=offset, keep_first=keep_first)
     work = Work(loaded, tokenizer, specs, kept_in(cache_dir, "recall"), fresh, delivery)
     judged = [spec for spec in dict.fromkeys((WINDOW, *specs)) if spec != FULL]  # full memory has terms of its own

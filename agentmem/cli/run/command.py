@@ -11,6 +11,7 @@ from agentmem import plugins
 from agentmem.cli.arguments import (
     Cap,
     Chunk,
+    Device,
     KeepFirst,
     KeepRecent,
     Model,
@@ -58,6 +59,7 @@ def run(
     top_p: Annotated[float, typer.Option(min=1e-6, max=1.0, help="Nucleus of the sampling.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling and of the memory.")] = 0,
     dtype: Annotated[Dtype, typer.Option(help="Number format; auto is the checkpoint's own.")] = Dtype.AUTO,
+    device: Device = "cpu",
     json_path: Annotated[
         str | None, typer.Option("--json", help="Write the report there; - is stdout.", show_default=False)
     ] = None,
@@ -84,7 +86,7 @@ def run(
     }
     options = policy_options(probe, probe_tokens)
     _refuse_early(cap, policy, options, settings)
-    loaded, tokenizer = load_model(model, dtype)
+    loaded, tokenizer = load_model(model, dtype, device)
     ids = encode(tokenizer, text, raw=raw)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed, ignore_eos)
     job = Job(loaded, tokenizer, ids, sampling, cap, policy, options, settings, json_path != STDOUT, trace)

@@ -58,7 +58,7 @@ class Bench:
     def open(
         cls, ablation: Ablation, name: str, texts: dict[Text, str], folder: Path, cache_dir: Path, out: Path
     ) -> Self:
-        """Load the model ``name`` and return a bench for it.
+        """Load the model ``name``, and return the :class:`Bench` for the ablation's measurements of this model.
 
         A name that begins with ``./`` or ``../`` is a folder relative to ``folder``.
 

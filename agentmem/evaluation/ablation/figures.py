@@ -147,7 +147,7 @@ def _tightest(found: Sequence[Row]) -> list[Row]:
 
 
 def _run(row: Row) -> Measurement:
-    """Return the single measurement of a fidelity row."""
+    """Return the measurement of a table row whose instrument is ``fidelity``; such a row has exactly one."""
     (run,) = (run for run in row.runs if isinstance(run, Measurement))
     return run
 

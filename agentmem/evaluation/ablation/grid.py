@@ -1,4 +1,8 @@
-"""List the cells of an ablation, which are all combinations of settings and instruments to be measured."""
+"""List the cells of an ablation.
+
+An *instrument* is a kind of measurement: fidelity, recall or a task. A *cell* is one combination of the ablation's
+settings, measured by one instrument.
+"""
 
 from __future__ import annotations
 
@@ -43,14 +47,17 @@ class Cell(Frozen):
 
     @property
     def label(self) -> str:
-        """Return a line of text by which progress output and error messages name the cell."""
+        """Return a line of text by which progress output and error messages name this measurement."""
         limit = "" if self.limit is None else f", {self.limit}"
         source = "" if self.text is None else f", {self.text.label}"
         return f"{self.instrument}{source}, {self.policy}{limit}, seed {self.seed}"
 
     @property
     def source(self) -> str:
-        """Return the name by which tables show the cell's text, or the name of the task if the instrument is a task."""
+        """Return what tables show as the source of this measurement: the name of the text that the model reads.
+
+        A task brings texts of its own. If a task is measured, the result is therefore the name of the task.
+        """
         return self.instrument if self.text is None else self.text.label
 
     @property
@@ -67,6 +74,9 @@ _PLAIN = {"target": 0.5, "slot_dtype": "auto"}
 
 def cells(ablation: Ablation) -> tuple[Cell, ...]:
     """Return all cells of an ablation, grouped by model, then by instrument, text and seed.
+
+    An instrument is a kind of measurement: fidelity, recall or a task. A cell is one combination of settings, measured
+    by one instrument.
 
     Recall and tasks also get cells of full memory as a reference; recall also gets cells of the policy ``window``.
     Fidelity gets no such cells, because each fidelity measurement already compares a policy with full memory.
@@ -91,7 +101,10 @@ def _cells(ablation: Ablation) -> Iterator[Cell]:
 
 
 def _at(ablation: Ablation, **same: Any) -> Iterator[Cell]:
-    """Yield the cells that have the instrument, model, text, seed and chunk given in ``same``."""
+    """Yield the cells that have the instrument, model, text, seed and chunk given in ``same``.
+
+    The instrument is the kind of measurement: fidelity, recall or a task.
+    """
     policies = ablation.policies
     if same["instrument"] != "fidelity":
         yield Cell(**same, slots=None, cap_bytes=None, policy=FULL, keep_first=0, keep_recent=0, **_PLAIN)

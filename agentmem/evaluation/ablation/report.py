@@ -58,7 +58,11 @@ def _inline(picture: Picture) -> str:
 
 
 def _findings(ablation: Ablation, lines: Sequence[Line]) -> list[str]:
-    """Return one sentence per instrument, model and kind of limit; it names the best policy at the smallest limit."""
+    """Return one sentence per instrument, model and kind of limit.
+
+    The sentence names the best policy at the smallest limit. An instrument is a kind of measurement: fidelity, recall
+    or a task. The kind of limit is slots or bytes.
+    """
     groups: dict[tuple[str, str, str], list[Line]] = {}
     for line in lines:
         if line.score and line.limit is not None:

@@ -50,7 +50,13 @@ def measure_of(instrument: str) -> Measure:
 
 @dataclass(frozen=True)
 class Scored:
-    """The result of a measured cell with its scores: the score of each unit, and further numbers by name."""
+    """The scores of one measurement of an ablation; ``row`` is the result of the measurement.
+
+    ``units`` has a score for each unit, which is the smallest part of a measurement that has a score of its own. For
+    recall, a unit is one fact; for a task, one sample in one epoch; for fidelity, a block of at most 32 positions.
+    Measurements that differ only in their policy have the same keys in ``units``, so they can be compared unit by unit.
+    ``figures`` has the further numbers that tables show, by name.
+    """
 
     row: Row
     units: dict[Hashable, float] = field(default_factory=dict)
@@ -58,7 +64,9 @@ class Scored:
 
 
 def scored(rows: Sequence[Row]) -> tuple[Scored, ...]:
-    """Compute the scores of all rows (results of cells); rows of cells that could not be measured are left out.
+    """Compute the scores of all rows, in the order of the rows; rows without measurements are left out.
+
+    A row is the result of one combination of an ablation's settings, or the reason why it could not be measured.
 
     Rows that differ only in their policy form a group. All fidelity rows of a group are scored on the same positions.
     All recall rows of a group are compared with the same two results: that of the policy ``window``, and that of full

@@ -1,6 +1,8 @@
 """Make the tables of an ablation.
 
-The CSV table has one line per cell. The tables for Markdown and HTML pool cells that differ only in text and seed.
+An *instrument* is a kind of measurement: fidelity, recall or a task. A *cell* is one combination of the ablation's
+settings, measured by one instrument. The CSV table has one line per cell. The tables for Markdown and HTML pool cells
+that differ only in text and seed.
 """
 
 from __future__ import annotations
@@ -76,7 +78,10 @@ class Table:
 
 
 def tables(ablation: Ablation, lines: Sequence[Line]) -> tuple[Table, ...]:
-    """Return the tables that show ``lines``: one table per instrument and model."""
+    """Return the tables that show ``lines``: one table per instrument and model.
+
+    An instrument is a kind of measurement: fidelity, recall or a task.
+    """
     groups: dict[tuple[str, str], list[Line]] = {}
     for line in lines:
         groups.setdefault((line.instrument, line.model), []).append(line)
@@ -144,7 +149,11 @@ def _best(lines: Sequence[Line], *, lower: bool) -> frozenset[int]:
 
 
 def refusals(lines: Sequence[Line]) -> tuple[str, ...]:
-    """Return the reasons why cells could not be measured, each as a text with instrument, policy and limit."""
+    """Return the reasons why measurements could not be made, one text per reason.
+
+    Each text begins with the kind of measurement (fidelity, recall or the name of a task), the policy, and the limit of
+    the memory in slots or bytes.
+    """
     return tuple(
         f"{line.instrument}, {line.policy}, {line.limit}: {reason}" for line in lines for reason in line.refused
     )

@@ -91,6 +91,8 @@ class Writer:
     terms: Terms | None
     policy: str
     max_compactions: int | None = None
+    chunk: int = 1024
+    """The most tokens of one forward pass with full memory; other memories have the ``chunk`` of their settings."""
     _shared: _Shared | None = field(default=None, repr=False)
     _context: Context = field(default_factory=copy_context, repr=False)
     """Python context (of ``contextvars``) in which every memory is opened and closed.
@@ -104,20 +106,21 @@ class Writer:
         If ``forced`` is given and the model does not end its reasoning, an answer is forced.
 
         Raises:
-            AgentmemError: the settings in ``terms`` do not fit the model, or generation failed.
+            AgentmemError: the memory settings :attr:`terms` of this writer do not fit the model, or generation failed.
 
         """
         return self._context.run(self._reply, ids, sampling, forced)
 
     def answer(self, context: Sequence[int], question: Sequence[int], sampling: Sampling) -> Reply:
-        """Answer a question about a context greedily, without changing the memory of the context.
+        """Answer a question about a context greedily, without changing the memory that holds the context.
 
-        The memory of the previous question is used again if the context is the same; else the context is read anew.
+        If the previous question had the same context, the memory of this context is still open and is used again. If
+        not, the open memory is closed, and the context is read into a new memory.
 
         Raises:
             SettingsRefused: ``sampling`` is not greedy.
-            AgentmemError: the settings in ``terms`` do not fit the model, or question and answer together are longer
-                than ``chunk``.
+            AgentmemError: the memory settings :attr:`terms` of this writer do not fit the model, or question and answer
+                together have more tokens than the memory's setting ``chunk``.
 
         """
         if sampling.temperature:
@@ -187,8 +190,8 @@ class Writer:
         """
         terms, policy = self.terms, self.policy
         if terms is None:
-            chunk = 256
-            terms, policy = Terms(slots=tokens + chunk, keep_first=0, keep_recent=0, chunk=chunk), FULL
+            terms = Terms(slots=tokens + self.chunk, keep_first=0, keep_recent=0, chunk=self.chunk)
+            policy = FULL
         with terms.memory(self.model, terms.policy(policy), self.tokenizer) as memory:
             yield memory
 

@@ -71,7 +71,8 @@ def maths(
         data: a file in GSM8K's or MATH's format; without a file, problems about purchases are made from ``seed``.
         problems: number of problems to ask, taken from the records after the examples; ``None`` asks all.
         shots: number of examples, taken from the first records; choose so many that they do not fit under the cap.
-        max_tokens: the most tokens of an answer; question and answer must fit into the model's ``chunk``.
+        max_tokens: the most tokens of an answer. A question and its answer together may have at most ``chunk`` tokens,
+            the most that a memory takes in one forward. Set it with ``-M chunk=N``.
         seed: random seed of the problems made without a file.
 
     """

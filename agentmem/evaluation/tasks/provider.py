@@ -55,7 +55,10 @@ class Reading(Frozen):
 
 
 class Arguments(Frozen):
-    """Arguments of the provider, given on the command line as ``-M NAME=VALUE``."""
+    """The settings with which inspect_ai runs a model ``agentmem/MODEL``.
+
+    On the command line, each setting is given to ``inspect eval`` as ``-M NAME=VALUE``.
+    """
 
     cap: int | str | None = None
     slots: int | None = None
@@ -104,7 +107,8 @@ class CappedAPI(ModelAPI):
         if terms is not None:
             terms.policy(self.arguments.policy)  # an unknown policy is refused before the model is loaded
         model, self.tokenizer = loaded or models.load(model_name, **self._placement())
-        self.writer = Writer(model, self.tokenizer, terms, self.arguments.policy, self.arguments.max_compactions)
+        given = self.arguments
+        self.writer = Writer(model, self.tokenizer, terms, given.policy, given.max_compactions, given.chunk)
         self._asked: Counter[str] = Counter()
 
     def _placement(self) -> dict[str, Any]:
@@ -203,5 +207,5 @@ class CappedAPI(ModelAPI):
 
 @modelapi(name="agentmem")
 def agentmem() -> type[ModelAPI]:
-    """Return the provider's class, which inspect_ai registers as ``agentmem``."""
+    """Return the class through which inspect_ai runs every model with a name ``agentmem/MODEL``."""
     return CappedAPI

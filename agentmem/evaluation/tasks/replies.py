@@ -1,6 +1,8 @@
-"""Provide functions that several tasks use: names, the solver, and the messages and settings of shared contexts.
+"""Provide what the definitions of several inspect_ai tasks need.
 
-A shared context is a text that is read once for several questions.
+:func:`named` returns the name under which a task is registered. :func:`reply` lets the model reply to a sample.
+:func:`question` and :func:`shared` are for tasks that ask several questions about one text. This text is the shared
+context: it is read once, and then all questions are answered from it.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ def named(name: str) -> str:
 
 @solver
 def reply() -> Solver:
-    """Return the solver, which generates a reply and stores its bytes, seconds and tokens in the sample's metadata."""
+    """Return a solver (inspect_ai's function that runs one sample), which generates the reply to the sample.
+
+    The reply's bytes, seconds and tokens are stored in the sample's metadata under ``memory``.
+    """
 
     async def solve(state: TaskState, generate: Generate) -> TaskState:
         state = await generate(state)
@@ -33,14 +38,15 @@ def reply() -> Solver:
 
 
 def question(context: str, text: str) -> list[ChatMessage]:
-    """Return the messages of one question: the shared context, and ``text``, the question."""
+    """Return two messages: the first has the context, the second has the question ``text`` about this context."""
     return [ChatMessageUser(content=context), ChatMessageUser(content=text)]
 
 
 def shared(max_tokens: int, *, stop: str | None = None) -> GenerateConfig:
-    """Return the settings for answering questions about a shared context: greedily, and without a chat template.
+    """Return the settings for answering several questions about one context, which is read only once.
 
-    ``max_tokens`` is the most tokens of an answer, and ``stop`` a text that ends the answer.
+    The answers are generated greedily. The prompt is made without a chat template. ``max_tokens`` is the most tokens of
+    an answer, and ``stop`` is a text that ends the answer.
     """
     body: dict[str, Any] = {"completion": True, "shared": True}
     return GenerateConfig(

@@ -46,9 +46,10 @@ def _item(made: Made) -> dict[str, Any]:
 
 
 def _user_messages(origin: Origin) -> list[dict[str, Any]]:
-    """Return the user's messages since the last compaction item as output items, for people to read.
+    """Return an output item, for people to read, for each message that the user sent after the last compaction item.
 
-    The memory of the new compaction item contains these messages as well.
+    Without a compaction item, all messages of the user are returned. The compaction item that this request makes
+    stands for a memory, which contains these messages as well.
     """
     return [
         {

@@ -21,7 +21,10 @@ from agentmem.sessions import Message
 
 @dataclass(slots=True)
 class Creation:
-    """A response whose turn runs: converts the turn's pieces to stream events, and stores the response at the end."""
+    """Work on one response while its turn runs.
+
+    Each piece of the turn updates the response and becomes stream events. At the end, the response is stored.
+    """
 
     body: ResponseRequest
     origin: Origin

@@ -133,7 +133,10 @@ class ResponseRequest(Continued):
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The owner of a request, and the conversation, context and compaction item that the request continues."""
+    """The owner of a request, and the conversation, context and compaction item that the request continues.
+
+    A compaction item is a saved memory that stands for all earlier messages.
+    """
 
     owner: str
     name: str | None
@@ -194,10 +197,11 @@ def asks_compaction(body: CompactRequest, origin: Origin) -> Request:
 
 
 def led(origin: Origin, instructions: str | None) -> tuple[Sequence[Message], str | None]:
-    """Return the messages of a request with its instructions before them, and the digest of the instructions.
+    """Return the messages that a request's turn must read, and the digest (hash) of the request's instructions.
 
-    The instructions are left out of the messages if the compaction item's memory already begins with them. The digest
-    is ``None`` if there are no instructions.
+    The first of these messages has the instructions. A request may continue a compaction item (``origin.item``), which
+    is a saved memory in place of all earlier messages. If the saved memory already begins with the same instructions,
+    they are left out of the messages. The digest is ``None`` if there are no instructions.
 
     Raises:
         RequestRefused: there are no messages, no instructions and no compaction item.
@@ -215,10 +219,10 @@ def led(origin: Origin, instructions: str | None) -> tuple[Sequence[Message], st
 
 
 def item_recipe(asked: Recipe, item: Item) -> Recipe:
-    """Return the recipe (session arguments) of the compaction item ``item``, which a request continues.
+    """Return the recipe (session arguments) of ``item``, which a request continues.
 
-    ``asked`` is the recipe that the request gives. It must have the same tools as the item's recipe. The request may
-    leave out all other fields of the item's recipe, or repeat all of them.
+    ``item`` is a compaction item: a saved memory. ``asked`` is the recipe that the request gives. It must have the same
+    tools as the item's recipe. The request may leave out all other fields of the item's recipe, or repeat all of them.
 
     Raises:
         RequestRefused: the request asks for another recipe.

@@ -144,11 +144,14 @@ def unsettled(renderer: Renderer, chat: Chat, text: str) -> str:
 def bounds(
     renderer: Renderer, dialogue: Dialogue, chat: Chat, found: Continuation, *, opened: bool
 ) -> list[tuple[int, Span]]:
-    """Return a pair for each message in ``found.text``: the character index at which the message ends, and a span.
+    """Return a pair for each message in ``found.text``: the character index at which the message ends, and its span.
 
-    The pairs have the order of the messages. A message whose end cannot be found gets no pair; it is part of the next
-    message's span. Text before the first message has a pair of its own, and so has an opened reply. The ``start`` and
-    ``stop`` of all spans are 0, since the ids are not known yet.
+    The span (:class:`Span`) says which message of the dialogue this is, with its role and name. The token ids are not
+    known yet, so ``start`` and ``stop`` of the span are 0 for the moment. The pairs have the order of the messages.
+
+    Three other texts have a pair of their own if they occur: markup that closes the message that was fed last, text
+    before the first message, and an opened reply. If the end of a message cannot be found, the message gets no pair.
+    Its text then counts as text of a neighbour, usually of the next message.
     """
     text, common = found.text, renderer.markup.common
     places: list[tuple[int, Span]] = []
@@ -176,11 +179,14 @@ def _span(chat: Chat, at: int) -> Span:
 
 
 def _preamble(renderer: Renderer, chat: Chat, text: str) -> int:
-    """Return the character index in ``text`` at which the first message begins; 0 if no text comes before it.
+    """Return the character index in ``text``, the rendered chat, at which the first message begins.
 
-    A default system prompt or tools can come before the first message. The message begins with its header (the markup
-    before its content). To find the header, the chat is rendered with a second copy of the message at the end. The text
-    between the earlier messages and the content of the copy is the header.
+    A template may write other words before the first message, such as a default system prompt or tools. The result is 0
+    if no such words are found.
+
+    The first message begins with its header, the markup before its content. To learn the header, the function renders a
+    chat that ends with a copy of the first message. There, nothing but the header stands between the earlier messages
+    and the content of the copy. The function then looks for this header in ``text``.
     """
     before = renderer.before(chat[:1], 0)
     for between in ([], [{"role": "assistant", "content": "x"}]):

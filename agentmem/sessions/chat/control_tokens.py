@@ -33,9 +33,12 @@ def _pattern(texts: Iterable[str]) -> re.Pattern[str]:
 class Markup:
     """The control tokens of one tokenizer and one template, and the tokenizing of rendered chats.
 
-    In every message, all special tokens of the tokenizer count as control tokens. In messages of users and tools, the
-    other added tokens that the template's source contains (``<tool_call>``, ``</think>``) count as control tokens, too.
-    Messages of the roles system and assistant may contain these other tokens as real tokens.
+    If a message contains the text of a control token, this text is tokenized as plain text, not as the control token.
+    The role of the message decides what counts as a control token:
+
+    - system, assistant: the special tokens of the tokenizer.
+    - user, tool: the special tokens, and also other added tokens that the template's source contains, such as
+      ``<tool_call>`` and ``</think>``.
     """
 
     def __init__(self, tokenizer: Any, source: str, mark: str) -> None:
@@ -52,7 +55,8 @@ class Markup:
     def neutral(self, value: Any, role: str) -> Any:
         """Return ``value`` with a mark inside the text of every control token, so that this text stays plain text.
 
-        ``value`` is a text, or a list or dict that contains texts. ``role`` is the role of the message it comes from.
+        ``value`` is a text, or a list or dict that contains texts. ``role`` is the role of the message that contains
+        ``value``.
 
         Raises:
             SettingsRefused: a text contains a control token of one character, which cannot be cut.
@@ -99,11 +103,10 @@ class Markup:
         return bool(self._every.sub("", text).strip())
 
     def encode(self, text: str, bounds: Sequence[int] = (), before: str = "") -> tuple[tuple[int, ...], list[int]]:
-        """Return the ids of ``text``, and for each bound (a character index) the index of the first id behind it.
+        """Return the ids of ``text``, and for each bound the index of the first id whose token ends after the bound.
 
-        ``bounds`` must ascend. A token that crosses a bound counts as behind the bound. ``before`` is the text that the
-        memory holds just before ``text``. It is needed because some tokenizers encode a word differently at the
-        beginning of a text.
+        ``bounds`` are character indices of ``text``, and must ascend. ``before`` is the text that the memory holds just
+        before ``text``. It is needed because some tokenizers encode a word differently at the beginning of a text.
         """
         cuts = [found.span() for found in re.finditer(re.escape(self.mark), text)]
         if not self.tokenizer.is_fast:  # there are no offsets, so the text is cut at the bounds, too

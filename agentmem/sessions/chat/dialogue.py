@@ -98,13 +98,13 @@ class Message(BaseModel):
 
 
 class Dialogue(BaseModel):
-    """An immutable record of a conversation so far.
+    """An immutable record of a conversation so far: its messages, and how many of them the memory was fed.
 
     Adding a message makes a new dialogue, so forks can share a dialogue.
 
-    Invariants: ``fed ≤ len(messages)``. Every generated message has the role assistant and an index below ``fed``. The
-    messages from index ``fed`` on are system messages that the template writes into the message after them. They are
-    therefore fed together with that message.
+    The first ``fed`` messages were fed to the memory. All messages that the model generated are among these, and have
+    the role assistant. Messages that were not fed yet are system messages that wait for the next message, because the
+    template writes their text into that message.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

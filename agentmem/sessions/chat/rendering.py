@@ -123,7 +123,7 @@ class Renderer:
         return str(text)
 
     def tail(self, chat: Chat, index: int, *, opened: bool = False) -> str | None:
-        """Return the rendered text after the content of the message ``index``, or ``None`` if it cannot be found.
+        """Return the rendered text after the content of the message ``index``, or ``None`` if the content is not found.
 
         If the message has tool calls, this is the text after the name of the last call. ``opened`` adds the generation
         prompt.
@@ -131,17 +131,17 @@ class Renderer:
         return self._after(_marked(chat, index, self.sentinel), opened=opened)
 
     def reply_tail(self, chat: Chat, index: int, ends: Sequence[str], *, ended: bool, opened: bool) -> str | None:
-        """Return the text to feed after a generated reply, or ``None`` if it cannot be found.
+        """Return the text to feed after a generated reply, or ``None`` if this text cannot be found.
 
-        The text begins with the markup that closes the reply, such as an end token, and goes on with everything that
-        the template writes after it. ``ends`` are the texts of the tokens that end a reply. If ``ended`` is true, the
-        model has already written an end token, and the returned text begins after it. ``opened`` adds the generation
-        prompt.
+        The text begins with the markup that closes the reply, such as an end token. Everything that the template writes
+        after this markup follows. ``ends`` are the texts of the tokens that end a reply. If ``ended`` is true, the
+        model has already written an end token, and the returned text begins after this token. ``opened`` adds the
+        generation prompt.
 
         The reply is rendered with the sentinel (a random word) as its content; the text begins after the sentinel. In a
         reply with tool calls, the sentinel is the name of the last call instead, and the text begins at the first of
-        the texts ``ends`` after the sentinel. If there is none, for example because the template does not write calls,
-        the reply is rendered again without its calls.
+        the texts ``ends`` after the sentinel. If none of them follows, for example because the template does not write
+        calls, the reply is rendered again without its calls.
         """
         reply = chat[index]
         if "tool_calls" in reply:
@@ -169,7 +169,11 @@ class Renderer:
         return pieces[1] if len(pieces) == 2 else None  # noqa: PLR2004  # exactly one sentinel
 
     def before(self, chat: Chat, index: int) -> str:
-        """Return the rendered text before the content of the message ``index``, or an empty text if it is not found."""
+        """Return the rendered text before the content of the message ``index``; empty if this content is not found.
+
+        The content is not found if the template does not write it, or refuses the chat. If the message has tool calls,
+        the text ends before the name of the last call.
+        """
         try:
             text, found, _ = self.write(_marked(chat, index, self.sentinel)).partition(self.sentinel)
         except SettingsRefused:

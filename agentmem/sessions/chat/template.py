@@ -79,8 +79,9 @@ class ChatTemplate:
         as the end of a group of tool results, is held back until the next message is known.
 
         Raises:
-            SettingsRefused: the template refuses or drops a message, the template rewrites history although
-                ``history="refuse"``, or a reply is open. The dialogue and the memory are unchanged.
+            SettingsRefused: a reply is open, the template refuses a message, the template leaves out a message, or the
+                template rewrites earlier messages although ``history="refuse"``. The dialogue and the memory are
+                unchanged.
 
         """
         self._require_closed(dialogue)
@@ -99,13 +100,13 @@ class ChatTemplate:
         return grown.model_copy(update=update), delta
 
     def open_reply(self, dialogue: Dialogue) -> tuple[Dialogue, Delta]:
-        """Open a reply; return the dialogue and a delta with the text that was held back and the generation prompt.
+        """Open a reply; return the dialogue with the open reply, and the delta (the ids to feed, with their spans).
 
-        The delta may be empty if the template has no generation prompt.
+        The delta has all text that is not fed yet, such as text that :meth:`append` held back, and then the generation
+        prompt. It may be empty if the template has no generation prompt.
 
         Raises:
-            SettingsRefused: there is no message to reply to, a reply is open already, or the template refuses or drops
-                a message or rewrites history, as in :meth:`append`.
+            SettingsRefused: there is no message to reply to. The reasons given at :meth:`append` apply, too.
 
         """
         self._require_closed(dialogue)
@@ -130,7 +131,8 @@ class ChatTemplate:
     ) -> Dialogue:
         """Record the reply that the model wrote and return the dialogue with this reply.
 
-        Nothing is fed; the next delta begins with the reply's closing markup.
+        There is nothing to feed at this point. The markup that closes the reply is fed later: it comes first in the ids
+        that the next call of :meth:`append` or :meth:`open_reply` returns.
 
         Args:
             dialogue: a dialogue with an open reply.
@@ -192,9 +194,9 @@ class ChatTemplate:
         return follow(self._renderer, dialogue, chat, self._ends, opened=opened)
 
     def _delta(self, dialogue: Dialogue, chat: Chat, found: Continuation, text: str, *, opened: bool = False) -> Delta:
-        """Return the delta for ``text``: its ids and the spans that cover these ids.
+        """Tokenize ``text`` and return the delta: the ids to feed, and spans that say which message each id belongs to.
 
-        ``text`` is ``found.text`` without the part at its end that is held back.
+        ``text`` is ``found.text``, or a beginning of it: the end may be held back until the next message is known.
         """
         places = bounds(self._renderer, dialogue, chat, found, opened=opened)
         ids, firsts = self._markup.encode(text, [min(place, len(text)) for place, _ in places], found.before)
@@ -204,7 +206,10 @@ class ChatTemplate:
         return Delta(ids, tuple(replace(span, start=a, stop=b) for (_, span), a, b in tiles if b > a))
 
     def _must_wait(self, dialogue: Dialogue, chat: Chat) -> bool:
-        """Return True if all messages are system messages that the template writes only into the message after them.
+        """Return True if nothing can be fed before another message is added.
+
+        This is so if all messages are system messages and the template does not write them alone. Some templates write
+        a system message only as a part of the user's message that follows.
 
         Raises:
             SettingsRefused: the template drops one of the system messages even if a user's message follows.

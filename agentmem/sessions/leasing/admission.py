@@ -26,31 +26,36 @@ class Leases:
     """Account of the bytes of one cap, which are charged to holdings (each is one memory with its sessions)."""
 
     def __init__(self, cap: int, pressure: Sequence[Stage]) -> None:
-        """Begin without holdings.
+        """Begin without holdings; a holding is one memory with the sessions that use it.
 
-        ``pressure`` lists the stages by which idle holdings are preempted, in order; :meth:`free` explains them.
+        ``pressure`` lists the stages in which idle holdings give back bytes, in order; :meth:`free` explains them all.
         """
         self.cap, self.pressure = cap, tuple(pressure)
         self.holdings: list[Holding] = []
         self.faults: list[str] = []
-        """Reasons why idle holdings could not be preempted at the last request for bytes."""
+        """Reasons why bytes of idle memories could not be freed at the last call of :meth:`free`."""
 
     @property
     def charged(self) -> int:
-        """Number of bytes of the cap that are charged now: the sum of :attr:`Holding.charged` over all holdings."""
+        """Number of bytes of the cap that are reserved now for the memories of all sessions together.
+
+        A memory's whole lease is reserved until bytes are taken from the memory while it is idle. From then on, only
+        the bytes that the memory still holds are reserved.
+        """
         return sum(holding.charged for holding in list(self.holdings))
 
     @property
     def left(self) -> int:
-        """Number of bytes of the cap that are not charged to any holding."""
+        """Number of bytes of the cap that are not reserved for the memory of any session."""
         return self.cap - self.charged
 
     def by_kind(self, running: set[int]) -> dict[str, int]:
         """Return the charged bytes by kind, under the field names of :class:`agentmem.sessions.RuntimeStats`.
 
-        There are two kinds for running memories: the bytes that they hold, and the bytes of their free room. There are
+        A memory is running if one of its sessions is in a turn, and idle otherwise. There are two kinds of bytes for
+        running memories: the bytes that they hold, and the other bytes charged for them (their free room). There are
         the same two kinds for idle memories. The sum of all four is returned, too. ``running`` has the Python ids
-        (``id()``) of the holdings with a session in a turn.
+        (``id()``) of the :class:`Holding` objects of the running memories.
         """
         found = dict.fromkeys(("running_bytes", "running_room_bytes", "idle_bytes", "idle_room_bytes"), 0)
         for holding in list(self.holdings):
@@ -65,10 +70,11 @@ class Leases:
     ) -> bool:
         """Preempt idle holdings until ``needed`` bytes of the cap are free; return whether this succeeded.
 
-        A holding is preempted in stages: ``trim`` gives back its free room, ``compact`` compacts it further, and
-        ``disk`` moves it to disk. :attr:`pressure` lists the stages to use. All idle holdings go through one stage, the
-        longest idle first, before any of them goes through the next. If the bytes of all idle holdings together would
-        not suffice, no holding is preempted.
+        A holding is one memory with its sessions. To preempt a holding means to take bytes from this memory, in stages:
+        ``trim`` gives back its free slots, ``compact`` compacts it further, and ``disk`` moves it to disk.
+        :attr:`pressure` lists the stages to use. All idle holdings go through one stage, the longest idle first, before
+        any of them goes through the next. If the bytes of all idle holdings together would not suffice, no holding is
+        preempted.
 
         Args:
             needed: number of bytes that must be free.
@@ -110,7 +116,7 @@ class Leases:
 
     @property
     def stuck(self) -> str:
-        """The first reason why an idle holding could not be preempted at the last request for bytes.
+        """The first reason why bytes of an idle memory could not be freed at the last call of :meth:`free`.
 
         The text is in brackets, for error messages. It is empty if there was no such reason.
         """

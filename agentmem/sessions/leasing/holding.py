@@ -18,6 +18,7 @@ from agentmem.memory.pinning import promote
 from agentmem.memory.pins import Pins
 from agentmem.memory.state import copy, expand, trim
 from agentmem.planning.pricing import MIN_BUDGET
+from agentmem.reporting import log_events
 from agentmem.sessions.snapshots.files import write_snapshot
 from agentmem.sessions.snapshots.snapshot import read_sequence, take_sequence
 
@@ -168,16 +169,19 @@ class Holding:
         left: int = 0,
         ask: Callable[[], Request | None] = lambda: USUAL,
     ) -> list[CompactionReport]:
-        """Free bytes of the idle memory by one stage, and return the reports of any compactions.
+        """Free bytes of the idle memory by one stage of preemption, and return the reports of any compactions.
 
-        Nothing happens if the memory was already preempted by this stage or a later one. Therefore the memory is
-        compacted at most once before it is used again.
+        The stages are, in this order: ``trim`` gives back the memory's free slots, ``compact`` compacts the memory
+        further and gives back its free slots, and ``disk`` moves the memory to disk. Nothing happens if the memory went
+        through this stage or a later one since its last use. Therefore the memory is compacted at most once before it
+        is used again.
 
         Args:
-            stage: the stage.
+            stage: the stage to apply.
             folder: function that returns the folder for idle memories on disk.
-            left: uncharged bytes of the cap. A memory that has given back its room is compacted only if the temporary
-                bytes of a compaction fit into these bytes.
+            left: bytes of the runtime's cap that are not charged to any memory. After the stage ``trim``, the memory is
+                no longer charged for temporary bytes. It is then compacted only if the temporary bytes of a compaction
+                fit into ``left``.
             ask: function that returns the request for the compaction, or ``None`` to forbid the compaction.
 
         Raises:
@@ -247,18 +251,22 @@ class Holding:
             tensors.clear()
             if not moved:
                 self._forget_disk()
+        freed = memory.ledger.resident
         self._detach()
+        log_events.memory_spilled(memory.names, freed_bytes=freed)
 
     # ---- coming back
 
     def wake(self) -> None:
-        """Read the memory from disk if necessary, and give it the free room of its whole lease.
+        """Make an idle memory ready for a turn: read it from disk if necessary, and allocate its free slots again.
 
-        The lease must have been granted before.
+        From now on the memory is charged its whole lease. The lease must have been granted before this call.
         """
         if self.memory is None:
-            self._attach(self._read())
+            memory = self._read()
+            self._attach(memory)
             self._forget_disk()
+            log_events.memory_restored(memory.names, held_bytes=memory.ledger.resident)
         elif self.stage is not None:
             expand(self.memory, self.memory.sequences[0])
         self.stage = None

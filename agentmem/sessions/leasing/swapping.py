@@ -46,6 +46,7 @@ def lend(runtime: Host, session: Conversation) -> bool:
     if not session.holding.seen:
         session.holding.identity = runtime.identity.now()  # of the model that will compute the keys
     session.holding.used = next(runtime.turns)
+    session.memory.names = session.names
     runtime.speak(session, session.memory)
     return True
 
@@ -86,9 +87,10 @@ def _sharing(runtime: Host, holding: Holding) -> list[Conversation]:
 
 @contextmanager
 def reporting_compactions(runtime: Host, holding: Holding) -> Iterator[None]:
-    """Return a context manager that reports compactions of a holding's memory to all sessions of the holding.
+    """Return a context manager that reports a memory's compactions to all sessions that use this memory.
 
-    After the ``with`` block, the compactions made in the block are reported.
+    ``holding`` is the memory together with the sessions that use it, such as forks. When the ``with`` block ends, every
+    compaction of the memory made in the block is reported to each of these sessions.
     """
     memory, sharing = holding.memory, _sharing(runtime, holding)
     before = 0 if memory is None else len(memory.compactions)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from agentmem import plugins
 from agentmem.errors import AgentmemError, SettingsRefused, SnapshotRefused
+from agentmem.reporting import log_events
 from agentmem.sessions.arguments import check_place
 from agentmem.sessions.leasing.swapping import reporting_compactions
 from agentmem.sessions.snapshots.files import check_identity, differing, read_manifest, shown, write_snapshot
@@ -38,6 +39,7 @@ def save(runtime: Host, session: Conversation, url: str | os.PathLike[str]) -> N
             _check(session, sequence, beside)
         state = {"row": sequence.plain(), "session": beside.model_dump(mode="json")}
         write_snapshot(url, tensors, state, identity=identity, settings=made)
+    log_events.session_saved(session.names, place=shown(url))
 
 
 def _made_of(session: Conversation, template: str) -> dict[str, Any]:
@@ -105,6 +107,7 @@ def load(
     except BaseException:
         runtime.forget(session)
         raise
+    log_events.session_loaded(session.names, place=shown(url))
     return session
 
 

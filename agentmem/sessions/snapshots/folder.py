@@ -57,7 +57,10 @@ class Folder(ABC):
 
     @abstractmethod
     def publish(self, scratch: str, name: str) -> None:
-        """Rename the file ``scratch`` to ``name``, in place of an older file; store all earlier writes before that."""
+        """Rename the file ``scratch`` to ``name``; an older file of this name is replaced.
+
+        Before the rename, everything written to the folder so far is stored durably, if the folder can ensure this.
+        """
 
     @abstractmethod
     def remove(self, name: str) -> None:

@@ -40,9 +40,11 @@ class Named(BaseModel):
 
     @classmethod
     def of(cls, policy: Policy) -> Self:
-        """Return the record of a policy, which must not have been used yet.
+        """Return the record of a policy: its name, and a digest of all its parts.
 
-        At their first use, some policies look up a table for the model and store it, which would change the digest.
+        The policy must not have been used yet. At their first use, some policies look up a table for the model and
+        store this table as a part of themselves. The digest of a used policy would therefore differ from the digest of
+        the same policy before its use.
         """
         return cls(name=policy.name, parts=_digest(_described(policy)))
 
@@ -52,8 +54,8 @@ class Named(BaseModel):
         The name may be a spec, such as ``am-recall[pattern=...]``: a policy's name with options.
 
         Raises:
-            SettingsRefused: no policy has this name, the parts of that policy differ from the recorded parts, or the
-                options of a spec set a regular expression that the policy does not have without them.
+            SettingsRefused: no policy has this name, the parts of that policy differ from the recorded parts, or an
+                option in the name sets a regular expression other than the policy's default.
 
         """
         try:

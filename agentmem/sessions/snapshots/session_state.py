@@ -1,4 +1,9 @@
-"""The part of a session's state outside its memory: the dialogue, the pending ids, the entries and the open reply."""
+"""The part of a session's state that its memory does not hold, in the form in which a snapshot stores it.
+
+This part has the dialogue (the messages), the entries of the transcript (who wrote which tokens), the open reply (a
+reply that was begun and not yet closed), and the pending ids (ids that the memory has not consumed). It also has the
+state of the session's sampling generator.
+"""
 
 from __future__ import annotations
 

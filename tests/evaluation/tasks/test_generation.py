@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from agentmem import models
-from agentmem.errors import SettingsRefused
+from agentmem.errors import AgentmemError, SettingsRefused
 from agentmem.evaluation.tasks.generation import Forced, Sampling, Writer
 from agentmem.evaluation.terms import Terms
 from support.shell import save_model
@@ -41,6 +42,15 @@ def test_full_memory_writes_what_generate_writes(loaded: Any) -> None:
 
     assert found.text == tokenizer.decode(stock[0, len(PROMPT) :])
     assert (found.compactions, found.tokens_read, found.tokens_generated, found.stop) == (0, len(PROMPT), 40, "tokens")
+
+
+def test_full_memory_answers_questions_as_long_as_its_chunk(loaded: Any) -> None:
+    """Full memory takes what a capped one of the same ``chunk`` takes, by default 1,024 tokens."""
+    long = PROMPT * 8
+    with closing(writer(loaded, None)) as wide, closing(writer(loaded, None, chunk=64)) as narrow:
+        assert wide.answer(PROMPT, long, Sampling(max_tokens=6)).tokens_generated == 6
+        with pytest.raises(AgentmemError, match="chunk"):
+            narrow.answer(PROMPT, long, Sampling(max_tokens=6))
 
 
 @pytest.mark.parametrize("most", [1, 2, 4])

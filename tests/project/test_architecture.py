@@ -192,6 +192,7 @@ TABLE = (
         outside="torch structlog pydantic fastapi starlette uvicorn prometheus_client cryptography jsonschema "
         "referencing regex filelock llguidance",
     ),
+    room("agentmem.serving.ray_app", rooms="errors serving", outside="fastapi ray"),
     room("agentmem.cli", rooms=ABOVE, outside="torch transformers typer rich pydantic structlog"),
     room("agentmem.policies.solvers", outside="torch"),
     room("agentmem.policies", rooms="contracts specs untrusted policies.solvers", outside="torch"),

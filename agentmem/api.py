@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 def plan(
     model: Any,
+    tokenizer: Any = None,  # noqa: ARG001  # the arguments of capped can be passed on as they are
     *,
     cap: int | str,
     policy: str | Policy = "am-halving",
@@ -37,7 +38,8 @@ def plan(
 ) -> Plan:
     """Return the plan for a cap on a model: how many slots fit, and how many bytes each use takes.
 
-    ``model`` is a model or only its config; no weights are needed. ``rows`` is the number of sequences in a batch.
+    ``model`` is a model or only its config; no weights are needed. ``tokenizer`` changes nothing in a plan; it is there
+    so that the arguments of :func:`capped` can be passed on. ``rows`` is the number of sequences in a batch.
     ``itemsize`` is the number of bytes of one element of K and V; by default it is that of the model's own dtype. All
     other arguments are those of :func:`capped`.
 

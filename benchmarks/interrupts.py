@@ -4,9 +4,9 @@
 
 Each scenario does one thing to a session on a tiny model. It is run once undisturbed, which counts the lines and says
 what follows; then again for each line, from the beginning, with a KeyboardInterrupt there. What was interrupted is done
-again where it had not taken effect, and gone on with where it had. Then the ids, the bytes that are accounted and what
-the session does next must be those of the undisturbed run. Lines run many times are interrupted at ``--each`` of them:
-the first, the last, and others drawn by the seed.
+again where it had not taken effect, and gone on with where it had. Then the ids, scores and compactions, the bytes that
+are accounted and what the session does next must be those of the undisturbed run. Lines run many times are interrupted
+at ``--each`` of them: the first, the last, and others drawn by the seed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+
 from agentmem import hf
 from agentmem.errors import SnapshotRefused
+from agentmem.memory.memory import Memory
 from agentmem.sessions import Runtime, Session
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))  # the tiny chat model is the tests'
@@ -34,6 +37,7 @@ from support import tiny_chat
 SOURCES = str(Path(hf.__file__).parents[1])
 TEXT = "a long way to go, and on and on"
 NEW = 5
+SAME_SCORES = 1e-3
 
 Line = tuple[str, int]
 """A file below ``agentmem``, and a line of it."""
@@ -96,6 +100,25 @@ class World:
     folder: Path
     before: int = 0
     forks: list[Session] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The ids of each session, the scores of its slots, and what its compactions left; see :meth:`differs`."""
+
+    ids: list[list[int]]
+    scores: list[list[float]]
+    compactions: list[list[tuple[int, ...]]]
+
+    def differs(self, wanted: Outcome) -> str:
+        """What is not as in ``wanted``; empty if nothing is. Other cuts round the sums of scores in other ways."""
+        if self.ids != wanted.ids:
+            return "other tokens"
+        if self.compactions != wanted.compactions:
+            return f"other compactions: {self.compactions} for {wanted.compactions}"
+        pairs = zip(self.scores, wanted.scores, strict=True)
+        near = all(torch.allclose(*map(torch.tensor, pair), rtol=0, atol=SAME_SCORES) for pair in pairs)
+        return "" if near else "other scores"
 
 
 @dataclass(frozen=True)
@@ -288,20 +311,41 @@ SCENARIOS: dict[str, Scenario] = {
 # ---- runs
 
 
-def outcome(world: World, scenario: Scenario) -> list[list[int]]:
-    """Bring what was begun to its end and go on; the ids of each session that the scenario has."""
+def outcome(world: World, scenario: Scenario) -> Outcome:
+    """Bring what was begun to its end and go on; what each session of the scenario then is."""
     scenario.resume(world)
     sessions = list(dict.fromkeys([world.session, world.other, *world.forks]))
+    found = Outcome([], [], [])
     for each in sessions:
         each.generate(max_new_tokens=4, do_sample=False)
         each.append("user", "and then?")
         each.generate(max_new_tokens=3, do_sample=False, keep_open=True)
+        found.ids.append(list(each.ids))
+        found.scores.append(_scores(each.memory))  # now: the next session's turn may move this memory to disk
+        found.compactions.append(_compactions(each.memory))
     tiny_chat.audit(world.made)
     hold(not any(each.busy for each in world.made.sessions), "a session is in mid-turn for ever")
-    return [list(each.ids) for each in sessions]
+    return found
 
 
-def undisturbed(scenario: Scenario, folder: Path) -> tuple[list[Line], list[list[int]]]:
+def _scores(memory: Memory) -> list[float]:
+    stores = [store for store in memory.sequences[0].stores if store is not None]
+    heads = [(store, *place) for store in stores for place in zip(store.starts, store.lengths, strict=True)]
+    return [
+        score
+        for store, start, length in heads
+        if store.scores is not None
+        for score in store.scores[start : start + length].tolist()
+    ]
+
+
+def _compactions(memory: Memory) -> list[tuple[int, ...]]:
+    """What the reports say of each compaction, and last how many the sequence counts."""
+    said = [(report.index, report.tokens_seen, report.slots_after) for report in memory.compactions]
+    return [*said, (memory.sequences[0].compactions,)]
+
+
+def undisturbed(scenario: Scenario, folder: Path) -> tuple[list[Line], Outcome]:
     """The lines that a scenario runs, in order, and how it comes out."""
     world, lines = scenario.begin(folder), list[Line]()
     with world.made:
@@ -322,7 +366,7 @@ def chosen(lines: list[Line], each: int, dice: random.Random) -> list[int]:
     return sorted(found)
 
 
-def trial(scenario: Scenario, at: int, wanted: list[list[int]], folder: Path) -> str | None:
+def trial(scenario: Scenario, at: int, wanted: Outcome, folder: Path) -> str | None:
     """What is wrong after an interrupt at a line; ``None`` if nothing is."""
     world = scenario.begin(folder)
     with world.made:
@@ -332,7 +376,7 @@ def trial(scenario: Scenario, at: int, wanted: list[list[int]], folder: Path) ->
         except Exception as error:  # noqa: BLE001  # whatever it is, it is a fault
             said = f"{type(error).__name__}: {str(error)[:200]}"
         else:
-            said = "" if found == wanted else "other tokens"
+            said = found.differs(wanted)
         for each in world.made.sessions:
             each.turn = None  # or the runtime could not be closed
     return f"{where[0]}:{where[1]}: {said}" if where is not None and said else None

@@ -193,6 +193,16 @@ def test_cap_texts_and_integers_are_the_same() -> None:
     assert agentmem.plan(model, cap="1MiB", chunk=16) == agentmem.plan(model, cap=2**20, chunk=16)
 
 
+def test_every_entry_point_takes_the_model_and_its_tokenizer_first() -> None:
+    """So that the arguments of one can be passed to another; a plan needs no tokenizer."""
+    for entry in (agentmem.plan, agentmem.capped, agentmem.wrap, agentmem.Runtime):
+        assert list(inspect.signature(entry).parameters)[:3] == ["model", "tokenizer", "cap"]
+    model = tiny_chat.model()
+    given = agentmem.plan(model, tiny_chat.tokenizer(), cap="1MiB", chunk=16)
+
+    assert given == agentmem.plan(model, cap="1MiB", chunk=16)
+
+
 def test_a_plan_needs_no_weights() -> None:
     """The plan of a config alone is the plan of its model."""
     model = variants.model()

@@ -39,6 +39,9 @@ def serve(
             help="Folder for what outlives the server: conversations, responses, compaction items.", show_default=False
         ),
     ] = None,
+    shared: Annotated[
+        bool, typer.Option("--shared", help="Several servers use the state folder at a time, on any machines.")
+    ] = False,
     alias: Annotated[
         list[str] | None, typer.Option(help="Another name of the model; may be repeated.", show_default=False)
     ] = None,
@@ -71,11 +74,11 @@ def serve(
     launch.check_keys(host, keys)
     name = models.DEFAULT.name if model is None else Path(model).name if Path(model).exists() else model
     settings = launch.ServerSettings.of(
-        models=(name, *(alias or ())), state=state, reply_tokens=max_tokens, max_requests=max_requests
+        models=(name, *(alias or ())), state=state, shared=shared, reply_tokens=max_tokens, max_requests=max_requests
     )
     template = None if chat_template is None else launch.read_template(chat_template)
     log_requests()
-    with launch.alone(state):
+    with launch.using(state, shared=shared):
         loaded, tokenizer = load_model(model, dtype, device)
         tokenizer.chat_template = template or tokenizer.chat_template
         options: dict[str, Any] = {"share": share, "keep_recent": keep_recent, "rebase": rebase}

@@ -33,7 +33,7 @@ from agentmem.memory.pinning import promote, settle
 from agentmem.memory.torch_state import own_state
 from agentmem.planning.pricing import copy_bytes
 from agentmem.reporting import log_events
-from agentmem.reporting.report import CompactionReport, LayerReport, Outcome, SummaryReport
+from agentmem.reporting.report import CompactionReport, LayerReport, Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -104,7 +104,7 @@ class SequenceCompaction:
                 self._give_headroom()
         seconds = time.perf_counter() - began
         self.seconds["probe"] = max(0.0, seconds - sum(self.seconds.values()))
-        return CompactionReport(
+        report = CompactionReport(
             index=len(memory.compactions),
             row=sequence.index,
             policy=policy.name,
@@ -121,9 +121,11 @@ class SequenceCompaction:
             seconds_by_stage=dict(self.seconds),
             layers=tuple(self.layers[index] for index in sorted(self.layers)),
             faults=tuple(self.faults),
-            summary=self._summary(),
+            summary=sequence.state.summary,
             worst_spans=self.held_out.worst_spans(),
         )
+        self._finish(report)
+        return report
 
     def _rewrite(self) -> None:
         """Replace the segment by a summary if the policy asks for one; if that fails, compact without a summary."""
@@ -141,15 +143,6 @@ class SequenceCompaction:
             self._note_fault(None, error, "matching instead")
             self.job = self.sequence.state.job or self._job(self.request)
         self.references = References(self.memory, self.forwards, self.sequence, self.job)
-
-    def _summary(self) -> SummaryReport | None:
-        """Take the report on the summary out of the sequence and return it; ``None`` if there is no new summary.
-
-        The report waits in the sequence so that it is returned exactly once, even after an interrupt.
-        """
-        found = self.sequence.state.summary
-        self.sequence.change(summary=None)
-        return found
 
     def _prepared(self) -> bool:
         """Choose the probe's text and allocate the budgets; return true if this succeeded within two attempts.
@@ -336,13 +329,16 @@ class SequenceCompaction:
         return (self.plan.capacity * price - kept) // price
 
     def _give_headroom(self) -> None:
-        """Finish the compaction: give headroom (free slots) to each layer that did not get it with its commit."""
+        """Give headroom (free slots) to each layer that did not get it with its commit."""
         headroom = self._headroom()
         for index, store in self.sequence.full():
             settle(self.sequence, store)  # layers without a commit lack positions, and the tail is reset below
             capacities = [length + headroom for length in store.lengths]
             if tuple(capacities) != store.capacities:
                 self.sequence.replace(index, store.resized(capacities))
+
+    def _finish(self, report: CompactionReport) -> None:
+        """Finish the compaction in one assignment: the sequence counts it and has its report, or neither."""
         room = min((store.room for _, store in self.sequence.full()), default=0) - self.memory.plan.scratch
         self.sequence.change(
             job=None,
@@ -351,6 +347,8 @@ class SequenceCompaction:
             headroom_at=self.sequence.seen,
             tail=array("i"),
             full_at=self.sequence.seen + room,  # by the plan of the memory's own policy, whichever policy compacted
+            summary=None,
+            report=report,
         )
 
     # ---- faults and time

@@ -131,6 +131,16 @@ class Engine:
         """True if the engine compacts a full sequence without being asked."""
         return self.memory.policy.compactor is not None and self.memory.settings.mode == "auto"
 
+    def check_room(self, sequence: TokenSequence, tokens: int) -> None:
+        """Check that a memory that does not compact by itself has room for ``tokens`` more tokens.
+
+        Raises:
+            MemoryCapExceeded: there is too little room, and no unfinished compaction that could make more.
+
+        """
+        if not self.automatic and sequence.job is None and sequence.room < tokens:
+            raise MemoryCapExceeded(_full(self.memory, sequence, tokens))
+
     def make_room(self, sequence: TokenSequence, tokens: int) -> None:
         """Make room for ``tokens`` more tokens: compact a full sequence, then re-base it if its positions run out.
 
@@ -161,8 +171,7 @@ class Engine:
     def _free_slots(self, sequence: TokenSequence, tokens: int) -> None:
         if sequence.room >= tokens and sequence.job is None:
             return
-        if sequence.job is None and not self.automatic:
-            raise MemoryCapExceeded(_full(self.memory, sequence, tokens))
+        self.check_room(sequence, tokens)
         self.compact(sequence)
         if sequence.room < tokens:
             raise MemoryCapExceeded(

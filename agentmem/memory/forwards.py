@@ -18,7 +18,8 @@ from agentmem.attention import decode
 from agentmem.attention.ragged import attend
 from agentmem.attention.runs import Fresh
 from agentmem.memory.sequence import Consumed
-from agentmem.memory.store import LayerStore, SlotSpec
+from agentmem.memory.slot_spec import SlotSpec
+from agentmem.memory.store import LayerStore
 from agentmem.planning.pricing import grown, window_slots
 from agentmem.reference_queries.stored import QuerySample
 from agentmem.reporting import log_events
@@ -108,6 +109,9 @@ class Append:
         for sequence, each in zip(memory.sequences, self.arriving, strict=True):
             sequence.write(each.ids, [position - sequence.shift for position in each.positions])
         memory.progress.consumed = self._consumed(memory.progress.consumed)
+        if memory.policy.scores == "received":
+            for sequence in memory.sequences:
+                sequence.forget_scores()
         for sequence, position in zip(memory.sequences, before, strict=True):
             _warn_of_positions(memory, sequence, position, memory.shape.positions)
 
@@ -391,6 +395,8 @@ def append_one(
     scored = _scored(memory, layer, scratch=scratch)
     memory.ledger.touch(memory.plan.forward_bytes, "attention")
     with torch.no_grad():
+        if scored:
+            store.keep_scores(sequence.seen)
         if count == 1:
             store.append(keys, values)
             output, _ = attend(
@@ -410,7 +416,7 @@ def _scored(memory: Memory, layer: int, *, scratch: bool) -> bool:
     """Return whether a forward updates the scores of a layer's slots.
 
     To update a score is to add the attention that the slot receives. This is done if the policy asks for such scores,
-    except in scratch forwards and in sliding layers.
+    except in scratch forwards and in sliding layers. The scores before the forward are kept until its commit.
     """
     return memory.policy.scores == "received" and memory.shape.layers[layer].window is None and not scratch
 

@@ -12,6 +12,7 @@ import torch
 from agentmem.errors import MemoryClosed, SettingsRefused, UnsupportedGeneration
 from agentmem.memory.ledger import Ledger
 from agentmem.memory.owner import Owner
+from agentmem.memory.reports import Reports
 from agentmem.memory.sequence import Consumed, Progress, TokenSequence
 from agentmem.planning.capacity import make_plans
 from agentmem.reference_queries.patterns import Marks
@@ -41,9 +42,6 @@ class Usage(NamedTuple):
     used_bytes: int
     peak_bytes: int
 
-
-WHOLE_REPORTS = 128
-"""How many of the newest compaction reports keep their figures for each layer; older reports lose these figures."""
 
 Event = CompactionReport | RebaseReport | Usage
 
@@ -88,10 +86,9 @@ class Memory:
         self.plan, *self._plans = make_plans(shape, settings, (policy, *self.extra_policies))
         self.ledger = Ledger(settings.cap)
         self.sequences: list[TokenSequence] = []
-        self.compactions: list[CompactionReport] = []
+        self.reports = Reports()
         self.scales = [1.0] * len(shape.layers)
         """The logit scale that the model last used in each layer."""
-        self.rebases: list[RebaseReport] = []
         self.boundary: Callable[[], None] = unwatched
         """A function that is called before each layer of a compaction; if it raises, the compaction is interrupted."""
         self.stopped: str | None = None
@@ -177,14 +174,20 @@ class Memory:
         return self.policy.scores != "none"
 
     def take_back(self) -> None:
-        """Drop the slots of tokens that were never committed, and the temporary bytes counted for their forward."""
+        """Undo a forward that was not committed: its slots, the scores that it added, and its temporary bytes.
+
+        Reports that an interrupt kept from being recorded are recorded.
+        """
         self.ledger.recover(self._holders())
         for sequence in self.sequences:
             sequence.take_back()
+            self.reports.recover(sequence)
 
-    def _holders(self) -> Iterator[LayerStore | QuerySample]:
+    def _holders(self) -> Iterator[LayerStore | QuerySample | torch.Tensor]:
         for sequence in self.sequences:
-            yield from (store for store in sequence.stores if store is not None)
+            stores = [store for store in sequence.stores if store is not None]
+            yield from stores
+            yield from (store.earlier.scores for store in stores if store.earlier is not None)
             yield from (sample for layer in sequence.samples for sample in layer)
 
     # ---- what happened
@@ -202,6 +205,7 @@ class Memory:
 
     def report(self) -> RunReport:
         """Return a report of the memory so far: tokens, slots and bytes, and its compactions and re-basings."""
+        compactions = self.compactions
         return RunReport(
             model=self.shape.name,
             policy=self.policy.name,
@@ -211,12 +215,12 @@ class Memory:
             held_slots=sum(sequence.held for sequence in self.sequences),
             capacity=self.plan.capacity,
             rows=len(self.sequences),
-            num_compactions=len(self.compactions),
+            num_compactions=len(compactions),
             num_prompt_tokens=self.progress.consumed.prompt_tokens,
             num_new_tokens=self.progress.consumed.new_tokens,
-            seconds_compacting=sum(report.seconds for report in self.compactions),
+            seconds_compacting=sum(report.seconds for report in compactions),
             stopped=self.stopped,
-            compactions=tuple(self.compactions),
+            compactions=tuple(compactions),
             rebases=tuple(self.rebases),
         )
 
@@ -227,11 +231,19 @@ class Memory:
         """
         self._subscribers.append(callback)
 
-    def record(self, report: CompactionReport) -> None:
-        """Add a compaction's report; only the newest :data:`WHOLE_REPORTS` keep their figures for each layer."""
-        self.compactions.append(report)
-        if len(self.compactions) > WHOLE_REPORTS:
-            self.compactions[-1 - WHOLE_REPORTS] = self.compactions[-1 - WHOLE_REPORTS].brief()
+    @property
+    def compactions(self) -> list[CompactionReport]:
+        """The reports of all compactions that have finished."""
+        return self.reports.all_compactions(self.sequences)
+
+    @property
+    def rebases(self) -> list[RebaseReport]:
+        """The reports of all re-basings that have finished."""
+        return self.reports.all_rebases(self.sequences)
+
+    def record(self, report: CompactionReport | RebaseReport) -> None:
+        """Add the report of a compaction or re-basing that has finished; see :class:`Reports`."""
+        self.reports.record(self.sequences[report.row], report)
 
     def publish_usage(self) -> None:
         """Send the memory's current usage to the subscribers; called after each forward."""

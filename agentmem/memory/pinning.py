@@ -229,5 +229,5 @@ def settle(sequence: TokenSequence, store: LayerStore) -> None:
     ``store`` keeps the slots of one layer. Before this call, it lacks these positions; only the sequence has them, in
     :attr:`TokenSequence.tail`.
     """
-    tail = sequence.tail[:]  # a copy: an array cannot grow while a traceback keeps a view of its buffer
+    tail = sequence.tail[:]  # a copy: a traceback may keep the tensor, and the array must grow without it
     store.settle(torch.frombuffer(tail, dtype=torch.int32) if tail else torch.empty(0))

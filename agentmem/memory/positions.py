@@ -68,17 +68,22 @@ def _rebase(memory: Memory, forwards: Forwards, sequence: TokenSequence, tokens:
         if store is not None and store.moves == sequence.moves:
             _move_layer(memory, sequence, layer, store)
     _move_samples(sequence, memory.positions.rotations, move)
-    sequence.change(moves=sequence.moves + 1, moving=None, shift=sequence.shift + move.start - move.end)
     report = RebaseReport(
         row=sequence.index,
         tokens_seen=sequence.seen,
         position_before=position,
-        position_after=sequence.next_position,
+        position_after=position - move.start + move.end,
         gap=move.gap,
-        kl=None if before is None else _divergence(before, _next_log_probabilities(memory, forwards, sequence)),
+        kl=None,
         seconds=time.perf_counter() - began,
     )
-    memory.rebases.append(report)
+    shift = sequence.shift + move.start - move.end
+    sequence.change(moves=sequence.moves + 1, moving=None, shift=shift, report=report)
+    if before is not None:
+        divergence = _divergence(before, _next_log_probabilities(memory, forwards, sequence))
+        report = report.model_copy(update={"kl": divergence, "seconds": time.perf_counter() - began})
+        sequence.change(report=report)
+    memory.record(report)
     log_events.rebased(memory.names, report)
     memory.publish(report)
 

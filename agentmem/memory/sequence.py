@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from agentmem.memory.store import LayerStore
     from agentmem.reference_queries.patterns import Marks
     from agentmem.reference_queries.stored import QuerySample
-    from agentmem.reporting.report import SummaryReport
+    from agentmem.reporting.report import CompactionReport, RebaseReport, SummaryReport
 
 
 class Consumed(NamedTuple):
@@ -81,6 +81,8 @@ class SequenceState:
     """The unfinished compaction, if there is one."""
     summary: SummaryReport | None = None
     """The report of the newest summary, until the report of a compaction includes it."""
+    report: CompactionReport | RebaseReport | None = None
+    """The report of a compaction or re-basing that has just finished, until the memory has recorded it."""
     shift: int = 0
     """The number of positions by which all re-basings together have lowered the next position."""
     moves: int = 0
@@ -134,10 +136,16 @@ class TokenSequence:
         self.state.tail.extend(positions)
 
     def take_back(self) -> None:
-        """Drop the slots of tokens that were appended but not committed."""
+        """Drop the slots of tokens that were appended but not committed, and what they added to scores."""
         for store in self._stores:
-            if store is not None and store.seen > self.seen:
-                store.drop_tail(store.seen - self.seen)
+            if store is not None:
+                store.take_back(self.seen)
+
+    def forget_scores(self) -> None:
+        """Drop the scores that the stores had before a forward, which has been committed."""
+        for store in self._stores:
+            if store is not None:
+                store.forget_scores()
 
     def measured(self, capacity: int, scratch: int) -> int:
         """Return the number of tokens, those already read included, after which the sequence must be compacted.

@@ -15,8 +15,10 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from agentmem.memory.pinning import promote, put, settle
 from agentmem.memory.pins import Pins, Spans, joined, size, without
+from agentmem.memory.reports import Reports
 from agentmem.memory.sequence import Consumed
-from agentmem.memory.store import LayerStore, SlotSpec
+from agentmem.memory.slot_spec import SlotSpec
+from agentmem.memory.store import LayerStore
 from agentmem.reference_queries.stored import QuerySample
 from agentmem.reporting.report import CompactionReport, RebaseReport
 
@@ -228,7 +230,7 @@ def give(memory: Memory, saved: SavedSequence, tensors: dict[str, torch.Tensor])
         saved.new_tokens,
     )
     put(memory, sequence, Pins(saved.pins, saved.request))
-    memory.compactions[:], memory.rebases[:] = saved.compaction_reports, saved.rebase_reports
+    memory.reports = Reports(list(saved.compaction_reports), list(saved.rebase_reports))
     memory.scales = list(saved.scales)
     for index, layer in enumerate(saved.layers):
         if layer is not None:

@@ -8,7 +8,7 @@ of the old store, so an error leaves the old store in use.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,8 +16,7 @@ import torch
 
 from agentmem.attention import decode, quantised
 from agentmem.attention.runs import Run
-from agentmem.contracts import HeadSegment, blocks
-from agentmem.memory.rotation import shift_keys
+from agentmem.contracts import HeadSegment
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,70 +24,7 @@ if TYPE_CHECKING:
     from agentmem.contracts import Compaction, HeadCompaction
     from agentmem.memory.ledger import Ledger
     from agentmem.memory.pins import Spans
-    from agentmem.memory.rotation import Rotation
-    from agentmem.planning.model_shape import LayerShape
-
-
-@dataclass(frozen=True, slots=True)
-class SlotSpec:
-    """The layout of one slot of a layer; ``dtype`` is the dtype in which attention computes with keys and values."""
-
-    shape: LayerShape
-    dtype: torch.dtype
-    device: torch.device
-    scores: bool
-
-    @property
-    def slot_bytes(self) -> int:
-        """The bytes of one slot: key, value, β, position, and the score if slots have scores."""
-        return sum(self.shape.row_bytes(self.dtype.itemsize)) + 4 + 4 + (4 if self.scores else 0)
-
-    @property
-    def row_dtype(self) -> torch.dtype:
-        """The dtype in which keys and values are stored: ``uint8`` if they are quantised, else ``dtype``."""
-        return torch.uint8 if self.shape.quantised else self.dtype
-
-    @property
-    def row_sizes(self) -> tuple[int, int]:
-        """The number of elements of ``row_dtype`` in a stored key and in a stored value."""
-        key, value = self.shape.row_bytes(self.dtype.itemsize)
-        return key // self.row_dtype.itemsize, value // self.row_dtype.itemsize
-
-    def shift(self, keys: torch.Tensor, positions: torch.Tensor, deltas: torch.Tensor, rotation: Rotation) -> None:
-        """Rotate ``n`` stored keys in place from ``positions`` to ``positions + deltas``.
-
-        See :func:`agentmem.memory.rotation.shift_keys`. Keys whose delta is 0 are not changed. Quantised keys that move
-        are decoded and encoded again, which adds an error of up to half a quantisation step.
-        """
-        if not self.shape.quantised:
-            shift_keys(keys, positions, deltas, rotation)
-            return
-        for block in blocks(keys.shape[0], quantised.BLOCK):
-            moved = deltas[block].nonzero()[:, 0]
-            if moved.shape[0]:
-                rows = quantised.decode(keys[block][moved], self.shape.key_dim)
-                shift_keys(rows, positions[block][moved], deltas[block][moved], rotation)
-                keys[block].index_copy_(0, moved, quantised.encode(rows))
-
-    def rounded(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return keys or values ``[n, d]`` as quantised slots would return them after storing, in ``dtype``.
-
-        Without quantised slots, ``rows`` itself is returned.
-        """
-        if not self.shape.quantised:
-            return rows
-        found = rows.new_empty(rows.shape, dtype=self.dtype)
-        for block in blocks(rows.shape[0], quantised.BLOCK):
-            found[block] = quantised.decode(quantised.encode(rows[block]), rows.shape[-1])
-        return found
-
-    def write(self, rows: torch.Tensor, sink: torch.Tensor) -> None:
-        """Write keys or values ``[…, n, d]`` into ``sink […, n, row_size]``; encode them if slots are quantised."""
-        if not self.shape.quantised:
-            sink.copy_(rows)
-            return
-        for block in blocks(rows.shape[-2], quantised.BLOCK):
-            sink[..., block, :] = quantised.encode(rows[..., block, :])
+    from agentmem.memory.slot_spec import SlotSpec
 
 
 class Extent(NamedTuple):
@@ -99,6 +35,14 @@ class Extent(NamedTuple):
 
     lengths: list[int]
     seen: int
+
+
+class Earlier(NamedTuple):
+    """The scores of a store before a forward that changes them; kept until it is committed or taken back."""
+
+    seen: int
+    """The number of tokens that the sequence had consumed before the forward."""
+    scores: torch.Tensor
 
 
 class LayerStore:
@@ -115,8 +59,8 @@ class LayerStore:
     """
 
     __slots__ = (
-        "_full_at", "_layout", "bias", "biased", "capacities", "extent", "held_bytes", "keys", "ledger", "moves",
-        "positions", "promoted", "scores", "settled", "spec", "starts", "uniform", "values",
+        "_full_at", "_layout", "bias", "biased", "capacities", "earlier", "extent", "held_bytes", "keys", "ledger",
+        "moves", "positions", "promoted", "scores", "settled", "spec", "starts", "uniform", "values",
     )  # fmt: skip
 
     def __init__(self, spec: SlotSpec, capacities: Sequence[int], ledger: Ledger) -> None:
@@ -126,6 +70,7 @@ class LayerStore:
             MemoryCapExceeded: the bytes do not fit under the cap.
 
         """
+        self.earlier: Earlier | None = None
         self.spec, self.ledger = spec, ledger
         self.capacities = tuple(capacities)
         self.starts = (0, *accumulate(self.capacities))[:-1]
@@ -170,8 +115,9 @@ class LayerStore:
 
     @property
     def allocated_bytes(self) -> int:
-        """The bytes of the allocated tensors, free slots included."""
-        tensors = (self.keys, self.values, self.bias, self.positions, self.scores)
+        """The bytes of the allocated tensors, free slots and scores before an uncommitted forward included."""
+        earlier = None if self.earlier is None else self.earlier.scores
+        tensors = (self.keys, self.values, self.bias, self.positions, self.scores, earlier)
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
 
     @property
@@ -220,12 +166,13 @@ class LayerStore:
 
     def _release(self) -> None:
         self.held_bytes = 0
+        self.forget_scores()
         self.ledger.release(self)
 
     def __del__(self) -> None:
         """Remove the store's bytes from the ledger, in case an interrupt prevented :meth:`free`."""
-        if (ledger := getattr(self, "ledger", None)) is not None:  # there is none if an interrupt came first
-            ledger.release(self)
+        if getattr(self, "ledger", None) is not None:  # there is none if an interrupt came first
+            self._release()
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor | None = None) -> None:
         """Append the slots of ``q`` tokens: ``keys [H, q, d]`` and ``values [H, q, dv]``, with β 0.
@@ -256,6 +203,40 @@ class LayerStore:
         """
         lengths, seen = self.extent
         self.extent = Extent([length + count for length in lengths], seen + count)
+
+    def keep_scores(self, seen: int) -> None:
+        """Go on with a copy of the scores, so that :meth:`take_back` can undo what a forward adds to them.
+
+        ``seen`` is the number of tokens that the sequence has consumed before the forward.
+
+        Raises:
+            MemoryCapExceeded: the copy does not fit under the cap.
+
+        """
+        if self.scores is None or (self.earlier is not None and self.earlier.seen >= seen):
+            return
+        self.forget_scores()
+        self.ledger.hold(self.scores, self.scores.nbytes, "the scores before a forward")
+        self.earlier = Earlier(seen, self.scores)
+        with torch.inference_mode(mode=False):
+            self.scores = self.scores.clone()
+
+    def forget_scores(self) -> None:
+        """Drop the scores before a forward that has been committed or taken back."""
+        if (earlier := self.earlier) is not None:
+            self.earlier = None
+            self.ledger.release(earlier.scores)
+
+    def take_back(self, seen: int) -> None:
+        """Undo what a forward that was not committed did: its slots, and what it added to the scores of older slots.
+
+        ``seen`` is the number of tokens that the sequence has consumed. An interrupted call can be repeated.
+        """
+        if self.earlier is not None and self.earlier.seen >= seen:
+            self.scores = self.earlier.scores
+        if self.seen > seen:
+            self.drop_tail(self.seen - seen)
+        self.forget_scores()
 
     def drop_tail(self, count: int) -> None:
         """Remove the last ``count`` slots of every head, and set their scores to zero."""

@@ -87,6 +87,8 @@ class Plan:
     survey_bytes: int
     """Temporary bytes of the scores of all layers, which are compared to choose the heads' budgets."""
     forward_bytes: int
+    undo_bytes: int
+    """Temporary bytes of the scores of all slots as they were before a forward that adds to them, until its commit."""
     move_bytes: int
     rebase_bytes: int
     """Temporary bytes of rotating a layer's keys in its new store, without that store; 0 without re-basing."""
@@ -96,11 +98,13 @@ class Plan:
     def workspace_bytes(self) -> int:
         """The temporary bytes (T): the most that a compaction, a re-basing or a forward needs.
 
-        These three never overlap. In a compaction, a layer's new store exists together with the result of the fit.
+        These three never overlap. In a compaction, a layer's new store exists together with the result of the fit. In
+        a forward, a growing layer's new store or attention's bytes exist together with the scores before the forward.
         """
         beside = max(self.move_bytes, self.survey_bytes)  # no new store is built while the survey's scores exist
         fitting = self.draw_bytes + self.fit_bytes + self.copy_bytes + self.check_bytes + beside
-        return max(fitting, self.move_bytes + self.rebase_bytes, self.forward_bytes)
+        forward = self.undo_bytes + max(self.forward_bytes, self.move_bytes) if self.undo_bytes else self.forward_bytes
+        return max(fitting, self.move_bytes + self.rebase_bytes, forward)
 
     def _slots_text(self) -> str:
         if self.capacity == UNBOUNDED:
@@ -120,6 +124,7 @@ class Plan:
             ("T: moving a layer", self.move_bytes, "a new store beside the old one"),
             *([("T: re-basing", self.rebase_bytes, "turning a layer's keys")] if self.rebase_bytes else []),
             ("T: attention", self.forward_bytes, "merging and scratch of one forward (not beside the others)"),
+            *([("T: scores", self.undo_bytes, "as they were before a forward, beside it")] if self.undo_bytes else []),
             ("R + T", self.resident_bytes + self.workspace_bytes, "at most, at every moment"),
             ("A (outside the cap)", self.activation_bytes, f"estimate: the model's own forward of {self.chunk} tokens"),
         ]
@@ -174,6 +179,7 @@ class Planner:
             forward_bytes=max(
                 self._forward(layer, self._fullest(capacity, limit, most)) for layer in self.shape.layers
             ),
+            undo_bytes=self._undo(capacity),
             survey_bytes=self._survey(self._fullest(capacity, limit, most)),
             move_bytes=max(self._move(layer, capacity, limit, most) for layer in self.shape.layers),
             rebase_bytes=self._rebase(capacity, limit, most) if settings.rebase else 0,
@@ -358,6 +364,17 @@ class Planner:
             return 0
         heads = sum(layer.kv_heads for layer in self.shape.layers if layer.window is None)
         return heads * slots * SCORE_BYTES + slots
+
+    def _undo(self, capacity: int) -> int:
+        """Return the temporary bytes of one score for each slot of all rows; 0 if forwards add nothing to scores.
+
+        Heads share the bytes of their slots, so there are most slots if all are in the layer with the smallest slots.
+        """
+        full = [layer for layer in self.shape.layers if layer.window is None]
+        if self.policy.scores != "received" or not full:
+            return 0
+        held = self.rows * sum(self._store_bytes(layer, capacity) for layer in full)
+        return held // min(map(self._slot_bytes, full)) * SCORE_BYTES
 
     def _fused(self, layer: LayerShape) -> bool:
         return self.shape.fused and layer.key_dim == layer.value_dim

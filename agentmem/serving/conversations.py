@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,6 +53,10 @@ class Conversation:
     Then only a request without new messages can continue the conversation.
     """
     busy: bool = False
+    saved: str | None = None
+    """Name of the newest save on disk that this conversation was loaded from or written to."""
+    changed: bool = False
+    """True from the beginning of a turn until the conversation has been saved."""
     life: Life = field(default_factory=Life)
     """The history of the memory's size, for the dashboard."""
 
@@ -84,6 +88,7 @@ class Conversations:
         name: str | None = None,
         label: str | None = None,
         any_recipe: bool = False,
+        saved: Iterable[Conversation] = (),
     ) -> tuple[Conversation, int]:
         """Choose or begin the conversation for a request, and mark the conversation as busy.
 
@@ -100,6 +105,9 @@ class Conversations:
             label: The label (``prompt_cache_key``) that the conversation must have, if no name is given.
             any_recipe: Also accept a conversation with another recipe. The conversation may then also begin with
                 instructions that the request leaves out.
+            saved: Saves of this owner's conversations in a folder that is shared with other servers, the oldest first.
+                A save that holds more of the request than every held conversation is held from now on. If the held
+                conversation with its id is idle, the save replaces it; if that is busy, the save cannot be chosen.
 
         Raises:
             RequestRefused: ``name`` is not a valid name, or the conversation of that name is busy with another turn.
@@ -107,14 +115,27 @@ class Conversations:
         """
         best: tuple[Conversation, int] | None = None
         named = None if name is None else self._named(owner, name)
-        for each in self if name is None else filter(None, [named]):
+        for each in self._candidates(name, named, saved):
             like = Like(owner, each.recipe if any_recipe else recipe, each.label if name else label)
             count = _continues(each, like, wanted, unled=any_recipe)
             if count and (best is None or count > best[1]):
                 best = each, count
-        found, held = best or (self._begin(owner, recipe, name, label), 0)
-        found.busy = True
-        return found, held
+        if best is None:
+            best = self._begin(owner, recipe, name, label), 0
+        elif self._held.get((owner, best[0].id)) is not best[0]:
+            self._take(best[0])
+        best[0].busy = best[0].changed = True
+        return best
+
+    def _candidates(
+        self, name: str | None, named: Conversation | None, saved: Iterable[Conversation]
+    ) -> Iterator[Conversation]:
+        """Yield the conversations among which a request may choose, those that are held first."""
+        yield from self if name is None else filter(None, [named])
+        for each in saved:
+            held = self._held.get((each.owner, each.id))
+            if name in (None, each.id) and (held is None or not held.busy):
+                yield each
 
     def _named(self, owner: str, name: str) -> Conversation | None:
         if not _NAME.fullmatch(name):
@@ -135,10 +156,14 @@ class Conversations:
 
     def _begin(self, owner: str, recipe: Recipe, name: str | None, label: str | None) -> Conversation:
         made = Conversation(name or f"conv_{secrets.token_hex(12)}", owner, label, recipe)
-        if name is not None and (old := self._held.pop((owner, name), None)) is not None:
-            self.replaced.append(old)
-        self._held[owner, made.id] = made
+        self._take(made)
         return made
+
+    def _take(self, conversation: Conversation) -> None:
+        """Hold a conversation in place of the held conversation with the same owner and id, if any."""
+        if (old := self._held.pop((conversation.owner, conversation.id), None)) is not None:
+            self.replaced.append(old)
+        self._held[conversation.owner, conversation.id] = conversation
 
     def release(self, conversation: Conversation) -> None:
         """Mark a conversation as no longer busy, and note the time of its last use."""

@@ -14,6 +14,7 @@ import os
 import secrets
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -110,7 +111,7 @@ class Items:
         name = str(said["item"])
         record = self.kept.record(name)
         if record is None:
-            raise _refused("its memory was forgotten; read the conversation anew", 404, "compaction_forgotten")
+            raise forgotten()
         return Item(name, self.kept.memory(name), record)
 
     def _read(self, token: str) -> dict[str, str | float]:
@@ -126,6 +127,11 @@ class Items:
         )
 
 
+def forgotten() -> RequestRefused:
+    """Return the refusal of an item whose memory was deleted."""
+    return _refused("its memory was forgotten; read the conversation anew", 404, "compaction_forgotten")
+
+
 def _refused(why: str, status: int, code: str) -> RequestRefused:
     return RequestRefused(f"encrypted_content: {why}", status=status, code=code, param="encrypted_content")
 
@@ -134,7 +140,8 @@ def read_keys(path: Path) -> list[bytes]:
     """Read from a file the keys that encrypt the tokens of compaction items.
 
     A compaction item is a memory saved on disk. Its token is an encrypted string, by which clients name the item. The
-    file has one Fernet key per line, the newest first. If the file is missing, it is created with one new key.
+    file has one Fernet key per line, the newest first. If the file is missing, it is created with one new key. If
+    several servers start at once, one of them creates it.
 
     Raises:
         SettingsRefused: the file cannot be read or created, or holds no valid keys.
@@ -142,9 +149,7 @@ def read_keys(path: Path) -> list[bytes]:
     """
     try:
         if not path.exists():
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:  # noqa: PTH123  # mode
-                file.write(Fernet.generate_key() + b"\n")
+            _make_key(path)
         keys = path.read_bytes().split()
         for key in keys:
             Fernet(key)
@@ -155,3 +160,16 @@ def read_keys(path: Path) -> list[bytes]:
     if not keys:
         raise SettingsRefused(f"item key file {path} holds no key; delete it to have one made")
     return keys
+
+
+def _make_key(path: Path) -> None:
+    """Create the file with one new key, whole from the start; do nothing if another server was faster."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with open(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:  # noqa: PTH123  # mode
+            file.write(Fernet.generate_key() + b"\n")
+        with suppress(FileExistsError):
+            path.hardlink_to(scratch)  # unlike a rename, it replaces nothing
+    finally:
+        scratch.unlink(missing_ok=True)

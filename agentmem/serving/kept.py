@@ -1,12 +1,12 @@
-"""Memories on disk: those of conversations, which the next server restores, and those of compaction items."""
+"""Memories on disk: those of conversations, which other servers go on from, and those of compaction items."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
@@ -18,13 +18,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from agentmem.serving.conversations import Conversation
 from agentmem.serving.logs import LOG
 from agentmem.serving.recipes import Recipe
+from agentmem.sessions.leasing.spill import Spill
 
 if TYPE_CHECKING:
     from agentmem import Session
 
 _RECORD, _MEMORY = "record.json", "memory"
-_BEFORE = ".before-"
-"""Prefix that a memory's old folder has while a new folder replaces it."""
+_PASSING = ".passing"
+"""Folder for what servers are writing or deleting. Each server has a private folder in it."""
 
 
 class Record(BaseModel):
@@ -72,51 +73,40 @@ class Record(BaseModel):
 
 
 class Kept:
-    """Memories that are saved by name in one folder. A memory is either saved completely or not at all."""
+    """Memories that are saved by name in one folder, which several servers may share.
+
+    A memory is saved completely or not at all, and then never changes: a name is written once, and a memory and its
+    record therefore always belong together. A memory may be deleted at any time, by another server too.
+    """
 
     def __init__(self, folder: Path) -> None:
-        """Create the folder, readable only by the user, and clean up writes that an earlier server left unfinished."""
+        """Create the folder, readable only by the user, and clean up what servers that have died left unfinished."""
         self.folder = folder
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for path in folder.glob(".making-*"):
-            shutil.rmtree(path, ignore_errors=True)
-        for path in folder.glob(f"{_BEFORE}*"):
-            self._settle(path.name.removeprefix(_BEFORE))
+        self._passing = Spill(folder / _PASSING)
+        self._sizes: dict[str, int] = {}
 
     def keep(self, name: str, session: Session, record: Record) -> Path:
-        """Save a session and its record under a name, and return the path of the saved memory.
-
-        An older memory of this name is replaced.
+        """Save a session and its record under a new name, and return the path of the saved memory.
 
         Raises:
-            AgentmemError: the session cannot be written; an older memory of this name is still there.
+            AgentmemError: the session cannot be written.
+            OSError: the record cannot be written, or there is a memory of this name.
             RuntimeBusy: the runtime is busy; try again later.
 
         """
-        made = Path(tempfile.mkdtemp(prefix=".making-", dir=self.folder))
+        made = self._aside()
         try:
             session.save(made / _MEMORY)
             (made / _RECORD).write_text(record.model_dump_json(), encoding="utf-8")
-            with suppress(FileNotFoundError):
-                (self.folder / name).rename(self.folder / f"{_BEFORE}{name}")
             made.rename(self.folder / name)
         except BaseException:
             shutil.rmtree(made, ignore_errors=True)
             raise
-        finally:
-            self._settle(name)
         return self.memory(name)
 
-    def _settle(self, name: str) -> None:
-        """Finish or undo the replacement of a memory.
-
-        The old folder is deleted if the new folder is in place. Otherwise the old folder gets its name back.
-        """
-        before = self.folder / f"{_BEFORE}{name}"
-        if (self.folder / name).exists():
-            shutil.rmtree(before, ignore_errors=True)
-        elif before.exists():
-            before.rename(self.folder / name)
+    def _aside(self) -> Path:
+        return Path(tempfile.mkdtemp(dir=self._passing.folder()))
 
     def memory(self, name: str) -> Path:
         """Return the path of the memory with this name."""
@@ -133,32 +123,43 @@ class Kept:
             return None
 
     def drop(self, name: str) -> None:
-        """Delete the memory with this name, if there is such a memory."""
-        shutil.rmtree(self.folder / name, ignore_errors=True)
+        """Delete the memory with this name, if there is such a memory. To other servers it vanishes as a whole."""
+        with suppress(OSError):
+            gone = self._aside()
+            with suppress(FileNotFoundError):
+                (self.folder / name).rename(gone / name)
+            shutil.rmtree(gone, ignore_errors=True)
 
     def names(self) -> Iterator[str]:
         """Iterate over the names of all memories."""
         return (path.name for path in sorted(self.folder.iterdir()) if not path.name.startswith("."))
 
-    def sweep(self, seconds: float, quota_bytes: int) -> None:
-        """Delete memories that are older than ``seconds``, and the oldest memories beyond ``quota_bytes`` in total.
+    def sweep(self, seconds: float, quota_bytes: int, most: int | None = None) -> None:
+        """Delete memories older than ``seconds``, and the oldest beyond ``quota_bytes`` in total or ``most`` in number.
 
-        The quota never deletes the newest memory.
+        Memories whose names are equal up to the first dot count as one, as old as the newest of them. The newest is
+        deleted only for its age.
         """
-        found = sorted(((_written(self.folder / name), name) for name in self.names()), reverse=True)
+        together = defaultdict(list)
+        for name in self.names():
+            together[name.partition(".")[0]].append(name)
+        found = [(max(_written(self.folder / name) for name in names), names) for names in together.values()]
         size, now = 0, time.time()
-        for at, (written, name) in enumerate(found):
-            size += _bytes(self.folder / name)
-            if now - written > seconds or (at and size > quota_bytes):
-                self.drop(name)
+        for at, (written, names) in enumerate(sorted(found, reverse=True)):
+            size += sum(map(self._bytes, names))
+            if now - written > seconds or (at and (size > quota_bytes or (most is not None and at >= most))):
+                for name in names:
+                    self.drop(name)
+        self._sizes = {name: self._sizes[name] for names in together.values() for name in names}
 
+    def _bytes(self, name: str) -> int:
+        if name not in self._sizes:
+            self._sizes[name] = _bytes(self.folder / name)
+        return self._sizes[name]
 
-def conversation_name(conversation: Conversation) -> str:
-    """Return the folder name of a conversation: a digest of its owner and id.
-
-    Ids come from clients, and are therefore unsafe as file names.
-    """
-    return hashlib.sha256(f"{conversation.owner}\n{conversation.id}".encode()).hexdigest()[:32]
+    def close(self) -> None:
+        """Delete this server's private folder for unfinished writes."""
+        self._passing.close()
 
 
 def _written(path: Path) -> float:
@@ -169,8 +170,9 @@ def _written(path: Path) -> float:
 
 
 def _bytes(path: Path) -> int:
-    return sum(
-        os.path.getsize(Path(folder) / name)  # noqa: PTH202  # walk gives texts
-        for folder, _, names in os.walk(path)
-        for name in names
-    )
+    found = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with suppress(FileNotFoundError):  # another server deletes it
+                found += os.path.getsize(Path(folder) / name)  # noqa: PTH202  # walk gives texts
+    return found

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -22,12 +25,12 @@ __all__ = [
     "ApiKeys",
     "Server",
     "ServerSettings",
-    "alone",
     "check_keys",
     "listening",
     "read_template",
     "serve",
     "to_paste",
+    "using",
 ]
 
 _BACKLOG = 1024
@@ -48,11 +51,13 @@ def check_keys(host: str, keys: ApiKeys) -> None:
 
 
 @contextmanager
-def alone(state: Path | None) -> Iterator[None]:
-    """Lock a server's state folder while the block runs, so that no other server uses it; ``None`` locks nothing.
+def using(state: Path | None, *, shared: bool = False) -> Iterator[None]:
+    """Lock a server's state folder while the block runs; ``None`` locks nothing.
+
+    Servers that share the folder keep out a server that does not share it, and such a server keeps out all others.
 
     Raises:
-        SettingsRefused: another server has locked the folder, or the folder cannot be written.
+        SettingsRefused: another server has locked the folder, or the folder cannot be written or cannot be shared.
 
     """
     if state is None:
@@ -60,10 +65,12 @@ def alone(state: Path | None) -> Iterator[None]:
         return
     try:
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = FileLock(state / ".lock", timeout=0, mode=0o600)
-        lock.acquire()
-    except Timeout:
-        raise SettingsRefused(f"state folder {state} is another server's; stop that, or give another folder") from None
+        release = (_together if shared else _alone)(state / ".lock")
+    except (Timeout, BlockingIOError):
+        raise SettingsRefused(
+            f"state folder {state} is another server's; stop that, give another folder, or have all of them share this "
+            "one (--shared)"
+        ) from None
     except OSError as error:
         raise SettingsRefused(
             f"state folder {state}: {error.strerror or error}; give one that can be written"
@@ -71,7 +78,30 @@ def alone(state: Path | None) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
+        release()
+
+
+def _alone(path: Path) -> Callable[[], None]:
+    lock = FileLock(path, timeout=0, mode=0o600)
+    lock.acquire()
+    return lock.release
+
+
+def _together(path: Path) -> Callable[[], None]:
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        raise SettingsRefused(
+            f"state folder {path.parent}: {sys.platform} has no locks that servers can share; start one server, not "
+            "--shared"
+        ) from None
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(file)
+        raise
+    return partial(os.close, file)
 
 
 @contextmanager

@@ -19,11 +19,12 @@ from agentmem.serving.constraints import Constraints
 from agentmem.serving.conversations import Conversation, Conversations
 from agentmem.serving.dashboard.watch import Watch
 from agentmem.serving.items import Items, read_keys
-from agentmem.serving.kept import Kept, Record, conversation_name
+from agentmem.serving.kept import Kept
 from agentmem.serving.keys import ApiKeys
 from agentmem.serving.logs import LOG
 from agentmem.serving.metrics import Metrics
 from agentmem.serving.settings import ServerSettings
+from agentmem.serving.shelf import Shelf
 from agentmem.serving.tool_calls import ToolFormat, tool_format
 from agentmem.sessions import aio
 
@@ -64,7 +65,7 @@ class Server:
         self.watch = Watch(settings.models, runtime, self.conversations, self.turns)
         self._passing = None if settings.state else tempfile.TemporaryDirectory(prefix="agentmem-serve-")
         self.state = settings.state or Path(self._passing.name if self._passing else "")
-        self.kept = Kept(self.state / "conversations")
+        self.shelf = Shelf(Kept(self.state / "conversations"), shared=settings.shared)
         self.items = Items(Kept(self.state / "items"), self._item_keys(), runtime.identity.now(), settings.item_seconds)
         threads = torch.get_num_threads()  # memory plans depend on this number, and PyTorch keeps it per thread
         self._worker = ThreadPoolExecutor(1, "agentmem-serving", lambda: torch.set_num_threads(threads))
@@ -131,15 +132,18 @@ class Server:
             raise
 
     async def forget(self, conversation: Conversation) -> None:
-        """Remove a conversation, close its session, and delete its files."""
+        """Remove a conversation and close its session.
+
+        Its files are deleted, except from a folder that other servers share: they may go on from them.
+        """
         self.conversations.forget(conversation)
         session, conversation.session = conversation.session, None
 
         def free() -> None:
             if session is not None:
                 session.close()
-            if conversation.folder is not None:
-                self.kept.drop(conversation_name(conversation))
+            if conversation.saved is not None and not self.settings.shared:
+                self.shelf.drop(conversation)
 
         await self._run(free)
 
@@ -156,10 +160,44 @@ class Server:
 
     def settle(self, conversation: Conversation) -> None:
         """After a turn, note how many bytes the conversation holds, and mark the conversation as no longer busy."""
+        self._measure(conversation)
+        self.conversations.release(conversation)
+
+    def _measure(self, conversation: Conversation) -> None:
         if (session := conversation.session) is not None:
             conversation.bytes = session.stats.charged_bytes or conversation.bytes
             conversation.life.look(session)
-        self.conversations.release(conversation)
+
+    async def saved(self, owner: str) -> list[Conversation]:
+        """Return the saves of an owner's conversations that other servers of a shared folder made, oldest first.
+
+        The server's own saves are among them, and deleted saves are not. Without a shared folder the list is empty.
+        """
+        if not self.settings.shared:
+            return []
+        await asyncio.to_thread(self.shelf.look)
+        return list(self.shelf.conversations(owner))
+
+    async def share(self, conversation: Conversation) -> None:
+        """After a turn, save a conversation if the folder is shared, so that other servers can go on from it.
+
+        An error is logged: the conversation goes on here, and is saved after its next turn.
+        """
+        session = conversation.session
+        if not self.settings.shared or session is None:
+            return
+        self._measure(conversation)
+        conversation.used = time.time()
+
+        def save() -> None:
+            self.shelf.save(conversation, session)
+            limits = self.settings
+            self.shelf.kept.sweep(limits.forget_after, limits.quota_bytes, limits.max_conversations)
+
+        try:
+            await self.blocking(save)
+        except (AgentmemError, OSError) as error:
+            LOG.warning("conversation_not_saved", error=str(error))
 
     def open_session(self, conversation: Conversation) -> None:
         """Load the session of a conversation from its folder, or open a new session if there is no folder.
@@ -193,11 +231,15 @@ class Server:
     # ---- beginning and end
 
     def restore(self) -> None:
-        """Register the conversations that an earlier server saved; a memory is loaded when a turn first needs it."""
-        for name in self.kept.names():
-            record = self.kept.record(name)
-            if record is not None:
-                self.conversations.hold(record.conversation(self.kept.memory(name)))
+        """Register the conversations that an earlier server saved; a memory is loaded when a turn first needs it.
+
+        In a shared folder they are looked for whenever a request comes.
+        """
+        if self.settings.shared:
+            return
+        self.shelf.look()
+        for conversation in self.shelf.conversations():
+            self.conversations.hold(conversation)
 
     async def close(self) -> None:
         """End running turns, save all conversations if there is a state folder, and close their sessions.
@@ -214,6 +256,8 @@ class Server:
         for each in self.conversations:
             await self._put_away(each)
         self._worker.shutdown()
+        self.shelf.kept.close()
+        self.items.kept.close()
         if self._passing is not None:
             self._passing.cleanup()
 
@@ -223,8 +267,8 @@ class Server:
             return
 
         def put() -> None:
-            if self._passing is None:
-                self.kept.keep(conversation_name(conversation), session, Record.of(conversation))
+            if self._passing is None and conversation.changed:
+                self.shelf.save(conversation, session)
             session.close()
 
         try:

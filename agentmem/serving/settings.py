@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from agentmem.settings import Described
 
@@ -26,6 +27,11 @@ class ServerSettings(Described):
     """Folder for conversations, responses, compaction items and the items' key, which the next server uses again.
 
     With ``None``, nothing is kept after the server ends.
+    """
+    shared: bool = False
+    """True if several servers use the ``state`` folder at a time.
+
+    Each conversation is then saved after every turn, and whichever server gets its next request goes on from there.
     """
     item_key_file: Path | None = None
     """File with the keys of compaction items.
@@ -61,6 +67,12 @@ class ServerSettings(Described):
     """Seconds for which a compaction item or a stored response can be used."""
     shutdown_seconds: float = Field(default=10.0, ge=0)
     """Seconds that running turns are given to finish when the server ends."""
+
+    @model_validator(mode="after")
+    def _has_what_is_shared(self) -> Self:
+        if self.shared and self.state is None:
+            raise ValueError("shared servers need the folder that they share; give state")
+        return self
 
     @property
     def responses(self) -> Path | None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from agentmem.errors import AgentmemError, RequestRefused, RuntimeBusy, SettingsRefused, SnapshotRefused
 from agentmem.serving.history import digest, marker
+from agentmem.serving.items import forgotten
 from agentmem.serving.pieces import Begun, End, Ended, Log, Made, Piece, Text, Usage
 from agentmem.serving.recipes import Recipe
 from agentmem.serving.reply_text import ReplyText
@@ -143,7 +144,9 @@ class Turn:
                 conversation = await self._read()
         try:
             await self._compact(conversation)
-            await self._reply(conversation)
+            last = await self._reply(conversation)
+            if self.request.raw is None:
+                await self._server.share(conversation)  # before the client knows that the turn has ended
         except BaseException as error:
             await self._abandon(conversation, error)
             raise
@@ -151,6 +154,7 @@ class Turn:
             self._server.settle(conversation)
         else:
             await self._server.forget(conversation)
+        self._pieces.put_nowait(last)
 
     # ---- reading
 
@@ -164,6 +168,7 @@ class Turn:
         request = self.request
         before = [] if request.item is None else [marker(request.item.id)]
         wanted = [*before, *map(digest, request.messages)]
+        saved = await self._server.saved(request.owner)
         conversation, held = self._server.conversations.claim(
             request.owner,
             request.recipe,
@@ -171,6 +176,7 @@ class Turn:
             name=request.name,
             label=request.label,
             any_recipe=request.any_recipe,
+            saved=saved,
         )
         found = held > 0
         if not found:
@@ -183,7 +189,10 @@ class Turn:
         except BaseException as error:
             await self._abandon(conversation, error)
             if found and isinstance(error, SettingsRefused | SnapshotRefused):
+                self._server.shelf.refuse(conversation)
                 raise _Anew from error
+            if isinstance(error, SnapshotRefused) and request.item is not None and not request.item.folder.exists():
+                raise forgotten() from error  # another server deleted it meanwhile
             raise
         self._pieces.put_nowait(Begun(conversation.id))
         return conversation
@@ -267,14 +276,13 @@ class Turn:
 
     # ---- writing
 
-    async def _reply(self, conversation: Conversation) -> None:
+    async def _reply(self, conversation: Conversation) -> Ended:
         session, request = conversation.session, self.request
         assert session is not None  # noqa: S101  # it was read
         if request.sampling.seed is not None and session.generator is not None:
             session.generator.manual_seed(request.sampling.seed)
         if not request.write:
-            self._end(conversation, session, "read", ReplyText())
-            return
+            return self._end(conversation, session, "read", ReplyText())
         text = ReplyText(request.sampling.stop, self._server.formats, request.accepts)
         conversation.open = True
         try:
@@ -283,16 +291,16 @@ class Turn:
             if not conversation.open:
                 self._tell(text.end())
                 conversation.history.append(digest(_said(text)))
-        self._end(conversation, session, "tool_calls" if text.calls else reason, text)
+        return self._end(conversation, session, "tool_calls" if text.calls else reason, text)
 
-    def _end(self, conversation: Conversation, session: Session, reason: End, text: ReplyText) -> None:
+    def _end(self, conversation: Conversation, session: Session, reason: End, text: ReplyText) -> Ended:
         stats = session.stats
         self._usage.prompt = stats.tokens - self._usage.reply
         self._server.metrics.turn(self._usage, self._log.reports)
         if self._first:
             self._server.metrics.reply(self._first - self._start, time.monotonic() - self._first, self._usage.reply)
         facts = self._log.facts(conversation.id, stats, self._usage) | {"ended": reason}
-        self._pieces.put_nowait(Ended(reason, text.sent, tuple(text.calls), self._usage, facts))
+        return Ended(reason, text.sent, tuple(text.calls), self._usage, facts)
 
     async def _write(self, session: Session, text: ReplyText, conversation: Conversation) -> End:
         """Decode and queue the reply until it ends or a stop sequence comes; return why the reply ended."""

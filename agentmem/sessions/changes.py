@@ -32,17 +32,36 @@ def _before(session: Conversation) -> Before:
 
 
 @contextmanager
-def changing(session: Conversation) -> Iterator[None]:
+def changing(session: Conversation) -> Iterator[Before]:
     """Return a context manager that undoes all changes of a ``with`` block if the block ends by an error or interrupt.
 
-    The block must not run a forward. It may remove the newest id of the session, but no older ids.
+    The block must not run a forward. It may remove the newest id of the session, but no older ids. It gets the state
+    before the change, for :func:`unread`.
     """
     try:
-        session.before = _before(session)
-        yield
+        session.before = before = _before(session)
+        yield before
         session.before = None
     except BaseException:
         put_back(session)
+        raise
+
+
+@contextmanager
+def unread(session: Conversation, before: Before) -> Iterator[None]:
+    """Return a context manager that undoes a change if reading its ids ends by an error before any of them was read.
+
+    ``before`` is the state before the change. If the memory has read some of the ids, or has compacted, nothing is
+    undone: the session keeps the ids, and its next turn reads the rest.
+    """
+    sequence = before.sequence
+    read = None if sequence is None else (sequence.seen, sequence.state)
+    try:
+        yield
+    except Exception:
+        if sequence is not None and read == (sequence.seen, sequence.state):
+            session.before = before
+            put_back(session)
         raise
 
 

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from agentmem.errors import SettingsRefused
 from agentmem.hf.decoding import Decoding, prepare
+from agentmem.hf.support import refuse_training
 from agentmem.memory.pinning import pin_coming
 from agentmem.reference_queries.patterns import Marks
 from agentmem.sessions import turn
 from agentmem.sessions.arguments import refusal
-from agentmem.sessions.changes import changing
+from agentmem.sessions.changes import changing, unread
 from agentmem.sessions.chat.text_decoder import TextPieces
 from agentmem.sessions.chat.vocabulary import check_known, tokens
 from agentmem.sessions.compaction_requests import request_of
@@ -31,36 +32,55 @@ if TYPE_CHECKING:
 def messages(session: Conversation, given: Sequence[Message], how: How) -> turn.Steps:
     """Read messages through the chat template and yield the steps of the turn: events, and requests to feed ids.
 
-    An open reply is closed first, even if it is incomplete.
+    An open reply is closed first, even if it is incomplete. If an error comes before the memory has read any of it, the
+    session is unchanged.
     """
     closed = _closed(session)
     dialogue, delta = template(session).append(closed, *given)
     check_known(session, "append", delta.ids)
     after = _after(session, len(delta.ids), how)
-    with changing(session):
+    _check_readable(session, len(delta.ids), after)
+    with changing(session) as before:
         _pin(session, delta, closed.fed, pin=how.pin)
         close_reply(session)
         session.dialogue = dialogue
         _take(session, delta)
         hold_request(session, wanted=how.compact is None or all(message.role != "user" for message in given))
-    yield from _read(session, after)
+    with unread(session, before):
+        yield from _read(session, after)
 
 
 def text(session: Conversation, given: str | Sequence[int], how: How) -> turn.Steps:
     """Read a text or ids without the chat template; yield the steps of the turn: events, and requests to feed ids.
 
-    An open reply is closed first, even if it is incomplete.
+    An open reply is closed first, even if it is incomplete. If an error comes before the memory has read any of it, the
+    session is unchanged.
     """
     ids = _ids(session, given)
     start = len(session.ids)
     after = _after(session, len(ids), how)
-    with changing(session):
+    _check_readable(session, len(ids), after)
+    with changing(session) as before:
         if how.pin:
             pin_coming(session.memory, session.memory.sequences[0], [(start, start + len(ids))])
         close_reply(session)
         session.ids.extend(ids)
         session.entries.append(Entry(kind="text", role=None, start=start, stop=len(session.ids)))
-    yield from _read(session, after)
+    with unread(session, before):
+        yield from _read(session, after)
+
+
+def _check_readable(session: Conversation, tokens: int, after: After | None) -> None:
+    """Check before any work that the model can read, and that a memory that does not compact has room.
+
+    Raises:
+        UnsupportedModel: the model is in training mode.
+        MemoryCapExceeded: the memory does not compact by itself and cannot take so many tokens more.
+
+    """
+    refuse_training(session.runtime.model)
+    if after is None:  # otherwise compactions make room while the text is read
+        session.engine.check_room(session.memory.sequences[0], len(session.pending) + tokens - 1)  # one stays pending
 
 
 def _read(session: Conversation, after: After | None) -> turn.Steps:
@@ -96,8 +116,10 @@ def begin_reply(session: Conversation, options: dict[str, Any]) -> Decoding:
     Raises:
         SettingsRefused: there are no new ids for the model to reply to.
         UnsupportedGeneration: a session does not support one of the options.
+        UnsupportedModel: the model is in training mode.
 
     """
+    refuse_training(session.runtime.model)
     with changing(session):
         open_reply(session)
         _check_new(session)

@@ -76,6 +76,8 @@ class Session(Conversation):
 
         Raises:
             SettingsRefused: the template cannot take the message, or the pins do not fit; nothing was changed.
+            MemoryCapExceeded: the memory does not compact by itself, and the message does not fit; nothing was changed.
+            UnsupportedModel: the model is in training mode; nothing was changed.
             RuntimeBusy: the runtime has no room for this session now.
 
         """

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -40,6 +40,17 @@ def together(views: list[CappedCache], ids: list[list[int]]) -> list[torch.Tenso
     for want in wants:
         want.engine.commit()
     return found
+
+
+def raising(error: BaseException, after: int) -> Callable[..., None]:
+    """A function that raises an error at every call but the first ones."""
+    calls = iter(range(after))
+
+    def call(*_: object) -> None:
+        if next(calls, None) is None:
+            raise error
+
+    return call
 
 
 @pytest.mark.parametrize("variant", variants.VARIANTS)
@@ -116,6 +127,32 @@ def test_a_fault_in_one_memory_s_attention_is_its_own(monkeypatch: pytest.Monkey
         torch.testing.assert_close(logits, stock, atol=2e-5, rtol=1e-4)
         for view in views:
             tiny.audit(view.memory)
+
+
+@pytest.mark.parametrize("error", [CompactionFailed("of this test"), KeyboardInterrupt()], ids=["fault", "interrupt"])
+def test_attention_of_a_forward_that_failed_counts_once(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward that fails in another memory and is run again leaves scores as if nothing had failed."""
+    model, whole = tiny.llama(), texts(30)
+    found = []
+    for fails in (False, True):
+        with memories("heavy-hitters", model) as views:
+            together(views, [ids[:10] for ids in whole])
+            with monkeypatch.context() as patch:
+                if fails:
+                    patch.setattr(views[1].memory.ledger, "touch", raising(error, after=1))
+                wants = [Want(view.engine, ids[10:13]) for view, ids in zip(views, whole, strict=True)]
+                with suppress(KeyboardInterrupt):
+                    feed([(want, 3) for want in wants])
+            lost = [want for want in wants if want.outcome is None or want.outcome.error is not None]
+            feed([(Want(want.engine, want.ids), 3) for want in lost])
+            for view in views:
+                view.engine.commit()
+                tiny.audit(view.memory)
+            found.append([store.scores for view in views for store in view.memory.sequences[0].stores if store])
+    for one, other in zip(*found, strict=True):
+        assert one is not None
+        assert other is not None
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
 def test_an_interrupt_in_the_forward_leaves_every_memory_as_it_was() -> None:

@@ -16,7 +16,8 @@ from agentmem.errors import MemoryCapExceeded
 from agentmem.memory.forwards import append_each, append_one
 from agentmem.memory.memory import Memory
 from agentmem.memory.sequence import Consumed, TokenSequence
-from agentmem.memory.store import LayerStore, SlotSpec
+from agentmem.memory.slot_spec import SlotSpec
+from agentmem.memory.store import LayerStore
 from agentmem.planning.model_shape import LayerShape, ModelShape
 from agentmem.settings import Settings
 from agentmem.testing import peak_allocated

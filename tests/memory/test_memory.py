@@ -343,7 +343,7 @@ def test_half_precision_models_keep_their_dtype(kind: str, dtype: torch.dtype) -
 
 def test_old_reports_say_nothing_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """A memory that lives long keeps the newest reports whole and the numbers of all others."""
-    monkeypatch.setattr("agentmem.memory.memory.WHOLE_REPORTS", 2)
+    monkeypatch.setattr("agentmem.memory.reports.WHOLE_REPORTS", 2)
     with tiny.capped("replay") as memory:
         tiny.feed(memory, tiny.ids(150))
         reports = memory.report().compactions

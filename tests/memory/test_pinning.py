@@ -116,6 +116,31 @@ def test_an_interrupted_promotion_goes_on(monkeypatch: pytest.MonkeyPatch) -> No
             assert store.segment(0, 0, 0).positions[:7].tolist() == [0, 1, 2, 3, 10, 11, 12]
 
 
+def test_an_interrupt_whose_traceback_is_kept_does_not_stop_the_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions are written from a copy of the sequence's array.
+
+    A traceback may keep the tensor while the array grows: older torch then lets it not grow, newer torch reads bytes
+    that were freed.
+    """
+    given: list[torch.Tensor] = []
+
+    def interrupted(_: LayerStore, tail: torch.Tensor) -> None:
+        given.append(tail)
+        raise KeyboardInterrupt
+
+    with tiny.capped("window") as memory:
+        tiny.feed(memory, tiny.ids(30))
+        sequence = memory.memory.sequences[0]
+        with monkeypatch.context() as patch:
+            patch.setattr(LayerStore, "settle", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                memory.compact(slots=8)
+        assert given[0].data_ptr() != sequence.state.tail.buffer_info()[0]
+        tiny.feed(memory, tiny.ids(2, seed=1), 1)
+        assert sequence.tail[-1] == 31
+        assert given[0].tolist() == list(range(30))
+
+
 def test_a_pin_that_cannot_be_kept_is_refused() -> None:
     """Compacted tokens, tokens that are not there, and more than a compaction could leave: value, limit, remedy."""
     with tiny.capped("window") as memory:

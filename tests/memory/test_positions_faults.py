@@ -36,7 +36,7 @@ def counted(patch: pytest.MonkeyPatch, call: int) -> Callable[[], int]:
             raise KeyboardInterrupt
         shift_keys(*given)
 
-    for module in ("store", "positions"):  # slots and stored queries
+    for module in ("slot_spec", "positions"):  # slots and stored queries
         patch.setattr(f"agentmem.memory.{module}.shift_keys", interrupted)
     return lambda: calls[0]
 
@@ -75,6 +75,27 @@ def test_an_interrupted_re_basing_goes_on(call: int, monkeypatch: pytest.MonkeyP
         (report,) = memory.report().rebases
         assert (state(memory), logits) == undisturbed("live")
     assert report.kl is None, "what it was before nobody can tell any more"
+
+
+@pytest.mark.parametrize("name", ["positions._divergence", "memory.Memory.record"])
+def test_a_re_basing_has_its_report_whatever_comes_after_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt while what it changed is measured, or before the report is listed, loses no report."""
+    with tiny.capped("live", model(), rebase=True) as memory:
+        near_the_end(memory, model(), 110)
+        with monkeypatch.context() as patch:
+            patch.setattr(f"agentmem.memory.{name}", stop)
+            with pytest.raises(KeyboardInterrupt):
+                more(memory)
+        for _ in range(2):
+            (report,) = memory.report().rebases
+            assert (report.position_before, report.position_after) == (110, memory.memory.sequences[0].next_position)
+            assert memory.memory.sequences[0].moves == 1
+            memory.memory.take_back()
+
+
+def stop(*_: object) -> None:
+    """Interrupt what calls it."""
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("call", [2, 5])

@@ -16,7 +16,7 @@ from agentmem.hf import CappedCache
 from agentmem.memory import state
 from agentmem.memory.pinning import settle
 from agentmem.memory.rotation import Rotation, shift_keys
-from agentmem.memory.store import SlotSpec
+from agentmem.memory.slot_spec import SlotSpec
 from agentmem.planning.model_shape import LayerShape
 from agentmem.planning.rebasing import layer_scratch
 from agentmem.testing import peak_allocated, tiny_model

@@ -93,6 +93,18 @@ def scores(memory: Memory) -> list[torch.Tensor]:
     return [store.scores[start : start + length].clone() for start, length in pairs]
 
 
+def columns(memory: Memory) -> list[tuple[list[float], bool]]:
+    """The filled scores of each layer and head, and whether a free slot has a score."""
+    found = []
+    for store in memory.sequences[0].stores:
+        assert store is not None
+        assert store.scores is not None
+        for start, length, room in zip(store.starts, store.lengths, store.capacities, strict=True):
+            free = store.scores[start + length : start + room]
+            found.append((store.scores[start : start + length].tolist(), bool(free.any())))
+    return found
+
+
 # ---- carried
 
 
@@ -163,20 +175,72 @@ def looked_at(memory: Memory) -> list[tuple[list[int], list[float]]]:
 
 @pytest.mark.parametrize("kind", ["received", "carried"])
 def test_a_forward_that_is_taken_back_leaves_no_scores(kind: ScoreColumn) -> None:
-    """The next token in its place begins at 0."""
-    runs = opened(Carrying(kind), FUSED)
+    """Older slots have the scores that they had, and the next token in its place begins at 0."""
+    runs = opened(Carrying(kind), FUSED, layers=2)
     memory = runs.memory
-    feed(runs, 10)
-    feed(runs, 5, taken_back=True)
-    store = memory.sequences[0].stores[0]
-    assert store is not None
-    assert store.scores is not None
-    assert store.lengths == [10, 10]
-    for start in store.starts:
-        assert not store.scores[start + 10 : start + 15].any()
+    for held, pieces in ((12, (5, 1)), (SLOTS + 5, (5, 1, 2))):
+        feed(runs, held - memory.sequences[0].seen)
+        before = columns(memory)
+        assert not any(free for _, free in before)
+        for count in pieces:
+            feed(runs, count, taken_back=True)
+            assert columns(memory) == before
+            tiny.audit(memory)
 
 
 # ---- received
+
+
+@pytest.mark.parametrize("pieces", [1, 5])
+@pytest.mark.parametrize("reached", [1, 2, 3])
+def test_a_forward_that_is_run_again_counts_once(pieces: int, reached: int) -> None:
+    """Wherever the first one ended, the scores are those of a memory in which nothing failed."""
+    found = []
+    for fails in (False, True):
+        torch.manual_seed(5)
+        runs = opened(Carrying("received"), FUSED, layers=3)
+        feed(runs, 10)
+        state = torch.get_rng_state()
+        if fails:
+            step = runs.begin([Arriving([7] * pieces, range(10, 10 + pieces), slice(None))])
+            for layer in range(reached):
+                keys, values = torch.randn(2, 1, 2, pieces, 8)
+                step.attend(layer, torch.randn(1, 4, pieces, 8), keys, values, 0.35)
+        torch.set_rng_state(state)
+        feed(runs, pieces)
+        found.append(columns(runs.memory))
+    assert found[1] == found[0]
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_the_scores_before_a_forward_are_counted_until_its_commit(quantised: bool) -> None:
+    """Under a cap without a byte to spare: exactly the plan's share when the memory is full, nothing afterwards."""
+    layer = replace(FUSED, key_dim=32, value_dim=32, slot_dtype="int8") if quantised else FUSED
+    runs = opened(Carrying("received"), layer, layers=3)
+    memory = runs.memory
+    feed(runs, SLOTS - 1)
+    step = runs.begin([Arriving([7], range(SLOTS - 1, SLOTS), slice(None))])
+    for index in range(3):
+        query, key, value = (torch.randn(1, heads, 1, layer.key_dim) for heads in (4, 2, 2))
+        step.attend(index, query, key, value, 0.35)
+        assert memory.ledger.resident == memory.plan.resident_bytes + (index + 1) * 2 * SLOTS * 4
+        tiny.audit(memory)
+    assert memory.ledger.resident == memory.plan.resident_bytes + memory.plan.undo_bytes
+    runs.commit()
+    assert memory.ledger.resident == memory.plan.resident_bytes
+    feed(runs, 40)
+    tiny.audit(memory)
+    assert memory.ledger.resident == memory.plan.resident_bytes
+
+
+def test_a_full_store_is_grown_beside_the_scores_before_a_forward() -> None:
+    """The last layer's new store and the other layers' earlier scores fit together under the smallest cap."""
+    runs = opened(Carrying("received"), replace(FUSED, key_dim=32, value_dim=32), layers=8)
+    feed(runs, SLOTS // 2)
+    feed(runs, 8)
+    plan, memory = runs.memory.plan, runs.memory
+    assert plan.workspace_bytes >= plan.undo_bytes + plan.move_bytes
+    assert memory.ledger.peak <= memory.ledger.cap == plan.resident_bytes + plan.workspace_bytes
 
 
 @LAYERS

@@ -10,7 +10,8 @@ import torch
 from agentmem.contracts import Compaction, HeadCompaction
 from agentmem.errors import MemoryCapExceeded
 from agentmem.memory.ledger import Ledger
-from agentmem.memory.store import LayerStore, SlotSpec
+from agentmem.memory.slot_spec import SlotSpec
+from agentmem.memory.store import LayerStore
 from agentmem.planning.model_shape import LayerShape
 
 CAP = 1 << 20

@@ -76,9 +76,14 @@ TABLE = (
     room("agentmem.memory.pins"),
     room("agentmem.memory.rotation", rooms="planning.rebasing", outside="torch"),
     room(
+        "agentmem.memory.slot_spec",
+        rooms="contracts planning.model_shape memory.rotation attention.quantised",
+        outside="torch",
+    ),
+    room(
         "agentmem.memory.store",
-        rooms="contracts errors planning.model_shape memory.ledger memory.pins memory.rotation attention.decode "
-        "attention.quantised attention.runs",
+        rooms="contracts memory.ledger memory.pins memory.slot_spec attention.decode attention.quantised "
+        "attention.runs",
         outside="torch",
     ),
     room("agentmem.memory.jobs", rooms="contracts planning.pricing memory.store"),
@@ -88,6 +93,7 @@ TABLE = (
         "reporting.report",
         outside="torch",
     ),
+    room("agentmem.memory.reports", rooms="memory.sequence reporting.report"),
     room("agentmem.memory.memory", rooms=ABOVE, outside="torch"),
     room(
         "agentmem.memory.pinning",
@@ -96,15 +102,15 @@ TABLE = (
     ),
     room(
         "agentmem.memory.forwards",
-        rooms="attention.decode attention.ragged attention.runs memory.jobs memory.memory memory.sequence memory.store "
-        "planning.pricing reference_queries.stored reporting.log_events",
+        rooms="attention.decode attention.ragged attention.runs memory.jobs memory.memory memory.sequence "
+        "memory.slot_spec memory.store planning.pricing reference_queries.stored reporting.log_events",
         outside="torch",
     ),
     room("agentmem.memory.positions", rooms=ABOVE, outside="torch"),
     room(
         "agentmem.memory.state",
-        rooms="contracts memory.memory memory.store memory.pins memory.pinning memory.sequence reporting.report "
-        "reference_queries.stored",
+        rooms="contracts memory.memory memory.reports memory.slot_spec memory.store memory.pins memory.pinning "
+        "memory.sequence reporting.report reference_queries.stored",
         outside="torch pydantic",
     ),
     room("agentmem.compaction.request", rooms="contracts planning.pricing memory.jobs memory.sequence"),
@@ -187,6 +193,7 @@ TABLE = (
         outside="torch structlog pydantic fastapi starlette uvicorn prometheus_client cryptography jsonschema "
         "referencing regex filelock llguidance",
     ),
+    room("agentmem.serving.ray_app", rooms="errors serving", outside="fastapi ray"),
     room("agentmem.cli", rooms=ABOVE, outside="torch transformers typer rich pydantic structlog"),
     room("agentmem.policies.solvers", outside="torch"),
     room("agentmem.policies", rooms="contracts specs untrusted policies.solvers", outside="torch"),

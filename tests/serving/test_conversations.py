@@ -240,7 +240,7 @@ async def test_conversations_outlive_their_server(tmp_path: Path) -> None:
 
     assert cached == [(first["total_tokens"], 0), (0, 0)]
     assert len({text for pair in replies for text in pair}) == 1
-    assert not list((tmp_path / "kept" / "conversations").glob(".making-*"))
+    assert not list((tmp_path / "kept" / "conversations" / ".passing").glob("agentmem-*"))
 
 
 async def test_a_kept_conversation_that_is_damaged_is_read_anew(tmp_path: Path) -> None:

@@ -137,9 +137,13 @@ def test_a_port_or_a_folder_that_is_taken_is_refused(tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(SettingsRefused, match="another port"), launch.listening("127.0.0.1", port):
             pass
-    with launch.alone(tmp_path), pytest.raises(SettingsRefused, match="another server's"), launch.alone(tmp_path):
+    for held, wanted in ((False, False), (False, True), (True, False)):
+        refused_as = pytest.raises(SettingsRefused, match="another server's")
+        with launch.using(tmp_path, shared=held), refused_as, launch.using(tmp_path, shared=wanted):
+            pass
+    with launch.using(tmp_path, shared=True), launch.using(tmp_path, shared=True):
         pass
-    with launch.alone(tmp_path), launch.alone(None):
+    with launch.using(tmp_path), launch.using(None):
         pass
 
 
@@ -165,6 +169,7 @@ def test_the_command_refuses_before_a_model_is_loaded(tmp_path: Path) -> None:
     refused(agentmem("serve", "--host", "0.0.0.0"), "--api-key-file")  # noqa: S104  # nothing is bound
     refused(agentmem("serve", "--api-key-file", str(tmp_path / "none")), "cannot read")
     refused(agentmem("serve", "--policy", "am-halvin"), "am-halving")
+    refused(agentmem("serve", "--shared"), "give state")
 
 
 def test_the_command_names_the_extra_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from agentmem.serving.app import create_app
 from agentmem.serving.conversations import Conversation
 from agentmem.serving.kept import Kept, Record
 from agentmem.serving.recipes import Recipe
+from agentmem.serving.shelf import Shelf
 from support import serving, tiny_chat
 from support.waiting import LIMIT, until
 
@@ -23,45 +25,77 @@ class Killed(BaseException):
     """The process ends here."""
 
 
-@pytest.mark.parametrize("moved", ["name", ".making-"])
+@pytest.mark.parametrize("fails", ["save", "rename"])
 @pytest.mark.parametrize("killed", [True, False])
 def test_what_was_kept_outlives_a_save_that_does_not_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: str, killed: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str, killed: bool
 ) -> None:
-    """Wherever the newer one stops taking its place: the older is still there, whole, and nothing else is."""
-    rename = Path.rename
+    """Wherever a newer save stops: the older is still there, whole, and nothing of the newer is left to be found."""
 
-    def broken(self: Path, target: Path) -> Path:
-        if self.name.startswith(moved) and stops:
-            raise Killed if killed else OSError
-        return rename(self, target)
+    def broken(*_: Any, **__: Any) -> Any:
+        raise Killed if killed else OSError
 
     with tiny_chat.runtime(1) as made:
         session, one = tiny_chat.filled(made, 20), Conversation("x", "me", None, Recipe())
-        kept, stops = Kept(tmp_path), False
-        monkeypatch.setattr(Path, "rename", broken)
+        kept = Kept(tmp_path)
+        shelf = Shelf(kept, shared=False)
         one.history = ["old"]
-        kept.keep("name", session, Record.of(one))
-        one.history, stops = ["new"], True
+        shelf.save(one, session)
+        old, one.history = one.saved, ["new"]
+        monkeypatch.setattr(*((type(session), "save") if fails == "save" else (Path, "rename")), broken)
         if killed:
-            monkeypatch.setattr(Kept, "_settle", lambda *_: None)
+            monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
         with pytest.raises(Killed if killed else OSError):
-            kept.keep("name", session, Record.of(one))
+            shelf.save(one, session)
         monkeypatch.undo()
-        again = Kept(tmp_path) if killed else kept
-        record = again.record("name")
+        kept.close()
+
+        again = Kept(tmp_path)
+        assert [path.name for path in tmp_path.iterdir() if path.name != ".passing"] == [old] == list(again.names())
+        record = again.record(str(old))
         assert record is not None
         assert record.history == ("old",)
-        assert [path.name for path in tmp_path.iterdir()] == ["name"]
-        made.load(again.memory("name")).close()
+        made.load(again.memory(str(old))).close()
 
 
-def test_a_save_that_is_killed_when_it_has_ended_leaves_the_newer(tmp_path: Path) -> None:
-    """What it replaced is deleted at the next start."""
-    (tmp_path / ".before-name").mkdir()
-    (tmp_path / "name").mkdir()
-    assert list(Kept(tmp_path).names()) == ["name"]
-    assert not (tmp_path / ".before-name").exists()
+def test_a_save_that_is_killed_before_it_deletes_what_it_replaced_is_the_one_that_counts(tmp_path: Path) -> None:
+    """Both saves are there, and the newer one is yielded last; the next save deletes both."""
+    with tiny_chat.runtime(1) as made:
+        session, one = tiny_chat.filled(made, 20), Conversation("x", "me", None, Recipe())
+        shelf = Shelf(Kept(tmp_path), shared=False)
+        shelf.save(one, session)
+        older = tmp_path / str(one.saved)
+        shutil.copytree(older, tmp_path / ".copy")
+        one.history = ["new"]
+        shelf.save(one, session)
+        (tmp_path / ".copy").rename(older)
+
+        again = Shelf(Kept(tmp_path), shared=False)
+        again.look()
+        assert [each.history for each in again.conversations()] == [[], ["new"]]
+        shelf.save(one, session)
+        assert list(shelf.kept.names()) == [one.saved]
+
+
+def test_what_a_dead_server_left_unfinished_is_deleted_and_a_living_ones_is_not(tmp_path: Path) -> None:
+    """Another server starts while one writes: that one's write ends well. When it is dead, what it left goes."""
+    with tiny_chat.runtime(1) as made:
+        session, one = tiny_chat.filled(made, 20), Conversation("x", "me", None, Recipe())
+        writing = Kept(tmp_path)
+        save = session.save
+
+        def slow(path: Any) -> None:
+            save(path)
+            Kept(tmp_path)
+
+        session.save = slow
+        writing.keep("name", session, Record.of(one))
+        assert writing.record("name") is not None
+
+    (left := tmp_path / ".passing" / "agentmem-runtime-dead").mkdir()
+    (left / "half").write_text("x", encoding="utf-8")
+    Kept(tmp_path)
+    assert not left.exists()
 
 
 async def test_a_connection_that_sends_no_request_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ LINES = (
     ("engine/scheduler.py", "_ended", "self._expected ="),
     ("memory/forwards.py", "commit", "for sequence, each in zip"),
     ("memory/forwards.py", "commit", "memory.progress.consumed ="),
-    ("compaction/run.py", "_give_headroom", "self.sequence.change"),
+    ("compaction/run.py", "_finish", "self.sequence.change"),
     ("ledger.py", "hold", "self._held["),
     ("memory/store.py", "_release", "self.ledger.release"),
     ("runtime.py", "end", "session.turn = None"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from agentmem.sessions import changes, ingestion
-from benchmarks.interrupts import SCENARIOS, Line, chosen, interrupted, trial, undisturbed
+from benchmarks.interrupts import SCENARIOS, Line, chosen, interrupted, place, traced, trial, undisturbed
 from support import tiny_chat
 
 OURS = (
@@ -32,6 +32,28 @@ def test_an_interrupt_at_any_line_leaves_a_session_that_goes_on(name: str, tmp_p
 
 def _lines_of(module: str, lines: list[Line]) -> list[int]:
     return [at for at, (file, _) in enumerate(lines) if file.endswith(module)]
+
+
+def test_a_compaction_counts_with_its_report_or_not_at_all() -> None:
+    """Wherever its end is interrupted, the sequence, reports and statistics count the same at once and later."""
+    files = ("compaction/run.py", "engine/engine.py", "memory/memory.py", "memory/reports.py", "memory/sequence.py")
+    lines: list[Line] = []
+    with tiny_chat.runtime(1) as made:
+        session = tiny_chat.filled(made, 50)
+        with traced(lambda frame: lines.append(place(frame))):
+            session.compact()
+    last = {line: at for at, line in enumerate(lines)}
+
+    for at in sorted(at for (file, _), at in last.items() if file in files)[-40:]:
+        with tiny_chat.runtime(1) as made:
+            session = tiny_chat.filled(made, 50)
+            interrupted(session.compact, at)
+            for _ in range(2):
+                memory = session.memory
+                counts = memory.sequences[0].compactions, session.stats.compactions, len(memory.compactions)
+                assert len(set(counts)) == 1, (lines[at], counts)
+                session.turn = None
+                session.generate(max_new_tokens=1, do_sample=False, keep_open=True)
 
 
 def test_changes_count_all_together_or_not_at_all(tmp_path: Path) -> None:

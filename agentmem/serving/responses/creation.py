@@ -30,6 +30,8 @@ class Creation:
     origin: Origin
     answer: ResponseAnswer
     stored: StoredResponses
+    route: str
+    """Routing key of the request."""
     made: str | None = None
     """``encrypted_content`` of the compaction item that the turn made, if any."""
 
@@ -69,7 +71,14 @@ class Creation:
         context = Context(token=before.token, messages=before.messages + reply)
         items = listed(self.body.input or [])
         self.stored.put(
-            Stored(owner=self.origin.owner, response=self.answer.object(), input=items, context=context, at=time.time())
+            Stored(
+                owner=self.origin.owner,
+                response=self.answer.object(),
+                input=items,
+                context=context,
+                route=self.route,
+                at=time.time(),
+            )
         )
 
 

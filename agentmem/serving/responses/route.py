@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from agentmem.errors import RequestRefused
+from agentmem.serving.affinity import parsed, routing_key
 from agentmem.serving.attendance import begun, ended
 from agentmem.serving.chat.route import SESSION
 from agentmem.serving.event_stream import EventStream
@@ -38,7 +40,14 @@ def _creating(made: APIRouter, server: Server, stored: StoredResponses) -> None:
         model = server.model(body.model)
         body.check()
         origin = origin_of(server, stored, body, http)
-        creation = Creation(body, origin, ResponseAnswer(model, body), stored)
+        route = routing_key(
+            origin.owner,
+            http.url.path,
+            http.headers,
+            parsed(await http.body()),
+            partial(stored.route, owner=origin.owner),
+        )
+        creation = Creation(body, origin, ResponseAnswer(model, body), stored, route)
         request = replace(asks(body, origin, server.settings), response=creation.answer.id)
         if body.background:
             creation.store()

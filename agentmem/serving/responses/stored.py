@@ -1,4 +1,4 @@
-"""Stored responses, each with its owner, input and context. They are held in memory, and also in files if wanted."""
+"""Stored responses, each with its owner, input and context: in memory, or in files that several servers may share."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ class Stored(BaseModel):
     """Input items of the request, as ``GET /v1/responses/{id}/input_items`` returns them."""
     context: Context
     """Context of a request that continues this response: everything up to and including its reply."""
+    route: str = ""
+    """Routing key of the request, which those that continue the response have too.
+
+    See :mod:`agentmem.serving.affinity`.
+    """
     at: float
     """Time of storing, in seconds since 1970."""
 
@@ -37,14 +42,14 @@ class StoredResponses:
     def __init__(self, most: int, seconds: float, folder: Path | None) -> None:
         """Set the limits: at most ``most`` responses, each for at most ``seconds``.
 
-        If a ``folder`` is given, responses are also written there, and those of an earlier server are read from it.
+        If a ``folder`` is given, each response is a file in it, and is read when it is asked for: those of an earlier
+        server, and of others that share the folder, are found, and what another one deletes is gone.
         """
         self.most, self.seconds, self.folder = most, seconds, folder
         self._held: OrderedDict[str, Stored] = OrderedDict()
+        """All responses if there is no folder, otherwise those that could not be written."""
         if folder is not None:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime):
-                self._read(path)
 
     def put(self, stored: Stored) -> None:
         """Store a response, replace a response with the same id, and delete the oldest responses beyond the limit."""
@@ -53,10 +58,10 @@ class StoredResponses:
         if self.folder is not None:
             try:
                 write_whole(self._path(name), stored.model_dump_json(), what="response", remedy="make room")
+                del self._held[name]
             except AgentmemError as error:  # the response stays in memory until the server ends
                 LOG.warning("response_not_written", error=str(error))
-        while len(self._held) > self.most:
-            self.drop(next(iter(self._held)))
+        self._trim()
 
     def get(self, name: str, owner: str, *, param: str = "response_id") -> Stored:
         """Return the response with id ``name``; an error names the request's field ``param``.
@@ -65,7 +70,7 @@ class StoredResponses:
             RequestRefused: status 404: the owner has no such response, or the response has expired.
 
         """
-        found = self._held.get(name)
+        found = self._held.get(name) or self._read(name)
         if found is not None and time.time() - found.at > self.seconds:
             self.drop(name)
             found = None
@@ -78,19 +83,46 @@ class StoredResponses:
             )
         return found
 
+    def route(self, name: str, owner: str) -> str | None:
+        """Return the routing key of the response with id ``name``, or ``None`` if the owner has no such response."""
+        try:
+            return self.get(name, owner).route
+        except RequestRefused:
+            return None
+
     def drop(self, name: str) -> None:
         """Delete the response with id ``name``, if there is such a response."""
         self._held.pop(name, None)
         if self.folder is not None:
             self._path(name).unlink(missing_ok=True)
 
+    def _trim(self) -> None:
+        """Delete the oldest responses beyond the limit, whichever server stored them."""
+        while len(self._held) > self.most:
+            self._held.popitem(last=False)
+        paths = [] if self.folder is None else list(self.folder.glob("*.json"))
+        if len(paths) > self.most:
+            for path in sorted(paths, key=_written)[: len(paths) - self.most]:
+                path.unlink(missing_ok=True)
+
     def _path(self, name: str) -> Path:
         assert self.folder is not None  # noqa: S101  # the caller has checked
-        return self.folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.json"
+        return self.folder / f"{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:32]}.json"
 
-    def _read(self, path: Path) -> None:
+    def _read(self, name: str) -> Stored | None:
+        if self.folder is None:
+            return None
         try:
-            stored = Stored.model_validate_json(path.read_bytes())
-            self._held[str(stored.response["id"])] = stored
-        except (OSError, ValidationError, KeyError) as error:
-            LOG.warning("response_not_read", file=path.name, error=type(error).__name__)
+            return Stored.model_validate_json(self._path(name).read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValidationError) as error:
+            LOG.warning("response_not_read", file=self._path(name).name, error=type(error).__name__)
+            return None
+
+
+def _written(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # another server deleted it
+        return 0.0

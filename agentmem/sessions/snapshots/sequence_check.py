@@ -16,8 +16,8 @@ import torch
 
 from agentmem.attention import quantised
 from agentmem.memory.pins import joined, size, within, without
+from agentmem.memory.slot_spec import SlotSpec
 from agentmem.memory.state import columns
-from agentmem.memory.store import SlotSpec
 from agentmem.planning.pricing import MIN_BUDGET
 
 if TYPE_CHECKING:

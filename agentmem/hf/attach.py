@@ -69,21 +69,19 @@ class _Attachment:
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
             given = named(signature, args, kwargs)
-            cache, hold = given.get("past_key_values"), None
+            cache = given.get("past_key_values")
             if cache is None and chosen(model, given).get("use_cache", True):
                 cache = self._in_scope()
                 if cache is not None:
                     kwargs = {**kwargs, "past_key_values": cache}
                     given = {**given, "past_key_values": cache}
-            if isinstance(cache, CappedCache):
-                cache.open_for(model)
-                check_generate(cache, model, given)
-                hold = cache.memory.owner.take()
-            try:
+            if not isinstance(cache, CappedCache):
                 with own_frame():
                     return original(*args, **kwargs)
-            finally:
-                del hold  # until here the thread owns the memory; a stored traceback must not prolong that
+            cache.open_for(model)
+            with cache.memory.owner.take(), own_frame():
+                check_generate(cache, model, given)
+                return original(*args, **kwargs)
 
         def undo() -> None:
             del model.generate
@@ -107,13 +105,19 @@ class _Attachment:
         if not isinstance(cache, CappedCache):
             return None
         check_forward(inputs)
-        rows, count = size(inputs)
+        count = size(inputs)[1]
         if count > 1 or not cache.memory.sequences:  # not at every token, because it visits every module
             check_adapters(self.model)
         keep = inputs.get("logits_to_keep", 0)
         if count == 1 or not isinstance(keep, int) or keep < 1 or inputs.get("output_hidden_states"):
             return None  # the caller wants every position's output, so the forward cannot be cut
         cache.open_for(self.model)
+        with cache.memory.owner.take():
+            return (), {**inputs, **self._run_all_but_last(cache, inputs)}
+
+    def _run_all_but_last(self, cache: CappedCache, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Run the decoder on all pieces of a long prompt except the last; return the arguments of the last piece."""
+        rows, count = size(inputs)
         valid = mask_columns(inputs, cache.columns, count) or [[True] * count] * rows
         cache.refuse_pads_at_the_end(valid)
         cache.memory.bind(rows)
@@ -121,7 +125,7 @@ class _Attachment:
         while (start := start + (width := cache.engine.piece([row[start:] for row in valid], count - start))) < count:
             with own_frame(), torch.no_grad():
                 decoder(**_cut(inputs, start - width, start, cache.columns))
-        return (), {**inputs, **_cut(inputs, start - width, count, cache.columns)}
+        return _cut(inputs, start - width, count, cache.columns)
 
     def _enter(
         self, signature: inspect.Signature, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]

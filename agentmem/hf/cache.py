@@ -160,12 +160,14 @@ class CappedCache(Cache):
         Raises:
             SettingsRefused: the mode is ``"off"``, or the memory was not opened with that policy.
             CompactionFailed: a compaction failed; see :class:`agentmem.compaction.run.SequenceCompaction`.
+            UnsupportedGeneration: another thread runs this memory now.
 
         """
         request = USUAL
         if slots is not None or focus or policy is not None:
             request = Request(slots, None, tuple(focus), None if policy is None else self.memory.named(policy))
-        reports = (self.engine.compact(sequence, request) for sequence in self.memory.sequences)
+        with self.memory.owner.take():
+            reports = [self.engine.compact(sequence, request) for sequence in self.memory.sequences]
         return tuple(report for report in reports if report is not None)
 
     def peek(self, ids: Sequence[int], row: int = 0) -> torch.Tensor:
@@ -179,9 +181,11 @@ class CappedCache(Cache):
             MemoryClosed: the memory is closed, for example because its ``with`` block has ended.
             SettingsRefused: ``ids`` is empty, or the row has read nothing yet.
             MemoryCapExceeded: ``ids`` is longer than ``chunk``, the number of tokens that the plan has room for.
+            UnsupportedGeneration: another thread runs this memory now.
 
         """
-        return self.engine.peek(ids, row)
+        with self.memory.owner.take():
+            return self.engine.peek(ids, row)
 
     def transcript(self, row: int = 0) -> list[int]:
         """Return all ids that row ``row`` has read so far, in order, without pads; compacted tokens are included."""

@@ -21,7 +21,7 @@ from agentmem.errors import CapBypassed
 from agentmem.hf.cache import CappedCache, TransientCache, mask_columns, size
 from agentmem.hf.forward_context import FRAME, SCOPE, Frame, own_frame, rename, require_all, untraced
 from agentmem.hf.forwards import ModelForwards
-from agentmem.hf.generate_checks import check_adapters, check_forward, check_generate, chosen
+from agentmem.hf.generate_checks import check_adapters, check_ends, check_forward, check_generate, chosen
 from agentmem.hf.wrapper import Around, named, with_wrapper_inputs
 from agentmem.memory.torch_state import own_state
 
@@ -109,9 +109,14 @@ class _Attachment:
         if count > 1 or not cache.memory.sequences:  # not at every token, because it visits every module
             check_adapters(self.model)
         keep = inputs.get("logits_to_keep", 0)
-        if count == 1 or not isinstance(keep, int) or keep < 1 or inputs.get("output_hidden_states"):
-            return None  # the caller wants every position's output, so the forward cannot be cut
+        if not isinstance(keep, int) or keep < 1:
+            return None  # the caller wants every position's output, so the forward may end with pads and is not cut
         cache.open_for(self.model)
+        valid = mask_columns(inputs, cache.columns, count)
+        if valid is not None:
+            check_ends(valid, [row.seen for row in cache.memory.sequences] or [0] * len(valid))
+        if count == 1 or inputs.get("output_hidden_states"):
+            return None
         with cache.memory.owner.take():
             return (), {**inputs, **self._run_all_but_last(cache, inputs)}
 
@@ -119,7 +124,6 @@ class _Attachment:
         """Run the decoder on all pieces of a long prompt except the last; return the arguments of the last piece."""
         rows, count = size(inputs)
         valid = mask_columns(inputs, cache.columns, count) or [[True] * count] * rows
-        cache.refuse_pads_at_the_end(valid)
         cache.memory.bind(rows)
         decoder, start = self.model.get_decoder(), 0
         while (start := start + (width := cache.engine.piece([row[start:] for row in valid], count - start))) < count:

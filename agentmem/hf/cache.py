@@ -285,24 +285,6 @@ class CappedCache(Cache):
             raise UnsupportedGeneration(FOREIGN)
         refuse_training(model)
 
-    def refuse_pads_at_the_end(self, valid: Sequence[Sequence[bool]]) -> None:
-        """Refuse right-padded rows, because their next token would be predicted from a pad.
-
-        ``valid`` has one list per row, which is true in each column that holds a token. Rows of nothing but pads are
-        allowed before the first token.
-
-        Raises:
-            UnsupportedGeneration: a row ends with a pad; the message names the first such row.
-
-        """
-        for index, row in enumerate(valid):
-            seen = self.memory.sequences[index].seen if self.memory.sequences else 0
-            if not row[-1] and (seen or any(row)):
-                raise UnsupportedGeneration(
-                    f"row {index} ends with a pad, and what follows is wanted of its last column; pad on the left "
-                    "(tokenizer.padding_side='left')"
-                )
-
     def begin(self, inputs: dict[str, Any]) -> Append:
         """Make room for the tokens of a forward and return the step that appends them to the memory.
 

@@ -104,6 +104,52 @@ def test_pads_at_the_end_are_refused_before_any_work() -> None:
         model.generate(ids, attention_mask=mask.flip(1), past_key_values=memory, max_new_tokens=2)
 
 
+def _one_column(model: Any, memory: Any) -> None:
+    """A step whose row 0 gets a pad, of which the logits of the last column are wanted."""
+    columns = memory.columns
+    mask = torch.ones(2, columns + 1, dtype=torch.long)
+    mask[0, -1] = 0
+    model(torch.tensor([[0], [7]]), attention_mask=mask, past_key_values=memory, logits_to_keep=1)
+
+
+def _second_turn(model: Any, memory: Any) -> None:
+    mask = torch.ones(2, memory.columns + 1, dtype=torch.long)
+    mask[0, -1] = 0
+    model.generate(torch.tensor([[0], [7]]), attention_mask=mask, past_key_values=memory, max_new_tokens=2)
+
+
+def _hidden_states(model: Any, memory: Any) -> None:
+    longer = torch.cat((variants.prompt(8, rows=2), torch.tensor([[5, 0], [5, 6]])), 1)
+    mask = torch.ones(2, 10, dtype=torch.long)
+    mask[0, -1] = 0
+    options: dict[str, Any] = {"max_new_tokens": 2, "output_hidden_states": True, "return_dict_in_generate": True}
+    model.generate(longer, attention_mask=mask, past_key_values=memory, **options)
+
+
+@pytest.mark.parametrize("call", [_one_column, _second_turn, _hidden_states])
+def test_a_pad_in_the_only_new_column_is_refused(call: Callable[[Any, Any], None]) -> None:
+    """However few columns a call has and whatever else it returns: its row cannot go on from a pad."""
+    model = variants.model()
+    with agentmem.capped(model, **variants.ROOMY) as memory:
+        model(variants.prompt(8, rows=2), past_key_values=memory)
+        with variants.refused(model, agentmem.UnsupportedGeneration, "row 0 ends with a pad"):
+            call(model, memory)
+        assert memory.columns == 8
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+def test_a_prompt_of_pads_alone_is_refused(columns: int) -> None:
+    """Nothing can follow a row that has no token; in a forward of its own it is the padding of tokens to come."""
+    model, ids = variants.model(), variants.prompt(columns, rows=2)
+    mask = torch.ones_like(ids)
+    mask[1] = 0
+    with agentmem.capped(model, **variants.ROOMY) as memory:
+        with variants.refused(model, agentmem.UnsupportedGeneration, "row 1 ends with a pad"):
+            model.generate(ids, attention_mask=mask, past_key_values=memory, max_new_tokens=2)
+        model(ids, attention_mask=mask, past_key_values=memory, logits_to_keep=1)
+        assert [row.seen for row in memory.memory.sequences] == [columns, 0]
+
+
 def test_training_mode_in_a_block_is_refused() -> None:
     """``model.train()`` after a memory was opened refuses the next forward; ``eval`` goes on."""
     model, ids = variants.private(), variants.prompt(20)

@@ -22,6 +22,7 @@ from agentmem.hf.cache import CappedCache, TransientCache, mask_columns, size
 from agentmem.hf.forward_context import FRAME, SCOPE, Frame, own_frame, rename, require_all, untraced
 from agentmem.hf.forwards import ModelForwards
 from agentmem.hf.generate_checks import check_adapters, check_ends, check_forward, check_generate, chosen
+from agentmem.hf.support import refuse_training
 from agentmem.hf.wrapper import Around, named, with_wrapper_inputs
 from agentmem.memory.torch_state import own_state
 
@@ -154,6 +155,7 @@ class _Attachment:
                 moved = cache.moved(complete)
             return None if moved is None else ((), {**inputs, "position_ids": moved["position_ids"]})
         if isinstance(cache, TransientCache):
+            refuse_training(decoder)
             frame.step = cache.step
         elif cache is None and (decoder.config.use_cache if wanted is None else wanted):
             self._refuse_bypass("a forward without past_key_values")

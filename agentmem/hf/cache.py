@@ -93,7 +93,7 @@ class CappedCache(Cache):
     def __init__(self, engine: Engine, model: PreTrainedModel) -> None:
         """Wrap the memory of ``engine``, which was opened for ``model``; only :func:`attach` calls this."""
         super().__init__(layers=[_Layer(self, layer.window) for layer in engine.memory.shape.layers])
-        self.engine, self.model = engine, model
+        self.engine, self.model, self._decoder = engine, model, model.get_decoder()
 
     @property
     def memory(self) -> Memory:
@@ -272,18 +272,19 @@ class CappedCache(Cache):
     # during a forward
 
     def open_for(self, model: PreTrainedModel) -> None:
-        """Check that this memory is open and was opened for ``model``, which must be in eval mode.
+        """Check that this memory is open and was opened for ``model``, which must be in eval mode, its decoder too.
 
         Raises:
             MemoryClosed: the memory is closed, for example because its ``with`` block has ended.
             UnsupportedGeneration: the memory was opened for another model.
-            UnsupportedModel: the model is in training mode.
+            UnsupportedModel: the model or its decoder is in training mode.
 
         """
         self.memory.open_or_raise()
         if model is not self.model:
             raise UnsupportedGeneration(FOREIGN)
         refuse_training(model)
+        refuse_training(self._decoder)
 
     def begin(self, inputs: dict[str, Any]) -> Append:
         """Make room for the tokens of a forward and return the step that appends them to the memory.

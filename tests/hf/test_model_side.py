@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -162,6 +163,41 @@ def test_training_mode_in_a_block_is_refused() -> None:
             memory.peek([5])
         model.eval()
         model(input_ids=ids[:, :1], past_key_values=memory)
+
+
+def test_a_decoder_in_training_mode_is_refused() -> None:
+    """The decoder alone has all the dropout: forwards, peeks and further memories are refused before any work."""
+    model, ids = variants.private(), variants.prompt(20)
+    with agentmem.capped(model, **variants.ROOMY) as memory:
+        model.model.train()
+        with variants.refused(model, agentmem.UnsupportedModel, "LlamaModel is in training mode", "model.eval()"):
+            model.generate(ids, past_key_values=memory, max_new_tokens=2)
+        assert not memory.memory.used
+        model.eval().generate(ids, past_key_values=memory, max_new_tokens=2)
+        model.model.train()
+        with variants.refused(model, agentmem.UnsupportedModel, "LlamaModel is in training mode"):
+            memory.peek([5])
+        with pytest.raises(agentmem.UnsupportedModel, match="LlamaModel is in training mode"):
+            agentmem.wrap(model, **variants.ROOMY)
+        model.eval()
+
+
+MOVES: dict[str, Callable[[Any], Any]] = {
+    "to": lambda model: model.to("cpu"),
+    "type": lambda model: model.type(torch.float32),
+    "requires_grad_": lambda model: model.requires_grad_(False),
+    "apply": lambda model: model.apply(lambda _: None),
+    **{name: operator.methodcaller(name) for name in ("cpu", "float", "train", "eval", "half", "bfloat16", "double")},
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_a_wrapped_model_that_is_moved_or_cast_is_still_capped(name: str) -> None:
+    """Methods by which torch returns the model return the wrapped model, whose ``generate`` has the cap."""
+    with agentmem.wrap(variants.private(), **variants.ROOMY) as wrapped:
+        assert MOVES[name](wrapped) is wrapped
+        MOVES["float"](wrapped).eval().generate(variants.prompt(20), max_new_tokens=2)
+        assert wrapped.memory.memory.used
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])

@@ -204,7 +204,7 @@ def test_a_wrapped_model_that_is_moved_or_cast_is_still_capped(name: str) -> Non
 def test_what_holds_a_memory_is_not_copied(copied: Callable[[Any], Any]) -> None:
     """Copies and pickles of a memory or a wrapped model are refused at once, and name fork()."""
     with agentmem.wrap(variants.private(), **variants.ROOMY) as wrapped:
-        for held in (wrapped, wrapped.memory):
+        for held in (wrapped, wrapped.memory, wrapped.memory.memory):
             with pytest.raises(agentmem.CopyRefused, match=r"fork\(\)"):
                 copied(held)
 
@@ -222,6 +222,16 @@ def test_a_wrapped_model_answers_for_its_model() -> None:
 def test_sessions_and_runtimes_are_not_copied(copied: Callable[[Any], Any]) -> None:
     """Copies and pickles of a session or of its runtime are refused at once."""
     with agentmem.Runtime(variants.private(), tokenizer(), cap="64MiB") as runtime, runtime.session() as session:
-        for held in (runtime, session):
+        session.append("user", "hi")
+        for held in (runtime, session, session.memory):
             with pytest.raises(agentmem.CopyRefused, match=r"fork\(\)"):
                 copied(held)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_what_contains_a_memory_is_not_copied(copied: Callable[[Any], Any]) -> None:
+    """The part of a session that holds its memory is refused by that memory."""
+    with agentmem.Runtime(variants.private(), tokenizer(), cap="64MiB") as runtime, runtime.session() as session:
+        session.append("user", "hi")
+        with pytest.raises(agentmem.CopyRefused, match=r"fork\(\)"):
+            copied(session.holding)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, Unpack
@@ -163,25 +164,27 @@ class CappedModel:
         """Return the model's class, so that ``isinstance`` checks pass."""
         return type(self._model)
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move the model as ``model.to`` does; return this capped model."""
-        self._model.to(*args, **kwargs)
-        return self
-
-    def eval(self) -> Self:
-        """Put the model into eval mode; return this capped model."""
-        self._model.eval()
-        return self
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse to be copied by ``copy`` or pickled."""
         raise CopyRefused.of(self)
 
     def __getattr__(self, name: str) -> Any:
-        """Return the model's attribute of that name: ``config``, ``device``, ``generation_config`` and so on."""
+        """Return the model's attribute of that name: ``config``, ``device``, ``generation_config`` and so on.
+
+        Methods that return the model itself, such as ``to``, ``eval`` and ``half``, return this capped model instead.
+        """
         if name.startswith("__") or name == "_model":
             raise AttributeError(name)
-        return getattr(self._model, name)
+        found = getattr(self._model, name)
+        if getattr(found, "__self__", None) is not self._model:
+            return found
+
+        @functools.wraps(found)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            result = found(*args, **kwargs)
+            return self if result is self._model else result
+
+        return method
 
     def reset(self) -> None:
         """Drop the conversation and start with an empty memory under the same settings."""

@@ -21,7 +21,8 @@ from agentmem.hf.cache import CappedCache, TransientCache, mask_columns, size
 from agentmem.hf.fork_lock import fork_lock
 from agentmem.hf.forward_context import FRAME, SCOPE, Frame, own_frame, rename, require_all, untraced
 from agentmem.hf.forwards import ModelForwards
-from agentmem.hf.generate_checks import check_adapters, check_forward, check_generate, chosen
+from agentmem.hf.generate_checks import check_adapters, check_ends, check_forward, check_generate, chosen
+from agentmem.hf.support import refuse_training
 from agentmem.hf.wrapper import Around, named, with_wrapper_inputs
 from agentmem.memory.torch_state import own_state
 
@@ -69,21 +70,19 @@ class _Attachment:
         @functools.wraps(original)
         def generate(*args: Any, **kwargs: Any) -> Any:
             given = named(signature, args, kwargs)
-            cache, hold = given.get("past_key_values"), None
+            cache = given.get("past_key_values")
             if cache is None and chosen(model, given).get("use_cache", True):
                 cache = self._in_scope()
                 if cache is not None:
                     kwargs = {**kwargs, "past_key_values": cache}
                     given = {**given, "past_key_values": cache}
-            if isinstance(cache, CappedCache):
-                cache.open_for(model)
-                check_generate(cache, model, given)
-                hold = cache.memory.owner.take()
-            try:
+            if not isinstance(cache, CappedCache):
                 with own_frame():
                     return original(*args, **kwargs)
-            finally:
-                del hold  # until here the thread owns the memory; a stored traceback must not prolong that
+            cache.open_for(model)
+            with cache.memory.owner.take(), own_frame():
+                check_generate(cache, model, given)
+                return original(*args, **kwargs)
 
         def undo() -> None:
             del model.generate
@@ -107,21 +106,31 @@ class _Attachment:
         if not isinstance(cache, CappedCache):
             return None
         check_forward(inputs)
-        rows, count = size(inputs)
+        count = size(inputs)[1]
         if count > 1 or not cache.memory.sequences:  # not at every token, because it visits every module
             check_adapters(self.model)
         keep = inputs.get("logits_to_keep", 0)
-        if count == 1 or not isinstance(keep, int) or keep < 1 or inputs.get("output_hidden_states"):
-            return None  # the caller wants every position's output, so the forward cannot be cut
+        if not isinstance(keep, int) or keep < 1:
+            return None  # the caller wants every position's output, so the forward may end with pads and is not cut
         cache.open_for(self.model)
+        valid = mask_columns(inputs, cache.columns, count)
+        if valid is not None:
+            check_ends(valid, [row.seen for row in cache.memory.sequences] or [0] * len(valid))
+        if count == 1 or inputs.get("output_hidden_states"):
+            return None
+        with cache.memory.owner.take():
+            return (), {**inputs, **self._run_all_but_last(cache, inputs)}
+
+    def _run_all_but_last(self, cache: CappedCache, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Run the decoder on all pieces of a long prompt except the last; return the arguments of the last piece."""
+        rows, count = size(inputs)
         valid = mask_columns(inputs, cache.columns, count) or [[True] * count] * rows
-        cache.refuse_pads_at_the_end(valid)
         cache.memory.bind(rows)
         decoder, start = self.model.get_decoder(), 0
         while (start := start + (width := cache.engine.piece([row[start:] for row in valid], count - start))) < count:
             with own_frame(), torch.no_grad():
                 decoder(**_cut(inputs, start - width, start, cache.columns))
-        return (), {**inputs, **_cut(inputs, start - width, count, cache.columns)}
+        return _cut(inputs, start - width, count, cache.columns)
 
     def _enter(
         self, signature: inspect.Signature, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -146,6 +155,7 @@ class _Attachment:
                 moved = cache.moved(complete)
             return None if moved is None else ((), {**inputs, "position_ids": moved["position_ids"]})
         if isinstance(cache, TransientCache):
+            refuse_training(decoder)
             frame.step = cache.step
         elif cache is None and (decoder.config.use_cache if wanted is None else wanted):
             self._refuse_bypass("a forward without past_key_values")

@@ -93,7 +93,7 @@ class CappedCache(Cache):
     def __init__(self, engine: Engine, model: PreTrainedModel) -> None:
         """Wrap the memory of ``engine``, which was opened for ``model``; only :func:`attach` calls this."""
         super().__init__(layers=[_Layer(self, layer.window) for layer in engine.memory.shape.layers])
-        self.engine, self.model = engine, model
+        self.engine, self.model, self._decoder = engine, model, model.get_decoder()
 
     @property
     def memory(self) -> Memory:
@@ -161,13 +161,15 @@ class CappedCache(Cache):
             SettingsRefused: the mode is ``"off"``, the memory was not opened with that policy, or the model does not
                 know some ids of ``focus``.
             CompactionFailed: a compaction failed; see :class:`agentmem.compaction.run.SequenceCompaction`.
+            UnsupportedGeneration: another thread runs this memory now.
 
         """
         self.memory.shape.check_ids("compact's focus", focus)
         request = USUAL
         if slots is not None or focus or policy is not None:
             request = Request(slots, None, tuple(focus), None if policy is None else self.memory.named(policy))
-        reports = (self.engine.compact(sequence, request) for sequence in self.memory.sequences)
+        with self.memory.owner.take():
+            reports = [self.engine.compact(sequence, request) for sequence in self.memory.sequences]
         return tuple(report for report in reports if report is not None)
 
     def peek(self, ids: Sequence[int], row: int = 0) -> torch.Tensor:
@@ -181,10 +183,12 @@ class CappedCache(Cache):
             MemoryClosed: the memory is closed, for example because its ``with`` block has ended.
             SettingsRefused: ``ids`` is empty, the model does not know some of them, or the row has read nothing yet.
             MemoryCapExceeded: ``ids`` is longer than ``chunk``, the number of tokens that the plan has room for.
+            UnsupportedGeneration: another thread runs this memory now.
 
         """
         self.memory.shape.check_ids("peek", ids)
-        return self.engine.peek(ids, row)
+        with self.memory.owner.take():
+            return self.engine.peek(ids, row)
 
     def transcript(self, row: int = 0) -> list[int]:
         """Return all ids that row ``row`` has read so far, in order, without pads; compacted tokens are included."""
@@ -271,36 +275,19 @@ class CappedCache(Cache):
     # during a forward
 
     def open_for(self, model: PreTrainedModel) -> None:
-        """Check that this memory is open and was opened for ``model``, which must be in eval mode.
+        """Check that this memory is open and was opened for ``model``, which must be in eval mode, its decoder too.
 
         Raises:
             MemoryClosed: the memory is closed, for example because its ``with`` block has ended.
             UnsupportedGeneration: the memory was opened for another model.
-            UnsupportedModel: the model is in training mode.
+            UnsupportedModel: the model or its decoder is in training mode.
 
         """
         self.memory.open_or_raise()
         if model is not self.model:
             raise UnsupportedGeneration(FOREIGN)
         refuse_training(model)
-
-    def refuse_pads_at_the_end(self, valid: Sequence[Sequence[bool]]) -> None:
-        """Refuse right-padded rows, because their next token would be predicted from a pad.
-
-        ``valid`` has one list per row, which is true in each column that holds a token. Rows of nothing but pads are
-        allowed before the first token.
-
-        Raises:
-            UnsupportedGeneration: a row ends with a pad; the message names the first such row.
-
-        """
-        for index, row in enumerate(valid):
-            seen = self.memory.sequences[index].seen if self.memory.sequences else 0
-            if not row[-1] and (seen or any(row)):
-                raise UnsupportedGeneration(
-                    f"row {index} ends with a pad, and what follows is wanted of its last column; pad on the left "
-                    "(tokenizer.padding_side='left')"
-                )
+        refuse_training(self._decoder)
 
     def begin(self, inputs: dict[str, Any]) -> Append:
         """Make room for the tokens of a forward and return the step that appends them to the memory.

@@ -9,7 +9,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from agentmem.errors import PromptMismatch, UnsupportedGeneration
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
 
@@ -88,8 +88,8 @@ def check_generate(cache: CappedCache, model: Any, given: Mapping[str, Any]) -> 
     """Check that a capped memory can serve a call of ``generate``; ``given`` has the call's arguments by name.
 
     Raises:
-        UnsupportedGeneration: :data:`REFUSED` or :func:`check_adapters` refuses an argument, or the model is a Phi-3
-            that may reach the length at which it changes its RoPE frequencies.
+        UnsupportedGeneration: :data:`REFUSED`, :func:`check_adapters` or :func:`check_ends` refuses an argument, or the
+            model is a Phi-3 that may reach the length at which it changes its RoPE frequencies.
         PromptMismatch: the prompt does not extend the tokens that the memory has seen.
 
     """
@@ -103,6 +103,9 @@ def check_generate(cache: CappedCache, model: Any, given: Mapping[str, Any]) -> 
     prompt = options.get("inputs_embeds", ids)
     if prompt is None:
         return
+    mask = options.get("attention_mask")
+    if mask is not None and mask.ndim == 2:  # noqa: PLR2004  # other masks are refused by the forward
+        check_ends(mask[:, -1:].bool().tolist())
     if not _only_new(cache, options, prompt):
         _check_extends(cache, prompt, ids if prompt is ids else None, options)
         _check_rope_switch(cache, model, int(prompt.shape[1]), 0, options)
@@ -125,6 +128,25 @@ def check_forward(inputs: Mapping[str, Any]) -> None:
             raise UnsupportedGeneration(
                 f"a forward with {name[:40]} (a value of type {type(value).__name__}): neither the pieces of a long "
                 "prompt nor probes would be given it; leave it out, or run this forward without the memory"
+            )
+
+
+def check_ends(valid: Sequence[Sequence[bool]], seen: Sequence[int] | None = None) -> None:
+    """Check that no row is padded on the right, because its next token would be predicted from a pad.
+
+    ``valid`` has one list per row, which is true in each column that holds a token. ``seen`` has the number of tokens
+    that each row has read before, if this is one forward of a prompt: a row without any token may still get pads alone,
+    which are the left padding of its tokens to come.
+
+    Raises:
+        UnsupportedGeneration: a row ends with a pad; the message names the first such row.
+
+    """
+    for index, row in enumerate(valid):
+        if row[-1:] == [False] and (seen is None or seen[index] or any(row)):
+            raise UnsupportedGeneration(
+                f"row {index} ends with a pad, and what follows is wanted of its last column; pad on the left "
+                "(tokenizer.padding_side='left')"
             )
 
 

@@ -119,10 +119,8 @@ def text_model(model: object) -> PreTrainedModel:
         raise UnsupportedModel(
             "prompt-learning adapters put their own keys into the cache; merge or disable the adapter"
         )
-    if inner.training:
-        raise UnsupportedModel(
-            f"{name} is in training mode, whose dropout no replay can repeat; call model.eval() first"
-        )
+    refuse_training(inner)
+    refuse_training(inner.get_decoder())
     return inner  # type: ignore[no-any-return]  # its methods were checked above
 
 
@@ -141,10 +139,10 @@ def _refuse_compiled(model: Any) -> None:
 
 
 def refuse_training(model: Any) -> None:
-    """Check before a forward that the model has not been put into training mode since its memory was opened.
+    """Check that a model, or a part of it, is not in training mode.
 
     Raises:
-        UnsupportedModel: the model is in training mode.
+        UnsupportedModel: it is in training mode.
 
     """
     if model.training:

@@ -5,11 +5,11 @@ A memory does not compact by itself and holds no model: :class:`agentmem.engine.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from agentmem.errors import MemoryClosed, SettingsRefused, UnsupportedGeneration
+from agentmem.errors import CopyRefused, MemoryClosed, SettingsRefused, UnsupportedGeneration
 from agentmem.memory.ledger import Ledger
 from agentmem.memory.owner import Owner
 from agentmem.memory.reports import Reports
@@ -99,6 +99,10 @@ class Memory:
         self.owner = Owner()
         self.names: Mapping[str, str] = {}
         """Names that the memory's log events have: those of the session and the runtime that use the memory."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Raise CopyRefused, because a memory cannot be copied by ``copy`` or pickled, nor can what contains one."""
+        raise CopyRefused.of(self)
 
     def empty(self) -> Memory:
         """Return a new memory without tokens that has the model, policies and settings of this memory."""

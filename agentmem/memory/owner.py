@@ -9,11 +9,21 @@ from agentmem.errors import UnsupportedGeneration
 
 
 class Hold:
-    """A thread's ownership of a memory, which ends when no reference to this object is left."""
+    """A thread's ownership of a memory, which ends when no reference to this object is left.
+
+    In ``with owner.take():`` the ``with`` block has the only reference. A variable would be another one, which a stored
+    traceback of an error keeps.
+    """
 
     def __init__(self) -> None:
         """Make the current thread the owner."""
         self.thread = threading.current_thread()
+
+    def __enter__(self) -> None:
+        """Do nothing: the thread is the owner already."""
+
+    def __exit__(self, *_: object) -> None:
+        """Do nothing: the ``with`` block drops its reference."""
 
 
 class Owner:
@@ -41,9 +51,11 @@ class Owner:
             if hold is None or not hold.thread.is_alive():
                 hold = Hold()
                 self._hold = ref(hold)
-            elif hold.thread is not threading.current_thread():
-                raise UnsupportedGeneration(
-                    f"this memory is in use by thread {hold.thread.name!r}, and one thread at a time may run it; wait "
-                    "for that generate or forward to end, or open a memory for each thread (agentmem.capped)"
-                )
-            return hold
+            if hold.thread is threading.current_thread():
+                return hold
+            name = hold.thread.name
+            del hold  # else the traceback of this refusal would keep the other thread the owner
+        raise UnsupportedGeneration(
+            f"this memory is in use by thread {name!r}, and one thread at a time may run it; wait for its generate, "
+            "forward, compact or peek to end, or open a memory for each thread (agentmem.capped)"
+        )

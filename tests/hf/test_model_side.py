@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -104,6 +105,52 @@ def test_pads_at_the_end_are_refused_before_any_work() -> None:
         model.generate(ids, attention_mask=mask.flip(1), past_key_values=memory, max_new_tokens=2)
 
 
+def _one_column(model: Any, memory: Any) -> None:
+    """A step whose row 0 gets a pad, of which the logits of the last column are wanted."""
+    columns = memory.columns
+    mask = torch.ones(2, columns + 1, dtype=torch.long)
+    mask[0, -1] = 0
+    model(torch.tensor([[0], [7]]), attention_mask=mask, past_key_values=memory, logits_to_keep=1)
+
+
+def _second_turn(model: Any, memory: Any) -> None:
+    mask = torch.ones(2, memory.columns + 1, dtype=torch.long)
+    mask[0, -1] = 0
+    model.generate(torch.tensor([[0], [7]]), attention_mask=mask, past_key_values=memory, max_new_tokens=2)
+
+
+def _hidden_states(model: Any, memory: Any) -> None:
+    longer = torch.cat((variants.prompt(8, rows=2), torch.tensor([[5, 0], [5, 6]])), 1)
+    mask = torch.ones(2, 10, dtype=torch.long)
+    mask[0, -1] = 0
+    options: dict[str, Any] = {"max_new_tokens": 2, "output_hidden_states": True, "return_dict_in_generate": True}
+    model.generate(longer, attention_mask=mask, past_key_values=memory, **options)
+
+
+@pytest.mark.parametrize("call", [_one_column, _second_turn, _hidden_states])
+def test_a_pad_in_the_only_new_column_is_refused(call: Callable[[Any, Any], None]) -> None:
+    """However few columns a call has and whatever else it returns: its row cannot go on from a pad."""
+    model = variants.model()
+    with agentmem.capped(model, **variants.ROOMY) as memory:
+        model(variants.prompt(8, rows=2), past_key_values=memory)
+        with variants.refused(model, agentmem.UnsupportedGeneration, "row 0 ends with a pad"):
+            call(model, memory)
+        assert memory.columns == 8
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+def test_a_prompt_of_pads_alone_is_refused(columns: int) -> None:
+    """Nothing can follow a row that has no token; in a forward of its own it is the padding of tokens to come."""
+    model, ids = variants.model(), variants.prompt(columns, rows=2)
+    mask = torch.ones_like(ids)
+    mask[1] = 0
+    with agentmem.capped(model, **variants.ROOMY) as memory:
+        with variants.refused(model, agentmem.UnsupportedGeneration, "row 1 ends with a pad"):
+            model.generate(ids, attention_mask=mask, past_key_values=memory, max_new_tokens=2)
+        model(ids, attention_mask=mask, past_key_values=memory, logits_to_keep=1)
+        assert [row.seen for row in memory.memory.sequences] == [columns, 0]
+
+
 def test_training_mode_in_a_block_is_refused() -> None:
     """``model.train()`` after a memory was opened refuses the next forward; ``eval`` goes on."""
     model, ids = variants.private(), variants.prompt(20)
@@ -118,11 +165,46 @@ def test_training_mode_in_a_block_is_refused() -> None:
         model(input_ids=ids[:, :1], past_key_values=memory)
 
 
+def test_a_decoder_in_training_mode_is_refused() -> None:
+    """The decoder alone has all the dropout: forwards, peeks and further memories are refused before any work."""
+    model, ids = variants.private(), variants.prompt(20)
+    with agentmem.capped(model, **variants.ROOMY) as memory:
+        model.model.train()
+        with variants.refused(model, agentmem.UnsupportedModel, "LlamaModel is in training mode", "model.eval()"):
+            model.generate(ids, past_key_values=memory, max_new_tokens=2)
+        assert not memory.memory.used
+        model.eval().generate(ids, past_key_values=memory, max_new_tokens=2)
+        model.model.train()
+        with variants.refused(model, agentmem.UnsupportedModel, "LlamaModel is in training mode"):
+            memory.peek([5])
+        with pytest.raises(agentmem.UnsupportedModel, match="LlamaModel is in training mode"):
+            agentmem.wrap(model, **variants.ROOMY)
+        model.eval()
+
+
+MOVES: dict[str, Callable[[Any], Any]] = {
+    "to": lambda model: model.to("cpu"),
+    "type": lambda model: model.type(torch.float32),
+    "requires_grad_": lambda model: model.requires_grad_(False),
+    "apply": lambda model: model.apply(lambda _: None),
+    **{name: operator.methodcaller(name) for name in ("cpu", "float", "train", "eval", "half", "bfloat16", "double")},
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_a_wrapped_model_that_is_moved_or_cast_is_still_capped(name: str) -> None:
+    """Methods by which torch returns the model return the wrapped model, whose ``generate`` has the cap."""
+    with agentmem.wrap(variants.private(), **variants.ROOMY) as wrapped:
+        assert MOVES[name](wrapped) is wrapped
+        MOVES["float"](wrapped).eval().generate(variants.prompt(20), max_new_tokens=2)
+        assert wrapped.memory.memory.used
+
+
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_what_holds_a_memory_is_not_copied(copied: Callable[[Any], Any]) -> None:
     """Copies and pickles of a memory or a wrapped model are refused at once, and name fork()."""
     with agentmem.wrap(variants.private(), **variants.ROOMY) as wrapped:
-        for held in (wrapped, wrapped.memory):
+        for held in (wrapped, wrapped.memory, wrapped.memory.memory):
             with pytest.raises(agentmem.CopyRefused, match=r"fork\(\)"):
                 copied(held)
 
@@ -140,6 +222,16 @@ def test_a_wrapped_model_answers_for_its_model() -> None:
 def test_sessions_and_runtimes_are_not_copied(copied: Callable[[Any], Any]) -> None:
     """Copies and pickles of a session or of its runtime are refused at once."""
     with agentmem.Runtime(variants.private(), tokenizer(), cap="64MiB") as runtime, runtime.session() as session:
-        for held in (runtime, session):
+        session.append("user", "hi")
+        for held in (runtime, session, session.memory):
             with pytest.raises(agentmem.CopyRefused, match=r"fork\(\)"):
                 copied(held)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_what_contains_a_memory_is_not_copied(copied: Callable[[Any], Any]) -> None:
+    """The part of a session that holds its memory is refused by that memory."""
+    with agentmem.Runtime(variants.private(), tokenizer(), cap="64MiB") as runtime, runtime.session() as session:
+        session.append("user", "hi")
+        with pytest.raises(agentmem.CopyRefused, match=r"fork\(\)"):
+            copied(session.holding)

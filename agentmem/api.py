@@ -98,8 +98,10 @@ def capped(
         with hf.scope(view):
             yield view
     finally:
-        hf.detach(inner)
-        memory.close()
+        try:
+            hf.detach(inner)
+        finally:
+            memory.close()
     if not memory.used:
         raise MemoryUnused(
             "no forward used the memory of this capped block; call model.generate in it, or pass the memory to a "

@@ -19,7 +19,7 @@ from agentmem.engine import Engine
 from agentmem.errors import CapBypassed
 from agentmem.hf.cache import CappedCache, TransientCache, mask_columns, size
 from agentmem.hf.fork_lock import fork_lock
-from agentmem.hf.forward_context import FRAME, SCOPE, Frame, own_frame, rename, require_all, untraced
+from agentmem.hf.forward_context import FRAME, SCOPE, Frame, own_frame, rename, require_all, restore, untraced
 from agentmem.hf.forwards import ModelForwards
 from agentmem.hf.generate_checks import check_adapters, check_ends, check_forward, check_generate, chosen
 from agentmem.hf.support import refuse_training
@@ -36,31 +36,49 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class _Attachment:
-    """The changes made to one model while memories are attached to it, with the functions that undo the changes."""
+    """The changes made to one model while memories are attached to it.
+
+    What was changed is read from the model itself, where each change can be recognised. An interrupt therefore leaves
+    nothing that a later :meth:`remove` does not find.
+    """
 
     model: PreTrainedModel
     users: int = 0
-    undo: list[Callable[[], None]] = field(default_factory=list)
+    key: object = field(default_factory=object)
 
     def install(self) -> None:
         """Register the hooks, set agentmem's attention implementation, and make ``generate`` check its arguments."""
-        decoder = self.model.get_decoder()
-        self.undo.append(rename(decoder.config))
-        split = functools.partial(self._split, inspect.signature(self.model.forward))
+        self.remove()  # what an interrupted call left
+        model, decoder = self.model, self.model.get_decoder()
+        rename(decoder.config, self.key)
+        split = functools.partial(self._split, inspect.signature(model.forward))
         enter = functools.partial(self._enter, inspect.signature(decoder.forward))
-        around = () if decoder.config is self.model.config else Around(self.model).hooks
-        handles = [
-            *(self.model.register_forward_pre_hook(untraced(hook), with_kwargs=True) for hook in around[:1]),
-            self.model.register_forward_pre_hook(untraced(split), with_kwargs=True),
-            *(self.model.register_forward_pre_hook(untraced(hook), with_kwargs=True) for hook in around[1:]),
-            *(self.model.register_forward_hook(untraced(_leave), always_call=True) for _ in around[:1]),
-            decoder.register_forward_pre_hook(untraced(enter), with_kwargs=True),
-            decoder.register_forward_hook(untraced(_leave), always_call=True),
-        ]
-        self.undo.extend(handle.remove for handle in handles)
+        around = () if decoder.config is model.config else Around(model).hooks
+        hooks: tuple[Callable[..., Any], ...] = (*around[:1], split, *around[1:])
+        for hook in hooks:
+            model.register_forward_pre_hook(_ours(hook), with_kwargs=True)
+        for _ in around[:1]:
+            model.register_forward_hook(_ours(_leave), always_call=True)
+        decoder.register_forward_pre_hook(_ours(enter), with_kwargs=True)
+        decoder.register_forward_hook(_ours(_leave), always_call=True)
         self._guard_generate()
-        hooks = {handle.id for handle in handles}
-        self.undo.extend(_leave_out_of_copies(module, hooks) for module in (self.model, decoder))
+        for module in (model, decoder):
+            _leave_out_of_copies(module)
+
+    def remove(self) -> None:
+        """Undo all changes that are found on the model."""
+        model: Any = self.model
+        decoder = model.get_decoder()
+        for module in (model, decoder):
+            if hasattr(vars(module).get("__reduce_ex__"), _MARK):
+                del module.__reduce_ex__
+            _remove_hooks(module)
+        generate = vars(model).get("generate")
+        if hasattr(generate, "agentmem_own") and generate.agentmem_own is not None:
+            model.generate = generate.agentmem_own
+        elif hasattr(generate, "agentmem_own"):
+            del model.generate
+        restore(decoder.config, self.key)
 
     def _guard_generate(self) -> None:
         model: Any = self.model
@@ -84,14 +102,8 @@ class _Attachment:
                 check_generate(cache, model, given)
                 return original(*args, **kwargs)
 
-        def undo() -> None:
-            del model.generate
-            if own is not None:
-                model.generate = own
-
         generate.agentmem_own = own  # type: ignore[attr-defined]  # a copy of the model gets this one
         model.generate = generate  # on the instance only
-        self.undo.append(undo)
 
     def _split(
         self, signature: inspect.Signature, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -195,11 +207,37 @@ class _Attachment:
             )
 
 
-def _leave_out_of_copies(module: Any, hooks: set[int]) -> Callable[[], None]:
-    """Make copies and pickles of ``module`` leave out agentmem's hooks and ``generate``.
+_MARK = "agentmem_hook"
+"""The attribute by which functions that agentmem puts on a model are recognised."""
 
-    ``hooks`` are the ids of agentmem's hooks. The returned function makes the module copy and pickle as before.
-    """
+
+def _ours(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a hook as a function that is never traced by ``torch.compile`` and that :func:`_own_keys` recognises."""
+    made = untraced(functools.partial(hook))  # a partial: the mark must not be on the function that is wrapped
+    setattr(made, _MARK, True)
+    return made
+
+
+def _own_keys(module: Any) -> list[int]:
+    """Return the keys of agentmem's hooks in the dictionaries of hooks of a module."""
+    both = (module._forward_pre_hooks, module._forward_hooks)  # noqa: SLF001  # torch has no public list of them
+    return [key for hooks in both for key, hook in hooks.items() if hasattr(hook, _MARK)]
+
+
+def _remove_hooks(module: Any) -> None:
+    """Remove agentmem's hooks from a module, and then the flags of hooks that are no more."""
+    every = (module._forward_pre_hooks, module._forward_hooks)  # noqa: SLF001
+    for key in _own_keys(module):
+        for hooks in every:
+            hooks.pop(key, None)
+    for name in ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
+        flags = getattr(module, name)
+        for key in [each for each in flags if not any(each in hooks for hooks in every)]:
+            flags.pop(key, None)
+
+
+def _leave_out_of_copies(module: Any) -> None:
+    """Make copies and pickles of ``module`` leave out agentmem's hooks and ``generate``."""
 
     def reduce(protocol: Any) -> tuple[Any, ...]:
         own: Any = type(module)
@@ -208,16 +246,14 @@ def _leave_out_of_copies(module: Any, hooks: set[int]) -> Callable[[], None]:
         original = getattr(state.get("generate"), "agentmem_own", None)
         if original is not None:
             clean["generate"] = original
+        hooks = _own_keys(module)
         for name, each in state.items():
             if "_hooks" in name and isinstance(each, dict):
                 clean[name] = type(each)((key, hook) for key, hook in each.items() if key not in hooks)
         return (made, arguments, clean, *rest)
 
-    def undo() -> None:
-        del module.__reduce_ex__
-
+    setattr(reduce, _MARK, True)
     module.__reduce_ex__ = reduce  # copy and pickle look it up on the instance
-    return undo
 
 
 def _cut(inputs: dict[str, Any], start: int, stop: int, columns: int) -> dict[str, Any]:
@@ -281,22 +317,51 @@ _DROPPED: deque[PreTrainedModel] = deque()
 """Models still to be detached, one entry for each call of :func:`detach_later`."""
 
 
+@contextmanager
+def _locked(*, wait: bool) -> Iterator[bool]:
+    """Hold this module's lock in a ``with`` block, unless another thread holds it and ``wait`` is false.
+
+    After an interrupt at the end of the block, when nothing would call the lock's ``__exit__``, the lock is released
+    because this generator is garbage.
+    """
+    held = False
+    try:
+        held = _LOCK.acquire(blocking=wait)
+        yield held
+        held = held and _LOCK.release() is not None  # type: ignore[func-returns-value]  # one line: both or none
+    finally:
+        if held:
+            _LOCK.release()
+
+
 def attach(model: PreTrainedModel, memory: Memory) -> CappedCache:
-    """Connect a memory to a model and return its cache; for every call, :func:`detach` must be called once later."""
-    with _LOCK:
-        attachment = _ATTACHMENTS.setdefault(model, _Attachment(model))
-        if attachment.users == 0:
-            attachment.install()
-        attachment.users += 1
-    _detach_dropped()
-    return CappedCache(Engine(memory, ModelForwards(model, memory.shape)), model)
+    """Connect a memory to a model and return its cache; for every call, :func:`detach` must be called once later.
+
+    If an error or an interrupt ends this call, the model is as it was before.
+    """
+    cache, counted = CappedCache(Engine(memory, ModelForwards(model, memory.shape)), model), False
+    try:
+        with _locked(wait=True):
+            attachment = _ATTACHMENTS.setdefault(model, _Attachment(model))
+            if attachment.users == 0:
+                attachment.install()
+            attachment.users, counted = attachment.users + 1, True
+        _detach_dropped()
+        return cache  # noqa: TRY300  # an interrupt at this line is one of the caller's, who has no cache yet
+    except BaseException:
+        with _locked(wait=True):
+            _remove_unused(model, 1 if counted else 0)
+        raise
 
 
 def detach(model: PreTrainedModel) -> None:
     """Undo one call of :func:`attach`; once all calls are undone, the model is as before."""
-    with _LOCK:
-        _undo(model)
-    _detach_dropped()
+    _DROPPED.append(model)
+    try:
+        with _locked(wait=True):
+            _undo_dropped()
+    finally:
+        _detach_dropped()  # what came meanwhile, or what an interrupt left
 
 
 def detach_later(model: PreTrainedModel) -> None:
@@ -310,18 +375,34 @@ def detach_later(model: PreTrainedModel) -> None:
 
 
 def _detach_dropped() -> None:
-    while _DROPPED and _LOCK.acquire(blocking=False):
+    while _DROPPED:
+        with _locked(wait=False) as held:
+            if not held:
+                return
+            _undo_dropped()
+
+
+def _undo_dropped() -> None:
+    """Undo one call of :func:`attach` for each entry of :data:`_DROPPED`; the caller holds the lock.
+
+    After an interrupt, the removal is done again from its start: it finds what is left.
+    """
+    while _DROPPED:
+        attachment = _ATTACHMENTS[_DROPPED[0]]
         try:
-            while _DROPPED:
-                _undo(_DROPPED.popleft())
-        finally:
-            _LOCK.release()
+            attachment.users, _ = attachment.users - 1, _DROPPED.popleft()  # one line: interrupts come before or after
+            _remove_unused(attachment.model, 0)
+        except BaseException:
+            _remove_unused(attachment.model, 0)
+            raise
 
 
-def _undo(model: PreTrainedModel) -> None:
-    attachment = _ATTACHMENTS[model]
-    attachment.users -= 1
+def _remove_unused(model: PreTrainedModel, fewer: int) -> None:
+    """Count down the users of a model by ``fewer``, and undo all changes to it if it has no users left."""
+    attachment = _ATTACHMENTS.get(model)
+    if attachment is None:
+        return
+    attachment.users -= fewer
     if attachment.users == 0:
-        for undo in reversed(attachment.undo):
-            undo()
-        del _ATTACHMENTS[model]
+        attachment.remove()
+        _ATTACHMENTS.pop(model, None)

@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from agentmem.errors import UnsupportedModel
-from agentmem.hf.forward_context import FRAME, Frame, own_frame, rename
+from agentmem.hf.forward_context import FRAME, Frame, own_frame, rename, restore
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -170,12 +170,13 @@ def reading(model: PreTrainedModel, windows: Sequence[int | None]) -> Iterator[R
     require no gradients; the end of the block restores the model.
     """
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    undo = rename(model.get_decoder().config)
+    config, key = model.get_decoder().config, object()
     try:
+        rename(config, key)
         for parameter in wanted:
             parameter.requires_grad = False
         yield Reader(model, windows)
     finally:
         for parameter in wanted:
             parameter.requires_grad = True
-        undo()
+        restore(config, key)

@@ -180,28 +180,29 @@ class _Renamed(str):
         return str, (self.original,)
 
 
-_RENAMED: dict[int, list[str]] = {}
-"""For each renamed config, by its ``id``: the original name, once for every call of :func:`rename` not yet undone."""
+_RENAMED: dict[int, tuple[str, set[object]]] = {}
+"""For each renamed config, by its ``id``: the original name, and the keys of those for whom it is renamed."""
 
 
-def rename(config: PreTrainedConfig) -> Callable[[], None]:
-    """Set the attention implementation of a config to agentmem's own; return a function that restores the old one.
+def rename(config: PreTrainedConfig, key: object) -> None:
+    """Set the attention implementation of a config to agentmem's own, until :func:`restore` is called with ``key``.
 
     transformers reads the name of the implementation from the config. Several models may share one config, so this
-    function may be called several times for it. The original name is restored when all returned functions have been
-    called, in any order.
+    function may be called for it with several keys. The original name is restored with the last key, in any order.
     """
-    originals = _RENAMED.setdefault(id(config), [])
-    originals.append(originals[0] if originals else config._attn_implementation)  # noqa: SLF001  # the only name it has
-    config._attn_implementation = _register(originals[0])  # noqa: SLF001
+    found = config._attn_implementation  # noqa: SLF001  # the only name it has
+    original, keys = _RENAMED.setdefault(id(config), (getattr(found, "original", found), set()))
+    keys.add(key)
+    config._attn_implementation = _register(original)  # noqa: SLF001
 
-    def undo() -> None:
-        original = originals.pop()
-        if not originals:
-            config._attn_implementation = original  # noqa: SLF001
-            del _RENAMED[id(config)]
 
-    return undo
+def restore(config: PreTrainedConfig, key: object) -> None:
+    """Undo :func:`rename` for one key, if there is something to undo; an interrupted call can be repeated."""
+    original, keys = _RENAMED.get(id(config), ("", set[object]()))
+    keys.discard(key)
+    if original and not keys:
+        config._attn_implementation = original  # noqa: SLF001
+        _RENAMED.pop(id(config), None)
 
 
 def require_all(attended: int, layers: int) -> None:

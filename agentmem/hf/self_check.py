@@ -24,7 +24,7 @@ from agentmem.hf.attach import attach, detach, scope
 from agentmem.hf.capture import AttentionCall, reading
 from agentmem.hf.check_models import VOCABULARY, causal_class, tiny_model
 from agentmem.hf.fork_lock import fork_lock
-from agentmem.hf.forward_context import FRAME, Frame, own_frame, rename
+from agentmem.hf.forward_context import FRAME, Frame, own_frame, rename, restore
 from agentmem.hf.rebase_check import check_rebase
 from agentmem.hf.rope import follows_positions
 from agentmem.hf.support import COVERED, SINKS, describe
@@ -283,8 +283,9 @@ def _as_called(model: Any, shape: ModelShape) -> ModelShape:
     """
     ids = torch.full((1, 5), 3)
     model(ids, use_cache=False)
-    witness, undo = _Witness(), rename(model.get_decoder().config)
+    witness, config = _Witness(), model.get_decoder().config
     try:
+        rename(config, witness)
         with own_frame():
             FRAME.set(Frame(None, witness))
             model(ids, use_cache=False)
@@ -294,7 +295,7 @@ def _as_called(model: Any, shape: ModelShape) -> ModelShape:
         if witness.calls:
             raise  # else the model's own attention failed because it got no mask
     finally:
-        undo()
+        restore(config, witness)
     layers = [layer for layer, _ in witness.calls]
     if layers != list(range(len(shape.layers))):
         raise UnsupportedModel(

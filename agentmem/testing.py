@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch._C._profiler import _ExtraFields_Allocation, _ProfilerEvent
@@ -44,24 +44,49 @@ def peak_allocated(call: Callable[[], object]) -> int:
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else profiles write to stderr; read once, by the first profile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = call()
-    del result
+        first = torch.empty(1)
+        call()  # its result is freed within the profile, so that every block of the call has its release
     recorded = profiler.profiler
     assert recorded is not None and recorded.kineto_results is not None  # noqa: S101, PT018  # set by the context's exit
-    tree, held, now, peak = recorded.kineto_results.experimental_event_tree(), dict[int, int](), 0, 0
-    for _, pointer, size in sorted(_allocations(tree), key=lambda found: found[0]):
-        if size > 0:
-            held[pointer] = size
-        now += size if size > 0 else -held.pop(pointer, 0)
-        peak = max(peak, now)
+    events = sorted(_allocations(recorded.kineto_results.experimental_event_tree()), key=lambda event: event.time)
+    start = next(event.total for event in events if event.address == first.data_ptr() and event.size > 0)
+    return _peak(events, start)
+
+
+class _Allocation(NamedTuple):
+    """An allocation, or with a negative size a release: time in ns, address, bytes, PyTorch's total after it."""
+
+    time: int
+    address: int
+    size: int
+    total: int
+
+
+def _peak(events: Sequence[_Allocation], start: int) -> int:
+    """Return the highest total of the events above ``start``, as if older blocks had not been released.
+
+    PyTorch computes the totals under a lock. A sum in the order of time would be wrong where the clocks of two cores
+    differ: a block's release would then come after the next block's allocation. A block is older than the call if its
+    address has more releases than allocations.
+    """
+    excess = Counter[int]()
+    for event in events:
+        excess[event.address] += -1 if event.size > 0 else 1
+    older, peak = 0, 0
+    for event in events:
+        if event.size < 0 and excess[event.address] > 0:
+            excess[event.address] -= 1
+            older -= event.size
+        peak = max(peak, event.total - start + older)
     return peak
 
 
-def _allocations(events: Sequence[_ProfilerEvent]) -> Iterator[tuple[int, int, int]]:
-    """Yield time, address and bytes of every allocation and release in the events; a release has negative bytes."""
+def _allocations(events: Sequence[_ProfilerEvent]) -> Iterator[_Allocation]:
+    """Yield every allocation and release in the events."""
     for event in events:
-        if isinstance(event.extra_fields, _ExtraFields_Allocation):
-            yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size
+        found = event.extra_fields
+        if isinstance(found, _ExtraFields_Allocation):
+            yield _Allocation(event.start_time_ns, found.ptr, found.alloc_size, found.total_allocated)
         yield from _allocations(event.children)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 
+from agentmem import testing
 from agentmem.compaction.checks import validate
 from agentmem.contracts import (
     BudgetRequest,
@@ -220,6 +221,23 @@ def test_what_was_there_before_does_not_lower_a_peak() -> None:
         return torch.empty(500)
 
     assert peak_allocated(call) == 2000
+
+
+def test_a_clock_that_goes_back_does_not_change_a_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clocks of two cores can differ: two blocks that never lived together are not summed."""
+    recorded = testing._allocations
+
+    def disordered(events: Sequence[Any]) -> Iterator[testing._Allocation]:
+        found = list(recorded(events))
+        return (event._replace(time=event.time - 10**9 * (event.size == 2000)) for event in found)
+
+    monkeypatch.setattr(testing, "_allocations", disordered)
+
+    def call() -> None:
+        torch.empty(1000)
+        torch.empty(500)
+
+    assert peak_allocated(call) == 4000
 
 
 @pytest.mark.parametrize("family", get_args(Family))

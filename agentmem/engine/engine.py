@@ -129,7 +129,12 @@ class Engine:
     @property
     def automatic(self) -> bool:
         """True if the engine compacts a full sequence without being asked."""
-        return self.memory.policy.compactor is not None and self.memory.settings.mode == "auto"
+        return self.compacts(self.memory)
+
+    @staticmethod
+    def compacts(memory: Memory) -> bool:
+        """Return whether an engine of this memory compacts a full sequence without being asked."""
+        return memory.policy.compactor is not None and memory.settings.mode == "auto"
 
     def check_room(self, sequence: TokenSequence, tokens: int) -> None:
         """Check that a memory that does not compact by itself has room for ``tokens`` more tokens.

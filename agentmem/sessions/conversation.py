@@ -189,7 +189,7 @@ class Conversation:
         """All ids that were read or sampled, including those that the memory has not consumed yet."""
         self.dialogue = Dialogue()
         self.entries: list[Entry] = []
-        self.reply: Reply | None = None
+        self.draft: Reply | None = None
         """The open reply; ``None`` if no reply is open."""
         self.generator = None if settings.seed is None else torch.Generator().manual_seed(settings.seed)
         self.before: Before | None = None

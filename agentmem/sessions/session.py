@@ -30,7 +30,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Session(Conversation):
+class _Interface(type):
+    """Metaclass whose classes show in ``dir`` and ``help`` what they define, without what they inherit."""
+
+    def __dir__(cls) -> list[str]:
+        """Return the names that the class itself defines."""
+        return sorted(vars(cls))
+
+
+class Session(Conversation, metaclass=_Interface):
     """One conversation, made by :meth:`Runtime.session`, :meth:`Runtime.load` or :meth:`fork`.
 
     Every method that reads or writes first takes the session's lease and may raise :class:`RuntimeBusy`. The session
@@ -394,6 +402,11 @@ class Session(Conversation):
         self.close()
 
     # ---- transcript and statistics
+
+    @property
+    def reply(self) -> Reply | None:
+        """The open reply, which was kept open or begun by :meth:`say`; ``None`` if no reply is open."""
+        return self.draft
 
     @property
     def transcript(self) -> Transcript:

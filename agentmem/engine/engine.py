@@ -16,6 +16,7 @@ from agentmem.memory.forwards import Append, Transient
 from agentmem.memory.positions import measured_tokens, rebase
 from agentmem.planning.pricing import window_slots
 from agentmem.reporting import log_events
+from agentmem.settings import exact_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -278,8 +279,8 @@ def _full(memory: Memory, sequence: TokenSequence, tokens: int) -> str:
     by_hand = ", or call memory.compact()" if mode == "manual" else ""
     return (
         f"row {sequence.index} holds {plan.capacity - sequence.room} of {plan.capacity} slots per head under a cap of "
-        f"{plan.cap_bytes} bytes and cannot take {tokens} more token(s): {why}; raise cap, or choose another policy or "
-        f"mode{by_hand}"
+        f"{exact_bytes(plan.cap_bytes)} and cannot take {tokens} more token(s): {why}; raise cap, or choose another "
+        f"policy or mode{by_hand}"
     )
 
 

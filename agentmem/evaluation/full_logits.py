@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from agentmem.contracts import blocks
 from agentmem.errors import AgentmemError
-from agentmem.settings import format_bytes
+from agentmem.settings import exact_bytes, format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -159,13 +159,13 @@ def clean(root: Path, most_bytes: int = 0) -> int:
 def _require_space(folder: Path, size: int, most_bytes: int) -> None:
     if size > most_bytes:
         raise AgentmemError(
-            f"evaluation: the full-memory logits need {format_bytes(size)} ({size} bytes) on disk, and at most "
-            f"{format_bytes(most_bytes)} ({most_bytes} bytes) may be kept; lower --tokens or raise --cache-limit"
+            f"evaluation: the full-memory logits need {exact_bytes(size)} on disk, and at most "
+            f"{exact_bytes(most_bytes)} may be kept; lower --tokens or raise --cache-limit"
         )
     clean(folder.parent, most_bytes - size)
     free = shutil.disk_usage(folder).free
     if free < size:
         raise AgentmemError(
-            f"evaluation: the full-memory logits need {format_bytes(size)} on disk, but {folder} has "
-            f"{format_bytes(free)} free; lower --tokens or choose another place with --cache-dir"
+            f"evaluation: the full-memory logits need {exact_bytes(size)} on disk, but {folder} has "
+            f"{exact_bytes(free)} free; lower --tokens or choose another place with --cache-dir"
         )

@@ -252,7 +252,7 @@ class Reader:
     @property
     def held(self) -> int:
         """Return the slots held now, as the mean over layers and KV heads."""
-        return self._mean(self.memory.usage().held_slots)
+        return self._mean(self.memory.usage().total_slots)
 
     def _mean(self, slots: int) -> int:
         return round(slots / sum(layer.kv_heads for layer in self.memory.memory.shape.layers))
@@ -266,7 +266,7 @@ class Reader:
 
     def _note(self, *, compacted: bool) -> None:
         usage = self.memory.usage()
-        self._most = max(self._most, usage.held_slots)
+        self._most = max(self._most, usage.total_slots)
         self._moments.append(Moment(tokens=usage.tokens_seen, used=usage.used_bytes, resident=usage.resident_bytes))
         if compacted:
             stores = self.memory.memory.sequences[0].stores

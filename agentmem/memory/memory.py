@@ -37,7 +37,8 @@ class Usage(NamedTuple):
     """Tokens, slots and bytes of a memory at one moment, summed over its sequences."""
 
     tokens_seen: int
-    held_slots: int
+    total_slots: int
+    """Filled slots of all layers and KV heads together; ``capacity`` and other numbers of slots are per head."""
     resident_bytes: int
     used_bytes: int
     peak_bytes: int
@@ -228,7 +229,7 @@ class Memory:
         stores = [store for sequence in self.sequences for store in sequence.stores if store is not None]
         return Usage(
             tokens_seen=sum(sequence.seen for sequence in self.sequences),
-            held_slots=sum(sum(store.lengths) for store in stores),
+            total_slots=sum(sum(store.lengths) for store in stores),
             resident_bytes=self.ledger.resident,
             used_bytes=sum(store.used_bytes for store in stores),
             peak_bytes=self.ledger.peak,
@@ -243,7 +244,7 @@ class Memory:
             cap_bytes=self._largest_cap,
             peak_bytes=self.ledger.peak,
             resident_bytes=self.ledger.resident,
-            held_slots=sum(sequence.held for sequence in self.sequences),
+            total_slots=sum(sequence.held for sequence in self.sequences),
             capacity=self.plan.capacity,
             rows=len(self.sequences),
             num_compactions=len(compactions),

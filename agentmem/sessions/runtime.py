@@ -35,7 +35,7 @@ from agentmem.sessions.snapshots.recipe import Named, check_settings, split, tem
 from agentmem.sessions.snapshots.session_state import restore, saved
 from agentmem.sessions.snapshots.snapshot import Identity
 from agentmem.sessions.stats import RuntimeStats
-from agentmem.settings import parse_bytes
+from agentmem.settings import exact_bytes, parse_bytes
 
 if TYPE_CHECKING:
     import os
@@ -184,8 +184,8 @@ class Runtime:
             memory = open_memory(self.model, lease, policies[0], self.tokenizer, inner, policies[1:])
         except CapTooSmall as error:
             raise CapTooSmall(
-                f"share={chosen.share!r} is {lease} of the runtime's {self.cap} bytes: {error}. The cap of a session "
-                "is its share: raise that, or the runtime's cap"
+                f"share={chosen.share!r} is {exact_bytes(lease)} of the runtime's {exact_bytes(self.cap)}: {error}. "
+                "The cap of a session is its share: raise that, or the runtime's cap"
             ) from error
         template = self._template(chosen, tools, template_options)
         hooks = HookCalls(before_compact, after_compact, chosen.soft)

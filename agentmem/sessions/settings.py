@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, FailFast, Field
 from agentmem.errors import SettingsRefused
 from agentmem.queries import MAX_PATTERN
 from agentmem.sessions.chat.dialogue import Role
-from agentmem.settings import Described, Seed, check_part, parse_bytes
+from agentmem.settings import Described, Seed, check_part, exact_bytes, parse_bytes
 
 
 def _expression(pattern: str) -> str:
@@ -91,5 +91,7 @@ class SessionSettings(Described):
             return int(self.share * cap)
         lease = parse_bytes(self.share, "share")
         if lease > cap:
-            raise SettingsRefused(f"share: {lease} bytes are more than the runtime's cap of {cap}; give {cap} at most")
+            raise SettingsRefused(
+                f"share: {exact_bytes(lease)} are more than the runtime's cap of {exact_bytes(cap)}; give that at most"
+            )
         return lease

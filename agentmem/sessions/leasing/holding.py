@@ -21,6 +21,7 @@ from agentmem.planning.pricing import MIN_BUDGET
 from agentmem.reporting import log_events
 from agentmem.sessions.snapshots.files import write_snapshot
 from agentmem.sessions.snapshots.snapshot import read_sequence, take_sequence
+from agentmem.settings import exact_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -302,8 +303,9 @@ class Holding:
             moved = True
         except (OSError, AgentmemError) as error:
             raise AgentmemError(
-                f"an idle memory of {memory.ledger.resident} bytes cannot be moved to the spill folder: {error}. "
-                "Nothing is lost: it stays where it was. Mend the folder (spill), or leave 'disk' out of pressure"
+                f"an idle memory of {exact_bytes(memory.ledger.resident)} cannot be moved to the spill folder: "
+                f"{error}. Nothing is lost: it stays where it was. Mend the folder (spill), or leave 'disk' out of "
+                "pressure"
             ) from error
         finally:
             tensors.clear()

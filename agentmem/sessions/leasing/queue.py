@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING
 
 from agentmem.errors import RuntimeBusy
-from agentmem.settings import format_bytes
+from agentmem.settings import exact_bytes
 
 if TYPE_CHECKING:
     from agentmem.sessions.conversation import Conversation, Host, Place
@@ -109,7 +109,7 @@ def waited(session: Conversation, seconds: float) -> RuntimeBusy:
     """Return the error for a turn that waited ``seconds`` for its lease in vain; it is still in the queue."""
     runtime, lease = session.runtime, session.holding.lease
     return RuntimeBusy(
-        f"session {session.name!r} waited {max(0, seconds):.3g} s for its lease of {format_bytes(lease)} ({lease} "
-        f"bytes), and {len(runtime.waiters) - 1} others wait, too{runtime.leases.stuck}; raise wait (or the turn's "
+        f"session {session.name!r} waited {max(0, seconds):.3g} s for its lease of {exact_bytes(lease)}, "
+        f"and {len(runtime.waiters) - 1} others wait, too{runtime.leases.stuck}; raise wait (or the turn's "
         "deadline), give sessions smaller shares, or raise cap"
     )

@@ -234,10 +234,17 @@ class Engine:
 
         Raises:
             SettingsRefused: ``mode="off"``.
+            UnsupportedModel: the model is in training mode.
+            UnsupportedGeneration: another thread runs this memory now.
 
         """
+        with self.memory.owner.take():
+            return self._prepare(sequence, request)
+
+    def _prepare(self, sequence: TokenSequence, request: Request) -> SequenceCompaction | None:
         memory = self.memory
         memory.open_or_raise()
+        self.forwards.check()
         self.abandon()
         policy = sequence.job.policy if sequence.job is not None else request.policy or memory.policy
         plan = memory.plan_of(policy)
@@ -252,8 +259,13 @@ class Engine:
 
         Raises:
             CompactionFailed: see :class:`agentmem.compaction.run.SequenceCompaction`.
+            UnsupportedGeneration: another thread runs this memory now.
 
         """
+        with self.memory.owner.take():
+            return self._run(compaction)
+
+    def _run(self, compaction: SequenceCompaction) -> CompactionReport:
         report = compaction.run()
         self.memory.record(report)
         log_events.compaction_finished(self.memory.names, report)

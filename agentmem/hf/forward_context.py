@@ -14,21 +14,26 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from agentmem.errors import UnsupportedModel
+from agentmem.errors import UnsupportedGeneration, UnsupportedModel
 from agentmem.memory.torch_state import computing_dtype, own_state
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from transformers import PreTrainedConfig
     from transformers.cache_utils import Cache
 
     from agentmem.engine import Engine
+    from agentmem.memory.memory import Memory
     from agentmem.memory.owner import Hold
 
 
 class Step(Protocol):
     """An object that computes the attention of every layer during one forward, in place of the model's own function."""
+
+    @property
+    def memories(self) -> Sequence[Memory]:
+        """The memories whose slots the forward attends to."""
 
     def attend(
         self,
@@ -217,6 +222,25 @@ def require_all(attended: int, layers: int) -> None:
             f"{attended} of {layers} layers called the memory in this forward: the attention implementation was "
             "changed under it; set it before the capped block begins"
         )
+
+
+def refuse_in_forward(memory: Memory, what: str) -> None:
+    """Check that the calling code does not run within a forward that uses ``memory``, as a hook of the model does.
+
+    ``what`` is what the caller asks for. It would drop the tokens of the forward that is running.
+
+    Raises:
+        UnsupportedGeneration: a forward with this memory is running in this thread.
+
+    """
+    frame = FRAME.get()
+    while frame is not None:
+        if frame.step is not None and memory in frame.step.memories:
+            raise UnsupportedGeneration(
+                f"{what} of a memory within a forward of the same memory would drop the tokens of that forward; call "
+                "it after the forward has ended, not from a hook of the model"
+            )
+        frame = frame.outer
 
 
 @contextmanager

@@ -53,6 +53,11 @@ def format_bytes(count: int) -> str:
     return f"{count / size:.1f} {unit}" if size > 1 else f"{count} B"
 
 
+def exact_bytes(count: int) -> str:
+    """Format a byte count for messages that compare counts: ``'24.0 MiB (25165824 bytes)'``."""
+    return f"{format_bytes(count)} ({count} bytes)" if count >= _SHOWN[-1][1] else f"{count} bytes"
+
+
 def sufficient_bytes(count: int) -> str:
     """Return a byte count of at least ``count``, as a cap may be written: ``'24.1MiB'``."""
     unit, size = _unit(count)

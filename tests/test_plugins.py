@@ -213,3 +213,14 @@ def test_a_list_that_cannot_be_split_is_refused(text: str, message: str) -> None
     """An empty list, and brackets without a partner."""
     with pytest.raises(SettingsRefused, match=message):
         plugins.listed(text)
+
+
+@pytest.mark.parametrize("name", ["am-halving", "am-recall", "summary-am", "summary"])
+def test_options_of_composed_policies_are_checked_by_their_annotations(name: str) -> None:
+    """Presets, and policies that hand options on, know the types of all of them; nothing fails inside the factory."""
+    with pytest.raises(
+        SettingsRefused, match="carry='yes' is a text, and the option takes a number; give one, such as"
+    ):
+        plugins.policy(f"{name}[carry=yes]")
+    with pytest.raises(SettingsRefused, match="no option 'cary'; did you mean 'carry'"):
+        plugins.policy(f"{name}[cary=0.5]")

@@ -235,7 +235,7 @@ def test_the_status_line_has_tokens_speed_bytes_and_compactions(monkeypatch: pyt
     """What a person reads while waiting."""
 
     class Usage:
-        tokens_seen, held_slots, resident_bytes, used_bytes, peak_bytes = 300, 9, 2**20, 12 * 2**20, 2**20
+        tokens_seen, total_slots, resident_bytes, used_bytes, peak_bytes = 300, 9, 2**20, 12 * 2**20, 2**20
 
     display = Display(streaming=False, cap_bytes=24 * 2**20, max_new_tokens=600)
     display.event(Usage())  # type: ignore[arg-type]

@@ -163,14 +163,14 @@ class _Attachment:
         This is a forward pre-hook of the decoder. It returns new arguments if re-based rows need other positions, and
         ``None`` otherwise.
         """
-        frame = Frame(FRAME.get())
+        frame = Frame(FRAME.get(), module=decoder)
         FRAME.set(frame)  # first, because _leave runs even if the following lines raise
         inputs = named(signature, args, kwargs)
         cache, wanted = inputs.get("past_key_values"), inputs.get("use_cache")
         if isinstance(cache, CappedCache):
             check_forward(inputs)  # again: the decoder may be called by itself
             cache.open_for(self.model)
-            refuse_in_forward(cache.memory, "a forward")
+            refuse_in_forward(cache.memory, "a forward", calls=1)
             frame.hold = cache.memory.owner.take()
             frame.engine = cache.engine
             complete = with_wrapper_inputs(frame.outer, inputs)

@@ -9,7 +9,7 @@ from agentmem.contracts import ModelIdentity
 from agentmem.errors import CapTooSmall, SettingsRefused
 from agentmem.planning.model_shape import spare_positions
 from agentmem.planning.pricing import MIN_BUDGET, UNBOUNDED, Plan, Planner
-from agentmem.settings import exact_bytes, sufficient_bytes
+from agentmem.settings import exact_bytes, format_bytes, sufficient_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -132,8 +132,8 @@ def _check_cap(shape: ModelShape, settings: Settings, least: Sequence[Plan], pol
         raise CapTooSmall(
             f"a cap of {exact_bytes(settings.cap)} is too small: {widest.rows} row(s) of "
             f"{widest.capacity} slots per head (prefix {settings.keep_first} + recent {settings.keep_recent} + budget, "
-            f"target {settings.target}) and the workspace of {widest.policy!r} need {needed} bytes; raise cap to "
-            f"{sufficient_bytes(needed)}, or lower {_lowered(widest, policies)}"
+            f"target {settings.target}) and the workspace of {widest.policy!r} need {needed} bytes "
+            f"({format_bytes(needed)}); raise cap to {sufficient_bytes(needed)}, or lower {_lowered(widest, policies)}"
             + ("" if len(shape.compactable) == len(shape.layers) else "; its sliding windows are held whole")
         )
 

@@ -183,6 +183,8 @@ class Runtime:
         try:
             memory = open_memory(self.model, lease, policies[0], self.tokenizer, inner, policies[1:])
         except CapTooSmall as error:
+            if chosen.share is None:
+                raise
             raise CapTooSmall(
                 f"share={chosen.share!r} is {exact_bytes(lease)} of the runtime's {exact_bytes(self.cap)}: {error}. "
                 "The cap of a session is its share: raise that, or the runtime's cap"

@@ -169,7 +169,7 @@ def test_help_lists_every_command(folder: str) -> None:
 def test_compact_now_and_with_a_focus(folder: str) -> None:
     """It says how many slots are left; a memory with nothing to reclaim says that."""
     result = chat(folder, "/compact", "hello " * 30, "/compact", "once more " * 20, "/compact the colour", "/stats")
-    told = re.findall(r"compacted (\d+) slots to (\d+) in [\d.]+ s", result.stderr)
+    told = re.findall(r"compacted (\d+) slots per head to (\d+) in [\d.]+ s", result.stderr)
 
     assert result.exit_code == 0
     assert "there is nothing to reclaim yet" in result.stderr
@@ -405,5 +405,5 @@ def test_ctrl_c_during_a_compaction(folder: str, monkeypatch: pytest.MonkeyPatch
 
     assert result.exit_code == 0
     assert "\nstopped\n" in result.stderr
-    assert re.search(r"^compacted \d+ slots to \d+ in", result.stderr, re.MULTILINE)
+    assert re.search(r"^compacted \d+ slots per head to \d+ in", result.stderr, re.MULTILINE)
     assert "24 tokens" in bars(result)[-1]

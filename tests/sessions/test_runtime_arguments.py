@@ -142,6 +142,6 @@ def test_a_share_that_is_too_small_is_named(tmp_path: Path) -> None:
             made.session(share=1)
         assert str(told.value).endswith("The cap of a session is its share: raise that, or the runtime's cap")
         tiny_chat.filled(made, 20).save(tmp_path)
-        with pytest.raises(SnapshotRefused, match=r"share=0\.01 is \d+ of .* raise that") as refused:
+        with pytest.raises(SnapshotRefused, match=r"share=0\.01 is [\d.]+ KiB .* of .* raise that") as refused:
             made.load(tmp_path, share=0.01)
         assert "nother snapshot" not in str(refused.value)

@@ -103,10 +103,13 @@ def _stats(conversation: Conversation, _argument: str) -> None:
 
 
 def _lines(stats: BaseModel) -> list[tuple[str, str]]:
-    return [
-        (name, f"{value} ({format_bytes(value)})" if name.endswith("_bytes") else str(value))
-        for name, value in stats.model_dump().items()
-    ]
+    return [(name, _for_people(name, value)) for name, value in stats.model_dump().items()]
+
+
+def _for_people(name: str, value: object) -> str:
+    if isinstance(value, int) and name.endswith("_bytes"):
+        return f"{value} ({format_bytes(value)})"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _list(conversation: Conversation) -> None:

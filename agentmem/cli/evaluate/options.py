@@ -81,8 +81,8 @@ def numbers(text: str, option: str, kind: Callable[[str], Number]) -> tuple[Numb
     parts = entries(text, option)
     try:
         found = tuple(map(kind, parts))
-    except ValueError as error:
-        raise SettingsRefused(f"{option}: {text!r} is no list of numbers ({error}); separate them by commas") from None
+    except ValueError:
+        raise SettingsRefused(f"{option}: {text!r} is no list of numbers; separate them by commas, as in 1,2") from None
     if not found or min(found) < 0 or len(set(found)) < len(found):
         raise SettingsRefused(f"{option}: {text!r} must name different numbers, none below 0, separated by commas")
     return found

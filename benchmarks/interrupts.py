@@ -12,15 +12,18 @@ at ``--each`` of them: the first, the last, and others drawn by the seed.
 from __future__ import annotations
 
 import argparse
+import dis
 import random
 import sys
 import tempfile
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -48,13 +51,13 @@ Line = tuple[str, int]
 
 @contextmanager
 def traced(visit: Callable[[FrameType], None]) -> Iterator[None]:
-    """Call ``visit`` at each line of agentmem that this thread runs in the block."""
+    """Call ``visit`` at each line of agentmem that this thread runs in the block, where a signal can be handled."""
 
     def enter(frame: FrameType, event: str, _: object) -> Any:  # noqa: ARG001  # the signature of a trace function
         return line if frame.f_code.co_filename.startswith(SOURCES) else None
 
     def line(frame: FrameType, event: str, _: object) -> Any:
-        if event == "line":
+        if event == "line" and frame.f_lasti not in exits(frame.f_code):
             visit(frame)
         return line
 
@@ -64,6 +67,33 @@ def traced(visit: Callable[[FrameType], None]) -> Iterator[None]:
         yield
     finally:
         sys.settrace(before)
+
+
+@cache
+def exits(code: CodeType) -> frozenset[int]:
+    """The instructions at which Python reaches a line and handles no signal, though a trace function is called.
+
+    These are the calls of ``__exit__(None, None, None)``, where the line of a ``with`` statement is reached again, and
+    lines that do nothing, as ``try:`` does. An interrupt there could leave a lock of the statement taken.
+    """
+    steps = list(dis.get_instructions(code))
+    lines = ((at, step) for at, step in enumerate(steps) if step.starts_line)
+    return frozenset(step.offset for at, step in lines if step.opname == "NOP" or _calls_exit(steps[at : at + 7]))
+
+
+def _calls_exit(steps: list[dis.Instruction]) -> bool:
+    steps = [step for step in steps if step.opname not in {"SWAP", "NOP", "PRECALL"}]
+    nothing = [step.opname.startswith("LOAD_CONST") and step.argval is None for step in steps[:3]]
+    return len(steps) > 3 and all(nothing) and steps[3].opname.startswith("CALL")
+
+
+def is_free(lock: Any) -> bool:
+    """Whether another thread could take a lock now."""
+    taken: list[bool] = []
+    other = threading.Thread(target=lambda: taken.append(lock.acquire(blocking=False) and not lock.release()))
+    other.start()
+    other.join()
+    return taken[0]
 
 
 def place(frame: FrameType) -> Line:
@@ -376,7 +406,7 @@ def trial(scenario: Scenario, at: int, wanted: Outcome, folder: Path) -> str | N
         except Exception as error:  # noqa: BLE001  # whatever it is, it is a fault
             said = f"{type(error).__name__}: {str(error)[:200]}"
         else:
-            said = found.differs(wanted)
+            said = found.differs(wanted) or ("" if is_free(world.made.scheduler.lock) else "the lock is still taken")
         for each in world.made.sessions:
             each.turn = None  # or the runtime could not be closed
     return f"{where[0]}:{where[1]}: {said}" if where is not None and said else None

@@ -10,6 +10,7 @@ import torch
 
 import agentmem
 from agentmem.testing import tiny_model
+from benchmarks.interrupts import exits
 from support import variants
 
 FILES = ("hf/attach.py", "hf/forward_context.py")
@@ -30,7 +31,7 @@ class Interrupter:
 
     def line(self, frame: FrameType, event: str, _: Any) -> Any:
         """Count a line."""
-        if event == "line" and not self.where:
+        if event == "line" and not self.where and frame.f_lasti not in exits(frame.f_code):
             self.left -= 1
             if self.left == 0:
                 self.where = f"{frame.f_code.co_name}:{frame.f_lineno}"

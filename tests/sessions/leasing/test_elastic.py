@@ -180,8 +180,9 @@ def test_an_interrupt_while_a_lease_changes_is_mended_by_the_next_turn(monkeypat
             with pytest.raises(KeyboardInterrupt):
                 session.holding.resize(lease)
             monkeypatch.setattr(holding, "expand", expand)
-        assert tiny_chat.on(session, 60) == tiny_chat.on(twin, 60)
+        mended = tiny_chat.on(session, 60)
         assert session.stats.lease_bytes == session.memory.plan.cap_bytes == session.memory.ledger.cap
+        assert mended == tiny_chat.on(twin, 60)
         tiny_chat.audit(made)
 
 

@@ -151,6 +151,8 @@ class Host(Protocol):
     wait: float
     max_waiting: int
     waiters: deque[Place]
+    ended: int
+    """Counts the turns that have ended."""
     sessions: list[Any]
 
     def session(self, *args: Any, **settings: Any) -> Any:

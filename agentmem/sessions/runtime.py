@@ -133,7 +133,7 @@ class Runtime:
         to get its lease."""
         self.identity = Identity(self.model, tokenizer)
         self._spill = Spill(None if spill is None else local_path(spill))
-        self.turns, self._names = count(1), count(1)
+        self.turns, self._names, self.ended = count(1), count(1), 0
         self.templates: WeakKeyDictionary[ChatTemplate, str] = WeakKeyDictionary()
         """Digest of the tools and options that each session's chat template was given."""
         self._closed = False
@@ -302,9 +302,9 @@ class Runtime:
         """
         places = list(self.waiters)  # if the first has not tried yet, it may get its lease at once and blocks nobody
         waiting = bool(places) and places[0].tried and not brief
-        alone = not places and not any(each.busy for each in list(self.sessions))
+        alone, ended = not places and not any(each.busy for each in list(self.sessions)), self.ended
         if waiting or not self.try_admit(session, turn):
-            wait_for_lease(session, turn, until, alone=alone)
+            wait_for_lease(session, turn, until, alone=alone and ended == self.ended)
 
     def try_admit(self, session: Session, turn: object) -> bool:
         """Give a session its lease for a turn if the bytes are free or can be freed; return whether that succeeded."""
@@ -344,6 +344,7 @@ class Runtime:
         finally:
             if session.turn is turn:
                 session.turn = None
+                self.ended += 1
         self.wake_next()
 
     def wake_next(self) -> None:

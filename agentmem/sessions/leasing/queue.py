@@ -45,17 +45,21 @@ def wait_for_lease(session: Conversation, turn: object, until: float | None, *, 
     runtime, place = session.runtime, ThreadPlace(session.holding)
     began = time.monotonic()
     last = began + runtime.wait if until is None else min(began + runtime.wait, until)
-    if alone:
+    if alone and not any(each.busy for each in list(runtime.sessions)):
         raise runtime.leases.refusal(session.name, session.holding.lease, 0, 0)
     runtime.waiters.append(place)
     try:
         while True:
             place.event.clear()  # before trying, so that bytes freed during the try wake this turn once more
+            vain, ended = _in_vain(session, place), runtime.ended  # before trying, too: a turn may end meanwhile
             if runtime.waiters[0] is place:
                 if runtime.try_admit(session, turn):
                     return
                 place.tried = True
-            _refuse_in_vain(session, place)
+            if vain is not None:
+                if ended == runtime.ended and _in_vain(session, place) is not None:
+                    raise vain
+                continue
             refuse_late(runtime)
             if place.refused:
                 raise too_many(session)
@@ -66,14 +70,15 @@ def wait_for_lease(session: Conversation, turn: object, until: float | None, *, 
         runtime.wake_next()
 
 
-def _refuse_in_vain(session: Conversation, own: ThreadPlace) -> None:
-    """Raise the refusal if this thread, while it waits, keeps the bytes from being freed, or if nobody frees them."""
+def _in_vain(session: Conversation, own: ThreadPlace) -> RuntimeBusy | None:
+    """Return the refusal if this thread, while it waits, keeps the bytes from being freed, or if nobody frees them."""
     runtime, thread = session.runtime, threading.get_ident()
     busy = [each for each in list(runtime.sessions) if each.busy]
     before = [place for place in list(runtime.waiters) if place is not own]
     if _loop_here() or not (busy or before) or any(each.thread == thread for each in busy):
         waiting = len(before) if before and before[0].tried else 0
-        raise runtime.leases.refusal(session.name, session.holding.lease, len(busy), waiting)
+        return runtime.leases.refusal(session.name, session.holding.lease, len(busy), waiting)
+    return None
 
 
 def _loop_here() -> bool:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from contextlib import aclosing, closing
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from agentmem.errors import CapTooSmall, RuntimeBusy
 from agentmem.sessions import Runtime, Session
+from agentmem.sessions.leasing import holding
 from agentmem.sessions.leasing.swapping import MOST_PARTS
 from support import tiny_chat
 from support.waiting import LIMIT, join, until
@@ -144,3 +146,60 @@ def test_sessions_that_never_compact_keep_the_whole_cap() -> None:
             assert not made.session(**options).holding.elastic
         assert made.session().holding.elastic
         assert MOST_PARTS == 8
+
+
+async def test_forks_and_memories_on_disk_run_at_once(tmp_path: Path) -> None:
+    """A fork's copy, what comes from disk and what is loaded get leases that hold what they hold; the cap is kept."""
+    with runtime(3, pressure=("trim", "disk"), spill=tmp_path / "spill") as made, tiny_chat.watched(made.cap):
+        first = tiny_chat.filled(made, 120)
+        first.save(tmp_path / "saved")
+        other, fork = tiny_chat.filled(made, 120, seed=1), first.fork()
+        assert first.stats.state == "on disk"
+        made.load(tmp_path / "saved", name="loaded")
+        sessions = list(made.sessions)
+        assert len(sessions) == 4
+        writing = {"max_new_tokens": 40, "min_new_tokens": 40, "do_sample": False}
+        replies = await asyncio.gather(*(each.agenerate(**writing) for each in sessions))
+        assert [len(reply.ids) for reply in replies] == [40] * 4
+        assert first.stats.shared_with == fork.stats.shared_with == other.stats.shared_with == 0
+        tiny_chat.audit(made)
+
+
+def test_an_interrupt_while_a_lease_changes_is_mended_by_the_next_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the new plan and the new room the memory stays valid, and the session goes on as it would have."""
+    with runtime(4) as made, tiny_chat.watched(made.cap):
+        session, twin = tiny_chat.filled(made, 40), tiny_chat.filled(made, 40)
+        lease = made.cap // 2
+        expand = holding.expand
+
+        def stopped(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        with made.turn(session):
+            monkeypatch.setattr(holding, "expand", stopped)
+            with pytest.raises(KeyboardInterrupt):
+                session.holding.resize(lease)
+            monkeypatch.setattr(holding, "expand", expand)
+        mended = tiny_chat.on(session, 60)
+        assert session.stats.lease_bytes == session.memory.plan.cap_bytes == session.memory.ledger.cap
+        assert mended == tiny_chat.on(twin, 60)
+        tiny_chat.audit(made)
+
+
+def test_a_turn_that_ends_during_the_attempt_is_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread whose attempt fails just before the last running turn ends tries again, and is not refused."""
+    with tiny_chat.runtime(1, pressure=("disk",)) as made:
+        first, second = tiny_chat.filled(made, 20), made.session()
+        turn, attempt, ends, errors = begun(first), Runtime.try_admit, [True], list[BaseException]()
+
+        def late(self: Runtime, session: Session, which: object) -> bool:
+            admitted = attempt(self, session, which)
+            if session is second and made.waiters and ends.pop():
+                ends.append(False)
+                turn.close()
+            return admitted
+
+        monkeypatch.setattr(Runtime, "try_admit", late)
+        join(writing(second, 2, errors))
+        assert errors == []
+        assert second.last.ids

@@ -393,7 +393,9 @@ class Rewrite:
         if not self.instruction.strip():
             raise ValueError("instruction: it is empty; write what the summary must keep")
         if self.tokens is not None and self.tokens < MIN_SUMMARY:
-            raise ValueError(f"tokens: a summary of {self.tokens} tokens says nothing; give at least {MIN_SUMMARY}")
+            raise ValueError(
+                f"summary_tokens: a summary of {self.tokens} tokens says nothing; give at least {MIN_SUMMARY}, or None"
+            )
         if not 0 < self.keep <= 1:
             raise ValueError(f"keep: {self.keep} is no fraction of the summary's slots; give one above 0, 1 at most")
 

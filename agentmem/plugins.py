@@ -182,10 +182,12 @@ def _make(point: EntryPoint, given: Mapping[str, object] = _NONE, written: Mappi
     options = {**written, **given}
     try:
         specs.check_options(options, factory, f"policy {point.name!r}")
+        values = {**specs.typed(written, factory), **given}
+        specs.check_values(values, factory, f"policy {point.name!r}")
     except ValueError as error:
         raise SettingsRefused(str(error)) from None
     try:
-        made = factory(**specs.typed(written, factory), **given)
+        made = factory(**values)
     except ValueError as error:
         raise SettingsRefused(f"policy {point.name!r}: {error}") from error
     except TypeError as error:

@@ -6,13 +6,18 @@ import math
 import re
 from inspect import Parameter, Signature, getdoc
 from textwrap import fill
-from typing import Annotated, Literal, Self, TypedDict
+from typing import TYPE_CHECKING, Annotated, Literal, Self, TypedDict
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from agentmem.errors import SettingsRefused
 from agentmem.untrusted.texts import faults, shown
+
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)  # the same class; its own name is private
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _SHOWN = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
@@ -51,6 +56,11 @@ def format_bytes(count: int) -> str:
     """Format a byte count for people: ``'24.0 MiB'``."""
     unit, size = _unit(count)
     return f"{count / size:.1f} {unit}" if size > 1 else f"{count} B"
+
+
+def exact_bytes(count: int) -> str:
+    """Format a byte count for messages that compare counts: ``'24.0 MiB (25165824 bytes)'``."""
+    return f"{format_bytes(count)} ({count} bytes)" if count >= _SHOWN[-1][1] else f"{count} bytes"
 
 
 def sufficient_bytes(count: int) -> str:
@@ -116,7 +126,16 @@ class SettingsOptions(TypedDict, total=False):
     seed: int
 
 
-class Described(BaseModel):
+class _Shown(ModelMetaclass):
+    """Metaclass whose classes show in ``dir`` and ``help`` what they and their bases define, without pydantic."""
+
+    def __dir__(cls) -> list[str]:  # noqa: N805  # ruff does not see that this is a metaclass
+        """Return the public names of a class of settings."""
+        own = cls.__mro__[: cls.__mro__.index(BaseModel)]
+        return sorted({name for each in own for name in vars(each) if not name.startswith("_")} - {"model_config"})
+
+
+class Described(BaseModel, metaclass=_Shown):
     """Base of settings: values that a user gives by keyword, checked together, and described by ``help``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)

@@ -19,6 +19,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import lru_cache
+from numbers import Integral, Real
+from types import UnionType
+from typing import Literal, Union, get_args, get_origin
 
 from agentmem.untrusted.texts import did_you_mean, shown
 
@@ -155,13 +158,80 @@ def check_options(options: Mapping[str, object], factory: Callable[..., object],
             )
 
 
+def check_values(options: Mapping[str, object], factory: Callable[..., object], what: str) -> None:
+    """Check the values of options by the annotations of the factory's parameters; ranges are left to the factory.
+
+    Numbers, truth values, texts and ``None`` are checked. Other annotations allow any value.
+
+    Raises:
+        ValueError: a value is of another type; the message names the value, the types and an example.
+
+    """
+    known = _parameters(factory)
+    for option, value in options.items():
+        parameter = known.get(option)
+        if parameter is not None and not _fits(value, parameter.annotation):
+            kinds = " or ".join(_kinds(parameter.annotation))
+            default = parameter.default
+            example = "" if default in (None, "", parameter.empty) else f", such as {_written(default)}"
+            raise ValueError(
+                f"{what}: {option}={shown(value)} is {_kind_of(value)}, and the option takes {kinds}; give one{example}"
+            )
+
+
+_KINDS: dict[object, tuple[type | tuple[type, ...], str]] = {
+    bool: (bool, "true or false"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: (str, "a text"),
+    type(None): (type(None), "None"),
+}
+"""Of each annotation that is checked, the types of its values and its name in messages."""
+
+
+def _fits(value: object, annotation: object) -> bool:
+    alternatives = _alternatives(annotation)
+    if any(each not in _KINDS for each in alternatives):
+        return True
+    if isinstance(value, bool):
+        return bool in alternatives
+    return any(isinstance(value, _KINDS[each][0]) for each in alternatives)
+
+
+def _kinds(annotation: object) -> list[str]:
+    return [_KINDS[each][1] for each in _alternatives(annotation)]
+
+
+def _alternatives(annotation: object) -> list[object]:
+    """Return the types of a union or a plain annotation; those of a literal are the types of its values."""
+    origin = get_origin(annotation)
+    if origin in (Union, UnionType):
+        return [each for part in get_args(annotation) for each in _alternatives(part)]
+    if origin is Literal:
+        return list(dict.fromkeys(type(each) for each in get_args(annotation)))
+    return [type(None) if annotation is None else annotation]
+
+
+def _kind_of(value: object) -> str:
+    named = [name for kind, name in _KINDS.values() if isinstance(value, kind)]
+    return named[0] if named else f"a {type(value).__name__}"
+
+
+def _written(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 @lru_cache(maxsize=256)
 def _parameters(factory: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
     """Return the parameters of a factory by name, from a cache if possible.
 
-    The cache saves time, because :mod:`inspect` is slow for a class without a constructor.
+    Annotations are values, unless one of them cannot be read when the program runs; then all are texts. The cache saves
+    time, because :mod:`inspect` is slow for a class without a constructor.
     """
-    return inspect.signature(factory).parameters
+    try:
+        return inspect.signature(factory, eval_str=True).parameters
+    except NameError:
+        return inspect.signature(factory).parameters
 
 
 def _value(text: str) -> object:

@@ -109,7 +109,7 @@ def turn(session: Session, soak: Soak, text: str, rng: random.Random, words: int
     soak.tool_tokens += len(ids)
     soak.longest_tool_tokens = max(soak.longest_tool_tokens, len(ids))
     soak.rss.append(psutil.Process().memory_info().rss)
-    soak.held.append(session.stats.held_slots)
+    soak.held.append(session.stats.total_slots)
 
 
 def soaked(

@@ -8,15 +8,18 @@ ablation can change one part alone. The other ``am_*`` files are presets: this p
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from agentmem.contracts import Policy, PolicyFactory, Queries
 from agentmem.policies.budgets.registry import by_name
 from agentmem.policies.compactors.attention_matching import AttentionMatching, Mass, Values
 from agentmem.policies.compactors.selectors import selector as selector_named
 from agentmem.policies.solvers.selection import Score
+
+Made = TypeVar("Made", bound=Callable[..., Policy])
 
 
 def am_halving(
@@ -87,5 +90,20 @@ def preset(name: str, summary: str, **defaults: Any) -> PolicyFactory:
     def factory(**options: Any) -> Policy:
         return replace(composed(**options), name=name, summary=summary)
 
-    factory.__signature__ = inspect.signature(composed)  # type: ignore[attr-defined]  # what callers may give
+    factory.__signature__ = inspect.signature(composed, eval_str=True)  # type: ignore[attr-defined]  # what callers may give
     return factory
+
+
+def also_takes(other: PolicyFactory, *, without: tuple[str, ...] = ()) -> Callable[[Made], Made]:
+    """Return a decorator for a factory that hands its ``**options`` on to another; its signature then names all."""
+
+    def named(factory: Made) -> Made:
+        own = inspect.signature(factory, eval_str=True)
+        mine = [each for each in own.parameters.values() if each.kind is not each.VAR_KEYWORD]
+        theirs = inspect.signature(other, eval_str=True).parameters
+        names = {each.name for each in mine} | set(without)
+        handed_on = [each for name, each in theirs.items() if name not in names]
+        factory.__signature__ = own.replace(parameters=[*mine, *handed_on])  # type: ignore[attr-defined]  # the same
+        return factory
+
+    return named

@@ -10,9 +10,11 @@ from dataclasses import replace
 from typing import Any
 
 from agentmem.contracts import Policy, Rewrite
+from agentmem.policies.am_halving import also_takes
 from agentmem.policies.summary_am import summary_am
 
 
+@also_takes(summary_am, without=("keep",))
 def summary(
     *,
     instruction: str = Rewrite.instruction,

@@ -12,9 +12,10 @@ from dataclasses import replace
 from typing import Any
 
 from agentmem.contracts import Policy, Rewrite
-from agentmem.policies.am_halving import am_halving
+from agentmem.policies.am_halving import also_takes, am_halving
 
 
+@also_takes(am_halving)
 def summary_am(
     *,
     instruction: str = Rewrite.instruction,

@@ -381,7 +381,7 @@ def test_on_failure_raise_leaves_a_readable_memory() -> None:
         with pytest.raises(CompactionFailed, match=r"'broken' failed 2 times at layer 0 \(ArithmeticError"):
             ours.generate(variants.prompt(20), max_new_tokens=40)
         assert ours.memory.get_seq_length() == 40
-        assert ours.memory.usage().held_slots == 40 * 4
+        assert ours.memory.usage().total_slots == 40 * 4
 
 
 # ---- the package

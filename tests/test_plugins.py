@@ -26,7 +26,7 @@ FACTORY = """
     def crash():
         raise RuntimeError("no luck")
 
-    def typed(*, depth: int = 3, score: str = "rms", deep: bool = False) -> Policy:
+    def typed(*, depth: float = 3, score: str = "rms", deep: bool = False) -> Policy:
         return Policy(name="typed", summary=repr((depth + 0, score, deep)), source="here", compactor=None)
 
     notcallable = 3
@@ -184,7 +184,7 @@ def test_a_spec_that_cannot_be_read_says_where(spec: str, message: str) -> None:
         ("am-halving[stepps=1]", "no option 'stepps'; did you mean 'steps'"),
         ("am-halving[steps=1,steps=2]", "'steps' is given twice"),
         ("am-halfing[steps=1]", "'am-halfing' is unknown; did you mean 'am-halving'"),
-        ("am-halving[steps=many]", "steps: 'many' is negative or no whole number"),
+        ("am-halving[steps=many]", "steps='many' is a text, and the option takes a whole number; give one, such as 2"),
         ("am-halving[ridge_mass=-1]", "ridge_mass: -1 is not a positive number"),
     ],
 )
@@ -213,3 +213,14 @@ def test_a_list_that_cannot_be_split_is_refused(text: str, message: str) -> None
     """An empty list, and brackets without a partner."""
     with pytest.raises(SettingsRefused, match=message):
         plugins.listed(text)
+
+
+@pytest.mark.parametrize("name", ["am-halving", "am-recall", "summary-am", "summary"])
+def test_options_of_composed_policies_are_checked_by_their_annotations(name: str) -> None:
+    """Presets, and policies that hand options on, know the types of all of them; nothing fails inside the factory."""
+    with pytest.raises(
+        SettingsRefused, match="carry='yes' is a text, and the option takes a number; give one, such as"
+    ):
+        plugins.policy(f"{name}[carry=yes]")
+    with pytest.raises(SettingsRefused, match="no option 'cary'; did you mean 'carry'"):
+        plugins.policy(f"{name}[cary=0.5]")

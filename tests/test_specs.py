@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import tracemalloc
+from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -131,3 +134,29 @@ def test_reading_a_spec_again_leaves_nothing_behind() -> None:
         assert tracemalloc.get_traced_memory()[1] < 20_000
     finally:
         tracemalloc.stop()
+
+
+def test_values_are_checked_by_annotations() -> None:
+    """Numbers, truth values, texts, None and what literals hold; ranges and other types are the factory's own."""
+
+    def factory(
+        *, share: float = 0.5, count: int | None = None, exact: bool = False, word: str = "", kind: Literal["a"] = "a",
+        place: Path | None = None,
+    ) -> None: ...  # fmt: skip
+
+    fits: list[dict[str, object]] = [
+        {"share": 1, "count": 3, "exact": True, "word": "x"}, {"count": None, "kind": "b", "place": 7, "other": 7},
+    ]  # fmt: skip
+    for values in fits:
+        specs.check_values(values, factory, "p")
+    for values, said in (
+        ({"share": "yes"}, "p: share='yes' is a text, and the option takes a number; give one, such as 0.5"),
+        ({"count": 1.5}, "p: count=1.5 is a number, and the option takes a whole number or None; give one"),
+        ({"count": True}, "count=True is true or false"),
+        ({"exact": 1}, "exact=1 is a whole number, and the option takes true or false; give one, such as false"),
+        ({"word": 5}, "takes a text"),
+        ({"kind": 5}, "takes a text; give one, such as a"),
+        ({"share": [1]}, "is a list, and"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            specs.check_values(values, factory, "p")

@@ -6,19 +6,15 @@ go to stderr.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
 
 from agentmem import __version__
-from agentmem.cli import ablate, calibrate, check, model, plan, policies
-from agentmem.cli.chat.command import chat
 from agentmem.cli.console import refuse
-from agentmem.cli.evaluate.app import app as evaluate
-from agentmem.cli.logs import configure
-from agentmem.cli.run.command import run
-from agentmem.cli.serve import serve
 from agentmem.errors import AgentmemError
 
 INTERRUPTED = 130
@@ -27,11 +23,73 @@ _SHOWN = 80
 """Largest number of characters of an argument that an error message quotes."""
 
 
+COMMANDS = {
+    "run": ("agentmem.cli.run.command:run", "Generate text while the KV memory stays under a hard cap."),
+    "chat": (
+        "agentmem.cli.chat.command:chat",
+        "Talk with a model, one line a turn. /help lists the commands; lines may come from a pipe.",
+    ),
+    "serve": (
+        "agentmem.cli.serve:serve",
+        "Serve chat completions, responses and compaction items whose memory is latent; Ctrl-C ends it.",
+    ),
+    "plan": (
+        "agentmem.cli.plan:plan",
+        "Show how many slots a cap holds, and where its bytes go. No weights are loaded.",
+    ),
+    "policies": ("agentmem.cli.policies:policies", "List the installed policies."),
+    "check": ("agentmem.cli.check:check", "Run a tiny random model of a model's class beside stock transformers."),
+    "ablate": (
+        "agentmem.cli.ablate:ablate",
+        "Measure every combination of policies, caps and settings, and write a table, CSV and one HTML report.",
+    ),
+    "calibrate": (
+        "agentmem.cli.calibrate:calibrate",
+        "Measure how many slots each head needs, and write a table for the calibrated and sensitivity budgets.",
+    ),
+    "model": ("agentmem.cli.model:app", "The default model."),
+    "eval": ("agentmem.cli.evaluate.app:app", "Measure what a policy costs."),
+}
+"""Each command with its place (a function or a typer application) and its summary.
+
+The modules import torch and transformers, which takes seconds, so each is imported when its command is used.
+"""
+
+
+class Later(TyperCommand):
+    """A command whose module is imported when the command is used; before, only name and summary are known."""
+
+    def __init__(self, name: str, place: str, summary: str) -> None:
+        """Note where the command is; ``place`` is a module and, after a colon, a name in it."""
+        super().__init__(name, help=summary)
+        self.place = place
+
+    def loaded(self) -> Any:
+        """Import the command."""
+        module, _, attribute = self.place.partition(":")
+        found = getattr(import_module(module), attribute)
+        if isinstance(found, typer.Typer):
+            return get_command(found)
+        alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        alone.command(self.name)(found)
+        return get_command(alone)
+
+    def make_context(self, info_name: Any, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """Import the command and let it read its arguments; the context that is returned runs it."""
+        return self.loaded().make_context(info_name, args, parent=parent, **extra)
+
+
 class Refusing(TyperGroup):
     """Command group that turns an AgentmemError into one line on stderr and exit code 1.
 
     Ctrl-C ends a command with exit code 130. In both cases, no traceback is printed.
     """
+
+    def __init__(self, **attributes: Any) -> None:
+        """Make the group with all commands of :data:`COMMANDS`."""
+        super().__init__(**attributes)
+        for name, (place, summary) in COMMANDS.items():
+            self.add_command(Later(name, place, summary))
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Refuse arguments that are not UTF-8 before any option is read.
@@ -68,16 +126,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("run")(run)
-app.command("chat")(chat)
-app.command("serve")(serve)
-app.command("plan")(plan.plan)
-app.command("policies")(policies.policies)
-app.command("check")(check.check)
-app.command("ablate")(ablate.ablate)
-app.command("calibrate")(calibrate.calibrate)
-app.add_typer(model.app, name="model")
-app.add_typer(evaluate, name="eval")
 
 
 def _print_version(wanted: bool) -> None:  # noqa: FBT001  # typer calls it so
@@ -97,6 +145,8 @@ def options(
     ] = False,
 ) -> None:
     """Apply the options that stand before the command."""
+    from agentmem.cli.logs import configure  # it imports transformers
+
     configure(verbose)
 
 

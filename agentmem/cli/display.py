@@ -17,7 +17,7 @@ from agentmem.settings import format_bytes
 if TYPE_CHECKING:
     from agentmem.reporting.trace import UsageLike
 
-_BAR = 20
+_BAR = 8
 _REFRESH = 6
 
 

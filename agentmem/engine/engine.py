@@ -16,6 +16,7 @@ from agentmem.memory.forwards import Append, Transient
 from agentmem.memory.positions import measured_tokens, rebase
 from agentmem.planning.pricing import window_slots
 from agentmem.reporting import log_events
+from agentmem.settings import exact_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -129,7 +130,12 @@ class Engine:
     @property
     def automatic(self) -> bool:
         """True if the engine compacts a full sequence without being asked."""
-        return self.memory.policy.compactor is not None and self.memory.settings.mode == "auto"
+        return self.compacts(self.memory)
+
+    @staticmethod
+    def compacts(memory: Memory) -> bool:
+        """Return whether an engine of this memory compacts a full sequence without being asked."""
+        return memory.policy.compactor is not None and memory.settings.mode == "auto"
 
     def check_room(self, sequence: TokenSequence, tokens: int) -> None:
         """Check that a memory that does not compact by itself has room for ``tokens`` more tokens.
@@ -228,10 +234,17 @@ class Engine:
 
         Raises:
             SettingsRefused: ``mode="off"``.
+            UnsupportedModel: the model is in training mode.
+            UnsupportedGeneration: another thread runs this memory now.
 
         """
+        with self.memory.owner.take():
+            return self._prepare(sequence, request)
+
+    def _prepare(self, sequence: TokenSequence, request: Request) -> SequenceCompaction | None:
         memory = self.memory
         memory.open_or_raise()
+        self.forwards.check()
         self.abandon()
         policy = sequence.job.policy if sequence.job is not None else request.policy or memory.policy
         plan = memory.plan_of(policy)
@@ -246,8 +259,13 @@ class Engine:
 
         Raises:
             CompactionFailed: see :class:`agentmem.compaction.run.SequenceCompaction`.
+            UnsupportedGeneration: another thread runs this memory now.
 
         """
+        with self.memory.owner.take():
+            return self._run(compaction)
+
+    def _run(self, compaction: SequenceCompaction) -> CompactionReport:
         report = compaction.run()
         self.memory.record(report)
         log_events.compaction_finished(self.memory.names, report)
@@ -273,8 +291,8 @@ def _full(memory: Memory, sequence: TokenSequence, tokens: int) -> str:
     by_hand = ", or call memory.compact()" if mode == "manual" else ""
     return (
         f"row {sequence.index} holds {plan.capacity - sequence.room} of {plan.capacity} slots per head under a cap of "
-        f"{plan.cap_bytes} bytes and cannot take {tokens} more token(s): {why}; raise cap, or choose another policy or "
-        f"mode{by_hand}"
+        f"{exact_bytes(plan.cap_bytes)} and cannot take {tokens} more token(s): {why}; raise cap, or choose another "
+        f"policy or mode{by_hand}"
     )
 
 

@@ -10,7 +10,7 @@ from agentmem.evaluation.fidelity import FidelityRow, Measurement, measure, rows
 from agentmem.evaluation.one_shot import OneShotRow, Shot
 from agentmem.evaluation.passage import default_text, passage, read_text
 from agentmem.evaluation.recall import Recalled, RecallRow
-from agentmem.evaluation.terms import Terms
+from agentmem.evaluation.terms import Source, Terms
 
 __all__ = [
     "Document",
@@ -21,6 +21,7 @@ __all__ = [
     "RecallRow",
     "Recalled",
     "Shot",
+    "Source",
     "Terms",
     "default_text",
     "documents",

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from pydantic import FailFast
 
-from agentmem.evaluation.full_logits import full_logits, passage_key
+from agentmem.contracts import blocks
+from agentmem.evaluation.full_logits import MOST_BYTES, full_logits, passage_key
 from agentmem.evaluation.kept import load, save, settings_key
 from agentmem.evaluation.metrics import Divergence
-from agentmem.evaluation.terms import Equal, Frozen, Reader, Spent, Terms
+from agentmem.evaluation.terms import Equal, Frozen, Reader, Source, Spent, Terms
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 GROUP = 8
 """The number of compactions over which one :class:`Drift` averages."""
+BLOCK = 64
+"""The number of positions over which one value of ``kl_by_tokens`` averages."""
 LEAST_DRIFT = 2 * GROUP
 """The least number of compactions for which drift is reported."""
 
@@ -64,7 +67,7 @@ class Drift(Frozen):
     positions: int
 
 
-class FidelityRow(Frozen):
+class FidelityRow(Source):
     """One line of the fidelity table: the scores of one policy on one passage.
 
     KL means KL(full ‖ capped) in nats; it compares next-token distributions with full memory and with capped memory.
@@ -75,8 +78,6 @@ class FidelityRow(Frozen):
     policy: str
     """Name or spec of the policy as the caller gave it."""
     equal: Equal
-    offset: int
-    """Character of the text at which the passage begins, counted from 0."""
     kl_mean: float
     kl_p95: float
     top1: float
@@ -93,6 +94,8 @@ class FidelityRow(Frozen):
     capacity: int
     kl_by_compaction: Annotated[tuple[float, ...], FailFast()]
     """Mean KL of the positions read after 0, 1, 2, … compactions; entry 0 is the KL before the first compaction."""
+    kl_by_tokens: Annotated[tuple[float, ...], FailFast()] = ()
+    """Mean KL of each :data:`BLOCK` successive positions of the passage, from its beginning; the last may be fewer."""
     drift: Annotated[tuple[Drift, ...], FailFast()]
     """Mean KL in groups of eight compactions, beginning with the first; empty if there were fewer than sixteen."""
 
@@ -107,6 +110,8 @@ class Medians(Frozen):
 
     policy: str
     equal: Equal
+    model: str
+    limit: str
     windows: int
     kl_mean: float
     kl_p95: float
@@ -161,12 +166,14 @@ def stream(
     cache_dir: Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     fresh: bool = False,
+    most_bytes: int = MOST_BYTES,
     progress: Callable[[str, int], None] = lambda _name, _tokens: None,
 ) -> Iterator[Measurement]:
     """Measure every policy on the passage ``ids [tokens + 1]``; yield the measurements in the order of ``policies``.
 
     Each measurement is saved in ``cache_dir`` before it is yielded. If a measurement of the same model, passage,
     settings and code was saved earlier, it is loaded instead of being made again; with ``fresh``, it is made again.
+    The logits of full memory are saved there, too; all logits in ``cache_dir`` take ``most_bytes`` at most.
     ``progress`` is called with the policy's name and the number of tokens done. While the logits of full memory are
     computed, the name is "full memory".
 
@@ -182,15 +189,16 @@ def stream(
         found = None if fresh else load(Measurement, path)
         if found is None:
             if full is None:
-                full = full_logits(model, ids, folder, fresh=fresh, progress=partial(progress, "full memory"))
+                named = partial(progress, "full memory")
+                full = full_logits(model, ids, folder, fresh=fresh, most_bytes=most_bytes, progress=named)
             named = partial(progress, policy.name)
             found = measure(model, ids, full, policy, terms, tokenizer=tokenizer, progress=named)
             save(found, path)
         yield found
 
 
-def rows(measurements: Sequence[Measurement], *, offset: int = 0) -> tuple[FidelityRow, ...]:
-    """Return the fidelity table of one passage, which begins at character ``offset``: one row per measurement.
+def rows(measurements: Sequence[Measurement], source: Source = Source()) -> tuple[FidelityRow, ...]:  # noqa: B008  # frozen
+    """Return the fidelity table of one passage under one limit, which ``source`` describes: one row per measurement.
 
     All policies with the same kind of limit (slots or bytes) are scored on the same positions. These begin at the token
     that caused the earliest compaction among these policies, and end with the passage. Before that token, all memories
@@ -201,16 +209,16 @@ def rows(measurements: Sequence[Measurement], *, offset: int = 0) -> tuple[Fidel
         equal: min((each.capacity for each in crossed if each.equal == equal), default=0)
         for equal in ("slots", "bytes")
     }
-    return tuple(_row(each, first[each.equal], offset) for each in measurements)
+    return tuple(_row(each, first[each.equal], source) for each in measurements)
 
 
-def _row(measurement: Measurement, first: int, offset: int) -> FidelityRow:
+def _row(measurement: Measurement, first: int, source: Source) -> FidelityRow:
     kl = np.array(measurement.kl)
     counts = np.array(measurement.compactions)
     return FidelityRow(
+        **dict(source),
         policy=measurement.policy,
         equal=measurement.equal,
-        offset=offset,
         kl_mean=float(kl[first:].mean()),
         kl_p95=float(np.percentile(kl[first:], 95)),
         top1=float(np.mean(measurement.agrees[first:])),
@@ -223,6 +231,7 @@ def _row(measurement: Measurement, first: int, offset: int) -> FidelityRow:
         positions=len(kl) - first,
         capacity=measurement.capacity,
         kl_by_compaction=tuple(float(kl[counts == count].mean()) for count in range(int(counts[-1]) + 1)),
+        kl_by_tokens=tuple(float(kl[part].mean()) for part in blocks(len(kl), BLOCK)),
         drift=_drift(kl, counts),
     )
 
@@ -240,10 +249,10 @@ def _drift(kl: np.ndarray, counts: np.ndarray) -> tuple[Drift, ...]:
 
 
 def medians(found: Sequence[FidelityRow]) -> tuple[Medians, ...]:
-    """Return the medians over all passages, one entry per kind of limit and policy, in order of first appearance."""
-    groups: dict[tuple[Equal, str], list[FidelityRow]] = {}
+    """Return the medians over all passages, one entry per model, limit and policy, in order of first appearance."""
+    groups: dict[tuple[str, ...], list[FidelityRow]] = {}
     for row in found:
-        groups.setdefault((row.equal, row.policy), []).append(row)
+        groups.setdefault((row.model, row.equal, row.limit, row.policy), []).append(row)
     return tuple(_medians(group) for group in groups.values())
 
 
@@ -253,6 +262,8 @@ def _medians(group: Sequence[FidelityRow]) -> Medians:
     return Medians(
         policy=first.policy,
         equal=first.equal,
+        model=first.model,
+        limit=first.limit,
         windows=len(group),
         **{name: median(getattr(row, name) for row in group) for name in names},
         drift=_median_drift([row.drift for row in group]),

@@ -20,7 +20,7 @@ from transformers import DynamicCache
 
 from agentmem.contracts import blocks
 from agentmem.errors import AgentmemError
-from agentmem.settings import format_bytes
+from agentmem.settings import exact_bytes, format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 _PIECE = 256
 """Tokens in one forward. This number is fixed, so that no setting of the user affects the stored logits."""
+_NAME = "full-logits"
+MOST_BYTES = 16 << 30
+"""The most bytes of logits that are kept in one folder, unless the caller says otherwise."""
 _SAMPLE = 4096
 """About how many elements of each weight are hashed, evenly spread over the weight."""
 
@@ -72,6 +75,7 @@ def full_logits(
     *,
     first: int = 0,
     fresh: bool = False,
+    most_bytes: int = MOST_BYTES,
     progress: Callable[[int], None] = lambda _: None,
 ) -> torch.Tensor:
     """Return the logits of full memory after each of ``ids [tokens + 1]`` except the last: ``[tokens, V]`` float32.
@@ -80,19 +84,23 @@ def full_logits(
     ``first``, the result has only the logits from that position on, ``[tokens - first, V]``. ``progress`` is called
     with the number of tokens read so far.
 
+    All logits below the folder's parent take ``most_bytes`` at most: those used longest ago are deleted first.
+
     Raises:
-        AgentmemError: the folder cannot be written, or has too little free space; the message has the bytes needed.
+        AgentmemError: the folder cannot be written, or these logits alone take more than ``most_bytes`` or the free
+            space; the message has the bytes needed.
 
     """
     tokens, vocabulary = len(ids) - 1 - first, _vocabulary(model, ids)
-    path = folder / (f"full-logits-from-{first}.f32" if first else "full-logits.f32")
+    path = folder / (f"{_NAME}-from-{first}.f32" if first else f"{_NAME}.f32")
     size = tokens * vocabulary * 4
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):  # of several processes, one computes the file and the others wait
             if fresh or not path.exists() or path.stat().st_size != size:
-                _require_space(folder, size)
+                _require_space(folder, size, most_bytes)
                 _compute(model, ids[:-1], first, path, progress)
+        path.touch()  # its time of use
         # Copy-on-write: torch wants writable memory, but the file must not change.
         return torch.from_numpy(np.memmap(path, dtype=np.float32, mode="c", shape=(tokens, vocabulary)))
     except OSError as error:
@@ -128,10 +136,36 @@ def _vocabulary(model: PreTrainedModel, ids: torch.Tensor) -> int:
         return int(model(input_ids=ids[:1].unsqueeze(0).to(model.device), use_cache=False).logits.shape[-1])
 
 
-def _require_space(folder: Path, size: int) -> None:
+def kept(root: Path) -> list[Path]:
+    """Return the files of logits below a folder, those used longest ago first."""
+    found = [(path.stat().st_mtime_ns, path) for path in root.glob(f"*/{_NAME}*.f32")]
+    return [path for _, path in sorted(found)]
+
+
+def clean(root: Path, most_bytes: int = 0) -> int:
+    """Delete logits below a folder, those used longest ago first, until ``most_bytes`` are left; return bytes freed.
+
+    Measurements that were made with them stay, so they need not be computed again for the same comparison.
+    """
+    files = [(path, path.stat().st_size) for path in kept(root)]
+    held, freed = sum(size for _, size in files), 0
+    for path, size in files:
+        if held - freed > most_bytes:
+            path.unlink(missing_ok=True)
+            freed += size
+    return freed
+
+
+def _require_space(folder: Path, size: int, most_bytes: int) -> None:
+    if size > most_bytes:
+        raise AgentmemError(
+            f"evaluation: the full-memory logits need {exact_bytes(size)} on disk, and at most "
+            f"{exact_bytes(most_bytes)} may be kept; lower --tokens or raise --cache-limit"
+        )
+    clean(folder.parent, most_bytes - size)
     free = shutil.disk_usage(folder).free
     if free < size:
         raise AgentmemError(
-            f"evaluation: the full-memory logits need {format_bytes(size)} on disk, but {folder} has "
-            f"{format_bytes(free)} free; lower --tokens or choose another place with --cache-dir"
+            f"evaluation: the full-memory logits need {exact_bytes(size)} on disk, but {folder} has "
+            f"{exact_bytes(free)} free; lower --tokens or choose another place with --cache-dir"
         )

@@ -20,10 +20,10 @@ import torch
 from pydantic import Field, field_validator
 
 from agentmem.errors import SettingsRefused
-from agentmem.evaluation.full_logits import full_logits, passage_key
+from agentmem.evaluation.full_logits import MOST_BYTES, full_logits, passage_key
 from agentmem.evaluation.kept import load, save, settings_key
 from agentmem.evaluation.metrics import Divergence
-from agentmem.evaluation.terms import Frozen, Reader, Terms
+from agentmem.evaluation.terms import Frozen, Reader, Source, Terms
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -54,7 +54,7 @@ class Shot(Frozen):
         return ratios
 
 
-class OneShotRow(Frozen):
+class OneShotRow(Source):
     """The measured results of one policy or baseline at one ratio, on one passage.
 
     KL means KL(full ‖ capped) in nats; it compares next-token distributions with full memory and with capped memory.
@@ -65,8 +65,6 @@ class OneShotRow(Frozen):
     """Name or spec of the policy as the caller gave it, or ``no-context`` or ``truncation``."""
     ratio: int | None
     """Tokens of the document divided by slots kept; ``None`` for ``no-context``."""
-    offset: int
-    """Character of the text at which the document begins, counted from 0."""
     document: int
     """Tokens of the document."""
     slots: int
@@ -188,9 +186,10 @@ def stream(
     shot: Shot,
     *,
     cache_dir: Path,
-    offset: int = 0,
+    source: Source = Source(),  # noqa: B008  # frozen
     tokenizer: PreTrainedTokenizerBase | None = None,
     fresh: bool = False,
+    most_bytes: int = MOST_BYTES,
     progress: Callable[[str, int], None] = lambda _name, _tokens: None,
 ) -> Iterator[OneShotRow]:
     """Measure baselines and policies on the passage ``ids [tokens + 1]``, and yield one row per measurement.
@@ -204,7 +203,8 @@ def stream(
 
     Each row is saved in ``cache_dir`` before it is yielded. If a row of the same model, passage, settings and code was
     saved earlier, it is loaded instead of being measured again; with ``fresh``, it is measured again. ``progress`` is
-    called with the name of the measurement and the number of tokens done. ``offset`` is only copied into the rows.
+    called with the name of the measurement and the number of tokens done. ``source`` is only copied into the rows. All
+    logits of full memory in ``cache_dir`` take ``most_bytes`` at most.
 
     Raises:
         AgentmemError: :func:`cases` refuses the settings, or a policy cannot work with the settings in ``terms``. Rows
@@ -222,11 +222,13 @@ def stream(
         if found is None:
             if full is None:
                 named = partial(progress, "full memory")
-                full = full_logits(model, ids, folder, first=document, fresh=fresh, progress=named)
+                full = full_logits(
+                    model, ids, folder, first=document, fresh=fresh, most_bytes=most_bytes, progress=named
+                )
             label = case.name if case.ratio is None else f"{case.name}, 1/{case.ratio}"
             found = _measure(model, ids, full, case, tokenizer, partial(progress, label))
             save(found, path)
-        yield found.model_copy(update={"offset": offset, "ratio": case.ratio})
+        yield found.model_copy(update={**dict(source), "settings": case.terms, "ratio": case.ratio})
 
 
 def _measure(
@@ -248,7 +250,6 @@ def _measure(
     return OneShotRow(
         policy=case.name,
         ratio=case.ratio,
-        offset=0,
         document=document,
         slots=case.slots,
         positions=len(kl),

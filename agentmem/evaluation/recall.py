@@ -21,7 +21,7 @@ import torch
 from agentmem.evaluation.facts import Document, Format, Planted
 from agentmem.evaluation.full_logits import model_digest, passage_key
 from agentmem.evaluation.kept import load, save, settings_key
-from agentmem.evaluation.terms import Equal, Frozen, Reader, Spent, Terms
+from agentmem.evaluation.terms import Equal, Frozen, Reader, Source, Spent, Terms
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -81,7 +81,7 @@ class Score(Frozen):
     """
 
 
-class RecallRow(Score):
+class RecallRow(Score, Source):
     """One line of the recall table: the scores of one policy over all facts, and over groups of facts."""
 
     policy: str
@@ -221,11 +221,17 @@ def _everything(document: Document) -> torch.Tensor:
 # ---- rows
 
 
-def rows(found: Sequence[Recalled], equal: Equal, documents: int) -> tuple[RecallRow, ...]:
-    """Return the recall table for the results found so far, one line per policy.
+def rows(
+    found: Sequence[Recalled],
+    equal: Equal,
+    documents: int,
+    source: Source = Source(),  # noqa: B008  # frozen
+) -> tuple[RecallRow, ...]:
+    """Return the recall table for the results found so far under one limit, one line per policy.
 
-    ``documents`` is the number of documents. A policy that was not yet measured on all documents is left out. The
-    table is empty until the policies ``full`` and ``window``, with which the others are compared, have been measured.
+    ``documents`` is the number of documents, and ``source`` is copied into the rows. A policy that was not yet measured
+    on all documents is left out. The table is empty until the policies ``full`` and ``window``, with which the others
+    are compared, have been measured.
     """
     by_policy: dict[str, dict[int, Recalled]] = {}
     for each in found:
@@ -234,7 +240,7 @@ def rows(found: Sequence[Recalled], equal: Equal, documents: int) -> tuple[Recal
     if not {FULL, WINDOW} <= whole.keys():
         return ()
     ends = (_answers(whole[WINDOW]), _answers(whole[FULL]))
-    return tuple(_row(name, runs, equal, ends) for name, runs in whole.items())
+    return tuple(_row(name, runs, equal, ends, source) for name, runs in whole.items())
 
 
 def _answers(runs: Sequence[Recalled]) -> list[Answer]:
@@ -245,9 +251,10 @@ Ends = tuple[list[Answer], list[Answer]]
 """The answers of window and of full memory to the same questions."""
 
 
-def _row(name: str, runs: Sequence[Recalled], equal: Equal, ends: Ends) -> RecallRow:
+def _row(name: str, runs: Sequence[Recalled], equal: Equal, ends: Ends, source: Source) -> RecallRow:
     answers = _answers(runs)
     return RecallRow(
+        **dict(source),
         **dict(_score(answers, ends, range(len(answers)))),
         policy=name,
         equal=equal,

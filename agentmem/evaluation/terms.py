@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
+import transformers
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from agentmem import plugins
 from agentmem.api import capped, plan
 from agentmem.contracts import Queries
 from agentmem.errors import SettingsRefused
-from agentmem.settings import Seed, SlotDtype
+from agentmem.settings import Seed, SlotDtype, format_bytes
 from agentmem.untrusted.texts import faults
 
 if TYPE_CHECKING:
@@ -87,6 +89,11 @@ class Terms(Frozen):
         """Return the kind of limit that all policies share: ``slots`` (per KV head) or ``bytes``."""
         return "bytes" if self.slots is None else "slots"
 
+    @property
+    def limit(self) -> str:
+        """Return the limit that all policies share as a text, such as ``512 slots`` or ``24.0 MiB``."""
+        return format_bytes(self.cap_bytes or 0) if self.slots is None else f"{self.slots} slots"
+
     def policy(self, spec: str) -> Policy:
         """Make a policy from its name, or from its spec (a name with options).
 
@@ -122,6 +129,37 @@ class Terms(Frozen):
     def _settings(self) -> dict[str, Any]:
         names = ("keep_first", "keep_recent", "target", "chunk", "slot_dtype", "seed")
         return {"max_slots": self.slots, **{name: getattr(self, name) for name in names}}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of agentmem, torch and transformers."""
+    return {
+        "agentmem": version("agentmem-runtime"),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+class Source(Frozen):
+    """What a measurement was made of; texts are empty where the caller did not say."""
+
+    model: str = ""
+    """Name of the model as the caller gave it."""
+    text: str = ""
+    """Name of the text."""
+    text_sha256: str = ""
+    """SHA-256 hash of the whole text in UTF-8, in hexadecimal digits."""
+    offset: int = 0
+    """Character of the text at which the passage begins, counted from 0."""
+    settings: Terms = Terms()
+    """The limit and the other settings that all policies share."""
+    versions: dict[str, str] = Field(default_factory=versions)
+    """Versions of agentmem, torch and transformers."""
+
+    @property
+    def limit(self) -> str:
+        """Return the limit as a text, such as ``512 slots`` or ``24.0 MiB``."""
+        return self.settings.limit
 
 
 class Moment(Frozen):
@@ -214,7 +252,7 @@ class Reader:
     @property
     def held(self) -> int:
         """Return the slots held now, as the mean over layers and KV heads."""
-        return self._mean(self.memory.usage().held_slots)
+        return self._mean(self.memory.usage().total_slots)
 
     def _mean(self, slots: int) -> int:
         return round(slots / sum(layer.kv_heads for layer in self.memory.memory.shape.layers))
@@ -228,7 +266,7 @@ class Reader:
 
     def _note(self, *, compacted: bool) -> None:
         usage = self.memory.usage()
-        self._most = max(self._most, usage.held_slots)
+        self._most = max(self._most, usage.total_slots)
         self._moments.append(Moment(tokens=usage.tokens_seen, used=usage.used_bytes, resident=usage.resident_bytes))
         if compacted:
             stores = self.memory.memory.sequences[0].stores

@@ -19,7 +19,17 @@ from agentmem.engine import Engine
 from agentmem.errors import CapBypassed
 from agentmem.hf.cache import CappedCache, TransientCache, mask_columns, size
 from agentmem.hf.fork_lock import fork_lock
-from agentmem.hf.forward_context import FRAME, SCOPE, Frame, own_frame, rename, require_all, restore, untraced
+from agentmem.hf.forward_context import (
+    FRAME,
+    SCOPE,
+    Frame,
+    own_frame,
+    refuse_in_forward,
+    rename,
+    require_all,
+    restore,
+    untraced,
+)
 from agentmem.hf.forwards import ModelForwards
 from agentmem.hf.generate_checks import check_adapters, check_ends, check_forward, check_generate, chosen
 from agentmem.hf.support import refuse_training
@@ -98,6 +108,7 @@ class _Attachment:
                 with own_frame():
                     return original(*args, **kwargs)
             cache.open_for(model)
+            refuse_in_forward(cache.memory, "a generate")
             with cache.memory.owner.take(), own_frame():
                 check_generate(cache, model, given)
                 return original(*args, **kwargs)
@@ -152,13 +163,14 @@ class _Attachment:
         This is a forward pre-hook of the decoder. It returns new arguments if re-based rows need other positions, and
         ``None`` otherwise.
         """
-        frame = Frame(FRAME.get())
+        frame = Frame(FRAME.get(), module=decoder)
         FRAME.set(frame)  # first, because _leave runs even if the following lines raise
         inputs = named(signature, args, kwargs)
         cache, wanted = inputs.get("past_key_values"), inputs.get("use_cache")
         if isinstance(cache, CappedCache):
             check_forward(inputs)  # again: the decoder may be called by itself
             cache.open_for(self.model)
+            refuse_in_forward(cache.memory, "a forward", calls=1)
             frame.hold = cache.memory.owner.take()
             frame.engine = cache.engine
             complete = with_wrapper_inputs(frame.outer, inputs)

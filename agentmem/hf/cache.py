@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from agentmem.compaction.request import USUAL, Request
 from agentmem.errors import CopyRefused, MemoryCapExceeded, UnsupportedGeneration
-from agentmem.hf.forward_context import FRAME
+from agentmem.hf.forward_context import FRAME, refuse_in_forward
 from agentmem.hf.support import refuse_training
 from agentmem.memory.forwards import Arriving
 
@@ -161,13 +161,15 @@ class CappedCache(Cache):
             SettingsRefused: the mode is ``"off"``, the memory was not opened with that policy, or the model does not
                 know some ids of ``focus``.
             CompactionFailed: a compaction failed; see :class:`agentmem.compaction.run.SequenceCompaction`.
-            UnsupportedGeneration: another thread runs this memory now.
+            UnsupportedGeneration: another thread runs this memory now, or the call comes from a hook of the model
+                while a forward with this memory runs.
 
         """
         self.memory.shape.check_ids("compact's focus", focus)
         request = USUAL
         if slots is not None or focus or policy is not None:
             request = Request(slots, None, tuple(focus), None if policy is None else self.memory.named(policy))
+        refuse_in_forward(self.memory, "compact")
         with self.memory.owner.take():
             reports = [self.engine.compact(sequence, request) for sequence in self.memory.sequences]
         return tuple(report for report in reports if report is not None)
@@ -183,10 +185,12 @@ class CappedCache(Cache):
             MemoryClosed: the memory is closed, for example because its ``with`` block has ended.
             SettingsRefused: ``ids`` is empty, the model does not know some of them, or the row has read nothing yet.
             MemoryCapExceeded: ``ids`` is longer than ``chunk``, the number of tokens that the plan has room for.
-            UnsupportedGeneration: another thread runs this memory now.
+            UnsupportedGeneration: another thread runs this memory now, or the call comes from a hook of the model
+                while a forward with this memory runs.
 
         """
         self.memory.shape.check_ids("peek", ids)
+        refuse_in_forward(self.memory, "peek")
         with self.memory.owner.take():
             return self.engine.peek(ids, row)
 

@@ -91,6 +91,8 @@ class Reader:
 class _Watch:
     """A :class:`agentmem.hf.forward_context.Step` that computes attention as the model would and records each call."""
 
+    memories = ()
+
     def __init__(self, past: Sequence[AttentionCall], windows: Sequence[int | None], *, gradient: bool) -> None:
         self.past, self.windows, self.gradient = past, windows, gradient
         self.layers: list[AttentionCall] = []

@@ -14,21 +14,26 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from agentmem.errors import UnsupportedModel
+from agentmem.errors import UnsupportedGeneration, UnsupportedModel
 from agentmem.memory.torch_state import computing_dtype, own_state
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from transformers import PreTrainedConfig
     from transformers.cache_utils import Cache
 
     from agentmem.engine import Engine
+    from agentmem.memory.memory import Memory
     from agentmem.memory.owner import Hold
 
 
 class Step(Protocol):
     """An object that computes the attention of every layer during one forward, in place of the model's own function."""
+
+    @property
+    def memories(self) -> Sequence[Memory]:
+        """The memories whose slots the forward attends to."""
 
     def attend(
         self,
@@ -55,6 +60,8 @@ class Frame:
 
     outer: Frame | None
     step: Step | None = None
+    module: torch.nn.Module | None = None
+    """The decoder that runs."""
     engine: Engine | None = None
     """The engine of the memory to which the forward appends its tokens."""
     hold: Hold | None = None
@@ -217,6 +224,35 @@ def require_all(attended: int, layers: int) -> None:
             f"{attended} of {layers} layers called the memory in this forward: the attention implementation was "
             "changed under it; set it before the capped block begins"
         )
+
+
+def refuse_in_forward(memory: Memory, what: str, *, calls: int = 0) -> None:
+    """Check that the calling code does not run within a forward that uses ``memory``, as a hook of the model does.
+
+    ``what`` is what the caller asks for. It would drop the tokens of the forward that is running. ``calls`` is the
+    number of calls of the decoder that the caller belongs to, which do not count.
+
+    Raises:
+        UnsupportedGeneration: a forward with this memory is running in this thread.
+
+    """
+    frame = FRAME.get()
+    while frame is not None:
+        known = frame.step is not None and memory in frame.step.memories
+        if known and _calls(frame.module) > calls:  # none: an interrupt ended the forward and left its frame
+            raise UnsupportedGeneration(
+                f"{what} of a memory within a forward of the same memory would drop the tokens of that forward; call "
+                "it after the forward has ended, not from a hook of the model"
+            )
+        frame = frame.outer
+
+
+def _calls(module: torch.nn.Module | None) -> int:
+    """Return how many calls of a module are running in this thread."""
+    code, found, call = torch.nn.Module._call_impl.__code__, 0, sys._getframe()  # noqa: SLF001  # no public way to ask
+    while (call := call.f_back) is not None:  # type: ignore[assignment]  # the last one has none
+        found += call.f_code is code and call.f_locals.get("self") is module
+    return found
 
 
 @contextmanager

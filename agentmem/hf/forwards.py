@@ -32,6 +32,16 @@ class ModelForwards:
         """Store the model and the windows of its layers; run nothing."""
         self._model, self._windows = model, [layer.window for layer in shape.layers]
 
+    def check(self) -> None:
+        """Check that the model can be run now.
+
+        Raises:
+            UnsupportedModel: the model or its decoder is in training mode.
+
+        """
+        refuse_training(self._model)
+        refuse_training(self._model.get_decoder())
+
     def run(self, ids: Sequence[int], start: int, step: Adopt | Transient) -> None:
         """Run the decoder over ``ids`` at positions ``start, start + 1, …``; ``step`` computes the attention."""
         self._forward(self._model.get_decoder(), ids, _from(start, ids), step)

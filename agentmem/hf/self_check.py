@@ -253,6 +253,8 @@ def _plain() -> Iterator[None]:
 class _Witness:
     """A stand-in for attention that records the shapes of its arguments and returns zeros."""
 
+    memories = ()
+
     def __init__(self) -> None:
         self.calls: list[tuple[int, tuple[int, ...]]] = []
         self.sinks = False

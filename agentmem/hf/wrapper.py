@@ -45,6 +45,11 @@ class Told:
 
     inputs: Mapping[str, Any]
 
+    @property
+    def memories(self) -> tuple[()]:
+        """The empty tuple: it has no slots."""
+        return ()
+
     def attend(self, layer: int, queries: torch.Tensor, *_: Any) -> torch.Tensor:
         """Refuse attention outside the text model, such as that of a vision tower.
 

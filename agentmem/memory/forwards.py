@@ -46,9 +46,12 @@ class Arriving(NamedTuple):
 class Forwards(Protocol):
     """A protocol for running one model.
 
-    Each method gets a ``step``, an object of a class below. In each layer, the model calls ``step.attend`` instead of
-    its own attention.
+    The methods that run the model get a ``step``, an object of a class below. In each layer, the model calls
+    ``step.attend`` instead of its own attention.
     """
+
+    def check(self) -> None:
+        """Check that the model can be run now; raise UnsupportedModel if it is in training mode."""
 
     def run(self, ids: Sequence[int], start: int, step: Adopt | Transient) -> None:
         """Run the decoder, without logits, over ``ids`` at the positions ``start, start + 1, …``."""
@@ -71,7 +74,7 @@ class Append:
 
     def __init__(self, memory: Memory, arriving: Sequence[Arriving]) -> None:
         """Prepare the forward; the caller must have made room for its tokens."""
-        self.memory, self.arriving = memory, arriving
+        self.memory, self.arriving, self.memories = memory, arriving, (memory,)
         self.parts = [(memory, sequence) for sequence in memory.sequences]
         self.whole = all(isinstance(each.columns, slice) and each.columns == slice(None) for each in arriving)
         self.columns = 0
@@ -151,6 +154,7 @@ class Packed:
         """The number of layers whose attention has begun."""
         counts = [len(arriving.ids) for append in appends for arriving in append.arriving]
         parts = [(append.memory, append.memory.sequences[0]) for append in appends]
+        self.memories = tuple(append.memory for append in appends)
         singles = next((at for at, count in enumerate(counts) if count > 1), len(counts))
         self._singles = parts[:singles]
         spans = (slice(*span) for span in pairwise(accumulate(counts[singles:], initial=singles)))
@@ -188,7 +192,7 @@ class Scratch:
 
     def __init__(self, memory: Memory, sequence: TokenSequence) -> None:
         """Prepare forwards of ``sequence``; append nothing yet."""
-        self.memory, self.sequence = memory, sequence
+        self.memory, self.sequence, self.memories = memory, sequence, (memory,)
 
     def attend(
         self,
@@ -229,6 +233,7 @@ class Adopt:
         ``begins[layer][head]`` is the index of the segment's first slot in a head, and ``recent`` is the number of
         slots after the segment. ``positions [n]`` (int32) are the positions of the new slots.
         """
+        self.memories = (memory,)
         self.memory, self.sequence, self.begins, self.recent, self.positions = (
             memory,
             sequence,
@@ -276,7 +281,7 @@ class Transient:
         visit: Callable[[int, torch.Tensor], None] = lambda _layer, _queries: None,
     ) -> None:
         """Prepare the forward; allocate nothing."""
-        self.memory, self.sequence, self.visit = memory, sequence, visit
+        self.memory, self.sequence, self.visit, self.memories = memory, sequence, visit, (memory,)
 
     def attend(
         self,

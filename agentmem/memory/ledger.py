@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from agentmem.errors import MemoryCapExceeded
-from agentmem.settings import format_bytes
+from agentmem.settings import exact_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -125,8 +125,8 @@ class Ledger:
         after = self.resident + self.transient + count
         if after > self.cap:
             raise MemoryCapExceeded(
-                f"{what} needs {format_bytes(count)} ({count} bytes) on top of {self.resident + self.transient}, which "
-                f"makes {after} of a cap of {self.cap} bytes; raise the cap, lower chunk, or choose a policy "
-                "that compacts"
+                f"{what} needs {exact_bytes(count)} on top of {exact_bytes(self.resident + self.transient)}, which "
+                f"makes {exact_bytes(after)} of a cap of {exact_bytes(self.cap)}; raise the cap, lower chunk, or "
+                "choose a policy that compacts"
             )
         return after

@@ -37,7 +37,8 @@ class Usage(NamedTuple):
     """Tokens, slots and bytes of a memory at one moment, summed over its sequences."""
 
     tokens_seen: int
-    held_slots: int
+    total_slots: int
+    """Filled slots of all layers and KV heads together; ``capacity`` and other numbers of slots are per head."""
     resident_bytes: int
     used_bytes: int
     peak_bytes: int
@@ -85,6 +86,7 @@ class Memory:
         self.device = torch.device("cpu") if device is None else device
         self.plan, *self._plans = make_plans(shape, settings, (policy, *self.extra_policies))
         self.ledger = Ledger(settings.cap)
+        self._largest_cap = settings.cap
         self.sequences: list[TokenSequence] = []
         self.reports = Reports()
         self.scales = [1.0] * len(shape.layers)
@@ -104,11 +106,14 @@ class Memory:
         """Raise CopyRefused, because a memory cannot be copied by ``copy`` or pickled, nor can what contains one."""
         raise CopyRefused.of(self)
 
-    def empty(self) -> Memory:
-        """Return a new memory without tokens that has the model, policies and settings of this memory."""
+    def empty(self, cap: int | None = None) -> Memory:
+        """Return a new memory without tokens that has the model, policies and settings of this memory.
+
+        ``cap`` replaces the cap in bytes, if it is given.
+        """
         made = Memory(
             self.shape,
-            self.settings,
+            self._settings(cap or self.settings.cap),
             self.policy,
             extra_policies=self.extra_policies,
             words=self.words,
@@ -144,6 +149,29 @@ class Memory:
         room, layers, seed = self.plan.capacity - self.plan.scratch, len(self.shape.layers), self.settings.seed
         self.progress.consumed = Consumed((0,) * rows, (0,) * rows)
         self.sequences = [TokenSequence(index, layers, room, seed, self.progress) for index in range(rows)]
+
+    def plans_under(self, cap: int) -> tuple[Plan, ...]:
+        """Return the plans that the policies would have under another cap in bytes: the memory's own policy's first.
+
+        Raises:
+            CapTooSmall: the cap is too small for one of the policies.
+            SettingsRefused: the settings contradict each other under this cap.
+
+        """
+        policies = (self.policy, *self.extra_policies)
+        return make_plans(self.shape, self._settings(cap), policies, max(1, len(self.sequences)))
+
+    def replan(self, plans: Sequence[Plan]) -> None:
+        """Replace the plans and the cap by plans that :meth:`plans_under` returned; what is held must fit under them.
+
+        The free slots of the sequences stay as they are; see :func:`agentmem.memory.state.expand`.
+        """
+        self.plan, *self._plans = plans
+        self.settings, self.ledger.cap = self._settings(self.plan.cap_bytes), self.plan.cap_bytes
+        self._largest_cap = max(self._largest_cap, self.plan.cap_bytes)
+
+    def _settings(self, cap: int) -> Settings:
+        return self.settings if cap == self.settings.cap else self.settings.model_copy(update={"cap": cap})
 
     def plan_of(self, policy: Policy) -> Plan:
         """Return the plan for compactions by ``policy``, one of the memory's policies."""
@@ -201,7 +229,7 @@ class Memory:
         stores = [store for sequence in self.sequences for store in sequence.stores if store is not None]
         return Usage(
             tokens_seen=sum(sequence.seen for sequence in self.sequences),
-            held_slots=sum(sum(store.lengths) for store in stores),
+            total_slots=sum(sum(store.lengths) for store in stores),
             resident_bytes=self.ledger.resident,
             used_bytes=sum(store.used_bytes for store in stores),
             peak_bytes=self.ledger.peak,
@@ -213,10 +241,10 @@ class Memory:
         return RunReport(
             model=self.shape.name,
             policy=self.policy.name,
-            cap_bytes=self.plan.cap_bytes,
+            cap_bytes=self._largest_cap,
             peak_bytes=self.ledger.peak,
             resident_bytes=self.ledger.resident,
-            held_slots=sum(sequence.held for sequence in self.sequences),
+            total_slots=sum(sequence.held for sequence in self.sequences),
             capacity=self.plan.capacity,
             rows=len(self.sequences),
             num_compactions=len(compactions),

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from agentmem.memory.memory import Memory
     from agentmem.memory.sequence import TokenSequence
     from agentmem.memory.store import LayerStore
+    from agentmem.planning.pricing import Plan
 
 REQUEST_SHARE = 4
 """The newest user request may take ``1 / REQUEST_SHARE`` of the segment slots that a compaction leaves."""
@@ -90,15 +91,20 @@ def pin_coming(memory: Memory, sequence: TokenSequence, spans: Sequence[tuple[in
 
     """
     wanted, prefix = joined(sequence.pins.spans, spans), memory.plan.prefix
-    pinned = _behind(wanted, prefix)
-    needed = prefix + pinned + memory.plan.recent + MIN_BUDGET
+    needed = least_target(wanted, memory.plan)
     if needed > memory.plan.target and memory.policy.compactor is not None:
         raise CapTooSmall(
-            f"pins: {pinned} pinned tokens with keep_first={prefix} and keep_recent={memory.plan.recent} "
+            f"pins: {_behind(wanted, prefix)} pinned tokens with keep_first={prefix} and "
+            f"keep_recent={memory.plan.recent} "
             f"need {needed} slots per head, and a compaction leaves {memory.plan.target}; pin less, or raise cap or "
             "target"
         )
     put(memory, sequence, replace(sequence.pins, spans=wanted))
+
+
+def least_target(spans: Spans, plan: Plan) -> int:
+    """Return the least slots per head that a compaction can leave while the tokens ``spans`` are pinned."""
+    return plan.prefix + _behind(spans, plan.prefix) + plan.recent + MIN_BUDGET
 
 
 def pin_request(memory: Memory, sequence: TokenSequence, spans: Spans) -> bool:

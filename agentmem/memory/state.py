@@ -318,12 +318,23 @@ def expand(memory: Memory, sequence: TokenSequence) -> None:
     sequence.change(full_at=sequence.measured(memory.plan.capacity, memory.plan.scratch))
 
 
+def filled(sequence: TokenSequence) -> int:
+    """Return the slots per head that the filled slots take on average by bytes, rounded up; for plans' capacities."""
+    kept, price = _kept(sequence)
+    return -(-kept // max(1, price))
+
+
 def _headroom(memory: Memory, sequence: TokenSequence) -> int:
     """Return the number of free slots that the plan allows in each head; all heads get the same number."""
+    kept, price = _kept(sequence)
+    return max(0, (memory.plan.capacity * price - kept) // max(1, price))
+
+
+def _kept(sequence: TokenSequence) -> tuple[int, int]:
+    """Return the bytes of all filled slots in layers with full attention, and the bytes of one slot in each head."""
     full = sequence.full()
     price = sum(len(store.lengths) * store.spec.slot_bytes for _, store in full)
-    kept = sum(store.used_bytes for _, store in full)
-    return max(0, (memory.plan.capacity * price - kept) // max(1, price))
+    return sum(store.used_bytes for _, store in full), price
 
 
 def _resize(sequence: TokenSequence, index: int, store: LayerStore, capacities: list[int]) -> None:
@@ -331,12 +342,12 @@ def _resize(sequence: TokenSequence, index: int, store: LayerStore, capacities: 
         sequence.replace(index, store.resized(capacities))
 
 
-def copy(memory: Memory) -> Memory:
-    """Return a new memory with a copy of the memory's only sequence; the two share no tensors.
+def copy(memory: Memory, cap: int | None = None) -> Memory:
+    """Return a new memory with a copy of the memory's only sequence, under ``cap`` bytes if that is given.
 
-    The sequence must have no unfinished compaction or re-basing.
+    The two memories share no tensors. The sequence must have no unfinished compaction or re-basing.
     """
-    other = memory.empty()
+    other = memory.empty(cap)
     saved, views = take(memory)
     give(other, saved, views)
     return other

@@ -9,7 +9,7 @@ from agentmem.contracts import ModelIdentity
 from agentmem.errors import CapTooSmall, SettingsRefused
 from agentmem.planning.model_shape import spare_positions
 from agentmem.planning.pricing import MIN_BUDGET, UNBOUNDED, Plan, Planner
-from agentmem.settings import format_bytes, sufficient_bytes
+from agentmem.settings import exact_bytes, format_bytes, sufficient_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -48,7 +48,7 @@ def make_plans(shape: ModelShape, settings: Settings, policies: Sequence[Policy]
         _check_reach(reach, settings, at(least))
     if _needed(at(least)) > settings.cap:
         at = _pricing(shape, settings, policies, rows, frugal=True)
-    _check_cap(shape, settings, at(least))
+    _check_cap(shape, settings, at(least), policies)
     plans = at(_largest(least, settings, reach, at) if shape.compactable else UNBOUNDED)
     for policy, plan in zip(policies[1:], plans[1:], strict=True):
         _check_beside(policies[0], plans[0], policy, plan)
@@ -125,17 +125,25 @@ def _check_model(shape: ModelShape, policy: Policy) -> None:
         raise SettingsRefused(f"policy {policy.name!r}: {error}") from error
 
 
-def _check_cap(shape: ModelShape, settings: Settings, least: Sequence[Plan]) -> None:
+def _check_cap(shape: ModelShape, settings: Settings, least: Sequence[Plan], policies: Sequence[Policy]) -> None:
     needed = _needed(least)
     if needed > settings.cap:
         widest = max(least, key=lambda plan: plan.workspace_bytes)
         raise CapTooSmall(
-            f"a cap of {format_bytes(settings.cap)} ({settings.cap} bytes) is too small: {widest.rows} row(s) of "
+            f"a cap of {exact_bytes(settings.cap)} is too small: {widest.rows} row(s) of "
             f"{widest.capacity} slots per head (prefix {settings.keep_first} + recent {settings.keep_recent} + budget, "
-            f"target {settings.target}) and the workspace of {widest.policy!r} need {needed} bytes; raise cap to "
-            f"{sufficient_bytes(needed)}, or lower keep_first, keep_recent, min_reclaim, chunk or the number of rows"
+            f"target {settings.target}) and the workspace of {widest.policy!r} need {needed} bytes "
+            f"({format_bytes(needed)}); raise cap to {sufficient_bytes(needed)}, or lower {_lowered(widest, policies)}"
             + ("" if len(shape.compactable) == len(shape.layers) else "; its sliding windows are held whole")
         )
+
+
+def _lowered(plan: Plan, policies: Sequence[Policy]) -> str:
+    """Return the settings and options of the policies that make a plan smaller when they are lowered."""
+    names = ["keep_first", "keep_recent", "min_reclaim", "chunk"]
+    names += ["the policy's probe_tokens"] if plan.probe_tokens else []
+    names += ["its summary_tokens"] if any(policy.rewrite is not None for policy in policies) else []
+    return f"{', '.join(names)} or the number of rows"
 
 
 def _check_reach(reach: int, settings: Settings, least: Sequence[Plan]) -> None:

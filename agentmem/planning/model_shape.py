@@ -89,6 +89,14 @@ class ModelShape:
         """Return the bytes of one slot: key, value, β, position, and a score if ``scores`` is true."""
         return sum(layer.row_bytes(self.itemsize)) + BIAS_BYTES + POSITION_BYTES + (SCORE_BYTES if scores else 0)
 
+    def full_bytes(self, tokens: int) -> int:
+        """Return the bytes of keys and values in a cache that compacts nothing, after so many tokens of one row.
+
+        Layers with a sliding window hold no more than that.
+        """
+        dims = [(layer.kv_heads * (layer.key_dim + layer.value_dim), layer.window or tokens) for layer in self.layers]
+        return sum(dim * min(tokens, window) for dim, window in dims) * self.itemsize
+
     @property
     def compactable(self) -> tuple[int, ...]:
         """The indices of the layers that policies compact: the layers with full attention."""

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from agentmem.reporting.trace import Trace
 
 _DPI = 150
+_FULL = 1.5
+"""Most of the picture's height that full memory may add, as a multiple of what is highest without it."""
 _BLUE, _PALE, _RED, _ORANGE, _GREEN, _INK = "#1f5fa8", "#a9c8ea", "#c0392b", "#e08a1e", "#2f7d4f", "#333333"
 _UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
 
@@ -50,7 +52,10 @@ def draw(trace: Trace, folder: Path) -> tuple[Path, ...]:
 
 
 def bytes_figure(trace: Trace) -> Figure:
-    """Plot used bytes, allocated bytes and each compaction's peak against tokens seen; the cap is a dashed line."""
+    """Plot used bytes, allocated bytes and each compaction's peak against tokens seen.
+
+    The cap is a dashed line, and full memory a dotted one, which may leave the picture at its top.
+    """
     figure, axes = _axes()
     highest = max([trace.cap_bytes or 0, *(point.peak_bytes for point in trace.points)])
     size, unit = next((size, unit) for size, unit in _UNITS if highest >= size or size == 1)
@@ -63,6 +68,10 @@ def bytes_figure(trace: Trace) -> Figure:
         peaks = [report.bytes_peak / size for report in trace.compactions]
         axes.plot(trace.compacted_at, peaks, "v", color=_ORANGE, markersize=6, label="peak while compacting (R + T)")
     _cap_line(axes, trace.cap_bytes, size)
+    if trace.full_bytes is not None:
+        full = [trace.full_bytes(count) / size for count in tokens]
+        axes.plot(tokens, full, color=_INK, linestyle=":", linewidth=1.4, label="full memory")
+        highest = max(highest, min(int(_FULL * highest), trace.full_bytes(max(tokens))))
     axes.set_ylim(0, 1.12 * highest / size)
     axes.set_xlim(0, max(tokens) * 1.01)
     axes.set_xlabel("tokens seen")

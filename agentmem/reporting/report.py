@@ -143,7 +143,8 @@ class RunReport(_Report):
     peak_bytes: int
     """The greatest sum of resident and temporary bytes so far, by the ledger."""
     resident_bytes: int
-    held_slots: int
+    total_slots: int
+    """Filled slots of all layers and KV heads together."""
     capacity: int
     """Slots per KV head and row when the memory is full."""
     rows: int

@@ -22,6 +22,7 @@ from agentmem.untrusted.files import read_plain
 from agentmem.untrusted.json_text import parsed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
 
@@ -31,7 +32,7 @@ class UsageLike(Protocol):
     @property
     def tokens_seen(self) -> int: ...  # noqa: D102  # the fields of a Usage, described there
     @property
-    def held_slots(self) -> int: ...  # noqa: D102
+    def total_slots(self) -> int: ...  # noqa: D102
     @property
     def resident_bytes(self) -> int: ...  # noqa: D102
     @property
@@ -41,7 +42,7 @@ class UsageLike(Protocol):
 
 
 _MAX_BYTES, _MAX_LINE = 1 << 30, 8 << 20
-_USAGE_FIELDS = ("tokens_seen", "held_slots", "resident_bytes", "used_bytes", "peak_bytes")
+_USAGE_FIELDS = ("tokens_seen", "total_slots", "resident_bytes", "used_bytes", "peak_bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class UsagePoint:
 
     t: float
     tokens_seen: int
-    held_slots: int
+    total_slots: int
     resident_bytes: int
     used_bytes: int
     peak_bytes: int
@@ -65,6 +66,8 @@ class Trace:
 
     cap_bytes: int | None = None
     policy: str | None = None
+    full_bytes: Callable[[int], int] | None = None
+    """The bytes that a cache without a cap would hold after so many tokens; ``None`` if that is not known."""
     points: list[UsagePoint] = field(default_factory=list)
     compactions: list[CompactionReport] = field(default_factory=list)
     compacted_at: list[int] = field(default_factory=list)

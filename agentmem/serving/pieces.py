@@ -99,7 +99,7 @@ class Log:
             "continued": usage.cached > 0,
             "read_tokens": usage.prompt - usage.cached,
             "policy": stats.policy,
-            "held_slots": stats.held_slots,
+            "total_slots": stats.total_slots,
             "capacity": stats.capacity,
             "lease_bytes": stats.lease_bytes,
             "peak_bytes": stats.peak_bytes,

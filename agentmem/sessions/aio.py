@@ -17,16 +17,18 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from agentmem.errors import RuntimeBusy
+from agentmem.errors import CapTooSmall
 from agentmem.sessions import ingestion, turn
 from agentmem.sessions.arguments import check_seconds
 from agentmem.sessions.events import CompactionFinished, Event, TurnFailed
+from agentmem.sessions.leasing.queue import refuse_late, too_many, waited
 from agentmem.sessions.turn_steps import Steps
 
 if TYPE_CHECKING:
     from agentmem.engine import Want
     from agentmem.reporting.report import CompactionReport
-    from agentmem.sessions.conversation import Conversation, Host
+    from agentmem.sessions.conversation import Conversation
+    from agentmem.sessions.leasing.holding import Holding
 
 T = TypeVar("T")
 
@@ -97,7 +99,8 @@ class _Place:
     The entry can be called, from any thread. The turn then tries again to get its lease.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, holding: Holding) -> None:
+        self.holding = holding
         self.loop, self.event = asyncio.get_running_loop(), asyncio.Event()
         self.tried = self.refused = False
 
@@ -117,17 +120,13 @@ async def admitted(session: Conversation, turn: object, until: float | None = No
             already wait.
 
     """
-    runtime, place = session.runtime, _Place()
+    runtime, place = session.runtime, _Place(session.holding)
     wait = runtime.wait if until is None else min(runtime.wait, until - time.monotonic())
     runtime.waiters.append(place)
     try:
         await _served(session, turn, place, asyncio.get_running_loop().time() + wait)
     except TimeoutError:
-        raise RuntimeBusy(
-            f"session {session.name!r} waited {max(0, wait):.3g} s for its lease of {session.holding.lease} bytes, and "
-            f"{len(runtime.waiters) - 1} others wait, too{runtime.leases.stuck}; raise wait (or the turn's deadline), "
-            "give sessions smaller shares, or raise cap"
-        ) from None
+        raise waited(session, wait) from None
     finally:
         runtime.waiters.remove(place)
         runtime.wake_next()
@@ -150,27 +149,11 @@ async def _served(session: Conversation, turn: object, place: _Place, until: flo
             if await _try(session, turn):
                 return
             place.tried = True
-        _refuse_late(runtime)
+        refuse_late(runtime)
         if place.refused:
-            raise RuntimeBusy(
-                f"session {session.name!r} would have to wait, and {runtime.max_waiting} turns, the most that may "
-                "(max_waiting), wait for this runtime already; try later, or raise max_waiting"
-            )
+            raise too_many(session)
         async with asyncio.timeout_at(until):
             await place.event.wait()
-
-
-def _refuse_late(runtime: Host) -> None:
-    """Refuse all turns of the queue except the first ``max_waiting``.
-
-    If the first turn of the queue has not yet tried to get its lease, no turn is refused: the first turn may get its
-    lease at once and leave the queue.
-    """
-    places: list[Any] = list(runtime.waiters)
-    if places and places[0].tried:
-        for place in places[runtime.max_waiting :]:
-            place.refused = True
-            place()
 
 
 async def _try(session: Conversation, turn: object) -> bool:
@@ -200,6 +183,22 @@ async def _driven(
     session: Conversation, make: Callable[[], turn.Steps], seconds: float | None
 ) -> AsyncGenerator[Event, None]:
     until = None if seconds is None else time.monotonic() + seconds
+    while True:
+        try:
+            async with aclosing(_turn(session, make, until)) as events:
+                async for event in events:
+                    yield event
+        except CapTooSmall:
+            if not session.holding.least:
+                raise
+        else:
+            return
+
+
+async def _turn(
+    session: Conversation, make: Callable[[], turn.Steps], until: float | None
+) -> AsyncGenerator[Event, None]:
+    before = len(session.ids)
     made, begun = make(), object()  # a generator, which does nothing yet
     await admitted(session, begun, until)
     steps = Steps(session, made, until)
@@ -210,7 +209,10 @@ async def _driven(
             if steps.want is not None:
                 await _fed(session, steps.want)
     except Exception as error:
-        yield TurnFailed(error=type(error).__name__, message=str(error))
+        # New pins may not fit, with nothing changed: then a larger part of the cap may help.
+        small = isinstance(error, CapTooSmall) and len(session.ids) == before
+        if not (small and session.holding.ask_more(session.runtime.cap)):
+            yield TurnFailed(error=type(error).__name__, message=str(error))
         raise
     finally:
         steps.cancel()

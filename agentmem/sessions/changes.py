@@ -16,7 +16,7 @@ from agentmem.sessions.conversation import Before, Conversation
 
 def _before(session: Conversation) -> Before:
     """Return those parts of a session's current state that :func:`put_back` restores."""
-    reply, memory = session.reply, session.holding.memory
+    reply, memory = session.draft, session.holding.memory
     sequence = None if memory is None else memory.sequences[0]
     return Before(
         session.dialogue,
@@ -70,7 +70,7 @@ def put_back(session: Conversation) -> None:
     before = session.before
     if before is None:
         return
-    session.dialogue, session.reply, session.reply_start = before.dialogue, before.reply, before.reply_start
+    session.dialogue, session.draft, session.reply_start = before.dialogue, before.reply, before.reply_start
     if before.reply is not None:
         before.reply.ids, before.reply.text, before.reply.end = before.said
     session.ids[before.ids - len(before.newest) :] = before.newest

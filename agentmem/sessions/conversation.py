@@ -115,8 +115,12 @@ class Place(Protocol):
     The entry can be called, from any thread. The turn then tries again to get its lease.
     """
 
+    holding: Holding
+    """The memory of the turn."""
     tried: bool
     """True if the turn has tried at least once to get its lease, without success."""
+    refused: bool
+    """True if too many turns wait before this turn."""
 
     def __call__(self) -> None: ...  # noqa: D102
 
@@ -125,6 +129,7 @@ class Host(Protocol):
     """The part of the runtime that conversations and leasing use; :class:`Runtime` is the only implementation."""
 
     name: str
+    cap: int
     model: Any
     tokenizer: Any
     scheduler: Scheduler
@@ -155,7 +160,9 @@ class Host(Protocol):
     def save(self, session: Any, url: Any) -> None: ...  # noqa: D102
     def forget(self, session: Any) -> None: ...  # noqa: D102
     def speak(self, session: Any, memory: Memory) -> None: ...  # noqa: D102
-    def turn(self, session: Any, *, brief: bool = False, reads: bool = False) -> AbstractContextManager[None]: ...  # noqa: D102
+    def turn(  # noqa: D102
+        self, session: Any, *, brief: bool = False, reads: bool = False, until: float | None = None
+    ) -> AbstractContextManager[None]: ...
     def try_admit(self, session: Any, turn: object) -> bool: ...  # noqa: D102
     def end(self, session: Any, turn: object) -> None: ...  # noqa: D102
     def wake_next(self) -> None: ...  # noqa: D102
@@ -182,7 +189,7 @@ class Conversation:
         """All ids that were read or sampled, including those that the memory has not consumed yet."""
         self.dialogue = Dialogue()
         self.entries: list[Entry] = []
-        self.reply: Reply | None = None
+        self.draft: Reply | None = None
         """The open reply; ``None`` if no reply is open."""
         self.generator = None if settings.seed is None else torch.Generator().manual_seed(settings.seed)
         self.before: Before | None = None

@@ -18,7 +18,7 @@ class CompactionContext:
     full: bool
     """True if the memory cannot take another token. In this case the answers ``postpone`` and ``veto`` end the turn."""
     tokens_seen: int
-    held_slots: int
+    total_slots: int
     room: int
     policy: str
     policies: tuple[str, ...]

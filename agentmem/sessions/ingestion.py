@@ -132,7 +132,7 @@ def replying(session: Conversation, options: dict[str, Any], *, keep_open: bool)
     :meth:`agentmem.sessions.session.Session.generate` explains the arguments.
     """
     decoding = begin_reply(session, options)
-    reply = session.last = session.reply or Reply()
+    reply = session.last = session.draft or Reply()
     reply.reason = "cancelled"
     try:
         yield from turn.write(session, reply, decoding, keep_open=keep_open)
@@ -144,7 +144,7 @@ def replying(session: Conversation, options: dict[str, Any], *, keep_open: bool)
 
 
 def _check_new(session: Conversation) -> None:
-    if not session.pending or (session.reply is not None and session.reply.end is not None):
+    if not session.pending or (session.draft is not None and session.draft.end is not None):
         raise SettingsRefused(
             "generate: there is nothing new that a reply could go on from; append a message or read a text first (a "
             "reply that has ended and was kept open goes on when something was said: session.say)"
@@ -156,7 +156,7 @@ def say(session: Conversation, text: str) -> None:
     ids = tokens(session, "say", text)
     with changing(session):
         open_reply(session)
-        reply = session.reply or Reply()
+        reply = session.draft or Reply()
         kept = reply.ids if reply.end is None else reply.ids[:-1]
         pieces = TextPieces(session.tokenizer, kept)
         said = "".join(map(pieces.push, ids)) + pieces.rest()
@@ -168,7 +168,7 @@ def say(session: Conversation, text: str) -> None:
 
 def open_reply(session: Conversation) -> None:
     """Open a reply if no reply is open: append the generation prompt to the ids, and pin the newest request."""
-    if session.reply is None:
+    if session.draft is None:
         if session.template is not None and session.dialogue.messages:
             dialogue, delta = session.template.open_reply(session.dialogue)
             check_known(session, "chat_template", delta.ids)
@@ -177,7 +177,7 @@ def open_reply(session: Conversation) -> None:
             _take(session, delta)
             if not hold_request(session):
                 report_request(session)
-        session.reply = Reply()
+        session.draft = Reply()
         session.reply_start = len(session.ids)
 
 
@@ -190,9 +190,9 @@ def close_reply(session: Conversation) -> None:
     session.dialogue = _closed(session)
     if (entry := reply_entry(session)) is not None:
         session.entries.append(entry)
-    if session.reply is not None:
+    if session.draft is not None:
         release_request(session)
-    session.reply = None
+    session.draft = None
 
 
 def _closed(session: Conversation) -> Dialogue:
@@ -202,7 +202,7 @@ def _closed(session: Conversation) -> Dialogue:
     """
     if not session.dialogue.open:
         return session.dialogue
-    made, reply = template(session), session.reply or Reply()
+    made, reply = template(session), session.draft or Reply()
     end = reply.end if reply.end in made.end_ids else None
     kept = reply.ids if end is None else reply.ids[:-1]
     said = str(session.tokenizer.decode(kept, skip_special_tokens=False)) if kept else ""
@@ -214,7 +214,7 @@ def reply_entry(session: Conversation) -> Entry | None:
 
     The result is ``None`` if no reply is open or the reply has no ids yet.
     """
-    if session.reply is None or session.reply_start == len(session.ids):
+    if session.draft is None or session.reply_start == len(session.ids):
         return None
     return Entry(kind="reply", role="assistant", start=session.reply_start, stop=len(session.ids))
 

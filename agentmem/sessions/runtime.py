@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 from agentmem import hf, plugins
 from agentmem.api import open_memory
-from agentmem.engine import Scheduler
+from agentmem.engine import Engine, Scheduler
 from agentmem.errors import CapTooSmall, CopyRefused, MemoryClosed, SettingsRefused
 from agentmem.language import Language
 from agentmem.memory.memory import unwatched
@@ -24,6 +24,7 @@ from agentmem.sessions.forking import RUNTIMES
 from agentmem.sessions.hook_calls import HookCalls
 from agentmem.sessions.leasing.admission import Leases
 from agentmem.sessions.leasing.holding import Holding, Stage
+from agentmem.sessions.leasing.queue import wait_for_lease
 from agentmem.sessions.leasing.spill import Spill
 from agentmem.sessions.leasing.swapping import lend
 from agentmem.sessions.session import Session
@@ -34,7 +35,7 @@ from agentmem.sessions.snapshots.recipe import Named, check_settings, split, tem
 from agentmem.sessions.snapshots.session_state import restore, saved
 from agentmem.sessions.snapshots.snapshot import Identity
 from agentmem.sessions.stats import RuntimeStats
-from agentmem.settings import parse_bytes
+from agentmem.settings import exact_bytes, parse_bytes
 
 if TYPE_CHECKING:
     import os
@@ -56,7 +57,7 @@ class Runtime:
     """A runtime for many sessions of one model; one cap limits the bytes that all their memories hold and work with.
 
     :meth:`session` begins a session. While a turn of the session runs, the session has a *lease*: a share of the cap,
-    which is reserved for its memory.
+    which is reserved for its memory. By default leases are elastic: the turns that run divide the cap among them.
 
     If a turn needs bytes that memories of idle sessions hold, these memories are preempted in stages. ``trim``: they
     give up their free room, and nothing is lost. ``compact``: they are compacted further, which loses information as
@@ -92,7 +93,8 @@ class Runtime:
             pressure: the stages by which idle memories are preempted, in order; a stage that is left out is never used.
             spill: the folder in which the runtime makes a private folder for idle memories; by default
                 ``agentmem-USER`` in the system's temporary folder.
-            wait: seconds that a turn under asyncio waits for its lease.
+            wait: seconds that a turn waits for its lease. A call that blocks an event loop does not wait, nor does one
+                whose own thread holds the bytes in a turn that it has not ended.
             max_waiting: number of turns that may wait for a lease at once; further ones are refused immediately.
             max_batch_tokens: most tokens of a forward that feeds several sessions. The next tokens of replies come
                 first, then pieces of texts that are read. A lower number keeps replies flowing while a long text is
@@ -181,9 +183,11 @@ class Runtime:
         try:
             memory = open_memory(self.model, lease, policies[0], self.tokenizer, inner, policies[1:])
         except CapTooSmall as error:
+            if chosen.share is None:
+                raise
             raise CapTooSmall(
-                f"share={chosen.share!r} is {lease} of the runtime's {self.cap} bytes: {error}. The cap of a session "
-                "is its share: raise that, or the runtime's cap"
+                f"share={chosen.share!r} is {exact_bytes(lease)} of the runtime's {exact_bytes(self.cap)}: {error}. "
+                "The cap of a session is its share: raise that, or the runtime's cap"
             ) from error
         template = self._template(chosen, tools, template_options)
         hooks = HookCalls(before_compact, after_compact, chosen.soft)
@@ -191,7 +195,7 @@ class Runtime:
             self._open_or_raise()
             name = name or f"session-{next(self._names)}"
             memory.names = names = {"session": name, "runtime": self.name}
-            holding = Holding(self.model, memory, lease)
+            holding = Holding(self.model, memory, lease, elastic=chosen.share is None and Engine.compacts(memory))
             holding.named, holding.stage = named, "trim"  # so that only the bytes that it holds are charged
             session = Session(self, name, chosen, holding, template, hooks)
             self.leases.holdings.append(holding)
@@ -252,7 +256,9 @@ class Runtime:
     # ---- leases
 
     @contextmanager
-    def turn(self, session: Session, *, brief: bool = False, reads: bool = False) -> Iterator[None]:
+    def turn(
+        self, session: Session, *, brief: bool = False, reads: bool = False, until: float | None = None
+    ) -> Iterator[None]:
         """Run the ``with`` block as a turn of a session and end the turn afterwards.
 
         Args:
@@ -260,16 +266,17 @@ class Runtime:
             brief: True if the block is a short call, which does not queue behind turns that wait for a lease.
             reads: True if the block only reads the memory. It then needs no lease, unless the memory is on disk or an
                 operation in it is unfinished.
+            until: the deadline of the wait for the lease, on the monotonic clock; ``wait`` seconds at most.
 
         Raises:
-            RuntimeBusy: the cap has no room for the lease now.
+            RuntimeBusy: the cap had no room for the lease in time.
 
         """
         turn = object()
         try:  # end the turn twice, in case an interrupt comes before the first call
             try:
                 if not (reads and self._begin_reading(session, turn)):
-                    self.admit(session, turn, brief=brief)
+                    self.admit(session, turn, brief=brief, until=until)
                 yield
             finally:
                 self.end(session, turn)
@@ -283,21 +290,21 @@ class Runtime:
                 self.begin(session, turn)
             return session.turn is turn
 
-    def admit(self, session: Session, turn: object, *, brief: bool = False) -> None:
-        """Give a session its lease for a turn, or raise :class:`RuntimeBusy`.
+    def admit(self, session: Session, turn: object, *, brief: bool = False, until: float | None = None) -> None:
+        """Give a session its lease for a turn; wait for it if other threads hold the bytes.
 
         ``turn`` is an object that identifies the turn. The caller must pass it to :meth:`end` afterwards, also if this
-        method raises an error. A ``brief`` turn does not queue behind turns that wait.
+        method raises an error. A ``brief`` turn waits only if its lease is not free at once.
 
         Raises:
-            RuntimeBusy: running turns hold the bytes, or other turns already wait for a lease.
+            RuntimeBusy: see :func:`agentmem.sessions.leasing.queue.wait_for_lease`.
 
         """
         places = list(self.waiters)  # if the first has not tried yet, it may get its lease at once and blocks nobody
-        waiting = len(places) if places and places[0].tried and not brief else 0
+        waiting = bool(places) and places[0].tried and not brief
+        alone = not places and not any(each.busy for each in list(self.sessions))
         if waiting or not self.try_admit(session, turn):
-            active = sum(each.busy for each in list(self.sessions))
-            raise self.leases.refusal(session.name, session.holding.lease, active, waiting)
+            wait_for_lease(session, turn, until, alone=alone)
 
     def try_admit(self, session: Session, turn: object) -> bool:
         """Give a session its lease for a turn if the bytes are free or can be freed; return whether that succeeded."""

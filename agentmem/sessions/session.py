@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from agentmem.errors import CopyRefused
+from agentmem.errors import CapTooSmall, CopyRefused
 from agentmem.memory.pinning import pin, unpin
 from agentmem.sessions import aio, compaction_requests, ingestion
 from agentmem.sessions.arguments import check_count, check_seconds, check_text
@@ -30,7 +30,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Session(Conversation):
+class _Interface(type):
+    """Metaclass whose classes show in ``dir`` and ``help`` what they define, without what they inherit."""
+
+    def __dir__(cls) -> list[str]:
+        """Return the names that the class itself defines."""
+        return sorted(vars(cls))
+
+
+class Session(Conversation, metaclass=_Interface):
     """One conversation, made by :meth:`Runtime.session`, :meth:`Runtime.load` or :meth:`fork`.
 
     Every method that reads or writes first takes the session's lease and may raise :class:`RuntimeBusy`. The session
@@ -255,8 +263,19 @@ class Session(Conversation):
             ingestion.say(self, text)
 
     def _drive(self, make: Callable[[], turn.Steps], deadline: float | None) -> Generator[Event, None, None]:
-        with self.runtime.turn(self):
-            steps = Steps(self, make(), None if deadline is None else time.monotonic() + deadline)
+        until, before = None if deadline is None else time.monotonic() + deadline, len(self.ids)
+        while True:
+            try:
+                yield from self._turn(make, until)
+            except CapTooSmall:  # new pins do not fit, and nothing was changed: a larger part of the cap may help
+                if len(self.ids) != before or not self.holding.ask_more(self.runtime.cap):
+                    raise
+            else:
+                return
+
+    def _turn(self, make: Callable[[], turn.Steps], until: float | None) -> Generator[Event, None, None]:
+        with self.runtime.turn(self, until=until):
+            steps = Steps(self, make(), until)
             try:  # close twice, in case an interrupt comes before the first close
                 try:
                     while (event := steps.step()) is not None:
@@ -383,6 +402,11 @@ class Session(Conversation):
         self.close()
 
     # ---- transcript and statistics
+
+    @property
+    def reply(self) -> Reply | None:
+        """The open reply, which was kept open or begun by :meth:`say`; ``None`` if no reply is open."""
+        return self.draft
 
     @property
     def transcript(self) -> Transcript:

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, FailFast, Field
 from agentmem.errors import SettingsRefused
 from agentmem.queries import MAX_PATTERN
 from agentmem.sessions.chat.dialogue import Role
-from agentmem.settings import Described, Seed, check_part, parse_bytes
+from agentmem.settings import Described, Seed, check_part, exact_bytes, parse_bytes
 
 
 def _expression(pattern: str) -> str:
@@ -39,9 +39,15 @@ class SessionSettings(Described):
 
     """
 
-    share: Annotated[float | int | str, BeforeValidator(_share)] = 1.0
-    """The session's lease: a fraction of the runtime's cap (a float, at most 1.0), or a number of bytes
-    (``4194304``, ``"4MiB"``)."""
+    share: Annotated[float | int | str | None, BeforeValidator(_share)] = None
+    """The session's lease: a fraction of the runtime's cap (a float, at most 1.0), a number of bytes (``4194304``,
+    ``"4MiB"``), or ``None``.
+
+    With ``None`` the lease is elastic: turns that run at the same time divide the cap evenly among them (by two, four
+    or eight), and a turn that runs alone has all of it. A running turn gives back what others wait for before its next
+    forward, and compacts its memory first if that holds more than its new part. Leases of sessions that do not compact
+    by themselves are not elastic: they have the whole cap.
+    """
     pin_roles: Annotated[tuple[Role, ...], FailFast()] = ("system",)
     """Roles whose messages are never compacted. Tool schemas count as part of the system message."""
     pin_names: Annotated[tuple[str, ...], FailFast()] = ()
@@ -69,12 +75,14 @@ class SessionSettings(Described):
     ``generate`` does."""
 
     def lease(self, cap: int) -> int:
-        """Return the bytes of the session's lease under a runtime's cap.
+        """Return the bytes of the session's lease under a runtime's cap, or its greatest lease if it is elastic.
 
         Raises:
             SettingsRefused: the share is more than the cap, or it is a fraction and not above 0.
 
         """
+        if self.share is None:
+            return cap
         if isinstance(self.share, float):
             if not 0 < self.share <= 1:
                 raise SettingsRefused(
@@ -83,5 +91,7 @@ class SessionSettings(Described):
             return int(self.share * cap)
         lease = parse_bytes(self.share, "share")
         if lease > cap:
-            raise SettingsRefused(f"share: {lease} bytes are more than the runtime's cap of {cap}; give {cap} at most")
+            raise SettingsRefused(
+                f"share: {exact_bytes(lease)} are more than the runtime's cap of {exact_bytes(cap)}; give that at most"
+            )
         return lease

@@ -27,9 +27,10 @@ class SessionStats(BaseModel):
     pending: int
     """Number of these tokens that the memory has not consumed yet. Between turns this is usually the last token."""
     next_position: int
-    held_slots: int
+    total_slots: int
     """Slots that the memory holds, over all layers and KV heads; 0 while it is on disk."""
     capacity: int
+    """Slots per KV head when the memory is full."""
     room: int
     """Number of tokens that fit before the next compaction; 0 while the memory is on disk."""
     pinned_tokens: int
@@ -63,7 +64,7 @@ class SessionStats(BaseModel):
             tokens=len(session.ids),
             pending=len(session.ids) - holding.seen,
             next_position=0 if sequence is None else sequence.next_position,
-            held_slots=0 if sequence is None else sequence.held,
+            total_slots=0 if sequence is None else sequence.held,
             capacity=holding.capacity,
             room=0 if sequence is None else sequence.room,
             pinned_tokens=size(holding.pins.spans),

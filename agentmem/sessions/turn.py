@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from agentmem.compaction.request import USUAL, Request
@@ -16,6 +16,8 @@ from agentmem.engine import Want, in_turn
 from agentmem.errors import TurnEnded
 from agentmem.hf.decoding import Decoding, choose
 from agentmem.memory.pinning import pin_coming
+from agentmem.memory.pins import size, within
+from agentmem.planning.pricing import MIN_BUDGET
 from agentmem.sessions.chat.text_decoder import TextPieces
 from agentmem.sessions.conversation import Conversation, Interrupted, Reply
 from agentmem.sessions.events import (
@@ -28,6 +30,7 @@ from agentmem.sessions.events import (
     TokenEvent,
     TurnFinished,
 )
+from agentmem.sessions.leasing.swapping import part, widen
 from agentmem.sessions.newest_request import report_request
 
 if TYPE_CHECKING:
@@ -75,6 +78,7 @@ def read(
     """
     memory = session.memory
     while (count := len(waiting := session.pending) - leave) > 0:
+        yield from share(session)
         yield from make_room(session)
         session.watch.check()
         width = session.engine.piece([[True] * count], _piece(memory, after))
@@ -88,6 +92,39 @@ def read(
         if after is not None:
             yield from _compact_span(session, after, last=fed == count)
     return None
+
+
+def share(session: Conversation) -> Steps:
+    """Adapt an elastic lease to the other turns: give bytes back if others wait, take more if the memory is full.
+
+    A memory that holds more than its part is compacted first, if its hook allows that.
+    """
+    runtime, holding, sequence = session.runtime, session.holding, session.memory.sequences[0]
+    places = list(runtime.waiters)[:1]
+    wanted = bool(places) and places[0].tried
+    if not holding.elastic or sequence.job is not None or not (wanted or sequence.room < 1):
+        return
+    lease = part(runtime, holding)
+    if lease > holding.lease and not places:
+        widen(session, lease)
+    elif wanted and holding.refused < lease < holding.lease:
+        if not holding.takes(lease):
+            yield from _compact_for(session, lease)
+        if holding.takes(lease):
+            holding.resize(lease)
+            runtime.wake_next()
+        else:
+            holding.refused = lease
+
+
+def _compact_for(session: Conversation, lease: int) -> Steps:
+    """Compact the memory to what the plan of a smaller lease leaves, if the hook allows that and the pins fit."""
+    memory, sequence, plan = session.memory, session.memory.sequences[0], session.holding.plans(lease)[0]
+    slots = plan.target - plan.recent - size(within(sequence.pins.all, plan.prefix, sequence.seen)) - plan.prefix
+    if slots >= MIN_BUDGET and sequence.mean_slots() > plan.target:
+        request = session.hooks.before_compaction(session.name, memory, full=False)
+        if request is not None:
+            yield from compact(session, replace(request, slots=slots), forced=True)
 
 
 def rebased(session: Conversation) -> Steps:

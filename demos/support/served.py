@@ -54,7 +54,7 @@ def server(given: argparse.Namespace, state: str) -> Iterator[OpenAI]:
 def row(what: str, facts: list[dict[str, Any]], tokens: int, said: str) -> int:
     """One row of the table; the peak."""
     peak, compactions = max(each["peak_bytes"] for each in facts), sum(len(each["compactions"]) for each in facts)
-    read, slots = (sum(each[name] for each in facts) for name in ("read_tokens", "held_slots"))
+    read, slots = (sum(each[name] for each in facts) for name in ("read_tokens", "total_slots"))
     counts = f"{tokens:6} {read:6} {slots:7} {compactions:11} {format_bytes(peak):>9}"
     print(f"{what:9} {counts}  {' '.join(said.split())[:40]!r}")
     return int(peak)

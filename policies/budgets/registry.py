@@ -44,4 +44,6 @@ def by_name(name: str, **options: Any) -> Budgets:
         )
     make = NAMES[spec.name]
     specs.check_options({**spec.options, **options}, make, f"budgets {spec.name!r}")
-    return make(**specs.typed(spec.options, make) | options)
+    values = specs.typed(spec.options, make) | options
+    specs.check_values(values, make, f"budgets {spec.name!r}")
+    return make(**values)

@@ -6,11 +6,13 @@ import re
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.testing import Result
 
+from agentmem.cli.chat.conversation import Conversation
 from agentmem.cli.display import Display
 from agentmem.engine import Engine
 from agentmem.reporting.report import CompactionReport
@@ -45,7 +47,10 @@ def bars(result: Result) -> list[str]:
 def stats(result: Result) -> list[dict[str, str]]:
     """What every /stats said of the session."""
     tables = result.stdout.split("session  ")[1:]
-    return [dict(re.findall(r"^(\w+) +(\S+) *$", text.partition("runtime  ")[0], re.MULTILINE)) for text in tables]
+    return [
+        dict(re.findall(r"^(\w+) +(\S+)(?: \(.*\))? *$", text.partition("runtime  ")[0], re.MULTILINE))
+        for text in tables
+    ]
 
 
 # ---- turns
@@ -59,9 +64,9 @@ def test_a_line_is_a_turn(folder: str) -> None:
     assert len(result.stdout.strip()) > 10
     assert len(bars(result)) == 2
     assert re.search(
-        r"^[━╌]{20} [\d.]+ KiB of 800\.0 KiB · \d+ of \d+ slots · 0 compactions · 24 tokens", bars(result)[0]
+        r"^[━╌]{3,20} [\d.]+ KiB of 800\.0 KiB · \d+/\d+ slots · 0 compactions · .*24 tokens$", bars(result)[0]
     )
-    assert bars(result)[0].endswith("cut by --max-new-tokens")
+    assert "cut by --max-new-tokens" in result.stderr
     assert "/help lists the commands" in result.stderr
 
 
@@ -77,6 +82,23 @@ def test_the_conversation_goes_on_past_the_cap(folder: str) -> None:
     assert int(found["peak_bytes"]) <= int(found["lease_bytes"]) == CAP
     assert int(found["pinned_tokens"]) == len("User: Be terse.\n")
     assert f"{found['compactions']} compactions" in bars(result)[-1]
+
+
+def test_the_line_about_the_memory_fits_80_columns(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After many compactions, with its speed or stopped, and bytes stand beside what they are for people."""
+    made: list[Conversation] = []
+    begin = Conversation.__init__
+    monkeypatch.setattr(Conversation, "__init__", lambda self, *more: (begin(self, *more), made.append(self))[0])
+    result = chat(folder, *(f"turn {number}: tell me more, please, and more" for number in range(4)), "/stats")
+
+    assert result.exit_code == 0
+    assert all(len(line) <= 80 for line in bars(result))
+    assert re.search(r"^lease_bytes +819200 \(800\.0 KiB\)", result.stdout, re.MULTILINE)
+    stats = {"capacity": 12345, "room": 0, "compactions": 123, "lease_bytes": 1023 << 20}
+    usage = SimpleNamespace(usage=lambda: SimpleNamespace(used_bytes=1022 << 20))
+    made[0].session = SimpleNamespace(stats=SimpleNamespace(**stats), memory=usage)  # type: ignore[assignment]  # what it reads
+    for ending in ((), ("100.5 tokens/s", "512 tokens"), ("512 tokens", "stopped")):
+        assert len(made[0].bar(*ending)) <= 80
 
 
 def test_sampling_has_a_seed(folder: str) -> None:
@@ -147,7 +169,7 @@ def test_help_lists_every_command(folder: str) -> None:
 def test_compact_now_and_with_a_focus(folder: str) -> None:
     """It says how many slots are left; a memory with nothing to reclaim says that."""
     result = chat(folder, "/compact", "hello " * 30, "/compact", "once more " * 20, "/compact the colour", "/stats")
-    told = re.findall(r"compacted (\d+) slots to (\d+) in [\d.]+ s", result.stderr)
+    told = re.findall(r"compacted (\d+) slots per head to (\d+) in [\d.]+ s", result.stderr)
 
     assert result.exit_code == 0
     assert "there is nothing to reclaim yet" in result.stderr
@@ -383,5 +405,5 @@ def test_ctrl_c_during_a_compaction(folder: str, monkeypatch: pytest.MonkeyPatch
 
     assert result.exit_code == 0
     assert "\nstopped\n" in result.stderr
-    assert re.search(r"^compacted \d+ slots to \d+ in", result.stderr, re.MULTILINE)
+    assert re.search(r"^compacted \d+ slots per head to \d+ in", result.stderr, re.MULTILINE)
     assert "24 tokens" in bars(result)[-1]

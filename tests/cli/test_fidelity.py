@@ -11,7 +11,8 @@ from support.shell import CAP_BYTES, SMALL, agentmem, save_model
 
 ROW_KEYS = {
     "policy", "equal", "offset", "kl_mean", "kl_p95", "top1", "delta_nll", "num_compactions", "held", "bytes",
-    "seconds", "compact_seconds", "positions", "capacity", "kl_by_compaction", "drift",
+    "seconds", "compact_seconds", "positions", "capacity", "kl_by_compaction", "drift", "kl_by_tokens", "model", "text",
+    "text_sha256", "settings", "versions",
 }  # fmt: skip
 
 
@@ -54,7 +55,7 @@ def test_fidelity_prints_a_table_and_resumes(fidelity: list[str], tmp_path: Path
     fresh = agentmem(*fidelity, "--slots", "64", "--policies", "window", "--json", str(tmp_path / "3.json"), "--fresh")
 
     assert first.exit_code == second.exit_code == fresh.exit_code == 0
-    assert "equal slots, 136 positions past the cap" in first.stdout
+    assert "equal slots, 64 slots, 136 positions past the cap" in first.stdout
     one, two, three = (json.loads((tmp_path / f"{n}.json").read_text(encoding="utf-8")) for n in (1, 2, 3))
     assert one == two
     assert one[0]["kl_mean"] == three[0]["kl_mean"]
@@ -82,6 +83,44 @@ def test_fidelity_takes_several_passages(fidelity: list[str]) -> None:
     assert values[0] < values[1] < values[2]
     assert f"{values[1]:.4f}" in result.stderr.partition("medians over the passages")[2]
     assert "medians" not in alone.stderr
+
+
+def test_fidelity_takes_several_models_texts_and_limits(fidelity: list[str], folder: str, tmp_path: Path) -> None:
+    """Every combination is a row that says what it was made of, and each limit has a table."""
+    other = tmp_path / "other.txt"
+    other.write_text("The tower clock struck four, and then it struck five. " * 20, encoding="utf-8")
+    twin = save_model(tmp_path / "twin")
+    more = ("--model", twin, "--text", str(other), "--slots", "64,80", "--cap", "128KiB,160KiB", "--policies", "window")
+    result = agentmem(*fidelity, *more, "--plot", str(tmp_path / "p"), "--json", str(tmp_path / "r.json"))
+
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert len(found) == len({json.dumps([row["model"], row["text_sha256"], row["settings"]]) for row in found}) == 16
+    assert {row["model"] for row in found} == {folder, twin}
+    assert {row["text"] for row in found} == {"text.txt", "other.txt"}
+    assert {row["settings"]["slots"] or row["settings"]["cap_bytes"] for row in found} == {64, 80, 131072, 163840}
+    assert {*found[0]["versions"]} == {"agentmem", "torch", "transformers"}
+    assert "equal bytes, 160.0 KiB" in result.stdout
+    assert {path.name for path in (tmp_path / "p").iterdir()} == {"drift.png", "kl-tokens.png", "kl-cap.png"}
+
+
+def test_logits_are_announced_bounded_and_deleted(fidelity: list[str], tmp_path: Path) -> None:
+    """Their bytes and place are told before the work, a limit drops the oldest, and a command deletes all of them."""
+    kept = tmp_path / "kept"
+    command = (*fidelity, "--slots", "64", "--policies", "window")
+    first = agentmem(*command, "--cache-limit", "300KiB")
+    assert first.exit_code == 0, first.output
+    assert f"in {kept}, which keeps at most 300.0 KiB" in " ".join(first.stderr.split())
+    (old,) = kept.glob("*/*.f32")
+    assert agentmem(*command, "--offset", "9", "--cache-limit", "300KiB").exit_code == 0
+    (new,) = kept.glob("*/*.f32")
+    assert new != old
+    assert agentmem(*command, "--offset", "20", "--cache-limit", "1KiB").exit_code == 1
+    cleaned = agentmem("eval", "clean", "--cache-dir", str(kept))
+    assert "200.8 KiB" in cleaned.stdout
+    assert not list(kept.glob("*/*.f32"))
+    assert agentmem(*command).exit_code == 0
+    assert not list(kept.glob("*/*.f32"))  # the finished row needs none
 
 
 def test_fidelity_reports_drift(fidelity: list[str], tmp_path: Path) -> None:

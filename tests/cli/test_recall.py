@@ -16,7 +16,8 @@ from support.shell import agentmem, refused, save_model
 SCORE = {"facts", "exact", "log_prob", "log_prob_per_token", "recovered"}
 KEYS = SCORE | {
     "policy", "equal", "documents", "by_depth", "by_format", "by_compactions", "num_compactions", "total_compactions",
-    "capacity", "held", "bytes", "seconds", "compact_seconds",
+    "capacity", "held", "bytes", "seconds", "compact_seconds", "model", "text", "text_sha256", "offset", "settings",
+    "versions",
 }  # fmt: skip
 CHUNK = ("--keep-first", "4", "--keep-recent", "8", "--chunk", "256")
 """Questions of one token per byte are long."""
@@ -61,7 +62,7 @@ def test_recall_reports_rows_with_stable_keys(recall: list[str]) -> None:
         assert list(row["by_depth"]) == ["0.1", "0.5"]
         assert all(score.keys() == SCORE for score in row["by_depth"].values())
     assert set(found[0]["by_format"]) == {"codes", "names", "lists"}
-    assert "equal slots, 4 facts in 2 documents" in result.stderr
+    assert "equal slots, 300 slots, 4 facts in 2 documents" in result.stderr
     assert result.stderr.count("recovered (exact), by compactions since the fact") == 1  # 1 MiB holds a document
 
 
@@ -166,3 +167,21 @@ def test_a_file_that_is_no_fidelity_is_refused(recall: list[str], tmp_path: Path
         agentmem(*recall, *plot, str(other)).stderr
     )
     assert "have none in common" in agentmem(*recall, *plot, str(empty)).stderr
+
+
+def test_fidelity_rows_of_another_limit_are_refused_before_any_work(
+    recall: list[str], tmp_path: Path, folder: str, text: str
+) -> None:
+    """Rows at other slots draw no picture with these, which is said before the model is loaded."""
+    rows = tmp_path / "rows.json"
+    measured = agentmem(
+        "eval", "fidelity", "--model", folder, "--text", text, "--tokens", "500", "--slots", "200", *CHUNK,
+        "--policies", "window", "--cache-dir", str(tmp_path / "kept"), "--json", str(rows),
+    )  # fmt: skip
+    assert measured.exit_code == 0, measured.output
+    plot = ("--plot", str(tmp_path / "pictures"), "--fidelity-json", str(rows))
+    result = agentmem(*recall, "--model", "nowhere", "--slots", "300", "--policies", "window", *plot)
+
+    assert result.exit_code == 1
+    assert "(window at 200 slots)" in result.stderr
+    assert "have none in common" in result.stderr

@@ -263,6 +263,7 @@ def test_every_command_that_loads_a_model_takes_a_device() -> None:
     from agentmem.cli.app import app
 
     def leaves(command: Any, name: str) -> Iterator[tuple[str, set[str]]]:
+        command = command.loaded() if hasattr(command, "loaded") else command
         if not hasattr(command, "commands"):
             yield name, {option for each in command.params for option in each.opts}
         for inner, each in getattr(command, "commands", {}).items():

@@ -304,7 +304,7 @@ def test_an_error_in_mid_forward_is_taken_back_at_once() -> None:
             feed(memory, tiny.ids(3))
         handle.remove()
         assert [store.seen for store in memory.memory.sequences[0].stores if store is not None] == [30] * LAYERS
-        assert memory.usage().held_slots == 30 * 2 * LAYERS
+        assert memory.usage().total_slots == 30 * 2 * LAYERS
 
 
 # ---- policies that break their contract

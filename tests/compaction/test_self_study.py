@@ -323,7 +323,7 @@ def test_an_interrupt_in_mid_writing_costs_nothing(call: int, monkeypatch: pytes
         with pytest.raises(KeyboardInterrupt):
             tiny.feed(memory, tiny.ids(FIRST + 1))
         tiny.audit(memory.memory)
-        assert memory.usage().held_slots == FIRST * 4
+        assert memory.usage().total_slots == FIRST * 4
         assert memory.transcript() == tiny.ids(FIRST + 1)[0, :FIRST].tolist()
         tiny.feed(memory, tiny.ids(FIRST + 1)[:, FIRST:])
         assert filled(memory) == expected
@@ -349,7 +349,7 @@ def test_writing_that_always_fails_is_a_failed_compaction(call: int, monkeypatch
         with pytest.raises(CompactionFailed, match="RuntimeError: ink"):
             tiny.feed(memory, tiny.ids(FIRST + 1))
         tiny.audit(memory.memory)
-        assert memory.usage().held_slots == FIRST * 4
+        assert memory.usage().total_slots == FIRST * 4
         mend()
         tiny.feed(memory, tiny.ids(FIRST + 1)[:, FIRST:])
         assert filled(memory) == expected

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from agentmem.errors import AgentmemError, UnknownPolicy
-from agentmem.evaluation import Measurement, Terms, fidelity, rows, stream
+from agentmem.evaluation import Measurement, Source, Terms, fidelity, rows, stream
 from agentmem.evaluation.fidelity import medians
 from agentmem.evaluation.full_logits import full_logits, model_digest, passage_key
 from agentmem.evaluation.metrics import Divergence
@@ -127,7 +127,7 @@ def test_equal_slots_means_equal(model: Any, ids: torch.Tensor, tmp_path: Path) 
         assert each.compactions[SLOTS] == 1
         assert max(map(abs, each.kl[:SLOTS])) < 1e-9
         assert each.compactions == measured[0].compactions
-    for row in rows(measured, offset=7):
+    for row in rows(measured, Source(offset=7)):
         assert 0 < row.compact_seconds < row.seconds
         assert row.seconds_each == row.compact_seconds / row.num_compactions
         assert (row.offset, row.drift) == (7, ())

@@ -12,7 +12,7 @@ import torch
 
 import agentmem
 from agentmem.errors import MemoryCapExceeded, SettingsRefused
-from agentmem.evaluation import OneShotRow, Shot, Terms, one_shot
+from agentmem.evaluation import OneShotRow, Shot, Source, Terms, one_shot
 from agentmem.evaluation.one_shot import medians, stream
 from agentmem.testing import tiny_model
 from support import tiny
@@ -75,7 +75,7 @@ def test_rows_match_what_is_read_by_hand(model: Any, ids: torch.Tensor, tmp_path
 
 def test_a_row_says_what_was_kept(model: Any, ids: torch.Tensor, tmp_path: Path) -> None:
     """Slots are the document's tokens over the ratio, exactly so many are held, and nothing is compacted again."""
-    rows = list(stream(model, ids, ["am-halving", "window"], TERMS, SHOT, cache_dir=tmp_path, offset=7))
+    rows = list(stream(model, ids, ["am-halving", "window"], TERMS, SHOT, cache_dir=tmp_path, source=Source(offset=7)))
 
     for row in rows:
         assert (row.document, row.positions, row.offset) == (DOCUMENT, CONTINUATION, 7)
@@ -177,7 +177,7 @@ def test_medians_are_over_documents() -> None:
 
 KEYS = {
     "policy", "ratio", "offset", "document", "slots", "positions", "kl_mean", "kl_p95", "top1", "nll", "delta_nll",
-    "held", "bytes", "seconds", "compact_seconds",
+    "held", "bytes", "seconds", "compact_seconds", "model", "text", "text_sha256", "settings", "versions",
 }  # fmt: skip
 
 

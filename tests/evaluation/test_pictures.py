@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from agentmem.errors import SettingsRefused
-from agentmem.evaluation import FidelityRow, OneShotRow, RecallRow, pictures
+from agentmem.evaluation import FidelityRow, OneShotRow, RecallRow, Terms, pictures
 from agentmem.evaluation.recall import Score
 
 
@@ -45,19 +45,45 @@ def lines(figure: Figure, panel: int = 0) -> dict[str, tuple[list[float], list[f
 
 
 def test_drift_is_drawn_from_the_first_compaction_on() -> None:
-    """One line per policy, the mean over passages as far as all of them go; a policy that never compacted has none."""
+    """Means over passages, as far as all passages and policies go; a policy that never compacted has no line."""
     rows = [
         fidelity("p", (0.0, 1.0, 2.0, 9.0)), fidelity("p", (0.0, 3.0, 4.0), offset=5), fidelity("full", (0.0,)),
+        fidelity("q", (0.0, 1.0, 1.0, 1.0)),
     ]  # fmt: skip
 
-    assert lines(pictures.drift_figure(rows)) == {"p": ([1, 2], [2.0, 3.0])}
+    assert lines(pictures.drift_figure(rows)) == {"p": ([1, 2], [2.0, 3.0]), "q": ([1, 2], [1.0, 1.0])}
 
 
-def test_both_kinds_of_limits_are_told_apart() -> None:
-    """At equal slots and at equal bytes a policy has a line each."""
-    rows = [fidelity("p", (0.0, 1.0)), fidelity("p", (0.0, 2.0), equal="bytes")]
+def test_limits_and_models_are_told_apart() -> None:
+    """Every model and limit has a panel of its own, so that a line beside another is of the same."""
+    of = [{"settings": Terms(slots=64)}, {"settings": Terms(cap_bytes=2**20)}, {"model": "/a/b", "settings": Terms()}]
+    figure = pictures.drift_figure([fidelity("p", (0.0, 1.0), **each) for each in of])
 
-    assert set(lines(pictures.drift_figure(rows))) == {"p, equal slots", "p, equal bytes"}
+    assert [axes.get_title() for axes in figure.axes] == [", 64 slots", ", 1.0 MiB", "b, 0 B"]
+    assert [list(lines(figure, panel)) for panel in range(3)] == [["p"]] * 3
+
+
+def test_kl_is_drawn_against_tokens_and_against_the_cap() -> None:
+    """Blocks of 64 tokens; one point per cap, sorted; nothing is drawn against one cap alone."""
+    rows = [
+        fidelity("p", (0.0, 1.0), kl_mean=mean, kl_by_tokens=(0.0, mean), settings=Terms(cap_bytes=mib << 20))
+        for mean, mib in ((1.0, 16), (3.0, 8))
+    ]
+    found = pictures.fidelity_figures(rows)
+
+    assert set(found) == {"drift", "kl-tokens", "kl-cap"}
+    assert lines(found["kl-cap"]) == {"p": ([8, 16], [3.0, 1.0])}
+    assert lines(found["kl-tokens"], 1) == {"p": ([64, 128], [0.0, 3.0])}
+    assert set(pictures.fidelity_figures(rows[:1])) == {"drift", "kl-tokens"}
+
+
+def test_labels_are_short() -> None:
+    """Of a path its file, and forty characters at most."""
+    assert pictures.short("am-halving[budgets=calibrated[table=/home/me/tables/t.json]]") == (
+        "am-halving[budgets=calib…[table=t.json]]"
+    )
+    assert pictures.short("am-recall[table=/home/me/t.json]") == "am-recall[table=t.json]"
+    assert len(pictures.short("x" * 99)) == 40
 
 
 def test_one_shot_is_drawn_against_the_ratio() -> None:
@@ -98,8 +124,11 @@ def test_recall_is_drawn_against_kl() -> None:
 
 def test_nothing_in_common_is_refused() -> None:
     """The message has the policies of both; another kind of limit is another policy."""
-    with pytest.raises(SettingsRefused, match=r"its policies \(p\) and .* recall \(p\) have none in common"):
-        pictures.trade_figure([recalled("p", 0.5)], [fidelity("p", (0.0, 1.0), equal="bytes")])
+    with pytest.raises(SettingsRefused, match=r"limits \(p at 64 slots\) and .* recall \(p at 1.0 MiB\) have none"):
+        pictures.trade_figure(
+            [recalled("p", 0.5, settings=Terms(cap_bytes=2**20))],
+            [fidelity("p", (0.0, 1.0), settings=Terms(slots=64))],
+        )
 
 
 def test_rows_are_read_back(tmp_path: Path) -> None:

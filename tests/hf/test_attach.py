@@ -190,7 +190,7 @@ def test_the_sequence_length_counts_columns_and_not_slots() -> None:
     with torch.no_grad(), agentmem.capped(model, policy="window", **variants.TIGHT) as memory:
         model(ids, past_key_values=memory, logits_to_keep=1)
         assert memory.get_seq_length() == 90
-        assert memory.usage().held_slots < 90 * 4
+        assert memory.usage().total_slots < 90 * 4
         longer = torch.cat((ids, variants.prompt(3, seed=7)), 1)
         places = spied_positions(model, lambda: model.generate(longer, max_new_tokens=1, past_key_values=memory))
 
@@ -220,13 +220,13 @@ def test_pads_are_not_stored() -> None:
         with agentmem.capped(model, **variants.ROOMY) as memory:
             ours = model(tokens, attention_mask=mask, position_ids=places, past_key_values=memory).logits
             rows = [row.seen for row in memory.memory.sequences]
-            held_slots = memory.usage().held_slots
+            total_slots = memory.usage().total_slots
             columns = memory.get_seq_length()
 
     real = mask.bool()
     torch.testing.assert_close(ours[real], stock[real], rtol=0, atol=TOLERANCE)
     assert rows == [10, 9, 10]
-    assert held_slots == (10 + 9 + 10) * 4
+    assert total_slots == (10 + 9 + 10) * 4
     assert columns == 14
 
 
@@ -325,7 +325,7 @@ def test_a_forward_that_fails_between_two_layers_leaves_nothing_behind() -> None
             with pytest.raises(RuntimeError, match="power cut"):
                 model(ids[:, 12:], past_key_values=memory)
             handle.remove()
-            assert (memory.get_seq_length(), memory.usage().held_slots) == (12, 12 * 4)
+            assert (memory.get_seq_length(), memory.usage().total_slots) == (12, 12 * 4)
             second = model(ids[:, 12:], past_key_values=memory).logits
 
     torch.testing.assert_close(torch.cat((first, second), 1), stock, rtol=0, atol=TOLERANCE)
@@ -348,7 +348,7 @@ def test_an_interrupt_between_two_layers_leaves_nothing_behind() -> None:
         handle.remove()
         between = variants.foreign(model, ids, mask)
         model(ids[:, 12:], past_key_values=memory)
-        seen = memory.memory.sequences[0].seen, memory.get_seq_length(), memory.usage().held_slots
+        seen = memory.memory.sequences[0].seen, memory.get_seq_length(), memory.usage().total_slots
 
     assert torch.equal(between, stock)
     assert seen == (20, 20, 80)

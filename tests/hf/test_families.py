@@ -103,7 +103,7 @@ def test_sliding_windows_alone_are_stock_under_the_smallest_cap(variant: str) ->
     assert torch.equal(ours.sequences, stock.sequences)
     torch.testing.assert_close(variants.steps(ours), variants.steps(stock), rtol=0, atol=TOLERANCE)
     assert compactions == ()
-    assert usage.held_slots <= 2 * 2 * (variants.WINDOW - 1 + 16)
+    assert usage.total_slots <= 2 * 2 * (variants.WINDOW - 1 + 16)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, variants.WINDOW - 1, variants.WINDOW, variants.WINDOW + 1, 64])

@@ -13,7 +13,7 @@ import torch
 from accelerate import cpu_offload
 
 import agentmem
-from support import variants
+from support import tiny, variants
 from support.tiny_chat import tokenizer
 
 
@@ -163,6 +163,22 @@ def test_training_mode_in_a_block_is_refused() -> None:
             memory.peek([5])
         model.eval()
         model(input_ids=ids[:, :1], past_key_values=memory)
+
+
+def test_a_compaction_in_training_mode_is_refused() -> None:
+    """Its probe could not run, and every layer would be evicted."""
+    with tiny.capped("replay") as memory:
+        model: Any = memory.model
+        tiny.feed(memory, tiny.ids(30), pieces=7)
+        for part in (model, model.model):
+            part.train()
+            with pytest.raises(agentmem.UnsupportedModel, match="in training mode"):
+                memory.compact()
+            with pytest.raises(agentmem.UnsupportedModel, match="in training mode"):
+                memory.peek([5])
+            model.eval()
+        (report,) = memory.compact()
+        assert (report.index, report.faults) == (0, ())
 
 
 def test_a_decoder_in_training_mode_is_refused() -> None:

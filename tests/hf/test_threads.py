@@ -76,6 +76,43 @@ def test_a_second_thread_is_refused_in_mid_forward(door: str) -> None:
     assert ["in use by thread 'MainThread'" in str(each) for each in refused] == [True]
 
 
+@pytest.mark.parametrize("door", DOORS)
+def test_a_hook_of_the_model_is_refused_in_mid_forward(door: str) -> None:
+    """It runs in the thread that owns the memory, and would drop the tokens of the forward that is running."""
+    model, ids, refused = variants.private(), variants.prompt(30), list[str]()
+    stock = model.generate(ids, **OPTIONS)
+    with agentmem.capped(model, **variants.ROOMY) as memory:
+
+        def act() -> None:
+            with pytest.raises(UnsupportedGeneration, match="within a forward of the same memory") as found:
+                DOORS[door](memory)
+            refused.append(str(found.value))
+
+        handle = in_forward(model, 4, act)
+        tokens = model.generate(ids, past_key_values=memory, **OPTIONS)
+        handle.remove()
+        assert memory.transcript() == tokens[0, :-1].tolist()
+
+    assert torch.equal(tokens, stock)
+    assert len(refused) == 1
+
+
+@pytest.mark.parametrize("door", ["peek", "compact"])
+def test_a_hook_of_the_model_is_refused_in_mid_compaction(door: str) -> None:
+    """The probe's forward has its bytes in the ledger until it ends."""
+    with tiny.capped("replay") as memory:
+        tiny.feed(memory, tiny.ids(30), pieces=7)
+
+        def act() -> None:
+            with pytest.raises(UnsupportedGeneration, match="within a forward of the same memory"):
+                DOORS[door](memory)
+
+        handle = in_forward(memory.model, 1, act)
+        (report,) = memory.compact()
+        handle.remove()
+        assert report.faults == ()
+
+
 def test_a_long_forward_compacts_nothing_that_another_thread_runs() -> None:
     """Where the row is full, cutting the prompt would compact it before the first piece's forward is refused."""
     refused, compactions = list[UnsupportedGeneration](), list[int]()

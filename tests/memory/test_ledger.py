@@ -35,7 +35,7 @@ def test_a_refusal_names_value_limit_and_remedy_and_changes_nothing(verb: str) -
     """The message has the bytes asked for, the bytes there, the cap and what to do."""
     ledger = Ledger(100)
     ledger.hold("60", 60, "slots")
-    said = r"a fit needs 41 B \(41 bytes\) on top of 60.*101 of a cap of 100.*raise"
+    said = r"a fit needs 41 bytes on top of 60 bytes.*101 bytes of a cap of 100 bytes.*raise"
     with pytest.raises(MemoryCapExceeded, match=said):
         ledger.hold("41", 41, "a fit") if verb == "hold" else ledger.borrow(41, "a fit").__enter__()
     assert (ledger.resident, ledger.transient, ledger.peak) == (60, 0, 60)

@@ -119,7 +119,7 @@ def test_closing_frees_every_byte_and_a_closed_memory_refuses_work() -> None:
         tiny.feed(memory, tiny.ids(60))
         memory.memory.close()
         assert memory.memory.ledger.resident == memory.memory.ledger.transient == 0
-        assert memory.usage().held_slots == 0
+        assert memory.usage().total_slots == 0
         assert memory.report().num_compactions == 1
         with pytest.raises(MemoryClosed, match="open another"):
             tiny.feed(memory, tiny.ids(1))
@@ -287,7 +287,7 @@ def test_a_forward_that_wants_all_logits_must_fit() -> None:
     with tiny.capped("window") as memory:
         with pytest.raises(MemoryCapExceeded, match=r"17 tokens.*16.*chunk"):
             model(input_ids=tiny.ids(17), past_key_values=memory)
-        assert memory.report().held_slots == 0
+        assert memory.report().total_slots == 0
         assert model(input_ids=tiny.ids(16), past_key_values=memory).logits.shape[1] == 16
 
 

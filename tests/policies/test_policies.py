@@ -265,10 +265,10 @@ def test_full_never_compacts() -> None:
     assert full().budgets is None
 
 
-held_slots = st.lists(st.lists(st.integers(0, 50), min_size=1, max_size=4).map(tuple), min_size=1, max_size=4)
+total_slots = st.lists(st.lists(st.integers(0, 50), min_size=1, max_size=4).map(tuple), min_size=1, max_size=4)
 
 
-@given(held=held_slots.map(tuple), total=st.integers(0, 400))
+@given(held=total_slots.map(tuple), total=st.integers(0, 400))
 def test_uniform_budgets_are_a_water_level(held: tuple[tuple[int, ...], ...], total: int) -> None:
     """The sum is exact, nobody gets more than it holds, and heads below their holdings differ by one slot at most."""
     allocated = sum(Uniform().allocate(BudgetRequest(held, total, 1)), ())

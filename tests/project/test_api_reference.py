@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pydoc
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,5 +34,28 @@ def test_the_site_renders(tmp_path: Path) -> None:
     page = (tmp_path / "reference" / "index.html").read_text(encoding="utf-8")
     missing = [name for name in agentmem.__all__ if name != "__version__" and f'id="agentmem.{name}"' not in page]
     assert missing == []
+    assert not any(each in page for each in ("PydanticUndefined", ":class:", "__reduce_ex__"))
+    assert all(f'id="agentmem.SessionSettings.{name}"' in page for name in agentmem.SessionSettings.model_fields)
     assert "fonts.googleapis.com" not in page
     assert (tmp_path / "search" / "search_index.json").exists()
+
+
+def test_help_shows_the_interface_of_a_session_and_nothing_else() -> None:
+    """Its methods and properties, ``reply`` among them, and none of the state that the package itself uses."""
+    shown = pydoc.render_doc(agentmem.Session, renderer=pydoc.plaintext)
+
+    for name in ("reply", "stats", "transcript", "append(", "generate(", "fork("):
+        assert f"\n |  {name}" in shown
+    for name in ("compacted(", "want(", "skip_rebases(", "engine", "holding", "draft"):
+        assert f"\n |  {name}" not in shown
+
+
+@pytest.mark.parametrize("settings", [agentmem.Settings, agentmem.SessionSettings])
+def test_help_shows_every_setting_with_its_default(settings: Any) -> None:
+    """Each field has its default and what it means; no placeholder stands for one that is required."""
+    shown = " ".join(pydoc.render_doc(settings, renderer=pydoc.plaintext).replace(" | ", " ").split())
+
+    assert "PydanticUndefined" not in shown
+    for name, field in settings.model_fields.items():
+        default = "required" if field.is_required() else repr(field.default)
+        assert f"{name} ({default}): {' '.join((field.description or '-').split())[:40]}" in shown

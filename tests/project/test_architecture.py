@@ -142,7 +142,7 @@ TABLE = (
     room("agentmem.hf.rope", rooms="errors memory.rotation", outside="torch transformers"),
     room(
         "agentmem.hf.forward_context",
-        rooms="engine errors memory.owner memory.torch_state",
+        rooms="engine errors memory.memory memory.owner memory.torch_state",
         outside="torch transformers",
     ),
     room("agentmem.hf.capture", rooms="errors hf.forward_context", outside="torch transformers"),

@@ -58,6 +58,20 @@ def saw_tooth(compactions: int, *, output_error: float | None = 0.05) -> Trace:
     return trace
 
 
+def test_full_memory_is_a_line_of_its_own() -> None:
+    """It grows with every token and leaves the picture, so that the cap stays readable; unknown, it is left out."""
+    trace = saw_tooth(3)
+    (axes,) = plots.bytes_figure(trace).axes
+    assert "full memory" not in [line.get_label() for line in axes.get_lines()]
+    trace.full_bytes = lambda tokens: tokens * 3 * SLOT
+    (axes,) = plots.bytes_figure(trace).axes
+    (full,) = [line for line in axes.get_lines() if line.get_label() == "full memory"]
+    points = trace.points
+
+    assert [float(value) for value in full.get_ydata()] == [point.tokens_seen * 3 * SLOT / 2**20 for point in points]  # type: ignore[union-attr]  # an array
+    assert axes.get_ylim()[1] == pytest.approx(1.12 * 1.5 * 24)
+
+
 def test_both_pictures_are_written(tmp_path: Path) -> None:
     """A run with compactions gives two PNG files in a folder that is made."""
     paths = plots.draw(saw_tooth(3), tmp_path / "a" / "b")

@@ -21,7 +21,7 @@ class Usage(NamedTuple):
     """The fields of the memory's own usage."""
 
     tokens_seen: int
-    held_slots: int
+    total_slots: int
     resident_bytes: int
     used_bytes: int
     peak_bytes: int
@@ -103,7 +103,7 @@ def test_a_recorder_and_a_file_hold_the_same(tmp_path: Path) -> None:
 
     assert found.compactions == recorded.compactions
     assert found.compacted_at == recorded.compacted_at
-    assert [point.held_slots for point in found.points] == [point.held_slots for point in recorded.points]
+    assert [point.total_slots for point in found.points] == [point.total_slots for point in recorded.points]
 
 
 def test_a_cut_last_line_is_left_out(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_a_killed_run_leaves_a_valid_trace(tmp_path: Path) -> None:
         "from agentmem.reporting.trace import TraceWriter\n"
         "writer = TraceWriter(Path(sys.argv[1]), cap_bytes=8192, policy='window')\n"
         "for n in range(1, 51):\n"
-        "    writer(SimpleNamespace(tokens_seen=n, held_slots=n, resident_bytes=9, used_bytes=n, peak_bytes=9))\n"
+        "    writer(SimpleNamespace(tokens_seen=n, total_slots=n, resident_bytes=9, used_bytes=n, peak_bytes=9))\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     ended = forked.run([sys.executable, "-c", script, str(path)])

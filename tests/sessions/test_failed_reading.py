@@ -44,6 +44,8 @@ def test_a_model_in_training_is_refused_before_any_work(read: Callable[[Session]
             assert state(session) == before
         with pytest.raises(UnsupportedModel, match="training mode"):
             session.generate(max_new_tokens=1)
+        with pytest.raises(UnsupportedModel, match="training mode"):
+            session.compact()
         assert (state(session), session.stats.compactions) == (before, 0)
         model.eval()
         for each in (session, twin):

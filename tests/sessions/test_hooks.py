@@ -59,7 +59,7 @@ def test_proceed_compacts_at_the_soft_limit() -> None:
         assert {context.policy for context in caller.asked} == {"window"}
         assert caller.asked[0].policies == ("window", "key-norm", "am-halving")
         assert [context.tokens_seen for context in caller.asked] == [report.tokens_seen for report in caller.told]
-        assert [context.held_slots for context in caller.asked] == [report.slots_before for report in caller.told]
+        assert [context.total_slots for context in caller.asked] == [report.slots_before for report in caller.told]
         assert tuple(caller.told) == tuple(session.memory.compactions)
 
 
@@ -93,7 +93,7 @@ def test_where_there_is_nothing_to_reclaim_nobody_is_asked_at_every_token() -> N
         session.append("user", QUESTION)
         kinds = [event.type for event in session.stream(max_new_tokens=30, do_sample=False)]
         assert kinds.count("compaction_started") == kinds.count("compaction_finished") == len(caller.told)
-        first = next(at for at, context in enumerate(caller.asked) if context.held_slots > 48 * 4)
+        first = next(at for at, context in enumerate(caller.asked) if context.total_slots > 48 * 4)
         seen = [context.tokens_seen for context in caller.asked[: first + 1]]
         assert len(seen) >= 3
         assert all(other - one >= 4 for one, other in pairwise(seen))

@@ -88,7 +88,7 @@ def test_a_document_is_compacted_right_after_it_was_read(policy: str, target: fl
             left += math.ceil(share * span)
         spans = intact - begin
         assert spans >= tokens - 8 - LEAST_SPAN
-        assert session.stats.held_slots == 4 * (session.memory.sequences[0].seen - spans + left)
+        assert session.stats.total_slots == 4 * (session.memory.sequences[0].seen - spans + left)
         assert left <= share * spans + len(reports)
         assert len(talk.greedy(session, 5)) == 5
 
@@ -100,7 +100,7 @@ def test_several_results_are_one_document() -> None:
         begin = len(session.ids)
         reports = session.extend([result, result], compact="after", target=0.25)
         tokens = len(session.ids) - begin
-        assert session.stats.held_slots <= 4 * (begin + 8 + LEAST_SPAN + 0.25 * tokens + len(reports))
+        assert session.stats.total_slots <= 4 * (begin + 8 + LEAST_SPAN + 0.25 * tokens + len(reports))
 
 
 def test_a_text_outside_the_template_is_compacted_after_too() -> None:
@@ -108,7 +108,7 @@ def test_a_text_outside_the_template_is_compacted_after_too() -> None:
     with begun() as session:
         reports = session.read(FACT * 8, compact="after", target=0.25, focus="fox")
         assert {report.queries for report in reports} == {"focus+replay"}
-        assert session.stats.held_slots < 4 * 80
+        assert session.stats.total_slots < 4 * 80
 
 
 @pytest.mark.parametrize("times", [0, 1])

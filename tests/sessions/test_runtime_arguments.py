@@ -136,11 +136,12 @@ def test_a_share_that_is_too_small_is_named(tmp_path: Path) -> None:
     """With its bytes, those of the runtime, what would do, and the remedy: not another snapshot."""
     with tiny_chat.runtime(2) as made:
         with pytest.raises(
-            CapTooSmall, match=rf"^share=1 is 1 of the runtime's {made.cap} bytes: .* need \d+ bytes"
+            CapTooSmall,
+            match=rf"^share=1 is 1 bytes of the runtime's [\d.]+ KiB \({made.cap} bytes\): .* need \d+ bytes",
         ) as told:
             made.session(share=1)
         assert str(told.value).endswith("The cap of a session is its share: raise that, or the runtime's cap")
         tiny_chat.filled(made, 20).save(tmp_path)
-        with pytest.raises(SnapshotRefused, match=r"share=0\.01 is \d+ of .* raise that") as refused:
+        with pytest.raises(SnapshotRefused, match=r"share=0\.01 is [\d.]+ KiB .* of .* raise that") as refused:
             made.load(tmp_path, share=0.01)
         assert "nother snapshot" not in str(refused.value)

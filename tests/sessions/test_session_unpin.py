@@ -141,12 +141,12 @@ def test_an_idle_memory_gives_back_what_was_unpinned(stage: Any) -> None:
         session.append("system", "x" * 10)
         session.read(tiny_chat.ids(50))
         session.unpin(0, session.stats.pinned_tokens)
-        held, resident = session.stats.held_slots, session.memory.ledger.resident
+        held, resident = session.stats.total_slots, session.memory.ledger.resident
         with made.scheduler.lock:
             session.holding.preempt(stage, made.folder)
         segment = (held - 6 * 12) // 6
         left = 6 * (12 + segment // 2) if stage == "compact" else held
-        assert session.stats.held_slots == left
+        assert session.stats.total_slots == left
         assert session.memory.ledger.resident < resident
         assert tiny_chat.on(session)
         tiny_chat.audit(made)

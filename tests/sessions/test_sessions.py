@@ -172,10 +172,10 @@ def test_stats_are_a_moment_in_numbers() -> None:
         session.append("user", FIRST * 12)
         stats, row = session.stats, session.memory.sequences[0]
 
-        assert (before.compactions, before.held_slots) == (0, (before.tokens - 1) * 4)
+        assert (before.compactions, before.total_slots) == (0, (before.tokens - 1) * 4)
         assert (stats.state, stats.policy, stats.capacity) == ("idle", "window", 64)
         assert stats.tokens == len(session.transcript.ids) == row.seen + stats.pending
-        assert (stats.held_slots, stats.room, stats.next_position) == (row.held, row.room, row.next_position)
+        assert (stats.total_slots, stats.room, stats.next_position) == (row.held, row.room, row.next_position)
         assert stats.compactions == len(session.memory.compactions) > 1
         assert stats.pinned_tokens == len(chat_templates.stock_ids("chatml", [{"role": "system", "content": SYSTEM}]))
         assert stats.peak_bytes == session.memory.ledger.peak <= stats.lease_bytes == stats.charged_bytes

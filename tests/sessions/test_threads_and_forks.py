@@ -198,7 +198,7 @@ def test_a_session_is_saved_while_another_one_takes_its_memory_s_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the look at its memory and the beginning of the save nothing can move that memory to disk."""
-    with tc.runtime(1, pressure=("disk",)) as made:
+    with tc.runtime(1, pressure=("disk",), wait=0) as made:
         session, other, begin, threads = tc.filled(made, 20), made.session(), Runtime.begin, list[threading.Thread]()
 
         def read() -> None:

@@ -20,6 +20,9 @@ class Forwards:
         """Use ``run`` for the decoder's forwards."""
         self._run = run
 
+    def check(self) -> None:
+        """It can always be run."""
+
     def run(self, ids: Sequence[int], start: int, step: Adopt | Transient) -> None:
         """The decoder's forward."""
         assert self._run is not None

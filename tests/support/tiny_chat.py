@@ -69,9 +69,8 @@ def runtime(sessions: float = 1, policy: str | Policy = "am-halving", on: Any = 
     names = ("pressure", "spill", "wait", "max_waiting", "max_batch_tokens", "name")
     own: dict[str, Any] = {"wait": LIMIT, **{name: options.pop(name) for name in names if name in options}}
     share = lease(policy, on, options.pop("slots", SLOTS), **options)
-    settings = SETTINGS | options
-    cap = int(share * sessions)
-    return Runtime(on or model(), tokenizer(), cap=cap, policy=policy, **own, share=share, **settings)
+    settings = {"share": share} | SETTINGS | options
+    return Runtime(on or model(), tokenizer(), cap=int(share * sessions), policy=policy, **own, **settings)
 
 
 def ids(count: int, seed: int = 0) -> list[int]:

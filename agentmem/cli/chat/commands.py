@@ -15,6 +15,8 @@ from agentmem.settings import format_bytes
 from agentmem.untrusted.texts import did_you_mean
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from agentmem.cli.chat.conversation import Conversation
     from agentmem.reporting.report import CompactionReport
 
@@ -76,24 +78,38 @@ def _help(_conversation: Conversation, _argument: str) -> None:
 def _compact(conversation: Conversation, focus: str) -> None:
     with stopping(conversation.session) as stop:
         report = conversation.session.compact(focus=focus)
-    note(_told(report) if report is not None else "stopped" if stop.wanted else "there is nothing to reclaim yet")
+    heads = sum(layer.kv_heads for layer in conversation.session.memory.shape.layers)
+    note(
+        _told(report, heads) if report is not None else "stopped" if stop.wanted else "there is nothing to reclaim yet"
+    )
     note(conversation.bar())
 
 
-def _told(report: CompactionReport) -> str:
-    parts = [f"compacted {report.slots_before} slots to {report.slots_after} in {report.seconds:.1f} s"]
+def _told(report: CompactionReport, heads: int) -> str:
+    slots = f"{report.slots_before // heads} slots per head to {report.slots_after // heads}"
+    parts = [f"compacted {slots} in {report.seconds:.1f} s"]
     if report.output_error is not None:
         parts.append(f"output error {report.output_error:.3f}")
     return " · ".join([*parts, *report.faults])
 
 
 def _stats(conversation: Conversation, _argument: str) -> None:
-    lines = [(name, str(value)) for name, value in conversation.session.stats.model_dump().items()]
+    lines = _lines(conversation.session.stats)
     show(table(None, ("session", ""), lines, left=(0, 1)))
-    lines = [(name, str(value)) for name, value in conversation.runtime.stats.model_dump().items()]
+    lines = _lines(conversation.runtime.stats)
     show(table(None, ("runtime", ""), lines, left=(0, 1)))
     if len(conversation.sessions) > 1:
         _list(conversation)
+
+
+def _lines(stats: BaseModel) -> list[tuple[str, str]]:
+    return [(name, _for_people(name, value)) for name, value in stats.model_dump().items()]
+
+
+def _for_people(name: str, value: object) -> str:
+    if isinstance(value, int) and name.endswith("_bytes"):
+        return f"{value} ({format_bytes(value)})"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _list(conversation: Conversation) -> None:

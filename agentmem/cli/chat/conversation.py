@@ -18,7 +18,7 @@ from agentmem.settings import format_bytes
 if TYPE_CHECKING:
     from agentmem.sessions import Event, Runtime, Session
 
-_BAR = 20
+_BAR, _LEAST_BAR, _COLUMNS = 20, 3, 80
 
 
 class Conversation:
@@ -75,7 +75,9 @@ class Conversation:
                     ended = self._follow(session.stream(**self.options), display, stop)
         except KeyboardInterrupt:
             ended = None
-        note(self.bar() + _ending(ended, time.perf_counter() - started))
+        note(self.bar(*_ending(ended, time.perf_counter() - started)))
+        if ended is not None and ended.reason == "length":
+            note("the reply was cut by --max-new-tokens; give more, or ask it to go on")
 
     def _follow(self, events: Generator[Event, None, None], display: Display, stop: Stop) -> TurnFinished | None:
         """Show events as they come; return the event that finished the turn, or ``None`` if the turn did not finish."""
@@ -94,29 +96,34 @@ class Conversation:
                     finished = event
         return finished
 
-    def bar(self) -> str:
-        """Return the state of the memory in one line of text."""
+    def bar(self, *ending: str) -> str:
+        """Return the state of the memory in one line that fits a terminal of 80 columns; ``ending`` stands at its end.
+
+        Where there is too little room the bar is shorter, and the first part of the ending is left out.
+        """
         stats = self.session.stats
         used = self.session.memory.usage().used_bytes
-        filled = min(_BAR, round(_BAR * used / stats.lease_bytes))
-        parts = (
-            f"{'━' * filled}{'╌' * (_BAR - filled)} {format_bytes(used)} of {format_bytes(stats.lease_bytes)}",
-            f"{stats.capacity - stats.room} of {stats.capacity} slots",
+        parts = [
+            f"{format_bytes(used)} of {format_bytes(stats.lease_bytes)}",
+            f"{stats.capacity - stats.room}/{stats.capacity} slots",
             f"{stats.compactions} compaction{'' if stats.compactions == 1 else 's'}",
-        )
-        return " · ".join(parts)
+        ]
+        line = " · ".join(filter(None, [*parts, *ending]))
+        if len(line) > _COLUMNS - _LEAST_BAR and ending:
+            line = " · ".join(filter(None, [*parts, *ending[1:]]))
+        width = max(_LEAST_BAR, min(_BAR, _COLUMNS - 1 - len(line)))
+        filled = min(width, round(width * used / stats.lease_bytes))
+        return f"{'━' * filled}{'╌' * (width - filled)} {line}"
 
 
-def _ending(ended: TurnFinished | None, seconds: float) -> str:
-    """Return the end of the line about a turn: its speed, and whether Ctrl-C or ``--max-new-tokens`` ended it."""
-    parts = [""]
+def _ending(ended: TurnFinished | None, seconds: float) -> list[str]:
+    """Return the end of the line about a turn: its speed, its tokens, and whether Ctrl-C stopped it."""
+    parts = []
     if ended is not None and ended.tokens:
-        parts.append(f"{ended.tokens} tokens, {ended.tokens / max(1e-3, seconds):.1f} tokens/s")
+        parts += [f"{ended.tokens / max(1e-3, seconds):.1f} tokens/s", f"{ended.tokens} tokens"]
     if ended is None or ended.reason == "cancelled":
-        parts.append("stopped")
-    elif ended.reason == "length":
-        parts.append("cut by --max-new-tokens")
-    return " · ".join(parts)
+        parts = [*parts[-1:], "stopped"] if parts else ["", "stopped"]
+    return parts
 
 
 class Stop:

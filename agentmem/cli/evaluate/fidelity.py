@@ -9,39 +9,45 @@ import torch
 import typer
 
 from agentmem import evaluation
-from agentmem.cli.arguments import Chunk, Device, Model, Probe, ProbeTokens, SlotNumbers, parse_target
+from agentmem.cli.arguments import Chunk, Device, Probe, ProbeTokens, SlotNumbers, parse_target
 from agentmem.cli.evaluate.one_shot import compare as compare_one_shot
+from agentmem.cli.evaluate.one_shot import deliver as deliver_one_shot
 from agentmem.cli.evaluate.options import (
     POLICIES,
     CacheDir,
+    CacheLimit,
     CapBytes,
     Delivery,
     Fresh,
     JsonPath,
+    Models,
     Plot,
     Policies,
     Slots,
-    TextFile,
+    TextFiles,
     Work,
     bars,
     chosen,
     comparisons,
+    each_once,
     kept_in,
     numbers,
+    source_of,
     words,
 )
 from agentmem.cli.loading import Dtype, load_model
 from agentmem.errors import SettingsRefused
-from agentmem.evaluation import FidelityRow, Measurement, Shot, Terms
+from agentmem.evaluation import FidelityRow, Measurement, OneShotRow, Shot, Source, Terms
 from agentmem.evaluation.fidelity import Medians, medians
 from agentmem.evaluation.one_shot import KEEP_FIRST, KEEP_RECENT
 from agentmem.evaluation.one_shot import cases as one_shot_cases
+from agentmem.settings import parse_bytes
 
 
 def fidelity(
     *,
-    model: Model = None,
-    text: TextFile = None,
+    model: Models = None,
+    text: TextFiles = None,
     offset: Annotated[str, typer.Option(help="Character at which to begin; several, comma-separated.")] = "0",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to stream from each offset.")] = 3072,
     slots: Slots = None,
@@ -78,11 +84,12 @@ def fidelity(
     json_path: JsonPath = None,
     plot: Plot = None,
     cache_dir: CacheDir = None,
+    cache_limit: CacheLimit = "16GiB",
     fresh: Fresh = False,
 ) -> None:
     """Stream a text through capped memory and compare with full memory: KL, ΔNLL, top-1 agreement, bytes, seconds.
 
-    Give --slots, --cap, or both; the default is --slots 512. With several offsets the last table has the medians.
+    Give --slots, --cap, or both; the default is --slots 512. With several texts or offsets the last table has medians.
     A stopped comparison goes on where it ended.
     """
     delivery = Delivery(json_path, plot)
@@ -100,18 +107,37 @@ def fidelity(
         probe_tokens=probe_tokens,
         seed=seed,
     )
-    specs, source = chosen(policies, terms), words(text)
+    specs, most = chosen(policies, terms), parse_bytes(cache_limit, "--cache-limit")
+    texts = {path: words(path) for path in each_once(text)}
     if shot is not None:
         one_shot_cases(specs, terms, shot, tokens)
     limits = comparisons(terms, slots, cap)
-    loaded, tokenizer = load_model(model, dtype, device)
-    passages = {at: evaluation.passage(tokenizer, source, offset=at, tokens=tokens) for at in offsets}
-    work = Work(loaded, tokenizer, specs, kept_in(cache_dir, "fidelity"), fresh, delivery)
-    if shot is None:
-        work.check_plans(limits)
-        _compare(work, passages, limits)
-    else:
-        compare_one_shot(work, passages, terms, shot)
+    done: list[FidelityRow] = []
+    shots: list[OneShotRow] = []
+    try:
+        for name in each_once(model):
+            loaded, tokenizer = load_model(name, dtype, device)
+            passages = [
+                (source_of(name, path, said).model_copy(update={"offset": at}), said, at)
+                for path, said in texts.items()
+                for at in offsets
+            ]
+            read = [
+                (source, evaluation.passage(tokenizer, said, offset=at, tokens=tokens)) for source, said, at in passages
+            ]
+            work = Work(loaded, tokenizer, specs, kept_in(cache_dir, "fidelity"), fresh, delivery, most)
+            if shot is None:
+                work.check_plans(limits)
+                work.announce(tokens * len(read))
+                _compare(work, read, limits, done)
+            else:
+                work.announce(len(read) * shot.continuation)
+                compare_one_shot(work, read, terms, shot, shots)
+    finally:  # after an error or Ctrl-C, the rows measured before are delivered too
+        if done:
+            _deliver(done, delivery)
+        if shots:
+            deliver_one_shot(shots, delivery)
 
 
 def _shot(wanted: bool, ratios: str | None, continuation: int | None, others: dict[str, object]) -> Shot | None:  # noqa: FBT001  # a command's flag
@@ -135,55 +161,81 @@ def _shot(wanted: bool, ratios: str | None, continuation: int | None, others: di
     return Shot.of(**{name: value for name, value in given.items() if value is not None})
 
 
-def _compare(work: Work, passages: dict[int, torch.Tensor], limits: Sequence[Terms]) -> None:
-    done: dict[int, list[Measurement]] = {}
-    wanted = len(passages) * len(limits) * len(work.specs)
+def _compare(
+    work: Work, passages: Sequence[tuple[Source, torch.Tensor]], limits: Sequence[Terms], done: list[FidelityRow]
+) -> None:
+    """Measure every passage of one model under every limit and add the rows to ``done``."""
+    before, wanted = len(done), len(passages) * len(limits) * len(work.specs)
     try:
-        for offset, ids in passages.items():
+        for source, ids in passages:
             for terms in limits:
-                at = f" from {offset}" if len(passages) > 1 else ""
-                with bars(len(ids) - 1, f", equal {terms.equal}{at}") as progress:
-                    streamed = evaluation.stream(
-                        work.model,
-                        ids,
-                        work.specs,
-                        terms,
-                        tokenizer=work.tokenizer,
-                        cache_dir=work.folder,
-                        fresh=work.fresh,
-                        progress=progress,
-                    )
-                    for each in streamed:
-                        done.setdefault(offset, []).append(each)
-    finally:  # after an error or Ctrl-C, the rows measured before are delivered too
-        if done:
-            _deliver({offset: evaluation.rows(each, offset=offset) for offset, each in done.items()}, work.delivery)
-        work.note_missing(sum(map(len, done.values())), wanted)
+                _measure(work, source.model_copy(update={"settings": terms}), ids, done, several=len(passages) > 1)
+    finally:
+        work.note_missing(len(done) - before, wanted)
 
 
-def _deliver(windows: dict[int, tuple[FidelityRow, ...]], delivery: Delivery) -> None:
-    rows = [row for window in windows.values() for row in window]
+def _measure(work: Work, source: Source, ids: torch.Tensor, done: list[FidelityRow], *, several: bool) -> None:
+    measured: list[Measurement] = []
+    at = f" from {source.offset}" if several else ""
+    try:
+        with bars(len(ids) - 1, f", {source.limit}{at}") as progress:
+            streamed = evaluation.stream(
+                work.model,
+                ids,
+                work.specs,
+                source.settings,
+                tokenizer=work.tokenizer,
+                cache_dir=work.folder,
+                fresh=work.fresh,
+                most_bytes=work.most_bytes,
+                progress=progress,
+            )
+            for each in streamed:
+                measured.append(each)  # noqa: PERF402  # what came before an error is kept
+    finally:
+        done += evaluation.rows(measured, source)
+
+
+def _deliver(rows: Sequence[FidelityRow], delivery: Delivery) -> None:
     delivery.rows(rows)
-    for offset, window in windows.items():
-        _show_window(window, f", from character {offset}" if len(windows) > 1 else "", delivery)
-    if len(windows) > 1:
+    windows = _windows(rows)
+    for window in windows:
+        _show_window(window, rows, delivery)
+    if len({(row.text_sha256, row.offset) for row in rows}) > 1:
         _show_medians(medians(rows), delivery)
     if any(row.drift for row in rows):
         _show_drift(medians(rows), delivery)
-    if delivery.plot is not None and any(row.num_compactions for row in rows):
+    if delivery.plot is not None:
         from agentmem.evaluation import pictures
 
-        delivery.pictures(pictures.save({"drift": pictures.drift_figure(rows)}, delivery.plot))
+        delivery.pictures(pictures.save(pictures.fidelity_figures(rows), delivery.plot))
 
 
-def _show_window(rows: Sequence[FidelityRow], place: str, delivery: Delivery) -> None:
-    first = rows[0].equal
-    beside = {row.policy: row for row in rows if row.equal != first}
-    columns = ["policy", "KL", "KL p95", "top-1", "ΔNLL", "compactions", "held", "R + T bytes", "seconds", "s each"]
-    columns += ["KL at equal bytes", "slots"] if beside else []
-    lines = [[*_cells(row), *(_beside(beside.get(row.policy)) if beside else ())] for row in rows if row.equal == first]
-    title = f"equal {first}, {rows[0].positions} positions past the cap{place}"
-    delivery.table(title, columns, lines)
+def _windows(rows: Sequence[FidelityRow]) -> list[list[FidelityRow]]:
+    """Group the rows that one table shows: those of a model and passage under one limit, or under one of each kind."""
+    pair = len({row.limit for row in rows}) == len({row.equal for row in rows})
+    found: dict[tuple[object, ...], list[FidelityRow]] = {}
+    for row in rows:
+        found.setdefault((row.model, row.text_sha256, row.offset, "" if pair else row.limit), []).append(row)
+    return list(found.values())
+
+
+def _show_window(window: Sequence[FidelityRow], rows: Sequence[FidelityRow], delivery: Delivery) -> None:
+    """Print the table of a window; its title names what differs among all rows."""
+    first = window[0]
+    beside = {row.policy: row for row in window if row.equal != first.equal}
+    columns = ["policy", "KL", "KL p95", "top-1", "ΔNLL", "compactions", "held a head", "R + T bytes", "seconds"]
+    columns += ["s each", *(("KL at equal bytes", "slots") if beside else ())]
+    lines = [
+        [*_cells(row), *(_beside(beside.get(row.policy)) if beside else ())]
+        for row in window
+        if row.equal == first.equal
+    ]
+    parts = [f"equal {first.equal}", first.limit, f"{first.positions} positions past the cap"]
+    parts += [f"from character {first.offset}"] if len({row.offset for row in rows}) > 1 else []
+    parts += [first.text] if len({row.text_sha256 for row in rows}) > 1 else []
+    parts += [first.model] if len({row.model for row in rows}) > 1 else []
+    delivery.table(", ".join(parts), columns, lines)
 
 
 def _cells(row: FidelityRow) -> tuple[str, ...]:
@@ -206,11 +258,12 @@ def _beside(row: FidelityRow | None) -> tuple[str, str]:
 
 
 def _show_medians(found: Sequence[Medians], delivery: Delivery) -> None:
-    columns = ("policy", "equal", "passages", "KL", "KL p95", "top-1", "ΔNLL", "s each")
+    columns = ("policy", "model", "limit", "passages", "KL", "KL p95", "top-1", "ΔNLL", "s each")
     lines = [
         (
             each.policy,
-            each.equal,
+            each.model,
+            each.limit,
             str(each.windows),
             f"{each.kl_mean:.4f}",
             f"{each.kl_p95:.4f}",
@@ -220,7 +273,7 @@ def _show_medians(found: Sequence[Medians], delivery: Delivery) -> None:
         )
         for each in found
     ]
-    delivery.table("medians over the passages", columns, lines, left=(0, 1))
+    delivery.table("medians over the passages", columns, lines, left=(0, 1, 2))
 
 
 def _show_drift(found: Sequence[Medians], delivery: Delivery) -> None:
@@ -229,6 +282,6 @@ def _show_drift(found: Sequence[Medians], delivery: Delivery) -> None:
     lines = []
     for each in found:
         by_group = {(group.first, group.last): f"{group.kl_mean:.4f}" for group in each.drift}
-        lines.append((each.policy, each.equal, *(by_group.get(group, "") for group in groups)))
-    columns = ("policy", "equal", *(f"{first}–{last}" for first, last in groups))
-    delivery.table("drift: KL after so many compactions", columns, lines, left=(0, 1))
+        lines.append((each.policy, each.model, each.limit, *(by_group.get(group, "") for group in groups)))
+    columns = ("policy", "model", "limit", *(f"{first}–{last}" for first, last in groups))
+    delivery.table("drift: KL after so many compactions", columns, lines, left=(0, 1, 2))

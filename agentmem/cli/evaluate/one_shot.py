@@ -7,22 +7,24 @@ from collections.abc import Sequence
 import torch
 
 from agentmem.cli.evaluate.options import Delivery, Work, bars
-from agentmem.evaluation import OneShotRow, Shot, Terms, one_shot
+from agentmem.evaluation import OneShotRow, Shot, Source, Terms, one_shot
 from agentmem.evaluation.one_shot import Medians, medians
 
 
-def compare(work: Work, passages: dict[int, torch.Tensor], terms: Terms, shot: Shot) -> None:
-    """Measure every passage and deliver the results; after an error or Ctrl-C, deliver the results measured so far."""
-    done: list[OneShotRow] = []
-    tokens = len(next(iter(passages.values()))) - 1
+def compare(
+    work: Work, passages: Sequence[tuple[Source, torch.Tensor]], terms: Terms, shot: Shot, done: list[OneShotRow]
+) -> None:
+    """Measure every passage of one model and add the rows to ``done``; rows before an error or Ctrl-C are in it."""
+    before = len(done)
+    tokens = len(passages[0][1]) - 1
     cases = one_shot.cases(work.specs, terms, shot, tokens)
     for case in cases:
         if not isinstance(case.policy, str):  # a policy that cannot serve these terms is refused now, not minutes later
             case.terms.plan(work.model, case.policy, min_reclaim=1)
     wanted = len(passages) * len(cases)
     try:
-        for offset, ids in passages.items():
-            with bars(tokens, f" from {offset}" if len(passages) > 1 else "") as progress:
+        for source, ids in passages:
+            with bars(tokens, f" from {source.offset}" if len(passages) > 1 else "") as progress:
                 streamed = one_shot.stream(
                     work.model,
                     ids,
@@ -31,26 +33,30 @@ def compare(work: Work, passages: dict[int, torch.Tensor], terms: Terms, shot: S
                     shot,
                     tokenizer=work.tokenizer,
                     cache_dir=work.folder,
-                    offset=offset,
+                    source=source,
                     fresh=work.fresh,
+                    most_bytes=work.most_bytes,
                     progress=progress,
                 )
                 for row in streamed:
                     done.append(row)  # noqa: PERF402  # what came before an error is kept
     finally:
-        if done:
-            _deliver(done, work.delivery)
-        work.note_missing(len(done), wanted)
+        work.note_missing(len(done) - before, wanted)
 
 
-def _deliver(rows: Sequence[OneShotRow], delivery: Delivery) -> None:
+def deliver(rows: Sequence[OneShotRow], delivery: Delivery) -> None:
+    """Write and print all rows, with a table for each model, and draw them if the user asked for that."""
     delivery.rows(rows)
-    found, first = medians(rows), rows[0]
-    passages = len({row.offset for row in rows})
-    title = f"one compaction of {first.document} tokens, {first.positions} positions behind it"
-    title += f", medians over {passages} passages" if passages > 1 else ""
-    columns = ("policy", "ratio", "slots", "KL", "KL p95", "top-1", "NLL", "ΔNLL", "s compacting")
-    delivery.table(title, columns, map(_cells, found))
+    by_model: dict[str, list[OneShotRow]] = {}
+    for row in rows:
+        by_model.setdefault(row.model, []).append(row)
+    for model, group in by_model.items():
+        first, passages = group[0], len({(row.text_sha256, row.offset) for row in group})
+        title = f"one compaction of {first.document} tokens, {first.positions} positions behind it"
+        title += f", medians over {passages} passages" if passages > 1 else ""
+        title += f", {model}" if len(by_model) > 1 else ""
+        columns = ("policy", "ratio", "slots", "KL", "KL p95", "top-1", "NLL", "ΔNLL", "s compacting")
+        delivery.table(title, columns, map(_cells, medians(group)))
     if delivery.plot is not None:
         from agentmem.evaluation import pictures
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from agentmem import evaluation, models, plugins, specs
 from agentmem.cli.console import ERR, OUT, STDOUT, note, require_folder, require_writable, show, table, write_json
 from agentmem.errors import SettingsRefused
-from agentmem.evaluation.terms import Frozen, Terms
-from agentmem.settings import parse_bytes
+from agentmem.evaluation.full_logits import MOST_BYTES
+from agentmem.evaluation.terms import Frozen, Source, Terms
+from agentmem.settings import format_bytes, parse_bytes
 
 DEFAULT_SLOTS = 512
 POLICIES = "window,heavy-hitters,am-halving"
@@ -24,10 +26,25 @@ POLICIES = "window,heavy-hitters,am-halving"
 TextFile = Annotated[
     Path | None, typer.Option("--text", help="A UTF-8 text; without it the shipped pages.", show_default=False)
 ]
-Slots = Annotated[int | None, typer.Option(min=1, help="Compare at this many slots per KV head.", show_default=False)]
-CapBytes = Annotated[
-    str | None, typer.Option("--cap", help="Compare at equal bytes, workspace included.", show_default=False)
+TextFiles = Annotated[
+    list[Path] | None,
+    typer.Option("--text", help="A UTF-8 text, or several; without it the shipped pages.", show_default=False),
 ]
+Models = Annotated[
+    list[str] | None,
+    typer.Option("--model", help="Hugging Face id or folder, or several; without it the default.", show_default=False),
+]
+Slots = Annotated[
+    str | None,
+    typer.Option(help="Compare at this many slots per KV head; several, comma-separated.", show_default=False),
+]
+CapBytes = Annotated[
+    str | None,
+    typer.Option(
+        "--cap", help="Compare at equal bytes, workspace included; several, comma-separated.", show_default=False
+    ),
+]
+CacheLimit = Annotated[str, typer.Option(help="Most bytes of full memory's logits to keep there.")]
 Policies = Annotated[
     str,
     # The backslash keeps rich from reading the options as markup.
@@ -64,8 +81,8 @@ def numbers(text: str, option: str, kind: Callable[[str], Number]) -> tuple[Numb
     parts = entries(text, option)
     try:
         found = tuple(map(kind, parts))
-    except ValueError as error:
-        raise SettingsRefused(f"{option}: {text!r} is no list of numbers ({error}); separate them by commas") from None
+    except ValueError:
+        raise SettingsRefused(f"{option}: {text!r} is no list of numbers; separate them by commas, as in 1,2") from None
     if not found or min(found) < 0 or len(set(found)) < len(found):
         raise SettingsRefused(f"{option}: {text!r} must name different numbers, none below 0, separated by commas")
     return found
@@ -76,17 +93,38 @@ def words(path: Path | None) -> str:
     return evaluation.default_text() if path is None else evaluation.read_text(path)
 
 
-def comparisons(common: Terms, slots: int | None, cap: str | None) -> list[Terms]:
-    """Return the terms (settings) of each comparison: at equal slots, at equal bytes, or both.
+def comparisons(common: Terms, slots: str | None, cap: str | None) -> list[Terms]:
+    """Return the terms (settings) of each comparison: one for each number of slots, then one for each cap.
 
-    If neither ``slots`` nor ``cap`` is given, the only comparison is at :data:`DEFAULT_SLOTS` slots.
+    Both are comma-separated lists. If neither is given, the only comparison is at :data:`DEFAULT_SLOTS` slots.
+
+    Raises:
+        SettingsRefused: a list cannot be read, is empty, or names a limit twice; a number is not positive.
+
     """
-    found = []
+    found: list[dict[str, int]] = []
     if slots is not None or cap is None:
-        found.append(common.model_copy(update={"slots": slots or DEFAULT_SLOTS}))
+        found += [{"slots": count} for count in numbers(str(DEFAULT_SLOTS) if slots is None else slots, "--slots", int)]
     if cap is not None:
-        found.append(common.model_copy(update={"cap_bytes": parse_bytes(cap)}))
-    return found
+        found += [{"cap_bytes": parse_bytes(each, "--cap")} for each in entries(cap, "--cap")]
+    if len({tuple(each.items()) for each in found}) < len(found):
+        raise SettingsRefused(f"--cap: {cap!r} names a cap twice; leave one out")
+    return [Terms.of(**{**common.model_dump(), **each}) for each in found]
+
+
+Named = TypeVar("Named", str, Path)
+
+
+def each_once(given: Sequence[Named] | None) -> list[Named | None]:
+    """Return the models or texts that the user gave, each once; ``None``, the default, if there are none."""
+    return list(dict.fromkeys(given)) if given else [None]
+
+
+def source_of(model: str | None, text: Path | None, words: str) -> Source:
+    """Return the source that rows name: the model, and the text with its hash."""
+    name = models.DEFAULT.name if model is None else model
+    sha256 = hashlib.sha256(words.encode()).hexdigest()
+    return Source(model=name, text="shipped pages" if text is None else text.name, text_sha256=sha256)
 
 
 def chosen(policies: str, terms: Terms) -> list[str]:
@@ -149,6 +187,16 @@ class Work:
     """The folder that stores logits and finished measurements."""
     fresh: bool
     delivery: Delivery
+    most_bytes: int = MOST_BYTES
+    """The most bytes of logits that the folder keeps."""
+
+    def announce(self, tokens: int) -> None:
+        """Print where the logits of full memory over so many tokens are kept, and how many bytes they take."""
+        size = 4 * tokens * int(self.model.config.get_text_config().vocab_size)
+        note(
+            f"logits of full memory: {format_bytes(size)} in {self.folder}, which keeps at most "
+            f"{format_bytes(self.most_bytes)} (--cache-limit); `agentmem eval clean` deletes them"
+        )
 
     def check_plans(self, limits: Iterable[Terms], specs: Iterable[str] | None = None) -> None:
         """Plan every policy under every limit, so that impossible combinations are refused before any measurement.

@@ -39,11 +39,12 @@ from agentmem.cli.evaluate.options import (
     entries,
     kept_in,
     numbers,
+    source_of,
     words,
 )
 from agentmem.cli.loading import Dtype, load_model
 from agentmem.errors import SettingsRefused
-from agentmem.evaluation import Document, FidelityRow, Quiz, Recalled, RecallRow, Terms
+from agentmem.evaluation import Document, FidelityRow, Quiz, Recalled, RecallRow, Source, Terms
 from agentmem.evaluation.facts import DEPTHS, FORMATS
 from agentmem.evaluation.recall import FULL, WINDOW, Score, rows, stream
 
@@ -89,7 +90,7 @@ def recall(
     """
     delivery = Delivery(json_path, plot)
     delivery.check()
-    fidelity = _fidelity(fidelity_json, plot)
+    rows_beside = _fidelity(fidelity_json, plot)
     terms = Terms.of(
         keep_first=keep_first,
         keep_recent=keep_recent,
@@ -102,13 +103,16 @@ def recall(
     )
     kinds = entries(formats, "--formats")
     quiz = Quiz.of(tokens=tokens, facts=facts, depths=numbers(depths, "--depths", float), formats=kinds, seed=seed)
-    specs, limits, source = chosen(policies, terms), comparisons(terms, slots, cap), words(text)
+    specs, limits, said = chosen(policies, terms), comparisons(terms, slots, cap), words(text)
+    if rows_beside is not None:
+        _require_shared(rows_beside, limits, specs)
     loaded, tokenizer = load_model(model, dtype, device)
-    documents = evaluation.documents(tokenizer, source, quiz, offset=offset, keep_first=keep_first)
+    documents = evaluation.documents(tokenizer, said, quiz, offset=offset, keep_first=keep_first)
     work = Work(loaded, tokenizer, specs, kept_in(cache_dir, "recall"), fresh, delivery)
     judged = [spec for spec in dict.fromkeys((WINDOW, *specs)) if spec != FULL]  # full memory has terms of its own
     work.check_plans(limits, judged)
-    _compare(work, documents, limits, fidelity)
+    source = source_of(model, text, said).model_copy(update={"offset": offset})
+    _compare(work, documents, [source.model_copy(update={"settings": each}) for each in limits], rows_beside)
 
 
 def _fidelity(path: Path | None, plot: Path | None) -> tuple[FidelityRow, ...] | None:
@@ -121,21 +125,28 @@ def _fidelity(path: Path | None, plot: Path | None) -> tuple[FidelityRow, ...] |
     return pictures.read_fidelity(path)
 
 
+def _require_shared(fidelity: Sequence[FidelityRow], limits: Sequence[Terms], specs: Sequence[str]) -> None:
+    from agentmem.evaluation import pictures
+
+    planned = [(terms.limit, terms.policy(spec).name) for terms in limits for spec in (FULL, WINDOW, *specs)]
+    pictures.require_shared(fidelity, planned)
+
+
 def _compare(
-    work: Work, documents: Sequence[Document], limits: Sequence[Terms], fidelity: Sequence[FidelityRow] | None
+    work: Work, documents: Sequence[Document], sources: Sequence[Source], fidelity: Sequence[FidelityRow] | None
 ) -> None:
-    done: list[tuple[Terms, list[Recalled]]] = []
-    wanted = len(limits) * len(documents) * len({FULL, WINDOW, *work.specs})
+    done: list[tuple[Source, list[Recalled]]] = []
+    wanted = len(sources) * len(documents) * len({FULL, WINDOW, *work.specs})
     try:
-        for terms in limits:
+        for source in sources:
             found: list[Recalled] = []
-            done.append((terms, found))
-            with bars(sum(len(each.ids) for each in documents), f", equal {terms.equal}") as progress:
+            done.append((source, found))
+            with bars(sum(len(each.ids) for each in documents), f", {source.limit}") as progress:
                 streamed = stream(
                     work.model,
                     documents,
                     work.specs,
-                    terms,
+                    source.settings,
                     tokenizer=work.tokenizer,
                     cache_dir=work.folder,
                     fresh=work.fresh,
@@ -144,7 +155,9 @@ def _compare(
                 for each in streamed:
                     found.append(each)  # noqa: PERF402  # what came before an error is kept
     finally:
-        table_rows = [row for terms, found in done for row in rows(found, terms.equal, len(documents))]
+        table_rows = [
+            row for source, found in done for row in rows(found, source.settings.equal, len(documents), source)
+        ]
         if table_rows:
             _deliver(table_rows, fidelity, work.delivery)
         work.note_missing(sum(len(found) for _, found in done), wanted)
@@ -152,8 +165,8 @@ def _compare(
 
 def _deliver(found: Sequence[RecallRow], fidelity: Sequence[FidelityRow] | None, delivery: Delivery) -> None:
     delivery.rows(found)
-    for equal in dict.fromkeys(row.equal for row in found):
-        same = [row for row in found if row.equal == equal]
+    for limit in dict.fromkeys(row.limit for row in found):
+        same = [row for row in found if row.limit == limit]
         _show_rows(same, delivery)
         _show_groups("depth", {row.policy: row.by_depth for row in same}, delivery)
         _show_groups("format", {row.policy: row.by_format for row in same}, delivery)
@@ -170,7 +183,7 @@ def _deliver(found: Sequence[RecallRow], fidelity: Sequence[FidelityRow] | None,
 
 
 def _show_rows(found: Sequence[RecallRow], delivery: Delivery) -> None:
-    columns = ("policy", "exact", "log-prob", "per token", "recovered", "compactions", "held", "R + T bytes")
+    columns = ("policy", "exact", "log-prob", "per token", "recovered", "compactions", "held a head", "R + T bytes")
     lines = [
         (
             row.policy,
@@ -186,7 +199,7 @@ def _show_rows(found: Sequence[RecallRow], delivery: Delivery) -> None:
         )
         for row in found
     ]
-    title = f"equal {found[0].equal}, {found[0].facts} facts in {found[0].documents} documents"
+    title = f"equal {found[0].equal}, {found[0].limit}, {found[0].facts} facts in {found[0].documents} documents"
     delivery.table(title, (*columns, "seconds", "s each"), lines)
 
 

@@ -99,6 +99,7 @@ class Job:
 
     def _subscribe(self, memory: CappedCache, trace: Trace, display: Display, files: ExitStack) -> None:
         trace.cap_bytes, trace.policy = memory.plan.cap_bytes, memory.plan.policy
+        trace.full_bytes = memory.memory.shape.full_bytes
         if self.trace is not None:
             cap_bytes, policy = memory.plan.cap_bytes, memory.plan.policy
             memory.subscribe(files.enter_context(TraceWriter(self.trace, cap_bytes=cap_bytes, policy=policy)))

@@ -54,7 +54,7 @@ class Life:
         if memory is not None and stats.state != "on disk":
             self.heads = sum(layer.kv_heads for layer in memory.shape.layers)
             if whole or self.began is None:  # during a compaction only some layers have their new slots
-                self.tokens, self.slots = stats.tokens - stats.pending, stats.held_slots / self.heads
+                self.tokens, self.slots = stats.tokens - stats.pending, stats.total_slots / self.heads
             self.began = self.began or ((0, 0.0) if self.total == len(self.compactions) else (self.tokens, self.slots))
 
     def saw_tooth(self) -> list[tuple[int, float]]:

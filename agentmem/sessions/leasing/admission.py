@@ -4,9 +4,11 @@ The bytes charged to a session are those that the runtime reserves for its memor
 means to take bytes from it while its sessions are idle. This module works with integers only, not with tensors.
 
 Fairness: leases are granted in the order in which they were asked for. While a turn waits for its lease, no later turn
-gets a lease before it, and a call that cannot wait is refused. A session keeps its lease until its turn is over. Idle
-memories are preempted only when another session needs the bytes, the longest idle first. Turns that run at the same
-time share forwards, or are fed one after another (:mod:`agentmem.engine.scheduler`).
+gets a lease before it, and a call that cannot wait is refused (:mod:`agentmem.sessions.leasing.queue`). A session keeps
+its lease until its turn is over; an elastic lease becomes smaller if another turn waits for bytes
+(:func:`agentmem.sessions.leasing.swapping.part`). Idle memories are preempted only when another session needs the
+bytes, the longest idle first. Turns that run at the same time share forwards, or are fed one after another
+(:mod:`agentmem.engine.scheduler`).
 """
 
 from __future__ import annotations
@@ -110,8 +112,8 @@ class Leases:
         )
         return RuntimeBusy(
             f"session {name!r} needs {format_bytes(needed)} ({needed} bytes), and {self.charged} of the runtime's cap "
-            f"of {self.cap} are charged: {why}{'' if waiting else self.stuck}; wait for a turn to end (astream waits "
-            "by itself), give sessions smaller shares, or raise cap"
+            f"of {self.cap} are charged: {why}{'' if waiting else self.stuck}; end the turn (astream, and calls of "
+            "other threads, wait by themselves), give sessions smaller shares, or raise cap"
         )
 
     @property

@@ -13,14 +13,15 @@ from weakref import finalize
 
 from agentmem import hf
 from agentmem.compaction.request import USUAL, Request
-from agentmem.errors import AgentmemError
-from agentmem.memory.pinning import promote
+from agentmem.errors import AgentmemError, SettingsRefused
+from agentmem.memory.pinning import least_target, promote, put
 from agentmem.memory.pins import Pins
-from agentmem.memory.state import copy, expand, trim
+from agentmem.memory.state import copy, expand, filled, trim
 from agentmem.planning.pricing import MIN_BUDGET
 from agentmem.reporting import log_events
 from agentmem.sessions.snapshots.files import write_snapshot
 from agentmem.sessions.snapshots.snapshot import read_sequence, take_sequence
+from agentmem.settings import exact_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from agentmem.engine import Engine
     from agentmem.memory.memory import Memory
+    from agentmem.planning.pricing import Plan
     from agentmem.reporting.report import CompactionReport
     from agentmem.sessions.snapshots.recipe import Named
 
@@ -44,9 +46,16 @@ class Holding:
     Several sessions, such as forks, may share a holding as long as none of them begins a turn.
     """
 
-    def __init__(self, model: Any, memory: Memory, lease: int) -> None:
-        """Attach a memory to the model; ``lease`` is the number of bytes charged while a session uses the memory."""
-        self.model, self.lease = model, lease
+    def __init__(self, model: Any, memory: Memory, lease: int, *, elastic: bool = False) -> None:
+        """Attach a memory to the model; ``lease`` is the number of bytes charged while a session uses the memory.
+
+        An ``elastic`` lease may change (:meth:`resize`).
+        """
+        self.model, self.lease, self.elastic = model, lease, elastic
+        self.least = 0
+        """The least lease in bytes of the next turn, if the lease is elastic; 0 if any lease will do."""
+        self.refused = 0
+        """The largest lease to which the running turn could not be reduced, in bytes."""
         self.memory: Memory | None = None
         self.view: hf.CappedCache | None = None
         self.sessions: set[int] = set()
@@ -60,7 +69,9 @@ class Holding:
         self.named: tuple[Named, ...] = ()
         """The memory's policy and the extra policies, as a snapshot names them."""
         self.capacity = memory.plan.capacity
-        self._noted = (0, 0, 0, 0)
+        self._noted, self._filled = (0, 0, 0, 0), 0
+        self._plans: dict[int, tuple[Plan, ...]] = {}
+        """The plans under each lease that was considered; no plans if the lease is too small."""
         self._pins = Pins()
         self._template = memory.empty()
         self._working = 0
@@ -132,13 +143,13 @@ class Holding:
         sequence = memory.sequences[0]
         return sequence.quiet and sequence.arranged
 
-    def copied(self) -> Holding:
+    def copied(self, lease: int) -> Holding:
         """Return a new holding with a copy of the memory; if the memory is on disk, the copy is read from there.
 
-        This holding keeps its own memory.
+        This holding keeps its own memory. ``lease`` is the lease of the copy; see :meth:`takes`.
         """
-        memory = self._read() if self.memory is None else copy(self.finished())
-        other = Holding(self.model, memory, self.lease)
+        memory = self._read(lease) if self.memory is None else copy(self.finished(), lease)
+        other = Holding(self.model, memory, lease, elastic=self.elastic)
         other.named, other.identity = self.named, self.identity
         return other
 
@@ -158,6 +169,54 @@ class Holding:
         memory = self.engine.memory
         self.engine.finish(memory.sequences[0])
         return memory
+
+    # ---- elastic leases
+
+    def plans(self, lease: int) -> tuple[Plan, ...]:
+        """Return the plans that the memory's policies would have under a lease; none if the lease is too small."""
+        if lease not in self._plans:
+            try:
+                self._plans[lease] = (self.memory or self._template).plans_under(lease)
+            except SettingsRefused:
+                self._plans[lease] = ()
+        return self._plans[lease]
+
+    def takes(self, lease: int) -> bool:
+        """Return whether the memory would fit under a lease as it is now, with its pins, without a compaction.
+
+        Stored queries are kept in the number of the first plan, so a lease whose plan has another number is refused as
+        soon as the memory has read something.
+        """
+        if lease == self.lease:
+            return True
+        plans = self.plans(lease)
+        if not plans or not (self.memory is None or self.quiet):
+            return False
+        plan = plans[0]
+        stored = (self.memory or self._template).plan.stored
+        if self.seen and plan.stored != stored:
+            return False
+        slots = self._filled if self.memory is None else filled(self.memory.sequences[0])
+        return slots + plan.scratch < plan.capacity and least_target(self.pins.spans, plan) <= plan.target
+
+    def ask_more(self, cap: int) -> bool:
+        """Note that the memory's next turn needs a larger lease, up to ``cap`` bytes; return whether it may get one."""
+        if self.elastic and self.lease < cap:
+            self.least = min(cap, 2 * self.lease)
+        return self.least > 0
+
+    def resize(self, lease: int) -> None:
+        """Change the lease of the memory, which is in use, to one that it :meth:`takes`."""
+        memory, plans = self.memory, self.plans(lease)
+        assert memory is not None  # noqa: S101  # the caller has made sure of this
+        (sequence,) = memory.sequences
+        self.stage = "trim"  # until the end, so that the next turn does what an interrupt left undone
+        trim(memory, sequence)
+        memory.replan(plans)
+        self.lease, self.capacity = lease, memory.plan.capacity
+        expand(memory, sequence)
+        put(memory, sequence, sequence.pins)
+        self.stage = None
 
     # ---- preemption
 
@@ -244,8 +303,9 @@ class Holding:
             moved = True
         except (OSError, AgentmemError) as error:
             raise AgentmemError(
-                f"an idle memory of {memory.ledger.resident} bytes cannot be moved to the spill folder: {error}. "
-                "Nothing is lost: it stays where it was. Mend the folder (spill), or leave 'disk' out of pressure"
+                f"an idle memory of {exact_bytes(memory.ledger.resident)} cannot be moved to the spill folder: "
+                f"{error}. Nothing is lost: it stays where it was. Mend the folder (spill), or leave 'disk' out of "
+                "pressure"
             ) from error
         finally:
             tensors.clear()
@@ -257,16 +317,21 @@ class Holding:
 
     # ---- coming back
 
-    def wake(self) -> None:
+    def wake(self, lease: int) -> None:
         """Make an idle memory ready for a turn: read it from disk if necessary, and allocate its free slots again.
 
-        From now on the memory is charged its whole lease. The lease must have been granted before this call.
+        From now on the memory is charged ``lease`` bytes, which it must take (:meth:`takes`). The lease must have been
+        granted before this call.
         """
+        self.least = self.refused = 0
         if self.memory is None:
-            memory = self._read()
+            memory = self._read(lease)
             self._attach(memory)
             self._forget_disk()
+            self.lease, self.capacity = lease, memory.plan.capacity
             log_events.memory_restored(memory.names, held_bytes=memory.ledger.resident)
+        elif lease != self.lease or lease != self.memory.plan.cap_bytes:
+            self.resize(lease)
         elif self.stage is not None:
             expand(self.memory, self.memory.sequences[0])
         self.stage = None
@@ -291,9 +356,9 @@ class Holding:
         self._detach()
         self._forget_disk()
 
-    def _read(self) -> Memory:
+    def _read(self, lease: int) -> Memory:
         assert self._folder is not None  # noqa: S101  # without a memory in use, it is on disk
-        memory = self._template.empty()
+        memory = self._template.empty(lease)
         read_sequence(memory, self._folder, identity=self.identity, dtype=self._dtype)
         return memory
 
@@ -307,7 +372,7 @@ class Holding:
     def _detach(self) -> None:
         memory = self.memory
         if memory is not None:
-            self._noted, self._pins = self._counts(), self.pins
+            self._noted, self._pins, self._filled = self._counts(), self.pins, filled(memory.sequences[0])
             self.memory = self.view = None
             self._leash.detach()
             hf.detach(self.model)

@@ -102,6 +102,7 @@ def load(
     check_identity(shown(url), manifest, runtime.identity.lasting())
     made = Made.of(manifest.settings, shown(url))
     session = _again(runtime, url, name, made, given, settings)
+    session.holding.least = runtime.cap  # an elastic lease must hold what was saved, whose size is not known yet
     try:
         with runtime.turn(session, brief=True):
             _fill(runtime, session, url, anew="seed" in settings)

@@ -105,7 +105,7 @@ class Saved(BaseModel):
 
 def saved(session: Conversation) -> Saved:
     """Return the part of a session's state that its memory does not hold, such as the dialogue and the open reply."""
-    drawn, reply = session.generator, session.reply
+    drawn, reply = session.generator, session.draft
     return Saved(
         pending=tuple(session.pending),
         dialogue=session.dialogue,
@@ -122,7 +122,7 @@ def restore(session: Conversation, state: Saved, consumed: Sequence[int]) -> Non
     if state.open_reply is not None:
         count, text, end = state.open_reply
         session.reply_start = len(session.ids) - count
-        session.reply = Reply(list(session.ids[session.reply_start :]), text, end=end)
+        session.draft = Reply(list(session.ids[session.reply_start :]), text, end=end)
     drawn = state.generator()
     if drawn is not None and session.generator is not None:
         session.generator = drawn

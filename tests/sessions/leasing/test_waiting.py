@@ -134,10 +134,10 @@ async def test_who_is_cancelled_during_admission_keeps_no_lease(monkeypatch: pyt
         entered, go = threading.Event(), threading.Event()
         wake = session.holding.wake
 
-        def slowly() -> None:
+        def slowly(lease: int) -> None:
             entered.set()
             assert go.wait(LIMIT)
-            wake()
+            wake(lease)
 
         monkeypatch.setattr(session.holding, "wake", slowly)
         task = asyncio.create_task(session.aappend("user", "hello"))

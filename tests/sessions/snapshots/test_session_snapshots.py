@@ -287,7 +287,7 @@ def test_a_policy_that_has_looked_up_its_table_is_still_the_one_of_its_name(defa
         loaded = made.load(tmp_path)
         assert loaded.memory.policy.name == "am-recall"
         assert loaded.stats.capacity == session.stats.capacity
-        assert (loaded.stats.tokens, loaded.stats.held_slots) == (0, 0)
+        assert (loaded.stats.tokens, loaded.stats.total_slots) == (0, 0)
 
 
 def test_tools_and_template_options_are_given_again(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def test_kept_slots_keep_their_bits(policy: str) -> None:
 
 
 def test_without_a_fit_nothing_is_reserved_for_numbers() -> None:
-    """Window at 64 MiB: a new store is all that a compaction takes, a thirtieth of the cap; it was 14.6 %."""
+    """Window at 64 MiB: a new store is all that a compaction takes, a thirtieth of the cap; it was 10 %."""
     heads = {"num_key_value_heads": 3, "num_attention_heads": 9, "hidden_size": 576}
     made = tiny_model("llama", num_hidden_layers=30, head_dim=64, **heads)
     plan = agentmem.plan(made, cap="64MiB", policy="window", itemsize=2, slot_dtype="int8")

@@ -77,6 +77,9 @@ class HeadSegment:
     ``keys [T, d]`` and ``values [T, dv]`` have the model's dtype; keys are post-RoPE. ``bias [T]`` (float32) is β,
     which is added to the attention logits. ``positions [T]`` (int32) are the slots' positions in ascending order.
     ``scores [T]`` (float32) has the score of each slot; it is ``None`` if :attr:`Compactor.scores` is ``"none"``.
+
+    If slots are quantised, reading ``keys`` or ``values`` decodes them to a new tensor. The plan has bytes for the keys
+    and values of one head at a time: finish with a head, and drop what was read of it, before the next is read.
     """
 
     keys: torch.Tensor
@@ -88,7 +91,22 @@ class HeadSegment:
     @property
     def slots(self) -> int:
         """Return T, the number of this head's slots in the segment."""
-        return int(self.keys.shape[0])
+        return int(self.bias.shape[0])
+
+    @property
+    def key_dim(self) -> int:
+        """Return d, the dimension of a key; unlike :attr:`keys`, it decodes nothing."""
+        return int(self.keys.shape[1])
+
+    @property
+    def value_dim(self) -> int:
+        """Return dv, the dimension of a value; unlike :attr:`values`, it decodes nothing."""
+        return int(self.values.shape[1])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of keys and values; unlike them, it decodes nothing."""
+        return self.keys.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,10 +301,19 @@ class Compactor(ABC):
     fits: bool = True
     """True if :meth:`compact` fits its result to the reference queries. The runtime then withholds some of the queries
     from the compactor and measures errors on the withheld queries."""
+    reads_keys: bool = True
+    """False if neither :meth:`compact` nor :meth:`survey` reads :attr:`HeadSegment.keys`. The plan then reserves no
+    bytes to decode quantised keys."""
+    reads_values: bool = True
+    """The same for :attr:`HeadSegment.values`."""
 
     @abstractmethod
     def workspace(self, shape: SegmentShape) -> int:
-        """Return the most bytes that one call of :meth:`compact` or :meth:`survey` allocates, the result included."""
+        """Return the most bytes that one call of :meth:`compact` or :meth:`survey` allocates, the result included.
+
+        The bytes of decoding quantised keys and values are not part of it. Each tensor of the result must own its
+        storage: a view of a larger tensor would keep bytes that the plan has for the new store.
+        """
 
     def survey(self, segment: Segment) -> Survey:
         """Return a score of every slot for the budgets; called only if :attr:`Budgets.needs_survey` is true."""

@@ -93,7 +93,7 @@ class GlobalScore(Observation):
         attention = self.attention(segment, index)
         carried = self._carried(segment, index, attention)
         if count == 0 or count >= head.slots:
-            kept = torch.arange(count, device=head.keys.device)
+            kept = torch.arange(count, device=head.bias.device)
         else:
             kept = top(self._mixed(attention, carried), count)
         return HeadCompaction(kept, scores=carried[kept])

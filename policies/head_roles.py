@@ -49,6 +49,8 @@ class HeadRoles(Observation):
     that compare scores therefore let heterogeneous heads keep all slots that the budgets' ceilings allow.
     """
 
+    reads_values = True
+
     share: float = 0.25
     """Fraction of a layer's heads that are heterogeneous; a layer of three or more heads has at least one such head."""
     vector_slots: int = 256
@@ -90,7 +92,7 @@ class HeadRoles(Observation):
         for index, head in enumerate(segment.heads):
             if not head.slots:
                 scores.append(head.bias.clone())
-                vectors.append(head.bias.new_zeros(head.values.shape[1]))
+                vectors.append(head.bias.new_zeros(head.value_dim))
                 continue
             votes = self._votes(segment, index)
             chosen = top(votes, min(self.vector_slots, head.slots))

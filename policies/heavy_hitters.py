@@ -18,6 +18,7 @@ class HeavyHitters(Eviction):
     """Keeps unchanged the slots with the largest accumulated attention; of equally scored slots it keeps the newer."""
 
     scores = "received"
+    reads_keys = False
 
     def scratch(self, shape: SegmentShape) -> int:
         """Return the bytes of one head's scores, which :meth:`score` copies."""

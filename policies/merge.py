@@ -35,6 +35,8 @@ _TINY = 1e-30
 class Merging(Observation):
     """Merges each group of similar slots into its most attended slot, then drops the least attended groups."""
 
+    reads_values = True
+
     threshold: float = 0.9
     """The smallest cosine between two keys at which their slots may merge."""
     weigh: Weigh = "attention"
@@ -84,10 +86,10 @@ class Merging(Observation):
             threshold=self.threshold,
             log_weights=weights.clamp(min=_TINY).log_() if self.weigh == "attention" else None,
             rest=self.rest,
-            rows=self._rows(head.slots, head.keys.shape[1]),
+            rows=self._rows(head.slots, head.key_dim),
         )
         kept, bias, values = merged.value
-        return HeadCompaction(kept, bias, values.to(head.values.dtype))
+        return HeadCompaction(kept, bias, values.to(head.dtype))
 
     def _rows(self, slots: int, key_dim: int) -> int:
         return max(_LEAST_ROWS, self.block_bytes // (FLOAT * (slots + key_dim)))

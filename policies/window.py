@@ -18,6 +18,8 @@ from agentmem.policies.budgets.registry import by_name
 class MostRecent(Compactor):
     """Keeps the last slots of every head's segment, unchanged."""
 
+    fits = reads_keys = reads_values = False
+
     def workspace(self, shape: SegmentShape) -> int:
         """Return the bytes of the kept indices of all heads."""
         return shape.heads * shape.budget * 8
@@ -29,7 +31,7 @@ class MostRecent(Compactor):
 
 
 def _last(head: HeadSegment, count: int) -> torch.Tensor:
-    return torch.arange(head.slots - count, head.slots, device=head.keys.device)
+    return torch.arange(head.slots - count, head.slots, device=head.bias.device)
 
 
 def window(*, budgets: str = "uniform") -> Policy:

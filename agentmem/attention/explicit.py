@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from agentmem.attention.runs import Fresh, Run, wide_bytes
+from agentmem.attention.runs import FLOAT, Fresh, Run, wide_bytes
 from agentmem.contracts import blocks
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from agentmem.planning.model_shape import LayerShape
 
 TILE_BYTES = 1 << 19
-"""The most bytes of logits that :func:`attend` computes at once, unless one token needs more."""
+"""The most bytes of logits that :func:`attend` computes at once, unless one token needs more.
+
+Converted copies of keys and values take as many bytes at most, unless one head needs more.
+"""
 
 
 def explicit_bytes(layer: LayerShape, tokens: int, slots: int, itemsize: int) -> int:
@@ -32,8 +35,11 @@ def explicit_bytes(layer: LayerShape, tokens: int, slots: int, itemsize: int) ->
     """
     span = slots + tokens
     rows = layer.query_heads * min(tokens, max(1, TILE_BYTES // (layer.query_heads * span * 4)))
-    casts = wide_bytes(layer, layer.kv_heads, span, itemsize)
-    tiles = 3 * rows * span * 4 + 2 * (rows // layer.query_heads) * span * 9
+    one, all_heads = (wide_bytes(layer, heads, span, itemsize) for heads in (1, layer.kv_heads))
+    casts = min(all_heads, max(one, TILE_BYTES * 5 // 4))  # decoding takes up to a quarter more than its result
+    alone = min(tokens, max(1, TILE_BYTES // (layer.group * span * 4)))  # a head by itself takes more tokens at once
+    masks = max(2 * (rows // layer.query_heads) * span * 9, (3 * alone + 16) * span)
+    tiles = 3 * rows * span * 4 + masks
     return tiles + casts + rows * (2 * layer.value_dim + layer.key_dim) * 4 + 4 * layer.kv_heads * span * 4
 
 
@@ -70,7 +76,8 @@ def attend(
     output = queries.new_empty(*queries.shape[:2], runs[0].value_dim)
     received = None if fresh is None else fresh.keys.new_zeros(fresh.keys.shape[:2], dtype=torch.float32)
     group = queries.shape[0] // sum(run.heads for run in runs)
-    for each in runs:
+    tokens = 0 if fresh is None else fresh.keys.shape[1]
+    for each in (part for run in runs for part in _parts(run, tokens)):
         run = replace(each.wide(), scores=each.scores) if each.quantised else each
         heads = slice(run.first, run.first + run.heads)
         rows = slice(run.first * group, (run.first + run.heads) * group)
@@ -89,6 +96,22 @@ def attend(
                 run.scores.add_(weights[..., : run.slots].sum(1))
             output[rows, block] = mixed.view(run.heads * group, -1, mixed.shape[-1]).to(output.dtype)
     return output, received
+
+
+def _parts(run: Run, tokens: int) -> Iterator[Run]:
+    """Yield the heads of ``run`` in parts, so that converted copies stay small; see :data:`TILE_BYTES`.
+
+    ``tokens`` is the number of fresh keys. The heads come in a single part if keys and values need no conversion.
+    """
+    if not run.copied:
+        yield run
+        return
+    numbers = (run.slots + tokens) * (run.keys.shape[2] + run.values.shape[2])
+    if run.quantised is not None:
+        numbers = (run.slots + tokens) * sum(run.quantised)
+    for heads in blocks(run.heads, max(1, TILE_BYTES // max(1, FLOAT * numbers))):
+        bias, scores = (None if each is None else each[heads] for each in (run.bias, run.scores))
+        yield Run(run.first + heads.start, run.keys[heads], run.values[heads], bias, scores, run.quantised)
 
 
 def _weights(

@@ -15,6 +15,8 @@ GROUPS = (32, 16)
 """The sizes that a group may have: the first size that divides ``d`` is used; if none does, the row is one group."""
 BLOCK = 64
 """The number of tokens that are encoded at a time."""
+READ = 512
+"""The number of rows that :func:`decode_rows` decodes at a time."""
 _MOST = 127
 _FLOAT, _SCALE = 4, 2  # bytes
 
@@ -52,6 +54,14 @@ def decode(encoded: torch.Tensor, dim: int, dtype: torch.dtype = torch.float32) 
     rows = encoded[..., :dim].view(torch.int8).float()
     rows.view(*rows.shape[:-1], dim // group(dim), group(dim)).mul_(scales(encoded, dim).float().unsqueeze(-1))
     return rows.to(dtype)
+
+
+def decode_rows(encoded: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
+    """Decode ``encoded [n, row_bytes(d)]`` as :func:`decode` does, :data:`READ` rows at a time."""
+    rows = torch.empty(encoded.shape[0], dim, dtype=dtype, device=encoded.device)
+    for start in range(0, encoded.shape[0], READ):
+        rows[start : start + READ] = decode(encoded[start : start + READ], dim)
+    return rows
 
 
 def scales(encoded: torch.Tensor, dim: int) -> torch.Tensor:

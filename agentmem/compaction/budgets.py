@@ -83,8 +83,7 @@ class BudgetAllocator:
         surveys: dict[int, Survey] = {}
 
         def visit(layer: int, found: tuple[Reference, ...]) -> None:
-            plan = self.job.plan
-            with self.ledger.borrow(plan.fit_bytes + plan.copy_bytes + plan.check_bytes, "survey"):
+            with self.ledger.borrow(self.job.plan.fitting_bytes, "survey"):
                 surveys[layer] = self._survey(layer, found)
 
         references.each(list(self.held), visit)

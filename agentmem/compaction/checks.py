@@ -44,8 +44,8 @@ def _validate_tensors(result: HeadCompaction, source: HeadSegment, where: str) -
     count = len(result.kept)
     expected = {
         "bias": (result.bias, (count,), {torch.float32}),
-        "values": (result.values, (count, source.values.shape[1]), {source.values.dtype, torch.float32}),
-        "keys": (result.keys, (count, source.keys.shape[1]), {source.keys.dtype, torch.float32}),
+        "values": (result.values, (count, source.value_dim), {source.dtype, torch.float32}),
+        "keys": (result.keys, (count, source.key_dim), {source.dtype, torch.float32}),
         "scores": (result.scores, (count,), {torch.float32}),
     }
     for name, (tensor, shape, dtypes) in expected.items():
@@ -53,7 +53,7 @@ def _validate_tensors(result: HeadCompaction, source: HeadSegment, where: str) -
             continue
         _hold(tensor.shape == shape, where, f"{name} is {list(shape)}", _sizes(tensor))
         _hold(tensor.dtype in dtypes, where, f"{name} is {_words(dtypes)}", tensor.dtype)
-        _hold(tensor.device == source.keys.device, where, f"{name} is on {source.keys.device}", tensor.device)
+        _hold(tensor.device == source.bias.device, where, f"{name} is on {source.bias.device}", tensor.device)
         if count:
             # aminmax propagates NaN and allocates nothing, whereas isfinite() would copy the tensor.
             low, high = (float(end) for end in tensor.aminmax())

@@ -146,9 +146,10 @@ def _head_errors(
     """
     group = queries.shape[0] // place[1]
     asked = queries[place[0] * group : (place[0] + 1) * group]
-    output, log_mass = local(asked, head.keys, head.values, head.bias, scale)
-    keys = head.keys[fit.kept] if fit.keys is None else rounded(fit.keys).to(head.keys.dtype)
-    values = head.values[fit.kept] if fit.values is None else rounded(fit.values).to(head.values.dtype)
+    old_keys, old_values = head.keys, head.values
+    output, log_mass = local(asked, old_keys, old_values, head.bias, scale)
+    keys = old_keys[fit.kept] if fit.keys is None else rounded(fit.keys).to(head.dtype)
+    values = old_values[fit.kept] if fit.values is None else rounded(fit.values).to(head.dtype)
     bias = head.bias[fit.kept] if fit.bias is None else fit.bias
     fitted, fitted_mass = local(asked, keys, values, bias, scale)
     return _Tally(

@@ -31,7 +31,7 @@ from agentmem.contracts import Compaction, HeadCompaction, Segment, SegmentShape
 from agentmem.errors import CompactionFailed, PolicyContractBroken
 from agentmem.memory.pinning import promote, settle
 from agentmem.memory.torch_state import own_state
-from agentmem.planning.pricing import copy_bytes
+from agentmem.planning.pricing import read_bytes, result_bytes
 from agentmem.reporting import log_events
 from agentmem.reporting.report import CompactionReport, LayerReport, Outcome
 
@@ -231,17 +231,17 @@ class SequenceCompaction:
     def _compact_layer(self, layer: int, references: tuple[Reference, ...]) -> None:
         store = self.sequence.stores[layer]
         assert store is not None  # noqa: S101  # _todo lists such layers only
-        with self.memory.ledger.borrow(self._fit_bytes(layer, store, references), "the policy's workspace"):
-            compaction, errors = self._fit(layer, store, references)
+        ledger, shape = self.memory.ledger, self._shape(layer, store, references)
+        with ledger.borrow(self._fit_bytes(layer, shape), "the policy's workspace"):
+            compaction = self._fit(layer, store, references)
+        result = max(self.plan.result_bytes, result_bytes(self._compactor, shape))
+        with ledger.borrow(result, "the slots that stay"):
+            errors = self._check(layer, store, references, compaction)
             self._commit(layer, store, compaction, errors)
 
-    def _fit_bytes(self, layer: int, store: LayerStore, references: Sequence[Reference]) -> int:
-        """Return the temporary bytes to reserve for fitting one layer: as many as planned, or more if needed.
-
-        More are needed if a head holds many more slots than an equal share.
-        """
+    def _shape(self, layer: int, store: LayerStore, references: Sequence[Reference]) -> SegmentShape:
         shape = self.memory.shape.layers[layer]
-        segment = SegmentShape(
+        return SegmentShape(
             heads=shape.kv_heads,
             group=shape.group,
             slots=max(1, *self.job.held(layer, store)),
@@ -251,22 +251,38 @@ class SequenceCompaction:
             value_dim=shape.value_dim,
             itemsize=store.spec.dtype.itemsize,
         )
-        copied = copy_bytes(shape, segment.slots, segment.itemsize)
-        return max(self.plan.fit_bytes, self._compactor.workspace(segment)) + max(self.plan.copy_bytes, copied)
 
-    def _fit(self, layer: int, store: LayerStore, references: tuple[Reference, ...]) -> tuple[Compaction, Errors]:
-        """Fit one layer with the policy's compactor, validate the result and measure its held-out errors.
+    def _fit_bytes(self, layer: int, segment: SegmentShape) -> int:
+        """Return the temporary bytes to reserve for fitting one layer: as many as planned, or more if needed.
+
+        More are needed if a head holds many more slots than an equal share.
+        """
+        compactor = self._compactor
+        copied = read_bytes(self.memory.shape.layers[layer], compactor, segment.slots, segment.itemsize)
+        return max(self.plan.fit_bytes, compactor.workspace(segment)) + max(self.plan.copy_bytes, copied)
+
+    def _fit(self, layer: int, store: LayerStore, references: tuple[Reference, ...]) -> Compaction:
+        """Fit one layer with the policy's compactor, and validate the result.
 
         This is a separate method so that no view of the old store outlives the call.
         """
-        held_out, fitted = split_references(references)
+        _, fitted = split_references(references)
         segment = self._segment(layer, store, fitted if self._compactor.fits else references)
         slots = [min(kept, head.slots) for kept, head in zip(self.job.budgets[layer], segment.heads, strict=True)]
         with self._stage("fit"):
             compaction = self._compactor.compact(segment, slots)
             validate(compaction, segment, slots, policy=self.job.policy.name)
+        return compaction
+
+    def _check(
+        self, layer: int, store: LayerStore, references: tuple[Reference, ...], compaction: Compaction
+    ) -> Errors:
+        """Measure a layer's held-out errors; separate from other methods for the same reason as :meth:`_fit`."""
+        held_out, _ = split_references(references)
         with self._stage("check"), self.memory.ledger.borrow(self.plan.check_bytes, "held-out errors"):
-            return compaction, self.held_out.measure(segment, compaction, held_out, store.spec.rounded)
+            return self.held_out.measure(
+                self._segment(layer, store, held_out), compaction, held_out, store.spec.rounded
+            )
 
     def _evict_layer(self, layer: int) -> None:
         store, budgets = self.sequence.stores[layer], self.job.budgets
@@ -274,7 +290,7 @@ class SequenceCompaction:
         self.outcome = "evicted"
         settle(self.sequence, store)
         held = self.job.held(layer, store)
-        with self.memory.ledger.borrow(self.plan.fit_bytes, "the slots that stay"):
+        with self.memory.ledger.borrow(self.plan.result_bytes, "the slots that stay"):
             kept = [
                 torch.arange(count - min(slots, count), count, device=store.spec.device)
                 for slots, count in zip(budgets[layer], held, strict=True)

@@ -8,15 +8,15 @@ of the old store, so an error leaves the old store in use.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from agentmem.attention import decode, quantised
+from agentmem.attention import decode
 from agentmem.attention.runs import Run
 from agentmem.contracts import HeadSegment
+from agentmem.memory.encoded import EncodedHead
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -306,15 +306,11 @@ class LayerStore:
     def segment(self, head: int, begin: int, recent: int) -> HeadSegment:
         """Return a head's slots from index ``begin`` on, without its last ``recent`` slots.
 
-        The tensors are views of the store. Quantised keys and values are an exception: they are returned as decoded
-        copies, in the dtype in which attention computes. Call :meth:`settle` first; it writes missing positions.
+        The tensors are views of the store. Quantised keys and values are an exception: they are decoded when they are
+        read, to the dtype in which attention computes. Call :meth:`settle` first; it writes missing positions.
         """
         found = self.part(head, begin, recent)
-        if not self.spec.shape.quantised:
-            return found
-        shape, dtype = self.spec.shape, self.spec.dtype
-        keys = quantised.decode(found.keys, shape.key_dim, dtype)
-        return replace(found, keys=keys, values=quantised.decode(found.values, shape.value_dim, dtype))
+        return EncodedHead(found, self.spec) if self.spec.shape.quantised else found
 
     def part(self, head: int, begin: int, recent: int) -> HeadSegment:
         """Return views of a head's slots from index ``begin`` on, without its last ``recent`` slots.

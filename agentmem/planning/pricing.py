@@ -23,7 +23,7 @@ from agentmem.settings import parse_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from agentmem.contracts import Part, Policy
+    from agentmem.contracts import Compactor, Part, Policy
     from agentmem.planning.model_shape import LayerShape, ModelShape
     from agentmem.settings import Settings
 
@@ -47,6 +47,8 @@ STORED_SHARE = 10
 MAX_STORED = 512
 HYSTERESIS = 4
 """An adaptive compaction frees at least ``1 / HYSTERESIS`` of the capacity, so that the next compaction is not soon."""
+INDEX_BYTES = 8
+"""The bytes of the index of a kept slot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +84,11 @@ class Plan:
     draw_bytes: int
     fit_bytes: int
     copy_bytes: int
-    """Temporary bytes of the decoded copies of a segment's quantised keys and values, which a fit reads."""
+    """Temporary bytes of one head's quantised keys and values as numbers, as far as a fit reads them."""
+    result_bytes: int
+    """Bytes of the result of a fit, which is all that is left of the fit while it is checked and committed."""
     check_bytes: int
+    """Temporary bytes of measuring held-out errors, including one head's quantised keys and values as numbers."""
     survey_bytes: int
     """Temporary bytes of the scores of all layers, which are compared to choose the heads' budgets."""
     forward_bytes: int
@@ -98,13 +103,19 @@ class Plan:
     def workspace_bytes(self) -> int:
         """The temporary bytes (T): the most that a compaction, a re-basing or a forward needs.
 
-        These three never overlap. In a compaction, a layer's new store exists together with the result of the fit. In
-        a forward, a growing layer's new store or attention's bytes exist together with the scores before the forward.
+        These three never overlap. In a compaction, a layer is fitted, then checked, then moved, one after the other;
+        the result of the fit exists until the end. While budgets are allocated, layers are fitted and checked beside
+        the scores of all layers. In a forward, a growing layer's new store or attention's bytes exist together with the
+        scores before the forward.
         """
-        beside = max(self.move_bytes, self.survey_bytes)  # no new store is built while the survey's scores exist
-        fitting = self.draw_bytes + self.fit_bytes + self.copy_bytes + self.check_bytes + beside
+        fitting = self.draw_bytes + max(self.survey_bytes + self.fitting_bytes, self.result_bytes + self.move_bytes)
         forward = self.undo_bytes + max(self.forward_bytes, self.move_bytes) if self.undo_bytes else self.forward_bytes
         return max(fitting, self.move_bytes + self.rebase_bytes, forward)
+
+    @property
+    def fitting_bytes(self) -> int:
+        """The most temporary bytes of fitting a layer, or of checking the result."""
+        return max(self.fit_bytes + self.copy_bytes, self.result_bytes + self.check_bytes)
 
     def _slots_text(self) -> str:
         if self.capacity == UNBOUNDED:
@@ -118,10 +129,11 @@ class Plan:
             ("R: slots", self.resident_bytes - self.stored_bytes, self._slots_text()),
             ("R: stored queries", self.stored_bytes, f"of {sum(self.stored)} tokens per row"),
             ("T: fit", self.draw_bytes + self.fit_bytes, f"the policy's workspace, {self.probe_tokens} probe tokens"),
-            *([("T: copies", self.copy_bytes, "a layer's quantised slots as numbers")] if self.copy_bytes else []),
+            *([("T: copies", self.copy_bytes, "a head's quantised slots as numbers")] if self.copy_bytes else []),
             ("T: survey", self.survey_bytes, "scores of all layers, before anything is moved"),
-            ("T: held-out check", self.check_bytes, "errors for the report"),
-            ("T: moving a layer", self.move_bytes, "a new store beside the old one"),
+            ("T: result of a fit", self.result_bytes, "beside the check and the new store, not beside the fit"),
+            ("T: held-out check", self.check_bytes, "errors for the report (after the fit)"),
+            ("T: moving a layer", self.move_bytes, "a new store beside the old one (after the check)"),
             *([("T: re-basing", self.rebase_bytes, "turning a layer's keys")] if self.rebase_bytes else []),
             ("T: attention", self.forward_bytes, "merging and scratch of one forward (not beside the others)"),
             *([("T: scores", self.undo_bytes, "as they were before a forward, beside it")] if self.undo_bytes else []),
@@ -173,6 +185,7 @@ class Planner:
             draw_bytes=self._most(lambda layer: random_bytes(layer, drawn, self.shape.itemsize)) if drawn else 0,
             fit_bytes=self._most(lambda layer: self._fit(layer, capacity, limit, most, references)),
             copy_bytes=self._most(lambda layer: self._copies(layer, self._fullest(capacity, limit, most))),
+            result_bytes=self._most(lambda layer: self._result(layer, capacity, limit, most, references)),
             check_bytes=self._most(
                 lambda layer: self._check(layer, self._fullest(capacity, limit, most), max(1, most), references)
             ),
@@ -225,7 +238,7 @@ class Planner:
 
         ``capacity``, ``limit`` and ``most`` are as in :meth:`_fullest`.
         """
-        encoding = encoding_bytes(layer, capacity)
+        encoding = encoding_bytes(layer, min(capacity, quantised.BLOCK))  # head by head
         if layer.window is not None or self._head_ceiling == 1:
             return encoding + self._store_bytes(layer, capacity)
         pinned = self.settings.keep_first + self.settings.keep_recent
@@ -328,10 +341,21 @@ class Planner:
             return 0
         return max(price(layer) for layer in compactable)
 
-    def _fit(self, layer: LayerShape, capacity: int, limit: int, most: int, references: int) -> int:
+    @property
+    def _compactor(self) -> Compactor:
         assert self.policy.compactor is not None  # noqa: S101  # _most has checked
+        return self.policy.compactor
+
+    def _fit(self, layer: LayerShape, capacity: int, limit: int, most: int, references: int) -> int:
+        return self._compactor.workspace(self._segment(layer, capacity, limit, most, references))
+
+    def _result(self, layer: LayerShape, capacity: int, limit: int, most: int, references: int) -> int:
+        return result_bytes(self._compactor, self._segment(layer, capacity, limit, most, references))
+
+    def _segment(self, layer: LayerShape, capacity: int, limit: int, most: int, references: int) -> SegmentShape:
+        """Return the largest sizes of a layer's segment; the arguments are as in :meth:`_fullest`."""
         pinned = self.settings.keep_first + self.settings.keep_recent
-        segment = SegmentShape(
+        return SegmentShape(
             heads=layer.kv_heads,
             group=layer.group,
             slots=max(1, self._fullest(capacity, limit, most) - pinned),
@@ -341,11 +365,10 @@ class Planner:
             value_dim=layer.value_dim,
             itemsize=self.shape.itemsize,
         )
-        return self.policy.compactor.workspace(segment)
 
     def _copies(self, layer: LayerShape, fullest: int) -> int:
         segment = max(1, fullest - self.settings.keep_first - self.settings.keep_recent)
-        return copy_bytes(layer, segment, self.shape.itemsize)
+        return read_bytes(layer, self._compactor, segment, self.shape.itemsize)
 
     def _check(self, layer: LayerShape, slots: int, kept: int, references: int) -> int:
         queries = references // HELD_OUT
@@ -353,7 +376,7 @@ class Planner:
             return 0  # nothing is held out, so nothing is compared
         copies, itemsize = replace(layer, slot_dtype="auto"), self.shape.itemsize
         compared = ragged.local_bytes(copies, queries, slots, kept, itemsize, fused=self._fused(layer))
-        return compared + rounding_bytes(layer, kept, itemsize)
+        return compared + rounding_bytes(layer, kept, itemsize) + copy_bytes(layer, slots, itemsize)
 
     def _survey(self, slots: int) -> int:
         """Return the temporary bytes of comparing the slots of all layers, to choose the heads' budgets.
@@ -391,16 +414,36 @@ class Planner:
         return max(most + own, encoding_bytes(layer, layer.kv_heads * chunk))
 
 
-def copy_bytes(layer: LayerShape, slots: int, itemsize: int) -> int:
-    """Return the temporary bytes of decoded copies of a layer's keys and values, for ``slots`` slots per head.
+def read_bytes(layer: LayerShape, compactor: Compactor, slots: int, itemsize: int) -> int:
+    """Return the temporary bytes of decoding what ``compactor`` reads of one head of ``slots`` slots.
 
-    ``itemsize`` is the bytes of one decoded number. The result includes the bytes of decoding. The heads are decoded
-    one after the other. The result is 0 if the layer is not quantised.
+    ``itemsize`` is the bytes of one decoded number. The result is 0 if the layer is not quantised.
+    """
+    return copy_bytes(layer, slots, itemsize, keys=compactor.reads_keys, values=compactor.reads_values)
+
+
+def copy_bytes(layer: LayerShape, slots: int, itemsize: int, *, keys: bool = True, values: bool = True) -> int:
+    """Return the temporary bytes of decoded copies of one head's keys and values, for ``slots`` slots.
+
+    ``itemsize`` is the bytes of one decoded number. ``keys`` and ``values`` say which of the two are decoded. The
+    result includes the bytes of decoding. The result is 0 if the layer is not quantised.
     """
     if not layer.quantised:
         return 0
-    copies = layer.kv_heads * slots * (layer.key_dim + layer.value_dim) * itemsize
-    return copies + max(quantised.decode_bytes(slots, dim) for dim in (layer.key_dim, layer.value_dim))
+    dims = [dim for dim, read in ((layer.key_dim, keys), (layer.value_dim, values)) if read]
+    decoding = max((quantised.decode_bytes(min(slots, quantised.READ), dim) for dim in dims), default=0)
+    return slots * sum(dims) * itemsize + decoding
+
+
+def result_bytes(compactor: Compactor, segment: SegmentShape) -> int:
+    """Return the most bytes of the result of fitting one layer.
+
+    They are those of the kept indices and of all that a :class:`agentmem.contracts.HeadCompaction` may replace, in
+    float32, but no more than the compactor's workspace, which includes its result. There is always room for the indices
+    alone, to which a layer is evicted if its fits fail.
+    """
+    kept, floats = segment.heads * segment.budget, 2 + segment.key_dim + segment.value_dim
+    return max(kept * INDEX_BYTES, min(kept * (INDEX_BYTES + SCORE_BYTES * floats), compactor.workspace(segment)))
 
 
 def rounding_bytes(layer: LayerShape, slots: int, itemsize: int) -> int:

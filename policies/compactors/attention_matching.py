@@ -138,25 +138,26 @@ class AttentionMatching(Compactor):
 
     def compact(self, segment: Segment, slots: Sequence[int]) -> Compaction:
         """Compact one head after the other; a head whose budget covers all its slots is left as it is."""
-        heads: list[HeadCompaction] = []
-        condition, fallbacks = 1.0, []
+        heads = [self._compact_head(segment, index, count) for index, count in enumerate(slots)]
+        fallbacks = tuple(
+            f"head {index}: {note}" for index, (_, numerics) in enumerate(heads) for note in numerics.fallbacks
+        )
+        condition = max((numerics.condition for _, numerics in heads), default=1.0)
+        return Compaction(tuple(compaction for compaction, _ in heads), Numerics(condition, fallbacks))
+
+    def _compact_head(self, segment: Segment, index: int, count: int) -> tuple[HeadCompaction, Numerics]:
+        """Compact one head; a method of its own so that nothing of one head exists while the next is compacted."""
+        head = segment.heads[index]
+        if count >= head.slots or count == 0:
+            kept = torch.arange(count, device=head.bias.device)
+            scores = self._importance(segment, index).scores[:count].clone() if self.carry else None
+            return HeadCompaction(kept, scores=scores), Numerics()
+        found, attention = self._importance(segment, index), self._attention(segment, index)
         seed = hash((segment.generator.initial_seed(), segment.layer))
-        for index, (head, count) in enumerate(zip(segment.heads, slots, strict=True)):
-            if (count >= head.slots or count == 0) and not self.carry:
-                heads.append(HeadCompaction(torch.arange(count, device=head.keys.device)))
-                continue
-            found = self._importance(segment, index)
-            if count >= head.slots or count == 0:
-                kept = torch.arange(count, device=head.keys.device)
-                heads.append(HeadCompaction(kept, scores=found.scores[:count]))
-                continue
-            attention = self._attention(segment, index)
-            selection = self.selector.select(attention, found, count, seed, self.beta_bound)
-            compaction, mass, values = self._fit(head, attention, found, selection)
-            heads.append(compaction)
-            condition = max(condition, mass.condition, values.condition if values else 1.0)
-            fallbacks += [f"head {index}: {note}" for note in _notes(mass, values)]
-        return Compaction(tuple(heads), Numerics(condition, tuple(fallbacks)))
+        selection = self.selector.select(attention, found, count, seed, self.beta_bound)
+        compaction, mass, values = self._fit(head, attention, found, selection)
+        condition = max(1.0, mass.condition, values.condition if values else 1.0)
+        return compaction, Numerics(condition, tuple(_notes(mass, values)))
 
     def _fit(
         self, head: HeadSegment, attention: LocalAttention, found: Importance, selection: Selection
@@ -188,9 +189,9 @@ class AttentionMatching(Compactor):
             better = refine(attention, plain.over(plain.keys, bias), values, start, steps=self.refine)
         if better is not None and better.accepted:
             keys, bias, values = better.value
-            moved = values.to(head.values.dtype)
-            return HeadCompaction(kept, bias, moved, keys.to(head.keys.dtype), scores), mass, fitted
-        new = None if fitted is None else start.to(head.values.dtype)
+            moved = values.to(head.dtype)
+            return HeadCompaction(kept, bias, moved, keys.to(head.dtype), scores), mass, fitted
+        new = None if fitted is None else start.to(head.dtype)
         return HeadCompaction(kept, bias, new, scores=scores), mass, fitted
 
     def _fit_mass(self, plain: LocalAttention, found: Importance, selection: Selection) -> Solution[torch.Tensor]:
@@ -206,7 +207,7 @@ class AttentionMatching(Compactor):
         longest = max((part.shape[1] for part in queries), default=0)
         if longest == 0:
             raise ValueError("0 reference queries: Attention Matching needs at least 1; give the probe a token")
-        rows = self._rows(_row_bytes(head.slots, head.keys.shape[1], head.values.shape[1]), longest)
+        rows = self._rows(_row_bytes(head.slots, head.key_dim, head.value_dim), longest)
         return LocalAttention(queries, head.keys.float(), head.bias, segment.scale, rows).weighted(segment.weights)
 
     def _rows(self, row_bytes: int, queries: int) -> int:

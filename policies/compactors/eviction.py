@@ -39,6 +39,7 @@ class Eviction(Compactor):
     """
 
     fits = False
+    reads_values = False
 
     @abstractmethod
     def score(self, segment: Segment, index: int) -> torch.Tensor:
@@ -73,7 +74,7 @@ class Eviction(Compactor):
         """Keep the ``count`` slots with the highest scores of KV head ``index``."""
         head = segment.heads[index]
         if count == 0 or count >= head.slots:
-            return HeadCompaction(torch.arange(count, device=head.keys.device))
+            return HeadCompaction(torch.arange(count, device=head.bias.device))
         return HeadCompaction(top(self.score(segment, index), count))
 
 
@@ -95,7 +96,7 @@ class Observation(Eviction):
         longest = max(part.shape[1] for part in queries)
         if longest == 0:
             raise ValueError(f"0 reference queries: {type(self).__name__} needs at least 1; keep a token's queries")
-        rows = max(_LEAST_ROWS, self.block_bytes // _row_bytes(head.slots, head.keys.shape[1]))
+        rows = max(_LEAST_ROWS, self.block_bytes // _row_bytes(head.slots, head.key_dim))
         keys = head.keys.float()
         return LocalAttention(queries, keys, head.bias, segment.scale, min(rows, longest)).weighted(segment.weights)
 

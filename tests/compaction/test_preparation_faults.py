@@ -123,4 +123,4 @@ def test_scores_of_all_layers_are_counted_while_budgets_compare_them() -> None:
         plan = memory.plan
         assert scores > plan.move_bytes
         assert scores <= counted
-        assert plan.workspace_bytes >= plan.draw_bytes + plan.fit_bytes + plan.check_bytes + scores
+        assert plan.workspace_bytes >= plan.draw_bytes + plan.fitting_bytes + scores

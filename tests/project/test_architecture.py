@@ -80,10 +80,10 @@ TABLE = (
         rooms="contracts planning.model_shape memory.rotation attention.quantised",
         outside="torch",
     ),
+    room("agentmem.memory.encoded", rooms="contracts memory.slot_spec attention.quantised", outside="torch"),
     room(
         "agentmem.memory.store",
-        rooms="contracts memory.ledger memory.pins memory.slot_spec attention.decode attention.quantised "
-        "attention.runs",
+        rooms="contracts memory.encoded memory.ledger memory.pins memory.slot_spec attention.decode attention.runs",
         outside="torch",
     ),
     room("agentmem.memory.jobs", rooms="contracts planning.pricing memory.store"),

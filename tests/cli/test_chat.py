@@ -401,7 +401,7 @@ def test_ctrl_c_during_a_compaction(folder: str, monkeypatch: pytest.MonkeyPatch
         return run(self, compaction)
 
     monkeypatch.setattr(Engine, "run", interrupted)
-    result = chat(folder, "hello " * 15, "/compact", "/compact", "go on")
+    result = chat(folder, "hello " * 25, "/compact", "/compact", "go on")
 
     assert result.exit_code == 0
     assert "\nstopped\n" in result.stderr

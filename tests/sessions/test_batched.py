@@ -64,7 +64,7 @@ def close(one: list[dict[str, torch.Tensor]], other: list[dict[str, torch.Tensor
 @pytest.mark.parametrize("policy", ["am-halving", "heavy-hitters", "window", "am-halving[probe=live,probe_tokens=24]"])
 async def test_tasks_that_reply_at_once_share_forwards(policy: str, forwards: list[tuple[int, int]]) -> None:
     """Ids and slots, compactions included, are those of the same sessions alone, in far fewer forwards."""
-    with tiny_chat.runtime(9) as made:
+    with tiny_chat.runtime(9, share=max(map(tiny_chat.lease, ("am-halving", policy)))) as made:
         expected = alone(made, policy, 4)
         sessions = filled(made, policy, 4)
         forwards.clear()

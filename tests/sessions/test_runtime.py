@@ -144,7 +144,7 @@ def test_an_idle_memory_is_compacted_once_and_its_session_is_told(pressure: tupl
         tiny_chat.audit(made)
 
 
-@pytest.mark.parametrize(("policy", "leases"), [("window", 1.5), ("am-halving", 1.3)])
+@pytest.mark.parametrize(("policy", "leases"), [("window", 1.5), ("am-halving", 1.4)])
 def test_an_idle_memory_with_more_pins_than_prefix_is_compacted(policy: str, leases: float) -> None:
     """Pins that no compaction had moved to the front yet are counted there, and another session gets its bytes."""
     with tiny_chat.runtime(leases, policy, pressure=("trim", "compact"), slots=96) as made:

@@ -77,10 +77,13 @@ def _block_bytes(layer: LayerShape, heads: int, tokens: int, keys: int, itemsize
     total, part = rows * (layer.value_dim + 1) * wide, rows * (layer.value_dim * wide + 8)
     merge = rows * (layer.value_dim + 3) * wide
     own = _kernel_bytes(layer, tokens, tokens, itemsize) + wide_bytes(layer, heads, tokens, itemsize)
-    seen = _kernel_bytes(layer, layer.group * tokens, keys, itemsize) + rows * layer.key_dim * wide
-    seen += wide_bytes(layer, heads, min(keys, SPAN), itemsize)
-    asked = rows * layer.key_dim * FLOAT if itemsize < FLOAT else 0
-    return asked + total + part + max(merge, own, seen)
+    seen = _kernel_bytes(layer, layer.group * tokens, keys, itemsize) + wide_bytes(
+        layer, heads, min(keys, SPAN), itemsize
+    )
+    asked = rows * layer.key_dim * wide  # a copy in float32, which has the kernel's layout, or one with that layout
+    if itemsize < FLOAT:
+        return asked + total + part + max(merge, own, seen)
+    return total + part + max(merge, own, asked + seen)
 
 
 def _tiled_bytes(layer: LayerShape) -> int:

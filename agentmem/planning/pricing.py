@@ -40,6 +40,8 @@ PROBE_REACH = 4
 """Reference tokens per slot of the capacity, up to ``MAX_PROBE`` in total; fewer tokens lower the quality."""
 HELD_OUT = 8
 """One of every ``HELD_OUT`` reference tokens is not used in the fit, but to measure its error."""
+CHECKED = 128
+"""The most held-out queries of one KV head, over tokens and query heads of its group, that are compared at once."""
 UNBOUNDED = 1 << 40
 """The capacity for a model whose layers all have sliding windows, because such a memory never becomes full."""
 STORED_SHARE = 10
@@ -371,7 +373,7 @@ class Planner:
         return read_bytes(layer, self._compactor, segment, self.shape.itemsize)
 
     def _check(self, layer: LayerShape, slots: int, kept: int, references: int) -> int:
-        queries = references // HELD_OUT
+        queries = checked_tokens(layer.group, references // HELD_OUT)
         if not queries:
             return 0  # nothing is held out, so nothing is compared
         copies, itemsize = replace(layer, slot_dtype="auto"), self.shape.itemsize
@@ -412,6 +414,11 @@ class Planner:
         # each row of a batch is attended while the output of the whole batch is allocated
         own = layer.query_heads * chunk * layer.value_dim * self.shape.itemsize if self.rows > 1 else 0
         return max(most + own, encoding_bytes(layer, layer.kv_heads * chunk))
+
+
+def checked_tokens(group: int, tokens: int) -> int:
+    """Return how many of ``tokens`` held-out tokens to compare at once, with ``group`` query heads per KV head."""
+    return min(tokens, max(1, CHECKED // group))
 
 
 def read_bytes(layer: LayerShape, compactor: Compactor, slots: int, itemsize: int) -> int:

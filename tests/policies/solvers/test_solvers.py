@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from agentmem.policies.solvers.anchored import factored
+from agentmem.policies.solvers.anchored import Upper, add_gram, factored, upper_bytes
 from agentmem.policies.solvers.attention import LocalAttention
 from agentmem.policies.solvers.mass import fit_mass
 from agentmem.policies.solvers.selection import Score, importance, top
@@ -209,7 +209,7 @@ def test_the_eigenvalue_bound_is_tight_from_above() -> None:
     rows = torch.rand(200, 12, generator=torch.Generator().manual_seed(1))
     gram = rows.T @ rows
     exact = float(torch.linalg.eigvalsh(gram.double()).max())
-    equations = factored(gram.clone(), 1e-6)
+    equations = factored(Upper((gram.clone(),)), 1e-6)
 
     assert equations is not None
     assert exact <= equations.largest() * (1 + 1e-5)
@@ -273,8 +273,8 @@ def test_values_are_cut_to_the_bound_and_counted() -> None:
 
 def test_a_gram_that_does_not_factor_is_reported() -> None:
     """An indefinite or non-finite matrix gives no equations instead of NaN."""
-    assert factored(-torch.eye(3), 1e-2) is None
-    assert factored(torch.full((3, 3), float("nan")), 1e-2) is None
+    assert factored(Upper((-torch.eye(3),)), 1e-2) is None
+    assert factored(Upper((torch.full((3, 3), float("nan")),)), 1e-2) is None
 
 
 def test_no_evidence_at_all_changes_nothing() -> None:

@@ -50,8 +50,8 @@ class AttentionMatching(Compactor):
     """Keeps selected slots of each head's segment, with β and values fitted to the reference queries.
 
     Let a head have T slots, of which t are kept, and N reference queries. A call needs memory for one block of queries
-    (``block_bytes``), half of a t x t matrix, the keys and values in float32, and a few numbers per slot and per query. No
-    N x T matrix is made. A pursuit selector needs a T x T matrix, too. Arithmetic is float32 whatever the model's
+    (``block_bytes``), half of a t x t matrix, the keys and values in float32, and a few numbers per slot and per query.
+    No N x T matrix is made. A pursuit selector needs a T x T matrix, too. Arithmetic is float32 whatever the model's
     dtype: on real segments, a float64 Gram matrix left the first four digits of every error unchanged.
     """
 

@@ -107,7 +107,7 @@ def _check_target(value: int | float | str) -> int | float | str:  # noqa: PYI04
 Target = Annotated[int | float | str, Field(union_mode="left_to_right"), AfterValidator(_check_target)]
 
 
-SlotDtype = Literal["auto", "int8"]
+SlotDtype = Literal["auto", "int8", "k8v4", "int4"]
 
 
 class SettingsOptions(TypedDict, total=False):

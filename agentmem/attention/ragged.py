@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from agentmem.attention import decode, quantised
+from agentmem.attention import decode
 from agentmem.attention.explicit import attend as explicit_path
 from agentmem.attention.runs import FLOAT, Fresh, Run, wide, wide_bytes
 from agentmem.contracts import blocks
@@ -182,10 +182,10 @@ def _tokens(group: int, tokens: int) -> int:
 
 def _compiled(queries: torch.Tensor, runs: Sequence[Run]) -> bool:
     """Return whether ``decode.c`` supports the dtype, the dims and the memory layout of this decode step."""
-    form = _form(queries, runs)
+    form, coded = _form(queries, runs), runs[0].quantised
     dim, width, dtype = form.key_dim, form.value_dim, form.dtype
-    if form.quantised:
-        dim, width, dtype = quantised.row_bytes(dim), quantised.row_bytes(width), torch.uint8
+    if coded is not None:
+        dim, width, dtype = coded[0].row_bytes, coded[1].row_bytes, torch.uint8
     return form.served and all(_plain(run, dim, width, dtype) for run in runs)
 
 
@@ -195,7 +195,7 @@ def _form(queries: torch.Tensor, runs: Sequence[Run]) -> decode.Form:
         sum(run.heads for run in runs),
         queries.shape[-1],
         runs[0].value_dim,
-        runs[0].quantised is not None,
+        (0, 0) if runs[0].quantised is None else (runs[0].quantised[0].bits, runs[0].quantised[1].bits),
     )
 
 

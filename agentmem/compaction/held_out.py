@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -49,11 +49,11 @@ def _cut(reference: Reference, start: int, stop: int) -> Reference:
     return Reference(reference.queries[:, start:stop], reference.weight, reference.source, span)
 
 
-Rounded = Callable[[torch.Tensor], torch.Tensor]
+Rounded = Callable[[torch.Tensor, Literal["keys", "values"]], torch.Tensor]
 """A function from fitted keys or values ``[n, d]`` to the numbers that the store will return for them."""
 
 
-def _as_fitted(rows: torch.Tensor) -> torch.Tensor:
+def _as_fitted(rows: torch.Tensor, _: str) -> torch.Tensor:
     """Return fitted keys or values unchanged, as a store without quantisation returns them."""
     return rows
 
@@ -147,8 +147,8 @@ def _head_errors(
     group, tokens = queries.shape[0] // place[1], queries.shape[1]
     asked = queries[place[0] * group : (place[0] + 1) * group]
     old = (head.keys, head.values, head.bias)
-    keys = old[0][fit.kept] if fit.keys is None else rounded(fit.keys).to(head.dtype)
-    values = old[1][fit.kept] if fit.values is None else rounded(fit.values).to(head.dtype)
+    keys = old[0][fit.kept] if fit.keys is None else rounded(fit.keys, "keys").to(head.dtype)
+    values = old[1][fit.kept] if fit.values is None else rounded(fit.values, "values").to(head.dtype)
     new = (keys, values, head.bias[fit.kept] if fit.bias is None else fit.bias)
     tally = _Tally(count=1)
     for block in blocks(tokens, checked_tokens(group, tokens)):

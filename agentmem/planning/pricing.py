@@ -435,11 +435,11 @@ def copy_bytes(layer: LayerShape, slots: int, itemsize: int, *, keys: bool = Tru
     ``itemsize`` is the bytes of one decoded number. ``keys`` and ``values`` say which of the two are decoded. The
     result includes the bytes of decoding. The result is 0 if the layer is not quantised.
     """
-    if not layer.quantised:
+    if layer.formats is None:
         return 0
-    dims = [dim for dim, read in ((layer.key_dim, keys), (layer.value_dim, values)) if read]
-    decoding = max((quantised.decode_bytes(min(slots, quantised.READ), dim) for dim in dims), default=0)
-    return slots * sum(dims) * itemsize + decoding
+    forms = [form for form, read in zip(layer.formats, (keys, values), strict=True) if read]
+    decoding = max((form.decode_bytes(min(slots, quantised.READ)) for form in forms), default=0)
+    return slots * sum(form.dim for form in forms) * itemsize + decoding
 
 
 def result_bytes(compactor: Compactor, segment: SegmentShape) -> int:
@@ -460,11 +460,11 @@ def rounding_bytes(layer: LayerShape, slots: int, itemsize: int) -> int:
     that quantised slots can store: they are encoded and decoded again. The result includes the rounded keys and values,
     with ``itemsize`` bytes per number. The result is 0 if the layer is not quantised.
     """
-    if not layer.quantised:
+    if layer.formats is None:
         return 0
-    dims, block = (layer.key_dim, layer.value_dim), min(slots, quantised.BLOCK)
-    coding = max(quantised.encode_bytes(block, dim) + quantised.decode_bytes(block, dim) for dim in dims)
-    return slots * sum(dims) * itemsize + coding
+    block = min(slots, quantised.BLOCK)
+    coding = max(form.encode_bytes(block) + form.decode_bytes(block) for form in layer.formats)
+    return slots * (layer.key_dim + layer.value_dim) * itemsize + coding
 
 
 def encoding_bytes(layer: LayerShape, rows: int) -> int:
@@ -472,10 +472,10 @@ def encoding_bytes(layer: LayerShape, rows: int) -> int:
 
     The result is 0 if the layer is not quantised.
     """
-    if not layer.quantised:
+    if layer.formats is None:
         return 0
     block = min(rows, layer.kv_heads * quantised.BLOCK)
-    return max(quantised.encode_bytes(block, dim) for dim in (layer.key_dim, layer.value_dim))
+    return max(form.encode_bytes(block) for form in layer.formats)
 
 
 def window_slots(window: int, chunk: int) -> int:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from agentmem.attention import quantised
 from agentmem.memory.pins import joined, size, within, without
 from agentmem.memory.slot_spec import SlotSpec
 from agentmem.memory.state import columns
@@ -197,8 +196,8 @@ def _compare(kinds: Mapping[str, Kind], wanted: Mapping[str, Kind]) -> None:
 
 def _check_scales(tensors: Mapping[str, torch.Tensor], name: str, shape: LayerShape) -> None:
     """Refuse quantised keys and values with a scale that is not finite."""
-    for part, dim in (("keys", shape.key_dim), ("values", shape.value_dim)):
-        scales = quantised.scales(tensors[f"{name}.{part}"], dim)
+    for part, form in zip(("keys", "values"), shape.formats or (), strict=False):
+        scales = form.scales(tensors[f"{name}.{part}"])
         _hold(bool(scales.isfinite().all()), f"{name}.{part} has a scale that is not finite")
 
 

@@ -3,7 +3,7 @@
     python -m benchmarks.decode            # writes $BENCH_JSON, default build/bench.json
 
 Rows: ``name, median_ms, stock_median_ms, ratio``. For the row ``unequal_heads_1024`` "stock" is this library with
-equal heads at the same total of slots, for ``int8_…``, ``k8v4_…`` and ``int4_…`` this library with slots of the model's dtype.
+equal heads at the same total of slots; for ``int8_…``, ``k8v4_…`` and ``int4_…`` it is this library with plain slots.
 """
 
 from __future__ import annotations

@@ -73,7 +73,8 @@ class Upper:
 
 def upper_bytes(size: int) -> int:
     """Return the bytes of an :class:`Upper` matrix ``[size, size]``."""
-    return _FLOAT * sum(min(start + STRIP, size) * min(STRIP, size - start) for start in range(0, size, STRIP))
+    whole, rest = divmod(size, STRIP)
+    return _FLOAT * (STRIP * STRIP * whole * (whole + 1) // 2 + rest * size)
 
 
 @dataclass(frozen=True, slots=True)

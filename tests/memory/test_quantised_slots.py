@@ -240,6 +240,15 @@ def test_a_snapshot_keeps_its_kind_of_slots(tmp_path: Any) -> None:
             ]
 
 
+@pytest.mark.parametrize(("saved", "wished"), [("int8", "int4"), ("k8v4", "int8"), ("int4", "auto")])
+def test_a_snapshot_is_not_loaded_as_another_kind_of_slots(saved: str, wished: str, tmp_path: Any) -> None:
+    """Even where both are bytes: the refusal names the kind that was asked for and the remedy."""
+    with on_quantised(1, slot_dtype=saved) as made:
+        tiny_chat.filled(made, 40).save(tmp_path / "saved")
+        with pytest.raises(agentmem.errors.AgentmemError, match=f"'{wished}' does not hold; leave slot_dtype out"):
+            made.load(tmp_path / "saved", slot_dtype=wished)
+
+
 def test_a_scale_that_is_not_finite_is_refused(tmp_path: Any) -> None:
     """A memory with such a number cannot be saved, and stays as it is."""
     with on_quantised(1) as made:

@@ -409,6 +409,8 @@ class Planner:
         most = fused
         if scored or layer.sinks or layer.window is not None or not self._fused(layer):
             most = max(fused, explicit.explicit_bytes(layer, chunk, slots, self.shape.itemsize))
+        if not self.shape.fused:
+            most = max(most, ragged.cuda_bytes(layer, chunk, slots))
         # each row of a batch is attended while the output of the whole batch is allocated
         own = layer.query_heads * chunk * layer.value_dim * self.shape.itemsize if self.rows > 1 else 0
         return max(most + own, encoding_bytes(layer, layer.kv_heads * chunk))

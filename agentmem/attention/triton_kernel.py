@@ -1,8 +1,8 @@
 """Compute attention over ragged slots with β in one launch on CUDA; the module needs Triton.
 
 A program computes the attention of a block of queries of one KV head over one part of its keys. Parts are equal splits
-of the head's slots, and the fresh keys. A second kernel merges the parts by their log-sum-exps and adds attention sinks to
-the denominator. Heads may have any numbers of slots: a table on the device has one row for each head and source.
+of the head's slots, and the fresh keys. A second kernel merges the parts by their log-sum-exps and adds attention sinks
+to the denominator. Heads may have any numbers of slots: a table on the device has one row for each head and source.
 
 Logits, weights and sums are float32; products of float32 are not rounded to TensorFloat-32. Source of the split and the
 merge: Flash-Decoding (arXiv:2311.01282, section 2.2).

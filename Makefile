@@ -46,9 +46,11 @@ $(INSTALLED): pyproject.toml constraints.txt $(wildcard agentmem/attention/*.[ch
 model: install
 	$(BIN)/agentmem model fetch
 
+# First a task that a window fails and agentmem does, at equal bytes; then a long thought, for the picture of its memory.
 demo: model
 	@mkdir -p build/demo
-	$(BIN)/agentmem run --prompt-file demos/long_task.txt --cap 24MiB --policy am-halving --max-new-tokens 2000 \
+	$(BIN)/agentmem ablate demos/evidence.yaml --out build/demo/evidence
+	$(BIN)/agentmem run --prompt-file demos/long_task.txt --cap 16MiB --policy am-halving --max-new-tokens 1500 \
 		--ignore-eos --temperature 0.95 --top-p 0.95 --seed 7 \
 		--plot build/demo --json build/demo/report.json --trace build/demo/trace.jsonl
 

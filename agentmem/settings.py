@@ -107,7 +107,7 @@ def _check_target(value: int | float | str) -> int | float | str:  # noqa: PYI04
 Target = Annotated[int | float | str, Field(union_mode="left_to_right"), AfterValidator(_check_target)]
 
 
-SlotDtype = Literal["auto", "int8"]
+SlotDtype = Literal["auto", "int8", "k8v4", "int4"]
 
 
 class SettingsOptions(TypedDict, total=False):
@@ -204,10 +204,11 @@ class Settings(Described):
     max_slots: int | None = Field(default=None, ge=1)
     """The most slots per head, even if the cap has room for more; for comparisons at equal slots."""
     slot_dtype: SlotDtype = "auto"
-    """How slots store keys and values: ``auto`` in the model's dtype, ``int8`` as 8-bit codes with scales.
+    """How slots store keys and values: ``auto`` in the model's dtype, the others as codes with scales.
 
-    Slots in ``int8`` take about half the bytes of bfloat16 slots and a quarter of those of float32. With ``int8``,
-    tokens may differ from those of stock ``generate`` even before the first compaction.
+    Codes have 8 bits with ``int8`` and 4 bits with ``int4``; with ``k8v4``, keys have 8 bits and values 4. Slots in
+    ``int8`` take about half the bytes of bfloat16 slots and a quarter of those of float32, and slots in ``int4`` about
+    half of that. With codes, tokens may differ from those of stock ``generate`` even before the first compaction.
     """
     seed: Seed = 0
     """Seed of the memory's own random generator; the global random state is never used."""

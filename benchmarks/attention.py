@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=numbers, default=[1, 4, 16])
     parser.add_argument("--held", type=int, default=512)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--slot-dtype", choices=("auto", "int8"), default="auto")
+    parser.add_argument("--slot-dtype", choices=("auto", "int8", "k8v4", "int4"), default="auto")
     parser.add_argument("--instructions", type=numbers, default=[2, 1, 0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=20)

@@ -3,7 +3,7 @@
     python -m benchmarks.decode            # writes $BENCH_JSON, default build/bench.json
 
 Rows: ``name, median_ms, stock_median_ms, ratio``. For the row ``unequal_heads_1024`` "stock" is this library with
-equal heads at the same total of slots, for ``int8_…`` this library with float32 slots.
+equal heads at the same total of slots; for ``int8_…``, ``k8v4_…`` and ``int4_…`` it is this library with plain slots.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 STEPS = 24
 CHUNK = 512
+CODINGS: tuple[SlotDtype, ...] = ("int8", "k8v4", "int4")
 Step = tuple[str, "Callable[[], None]"]
 
 
@@ -137,8 +138,9 @@ def main() -> int:
     for held in (1024, 4096):
         with ExitStack() as stack:
             plain = capped(model, stack, held, held, policy)
-            coded = capped(model, stack, held, held, policy, "int8")
-            rows.append(row(f"int8_{held}", *interleaved(stepper(model, coded), stepper(model, plain))))
+            for coding in CODINGS:
+                coded = capped(model, stack, held, held, policy, coding)
+                rows.append(row(f"{coding}_{held}", *interleaved(stepper(model, coded), stepper(model, plain))))
     path = Path(os.environ.get("BENCH_JSON", "build/bench.json"))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

@@ -4,7 +4,8 @@ from typing import Any
 
 def attend(
     kind: int,
-    slots: int,
+    key_kind: int,
+    value_kind: int,
     threads: int,
     scale: float,
     window: int,
@@ -30,7 +31,9 @@ def attend(
 
     Args:
         kind: dtype of queries, fresh rows and output: 0 float32, 1 bfloat16, 2 float16.
-        slots: dtype of the slots: the same number as ``kind``, or 3 for quantised rows of ``quantised.py``.
+        key_kind: dtype of the slots' keys: the same number as ``kind``, or 3 or 4 for rows of ``quantised.py`` with
+            codes of 8 or 4 bits.
+        value_kind: the same of their values. Both are quantised or none.
         threads: number of threads.
         scale: factor on the attention logits.
         window: the number of last slots that are attended to, 0 for all.

@@ -196,11 +196,13 @@ static Cut cut_all(const Step *step, Py_ssize_t total) {
 
 static int sound(const Step *step) {
     const Shape *shape = &step->shape;
-    if (shape->slots == INT8 && (shape->key_dim % GROUP || shape->value_dim % GROUP)) {
+    const int plain = shape->keys == shape->kind && shape->values == shape->kind;
+    const int coded = (shape->keys == INT8 || shape->keys == INT4) && (shape->values == shape->keys || shape->values == INT4);
+    if (coded && (shape->key_dim % GROUP || shape->value_dim % GROUP)) {
         PyErr_SetString(PyExc_ValueError, "dims of quantised slots that are no whole groups");
         return 0;
     }
-    if (shape->kind < FLOAT32 || shape->kind > FLOAT16 || (shape->slots != shape->kind && shape->slots != INT8) || shape->heads < 1 || shape->group < 1 || step->threads < 1 ||
+    if (shape->kind < FLOAT32 || shape->kind > FLOAT16 || !(plain || coded) || shape->heads < 1 || shape->group < 1 || step->threads < 1 ||
         shape->key_dim < WHOLE || shape->key_dim % WHOLE || shape->value_dim < WHOLE || shape->value_dim % WHOLE || shape->window < 0) {
         PyErr_SetString(PyExc_ValueError, "a dtype, dims, heads, threads or a window that this code is not made for");
         return 0;
@@ -217,7 +219,7 @@ static PyObject *py_attend(PyObject *Py_UNUSED(module), PyObject *arguments) {
     Shape *shape = &step.shape;
     unsigned long long output, scratch;
     if (!PyArg_ParseTuple(
-            arguments, "iiifnnnnnnK(nn)K(nn)K(nn)KKnO!", &shape->kind, &shape->slots, &step.threads, &shape->scale, &shape->window,
+            arguments, "iiiifnnnnnnK(nn)K(nn)K(nn)KKnO!", &shape->kind, &shape->keys, &shape->values, &step.threads, &shape->scale, &shape->window,
             &step.rows, &shape->heads, &shape->group, &shape->key_dim, &shape->value_dim, &step.queries.address,
             &step.queries.sequence, &step.queries.head, &step.keys.address, &step.keys.sequence, &step.keys.head,
             &step.values.address, &step.values.sequence, &step.values.head, &output, &scratch, &step.size,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _VECTOR = 16  # floats that decode.c works on at a time
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # dtypes that decode.c reads, by its own numbers
-_QUANTISED = 3  # the number by which decode.c knows rows of quantised.py
+_CODES = {8: 3, 4: 4}  # the numbers by which decode.c knows rows of quantised.py, for each number of bits
 
 
 class Form(NamedTuple):
@@ -37,29 +37,34 @@ class Form(NamedTuple):
     heads: int
     key_dim: int
     value_dim: int
-    quantised: bool = False
-    """True if slots are rows of :mod:`agentmem.attention.quantised`; queries and outputs have ``dtype`` even then."""
+    bits: tuple[int, int] = (0, 0)
+    """The bits of the codes of keys and of values, if these are rows of :mod:`agentmem.attention.quantised`; else 0.
+
+    Queries and outputs have ``dtype`` even then.
+    """
 
     @property
     def served(self) -> bool:
         """True if the compiled code is installed and supports this dtype and these dims."""
-        whole = quantised.GROUPS[0] if self.quantised else _VECTOR
+        whole = quantised.GROUPS[0] if any(self.bits) else _VECTOR
         return COMPILED and self.dtype in _KINDS and not self.key_dim % whole and not self.value_dim % whole
 
 
-def form_of(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, *, quantised: bool = False) -> Form | None:
+def form_of(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bits: tuple[int, int] = (0, 0)
+) -> Form | None:
     """Return the dtype, number of KV heads and dims of the slots in which the given keys and values will be stored.
 
     Each of ``n`` sequences gets one new token. The new tokens have ``queries [n, Hq, d]``, ``keys [n, Hkv, d]`` and
-    ``values [n, Hkv, dv]``. ``quantised`` states whether the slots are stored quantised. The result is ``None`` if
-    :func:`attend_each` cannot attend with these queries over such slots.
+    ``values [n, Hkv, dv]``. ``bits`` are those of the codes of keys and of values that slots store, 0 if they
+    are not quantised. The result is ``None`` if :func:`attend_each` cannot attend with these queries over such slots.
     """
     rows, heads, dim = keys.shape
     if not (queries.is_cpu and keys.is_cpu and values.is_cpu and keys.dtype == queries.dtype == values.dtype):
         return None
     if queries.shape[::2] != (rows, dim) or values.shape[:2] != (rows, heads) or queries.shape[1] % heads:
         return None
-    form = Form(keys.dtype, heads, dim, values.shape[2], quantised)
+    form = Form(keys.dtype, heads, dim, values.shape[2], bits)
     return form if form.served else None
 
 
@@ -133,7 +138,8 @@ def attend_each(
     keys, values = (None, None) if fresh is None else map(_together, fresh)
     _decode.attend(
         _KINDS[form.dtype],
-        _QUANTISED if form.quantised else _KINDS[form.dtype],
+        _CODES.get(form.bits[0], _KINDS[form.dtype]),
+        _CODES.get(form.bits[1], _KINDS[form.dtype]),
         threads,
         scale,
         window or 0,

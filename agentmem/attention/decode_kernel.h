@@ -111,10 +111,12 @@ INLINE void soften(
 }
 
 /* Computes a piece for `count` queries from `group` on: sums (not yet divided by the masses), masses and peaks. */
-INLINE void some(const int kind, const int count, const Piece *piece, const Shape *shape, ptrdiff_t group) {
+INLINE void some(
+    const int keyed, const int valued, const int count, const Piece *piece, const Shape *shape, ptrdiff_t group
+) {
     float row[4 * TILE] __attribute__((aligned(64)));
     const ptrdiff_t width = shape->key_dim, dim = shape->value_dim;
-    const ptrdiff_t key = row_bytes(kind, width), value = row_bytes(kind, dim);
+    const ptrdiff_t key = row_bytes(keyed, width), value = row_bytes(valued, dim);
     const float *queries = piece->work + group * width;
     float *output = sums_of(piece, shape) + group * dim;
     float *peak = peaks_of(piece, shape) + group, *mass = masses_of(piece, shape) + group;
@@ -127,24 +129,24 @@ INLINE void some(const int kind, const int count, const Piece *piece, const Shap
         ptrdiff_t n = piece->last - at < TILE ? piece->last - at : TILE;
         const char *keys = piece->keys + at * key, *values = piece->values + at * value;
         expect(values, n * value);
-        logits(kind, count, queries, keys, width, n, row);
+        logits(keyed, count, queries, keys, width, n, row);
         if (at + n < piece->last) expect(keys + n * key, n * key);
         const float *bias = piece->bias ? piece->bias + at : NULL;
         for (int g = 0; g < count; g++)
             soften(row + g * TILE, bias, shape, n, output + g * dim, peak + g, mass + g);
         ptrdiff_t i = 0;
-        for (; i + 2 * WIDE <= dim; i += 2 * WIDE) mix(kind, count, 2, row, values, i, dim, n, output + i);
-        if (i < dim) mix(kind, count, 1, row, values, i, dim, n, output + i);
+        for (; i + 2 * WIDE <= dim; i += 2 * WIDE) mix(valued, count, 2, row, values, i, dim, n, output + i);
+        if (i < dim) mix(valued, count, 1, row, values, i, dim, n, output + i);
     }
 }
 
 /* Computes a piece for all its queries, at most four at a time. */
-INLINE void whole(const int kind, const Piece *piece, const Shape *shape) {
+INLINE void whole(const int keyed, const int valued, const Piece *piece, const Shape *shape) {
     ptrdiff_t g = 0;
-    for (; g + 4 <= shape->group; g += 4) some(kind, 4, piece, shape, g);
-    if (shape->group - g == 3) some(kind, 3, piece, shape, g);
-    if (shape->group - g == 2) some(kind, 2, piece, shape, g);
-    if (shape->group - g == 1) some(kind, 1, piece, shape, g);
+    for (; g + 4 <= shape->group; g += 4) some(keyed, valued, 4, piece, shape, g);
+    if (shape->group - g == 3) some(keyed, valued, 3, piece, shape, g);
+    if (shape->group - g == 2) some(keyed, valued, 2, piece, shape, g);
+    if (shape->group - g == 1) some(keyed, valued, 1, piece, shape, g);
 }
 
 /* Merges the pieces of one head, weighted by their masses, and writes the output; the first piece's sums are reused. */
@@ -161,28 +163,34 @@ TARGET static void merge(const Piece *pieces, ptrdiff_t count, const Shape *shap
                 store(sum + i, (p ? load(sum + i) : none) + share * load(part + i));
         }
         for (ptrdiff_t i = 0; i < dim; i += WIDE) store(sum + i, load(sum + i) / total);
-        narrow(shape->kind, shape->slots, sum, dim, pieces->output + g * size);
+        if (shape->values == INT4) transform(sum, dim);
+        narrow(shape->kind, shape->values, sum, dim, pieces->output + g * size);
     }
 }
 
 /* Does all work of one piece. A new slot is written before it is read, and no other piece reads that slot. */
 TARGET static void serve(const Piece *piece, const Shape *shape) {
-    const ptrdiff_t key = row_bytes(shape->slots, shape->key_dim), value = row_bytes(shape->slots, shape->value_dim);
+    const ptrdiff_t key = row_bytes(shape->keys, shape->key_dim), value = row_bytes(shape->values, shape->value_dim);
     const ptrdiff_t apart = shape->apart * bytes_of(shape->kind);
-    if (piece->new_key && shape->slots != shape->kind) {
-        encode(shape->kind, piece->new_key, shape->key_dim, piece->keys + (piece->last - 1) * key);
-        encode(shape->kind, piece->new_value, shape->value_dim, piece->values + (piece->last - 1) * value);
+    if (piece->new_key && shape->keys != shape->kind) {
+        char *slot = piece->values + (piece->last - 1) * value;
+        encode(shape->kind, shape->keys, piece->new_key, shape->key_dim, piece->keys + (piece->last - 1) * key, piece->work);
+        encode(shape->kind, shape->values, piece->new_value, shape->value_dim, slot, piece->work);
     } else if (piece->new_key) {
         memcpy(piece->keys + (piece->last - 1) * key, piece->new_key, key);
         memcpy(piece->values + (piece->last - 1) * value, piece->new_value, value);
     }
-    for (ptrdiff_t g = 0; g < shape->group; g++)
-        widen(
-            shape->kind, shape->slots, piece->asked + g * apart, shape->key_dim, piece->work + g * shape->key_dim);
-    if (shape->slots == FLOAT32) whole(FLOAT32, piece, shape);
-    if (shape->slots == BFLOAT16) whole(BFLOAT16, piece, shape);
-    if (shape->slots == FLOAT16) whole(FLOAT16, piece, shape);
-    if (shape->slots == INT8) whole(INT8, piece, shape);
+    for (ptrdiff_t g = 0; g < shape->group; g++) {
+        float *query = piece->work + g * shape->key_dim;
+        widen(shape->kind, shape->keys, piece->asked + g * apart, shape->key_dim, query);
+        if (shape->keys == INT4) transform(query, shape->key_dim);
+    }
+    if (shape->keys == FLOAT32) whole(FLOAT32, FLOAT32, piece, shape);
+    if (shape->keys == BFLOAT16) whole(BFLOAT16, BFLOAT16, piece, shape);
+    if (shape->keys == FLOAT16) whole(FLOAT16, FLOAT16, piece, shape);
+    if (shape->keys == INT8 && shape->values == INT8) whole(INT8, INT8, piece, shape);
+    if (shape->keys == INT8 && shape->values == INT4) whole(INT8, INT4, piece, shape);
+    if (shape->keys == INT4) whole(INT4, INT4, piece, shape);
     if (piece->of == 1) merge(piece, 1, shape);
 }
 

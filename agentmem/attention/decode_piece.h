@@ -4,14 +4,16 @@
 #include <stddef.h>
 
 #define WHOLE 16 /* dims are multiples of this number, and so are the slots at which heads are cut */
-enum { FLOAT32, BFLOAT16, FLOAT16, INT8 }; /* the dtypes of storage; INT8 is rows of quantised.py */
-#define GROUP 32 /* codes of INT8 that share a scale */
+/* The dtypes of storage. INT8 and INT4 are rows of quantised.py, those of INT4 of numbers transformed by transform(). */
+enum { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 };
+#define GROUP 32 /* codes of INT8 and INT4 that share a scale */
 
 static inline ptrdiff_t bytes_of(int kind) { return kind == FLOAT32 ? 4 : 2; }
 
 /* Returns the bytes of `dim` consecutive numbers in storage. */
 static inline ptrdiff_t row_bytes(int kind, ptrdiff_t dim) {
-    return kind == INT8 ? dim + dim / GROUP * 2 : dim * bytes_of(kind);
+    if (kind < INT8) return dim * bytes_of(kind);
+    return (kind == INT8 ? dim : dim / 2) + dim / GROUP * 2;
 }
 
 /* Slots first .. last of one KV head of one sequence, and everything that a thread needs to attend to them. */
@@ -29,7 +31,7 @@ typedef struct {
 typedef struct {
     ptrdiff_t heads, group, key_dim, value_dim, apart, window;
     float scale;
-    int kind, slots; /* dtype of queries, fresh keys, fresh values and output; dtype of the slots */
+    int kind, keys, values; /* dtype of queries, fresh keys, fresh values and output; dtypes of the slots */
 } Shape;
 
 static inline float *sums_of(const Piece *piece, const Shape *shape) {

@@ -108,7 +108,7 @@ def _parts(run: Run, tokens: int) -> Iterator[Run]:
         return
     numbers = (run.slots + tokens) * (run.keys.shape[2] + run.values.shape[2])
     if run.quantised is not None:
-        numbers = (run.slots + tokens) * sum(run.quantised)
+        numbers = (run.slots + tokens) * sum(form.dim for form in run.quantised)
     for heads in blocks(run.heads, max(1, TILE_BYTES // max(1, FLOAT * numbers))):
         bias, scores = (None if each is None else each[heads] for each in (run.bias, run.scores))
         yield Run(run.first + heads.start, run.keys[heads], run.values[heads], bias, scores, run.quantised)

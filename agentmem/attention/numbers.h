@@ -17,6 +17,7 @@ typedef uint32_t wide_bits __attribute__((vector_size(4 * WIDE)));
 typedef int8_t sixteen __attribute__((vector_size(16)));
 typedef int16_t eight __attribute__((vector_size(16)));
 typedef int8_t codes __attribute__((vector_size(WIDE), aligned(1), may_alias));
+typedef uint8_t bytes __attribute__((vector_size(WIDE), aligned(1), may_alias));
 typedef uint16_t few_bits __attribute__((vector_size(2 * WIDE), aligned(2), may_alias));
 typedef uint32_t loose_bits __attribute__((vector_size(4 * WIDE), aligned(2), may_alias));
 
@@ -59,16 +60,17 @@ INLINE wide fetch_one(const int level, const int kind, const char *from, ptrdiff
     return from_half(bits << 16 & 0x80000000, bits << 13 & 0x0fffe000);
 }
 
-/* For INT8 rows of `dim` numbers: the scale of number `at`, and WIDE numbers of one group from `at` on, decoded. */
-INLINE float scale_of(const char *row, ptrdiff_t dim, ptrdiff_t at) {
+/* Returns the scale of number `at` in a row of `dim` numbers of kind INT8 or INT4. */
+INLINE float scale_of(const int kind, const char *row, ptrdiff_t dim, ptrdiff_t at) {
     uint16_t brain;
     uint32_t bits;
     float scale;
-    memcpy(&brain, row + dim + at / GROUP * 2, 2);
+    memcpy(&brain, row + (kind == INT8 ? dim : dim / 2) + at / GROUP * 2, 2);
     bits = (uint32_t)brain << 16;
     memcpy(&scale, &bits, 4);
     return scale;
 }
+/* Returns WIDE numbers of a row of INT8 from `at` on; they are of one group. */
 INLINE wide decoded(const int level, const char *row, ptrdiff_t at, float scale) {
     const codes *from = (const codes *)(row + at);
     wide_int number;
@@ -92,13 +94,30 @@ INLINE wide decoded(const int level, const char *row, ptrdiff_t at, float scale)
     return __builtin_convertvector(number, wide) * scale;
 }
 
+/* Returns WIDE numbers of a row of INT4 from `at` on; they are of one half of a group, so of one half of WIDE bytes. The
+ * codes are shifted to the upper four bits of 32, and so are 2^28 times as large. */
+INLINE wide decoded_half(const int level, const char *row, ptrdiff_t at, float scale) {
+    const bytes *from = (const bytes *)(row + at / GROUP * (GROUP / 2) + at % (GROUP / 2));
+    wide_bits pairs;
+#ifdef __x86_64__
+    if (level) {
+        __asm__("vpmovzxbd %1, %0" : "=v"(pairs) : "m"(*from));
+    } else
+#else
+    (void)level;
+#endif
+        pairs = __builtin_convertvector(*from, wide_bits);
+    wide_int codes = (wide_int)(at % GROUP < GROUP / 2 ? pairs << 28 : (pairs & 0xf0) << 24);
+    return __builtin_convertvector(codes, wide) * (scale * 0x1p-28f);
+}
+
 /* Returns 2 * WIDE numbers of a row of `dim` as two vectors. For bfloat16, these are the numbers with even and with odd
  * indices, which a shift and a mask separate. */
 INLINE void fetch(const int level, const int kind, const char *from, ptrdiff_t dim, ptrdiff_t at, wide to[2]) {
-    if (kind == INT8) {
-        float scale = scale_of(from, dim, at);
-        to[0] = decoded(level, from, at, scale);
-        to[1] = decoded(level, from, at + WIDE, scale);
+    if (kind >= INT8) {
+        float scale = scale_of(kind, from, dim, at);
+        for (int v = 0; v < 2; v++)
+            to[v] = kind == INT8 ? decoded(level, from, at + v * WIDE, scale) : decoded_half(level, from, at + v * WIDE, scale);
         return;
     }
     if (kind != BFLOAT16) {
@@ -220,26 +239,50 @@ INLINE void widen(const int kind, const int as, const char *from, ptrdiff_t dim,
     for (; i < dim; i += WIDE) store(to + i, fetch_one(0, kind, from, i));
 }
 
-/* Encodes `dim` numbers of another kind as a row of INT8, with exactly the bits that quantised.py writes. */
-static void encode(const int kind, const char *from, ptrdiff_t dim, char *to) {
-    float number[GROUP];
+/* Transforms numbers by a Hadamard matrix, as quantised.transform does: a rotation that is its own inverse. */
+INLINE void transform(float *numbers, ptrdiff_t dim) {
+    const ptrdiff_t block = dim & -dim;
+    for (ptrdiff_t step = 1; step < block; step *= 2)
+        for (ptrdiff_t at = 0; at < dim; at += 2 * step)
+            for (ptrdiff_t i = at; i < at + step; i++) {
+                float first = numbers[i], second = numbers[i + step];
+                numbers[i] = first + second;
+                numbers[i + step] = first - second;
+            }
+    const float norm = (float)(1.0 / sqrt((double)block));
+    for (ptrdiff_t i = 0; i < dim; i++) numbers[i] *= norm;
+}
+
+/* Encodes one group of numbers: its codes, not yet packed, and the bits of its scale; `most` is the largest code. */
+static uint16_t encode_group(const float *number, float most, signed char *to) {
+    float top = 0.0f, scale;
+    uint32_t bits;
+    for (int i = 0; i < GROUP; i++) top = fabsf(number[i]) <= top ? top : number[i] != number[i] ? NAN : fabsf(number[i]);
+    for (int i = 0; i < GROUP; i++) top = number[i] != number[i] ? NAN : top;
+    scale = top / most;
+    memcpy(&bits, &scale, 4);
+    bits = ((bits & 0x7fffffff) + 0xffff) & 0xffff0000; /* rounded up to the next bfloat16 */
+    memcpy(&scale, &bits, 4);
+    for (int i = 0; i < GROUP; i++) {
+        float code = number[i] / scale;
+        to[i] = (signed char)(fabsf(code) <= 128.0f ? nearbyintf(code) : 0.0f);
+    }
+    return (uint16_t)(bits >> 16);
+}
+
+/* Encodes `dim` numbers of another kind as a row of INT8 or INT4, with exactly the bits that quantised.py writes. `work`
+ * has room for `dim` floats. */
+static void encode(const int kind, const int as, const char *from, ptrdiff_t dim, char *to, float *work) {
+    signed char code[GROUP];
+    for (ptrdiff_t i = 0; i < dim; i += WIDE) store(work + i, fetch_one(0, kind, from, i));
+    if (as == INT4) transform(work, dim);
     for (ptrdiff_t at = 0; at < dim; at += GROUP) {
-        float top = 0.0f, scale;
-        uint32_t bits;
-        for (int i = 0; i < GROUP; i += WIDE) store(number + i, fetch_one(0, kind, from, at + i));
-        for (int i = 0; i < GROUP; i++) top = fabsf(number[i]) <= top ? top : number[i] != number[i] ? NAN : fabsf(number[i]);
-        for (int i = 0; i < GROUP; i++) top = number[i] != number[i] ? NAN : top;
-        scale = top / 127.0f;
-        memcpy(&bits, &scale, 4);
-        bits = (bits & 0x7fffffff) + 0xffff; /* rounded up to the next bfloat16 */
-        uint16_t brain = (uint16_t)(bits >> 16);
-        bits &= 0xffff0000;
-        memcpy(&scale, &bits, 4);
-        memcpy(to + dim + at / GROUP * 2, &brain, 2);
-        for (int i = 0; i < GROUP; i++) {
-            float code = number[i] / scale;
-            to[at + i] = (char)(signed char)(fabsf(code) <= 128.0f ? nearbyintf(code) : 0.0f);
-        }
+        uint16_t scale = encode_group(work + at, as == INT8 ? 127.0f : 7.0f, code);
+        memcpy(to + (as == INT8 ? dim : dim / 2) + at / GROUP * 2, &scale, 2);
+        if (as == INT8) memcpy(to + at, code, GROUP);
+        else
+            for (int i = 0; i < GROUP / 2; i++)
+                to[at / 2 + i] = (char)((code[i] & 15) | (unsigned)code[i + GROUP / 2] << 4);
     }
 }
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from agentmem.attention import decode, parts, quantised
+from agentmem.attention import decode, parts
 from agentmem.attention.explicit import attend as explicit_path
 from agentmem.attention.runs import FLOAT, Fresh, Run, wide, wide_bytes
 from agentmem.contracts import blocks
@@ -89,10 +89,13 @@ def _block_bytes(layer: LayerShape, heads: int, tokens: int, keys: int, itemsize
     total, part = rows * (layer.value_dim + 1) * wide, rows * (layer.value_dim * wide + 8)
     merge = rows * (layer.value_dim + 3) * wide
     own = _kernel_bytes(layer, tokens, tokens, itemsize) + wide_bytes(layer, heads, tokens, itemsize)
-    seen = _kernel_bytes(layer, layer.group * tokens, keys, itemsize) + rows * layer.key_dim * wide
-    seen += wide_bytes(layer, heads, min(keys, SPAN), itemsize)
-    asked = rows * layer.key_dim * FLOAT if itemsize < FLOAT else 0
-    return asked + total + part + max(merge, own, seen)
+    seen = _kernel_bytes(layer, layer.group * tokens, keys, itemsize) + wide_bytes(
+        layer, heads, min(keys, SPAN), itemsize
+    )
+    asked = rows * layer.key_dim * wide  # a copy in float32, which has the kernel's layout, or one with that layout
+    if itemsize < FLOAT:
+        return asked + total + part + max(merge, own, seen)
+    return total + part + max(merge, own, asked + seen)
 
 
 def _tiled_bytes(layer: LayerShape) -> int:
@@ -197,10 +200,10 @@ def _tokens(group: int, tokens: int) -> int:
 
 def _compiled(queries: torch.Tensor, runs: Sequence[Run]) -> bool:
     """Return whether ``decode.c`` supports the dtype, the dims and the memory layout of this decode step."""
-    form = _form(queries, runs)
+    form, coded = _form(queries, runs), runs[0].quantised
     dim, width, dtype = form.key_dim, form.value_dim, form.dtype
-    if form.quantised:
-        dim, width, dtype = quantised.row_bytes(dim), quantised.row_bytes(width), torch.uint8
+    if coded is not None:
+        dim, width, dtype = coded[0].row_bytes, coded[1].row_bytes, torch.uint8
     return form.served and all(_plain(run, dim, width, dtype) for run in runs)
 
 
@@ -210,7 +213,7 @@ def _form(queries: torch.Tensor, runs: Sequence[Run]) -> decode.Form:
         sum(run.heads for run in runs),
         queries.shape[-1],
         runs[0].value_dim,
-        runs[0].quantised is not None,
+        (0, 0) if runs[0].quantised is None else (runs[0].quantised[0].bits, runs[0].quantised[1].bits),
     )
 
 

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from agentmem.attention import quantised
-
 if TYPE_CHECKING:
+    from agentmem.attention.quantised import Format
     from agentmem.planning.model_shape import LayerShape
 
 FLOAT = 4
@@ -30,13 +29,13 @@ class Run:
     values: torch.Tensor
     bias: torch.Tensor | None = None
     scores: torch.Tensor | None = None
-    quantised: tuple[int, int] | None = None
-    """The dims of keys and values if they are rows of :mod:`agentmem.attention.quantised`, else ``None``."""
+    quantised: tuple[Format, Format] | None = None
+    """The formats of keys and values if they are rows of :mod:`agentmem.attention.quantised`, else ``None``."""
 
     @property
     def value_dim(self) -> int:
         """The number of elements of a value, before quantisation if values are quantised."""
-        return int(self.values.shape[2]) if self.quantised is None else self.quantised[1]
+        return int(self.values.shape[2]) if self.quantised is None else self.quantised[1].dim
 
     @property
     def copied(self) -> bool:
@@ -57,8 +56,7 @@ class Run:
         if self.quantised is None:
             return Run(self.first, wide(self.keys), wide(self.values), self.bias)
         keys, values = (
-            quantised.decode(rows, dim, dtype)
-            for rows, dim in zip((self.keys, self.values), self.quantised, strict=True)
+            form.decode(rows, dtype) for rows, form in zip((self.keys, self.values), self.quantised, strict=True)
         )
         return Run(self.first, keys, values, self.bias)
 
@@ -92,8 +90,6 @@ def wide_bytes(layer: LayerShape, heads: int, keys: int, itemsize: int) -> int:
     The result is 0 if keys and values are stored as float32 or wider. For quantised slots, the result is the bytes that
     decoding allocates.
     """
-    if layer.quantised:
-        return sum(
-            quantised.decode_bytes(heads * keys, dim, max(FLOAT, itemsize)) for dim in (layer.key_dim, layer.value_dim)
-        )
+    if layer.formats is not None:
+        return sum(form.decode_bytes(heads * keys, max(FLOAT, itemsize)) for form in layer.formats)
     return heads * keys * (layer.key_dim + layer.value_dim) * FLOAT if itemsize < FLOAT else 0

@@ -173,7 +173,8 @@ def attend(
         table = torch.tensor([*entries, *own], dtype=torch.int64).to(queries.device)
         splits = split_count(heads, queries.shape[0] // heads * (block.stop - block.start), slots)
         launch = _Launch(table, heads, splits, splits + (fresh is not None), block.start, window or _NO_WINDOW, scale)
-        launch.run(queries[:, block], output[:, block], lse[:, block], sinks)
+        with torch.cuda.device_of(queries):  # Triton launches on the current device
+            launch.run(queries[:, block], output[:, block], lse[:, block], sinks)
     return output, lse
 
 

@@ -36,7 +36,9 @@ Target = Annotated[str, typer.Option(help="What a compaction leaves: a fraction 
 Chunk = Annotated[int, typer.Option(min=1, help="Most tokens in one forward.")]
 SlotNumbers = Annotated[
     SlotDtype,
-    typer.Option(help="What slots hold: auto is the model's own numbers, int8 takes a half or a quarter of the bytes."),
+    typer.Option(
+        help="What slots hold: auto is the model's own numbers, the others are codes of so many bits, in fewer bytes."
+    ),
 ]
 Device = Annotated[
     str, typer.Option(help="Where the model and its memory are: cpu, cuda, cuda:1, mps; auto spreads over all GPUs.")

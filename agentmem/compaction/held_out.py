@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from agentmem.attention.ragged import local
-from agentmem.contracts import Curve, Reference
-from agentmem.planning.pricing import HELD_OUT
+from agentmem.contracts import Curve, Reference, blocks
+from agentmem.planning.pricing import HELD_OUT, checked_tokens
 from agentmem.reporting.report import SpanError
 
 if TYPE_CHECKING:
@@ -49,11 +49,11 @@ def _cut(reference: Reference, start: int, stop: int) -> Reference:
     return Reference(reference.queries[:, start:stop], reference.weight, reference.source, span)
 
 
-Rounded = Callable[[torch.Tensor], torch.Tensor]
+Rounded = Callable[[torch.Tensor, Literal["keys", "values"]], torch.Tensor]
 """A function from fitted keys or values ``[n, d]`` to the numbers that the store will return for them."""
 
 
-def _as_fitted(rows: torch.Tensor) -> torch.Tensor:
+def _as_fitted(rows: torch.Tensor, _: str) -> torch.Tensor:
     """Return fitted keys or values unchanged, as a store without quantisation returns them."""
     return rows
 
@@ -144,20 +144,21 @@ def _head_errors(
 
     ``place`` is the index of the head and the number of KV heads. ``queries [Hq, n, d]`` has the queries of all heads.
     """
-    group = queries.shape[0] // place[1]
+    group, tokens = queries.shape[0] // place[1], queries.shape[1]
     asked = queries[place[0] * group : (place[0] + 1) * group]
-    old_keys, old_values = head.keys, head.values
-    output, log_mass = local(asked, old_keys, old_values, head.bias, scale)
-    keys = old_keys[fit.kept] if fit.keys is None else rounded(fit.keys).to(head.dtype)
-    values = old_values[fit.kept] if fit.values is None else rounded(fit.values).to(head.dtype)
-    bias = head.bias[fit.kept] if fit.bias is None else fit.bias
-    fitted, fitted_mass = local(asked, keys, values, bias, scale)
-    return _Tally(
-        missed=float((fitted - output).square().sum()),
-        total=float(output.square().sum()),
-        mass=float((fitted_mass - log_mass).abs().mean()),
-        count=1,
-    )
+    old = (head.keys, head.values, head.bias)
+    keys = old[0][fit.kept] if fit.keys is None else rounded(fit.keys, "keys").to(head.dtype)
+    values = old[1][fit.kept] if fit.values is None else rounded(fit.values, "values").to(head.dtype)
+    new = (keys, values, head.bias[fit.kept] if fit.bias is None else fit.bias)
+    tally = _Tally(count=1)
+    for block in blocks(tokens, checked_tokens(group, tokens)):
+        output, log_mass = local(asked[:, block], *old, scale)
+        fitted, fitted_mass = local(asked[:, block], *new, scale)
+        tally.total += float(output.square().sum())
+        tally.missed += float(fitted.sub_(output).square_().sum())
+        tally.mass += float(fitted_mass.sub_(log_mass).abs_().sum()) / (group * tokens)
+        del output, log_mass, fitted, fitted_mass  # before those of the next block are made
+    return tally
 
 
 def error_curves(compactor: Compactor, segment: Segment, held: Sequence[Reference], most: int) -> tuple[Curve, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from weakref import ref
 
-from agentmem.attention import quantised
 from agentmem.contracts import HeadSegment
 
 if TYPE_CHECKING:
@@ -37,12 +36,12 @@ class EncodedHead(HeadSegment):
     @property
     def keys(self) -> torch.Tensor:
         """Return the decoded keys ``[T, d]``."""
-        return self._rows("keys", self.key_dim)
+        return self._rows("keys", 0)
 
     @property
     def values(self) -> torch.Tensor:
         """Return the decoded values ``[T, dv]``."""
-        return self._rows("values", self.value_dim)
+        return self._rows("values", 1)
 
     @property
     def key_dim(self) -> int:
@@ -59,10 +58,11 @@ class EncodedHead(HeadSegment):
         """Return the dtype of decoded keys and values."""
         return self.spec.dtype
 
-    def _rows(self, name: str, dim: int) -> torch.Tensor:
+    def _rows(self, name: str, which: int) -> torch.Tensor:
         known = self._decoded.get(name)
         rows = None if known is None else known()
         if rows is None:
-            rows = quantised.decode_rows(getattr(self.encoded, name), dim, self.spec.dtype)
+            assert self.spec.shape.formats is not None  # noqa: S101  # only quantised slots are read so
+            rows = self.spec.shape.formats[which].decode_rows(getattr(self.encoded, name), self.spec.dtype)
             self._decoded[name] = ref(rows)
         return rows

@@ -328,8 +328,8 @@ def append_each(
 
     """
     output = queries.new_empty(queries.shape[0], queries.shape[1], values.shape[2])
-    coded = parts[0][0].shape.layers[layer].quantised
-    form = None if sinks is not None else decode.form_of(queries, keys, values, quantised=coded)
+    bits = parts[0][0].shape.layers[layer].bits
+    form = None if sinks is not None else decode.form_of(queries, keys, values, bits)
     served = [_served(memory, sequence, layer, keys, form, scratch=scratch) for memory, sequence in parts]
     steps = [(index, each[1], each[0].extent.lengths, each[0].biased) for index, each in enumerate(served) if each]
     if steps:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -14,6 +14,9 @@ from agentmem.memory.rotation import shift_keys
 if TYPE_CHECKING:
     from agentmem.memory.rotation import Rotation
     from agentmem.planning.model_shape import LayerShape
+
+
+Part = Literal["keys", "values"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,32 +50,42 @@ class SlotSpec:
         See :func:`agentmem.memory.rotation.shift_keys`. Keys whose delta is 0 are not changed. Quantised keys that move
         are decoded and encoded again, which adds an error of up to half a quantisation step.
         """
-        if not self.shape.quantised:
+        if self.shape.formats is None:
             shift_keys(keys, positions, deltas, rotation)
             return
+        form = self.shape.formats[0]
         for block in blocks(keys.shape[0], quantised.BLOCK):
             moved = deltas[block].nonzero()[:, 0]
             if moved.shape[0]:
-                rows = quantised.decode(keys[block][moved], self.shape.key_dim)
+                rows = form.decode(keys[block][moved])
                 shift_keys(rows, positions[block][moved], deltas[block][moved], rotation)
-                keys[block].index_copy_(0, moved, quantised.encode(rows))
+                keys[block].index_copy_(0, moved, form.encode(rows))
 
-    def rounded(self, rows: torch.Tensor) -> torch.Tensor:
+    def rounded(self, rows: torch.Tensor, part: Part) -> torch.Tensor:
         """Return keys or values ``[n, d]`` as quantised slots would return them after storing, in ``dtype``.
 
-        Without quantised slots, ``rows`` itself is returned.
+        ``part`` states which of the two ``rows`` are. Without quantised slots, ``rows`` itself is returned.
         """
-        if not self.shape.quantised:
+        form = self._format(part)
+        if form is None:
             return rows
         found = rows.new_empty(rows.shape, dtype=self.dtype)
         for block in blocks(rows.shape[0], quantised.BLOCK):
-            found[block] = quantised.decode(quantised.encode(rows[block]), rows.shape[-1])
+            found[block] = form.decode(form.encode(rows[block]))
         return found
 
-    def write(self, rows: torch.Tensor, sink: torch.Tensor) -> None:
-        """Write keys or values ``[…, n, d]`` into ``sink […, n, row_size]``; encode them if slots are quantised."""
-        if not self.shape.quantised:
+    def write(self, rows: torch.Tensor, sink: torch.Tensor, part: Part) -> None:
+        """Write keys or values ``[…, n, d]`` into ``sink […, n, row_size]``; encode them if slots are quantised.
+
+        ``part`` states which of the two ``rows`` are.
+        """
+        form = self._format(part)
+        if form is None:
             sink.copy_(rows)
             return
         for block in blocks(rows.shape[-2], quantised.BLOCK):
-            sink[..., block, :] = quantised.encode(rows[..., block, :])
+            sink[..., block, :] = form.encode(rows[..., block, :])
+
+    def _format(self, part: Part) -> quantised.Format | None:
+        """Return the format of encoded keys or values; ``None`` if they are not encoded."""
+        return None if self.shape.formats is None else self.shape.formats[part == "values"]

@@ -21,10 +21,11 @@ from agentmem.memory.encoded import EncodedHead
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from agentmem.attention.quantised import Format
     from agentmem.contracts import Compaction, HeadCompaction
     from agentmem.memory.ledger import Ledger
     from agentmem.memory.pins import Spans
-    from agentmem.memory.slot_spec import SlotSpec
+    from agentmem.memory.slot_spec import Part, SlotSpec
 
 
 class Extent(NamedTuple):
@@ -139,7 +140,7 @@ class LayerStore:
 
     def _laid_out(self) -> decode.Layout | None:
         shape = self.spec.shape
-        form = decode.Form(self.spec.dtype, len(self.capacities), shape.key_dim, shape.value_dim, shape.quantised)
+        form = decode.Form(self.spec.dtype, len(self.capacities), shape.key_dim, shape.value_dim, shape.bits)
         if not form.served or self.keys.shape[0] != sum(self.capacities):  # freed
             return None
         keys, values, bias = self.keys.data_ptr(), self.values.data_ptr(), self.bias.data_ptr()
@@ -182,16 +183,16 @@ class LayerStore:
         count = keys.shape[1]
         if self.uniform:
             heads, start = len(self.capacities), self.lengths[0]
-            self.spec.write(keys, self.keys.view(heads, self.capacities[0], -1)[:, start : start + count])
-            self.spec.write(values, self.values.view(heads, self.capacities[0], -1)[:, start : start + count])
+            self.spec.write(keys, self.keys.view(heads, self.capacities[0], -1)[:, start : start + count], "keys")
+            self.spec.write(values, self.values.view(heads, self.capacities[0], -1)[:, start : start + count], "values")
             if scores is not None and self.scores is not None:
                 self.scores.view(heads, -1)[:, start : start + count] = scores
             self.appended(count)
             return
         for head, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
             span = slice(start + length, start + length + count)
-            self.spec.write(keys[head], self.keys[span])
-            self.spec.write(values[head], self.values[span])
+            self.spec.write(keys[head], self.keys[span], "keys")
+            self.spec.write(values[head], self.values[span], "values")
             if scores is not None and self.scores is not None:
                 self.scores[span] = scores[head]
         self.appended(count)
@@ -264,7 +265,7 @@ class LayerStore:
                     self.values.view(heads, self.capacities[0], -1)[:, span],
                     self.bias.view(heads, -1)[:, span] if self.biased else None,
                     self.scores.view(heads, -1)[:, span] if scored and self.scores is not None else None,
-                    self._dims,
+                    self._formats,
                 )
             ]
         return [self._run(head, scored=scored) for head in range(len(self.capacities))]
@@ -276,9 +277,8 @@ class LayerStore:
         return [run.part(cut) for run in runs]
 
     @property
-    def _dims(self) -> tuple[int, int] | None:
-        shape = self.spec.shape
-        return (shape.key_dim, shape.value_dim) if shape.quantised else None
+    def _formats(self) -> tuple[Format, Format] | None:
+        return self.spec.shape.formats
 
     def _run(self, head: int, *, scored: bool) -> Run:
         span = slice(self.starts[head], self.starts[head] + self.lengths[head])
@@ -288,7 +288,7 @@ class LayerStore:
             self.values[None, span],
             self.bias[None, span] if self.biased else None,
             self.scores[None, span] if scored and self.scores is not None else None,
-            self._dims,
+            self._formats,
         )
 
     def settle(self, tail: torch.Tensor) -> None:
@@ -349,6 +349,7 @@ class LayerStore:
     ) -> None:
         begin, old = store.starts[head], self.starts[head]
         middle = begin + prefix + replacement.kept.shape[0]
+        parts: dict[str, Part] = {"keys": "keys", "values": "values"}
         for name in ("keys", "values", "bias", "positions", "scores"):
             source, sink = getattr(self, name), getattr(store, name)
             if sink is None:
@@ -358,8 +359,8 @@ class LayerStore:
             fitted = getattr(replacement, name, None)
             if fitted is None:
                 torch.index_select(source[old + prefix : end], 0, replacement.kept, out=sink[begin + prefix : middle])
-            elif name in {"keys", "values"}:
-                self.spec.write(fitted, sink[begin + prefix : middle])
+            elif name in parts:
+                self.spec.write(fitted, sink[begin + prefix : middle], parts[name])
             else:
                 sink[begin + prefix : middle] = fitted
             sink[middle : middle + recent] = source[end - recent : end]
@@ -381,8 +382,8 @@ class LayerStore:
             for head, begin in enumerate(begins):
                 middle, end = store.starts[head] + begin, self.lengths[head]
                 self._write_spans(store, head, [(0, begin)])
-                self.spec.write(keys[head], store.keys[middle : middle + count])
-                self.spec.write(values[head], store.values[middle : middle + count])
+                self.spec.write(keys[head], store.keys[middle : middle + count], "keys")
+                self.spec.write(values[head], store.values[middle : middle + count], "values")
                 store.positions[middle : middle + count] = positions
                 self._write_spans(store, head, [(end - recent, end)], begin + count)
         except BaseException:

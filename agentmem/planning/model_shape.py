@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
 
-from agentmem.attention import quantised
+from agentmem.attention.quantised import BITS, Format, formats
 from agentmem.errors import SettingsRefused
 
 if TYPE_CHECKING:
@@ -48,10 +48,21 @@ class LayerShape:
         """True if slots store keys and values as quantised codes and scales."""
         return self.slot_dtype != "auto"
 
+    @property
+    def formats(self) -> tuple[Format, Format] | None:
+        """The formats of quantised keys and values; ``None`` if slots store them in the model's dtype."""
+        return formats(self.slot_dtype, self.key_dim, self.value_dim)
+
+    @property
+    def bits(self) -> tuple[int, int]:
+        """The bits of the codes of keys and of values; 0 and 0 if slots store numbers of the model's dtype."""
+        return BITS.get(self.slot_dtype, (0, 0))
+
     def row_bytes(self, itemsize: int) -> tuple[int, int]:
         """Return the bytes of a slot's key and of its value; ``itemsize`` is the bytes of a number in the model."""
-        if self.quantised:
-            return quantised.row_bytes(self.key_dim), quantised.row_bytes(self.value_dim)
+        if self.formats is not None:
+            keys, values = self.formats
+            return keys.row_bytes, values.row_bytes
         return self.key_dim * itemsize, self.value_dim * itemsize
 
     @property

@@ -40,6 +40,8 @@ PROBE_REACH = 4
 """Reference tokens per slot of the capacity, up to ``MAX_PROBE`` in total; fewer tokens lower the quality."""
 HELD_OUT = 8
 """One of every ``HELD_OUT`` reference tokens is not used in the fit, but to measure its error."""
+CHECKED = 128
+"""The most held-out queries of one KV head, over tokens and query heads of its group, that are compared at once."""
 UNBOUNDED = 1 << 40
 """The capacity for a model whose layers all have sliding windows, because such a memory never becomes full."""
 STORED_SHARE = 10
@@ -371,7 +373,7 @@ class Planner:
         return read_bytes(layer, self._compactor, segment, self.shape.itemsize)
 
     def _check(self, layer: LayerShape, slots: int, kept: int, references: int) -> int:
-        queries = references // HELD_OUT
+        queries = checked_tokens(layer.group, references // HELD_OUT)
         if not queries:
             return 0  # nothing is held out, so nothing is compared
         copies, itemsize = replace(layer, slot_dtype="auto"), self.shape.itemsize
@@ -406,14 +408,17 @@ class Planner:
         slots, chunk = self.slots(layer, fullest), self.settings.chunk
         fused = ragged.fused_bytes(layer, chunk, slots, self.shape.itemsize, self.rows)
         scored = self.policy.scores == "received"
-        most = fused
+        most = fused if self.shape.fused else max(fused, ragged.cuda_bytes(layer, chunk, slots))
         if scored or layer.sinks or layer.window is not None or not self._fused(layer):
-            most = max(fused, explicit.explicit_bytes(layer, chunk, slots, self.shape.itemsize))
-        if not self.shape.fused:
-            most = max(most, ragged.cuda_bytes(layer, chunk, slots))
+            most = max(most, explicit.explicit_bytes(layer, chunk, slots, self.shape.itemsize))
         # each row of a batch is attended while the output of the whole batch is allocated
         own = layer.query_heads * chunk * layer.value_dim * self.shape.itemsize if self.rows > 1 else 0
         return max(most + own, encoding_bytes(layer, layer.kv_heads * chunk))
+
+
+def checked_tokens(group: int, tokens: int) -> int:
+    """Return how many of ``tokens`` held-out tokens to compare at once, with ``group`` query heads per KV head."""
+    return min(tokens, max(1, CHECKED // group))
 
 
 def read_bytes(layer: LayerShape, compactor: Compactor, slots: int, itemsize: int) -> int:
@@ -430,11 +435,11 @@ def copy_bytes(layer: LayerShape, slots: int, itemsize: int, *, keys: bool = Tru
     ``itemsize`` is the bytes of one decoded number. ``keys`` and ``values`` say which of the two are decoded. The
     result includes the bytes of decoding. The result is 0 if the layer is not quantised.
     """
-    if not layer.quantised:
+    if layer.formats is None:
         return 0
-    dims = [dim for dim, read in ((layer.key_dim, keys), (layer.value_dim, values)) if read]
-    decoding = max((quantised.decode_bytes(min(slots, quantised.READ), dim) for dim in dims), default=0)
-    return slots * sum(dims) * itemsize + decoding
+    forms = [form for form, read in zip(layer.formats, (keys, values), strict=True) if read]
+    decoding = max((form.decode_bytes(min(slots, quantised.READ)) for form in forms), default=0)
+    return slots * sum(form.dim for form in forms) * itemsize + decoding
 
 
 def result_bytes(compactor: Compactor, segment: SegmentShape) -> int:
@@ -455,11 +460,11 @@ def rounding_bytes(layer: LayerShape, slots: int, itemsize: int) -> int:
     that quantised slots can store: they are encoded and decoded again. The result includes the rounded keys and values,
     with ``itemsize`` bytes per number. The result is 0 if the layer is not quantised.
     """
-    if not layer.quantised:
+    if layer.formats is None:
         return 0
-    dims, block = (layer.key_dim, layer.value_dim), min(slots, quantised.BLOCK)
-    coding = max(quantised.encode_bytes(block, dim) + quantised.decode_bytes(block, dim) for dim in dims)
-    return slots * sum(dims) * itemsize + coding
+    block = min(slots, quantised.BLOCK)
+    coding = max(form.encode_bytes(block) + form.decode_bytes(block) for form in layer.formats)
+    return slots * (layer.key_dim + layer.value_dim) * itemsize + coding
 
 
 def encoding_bytes(layer: LayerShape, rows: int) -> int:
@@ -467,10 +472,10 @@ def encoding_bytes(layer: LayerShape, rows: int) -> int:
 
     The result is 0 if the layer is not quantised.
     """
-    if not layer.quantised:
+    if layer.formats is None:
         return 0
     block = min(rows, layer.kv_heads * quantised.BLOCK)
-    return max(quantised.encode_bytes(block, dim) for dim in (layer.key_dim, layer.value_dim))
+    return max(form.encode_bytes(block) for form in layer.formats)
 
 
 def window_slots(window: int, chunk: int) -> int:

@@ -24,10 +24,11 @@ def layer_scratch(layer: LayerShape, slots: int, itemsize: int) -> int:
 
 def _turned(layer: LayerShape, slots: int, itemsize: int) -> int:
     dim, block = layer.key_dim, min(slots, BLOCK)
-    if not layer.quantised:
+    if layer.formats is None:
         return shift_scratch(slots, dim, itemsize)
-    rows = block * (quantised.row_bytes(dim) + 24)  # copies of the moving keys, their indices, positions and deltas
-    return shift_scratch(block, dim, 4) + quantised.decode_bytes(block, dim) + quantised.encode_bytes(block, dim) + rows
+    form = layer.formats[0]
+    rows = block * (form.row_bytes + 24)  # copies of the moving keys, their indices, positions and deltas
+    return shift_scratch(block, dim, 4) + form.decode_bytes(block) + form.encode_bytes(block) + rows
 
 
 def shift_scratch(slots: int, width: int, itemsize: int, *, block: int = BLOCK) -> int:

@@ -27,6 +27,7 @@ from agentmem.contracts import (
     Survey,
 )
 from agentmem.policies.compactors.selectors import Highest, Selection, Selector
+from agentmem.policies.solvers.anchored import STRIP, upper_bytes
 from agentmem.policies.solvers.attention import LocalAttention
 from agentmem.policies.solvers.mass import fit_mass
 from agentmem.policies.solvers.nonnegative import pivoting_bytes
@@ -49,8 +50,8 @@ class AttentionMatching(Compactor):
     """Keeps selected slots of each head's segment, with β and values fitted to the reference queries.
 
     Let a head have T slots, of which t are kept, and N reference queries. A call needs memory for one block of queries
-    (``block_bytes``), one t x t matrix, the keys and values in float32, and a few numbers per slot and per query. No
-    N x T matrix is made. A pursuit selector needs a T x T matrix, too. Arithmetic is float32 whatever the model's
+    (``block_bytes``), half of a t x t matrix, the keys and values in float32, and a few numbers per slot and per query.
+    No N x T matrix is made. A pursuit selector needs a T x T matrix, too. Arithmetic is float32 whatever the model's
     dtype: on real segments, a float64 Gram matrix left the first four digits of every error unchanged.
     """
 
@@ -103,7 +104,7 @@ class AttentionMatching(Compactor):
                 raise ValueError(f"{name}: {getattr(self, name)!r} is negative or no whole number; give 0, 1, 2, …")
 
     def workspace(self, shape: SegmentShape) -> int:
-        """Return the bytes of one head's largest phase (scoring, sorting or fitting) plus all heads' results."""
+        """Return the bytes of one head's largest phase (scoring, sorting or fitting) plus the other heads' results."""
         slots, kept, queries = shape.slots, shape.budget, shape.group * shape.queries
         row = _row_bytes(slots, shape.key_dim, shape.value_dim)
         rows = self._rows(row, shape.queries)
@@ -112,15 +113,19 @@ class AttentionMatching(Compactor):
         casts = slots * widths * _FLOAT if shape.itemsize < _FLOAT else 0
         held = casts + (2 * queries + 2 * slots) * _FLOAT
         select = self.selector.workspace(shape, rows)
-        exact = pivoting_bytes(kept, kept) if self.mass == "exact" else 0
+        exact = kept * kept * _FLOAT + pivoting_bytes(kept, kept) if self.mass == "exact" else 0
         slots_kept = kept * (widths + 4) * _FLOAT
         pull = kept * shape.value_dim * _FLOAT
-        fit = slots_kept + kept * kept * _FLOAT + pull + max(block, 2 * pull, exact)
+        solve = pull + 4 * min(kept, STRIP) * shape.value_dim * _FLOAT
+        fit = slots_kept + max(upper_bytes(kept) + pull + max(block, solve), exact)
         refined = 0
         if self.refine:
             refined = 2 * slots_kept + refine_bytes(slots, kept, queries, rows, shape.key_dim, shape.value_dim)
-        result = kept * (_INDEX + 2 * _FLOAT + (shape.value_dim + (shape.key_dim if self.refine else 0)) * _FLOAT)
-        return held + max(block, select, fit, refined) + shape.heads * max(result, slots * _FLOAT) + _SMALL
+        moved = shape.value_dim + (shape.key_dim if self.refine else 0)
+        indices = kept * (_INDEX + 2 * _FLOAT)
+        result = max(indices + kept * moved * shape.itemsize, slots * _FLOAT)
+        last = held + max(block, select, fit, refined) + indices + (shape.heads - 1) * result
+        return max(last, shape.heads * result) + _SMALL
 
     def survey(self, segment: Segment) -> Survey:
         """Return the importance of all slots, as :meth:`compact` would compute it."""

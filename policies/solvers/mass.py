@@ -13,7 +13,7 @@ import math
 
 import torch
 
-from agentmem.policies.solvers.anchored import FIRMER_RIDGES, Anchored, add_gram, factored
+from agentmem.policies.solvers.anchored import FIRMER_RIDGES, STRIP, Anchored, Upper, add_gram, factored
 from agentmem.policies.solvers.attention import LocalAttention
 from agentmem.policies.solvers.nonnegative import bounded_least_squares
 from agentmem.policies.solvers.solution import Outcome, Solution
@@ -63,7 +63,7 @@ def fit_mass(
 def _exact(kept: LocalAttention, log_mass: torch.Tensor, *, ridge: float, bound: float) -> Solution[torch.Tensor]:
     """Do what :func:`fit_mass` does, but solve its problem exactly, by :func:`bounded_least_squares`."""
     residual = kept.bias.new_zeros(len(kept.bias), 1)
-    gram = _gram(kept, log_mass, residual)
+    (gram,) = _gram(kept, log_mass, residual, width=len(residual)).strips
     gram.triu_().add_(gram.triu(1).mT)
     pull = residual.squeeze(-1) + gram.sum(dim=-1)
     found = bounded_least_squares(gram, pull, low=math.exp(-bound), high=math.exp(bound), ridge=ridge)
@@ -75,7 +75,7 @@ def _exact(kept: LocalAttention, log_mass: torch.Tensor, *, ridge: float, bound:
     return Solution(shift.log1p_().clamp_(-bound, bound), found.outcome)
 
 
-def _gram(kept: LocalAttention, log_mass: torch.Tensor, pull: torch.Tensor) -> torch.Tensor:
+def _gram(kept: LocalAttention, log_mass: torch.Tensor, pull: torch.Tensor, width: int = STRIP) -> Upper:
     """Return ``ΦᵀΦ [t, t]`` and add ``Φᵀm`` to ``pull [t, 1]``: the two parts of the equations of the β fit.
 
     Φ ``[N, t]`` has one row per query and one column per kept slot. An entry is ``exp(logit)`` of the query at this
@@ -87,9 +87,9 @@ def _gram(kept: LocalAttention, log_mass: torch.Tensor, pull: torch.Tensor) -> t
     and entry of m are first multiplied by the query's entry of ``kept.roots``, the square root of its factor in the
     squared error.
 
-    Φ is computed in blocks of rows. Only the upper triangle of the returned matrix is valid.
+    Φ is computed in blocks of rows. The result has strips of ``width`` columns.
     """
-    gram = kept.keys.new_zeros(len(pull), len(pull))
+    gram = Upper.zeros(kept.keys, len(pull), width)
     for rows, block in kept.blocks():
         share = kept.logits(block).sub_(log_mass[rows, None]).exp_()
         missing = kept.scaled(1 - share.sum(dim=-1, keepdim=True), rows)

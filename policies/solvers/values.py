@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from agentmem.policies.solvers.anchored import FIRMER_RIDGES, add_gram, factored
+from agentmem.policies.solvers.anchored import FIRMER_RIDGES, Upper, add_gram, factored
 from agentmem.policies.solvers.attention import LocalAttention
 from agentmem.policies.solvers.solution import Outcome, Solution
 
@@ -54,7 +54,7 @@ def fit_values(
     condition = equations.condition()
     if not equations.gain(pull, shift) > 0:
         return Solution(anchor, Outcome.REFUSED, condition, {"bounded": bounded})
-    return Solution(anchor + shift, Outcome.SOLVED, condition, {"bounded": bounded})
+    return Solution(shift.add_(anchor), Outcome.SOLVED, condition, {"bounded": bounded})
 
 
 def _bounded(shift: torch.Tensor, limit: float) -> tuple[torch.Tensor, int]:
@@ -65,7 +65,7 @@ def _bounded(shift: torch.Tensor, limit: float) -> tuple[torch.Tensor, int]:
 
 def _gram(
     whole: LocalAttention, kept: LocalAttention, values: torch.Tensor, anchor: torch.Tensor, pull: torch.Tensor
-) -> torch.Tensor:
+) -> Upper:
     """Return ``XᵀX [t, t]`` and add ``XᵀE`` to ``pull [t, dv]``: the two parts of the equations of the value fit.
 
     X ``[N, t]`` has the attention weights of the N queries over the t kept slots. Y ``[N, dv]`` has the queries'
@@ -77,9 +77,9 @@ def _gram(
     of X and E are first multiplied by the query's entry of ``whole.roots``, the square root of its factor in the
     squared error.
 
-    X and E are computed in blocks of rows. Only the upper triangle of the returned matrix is valid.
+    X and E are computed in blocks of rows.
     """
-    gram = anchor.new_zeros(len(anchor), len(anchor))
+    gram = Upper.zeros(anchor, len(anchor))
     for rows, block in whole.blocks():
         weights, _ = whole.weights(block)
         missing = weights @ values

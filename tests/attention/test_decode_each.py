@@ -265,7 +265,7 @@ def refused(given: Step, told: list[Any], match: str, window: int = 0, size: int
     ]
     shape = (rows, heads, group, dim, dim)
     with pytest.raises((ValueError, TypeError, OverflowError), match=match):
-        _decode.attend(0, 0, 2, SCALE, window, *shape, *places, output.data_ptr(), scratch.data_ptr(), size, told)
+        _decode.attend(0, 0, 0, 2, SCALE, window, *shape, *places, output.data_ptr(), scratch.data_ptr(), size, told)
     assert bool((output == 7).all())
     assert all(torch.equal(each.keys, old) for each, old in zip(given.sequences, slots, strict=True))
 

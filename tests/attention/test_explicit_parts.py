@@ -21,12 +21,13 @@ def given(slot_dtype: SlotDtype) -> tuple[torch.Tensor, Run, Fresh]:
     keys, values = (torch.randn(HEADS, SLOTS, 64, generator=make).bfloat16() for _ in range(2))
     fresh = Fresh(*(torch.randn(HEADS, TOKENS, 64, generator=make).bfloat16() for _ in range(2)))
     bias, scores = torch.randn(HEADS, SLOTS, generator=make), torch.zeros(HEADS, SLOTS)
-    if slot_dtype == "int8":
-        return queries, Run(0, quantised.encode(keys), quantised.encode(values), bias, scores, (64, 64)), fresh
+    forms = quantised.formats(slot_dtype, 64, 64)
+    if forms is not None:
+        return queries, Run(0, forms[0].encode(keys), forms[1].encode(values), bias, scores, forms), fresh
     return queries, Run(0, keys, values, bias, scores), fresh
 
 
-@pytest.mark.parametrize("slot_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("slot_dtype", ["auto", "int8", "k8v4"])
 def test_heads_in_parts_give_what_they_give_together(slot_dtype: SlotDtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Output, scores of slots and of fresh keys, within float32's rounding."""
     found = []
@@ -42,7 +43,7 @@ def test_heads_in_parts_give_what_they_give_together(slot_dtype: SlotDtype, monk
 
 
 @pytest.mark.parametrize("apart", [False, True])
-@pytest.mark.parametrize("slot_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("slot_dtype", ["auto", "int8", "k8v4"])
 @pytest.mark.parametrize("slots", [100, 700, SLOTS])
 def test_no_more_is_allocated_than_one_head_needs(slots: int, slot_dtype: SlotDtype, *, apart: bool) -> None:
     """The plan's bytes are kept, whether heads come as one run or apart; long heads are not converted together."""

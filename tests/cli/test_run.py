@@ -266,6 +266,36 @@ def test_plan_shows_where_the_bytes_go(folder: str) -> None:
     assert machine["resident_bytes"] + machine["workspace_bytes"] <= machine["cap_bytes"] == CAP_BYTES
 
 
+def test_plan_shows_other_policies_and_slots_beside(folder: str) -> None:
+    """The policy that was asked for is among them, with the plan's own numbers; fewer bits hold more."""
+    options = ("--model", folder, "--cap", "1MiB", *SMALL, "--policy", "snapkv", "--slot-dtype", "int8")
+    people = agentmem("plan", *options)
+    machine = json.loads(agentmem("plan", *options, "--json").stdout)
+
+    found = machine["beside"]
+    assert found["snapkv"]["int8"] == {key: machine[key] for key in ("capacity", "workspace_bytes")}
+    for name, each in found.items():
+        assert name in people.stdout
+        assert list(each) == ["auto", "int8", "k8v4", "int4"]
+    slots = [each["capacity"] for each in found["window"].values()]
+    assert slots == sorted(set(slots))
+    assert found["am-calibrated"]["auto"] is None  # its table is another model's
+    assert "–" in people.stdout
+
+
+def test_plan_says_whether_a_run_fits(folder: str) -> None:
+    """And the cap that would hold it, which does: with it, one token more is compacted for."""
+    options = ("--model", folder, *SMALL, "--policy", "window", "--json")
+    long = json.loads(agentmem("plan", *options, "--cap", "1MiB", "--tokens", "100000").stdout)
+    assert long["whole_run_bytes"] > long["cap_bytes"]
+    again = json.loads(agentmem("plan", *options, "--cap", str(long["whole_run_bytes"])).stdout)
+    assert again["capacity"] == 100000
+
+    people = agentmem("plan", *options[:-1], "--cap", "1MiB", "--tokens", "100000").stdout
+    assert "A run of 100,000 tokens does not fit" in people
+    assert "A run of 20 tokens fits" in agentmem("plan", *options[:-1], "--cap", "1MiB", "--tokens", "20").stdout
+
+
 def test_plan_counts_rows_and_the_number_format(folder: str) -> None:
     """Two rows share the cap, and numbers of half the bytes make room for more slots."""
 

@@ -11,8 +11,9 @@ import torch
 from agentmem.attention.ragged import local_bytes
 from agentmem.compaction.held_out import WORST_SPANS, HeldOut, split_references
 from agentmem.contracts import Compaction, HeadCompaction, HeadSegment, Reference, Segment
+from agentmem.planning import pricing
 from agentmem.planning.model_shape import LayerShape
-from agentmem.planning.pricing import HELD_OUT
+from agentmem.planning.pricing import HELD_OUT, checked_tokens
 from agentmem.testing import peak_allocated
 from oracles import attention as reference
 
@@ -186,6 +187,15 @@ def test_one_span_has_nothing_to_be_compared_with() -> None:
     assert len(errors.worst_spans()) == 2
 
 
+def test_queries_compared_a_few_at_a_time_give_the_same_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The errors of 5 or 6 tokens, compared all at once and two at a time, agree to rounding."""
+    whole = HeldOut().measure(segment(), compaction(), PARTS)
+    monkeypatch.setattr(pricing, "CHECKED", 4)
+
+    assert checked_tokens(2, 6) == 2
+    assert HeldOut().measure(segment(), compaction(), PARTS) == pytest.approx(whole, rel=1e-5)
+
+
 # ---- bytes
 
 
@@ -208,6 +218,6 @@ def test_measuring_allocates_no_more_than_planned(parts: int, value_dim: int, dt
     kept = torch.arange(0, 300, 2)
     fits = Compaction(tuple(HeadCompaction(kept, torch.zeros(150), draw(150, value_dim).to(dtype)) for _ in heads))
     held = [Reference(draw(128 // parts, 9, 64, seed=n).to(dtype).transpose(0, 1)) for n in range(parts)]
-    planned = local_bytes(layer, 128, 300, 300, dtype.itemsize, fused=value_dim == 64)
+    planned = local_bytes(layer, checked_tokens(3, 128), 300, 300, dtype.itemsize, fused=value_dim == 64)
 
     assert 0 < peak_allocated(lambda: HeldOut().measure(whole, fits, held)) <= planned

@@ -9,7 +9,7 @@ import torch
 
 import agentmem
 from agentmem import plugins
-from agentmem.attention import quantised
+from agentmem.attention.quantised import BITS, Format
 from agentmem.contracts import Compactor, HeadSegment, Segment
 from agentmem.hf import CappedCache
 from agentmem.memory.encoded import EncodedHead
@@ -18,15 +18,16 @@ from agentmem.memory.slot_spec import SlotSpec
 from agentmem.memory.store import LayerStore
 from agentmem.planning.model_shape import LayerShape
 from agentmem.planning.pricing import copy_bytes
+from agentmem.settings import SlotDtype
 from agentmem.testing import Case, make_segment, peak_allocated, tiny_model
 
 DTYPES = [torch.float32, torch.bfloat16]
 EVICTIONS = ("window", "heavy-hitters", "snapkv", "g-kv", "random-subset")
 
 
-def filled(slots: int, dtype: torch.dtype, heads: int = 3) -> LayerStore:
+def filled(slots: int, dtype: torch.dtype, heads: int = 3, slot_dtype: SlotDtype = "int8") -> LayerStore:
     """A store of ``heads`` heads with ``slots`` random slots each."""
-    shape = LayerShape(heads, heads, 64, 64, slot_dtype="int8")
+    shape = LayerShape(heads, heads, 64, 64, slot_dtype=slot_dtype)
     store = LayerStore(SlotSpec(shape, dtype, torch.device("cpu"), scores=False), [slots] * heads, Ledger(1 << 30))
     make = torch.Generator().manual_seed(slots)
     store.append(*(torch.randn(heads, slots, 64, generator=make).to(dtype) for _ in range(2)))
@@ -34,17 +35,20 @@ def filled(slots: int, dtype: torch.dtype, heads: int = 3) -> LayerStore:
     return store
 
 
+@pytest.mark.parametrize(("slot_dtype", "bits"), BITS.items())
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_reading_gives_the_numbers_that_attention_computes_with(dtype: torch.dtype) -> None:
+def test_a_reading_gives_the_numbers_that_attention_computes_with(
+    dtype: torch.dtype, slot_dtype: SlotDtype, bits: tuple[int, int]
+) -> None:
     """More slots than are decoded at a time, without the prefix and the recent ones."""
-    store = filled(1300, dtype)
+    store = filled(1300, dtype, slot_dtype=slot_dtype)
     head = store.segment(1, 4, 8)
     part = store.part(1, 4, 8)
 
     assert isinstance(head, EncodedHead)
     assert (head.slots, head.key_dim, head.value_dim, head.dtype) == (1288, 64, 64, dtype)
-    assert torch.equal(head.keys, quantised.decode(part.keys, 64, dtype))
-    assert torch.equal(head.values, quantised.decode(part.values, 64, dtype))
+    assert torch.equal(head.keys, Format(64, bits[0]).decode(part.keys, dtype))
+    assert torch.equal(head.values, Format(64, bits[1]).decode(part.values, dtype))
     assert head.positions.data_ptr() == part.positions.data_ptr()
 
 

@@ -1,4 +1,4 @@
-"""Slots of 8-bit numbers through everything that a memory does: exact bytes, the cap, and numbers that are close."""
+"""Slots of 8 and of 4 bits through everything that a memory does: exact bytes, the cap, and numbers that are close."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 import agentmem
 from agentmem import plugins
 from agentmem.attention import quantised
+from agentmem.attention.quantised import Format
 from agentmem.hf import CappedCache
 from agentmem.memory import state
 from agentmem.memory.pinning import settle
@@ -19,8 +20,10 @@ from agentmem.memory.rotation import Rotation, shift_keys
 from agentmem.memory.slot_spec import SlotSpec
 from agentmem.planning.model_shape import LayerShape
 from agentmem.planning.rebasing import layer_scratch
+from agentmem.settings import SlotDtype
 from agentmem.testing import peak_allocated, tiny_model
 from support import tiny, tiny_chat
+from support.matrices import matrix
 
 POLICIES = sorted({*plugins.names()} - {"full", "am-calibrated", "am-pursuit", "am-recall", "summary", "summary-am"})
 POLICIES += ["am-pursuit[budgets=global]", "am-halving[budgets=adaptive]", "am-halving[probe=live]"]
@@ -50,30 +53,32 @@ def ids(count: int, rows: int = 1) -> torch.Tensor:
     return torch.randint(3, 128, (rows, count), generator=torch.Generator().manual_seed(count))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("policy", POLICIES)
-def test_every_policy_compacts_them_under_the_smallest_cap(policy: str, dtype: torch.dtype) -> None:
+@matrix(policy=POLICIES, dtype=DTYPES, slot_dtype=list(quantised.BITS))
+def test_every_policy_compacts_them_under_the_smallest_cap(
+    policy: str, dtype: torch.dtype, slot_dtype: SlotDtype
+) -> None:
     """Without a fault, and with bytes as they are priced."""
     made = model(dtype=dtype)
-    with capped(made, policy) as memory:
+    with capped(made, policy, slot_dtype=slot_dtype) as memory:
         made.generate(ids(220), past_key_values=memory, max_new_tokens=30, do_sample=False)
         report = memory.report()
         store = memory.memory.sequences[0].stores[0]
         assert store is not None
         assert store.keys.dtype == torch.uint8
-        assert store.keys.shape[1] == quantised.row_bytes(64)
+        assert store.keys.shape[1] == Format(64, quantised.BITS[slot_dtype][0]).row_bytes
+        assert store.values.shape[1] == Format(64, quantised.BITS[slot_dtype][1]).row_bytes
     assert len(report.compactions) >= 2
     assert not [fault for each in report.compactions for fault in each.faults if "SummaryRefused" not in fault]
 
 
-def test_int8_slots_cost_what_the_plan_says() -> None:
-    """144 bytes a slot of 64 + 64 numbers instead of 520 in float32: codes, scales, β and a position."""
+def test_quantised_slots_cost_what_the_plan_says() -> None:
+    """144, 112 or 80 bytes a slot of 64 + 64 numbers instead of 520 in float32: codes, scales, β and a position."""
     prices = []
-    for slot_dtype in ("auto", "int8"):
+    for slot_dtype in ("auto", "int8", "k8v4", "int4"):
         options = SETTINGS | {"slot_dtype": slot_dtype}
         plan = agentmem.plan(model(), cap=1 << 30, policy="window", **options)
         prices.append(plan.resident_bytes / (2 * 2 * 96))
-    assert prices == [520, 144]
+    assert prices == [520, 144, 112, 80]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
@@ -147,22 +152,24 @@ def test_a_memory_is_re_based() -> None:
         assert int(store.part(0, 0, 0).positions.max()) < 160
 
 
-def test_moved_keys_are_turned_and_others_keep_their_bits() -> None:
-    """Each moved key is the turned one, to 8 bits; what is allocated is what is priced."""
-    layer = LayerShape(1, 2, 64, 64, slot_dtype="int8")
+@pytest.mark.parametrize("slot_dtype", ["int8", "int4"])
+def test_moved_keys_are_turned_and_others_keep_their_bits(slot_dtype: SlotDtype) -> None:
+    """Each moved key is the turned one, to its bits; what is allocated is what is priced."""
+    layer = LayerShape(1, 2, 64, 64, slot_dtype=slot_dtype)
     spec = SlotSpec(layer, torch.float32, torch.device("cpu"), scores=False)
     rotation = Rotation(10000.0 ** -torch.arange(0, 1, 1 / 32, dtype=torch.float64))
-    keys = quantised.encode(torch.randn(150, 64, generator=torch.Generator().manual_seed(0)))
+    form = Format(64, quantised.BITS[slot_dtype][0])
+    keys = form.encode(torch.randn(150, 64, generator=torch.Generator().manual_seed(0)))
     positions = torch.arange(200, 350, dtype=torch.int32)
     deltas = torch.where(positions % 3 == 0, 0, -100).to(torch.int32)
-    before, wanted = keys.clone(), quantised.decode(keys, 64)
+    before, wanted = keys.clone(), form.decode(keys)
     shift_keys(wanted, positions, deltas, rotation)
 
     peak = peak_allocated(lambda: spec.shift(keys, positions, deltas, rotation))
 
     assert torch.equal(keys[deltas == 0], before[deltas == 0])
-    off = (quantised.decode(keys, 64) - wanted).abs()[deltas != 0]
-    assert 0 < float(off.max()) <= float(wanted.abs().max()) / 127 * 1.008 / 2
+    off = (form.decode(keys) - wanted).abs()[deltas != 0]
+    assert 0 < float(off.max()) <= float(wanted.abs().max()) / (2 ** (form.bits - 1) - 1) * 1.008
     assert peak <= layer_scratch(layer, 150, 4)
 
 
@@ -195,13 +202,14 @@ def test_a_copy_and_its_original_go_on_alike() -> None:
 
 def on_quantised(sessions: float = 2, **options: Any) -> agentmem.Runtime:
     """A runtime whose sessions hold 64 quantised slots per head."""
-    return tiny_chat.runtime(sessions, on=model(num_hidden_layers=3), slot_dtype="int8", **options)
+    return tiny_chat.runtime(sessions, on=model(num_hidden_layers=3), **({"slot_dtype": "int8"} | options))
 
 
-@pytest.mark.parametrize("policy", ["am-halving", "heavy-hitters"])
-def test_a_fork_and_a_snapshot_go_on_with_the_same_tokens(policy: str, tmp_path: Any) -> None:
+@pytest.mark.parametrize(("policy", "slot_dtype"), [("am-halving", "int4"), ("heavy-hitters", "int8")])
+def test_a_fork_and_a_snapshot_go_on_with_the_same_tokens(policy: str, slot_dtype: SlotDtype, tmp_path: Any) -> None:
     """Compacted before and after; the copy-on-write of a fork, a save, and a load in another runtime."""
-    with on_quantised(3, policy=policy) as made, on_quantised(1, policy=policy) as elsewhere:
+    settings = {"policy": policy, "slot_dtype": slot_dtype}
+    with on_quantised(3, **settings) as made, on_quantised(1, **settings) as elsewhere:
         session = tiny_chat.filled(made, 120)
         session.save(tmp_path / "saved")
         fork, loaded = session.fork(), elsewhere.load(tmp_path / "saved")
@@ -232,13 +240,22 @@ def test_a_snapshot_keeps_its_kind_of_slots(tmp_path: Any) -> None:
             ]
 
 
+@pytest.mark.parametrize(("saved", "wished"), [("int8", "int4"), ("k8v4", "int8"), ("int4", "auto")])
+def test_a_snapshot_is_not_loaded_as_another_kind_of_slots(saved: str, wished: str, tmp_path: Any) -> None:
+    """Even where both are bytes: the refusal names the kind that was asked for and the remedy."""
+    with on_quantised(1, slot_dtype=saved) as made:
+        tiny_chat.filled(made, 40).save(tmp_path / "saved")
+        with pytest.raises(agentmem.errors.AgentmemError, match=f"'{wished}' does not hold; leave slot_dtype out"):
+            made.load(tmp_path / "saved", slot_dtype=wished)
+
+
 def test_a_scale_that_is_not_finite_is_refused(tmp_path: Any) -> None:
     """A memory with such a number cannot be saved, and stays as it is."""
     with on_quantised(1) as made:
         session = tiny_chat.filled(made, 40)
         store = session.memory.sequences[0].stores[0]
         assert store is not None
-        quantised.scales(store.keys, 64)[0, 0] = torch.nan
+        Format(64).scales(store.keys)[0, 0] = torch.nan
         with pytest.raises(agentmem.errors.AgentmemError, match="scale that is not finite"):
             session.save(tmp_path / "saved")
         assert tiny_chat.on(session, 3)

@@ -45,7 +45,7 @@ TABLE = (
     room("agentmem.settings", rooms="errors untrusted", outside="pydantic"),
     room("agentmem.reporting.report", outside="pydantic"),
     room("agentmem.reporting.log_events", rooms="reporting.report", outside="structlog"),
-    room("agentmem.attention.quantised", outside="torch"),
+    room("agentmem.attention.quantised", rooms="settings", outside="torch"),
     room("agentmem.planning.model_shape", rooms="errors settings attention.quantised"),
     room("agentmem.planning.rebasing", rooms="attention.quantised planning.model_shape"),
     room("agentmem.attention._chunk"),
@@ -85,7 +85,8 @@ TABLE = (
     room("agentmem.memory.encoded", rooms="contracts memory.slot_spec attention.quantised", outside="torch"),
     room(
         "agentmem.memory.store",
-        rooms="contracts memory.encoded memory.ledger memory.pins memory.slot_spec attention.decode attention.runs",
+        rooms="contracts memory.encoded memory.ledger memory.pins memory.slot_spec attention.decode "
+        "attention.quantised attention.runs",
         outside="torch",
     ),
     room("agentmem.memory.jobs", rooms="contracts planning.pricing memory.store"),

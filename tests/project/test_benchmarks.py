@@ -39,14 +39,14 @@ def run(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> object:
 
 
 def test_decode_writes_its_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Six rows of the documented keys, every ratio that of its two medians."""
+    """Ten rows of the documented keys, every ratio that of its two medians."""
     monkeypatch.setenv("BENCH_JSON", str(tmp_path / "bench.json"))
 
     assert run(monkeypatch, "decode") == 0
 
     rows: list[dict[str, Any]] = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
     names = ["decode_1024", "decode_4096", "decode_8192_seen_1024_held", "unequal_heads_1024"]
-    names += ["int8_1024", "int8_4096"]
+    names += [f"{coding}_{held}" for held in (1024, 4096) for coding in ("int8", "k8v4", "int4")]
     assert [each["name"] for each in rows] == names
     for each in rows:
         assert set(each) == {"name", "median_ms", "stock_median_ms", "ratio"}
@@ -57,7 +57,7 @@ def test_decode_writes_its_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     ("command", "said"),
     [
         (
-            "attention --sequences 2 --held 32 --rounds 1 --slot-dtype int8",
+            "attention --sequences 2 --held 32 --rounds 1 --slot-dtype int4",
             r'"instructions": 0, "sequences": 2, .+"python": ',
         ),
         ("peak --cap 1600KiB --tokens 3000", r"3000 tokens into \d+ slots per head, [1-9]\d* compactions"),

@@ -49,7 +49,7 @@ def chat(
     ] = None,
     slot_dtype: Annotated[
         SlotDtype | None,
-        typer.Option(help="What slots hold: auto the model's own numbers, or int8.", show_default=False),
+        typer.Option(help="What slots hold: the model's own numbers, or codes of 8 or 4 bits.", show_default=False),
     ] = None,
     pin_request: Annotated[
         bool | None,

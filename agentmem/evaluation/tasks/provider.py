@@ -24,9 +24,11 @@ from inspect_ai.model import (
     ChatMessageAssistant,
     GenerateConfig,
     ModelAPI,
+    ModelInfo,
     ModelOutput,
     ModelUsage,
     modelapi,
+    set_model_info,
 )
 
 from agentmem import models
@@ -107,6 +109,9 @@ class CappedAPI(ModelAPI):
         if terms is not None:
             terms.policy(self.arguments.policy)  # an unknown policy is refused before the model is loaded
         model, self.tokenizer = loaded or models.load(model_name, **self._placement())
+        # inspect_ai would load the model once more, only to look up these facts
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        set_model_info(f"agentmem/{model_name}", ModelInfo(model=model_name, context_length=positions))
         given = self.arguments
         self.writer = Writer(model, self.tokenizer, terms, given.policy, given.max_compactions, given.chunk)
         self._asked: Counter[str] = Counter()

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from agentmem.attention import quantised
 from agentmem.memory.pins import joined, size, within, without
 from agentmem.memory.slot_spec import SlotSpec
 from agentmem.memory.state import columns
@@ -67,12 +66,19 @@ def check_sizes(memory: Memory, saved: SavedSequence, kinds: Mapping[str, Kind],
 
 
 def _check_slots(index: int, shape: LayerShape, kinds: Mapping[str, Kind]) -> None:
-    found = kinds.get(f"layer.{index}.head.0.keys")
-    _hold(
-        found is None or (found[0] == torch.uint8) == shape.quantised,
-        f"layer {index} has keys of {found and found[0]}, which slot_dtype={shape.slot_dtype!r} does not hold; leave "
-        "slot_dtype out, so that the snapshot's own is taken",
-    )
+    """Refuse keys and values that slots of this kind do not hold, as those with codes of another number of bits."""
+    for which, part in enumerate(("keys", "values")):
+        found = kinds.get(f"layer.{index}.head.0.{part}")
+        if found is None:
+            continue
+        fits = found[0] != torch.uint8
+        if shape.formats is not None:
+            fits = found[0] == torch.uint8 and found[1][-1] == shape.formats[which].row_bytes
+        _hold(
+            fits,
+            f"layer {index} has {part} of {found[1][-1]} {found[0]} each, which slot_dtype={shape.slot_dtype!r} does "
+            "not hold; leave slot_dtype out, so that the snapshot's own is taken",
+        )
 
 
 def _check_counts(memory: Memory, saved: SavedSequence) -> None:
@@ -197,8 +203,8 @@ def _compare(kinds: Mapping[str, Kind], wanted: Mapping[str, Kind]) -> None:
 
 def _check_scales(tensors: Mapping[str, torch.Tensor], name: str, shape: LayerShape) -> None:
     """Refuse quantised keys and values with a scale that is not finite."""
-    for part, dim in (("keys", shape.key_dim), ("values", shape.value_dim)):
-        scales = quantised.scales(tensors[f"{name}.{part}"], dim)
+    for part, form in zip(("keys", "values"), shape.formats or (), strict=False):
+        scales = form.scales(tensors[f"{name}.{part}"])
         _hold(bool(scales.isfinite().all()), f"{name}.{part} has a scale that is not finite")
 
 

@@ -74,8 +74,10 @@ def test_a_task_runs_without_data(loaded: Any, name: str, terms: Terms | None, t
     assert compactions == 0 if terms is None else compactions > 0
 
 
-def test_the_entry_point_is_what_inspect_finds(folder: str, tmp_path: Path) -> None:
-    """By names alone, as on inspect's command line, a sample has its costs as metadata."""
+def test_the_entry_point_is_what_inspect_finds(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By names alone, as on inspect's command line, a sample has its costs as metadata; the model is loaded once."""
+    loads, load = [], models.load
+    monkeypatch.setattr(models, "load", lambda name, **given: loads.append(name) or load(name, **given))
     assert [point.value for point in entry_points(group="inspect_ai", name="agentmem")] == [
         "agentmem.evaluation.tasks.registry"
     ]
@@ -89,6 +91,7 @@ def test_the_entry_point_is_what_inspect_finds(folder: str, tmp_path: Path) -> N
     )
 
     assert log.status == "success", log.error
+    assert loads == [folder]
     memory = log.samples[0].metadata["memory"]  # type: ignore[index]  # it ran
     assert {"compactions", "peak_bytes", "tokens_read", "tokens_generated", "seconds", "forced"} <= memory.keys()
     assert memory["policy"] == "window"

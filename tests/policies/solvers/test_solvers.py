@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from agentmem.policies.solvers.anchored import factored
+from agentmem.policies.solvers.anchored import Upper, add_gram, factored, upper_bytes
 from agentmem.policies.solvers.attention import LocalAttention
 from agentmem.policies.solvers.mass import fit_mass
 from agentmem.policies.solvers.selection import Score, importance, top
@@ -209,7 +209,7 @@ def test_the_eigenvalue_bound_is_tight_from_above() -> None:
     rows = torch.rand(200, 12, generator=torch.Generator().manual_seed(1))
     gram = rows.T @ rows
     exact = float(torch.linalg.eigvalsh(gram.double()).max())
-    equations = factored(gram.clone(), 1e-6)
+    equations = factored(Upper((gram.clone(),)), 1e-6)
 
     assert equations is not None
     assert exact <= equations.largest() * (1 + 1e-5)
@@ -273,8 +273,37 @@ def test_values_are_cut_to_the_bound_and_counted() -> None:
 
 def test_a_gram_that_does_not_factor_is_reported() -> None:
     """An indefinite or non-finite matrix gives no equations instead of NaN."""
-    assert factored(-torch.eye(3), 1e-2) is None
-    assert factored(torch.full((3, 3), float("nan")), 1e-2) is None
+    assert factored(Upper((-torch.eye(3),)), 1e-2) is None
+    assert factored(Upper((torch.full((3, 3), float("nan")),)), 1e-2) is None
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 600])
+def test_a_matrix_in_strips_is_the_whole_matrix(size: int) -> None:
+    """The stored triangle is ``AᵀA``, its bytes are as stated, and solutions and gains are those of float64."""
+    generator = torch.Generator().manual_seed(size)
+    rows = torch.rand(2 * size + 3, size, generator=generator)
+    gram = Upper.zeros(rows, size)
+    for block in rows.split(64):
+        add_gram(gram, block)
+    whole = rows.double().T @ rows.double()
+    for columns, strip in gram.items():
+        upper = torch.ones(strip.shape).triu(-columns.start).bool()
+        torch.testing.assert_close(strip[upper].double(), whole[: columns.stop, columns][upper], rtol=1e-5, atol=1e-4)
+
+    assert sum(strip.nbytes for strip in gram.strips) == upper_bytes(size)
+
+    equations = factored(gram, 1e-2)
+    assert equations is not None
+    pull = torch.randn(size, 3, generator=generator)
+    ridged = whole + equations.ridge * torch.eye(size, dtype=torch.float64)
+    expected = torch.linalg.solve(ridged, pull.double())
+    shift = equations.shift(pull)
+
+    assert equations.ridge == pytest.approx(1e-2 * float(whole.diagonal().mean()), rel=1e-5)
+    torch.testing.assert_close(shift.double(), expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
+    torch.testing.assert_close(equations.apply(shift).double(), ridged @ shift.double(), rtol=1e-4, atol=1e-3)
+    lowered = 2 * (pull.double() * shift.double()).sum() - (rows.double() @ shift.double()).square().sum()
+    assert equations.gain(pull.clone(), shift) == pytest.approx(float(lowered), rel=1e-2)
 
 
 def test_no_evidence_at_all_changes_nothing() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: it fails at once instead of retrying
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["PIP_NO_INDEX"] = "1"  # of the processes that tests start, which the guard below does not reach
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels run on CPU tensors
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a thread that waits leaves its core to another worker
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start: each worker has one core

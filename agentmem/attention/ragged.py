@@ -12,11 +12,12 @@ they cannot add weights to scores.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
 
-from agentmem.attention import decode
+from agentmem.attention import decode, parts
 from agentmem.attention.explicit import attend as explicit_path
 from agentmem.attention.runs import FLOAT, Fresh, Run, wide, wide_bytes
 from agentmem.contracts import blocks
@@ -27,6 +28,9 @@ try:
     TILED = _chunk.available()
 except ImportError:  # installed without a C compiler, or not on Linux
     TILED = False
+
+TRITON = find_spec("triton") is not None
+"""Whether attention on CUDA can use the kernel of :mod:`agentmem.attention.triton_kernel`."""
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -63,6 +67,14 @@ def fused_bytes(layer: LayerShape, tokens: int, slots: int, itemsize: int, rows:
     )
     compiled = decode.step_bytes(layer, rows, itemsize)
     return max(chunk, step, compiled, _tiled_bytes(layer) if itemsize < FLOAT else 0)
+
+
+def cuda_bytes(layer: LayerShape, tokens: int, slots: int) -> int:
+    """Return the most bytes that the kernel for CUDA allocates besides its output; 0 where Triton is missing.
+
+    The arguments are those of :func:`fused_bytes`.
+    """
+    return parts.kernel_bytes(layer, tokens, slots) if TRITON else 0
 
 
 def _block_bytes(layer: LayerShape, heads: int, tokens: int, keys: int, itemsize: int) -> int:
@@ -122,14 +134,20 @@ def attend(
         window: the most tokens that a query attends to, its own token included. With ``fresh``, the slots must then be
             the consecutive tokens before the fresh tokens. Without ``fresh``, the caller must have cut the slots to the
             window.
-        explicit: compute the attention weights as tensors, even if a fused kernel could be called. On devices other
-            than the CPU, and with ``sinks``, the weights are always computed as tensors.
+        explicit: compute the attention weights as tensors, even if a fused kernel could be called. On the CPU with
+            ``sinks``, and on devices other than CPU and CUDA, the weights are always computed as tensors. On CUDA they
+            are where Triton is missing, and for tensors that its kernel cannot read.
         sinks: ``[Hq]``, an additional logit of each query head that only increases the denominator of its softmax.
 
     Returns:
         The output ``[Hq, q, dv]``, and the attention ``[Hkv, q]`` (float32) that each fresh key received. The latter is
         ``None`` without ``fresh``, and if a fused kernel was called.
     """
+    if queries.is_cuda and TRITON and not explicit:
+        from agentmem.attention import triton_kernel  # takes a second to import, and is needed on CUDA only
+
+        if triton_kernel.supports(queries, runs, fresh):
+            return triton_kernel.attend(queries, runs, fresh, scale, window, sinks)[0], None
     if not explicit and sinks is None:
         if fresh is None and queries.shape[1] == 1:
             if _compiled(queries, runs):

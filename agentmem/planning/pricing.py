@@ -408,9 +408,9 @@ class Planner:
         slots, chunk = self.slots(layer, fullest), self.settings.chunk
         fused = ragged.fused_bytes(layer, chunk, slots, self.shape.itemsize, self.rows)
         scored = self.policy.scores == "received"
-        most = fused
+        most = fused if self.shape.fused else max(fused, ragged.cuda_bytes(layer, chunk, slots))
         if scored or layer.sinks or layer.window is not None or not self._fused(layer):
-            most = max(fused, explicit.explicit_bytes(layer, chunk, slots, self.shape.itemsize))
+            most = max(most, explicit.explicit_bytes(layer, chunk, slots, self.shape.itemsize))
         # each row of a batch is attended while the output of the whole batch is allocated
         own = layer.query_heads * chunk * layer.value_dim * self.shape.itemsize if self.rows > 1 else 0
         return max(most + own, encoding_bytes(layer, layer.kv_heads * chunk))

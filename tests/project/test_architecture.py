@@ -54,11 +54,13 @@ TABLE = (
         "agentmem.attention.decode", rooms="attention._decode attention.quantised planning.model_shape", outside="torch"
     ),
     room("agentmem.attention.runs", rooms="attention.quantised planning.model_shape", outside="torch"),
+    room("agentmem.attention.parts", rooms="planning.model_shape"),
+    room("agentmem.attention.triton_kernel", rooms="attention.parts attention.runs contracts", outside="torch triton"),
     room("agentmem.attention.explicit", rooms="attention.runs contracts planning.model_shape", outside="torch"),
     room(
         "agentmem.attention.ragged",
-        rooms="attention._chunk attention.decode attention.explicit attention.quantised attention.runs contracts "
-        "planning.model_shape",
+        rooms="attention._chunk attention.decode attention.explicit attention.parts attention.quantised "
+        "attention.runs attention.triton_kernel contracts planning.model_shape",
         outside="torch",
     ),
     room("agentmem.memory.ledger", rooms="errors settings"),

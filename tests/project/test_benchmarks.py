@@ -7,6 +7,8 @@ import re
 import runpy
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 
 from agentmem import models
 from agentmem.testing import tiny_model
+from benchmarks import gpu
 from support import forked, tiny_chat
 
 
@@ -71,3 +74,40 @@ def test_a_benchmark_ends_well(
     """Exit code 0, and the line that says what was found."""
     assert run(monkeypatch, *command.split()) == 0
     assert re.search(said, capsys.readouterr().out)
+
+
+def test_the_gpu_benchmark_writes_every_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All parts come to their end in the reduced form, and stand in the JSON and in the table."""
+    monkeypatch.setattr(models, "is_fetched", lambda: True)
+
+    monkeypatch.setattr(sys, "argv", ["gpu", "--reduced", "--out", str(tmp_path)])
+
+    assert gpu.main() == 0
+
+    parts = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["parts"]
+    written = (tmp_path / "gpu.md").read_text(encoding="utf-8")
+    assert [each["part"] for each in parts] == ["equal", "decode", "peak", "long", "batched", "fidelity"]
+    assert parts[0]["rows"] == [{"name": "tiny", "tokens": 32, "equal until": 32}]
+    assert all(row["within"] for row in parts[2]["rows"])
+    for each in parts:
+        assert f"| {each['part']} | {each['rows'][0]['name']} |" in written
+
+
+def test_a_part_that_fails_is_written_and_the_next_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error and a limit of seconds both end one part only, and the rows before them are kept."""
+
+    def broken(_scale: object) -> Iterator[dict[str, object]]:
+        yield {"name": "before"}
+        raise ValueError("no such device")
+
+    def slow(_scale: object) -> Iterator[dict[str, object]]:
+        yield {"name": "before"}
+        time.sleep(5)
+
+    monkeypatch.setattr(gpu, "PARTS", {"broken": (5, broken), "slow": (1, slow)})
+
+    results = [gpu.run_part(name, gpu.REDUCED) for name in gpu.PARTS]
+
+    assert [each["failed"] for each in results] == ["ValueError: no such device", "TooLong: stopped after 1 s"]
+    assert "| broken | before |" in gpu.table(results, "none")
+    assert "| slow | **failed** after" in gpu.table(results, "none")

@@ -35,7 +35,7 @@ COMMANDS = {
     ),
     "plan": (
         "agentmem.cli.plan:plan",
-        "Show how many slots a cap holds, and where its bytes go. No weights are loaded.",
+        "Show how many slots a cap holds, where its bytes go, and what other policies and slots would hold.",
     ),
     "policies": ("agentmem.cli.policies:policies", "List the installed policies."),
     "check": ("agentmem.cli.check:check", "Run a tiny random model of a model's class beside stock transformers."),

@@ -31,6 +31,7 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> object:
     """Run ``python -m benchmarks.name``; its exit code."""
     monkeypatch.setattr(sys, "argv", [name, *arguments])
+    monkeypatch.delitem(sys.modules, f"benchmarks.{name}", raising=False)  # another benchmark may have imported it
     try:
         runpy.run_module(f"benchmarks.{name}", run_name="__main__")
     except SystemExit as ended:

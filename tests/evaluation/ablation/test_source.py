@@ -10,6 +10,7 @@ from agentmem.errors import SettingsRefused
 from agentmem.evaluation.ablation import cells, read_config
 from agentmem.evaluation.ablation.source import parse
 
+ROOT = Path(__file__).parents[3]
 GOOD = """\
 policies: [window, 'am-halving[steps=4]']
 slots: [64, 128]
@@ -96,3 +97,16 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     """The path and the reason are named."""
     with pytest.raises(SettingsRefused, match="No such file"):
         read_config(tmp_path / "missing.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "instruments"),
+    [("demos/evidence.yaml", {"many_shot"}), ("benchmarks/ablation.yaml", {"fidelity", "recall", "many_shot"})],
+)
+def test_the_configurations_of_this_project_are_read(name: str, instruments: set[str]) -> None:
+    """That of ``make demo`` and the example measure full memory beside each policy at each cap."""
+    asked = read_config(ROOT / name)
+    found = cells(asked)
+
+    assert {cell.instrument for cell in found} == instruments
+    assert {"full", *asked.policies} == {cell.policy for cell in found if cell.instrument == "many_shot"}

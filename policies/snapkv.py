@@ -7,6 +7,9 @@ attention of an observation window, the newest tokens (section 4.1). The scores 
 The paper compresses a prompt once; here the memory is compressed each time it fills, with the newest tokens of that
 moment as the window. The paper keeps a set of slots for every query head; here the query heads of a KV head share one
 set, chosen by their mean attention weights.
+
+The default options are the paper's. While decoding with the default model, ``snapkv[window=96,kernel=1]``, which pools
+nothing, was better on both texts that were measured (docs/measurements.md).
 """
 
 from __future__ import annotations

@@ -209,10 +209,10 @@ class AttentionMatching(Compactor):
 
     def _attention(self, segment: Segment, index: int) -> LocalAttention:
         head, queries = segment.heads[index], segment.queries(index)
-        longest = max((part.shape[1] for part in queries), default=0)
-        if longest == 0:
+        tokens = sum(part.shape[1] for part in queries)
+        if tokens == 0:
             raise ValueError("0 reference queries: Attention Matching needs at least 1; give the probe a token")
-        rows = self._rows(_row_bytes(head.slots, head.key_dim, head.value_dim), longest)
+        rows = self._rows(_row_bytes(head.slots, head.key_dim, head.value_dim), tokens)
         return LocalAttention(queries, head.keys.float(), head.bias, segment.scale, rows).weighted(segment.weights)
 
     def _rows(self, row_bytes: int, queries: int) -> int:

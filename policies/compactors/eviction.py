@@ -93,12 +93,12 @@ class Observation(Eviction):
     def attention(self, segment: Segment, index: int) -> LocalAttention:
         """Return the attention of all reference queries over the slots of KV head ``index``; the logits include β."""
         head, queries = segment.heads[index], segment.queries(index)
-        longest = max(part.shape[1] for part in queries)
-        if longest == 0:
+        tokens = sum(part.shape[1] for part in queries)
+        if tokens == 0:
             raise ValueError(f"0 reference queries: {type(self).__name__} needs at least 1; keep a token's queries")
         rows = max(_LEAST_ROWS, self.block_bytes // _row_bytes(head.slots, head.key_dim))
         keys = head.keys.float()
-        return LocalAttention(queries, keys, head.bias, segment.scale, min(rows, longest)).weighted(segment.weights)
+        return LocalAttention(queries, keys, head.bias, segment.scale, min(rows, tokens)).weighted(segment.weights)
 
     def attention_bytes(self, shape: SegmentShape, *, copies: int = 1, then: int = 0) -> int:
         """Return an upper bound of the bytes that scoring by :meth:`attention` allocates; :meth:`scratch` uses it.

@@ -55,12 +55,25 @@ class LocalAttention:
         return replace(self, keys=keys, bias=bias)
 
     def blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Yield pairs: the range of a block's rows among all N queries, and the block's queries ``[B, d]`` float32."""
-        row = 0
-        for member in (member for part in self.queries for member in part):
-            for block in member.split(self.rows):
-                yield slice(row, row + len(block)), block.float()
-                row += len(block)
+        """Yield pairs: the range of a block's rows among all N queries, and the block's queries ``[B, d]`` float32.
+
+        Parts with fewer queries than a block are copied into blocks that they share; there may be hundreds of them.
+        """
+        start, held, small = 0, 0, []
+        for part in (*self.queries, None):
+            size = self.rows if part is None else part.shape[0] * part.shape[1]
+            if held and held + size > self.rows:
+                yield slice(start, start + held), _copied(small, held)
+                start, held, small = start + held, 0, []
+            if part is None:
+                return
+            if size < self.rows:
+                small.append(part)
+                held += size
+                continue
+            for block in (block for member in part for block in member.split(self.rows)):
+                yield slice(start, start + len(block)), block.float()
+                start += len(block)
 
     def scaled(self, matrix: torch.Tensor, rows: slice) -> torch.Tensor:
         """Multiply each row of ``matrix [B, k]`` in place by the root of its query's weight, and return ``matrix``.
@@ -84,3 +97,15 @@ class LocalAttention:
         weights = logits.sub_(peak).exp_()
         mass = weights.sum(dim=-1, keepdim=True)
         return weights.div_(mass), peak.add_(mass.log_()).squeeze(-1)
+
+
+def _copied(parts: Sequence[torch.Tensor], rows: int) -> torch.Tensor:
+    """Return the queries of all ``parts [group, n, d]``, ``rows`` of them, as one new tensor ``[rows, d]`` float32."""
+    dim = parts[0].shape[2]
+    block = torch.empty(rows, dim, dtype=torch.float32, device=parts[0].device)
+    row = 0
+    for part in parts:
+        group, count, _ = part.shape
+        block[row : row + group * count].view(group, count, dim).copy_(part)
+        row += group * count
+    return block

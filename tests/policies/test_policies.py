@@ -52,6 +52,19 @@ def test_the_workspace_is_at_most_twice_what_is_used(policy: Policy, dtype: torc
     assert peak <= promised <= 2 * peak + 2048
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("policy", built_in()[:-1], ids=lambda policy: policy.name)
+def test_a_probe_in_many_parts_takes_no_more_workspace(policy: Policy, dtype: torch.dtype) -> None:
+    """Hundreds of parts with weights of their own, as a pattern makes them."""
+    assert policy.compactor is not None
+    case = replace(HALVED, dtype=dtype, weights=tuple(1.0 + part % 3 for part in range(HALVED.queries // 2)))
+    segment = make_segment(case, policy)
+
+    peak = peak_allocated(lambda: policy.compactor.compact(segment, case.slots))
+
+    assert peak <= policy.compactor.workspace(case.shape)
+
+
 @pytest.mark.parametrize("queries", [256, 4096])
 def test_the_workspace_does_not_grow_with_the_queries(queries: int) -> None:
     """Four bytes a query vector, and never queries x slots: 1.3 MB at 512 slots, whatever the probe."""

@@ -367,6 +367,21 @@ def test_parts_are_asked_one_after_the_other() -> None:
     torch.testing.assert_close(cut.log_mass, whole.log_mass[order])
 
 
+def test_many_small_parts_share_blocks() -> None:
+    """Every query is in one block, in order; no block is larger than the limit, and few are made."""
+    queries = torch.randn(3, 100, 4, generator=torch.Generator().manual_seed(0))
+    parts = (*queries[:, :60].split(2, 1), queries[:, 60:62].bfloat16(), *queries[:, 62:].split([38, 0], 1))
+    attention = LocalAttention(parts, torch.zeros(5, 4), torch.zeros(5), 1.0, 32)
+    found = list(attention.blocks())
+
+    assert [rows.stop - rows.start for rows, _ in found] == [len(block) for _, block in found]
+    assert [rows.start for rows, _ in found] == [0, *(rows.stop for rows, _ in found[:-1])]
+    assert len(found) == 13  # 186 queries of 31 parts in 7 blocks, and 3 times 38 in 2 blocks each
+    assert max(len(block) for _, block in found) <= 32
+    expected = torch.cat([part.float().flatten(0, 1) for part in parts])
+    assert torch.equal(torch.cat([block for _, block in found]), expected)
+
+
 def heavier(queries: torch.Tensor) -> tuple[LocalAttention, LocalAttention]:
     """The first 3 tokens with weight 2 and the rest with 1, and all with 1 but the first 3 tokens twice."""
     first, rest = queries[:, :3], queries[:, 3:]

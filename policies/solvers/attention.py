@@ -59,7 +59,8 @@ class LocalAttention:
 
         Parts with fewer queries than a block are copied into blocks that they share; there may be hundreds of them.
         """
-        start, held, small = 0, 0, []
+        start, held = 0, 0
+        small: list[torch.Tensor] = []
         for part in (*self.queries, None):
             size = self.rows if part is None else part.shape[0] * part.shape[1]
             if held and held + size > self.rows:
